@@ -1,0 +1,272 @@
+"""What a layer asks of its arguments, settled at trace time from static shapes and dtypes.
+
+Every refusal reads
+`{function}: {problem}. Expected {expected}; got {what was given}. {One concrete fix}.`
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jax_core
+
+from normjax._typing import Axes, AxisName
+
+Shape = tuple[int, ...]
+
+
+def refuse(
+    function: str,
+    problem: str,
+    *,
+    expected: str,
+    got: str,
+    fix: str,
+    kind: Callable[[str], Exception] = ValueError,
+) -> NoReturn:
+    """Raises the one form of error that normjax has."""
+    raise kind(f"{function}: {problem}. Expected {expected}; got {got}. {fix}.")
+
+
+def static_train(function: str, train: object) -> bool:
+    """Returns `train` as a bool; refuses a traced or a non-boolean one."""
+    if isinstance(train, jax.core.Tracer):
+        refuse(
+            function,
+            "`train` is traced, but it chooses which program is compiled",
+            expected="a Python bool",
+            got=f"train={train}",
+            fix="Make it static: jax.jit(..., static_argnames='train'), or close over it",
+            kind=TypeError,
+        )
+    if not isinstance(train, bool) and getattr(train, "dtype", None) != jnp.bool_:
+        refuse(
+            function,
+            "`train` is not a bool",
+            expected="True or False",
+            got=f"train={train!r}",
+            fix="The order is (params, batch_stats, x, train)",
+            kind=TypeError,
+        )
+    return bool(train)
+
+
+def activations(function: str, x: Any) -> jax.Array:
+    """Returns `x` as an array; refuses integers, booleans and scalars."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        refuse(
+            function,
+            "x is not floating-point",
+            expected="a floating-point or complex x",
+            got=f"x.dtype={x.dtype} for x.shape={x.shape}",
+            fix="Convert it first: x.astype(jnp.float32)",
+            kind=TypeError,
+        )
+    if x.ndim == 0:
+        refuse(
+            function,
+            "x is a scalar",
+            expected="rank 1 or more",
+            got=f"x.ndim=0 for x.shape={x.shape}",
+            fix="Give x a feature axis: x[None]",
+        )
+    return x
+
+
+def axes(function: str, name: str, given: Axes, shape: Shape) -> tuple[int, ...]:
+    """Returns axes as non-negative ints in ascending order; refuses repeated and out-of-range ones."""
+    entries = tuple(given) if isinstance(given, Sequence) else (given,)
+    rank = len(shape)
+    got = f"{name}={given!r} for x.shape={shape}"
+    try:
+        entries = tuple(operator.index(axis) for axis in entries)
+    except TypeError:
+        refuse(
+            function,
+            f"{name} is not made of ints",
+            expected="an int or a tuple of ints",
+            got=got,
+            fix="Name axes by their position, as in -1 or (1, 2)",
+            kind=TypeError,
+        )
+    outside = [axis for axis in entries if not -rank <= axis < rank]
+    if outside:
+        refuse(
+            function,
+            f"axis {outside[0]} of {name} is out of range",
+            expected=f"axes from {-rank} to {rank - 1}",
+            got=got,
+            fix="Check the rank of x",
+        )
+    canonical = sorted(axis % rank for axis in entries)
+    if len(set(canonical)) < len(canonical):
+        refuse(
+            function,
+            f"{name} names an axis twice",
+            expected="each axis once",
+            got=got,
+            fix=f"Name each once: {tuple(dict.fromkeys(canonical))}",
+        )
+    return tuple(canonical)
+
+
+def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
+    """Returns the mask with the rank of x; refuses one that is not bool or does not broadcast to x."""
+    if given is None:
+        return None
+    given = jnp.asarray(given)
+    got = f"mask.shape={given.shape}, mask.dtype={given.dtype} for x.shape={shape}"
+    if given.dtype != jnp.bool_:
+        refuse(
+            function,
+            "mask is not boolean",
+            expected="dtype bool, True where an element counts",
+            got=got,
+            fix="Compare first, as in mask > 0",
+            kind=TypeError,
+        )
+    fits = given.ndim <= len(shape) and all(
+        size in (1, full) for size, full in zip(given.shape[::-1], shape[::-1], strict=False)
+    )
+    if not fits:
+        refuse(
+            function,
+            "mask does not broadcast to x",
+            expected=f"a shape that broadcasts to {shape}",
+            got=got,
+            fix="Add the missing axes at the end, as in mask[:, None]",
+        )
+    return given.reshape((1,) * (len(shape) - given.ndim) + given.shape)
+
+
+def output_dtype(function: str, dtype: Any, x: jax.Array) -> Any:
+    """Returns the dtype of y; refuses one that cannot hold it."""
+    if dtype is None:
+        return x.dtype
+    kind = jnp.complexfloating if jnp.iscomplexobj(x) else jnp.inexact
+    if not jnp.issubdtype(dtype, kind):
+        refuse(
+            function,
+            "dtype cannot hold y",
+            expected="a complex dtype" if jnp.iscomplexobj(x) else "a floating-point dtype",
+            got=f"dtype={jnp.dtype(dtype)} for x.dtype={x.dtype}, x.shape={x.shape}",
+            fix="Drop dtype to keep that of x",
+            kind=TypeError,
+        )
+    return dtype
+
+
+def choice(function: str, name: str, given: object, allowed: Sequence[object]) -> None:
+    """Refuses an option outside `allowed`."""
+    if given not in allowed:
+        refuse(
+            function,
+            f"{name} is unknown",
+            expected=" or ".join(repr(option) for option in allowed),
+            got=f"{name}={given!r}",
+            fix="Check the spelling",
+        )
+
+
+def between(function: str, name: str, given: Any, low: float, high: float) -> None:
+    """Refuses a Python number outside `[low, high]`; a traced one cannot be seen and passes."""
+    if isinstance(given, (int, float)) and not low <= given <= high:
+        refuse(
+            function,
+            f"{name} is out of range",
+            expected=f"{low} <= {name} <= {high}",
+            got=f"{name}={given!r}",
+            fix=f"Choose {name} within the range",
+        )
+
+
+def leaves(function: str, name: str, tree: Any, *, shape: Shape, required: set[str], optional: set[str]) -> None:
+    """Refuses a tree that is not a dict of the named arrays, each of `shape` (`count`: of shape ())."""
+    wanted = f"a dict with {sorted(required)} and at most {sorted(required | optional)}"
+    if not isinstance(tree, dict):
+        frozen = isinstance(tree, Mapping)
+        refuse(
+            function,
+            f"{name} is not a dict",
+            expected=wanted,
+            got=f"{type(tree).__name__}",
+            fix="Unfreeze it: flax.core.unfreeze(tree)"
+            if frozen
+            else "Pass it as the layer's init function returned it",
+            kind=TypeError,
+        )
+    if not required <= set(tree) <= required | optional:
+        refuse(
+            function,
+            f"{name} has the wrong leaves",
+            expected=wanted,
+            got=f"{name} with {sorted(map(str, tree))}",
+            fix="Pass this layer's own sub-tree, as its init function returned it",
+        )
+    for leaf, value in tree.items():
+        leaf_shape = () if leaf == "count" else shape
+        if jnp.shape(value) != leaf_shape:
+            refuse(
+                function,
+                f"{name}[{leaf!r}] does not fit the features of x",
+                expected=f"shape {leaf_shape}",
+                got=f"shape {jnp.shape(value)}",
+                fix="Check num_features of the init function, and feature_axes",
+            )
+
+
+def bound_axis(function: str, axis_name: AxisName | None) -> tuple[Hashable, ...]:
+    """Returns the mapped axis names as a tuple; refuses one that is not in scope."""
+    if axis_name is None:
+        return ()
+    names = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    for name in names:
+        try:
+            lax.axis_size(name)
+        except NameError:
+            scope = [str(axis) for axis in jax_core.unsafe_get_axis_names_DO_NOT_USE()]
+            refuse(
+                function,
+                f"axis name {name!r} is not bound here",
+                expected=f"one of the axes in scope, {scope}" if scope else "an axis in scope",
+                got=f"axis_name={axis_name!r}" + ("" if scope else ", and no axis is in scope"),
+                fix="Call it under jax.pmap, jax.shard_map or jax.vmap with that axis_name, or drop "
+                "axis_name (plain jit synchronizes sharded inputs by itself)",
+                kind=NameError,
+            )
+    return names
+
+
+def index_groups(
+    function: str, groups: Sequence[Sequence[int]] | None, names: tuple[Hashable, ...]
+) -> tuple[tuple[int, ...], ...] | None:
+    """Returns groups as tuples; refuses those that do not partition the one mapped axis evenly."""
+    if groups is None:
+        return None
+    got = f"axis_index_groups={groups!r} for axis_name={names!r}"
+    if len(names) != 1:
+        refuse(
+            function,
+            "axis_index_groups needs exactly one axis_name",
+            expected="one mapped axis",
+            got=got,
+            fix="Name the axis that the groups divide",
+        )
+    size = lax.axis_size(names[0])
+    canonical = tuple(tuple(int(index) for index in group) for group in groups)
+    even = len({len(group) for group in canonical}) == 1
+    if not even or sorted(index for group in canonical for index in group) != list(range(size)):
+        refuse(
+            function,
+            "axis_index_groups does not partition the axis evenly",
+            expected=f"groups of one size that hold each of 0..{size - 1} once",
+            got=got,
+            fix="For groups of k: numpy.arange(size).reshape(-1, k).tolist()",
+        )
+    return canonical

@@ -1,0 +1,1 @@
+"""Where statistics come from and where they are kept."""

@@ -1,0 +1,120 @@
+"""Where statistics are kept: the running mean and variance that stand for the population at inference."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike
+
+from normjax import _checks
+from normjax._typing import BatchStats, DTypeLike, RunningVar
+from normjax.statistics.moments import Moments
+
+OPTIONS = ("biased", "unbiased")
+
+
+def init_batch_stats(features: tuple[int, ...], dtype: DTypeLike, *, count: bool) -> BatchStats:
+    """Returns mean 0 and variance 1 in at least float32, and the count of batches where asked for."""
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    batch_stats = {"mean": jnp.zeros(features, dtype), "var": jnp.ones(features, jnp.finfo(dtype).dtype)}
+    return batch_stats | ({"count": jnp.zeros((), jnp.int32)} if count else {})
+
+
+def update_batch_stats(
+    batch_stats: BatchStats,
+    moments: Moments,
+    *,
+    momentum: float | ArrayLike | None = 0.99,
+    running_var: RunningVar = "biased",
+) -> BatchStats:
+    r"""Returns the running statistics after one more batch.
+
+    .. math:: \mu' = m \mu' + (1 - m) \mu, \qquad \sigma'^2 = m \sigma'^2 + (1 - m) s \sigma^2
+
+    with `s = 1` (biased) or `s = n / (n - 1)` (unbiased). With `momentum=None` the m of the k-th batch is
+    `(k - 1) / k`: the mean over all batches, each counted once.
+
+    Args:
+      batch_stats: `mean` and `var`, each `(*features)`, and `count`, an int32 scalar, where cumulative.
+      moments: of the batch, or merged from several (devices, microbatches).
+      momentum: weight of the old value, from 0 to 1; a number or a scalar array. PyTorch's is the complement.
+      running_var: "biased" (Flax, Keras) or "unbiased" (PyTorch, Ioffe & Szegedy 2015, Algorithm 2).
+
+    Returns:
+      A dict of the same structure, shapes and dtypes. Features for which no element counts keep their values (for the
+      unbiased variance: fewer than two elements), and a batch in which none does is not counted.
+
+    Raises:
+      ValueError: for `momentum=None` without a count, an unknown `running_var`, or leaves that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> params, batch_stats = nj.batch_norm_init(1)
+      >>> microbatches = [jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [7.0]])]
+      >>> a, b = (nj.moments(x, 0) for x in microbatches)
+      >>> print(nj.update_batch_stats(batch_stats, nj.merge_moments(a, b), momentum=0.5))
+      {'mean': Array([2.], dtype=float32), 'var': Array([3.], dtype=float32)}
+
+    References:
+      Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1 and Algorithm 2.
+    """
+    _check(batch_stats, moments, momentum, running_var)
+    n, mean, var = moments
+    enough = jnp.asarray(n) > 0
+    enough_for_var = enough
+    if running_var == "unbiased":
+        var = var * (n / jnp.maximum(n - 1, 1))
+        enough_for_var = jnp.asarray(n) > 1
+    new = {}
+    if "count" in batch_stats:
+        new["count"] = batch_stats["count"] + jnp.any(enough).astype(batch_stats["count"].dtype)
+    if momentum is None:
+        momentum = 1 - 1 / jnp.maximum(new["count"], 1)
+    new["mean"] = _blend(batch_stats["mean"], mean, momentum, enough)
+    new["var"] = _blend(batch_stats["var"], var, momentum, enough_for_var)
+    return {leaf: new[leaf] for leaf in batch_stats}
+
+
+def _blend(old: Array, batch: Array, momentum: ArrayLike, enough: Array) -> Array:
+    """The convex combination in the precision of the batch, then in the dtype of the old value."""
+    if isinstance(momentum, jax.Array):
+        momentum = momentum.astype(batch.dtype)
+    new = momentum * old.astype(batch.dtype) + (1 - momentum) * batch
+    return jnp.where(enough, new.astype(old.dtype), old)
+
+
+def _check(batch_stats: BatchStats, moments: Moments, momentum: object, running_var: object) -> None:
+    function = "update_batch_stats"
+    _checks.choice(function, "running_var", running_var, OPTIONS)
+    check_batch_stats(function, batch_stats, moments.mean.shape, moments.mean.dtype, momentum)
+
+
+def check_batch_stats(
+    function: str, batch_stats: BatchStats, features: tuple[int, ...], dtype: DTypeLike, momentum: object
+) -> None:
+    """Refuses running statistics that do not fit the features, the dtype or the momentum."""
+    _checks.between(function, "momentum", momentum, 0.0, 1.0)
+    _checks.leaves(
+        function,
+        "batch_stats",
+        batch_stats,
+        shape=features,
+        required={"mean", "var"},
+        optional={"count"},
+    )
+    if momentum is None and "count" not in batch_stats:
+        _checks.refuse(
+            function,
+            "momentum=None counts batches, and batch_stats has no count",
+            expected="batch_stats with 'mean', 'var' and 'count'",
+            got=f"batch_stats with {sorted(batch_stats)}",
+            fix="Make them with batch_norm_init(..., count=True)",
+        )
+    if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(batch_stats["mean"]):
+        _checks.refuse(
+            function,
+            "the running mean of complex x is complex",
+            expected="a complex batch_stats['mean']",
+            got=f"batch_stats['mean'].dtype={jnp.asarray(batch_stats['mean']).dtype} for dtype {dtype}",
+            fix="Make it with batch_norm_init(..., param_dtype=jnp.complex64)",
+        )

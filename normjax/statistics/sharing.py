@@ -1,0 +1,101 @@
+"""How devices share statistics: one packed collective forward, one backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Inexact
+
+
+class Sharing(NamedTuple):
+    """The mapped axes that statistics are shared over, and the groups within them; hashable."""
+
+    axis_name: tuple[Hashable, ...] = ()
+    groups: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of devices that share."""
+        if self.groups is not None:
+            return len(self.groups[0])
+        return math.prod(lax.axis_size(name) for name in self.axis_name)
+
+    def sum(self, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "..."], ...]:
+        """Sums each part over the devices, in one collective of all parts end to end."""
+        if not self.axis_name:
+            return parts
+        dtype = jnp.result_type(*parts)
+        flat = jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts])
+        total, cut, sums = self._sum(flat), 0, []
+        for part in parts:
+            piece = total[cut : cut + part.size].reshape(part.shape)
+            real = jnp.iscomplexobj(piece) and not jnp.iscomplexobj(part)
+            sums.append((piece.real if real else piece).astype(part.dtype))
+            cut += part.size
+        return tuple(sums)
+
+    def _sum(self, flat: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
+        if self.groups is None:
+            return lax.psum(flat, self.axis_name)
+        (name,) = self.axis_name
+        if _tracks_variation(name):
+            # psum knows no groups under check_vma=True; a gather within a group is small.
+            return lax.all_gather(flat, name, axis_index_groups=self.groups).sum(0)
+        return lax.psum(flat, name, axis_index_groups=self.groups)
+
+    def knows_equal(self, value: Array) -> bool:
+        """Whether the types alone prove that all who share hold the same `value`."""
+        return all(_tracks_variation(name) and name not in varying_axes(value) for name in self.axis_name)
+
+
+ALONE = Sharing()
+
+
+def fingerprint(value: Inexact[Array, "..."]) -> Inexact[Array, "32"]:
+    """Returns the 32 bits of a checksum of `value`, as zeros and ones that devices can add up.
+
+    Only sums travel, and a sum of equal values is not told from one of different values; but devices hold the same
+    value if each bit of its checksum adds up to zero or to the number of devices.
+    """
+    parts = (value.real, value.imag) if jnp.iscomplexobj(value) else (value,)
+    words = jnp.concatenate([lax.bitcast_convert_type(part, jnp.uint32).ravel() for part in parts])
+    odd = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+    checksum = jnp.sum(words * odd * jnp.uint32(2654435761), dtype=jnp.uint32)
+    bits = (checksum >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.astype(parts[0].dtype)
+
+
+def all_equal(bit_sums: Inexact[Array, "32"], devices: int) -> Bool[Array, ""]:
+    """Whether the summed fingerprints show that all devices hold the same value."""
+    return jnp.all((bit_sums == 0) | (bit_sums == devices))
+
+
+def varying_axes(value: Any) -> frozenset[Hashable]:
+    """Returns the mapped axes that `value` is known to vary over (none where JAX does not track it)."""
+    kind = jax.typeof(value)
+    return getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", frozenset())
+
+
+def _tracks_variation(name: Hashable) -> bool:
+    return name in varying_axes(lax.axis_index(name))
+
+
+def vary_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "..."], ...]:
+    """Casts equal-shaped parts to vary over the mapped axes that `x` varies over, all in one cast.
+
+    The transpose of that cast is a sum over devices. Left to JAX it happens part by part: an all-reduce in the backward
+    pass for each of mean, scale and bias. Packed, it is one.
+    """
+    missing = varying_axes(x) - frozenset().union(*map(varying_axes, parts))
+    if not missing:
+        return parts
+    packed = lax.pcast(jnp.stack(parts), tuple(missing), to="varying")
+    return tuple(
+        (piece.real if jnp.iscomplexobj(piece) and not jnp.iscomplexobj(part) else piece)
+        for piece, part in zip(packed, parts, strict=True)
+    )
