@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core as jax_core
+from jax.core import Tracer
+from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE as axis_names_in_scope  # pyright: ignore
 
 from normjax._typing import Axes, AxisName
 
@@ -35,7 +36,7 @@ def refuse(
 
 def static_train(function: str, train: object) -> bool:
     """Returns `train` as a bool; refuses a traced or a non-boolean one."""
-    if isinstance(train, jax.core.Tracer):
+    if isinstance(train, Tracer):
         refuse(
             function,
             "`train` is traced, but it chooses which program is compiled",
@@ -159,7 +160,7 @@ def output_dtype(function: str, dtype: Any, x: jax.Array) -> Any:
             fix="Drop dtype to keep that of x",
             kind=TypeError,
         )
-    return dtype
+    return jnp.dtype(dtype)
 
 
 def choice(function: str, name: str, given: object, allowed: Sequence[object]) -> None:
@@ -230,7 +231,7 @@ def bound_axis(function: str, axis_name: AxisName | None) -> tuple[Hashable, ...
         try:
             lax.axis_size(name)
         except NameError:
-            scope = [str(axis) for axis in jax_core.unsafe_get_axis_names_DO_NOT_USE()]
+            scope = [str(axis) for axis in axis_names_in_scope()]
             refuse(
                 function,
                 f"axis name {name!r} is not bound here",

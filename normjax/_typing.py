@@ -1,10 +1,14 @@
-"""The types that public signatures are written in."""
+"""The types that public signatures are written in, and how dtypes combine."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import reduce
 from typing import Any, Literal, Protocol
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Inexact, Int, Key, Num, Shaped
 
@@ -19,6 +23,12 @@ Mask = Bool[Array, "..."]
 Params = dict[str, FeatureArray]
 BatchStats = dict[str, Num[Array, "..."]]
 PRNGKey = Key[Array, ""] | Shaped[Array, "2"]
+
+
+def promote(*dtypes: DTypeLike) -> np.dtype:
+    """Returns the dtype that holds all of them, also where JAX is told to be strict with implicit promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return reduce(jnp.promote_types, dtypes, jnp.dtype(dtypes[0]))
 
 
 class Initializer(Protocol):
@@ -42,4 +52,5 @@ __all__ = [
     "PRNGKey",
     "Params",
     "RunningVar",
+    "promote",
 ]

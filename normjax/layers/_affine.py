@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Inexact
 
 from normjax import _checks
-from normjax._typing import Activations, DTypeLike, Initializer, Params, PRNGKey
+from normjax._typing import Activations, DTypeLike, Initializer, Params, PRNGKey, promote
 from normjax.statistics.sharing import vary_like
 
 
@@ -73,7 +72,7 @@ def normalize(
       axes: the reduced axes of x, which mean and var are broadcast along.
       epsilon: added to the variance.
     """
-    dtype = reduce(jnp.promote_types, [leaf.dtype for leaf in (x, mean, var, *params.values())])
+    dtype = promote(*(leaf.dtype for leaf in (x, mean, var, *params.values())))
     mean = mean.astype(dtype)
     center = lax.stop_gradient(mean)
     multiplier = lax.rsqrt(var + epsilon).astype(dtype)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.nn.initializers import ones, zeros
 from jaxtyping import Array, ArrayLike
 
@@ -25,16 +27,18 @@ from normjax._typing import (
     Params,
     PRNGKey,
     RunningVar,
+    promote,
 )
 from normjax.layers._affine import init_params, normalize
-from normjax.statistics.moments import Moments, merge_stacked, safe_moments, widen
+from normjax.layers._ghost import count_slices, cut
+from normjax.statistics.moments import STATISTICS, Moments, merge_stacked, safe_moments, widen
 from normjax.statistics.running import (
     OPTIONS,
     check_batch_stats,
     init_batch_stats,
     update_batch_stats,
 )
-from normjax.statistics.sharing import Sharing
+from normjax.statistics.sharing import ALONE, Sharing
 
 
 def batch_norm_init(
@@ -141,8 +145,8 @@ def batch_norm(
       epsilon: added to the variance.
       running_var: which estimate of the variance is stored, "biased" (Flax, Keras) or "unbiased" (PyTorch, the paper).
       mask: bool, broadcastable to x: True where an element counts. Elements that do not count are normalized like the
-        others but leave no trace in statistics or gradients; where one is NaN or infinite, y is the bias. Features of
-        which nothing counts use and keep their running statistics.
+        others but leave no trace in the statistics; where one is NaN or infinite, y is the bias, a constant. Features
+        of which nothing counts use and keep their running statistics.
       axis_name: mapped axis or axes (pmap, shard_map, vmap) over which the statistics are shared, in training. Under
         plain jit with sharded x they are those of the global batch without it.
       axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
@@ -198,128 +202,109 @@ def apply_batch_norm(
     x = _checks.activations("batch_norm", x)
     mask = _checks.mask("batch_norm", mask, x.shape)
     kept = _checks.axes("batch_norm", "feature_axes", settings.feature_axes, x.shape)
-    features = tuple(x.shape[axis] for axis in kept)
     if settings.drop_in and jnp.iscomplexobj(x):
         mean = jnp.asarray(batch_stats["mean"])
-        batch_stats = batch_stats | {"mean": mean.astype(jnp.promote_types(mean.dtype, x.dtype))}
-    _check_state(params, batch_stats, x, features, settings)
+        batch_stats = batch_stats | {"mean": mean.astype(promote(mean.dtype, x.dtype))}
+    _check_state(params, batch_stats, x, tuple(x.shape[axis] for axis in kept), settings)
     dtype = _checks.output_dtype("batch_norm", settings.dtype, x)
     params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats))
     axes = tuple(axis for axis in range(x.ndim) if axis not in kept)
-    if train:
-        y, batch_stats = _train(params, batch_stats, x, mask, axes, settings)
-    else:
-        statistics = Moments(0, batch_stats["mean"], batch_stats["var"])
-        y = _normalize(params, statistics, widen(x), mask, axes, settings)
-    return y.astype(dtype), batch_stats
-
-
-def _train(
-    params: Params,
-    batch_stats: BatchStats,
-    x: Array,
-    mask: Array | None,
-    axes: tuple[int, ...],
-    settings: Settings,
-) -> tuple[Array, BatchStats]:
-    sharing = _sharing(x, axes, settings)
-    shape, size = x.shape, settings.virtual_batch_size
-    if size is not None:
-        x, mask, axes = _slice(x, mask, axes, size)
-    wide = widen(x)
-    seen = safe_moments(
-        x,
-        wide,
-        axes,
-        shift=batch_stats["mean"],
-        mask=mask,
-        sharing=sharing,
-        epsilon=settings.epsilon,
+    plan = _Plan(axes, float(settings.epsilon), dtype)
+    if not train:
+        return _infer(params, batch_stats, x, mask, plan), batch_stats
+    momentum, scheduled = settings.momentum, None
+    if not isinstance(momentum, float | int | None):
+        momentum, scheduled = None, momentum
+    plan = plan._replace(
+        momentum=momentum,
+        running_var=settings.running_var,
+        sharing=_sharing(x, axes, settings),
+        virtual_batch_size=settings.virtual_batch_size,
     )
+    return _train(params, batch_stats, x, mask, scheduled, plan)
+
+
+class _Plan(NamedTuple):
+    """What is static about a step; hashable, so that eager calls compile it once."""
+
+    axes: tuple[int, ...]
+    epsilon: float
+    dtype: jnp.dtype
+    momentum: float | None = None
+    running_var: RunningVar = "biased"
+    sharing: Sharing = ALONE
+    virtual_batch_size: int | None = None
+
+
+@partial(jax.jit, static_argnames="plan", inline=True)
+@partial(
+    jax.checkpoint,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.save_only_these_names(STATISTICS),
+    static_argnums=5,
+)
+def _train(
+    params: Params, batch_stats: BatchStats, x: Array, mask: Array | None, momentum: Array | None, plan: _Plan
+) -> tuple[Array, BatchStats]:
+    """One step; for the backward pass it keeps x as it came and the statistics, and nothing else of x's size."""
+    shape, axes, size = x.shape, plan.axes, plan.virtual_batch_size
+    if size is not None:
+        x, mask, axes = cut(x, mask, axes, size)
+    wide = widen(x)
+    seen = safe_moments(x, wide, axes, shift=batch_stats["mean"], mask=mask, sharing=plan.sharing, epsilon=plan.epsilon)
     if mask is not None:
         population = batch_stats["var"].astype(seen.var.dtype)
         seen = seen._replace(var=jnp.where(jnp.asarray(seen.count) > 0, seen.var, population))
-    y = _normalize(params, seen, wide, mask, axes, settings).reshape(shape)
+    y = _normalize(params, seen, wide, mask, plan._replace(axes=axes)).reshape(shape)
     batch_stats = update_batch_stats(
         batch_stats,
         seen if size is None else merge_stacked(seen),
-        momentum=settings.momentum,
-        running_var=settings.running_var,
+        momentum=plan.momentum if momentum is None else momentum,
+        running_var=plan.running_var,
     )
     return y, batch_stats
 
 
-def _normalize(
-    params: Params,
-    statistics: Moments,
-    wide: Array,
-    mask: Array | None,
-    axes: tuple[int, ...],
-    settings: Settings,
-) -> Array:
-    if mask is not None:
-        # A NaN times a gradient of zero is NaN: it must not get as far as the derivative of the scale.
-        mean = jnp.expand_dims(statistics.mean, axes).astype(wide.dtype)
-        wide = jnp.where(mask | jnp.isfinite(wide), wide, mean)
-    return normalize(wide, statistics.mean, statistics.var, params, axes=axes, epsilon=settings.epsilon)
+@partial(jax.jit, static_argnames="plan", inline=True)
+def _infer(params: Params, batch_stats: BatchStats, x: Array, mask: Array | None, plan: _Plan) -> Array:
+    return _normalize(params, Moments(0, batch_stats["mean"], batch_stats["var"]), widen(x), mask, plan)
 
 
-def _slice(
-    x: Array, mask: Array | None, axes: tuple[int, ...], size: int
-) -> tuple[Array, Array | None, tuple[int, ...]]:
-    """Cuts axis 0 into slices of `size` examples; a new axis 0 counts them."""
-    split = (x.shape[0] // size, size, *x.shape[1:])
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, x.shape).reshape(split)
-    return x.reshape(split), mask, tuple(axis + 1 for axis in axes)
+def _normalize(params: Params, statistics: Moments, wide: Array, mask: Array | None, plan: _Plan) -> Array:
+    def scaled(wide: Array) -> Array:
+        return normalize(wide, statistics.mean, statistics.var, params, axes=plan.axes, epsilon=plan.epsilon)
+
+    if mask is None:
+        return scaled(wide).astype(plan.dtype)
+    # A NaN times a gradient of zero is NaN: it must not get as far as the derivative of the scale.
+    sound = mask | jnp.isfinite(wide)
+    mean = jnp.expand_dims(lax.stop_gradient(statistics.mean), plan.axes).astype(wide.dtype)
+    y = scaled(jnp.where(sound, wide, mean)).astype(plan.dtype)
+    return jnp.where(sound, y, lax.stop_gradient(y))
 
 
 def _sharing(x: Array, axes: tuple[int, ...], settings: Settings) -> Sharing:
-    """Checks what only training asks for: bound axes, slices that divide, more than one value per feature."""
+    """Checks what only training asks for: bound axis names, slices that divide, more than one value per feature."""
     names = _checks.bound_axis("batch_norm", settings.axis_name)
-    groups = _checks.index_groups("batch_norm", settings.axis_index_groups, names)
-    sharing = Sharing(names, groups)
-    slices, size = 1, settings.virtual_batch_size
-    if size is not None:
-        _check_slices(x, axes, size)
-        slices = x.shape[0] // size
-    values = math.prod(x.shape[axis] for axis in axes) * sharing.size
-    if values == slices and not settings.drop_in:
+    sharing = Sharing(names, _checks.index_groups("batch_norm", settings.axis_index_groups, names))
+    slices = count_slices("batch_norm", x, axes, settings.virtual_batch_size)
+    if math.prod(x.shape[axis] for axis in axes) * sharing.size == slices and not settings.drop_in:
         _checks.refuse(
             "batch_norm",
-            "there is one value per feature, whose variance is 0 and whose y is the bias",
+            "there is one value per feature: its variance is 0, and y would be the bias whatever x is",
             expected="at least 2 values per feature in training",
             got=f"1 for x.shape={x.shape}, feature_axes={settings.feature_axes!r}, "
-            f"virtual_batch_size={size!r} and {sharing.size} device(s)",
+            f"virtual_batch_size={settings.virtual_batch_size!r} and {sharing.size} device(s)",
             fix="Use a larger batch, share statistics with axis_name, or pass train=False",
         )
     return sharing
-
-
-def _check_slices(x: Array, axes: tuple[int, ...], size: int) -> None:
-    whole = isinstance(size, int) and size > 0 and 0 in axes and x.shape[0] % size == 0
-    if not whole:
-        _checks.refuse(
-            "batch_norm",
-            "the examples do not divide into ghost batches",
-            expected="a positive virtual_batch_size that divides the examples of axis 0, which is no feature axis",
-            got=f"virtual_batch_size={size!r} and {x.shape[0]} examples for x.shape={x.shape}",
-            fix="Choose a divisor, or drop the last, smaller batch",
-        )
 
 
 def _check_state(
     params: Params, batch_stats: BatchStats, x: Array, features: tuple[int, ...], settings: Settings
 ) -> None:
     """Checks leaves and options against x."""
-    _checks.leaves(
-        "batch_norm",
-        "params",
-        params,
-        shape=features,
-        required=set(),
-        optional={"scale", "bias"},
-    )
+    _checks.leaves("batch_norm", "params", params, shape=features, required=set(), optional={"scale", "bias"})
     check_batch_stats("batch_norm", batch_stats, features, x.dtype, settings.momentum)
     _checks.choice("batch_norm", "running_var", settings.running_var, OPTIONS)
     _checks.between("batch_norm", "epsilon", settings.epsilon, 0.0, math.inf)

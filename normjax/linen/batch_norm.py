@@ -71,7 +71,14 @@ class BatchNorm(nn.BatchNorm):
         x = jnp.asarray(x)
         kept = _checks.axes("BatchNorm", "axis", self.axis, x.shape)
         features = tuple(x.shape[axis] for axis in kept)
-        running = self._running(features)
+        # In Flax's dtypes; with complex x the mean turns complex in training.
+        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        running = {
+            "mean": self.variable("batch_stats", "mean", jnp.zeros, features, dtype),
+            "var": self.variable("batch_stats", "var", jnp.ones, features, dtype),
+        }
+        if self.momentum is None:
+            running["count"] = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
         params = {}
         if self.use_scale:
             params["scale"] = self.param("scale", self.scale_init, features, self.param_dtype)
@@ -84,34 +91,25 @@ class BatchNorm(nn.BatchNorm):
             x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype),
             not population,
             None if mask is None else jnp.asarray(mask, bool),
-            self._settings(kept, dtype),
+            _settings(self, kept, dtype),
         )
         if not (population or self.is_initializing()):
             for leaf, value in batch_stats.items():
                 running[leaf].value = value
         return y
 
-    def _running(self, features: tuple[int, ...]) -> dict[str, nn.Variable]:
-        """The running statistics, in Flax's dtypes."""
-        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, features, dtype)
-        running = {"mean": mean, "var": var}
-        if self.momentum is None:
-            running["count"] = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
-        return running
 
-    def _settings(self, kept: tuple[int, ...], dtype: Any) -> Settings:
-        """Flax's names in normjax's; no axis is touched at initialization."""
-        mapped = not self.is_initializing()
-        return Settings(
-            feature_axes=kept,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            running_var=self.running_var,
-            axis_name=self.axis_name if mapped else None,
-            axis_index_groups=self.axis_index_groups if mapped else None,
-            virtual_batch_size=self.virtual_batch_size,
-            dtype=dtype,
-            drop_in=True,
-        )
+def _settings(norm: BatchNorm, kept: tuple[int, ...], dtype: Any) -> Settings:
+    """Flax's names in normjax's; no axis is touched at initialization."""
+    mapped = not norm.is_initializing()
+    return Settings(
+        feature_axes=kept,
+        momentum=norm.momentum,
+        epsilon=norm.epsilon,
+        running_var=norm.running_var,
+        axis_name=norm.axis_name if mapped else None,
+        axis_index_groups=norm.axis_index_groups if mapped else None,
+        virtual_batch_size=norm.virtual_batch_size,
+        dtype=dtype,
+        drop_in=True,
+    )

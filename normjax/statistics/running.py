@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
-from normjax._typing import BatchStats, DTypeLike, RunningVar
+from normjax._typing import BatchStats, DTypeLike, RunningVar, promote
 from normjax.statistics.moments import Moments
 
 OPTIONS = ("biased", "unbiased")
@@ -15,7 +15,7 @@ OPTIONS = ("biased", "unbiased")
 
 def init_batch_stats(features: tuple[int, ...], dtype: DTypeLike, *, count: bool) -> BatchStats:
     """Returns mean 0 and variance 1 in at least float32, and the count of batches where asked for."""
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = promote(dtype, jnp.float32)
     batch_stats = {"mean": jnp.zeros(features, dtype), "var": jnp.ones(features, jnp.finfo(dtype).dtype)}
     return batch_stats | ({"count": jnp.zeros((), jnp.int32)} if count else {})
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Inexact
 
+from normjax._typing import promote
+
 
 class Sharing(NamedTuple):
     """The mapped axes that statistics are shared over, and the groups within them; hashable."""
@@ -29,7 +31,7 @@ class Sharing(NamedTuple):
         """Sums each part over the devices, in one collective of all parts end to end."""
         if not self.axis_name:
             return parts
-        dtype = jnp.result_type(*parts)
+        dtype = promote(*(part.dtype for part in parts))
         flat = jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts])
         total, cut, sums = self._sum(flat), 0, []
         for part in parts:

@@ -1,0 +1,43 @@
+"""Ghost batches: slices of the batch that are normalized each by statistics of their own (Hoffer et al., 2017)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from normjax import _checks
+
+
+def count_slices(function: str, x: Array, axes: tuple[int, ...], size: int | None) -> int:
+    """Returns how many slices of `size` examples axis 0 has (None: one, of all); refuses a remainder."""
+    if size is None:
+        return 1
+    examples = x.shape[0]
+    if not (isinstance(size, int) and size > 0 and examples % size == 0):
+        _checks.refuse(
+            function,
+            "the examples do not divide into ghost batches",
+            expected="a positive virtual_batch_size that divides the number of examples",
+            got=f"virtual_batch_size={size!r} and {examples} examples for x.shape={x.shape}",
+            fix="Choose a divisor, or drop the last, smaller batch",
+        )
+    if 0 not in axes:
+        _checks.refuse(
+            function,
+            "virtual_batch_size cuts axis 0, which is a feature axis",
+            expected="examples along axis 0",
+            got=f"virtual_batch_size={size} and reduced axes {axes} for x.shape={x.shape}",
+            fix="Move the examples to axis 0: jnp.moveaxis(x, batch_axis, 0)",
+        )
+    return examples // size
+
+
+def cut(x: Array, mask: Array | None, axes: tuple[int, ...], size: int) -> tuple[Array, Array | None, tuple[int, ...]]:
+    """Cuts axis 0 into slices; a new axis 0, which acts as one more feature axis, counts them.
+
+    Returns x, the mask and the reduced axes, all with the new axis.
+    """
+    slices = (x.shape[0] // size, size, *x.shape[1:])
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, x.shape).reshape(slices)
+    return x.reshape(slices), mask, tuple(axis + 1 for axis in axes)

@@ -1,0 +1,100 @@
+"""What synced batch norm costs, read off the compiled program: one collective each way, of O(features) elements."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import normjax as nj
+from tests.distributed.hlo import collectives, computations, in_branches
+from tests.distributed.mapped import DEVICES, SPLIT, WHOLE, mesh, stacked
+
+FEATURES = 128
+REDUCE = "all-reduce"
+
+
+def forward(params, batch_stats, x, mask, **axis):
+    return nj.batch_norm(params, batch_stats, x, True, mask=mask, **axis)
+
+
+def backward(params, batch_stats, x, mask, **axis):
+    def loss(params, x):
+        y, _ = forward(params, batch_stats, x, mask, **axis)
+        return jnp.sum(y**2)
+
+    return jax.grad(loss, argnums=(0, 1))(params, x)
+
+
+def compiled(program, way, masked):
+    params, batch_stats = nj.batch_norm_init(FEATURES)
+    x = jnp.ones((4 * DEVICES, 3, FEATURES))
+    operands = (params, batch_stats, x, jnp.ones((4 * DEVICES, 3, 1), bool) if masked else None)
+    run = partial(program, axis_name="data")
+    if way == "pmap":
+        mapped = jax.pmap(run, axis_name="data", in_axes=(None, None, 0, 0))
+        return mapped.lower(params, batch_stats, *stacked(operands[2:])).compile()
+    check_vma = way == "shard_map"
+    outputs = (SPLIT, WHOLE) if program is forward else (WHOLE if check_vma else SPLIT, SPLIT)
+    mapped = jax.shard_map(
+        run, mesh=mesh(data=DEVICES), in_specs=(WHOLE, WHOLE, SPLIT, SPLIT), out_specs=outputs, check_vma=check_vma
+    )
+    return jax.jit(mapped).lower(*operands).compile()
+
+
+@pytest.mark.parametrize("way", ["pmap", "shard_map", "shard_map unchecked"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_all_reduce_forward(way, masked):
+    ((kind, size),) = collectives(compiled(forward, way, masked))
+    assert kind == REDUCE
+    assert size <= 3 * FEATURES + 32 + 1
+
+
+@pytest.mark.parametrize("way", ["pmap", "shard_map", "shard_map unchecked"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_all_reduce_backward(way, masked):
+    both = collectives(compiled(backward, way, masked))
+    assert [kind for kind, _ in both] == [REDUCE, REDUCE], "one forward, one backward"
+    assert all(size <= 3 * FEATURES + 32 + 1 for _, size in both)
+
+
+def test_checked_shard_map_sends_two_numbers_a_feature():
+    """With check_vma the types prove that replicas agree, and scale and bias get their gradients from the same sum."""
+    assert collectives(compiled(forward, "shard_map", False)) == [(REDUCE, 2 * FEATURES)]
+    assert sorted(collectives(compiled(backward, "shard_map", False))) == [(REDUCE, 2 * FEATURES)] * 2
+    assert collectives(compiled(forward, "shard_map", True)) == [(REDUCE, 2 * FEATURES + 1)]
+
+
+def test_the_second_pass_is_in_a_branch_with_a_collective_of_its_own():
+    text = compiled(forward, "shard_map", False).as_text()
+    bodies = computations(text)
+    inside = "".join(bodies[name] for name in in_branches(bodies))
+    assert len(re.findall(r" all-reduce(?:-start)?\(", inside)) == 1
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 2
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_the_second_pass_is_taken_when_it_must_be_on_all_devices_at_once(offset, monkeypatch):
+    """Counts the passes that really run: on each device one, or two where the data lie far from the running mean."""
+    from normjax.statistics import moments as room
+
+    seen, original = [], room._shifted_moments
+
+    def counted(how, wide, *rest):
+        jax.debug.callback(seen.append, lax.axis_index("data"))
+        return original(how, wide, *rest)
+
+    monkeypatch.setattr(room, "_shifted_moments", counted)
+    monkeypatch.setattr(room, "_compiled", room._safe_moments)
+    jax.clear_caches()
+    params, batch_stats = nj.batch_norm_init(2)
+    x = jax.random.normal(jax.random.key(0), (4 * DEVICES, 3, 2)) + jnp.asarray([0.0, offset])
+    jax.block_until_ready(
+        jax.pmap(partial(forward, params, batch_stats, mask=None, axis_name="data"), axis_name="data")(*stacked((x,)))
+    )
+    jax.effects_barrier()
+    passes = 2 if offset else 1
+    assert sorted(map(int, seen)) == sorted(list(range(DEVICES)) * passes)
+    jax.clear_caches()

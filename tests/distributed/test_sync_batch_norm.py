@@ -1,0 +1,255 @@
+"""Synced batch norm on 8 devices is batch norm of the whole batch on one."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec
+
+import normjax as nj
+from tests.compare import assert_close, assert_finite, assert_trees_close
+from tests.distributed.mapped import DEVICES, SPLIT, WAYS, WHOLE, mesh, one_device, step
+
+FEATURES = 3
+GROUPS = [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def operands(rng, *, dtype=jnp.float32, offset=0.0, mask=None, features=FEATURES):
+    """Scale, bias and running statistics that are no special case, and x of 4 examples a device."""
+    params, batch_stats = nj.batch_norm_init(features)
+    params = {leaf: value + jnp.asarray(rng.normal(size=features), jnp.float32) for leaf, value in params.items()}
+    batch_stats["mean"] += 0.5
+    x, weight = (jnp.asarray(rng.normal(size=(4 * DEVICES, 5, features)), jnp.float32) for _ in range(2))
+    return params, batch_stats, (x + offset).astype(dtype), weight / x.size, mask
+
+
+def assert_steps_close(actual, expected, rtol=1e-5):
+    """Equal to rtol of each array's largest value: single values may lie near zero by cancellation."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert_close(a, b, atol=rtol * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_one_device(rng, way, masked):
+    mask = jnp.asarray(rng.random((4 * DEVICES, 5, 1)) < 0.6) if masked else None
+    given = operands(rng, mask=mask)
+    assert_steps_close(WAYS[way](*given)(*given), one_device(*given))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_empty_shard_and_nan_under_the_mask_change_nothing(rng, way):
+    kept = np.ones((4 * DEVICES, 1, 1), bool)
+    kept[:4] = False  # device 0 is empty
+    kept[9] = False  # device 2 lacks an example
+    params, batch_stats, x, weight, _ = operands(rng)
+    poisoned = jnp.where(kept, x, jnp.nan)
+    given = (params, batch_stats, poisoned, weight, jnp.asarray(kept))
+    result = jax.tree.map(np.asarray, WAYS[way](*given)(*given))
+    rows = kept[:, 0, 0]
+    y, new, d_params, dx = one_device(params, batch_stats, x[rows], weight[rows], None)
+    assert_steps_close((result[0][rows], result[1], result[2], result[3][rows]), (y, new, d_params, dx))
+    assert not np.any(result[3][~rows])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_masked_leaves_the_statistics_alone(rng, way):
+    given = operands(rng, mask=jnp.zeros((4 * DEVICES, 5, 1), bool))
+    y, batch_stats, d_params, dx = WAYS[way](*given)(*given)
+    assert_trees_close(batch_stats, given[1])
+    assert_finite((y, d_params, dx))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_offsets_that_differ_between_devices_by_1e4(rng, way):
+    ramp = jnp.linspace(0, 1e4, DEVICES).repeat(4)[:, None, None]
+    given = operands(rng, offset=ramp)
+    assert_steps_close(WAYS[way](*given)(*given), one_device(*given))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_common_offset_of_1e4_on_the_first_step(rng, way):
+    given = operands(rng, offset=1e4)
+    y, batch_stats, _, _ = WAYS[way](*given)(*given)
+    x = np.asarray(given[2], np.float64)
+    assert_close(batch_stats["var"], 0.99 + 0.01 * x.var((0, 1)), rtol=1e-5)
+    # y is offset by the rounding of the mean, half a unit in the last place of 1e4 at most, that is 5e-4.
+    assert_close(y, (x - x.mean((0, 1))) / x.std((0, 1)) * given[0]["scale"] + given[0]["bias"], atol=5e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bfloat16(rng, way):
+    given = operands(rng, dtype=jnp.bfloat16)
+    result, expected = WAYS[way](*given)(*given), one_device(*given)
+    assert result[0].dtype == result[3].dtype == jnp.bfloat16
+    assert result[1]["mean"].dtype == result[2]["scale"].dtype == jnp.float32
+    assert_steps_close(result[1:3], expected[1:3])
+    assert_steps_close((result[0], result[3]), (expected[0], expected[3]), rtol=2**-8)
+
+
+@pytest.mark.parametrize("way", ["pmap", "shard_map", "shard_map unchecked"])
+def test_groups_of_devices_are_batches_of_their_own(rng, way):
+    params, batch_stats, x, weight, _ = operands(rng)
+    axis = dict(axis_name="data", axis_index_groups=GROUPS)
+    run = partial(step, **axis)
+    if way == "pmap":
+        split = lambda a: a.reshape(DEVICES, 4, *a.shape[1:])  # noqa: E731
+        y, stats, d_params, dx = jax.pmap(lambda *a: run(*a, None), axis_name="data", in_axes=(None, None, 0, 0))(
+            params, batch_stats, split(x), split(weight)
+        )
+        y, dx = (jnp.asarray(a).reshape(x.shape) for a in (y, dx))
+        stats = jax.tree.map(lambda a: a[jnp.asarray([0, 4])], stats)
+        d_params = jax.tree.map(lambda a: a.sum(0), d_params)
+    else:
+        check = way == "shard_map"
+
+        def local(params, batch_stats, x, weight):
+            y, stats, d_params, dx = run(params, batch_stats, x, weight, None)
+            d_params = d_params if check else lax.psum(d_params, "data")
+            return y, jax.tree.map(lambda a: a[None], stats), d_params, dx
+
+        mapped = jax.shard_map(
+            local,
+            mesh=mesh(data=DEVICES),
+            in_specs=(WHOLE, WHOLE, SPLIT, SPLIT),
+            out_specs=(SPLIT, SPLIT, WHOLE, SPLIT),
+            check_vma=check,
+        )
+        y, stats, d_params, dx = jax.jit(mapped)(params, batch_stats, x, weight)
+        stats = jax.tree.map(lambda a: a[jnp.asarray([0, 4])], stats)
+    halves = [one_device(params, batch_stats, x[half], weight[half], None) for half in (slice(16), slice(16, None))]
+    assert_steps_close(y, jnp.concatenate([half[0] for half in halves]))
+    assert_steps_close(stats, jax.tree.map(lambda a, b: jnp.stack([a, b]), halves[0][1], halves[1][1]))
+    assert_steps_close(d_params, jax.tree.map(jnp.add, halves[0][2], halves[1][2]))
+    assert_steps_close(dx, jnp.concatenate([half[3] for half in halves]))
+
+
+@pytest.mark.parametrize("names", ["data", "model", ("data", "model")])
+def test_statistics_over_one_axis_of_a_mesh_or_over_both(rng, names):
+    params, batch_stats, x, weight, _ = operands(rng)
+    both = PartitionSpec(("data", "model"))
+
+    def local(params, batch_stats, x, weight):
+        y, stats, d_params, dx = step(params, batch_stats, x, weight, None, axis_name=names)
+        return y, jax.tree.map(lambda a: a[None], stats), d_params, dx
+
+    stats_spec = {"data": PartitionSpec("model"), "model": PartitionSpec("data"), ("data", "model"): WHOLE}[names]
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh(data=4, model=2),
+        in_specs=(WHOLE, WHOLE, both, both),
+        out_specs=(both, stats_spec, WHOLE, both),
+    )
+    y, stats, d_params, dx = jax.jit(mapped)(params, batch_stats, x, weight)
+    shard = np.arange(4 * DEVICES) // 4
+    group = {"data": shard % 2, "model": shard // 2, ("data", "model"): shard * 0}[names]
+    total = jax.tree.map(jnp.zeros_like, params)
+    for index in range(group.max() + 1):
+        rows = group == index
+        expected = one_device(params, batch_stats, x[rows], weight[rows], None)
+        assert_steps_close((y[rows], dx[rows]), (expected[0], expected[3]))
+        assert_steps_close(jax.tree.map(lambda a, i=index: a[i], stats), expected[1])
+        total = jax.tree.map(jnp.add, total, expected[2])
+    assert_steps_close(d_params, total)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_features_split_over_a_model_axis(rng, offset):
+    # Only half of the features are offset: their devices take the second pass, the others do not.
+    offset = jnp.where(jnp.arange(4) < 2, offset, 0.0)
+    given = operands(rng, features=4, offset=offset)
+    features, examples = PartitionSpec("model"), PartitionSpec("data", None, "model")
+    mapped = jax.shard_map(
+        lambda *a: step(*a, None, axis_name="data"),
+        mesh=mesh(data=4, model=2),
+        in_specs=(features, features, examples, examples),
+        out_specs=(examples, features, features, examples),
+    )
+    assert_steps_close(jax.jit(mapped)(*given[:4]), one_device(*given))
+
+
+@pytest.mark.parametrize("transform", [jax.pmap, jax.vmap])
+def test_replicas_that_trained_apart_agree_once_they_share(rng, transform):
+    """Statistics are taken around the running mean; where replicas disagree on it, they must notice together."""
+    params, batch_stats, x, weight, _ = operands(rng)
+    apart = {
+        "mean": jnp.asarray(rng.normal(size=(DEVICES, FEATURES)), jnp.float32),
+        "var": jnp.ones((DEVICES, FEATURES)),
+    }
+    mapped = transform(
+        lambda stats, x: nj.batch_norm(params, stats, x, True, axis_name="data", momentum=0.0), axis_name="data"
+    )
+    y, new = mapped(apart, x.reshape(DEVICES, 4, 5, FEATURES))
+    expected_y, expected = nj.batch_norm(params, batch_stats, x, True, momentum=0.0)
+    assert_close(y.reshape(x.shape), expected_y, atol=1e-5)
+    for leaf, value in expected.items():
+        assert_close(new[leaf], jnp.broadcast_to(value, new[leaf].shape), rtol=1e-5, atol=1e-6)
+
+
+def test_sync_inside_scan_and_remat(rng):
+    params, batch_stats, x, weight, _ = operands(rng)
+
+    def epoch(params, batch_stats, x):
+        @jax.checkpoint
+        def body(carry, x):
+            y, batch_stats = nj.batch_norm(params, carry, x, True, axis_name="data")
+            return batch_stats, jnp.sum(y**3)
+
+        batch_stats, losses = lax.scan(body, batch_stats, x.reshape(2, -1, 5, FEATURES))
+        return lax.psum(losses.sum(), "data"), batch_stats
+
+    mapped = jax.shard_map(epoch, mesh=mesh(data=DEVICES), in_specs=(WHOLE, WHOLE, SPLIT), out_specs=(WHOLE, WHOLE))
+    (_, stats), grads = jax.jit(jax.value_and_grad(mapped, has_aux=True))(params, batch_stats, x)
+
+    def alone(params):
+        rows = x.reshape(DEVICES, 2, 2, 5, FEATURES).swapaxes(0, 1).reshape(2, -1, 5, FEATURES)
+        carry, total = batch_stats, 0.0
+        for part in rows:
+            y, carry = nj.batch_norm(params, carry, part, True)
+            total += jnp.sum(y**3)
+        return total, carry
+
+    (_, expected_stats), expected = jax.value_and_grad(alone, has_aux=True)(params)
+    assert_steps_close((stats, grads), (expected_stats, expected), rtol=1e-4)  # sums of cubes grow to 1e2
+
+
+def test_forward_mode_and_second_order_equal_one_device(rng):
+    params, batch_stats, x, weight, _ = operands(rng)
+
+    def mapped(x):
+        local = lambda x, w: lax.psum(  # noqa: E731
+            jnp.sum(nj.batch_norm(params, batch_stats, x, True, axis_name="data")[0] ** 2 * w), "data"
+        )
+        return jax.shard_map(local, mesh=mesh(data=DEVICES), in_specs=(SPLIT, SPLIT), out_specs=WHOLE)(x, weight)
+
+    def alone(x):
+        return jnp.sum(nj.batch_norm(params, batch_stats, x, True)[0] ** 2 * weight)
+
+    tangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    for derivative in (
+        lambda f: jax.jvp(f, (x,), (tangent,))[1],
+        lambda f: jax.jvp(jax.grad(f), (x,), (tangent,))[1],
+        lambda f: jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), tangent))(x),
+    ):
+        assert_steps_close(
+            jax.jit(lambda d=derivative: d(mapped))(), jax.jit(lambda d=derivative: d(alone))(), rtol=1e-4
+        )
+
+
+def test_evaluation_and_initialization_never_touch_the_axis(rng):
+    params, batch_stats, x, _, _ = operands(rng)
+    y, same = nj.batch_norm(params, batch_stats, x, False, axis_name="nowhere")
+    assert_trees_close(same, batch_stats)
+    norm = nj.linen.BatchNorm(use_running_average=False, axis_name="nowhere")
+    assert set(norm.init(jax.random.key(0), x)["batch_stats"]) == {"mean", "var"}
+
+
+def test_a_misspelt_axis_is_named_beside_those_in_scope(rng):
+    params, batch_stats, x, _, _ = operands(rng)
+    with pytest.raises(NameError, match=r"'dta' is not bound.*\['data'\].*axis_name='dta'"):
+        jax.vmap(lambda x: nj.batch_norm(params, batch_stats, x, True, axis_name="dta"), axis_name="data")(x)
+    with pytest.raises(NameError, match=r"'data' is not bound.*no axis is in scope"):
+        nj.batch_norm(params, batch_stats, x, True, axis_name="data")
