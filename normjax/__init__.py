@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from normjax.layers.batch_norm import batch_norm, batch_norm_init
-from normjax.statistics.moments import Moments, merge_moments, moments
+from normjax.statistics.moments import merge_moments, moments
 from normjax.statistics.running import update_batch_stats
+from normjax.statistics.safe_moments import Moments
 
 if TYPE_CHECKING:
     from normjax import linen, nnx

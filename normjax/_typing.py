@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import reduce
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ def promote(*dtypes: DTypeLike) -> np.dtype:
         return reduce(jnp.promote_types, dtypes, jnp.dtype(dtypes[0]))
 
 
+@runtime_checkable
 class Initializer(Protocol):
     """Makes an array from a key, a shape and a dtype, as those of `jax.nn.initializers` do."""
 

@@ -31,13 +31,14 @@ from normjax._typing import (
 )
 from normjax.layers._affine import init_params, normalize
 from normjax.layers._ghost import count_slices, cut
-from normjax.statistics.moments import STATISTICS, Moments, merge_stacked, safe_moments, widen
+from normjax.statistics.moments import merge_stacked
 from normjax.statistics.running import (
     OPTIONS,
     check_batch_stats,
     init_batch_stats,
     update_batch_stats,
 )
+from normjax.statistics.safe_moments import STATISTICS, Moments, safe_moments, widen
 from normjax.statistics.sharing import ALONE, Sharing
 
 

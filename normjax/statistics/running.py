@@ -8,7 +8,7 @@ from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
 from normjax._typing import BatchStats, DTypeLike, RunningVar, promote
-from normjax.statistics.moments import Moments
+from normjax.statistics.safe_moments import Moments
 
 OPTIONS = ("biased", "unbiased")
 

@@ -1,0 +1,45 @@
+# Everything runs in .venv, made on first use from pyproject.toml's extras.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-fast test-oldest lint format docs bench clean
+
+demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them, in under 2 minutes
+	$(BIN)/python examples/speedup.py
+
+test: $(VENV)/.test ## the whole suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(VENV)/.test ## what can be had in 90 s
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-oldest: ## the suite on the oldest versions that pyproject.toml allows
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable ".[test]"
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.dev ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.docs ## the site, in site/
+	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
+
+bench: $(VENV)/.bench ## the measurements behind the design
+	$(BIN)/python benchmarks/formulations.py
+
+clean:
+	rm -rf $(VENV) $(VENV)-oldest site
+
+$(VENV)/.%: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "Python 3.11 or newer with venv is needed (Debian: apt install python3-venv)"; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,50 @@
+"""Comparisons that compare: no NaN against NaN, no shape against another that broadcasts to it."""
+
+import jax
+import numpy as np
+
+
+def widest(x):
+    """`x` as a float64 or complex128 NumPy array."""
+    x = np.asarray(x)
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def assert_close(actual, expected, *, rtol=0.0, atol=0.0, dtype=None):
+    """Each |actual - expected| <= atol + rtol * |expected|, in equal shapes, against finite expectations."""
+    assert np.isfinite(widest(expected)).all(), f"the expectation itself is not finite: {expected}"
+    assert np.shape(actual) == np.shape(expected), f"shape {np.shape(actual)}, not {np.shape(expected)}"
+    if dtype is not None:
+        assert np.asarray(actual).dtype == dtype, f"dtype {np.asarray(actual).dtype}, not {np.dtype(dtype)}"
+    np.testing.assert_allclose(widest(actual), widest(expected), rtol=rtol, atol=atol)
+
+
+def assert_trees_close(actual, expected, *, rtol=0.0, atol=0.0):
+    """`assert_close` for each leaf of trees of one structure."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: assert_close(a, b, rtol=rtol, atol=atol), actual, expected)
+
+
+def assert_same_kind(actual, expected):
+    """Trees of one structure, whose leaves agree in shape and dtype."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    assert jax.tree.map(_kind, actual) == jax.tree.map(_kind, expected)
+
+
+def assert_identical(actual, expected):
+    """Trees of one structure, whose leaves agree in shape, in dtype and bit for bit."""
+    assert_same_kind(actual, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(_bits(a), _bits(b)), actual, expected)
+
+
+def assert_finite(tree):
+    for leaf in jax.tree.leaves(tree):
+        assert np.isfinite(widest(leaf)).all(), leaf
+
+
+def _kind(leaf):
+    return str((leaf.shape, leaf.dtype))
+
+
+def _bits(leaf):
+    return np.frombuffer(np.asarray(leaf).tobytes(), np.uint8)

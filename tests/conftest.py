@@ -1,0 +1,42 @@
+"""Eight CPU devices, strict promotion and bounded hypothesis: settled before JAX's backend starts."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+DEVICES = 8
+
+jax.config.update("jax_num_cpu_devices", DEVICES)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+hypothesis.settings.register_profile(
+    "normjax",
+    deadline=None,
+    max_examples=25,
+    derandomize="CI" in os.environ,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("normjax")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if len(jax.devices()) < DEVICES:
+        pytest.exit(f"{DEVICES} devices are needed, and {jax.devices()} are there", returncode=1)
+
+
+@pytest.fixture
+def rng():
+    """A NumPy generator with a fixed seed."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def promotion_as_in_flax():
+    """JAX's standard promotion: Flax's layers mix bfloat16 and float32 by way of it, and so do the doors' dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

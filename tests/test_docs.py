@@ -1,0 +1,45 @@
+"""What README, docs and docstrings show is executed."""
+
+import doctest
+import pathlib
+import re
+
+import jax
+import pytest
+
+import normjax as nj
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
+PUBLIC = {name: getattr(nj, name) for name in nj.__all__ if callable(getattr(nj, name))}
+PUBLIC |= {f"{door}.{name}": getattr(getattr(nj, door), name) for door in ("linen", "nnx") for name in ("BatchNorm",)}
+
+
+def blocks(page: pathlib.Path) -> str:
+    return "\n".join(re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_the_blocks_of_a_page_run_in_turn(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"):
+        exec(compile(blocks(page), page.name, "exec"), {"__name__": page.stem})
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_example_of_a_docstring_prints_what_it_says(name):
+    found = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs={})
+    results = [doctest.DocTestRunner().run(test) for test in found]
+    shown = sum(result.attempted for result in results)
+    assert shown > 0 or name == "Moments", "every public name shows an example"
+    assert not any(result.failed for result in results)
+
+
+def test_every_public_name_is_documented():
+    api = (ROOT / "docs" / "pages" / "api.md").read_text()
+    assert [name for name in PUBLIC if f"::: normjax.{name}\n" not in api] == []
+
+
+def test_links_and_pictures_of_the_readme_exist():
+    targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []

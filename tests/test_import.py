@@ -1,0 +1,35 @@
+"""`import normjax` is light."""
+
+import subprocess
+import sys
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_importing_normjax_loads_no_framework():
+    loaded = run("import sys, normjax; print(*sys.modules)")
+    assert "normjax" in loaded and "jax" in loaded
+    assert not {"flax", "optax", "matplotlib", "torch", "haiku", "keras"} & set(loaded)
+
+
+def test_the_doors_load_when_they_are_first_asked_for():
+    assert run("import normjax; print(normjax.linen.BatchNorm.__module__, normjax.nnx.BatchNorm.__module__)") == [
+        "normjax.linen.batch_norm",
+        "normjax.nnx.batch_norm",
+    ]
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error_that_says_so():
+    assert run("import normjax\ntry: normjax.torch\nexcept AttributeError as e: print('torch' in str(e))") == ["True"]
+
+
+def test_every_public_name_is_there_and_listed():
+    code = "import normjax; print(*normjax.__all__, *dir(normjax), *(hasattr(normjax, n) for n in normjax.__all__))"
+    names = run(code)
+    third = len(names) // 3
+    assert sorted(names[:third]) == names[third : 2 * third]
+    assert names[2 * third :] == ["True"] * third

@@ -1,0 +1,40 @@
+"""The annotations of public functions are true: checked at run time, over typical calls."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+import normjax as nj
+
+
+def typed(function):
+    return jaxtyped(function, typechecker=beartype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
+def test_batch_norm(dtype):
+    param_dtype = jnp.complex64 if dtype == jnp.complex64 else jnp.float32
+    params, batch_stats = typed(nj.batch_norm_init)((3, 2), param_dtype=param_dtype, count=True)
+    x = jnp.ones((4, 3, 2), dtype)
+    for train in (True, False):
+        typed(nj.batch_norm)(params, batch_stats, x, train, feature_axes=(1, 2), mask=x[..., :1].real > 0)
+    typed(nj.batch_norm)(params, batch_stats, x, True, feature_axes=(1, 2), momentum=None, virtual_batch_size=2)
+
+
+@pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)])
+def test_initializers_and_keys(key):
+    typed(nj.batch_norm_init)(3, key=key, scale_init=jax.nn.initializers.normal(), bias_init=jax.nn.initializers.zeros)
+
+
+def test_statistics():
+    x = jnp.ones((4, 3))
+    moments = typed(nj.moments)(x, 0, mask=x > 0)
+    merged = typed(nj.merge_moments)(moments, nj.Moments(4, moments.mean, moments.var))
+    typed(nj.update_batch_stats)({"mean": jnp.zeros(3), "var": jnp.ones(3)}, merged, momentum=jnp.float32(0.9))
+
+
+def test_a_wrong_type_is_noticed():
+    with pytest.raises(Exception, match="mask"):
+        typed(nj.moments)(jnp.ones((4, 3)), 0, mask=jnp.ones((4, 3)))
