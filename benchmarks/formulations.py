@@ -202,7 +202,7 @@ def compiled_figures(args: argparse.Namespace, dtype) -> list[dict]:
     rows = []
     for name, layer in LAYERS.items():
         for mode, program in programs(layer).items():
-            compiled = jax.jit(program).lower(*operands).compile()
+            compiled: Any = jax.jit(program).lower(*operands).compile()
             rows.append(
                 {
                     "layer": name,

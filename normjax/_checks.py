@@ -6,17 +6,17 @@ Every refusal reads
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jax.core import Tracer
-from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE as axis_names_in_scope  # pyright: ignore
 
-from normjax._typing import Axes, AxisName
+from normjax._typing import Axes
 
 Shape = tuple[int, ...]
 
@@ -146,21 +146,43 @@ def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
     return given.reshape((1,) * (len(shape) - given.ndim) + given.shape)
 
 
+def sizes(function: str, name: str, given: Any) -> tuple[int, ...]:
+    """Returns one or several axis sizes as ints; refuses what is none."""
+    try:
+        entries = tuple(operator.index(size) for size in (given if isinstance(given, Iterable) else (given,)))
+    except TypeError:
+        entries = (0,)
+    if min(entries, default=1) < 1:
+        refuse(
+            function,
+            f"{name} is not a size",
+            expected="a positive int, or several",
+            got=f"{name}={given!r}",
+            fix="Pass the size of x along feature_axes, as in x.shape[-1]",
+        )
+    return entries
+
+
 def output_dtype(function: str, dtype: Any, x: jax.Array) -> Any:
     """Returns the dtype of y; refuses one that cannot hold it."""
     if dtype is None:
         return x.dtype
     kind = jnp.complexfloating if jnp.iscomplexobj(x) else jnp.inexact
-    if not jnp.issubdtype(dtype, kind):
+    try:
+        asked: Any = jnp.dtype(dtype)
+        fits = jnp.issubdtype(asked, kind)
+    except TypeError:
+        asked, fits = repr(dtype), False
+    if not fits:
         refuse(
             function,
             "dtype cannot hold y",
             expected="a complex dtype" if jnp.iscomplexobj(x) else "a floating-point dtype",
-            got=f"dtype={jnp.dtype(dtype)} for x.dtype={x.dtype}, x.shape={x.shape}",
+            got=f"dtype={asked} for x.dtype={x.dtype}, x.shape={x.shape}",
             fix="Drop dtype to keep that of x",
             kind=TypeError,
         )
-    return jnp.dtype(dtype)
+    return asked
 
 
 def choice(function: str, name: str, given: object, allowed: Sequence[object]) -> None:
@@ -176,19 +198,21 @@ def choice(function: str, name: str, given: object, allowed: Sequence[object]) -
 
 
 def between(function: str, name: str, given: Any, low: float, high: float) -> None:
-    """Refuses a Python number outside `[low, high]`; a traced one cannot be seen and passes."""
-    if isinstance(given, (int, float)) and not low <= given <= high:
+    """Refuses a number that is not finite or outside `[low, high]`; that of a JAX array is not looked at."""
+    if isinstance(given, (int, float, np.generic)) and not (low <= float(given) <= high and math.isfinite(given)):
         refuse(
             function,
             f"{name} is out of range",
-            expected=f"{low} <= {name} <= {high}",
+            expected=f"a finite number, {low} <= {name} <= {high}",
             got=f"{name}={given!r}",
             fix=f"Choose {name} within the range",
         )
 
 
-def leaves(function: str, name: str, tree: Any, *, shape: Shape, required: set[str], optional: set[str]) -> None:
-    """Refuses a tree that is not a dict of the named arrays, each of `shape` (`count`: of shape ())."""
+def leaves(
+    function: str, name: str, tree: Any, *, shape: Shape, dtype: Any, required: set[str], optional: set[str]
+) -> None:
+    """Refuses a tree that is not a dict of the named arrays, each of `shape` and fit for x of `dtype`."""
     wanted = f"a dict with {sorted(required)} and at most {sorted(required | optional)}"
     if not isinstance(tree, dict):
         frozen = isinstance(tree, Mapping)
@@ -211,63 +235,32 @@ def leaves(function: str, name: str, tree: Any, *, shape: Shape, required: set[s
             fix="Pass this layer's own sub-tree, as its init function returned it",
         )
     for leaf, value in tree.items():
-        leaf_shape = () if leaf == "count" else shape
-        if jnp.shape(value) != leaf_shape:
-            refuse(
-                function,
-                f"{name}[{leaf!r}] does not fit the features of x",
-                expected=f"shape {leaf_shape}",
-                got=f"shape {jnp.shape(value)}",
-                fix="Check num_features of the init function, and feature_axes",
-            )
+        _leaf(function, f"{name}[{leaf!r}]", value, () if leaf == "count" else shape, _kind_of(leaf, dtype))
 
 
-def bound_axis(function: str, axis_name: AxisName | None) -> tuple[Hashable, ...]:
-    """Returns the mapped axis names as a tuple; refuses one that is not in scope."""
-    if axis_name is None:
-        return ()
-    names = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
-    for name in names:
-        try:
-            lax.axis_size(name)
-        except NameError:
-            scope = [str(axis) for axis in axis_names_in_scope()]
-            refuse(
-                function,
-                f"axis name {name!r} is not bound here",
-                expected=f"one of the axes in scope, {scope}" if scope else "an axis in scope",
-                got=f"axis_name={axis_name!r}" + ("" if scope else ", and no axis is in scope"),
-                fix="Call it under jax.pmap, jax.shard_map or jax.vmap with that axis_name, or drop "
-                "axis_name (plain jit synchronizes sharded inputs by itself)",
-                kind=NameError,
-            )
-    return names
+def _kind_of(leaf: str, dtype: Any) -> Any:
+    """What kind of number a leaf may hold: counts are ints, variances real, the others no wider a kind than x."""
+    if leaf == "count":
+        return jnp.integer
+    return jnp.inexact if leaf != "var" and jnp.issubdtype(dtype, jnp.complexfloating) else jnp.floating
 
 
-def index_groups(
-    function: str, groups: Sequence[Sequence[int]] | None, names: tuple[Hashable, ...]
-) -> tuple[tuple[int, ...], ...] | None:
-    """Returns groups as tuples; refuses those that do not partition the one mapped axis evenly."""
-    if groups is None:
-        return None
-    got = f"axis_index_groups={groups!r} for axis_name={names!r}"
-    if len(names) != 1:
+def _leaf(function: str, name: str, value: Any, shape: Shape, kind: Any) -> None:
+    if jnp.shape(value) != shape:
         refuse(
             function,
-            "axis_index_groups needs exactly one axis_name",
-            expected="one mapped axis",
-            got=got,
-            fix="Name the axis that the groups divide",
+            f"{name} does not fit the features of x",
+            expected=f"shape {shape}",
+            got=f"shape {jnp.shape(value)}",
+            fix="Check num_features of the init function, and feature_axes",
         )
-    size = lax.axis_size(names[0])
-    canonical = tuple(tuple(int(index) for index in group) for group in groups)
-    even = len({len(group) for group in canonical}) == 1
-    if not even or sorted(index for group in canonical for index in group) != list(range(size)):
+    dtype = jnp.asarray(value).dtype
+    if not jnp.issubdtype(dtype, kind):
         refuse(
             function,
-            "axis_index_groups does not partition the axis evenly",
-            expected=f"groups of one size that hold each of 0..{size - 1} once",
-            got=got,
-            fix="For groups of k: numpy.arange(size).reshape(-1, k).tolist()",
+            f"{name} holds the wrong kind of number",
+            expected={jnp.integer: "an int", jnp.floating: "a real float"}.get(kind, "a float, real or complex"),
+            got=f"dtype {dtype}",
+            fix="Pass it in the dtype that the init function gave it",
+            kind=TypeError,
         )
-    return canonical

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -39,7 +38,7 @@ from normjax.statistics.running import (
     update_batch_stats,
 )
 from normjax.statistics.safe_moments import STATISTICS, Moments, safe_moments, widen
-from normjax.statistics.sharing import ALONE, Sharing
+from normjax.statistics.sharing import ALONE, Sharing, share
 
 
 def batch_norm_init(
@@ -80,16 +79,7 @@ def batch_norm_init(
       >>> print(params["scale"], batch_stats["mean"], batch_stats["var"])
       [1. 1. 1.] [0. 0. 0.] [1. 1. 1.]
     """
-    sizes = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
-    sizes = tuple(operator.index(size) for size in sizes)
-    if not sizes or min(sizes) < 1:
-        _checks.refuse(
-            "batch_norm_init",
-            "a feature axis has no size",
-            expected="positive ints",
-            got=f"num_features={num_features!r}",
-            fix="Pass the size of x along feature_axes, as in x.shape[-1]",
-        )
+    sizes = _checks.sizes("batch_norm_init", "num_features", num_features)
     makers = {"scale": scale_init} if use_scale else {}
     makers |= {"bias": bias_init} if use_bias else {}
     params = init_params("batch_norm_init", sizes, makers, key, param_dtype)
@@ -157,7 +147,8 @@ def batch_norm(
 
     Returns:
       `y`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes. Statistics and y are
-      computed in at least float32 and rounded once; the variance is safe (see `moments`), on the first step too.
+      computed in at least float32 and rounded once; the variance is safe, on the first step too: right to 1e-5 of
+      `var + epsilon`.
 
     Raises:
       ValueError, TypeError, NameError: at trace time, for whatever does not fit: axes, leaves, dtypes, a mask, an axis
@@ -177,26 +168,14 @@ def batch_norm(
       (ICML 2015), Algorithms 1 and 2. Ghost batches: Hoffer, Hubara & Soudry (2017), Algorithm 1.
     """
     settings = Settings(
-        feature_axes,
-        momentum,
-        epsilon,
-        running_var,
-        axis_name,
-        axis_index_groups,
-        virtual_batch_size,
-        dtype,
+        feature_axes, momentum, epsilon, running_var, axis_name, axis_index_groups, virtual_batch_size, dtype
     )
     return apply_batch_norm(params, batch_stats, x, train, mask, settings)
 
 
 @jax.named_scope("batch_norm")
 def apply_batch_norm(
-    params: Params,
-    batch_stats: BatchStats,
-    x: Activations,
-    train: bool,
-    mask: Mask | None,
-    settings: Settings,
+    params: Params, batch_stats: BatchStats, x: Activations, train: bool, mask: Mask | None, settings: Settings
 ) -> tuple[Activations, BatchStats]:
     """Checks the arguments and does what `batch_norm` says."""
     train = _checks.static_train("batch_norm", train)
@@ -286,10 +265,10 @@ def _normalize(params: Params, statistics: Moments, wide: Array, mask: Array | N
 
 def _sharing(x: Array, axes: tuple[int, ...], settings: Settings) -> Sharing:
     """Checks what only training asks for: bound axis names, slices that divide, more than one value per feature."""
-    names = _checks.bound_axis("batch_norm", settings.axis_name)
-    sharing = Sharing(names, _checks.index_groups("batch_norm", settings.axis_index_groups, names))
+    sharing = share("batch_norm", settings.axis_name, settings.axis_index_groups)
     slices = count_slices("batch_norm", x, axes, settings.virtual_batch_size)
-    if math.prod(x.shape[axis] for axis in axes) * sharing.size == slices and not settings.drop_in:
+    values = math.prod(x.shape[axis] for axis in axes) * sharing.size
+    if values == slices > 0 and not settings.drop_in:
         _checks.refuse(
             "batch_norm",
             "there is one value per feature: its variance is 0, and y would be the bias whatever x is",
@@ -305,7 +284,9 @@ def _check_state(
     params: Params, batch_stats: BatchStats, x: Array, features: tuple[int, ...], settings: Settings
 ) -> None:
     """Checks leaves and options against x."""
-    _checks.leaves("batch_norm", "params", params, shape=features, required=set(), optional={"scale", "bias"})
+    _checks.leaves(
+        "batch_norm", "params", params, shape=features, dtype=x.dtype, required=set(), optional={"scale", "bias"}
+    )
     check_batch_stats("batch_norm", batch_stats, features, x.dtype, settings.momentum)
     _checks.choice("batch_norm", "running_var", settings.running_var, OPTIONS)
     _checks.between("batch_norm", "epsilon", settings.epsilon, 0.0, math.inf)

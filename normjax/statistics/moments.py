@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from normjax import _checks
 from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, Mask
 from normjax.statistics.safe_moments import Moments, abs2, safe_moments, widen
-from normjax.statistics.sharing import Sharing
+from normjax.statistics.sharing import share
 
 
 def moments(
@@ -53,8 +53,7 @@ def moments(
     x = _checks.activations("moments", x)
     axes = _checks.axes("moments", "reduction_axes", reduction_axes, x.shape)
     mask = _checks.mask("moments", mask, x.shape)
-    names = _checks.bound_axis("moments", axis_name)
-    sharing = Sharing(names, _checks.index_groups("moments", axis_index_groups, names))
+    sharing = share("moments", axis_name, axis_index_groups)
     return safe_moments(x, widen(x), axes, mask=mask, sharing=sharing)
 
 
@@ -93,6 +92,6 @@ def merge_stacked(moments: Moments) -> Moments:
     counted = counts > 0
     count = jnp.sum(counts, 0)
     weights = counts / jnp.maximum(count, 1)
-    mean = jnp.sum(weights.astype(moments.mean.dtype) * jnp.where(counted, moments.mean, 0), 0)
-    spread = moments.var + abs2(moments.mean - mean)
-    return Moments(count, mean, jnp.sum(weights * jnp.where(counted, spread, 0), 0))
+    means, variances = jnp.where(counted, moments.mean, 0), jnp.where(counted, moments.var, 0)
+    mean = jnp.sum(weights.astype(means.dtype) * means, 0)
+    return Moments(count, mean, jnp.sum(weights * (variances + abs2(means - mean)), 0))

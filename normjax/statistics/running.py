@@ -69,7 +69,7 @@ def update_batch_stats(
     if "count" in batch_stats:
         new["count"] = batch_stats["count"] + jnp.any(enough).astype(batch_stats["count"].dtype)
     if momentum is None:
-        momentum = 1 - 1 / jnp.maximum(new["count"], 1)
+        momentum = 1 - 1 / jnp.maximum(new["count"], 1).astype(var.dtype)
     new["mean"] = _blend(batch_stats["mean"], mean, momentum, enough)
     new["var"] = _blend(batch_stats["var"], var, momentum, enough_for_var)
     return {leaf: new[leaf] for leaf in batch_stats}
@@ -99,6 +99,7 @@ def check_batch_stats(
         "batch_stats",
         batch_stats,
         shape=features,
+        dtype=dtype,
         required={"mean", "var"},
         optional={"count"},
     )

@@ -129,7 +129,7 @@ def _safe_moments_jvp(how: _How, primals: tuple, tangents: tuple) -> tuple[Momen
               d\sigma^2 = \frac2n \sum_i \mathrm{Re}\,\overline{(x_i - \mu)}\, dx_i
     """
     wide, x, mask, shift = primals
-    result = checkpoint_name(_safe_moments(how, wide, x, mask, shift), STATISTICS)
+    result = jax.tree.map(_named, _safe_moments(how, wide, x, mask, shift))
     dx = _masked(tangents[0], mask)
     centered = _masked(wide - how.expand(result.mean), mask)
     n = jnp.maximum(result.count, 1)
@@ -169,6 +169,12 @@ def _local_count(how: _How, x: Array, mask: Array | None) -> Array:
     repeats = math.prod(x.shape[axis] for axis in how.axes if mask.shape[axis] == 1)
     seen = jnp.sum(mask, [axis for axis in how.axes if mask.shape[axis] != 1], jnp.int32, keepdims=True)
     return (seen * repeats).squeeze(how.axes).astype(dtype)
+
+
+def _named(statistic: Array) -> Array:
+    if jnp.iscomplexobj(statistic):  # which jax.checkpoint cannot keep as it is
+        return lax.complex(_named(statistic.real), _named(statistic.imag))
+    return checkpoint_name(statistic, STATISTICS)
 
 
 def _masked(x: Array, mask: Array | None) -> Array:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE as axis_names_in_scope  # pyright: ignore
 from jaxtyping import Array, Bool, Inexact
 
-from normjax._typing import promote
+from normjax import _checks
+from normjax._typing import AxisIndexGroups, AxisName, promote
 
 
 class Sharing(NamedTuple):
@@ -58,6 +60,12 @@ class Sharing(NamedTuple):
 ALONE = Sharing()
 
 
+def share(function: str, axis_name: AxisName | None, axis_index_groups: AxisIndexGroups | None) -> Sharing:
+    """Returns how to share over the named axes; refuses names that are not in scope and uneven groups."""
+    names = _bound_axes(function, axis_name)
+    return Sharing(names, _index_groups(function, axis_index_groups, names))
+
+
 def fingerprint(value: Inexact[Array, "..."]) -> Inexact[Array, "32"]:
     """Returns the 32 bits of a checksum of `value`, as zeros and ones that devices can add up.
 
@@ -101,3 +109,54 @@ def vary_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "
         (piece.real if jnp.iscomplexobj(piece) and not jnp.iscomplexobj(part) else piece)
         for piece, part in zip(packed, parts, strict=True)
     )
+
+
+def _bound_axes(function: str, axis_name: AxisName | None) -> tuple[Hashable, ...]:
+    """Returns the mapped axis names as a tuple; refuses one that is not in scope."""
+    if axis_name is None:
+        return ()
+    names = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    for name in names:
+        try:
+            lax.axis_size(name)
+        except NameError:
+            scope = [str(axis) for axis in axis_names_in_scope()]
+            _checks.refuse(
+                function,
+                f"axis name {name!r} is not bound here",
+                expected=f"one of the axes in scope, {scope}" if scope else "an axis in scope",
+                got=f"axis_name={axis_name!r}" + ("" if scope else ", and no axis is in scope"),
+                fix="Call it under jax.pmap, jax.shard_map or jax.vmap with that axis_name, or drop "
+                "axis_name (plain jit synchronizes sharded inputs by itself)",
+                kind=NameError,
+            )
+    return names
+
+
+def _index_groups(
+    function: str, groups: Sequence[Sequence[int]] | None, names: tuple[Hashable, ...]
+) -> tuple[tuple[int, ...], ...] | None:
+    """Returns groups as tuples; refuses those that do not partition the one mapped axis evenly."""
+    if groups is None:
+        return None
+    got = f"axis_index_groups={groups!r} for axis_name={names!r}"
+    if len(names) != 1:
+        _checks.refuse(
+            function,
+            "axis_index_groups needs exactly one axis_name",
+            expected="one mapped axis",
+            got=got,
+            fix="Name the axis that the groups divide",
+        )
+    size = lax.axis_size(names[0])
+    canonical = tuple(tuple(int(index) for index in group) for group in groups)
+    even = len({len(group) for group in canonical}) == 1
+    if not even or sorted(index for group in canonical for index in group) != list(range(size)):
+        _checks.refuse(
+            function,
+            "axis_index_groups does not partition the axis evenly",
+            expected=f"groups of one size that hold each of 0..{size - 1} once",
+            got=got,
+            fix="For groups of k: numpy.arange(size).reshape(-1, k).tolist()",
+        )
+    return canonical
