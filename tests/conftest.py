@@ -29,6 +29,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         pytest.exit(f"{DEVICES} devices are needed, and {jax.devices()} are there", returncode=1)
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Names of settings and dtypes without addresses, the same in every process."""
+    if isinstance(val, dict):
+        return ",".join(f"{name}={getattr(value, '__name__', value)}" for name, value in val.items()) or "defaults"
+    return val.__name__ if isinstance(val, type) or type(val) is type(jax.numpy.float32) else None
+
+
 @pytest.fixture
 def rng():
     """A NumPy generator with a fixed seed."""

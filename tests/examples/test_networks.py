@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common.data import load
+from common.networks import Style, _linear, inception, mlp
+from common.training import Trainer, _orders, examples
+from jax import lax
+
+SMALL = {
+    "mlp": lambda style: mlp(style, depth=2, width=8),
+    "inception": lambda style: inception(style, stem=4, widths=(2,)),
+}
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3)])
+@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+def test_shapes_and_states(make, shape):
+    network = make(Style(True, "relu"))
+    params, batch_stats = network.init(jax.random.key(0), shape, 10)
+    images = jax.ShapeDtypeStruct((6, *shape), jnp.float32)
+    logits, new = jax.eval_shape(lambda images: network.apply(params, batch_stats, images, True), images)
+    assert logits.shape == (6, 10) and jax.tree.structure(new) == jax.tree.structure(batch_stats)
+    # No bias under batch normalization but that of the normalization.
+    assert all(("bias" in layer) == (name == "logits") for name, layer in params.items())
+
+
+@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+def test_variants_start_from_the_same_kernels(make):
+    (plain, none), (normalized, _) = (
+        make(Style(normalize, "relu")).init(jax.random.key(1), (8, 8, 1), 10) for normalize in (False, True)
+    )
+    assert none == {} and plain.keys() == normalized.keys()
+    for name in plain:
+        np.testing.assert_array_equal(plain[name]["kernel"], normalized[name]["kernel"])
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (3, 1), (3, 2)])
+def test_a_convolution_is_a_convolution(size, stride):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 5, 6, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 3, 4)), jnp.float32)
+    expected = lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(size // 2, size // 2)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(_linear({"kernel": kernel}, x, stride), expected, atol=1e-5)
+
+
+def test_training_of_a_small_inception():
+    data = load("digits").limit(600, 101)
+    trainer = Trainer(SMALL["inception"](Style(True, "relu")), examples(data, standardize=True), 32, 0.9)
+    seen = []
+    run = trainer.run(0, 0.05, 500, 200, lambda steps, accuracy: seen.append((steps, accuracy)))
+    assert run.steps == [200, 400, 500] and [steps for steps, _ in seen] == [200, 200, 100]
+    assert run.accuracies == [accuracy for _, accuracy in seen] and run.best > 0.5
+    # 101 test images do not fill the last batch of an evaluation: each still counts once.
+    assert round(run.accuracies[-1] * 101, 3).is_integer()
+
+
+def test_orders_are_epochs_of_all_examples():
+    orders = list(_orders(3, 10, 4, steps=12, eval_every=5))
+    assert [order.shape for order in orders] == [(5, 4), (5, 4), (2, 4)]
+    rows = np.concatenate([order.ravel() for order in orders])
+    for epoch in np.split(rows[:40], 4):
+        assert sorted(epoch) == list(range(10))
+    for first, second in zip(orders, _orders(3, 10, 4, steps=12, eval_every=5), strict=True):
+        np.testing.assert_array_equal(first, second)

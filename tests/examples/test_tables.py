@@ -1,0 +1,106 @@
+import json
+import math
+
+import pytest
+from common import report
+from common.options import parse
+from common.tables import Result, Run, best_of_sweep, compare
+from rich.console import Console
+
+
+def result(name, *curves, rate=0.1):
+    """Returns a result whose runs were evaluated after 10, 20, ... steps."""
+    runs = [
+        Run(seed, [10 * (i + 1) for i in range(len(curve))], list(curve), seconds=float(seed))
+        for seed, curve in enumerate(curves)
+    ]
+    return Result(name, rate, runs)
+
+
+# Best accuracies 0.8, 0.7, 0.9 after 40, 20, 30 steps: medians 0.8 and 30.
+BASELINE = result("Baseline", [0.2, 0.5, 0.7, 0.8], [0.3, 0.7, 0.6, 0.6], [0.1, 0.8, 0.9, 0.9])
+
+
+def rows(table):
+    return {row.variant: row for row in table.rows}
+
+
+def test_medians_and_ratios():
+    # Seed by seed the targets 0.8, 0.7, 0.9 are reached after 10, 10, 40 steps: the median is 10.
+    variant = result("BN", [0.8, 0.9, 0.9, 0.9], [0.7, 0.7, 0.7, 0.7], [0.8, 0.8, 0.8, 0.95], rate=0.5)
+    table = compare("title", BASELINE, [variant], 10)
+    assert (table.target, table.trained) == (0.8, True)
+    assert rows(table)["Baseline"] == ("Baseline", 0.1, 30, 1.0, 0.8, 1.0)
+    assert rows(table)["BN"] == ("BN", 0.5, 10, 3.0, 0.9, 1.0)
+
+
+def test_an_unreached_target_counts_as_infinite():
+    once = result("once", [0.8] * 4, [0.8] * 4, [0.8] * 4)
+    twice = result("twice", [0.79] * 4, [0.7] * 4, [0.8] * 4)
+    table = rows(compare("title", BASELINE, [once, twice], 10))
+    assert table["once"].steps == 10
+    assert table["twice"].steps == math.inf and table["twice"].ratio is None
+
+
+def test_no_ratio_to_a_baseline_that_did_not_train():
+    chance = result("Baseline", [0.1, 0.11, 0.19])
+    table = compare("title", chance, [result("BN", [0.9, 0.9, 0.9])], 10)
+    assert not table.trained and all(row.ratio is None for row in table.rows)
+    assert compare("title", result("Baseline", [0.2]), [], 10).trained
+
+
+def test_best_of_sweep_prefers_accuracy_then_speed():
+    slow, fast = result("slow", [0.7, 0.8, 0.9]), result("fast", [0.9, 0.8, 0.7])
+    assert best_of_sweep([result("low", [0.8, 0.8, 0.8]), slow]) is slow
+    assert best_of_sweep([slow, fast]) is fast
+
+
+def printed(table):
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(report.rich_table(table))
+    return capture.get()
+
+
+def test_what_is_printed_and_written():
+    table = compare("title", BASELINE, [result("BN-x5-Sigmoid", [0.1] * 4, [0.1] * 4, [0.1] * 4)], 10)
+    assert "steps to 80.0%" in printed(table) and "not reached" in printed(table) and "1.0x" in printed(table)
+    assert report.table_content(table)["rows"][1]["steps"] is None
+    chance = compare("title", result("Baseline", [0.1]), [result("BN", [0.9])], 10)
+    lines = [line for line in printed(chance).splitlines() if line.lstrip().startswith("B")]
+    assert len(lines) == 2 and all("did not train" in line and "x" not in line for line in lines)
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "results.json"
+    report.write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        report.write_json(path, {"a": math.inf})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_defaults_and_sweep():
+    options = parse(["--sweep", "1/2,4", "8", "--steps", "80"], "")
+    assert options.sweep == (0.5, 1, 4, 8) and options.depth == 3 and options.steps == 80
+    # A fortieth of the default budget of 8,000, and as many evaluations.
+    assert 1 <= options.eval_every <= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--steps", "-3"], "--steps: expected a positive integer, got '-3'"),
+        (["--learning-rate", "nan"], "--learning-rate: expected a positive number, got 'nan'"),
+        (["--batch-size", "1"], "--batch-size: expected an integer above 1, got '1'"),
+        (["--sweep", "1,x"], "--sweep: expected positive factors such as 1/3,1,3,10, got 'x'"),
+        (["--data", "cars"], "--data: invalid choice: 'cars'"),
+        (["--data", "mnist"], "--data mnist needs --data-dir"),
+        (["--network", "inception", "--depth", "3"], "--depth is for --network mlp"),
+    ],
+)
+def test_bad_values_get_one_line(capsys, arguments, says):
+    with pytest.raises(SystemExit) as caught:
+        parse(arguments, "")
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and says in error and error.count("\n") == 1
