@@ -1,0 +1,179 @@
+"""Runs the variants and then the baseline's sweep, and reports after each of them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import normjax
+from common import data, networks, report, training
+from common.interrupt import EXIT_STATUS, Interrupt, Interrupted
+from common.options import Options, Variant
+from common.tables import Result, Table, best_of_sweep, compare
+
+
+def run(options: Options, variants: Sequence[Variant], interrupt: Interrupt) -> int:
+    """Trains the variants, the first of which is the baseline, and reports; returns the exit status."""
+    console = Console()
+    try:
+        experiment = Experiment(options, variants, interrupt)
+        finished = experiment.train(console)
+        experiment.show(console, finished)
+        return 0 if finished else EXIT_STATUS
+    except data.DataError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or options.out}: {error.strerror}"
+    except (Interrupted, KeyboardInterrupt):
+        return EXIT_STATUS
+    print(f"speedup.py: error: {message}", file=sys.stderr)
+    return 1
+
+
+class Experiment:
+    """The variants and the sweep of one command line, and what is finished of them.
+
+    Args:
+      options: the command line.
+      variants: the baseline first.
+      interrupt: asked after each evaluation.
+    """
+
+    def __init__(self, options: Options, variants: Sequence[Variant], interrupt: Interrupt):
+        self.options, self.variants, self.interrupt = options, variants, interrupt
+        self.results: list[Result] = []
+        self.swept: list[Result] = []
+        self.trainers: dict[networks.Style, training.Trainer] = {}
+        dataset = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        self.train_count, self.test_count = len(dataset.train_labels), len(dataset.test_labels)
+        if options.batch_size > self.train_count:
+            raise data.DataError(f"--batch-size {options.batch_size}: {options.data} has {self.train_count} examples")
+        # The paper's MLP takes pixels in [0, 1]. For images in colour, standardized ones are what a baseline deserves.
+        self.examples = training.examples(dataset, standardize=options.network == "inception")
+        options.out.mkdir(parents=True, exist_ok=True)
+        self.save("running")
+
+    @property
+    def sweep_factors(self) -> list[float]:
+        """The factors that are not trained as a variant anyway."""
+        return [factor for factor in self.options.sweep if factor != 1]
+
+    def train(self, console: Console) -> bool:
+        """Trains all there is to train and returns whether it got to the end."""
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, TextColumn("{task.fields[accuracy]}"), console=console) as progress:
+            try:
+                for variant in self.variants:
+                    self.results.append(self._train(variant, variant.factor, progress))
+                    self.save("running")
+                for factor in self.sweep_factors:
+                    self.swept.append(self._train(self.variants[0], factor, progress))
+                    self.save("running")
+            except (Interrupted, KeyboardInterrupt):
+                self.save("interrupted")
+                return False
+        self.save("finished")
+        return True
+
+    def _train(self, variant: Variant, factor: float, progress: Progress) -> Result:
+        options, rate = self.options, self.options.learning_rate * factor
+        label = f"{variant.name:<16} rate {rate:<7.3g}"
+        task = progress.add_task(label, total=options.seeds * options.steps, accuracy="compiling")
+        trainer = self._trainer(networks.Style(variant.normalize, variant.activation))
+
+        def evaluated(steps: int, accuracy: float) -> None:
+            progress.update(task, advance=steps, accuracy=f"{accuracy:.1%}")
+            self.interrupt.check()
+
+        runs = [trainer.run(seed, rate, options.steps, options.eval_every, evaluated) for seed in range(options.seeds)]
+        return Result(variant.name, rate, runs)
+
+    def _trainer(self, style: networks.Style) -> training.Trainer:
+        """Returns the trainer of a style, compiled once for all learning rates and seeds."""
+        if style not in self.trainers:
+            depth = self.options.depth
+            network = networks.inception(style) if depth is None else networks.mlp(style, depth)
+            self.trainers[style] = training.Trainer(
+                network, self.examples, self.options.batch_size, self.options.momentum
+            )
+        return self.trainers[style]
+
+    @property
+    def best_baseline(self) -> Result | None:
+        """The baseline at the best rate of its sweep, None unless the sweep is finished."""
+        if not self.sweep_factors or len(self.swept) < len(self.sweep_factors):
+            return None
+        return best_of_sweep([self.results[0], *self.swept])
+
+    def tables(self) -> list[Table]:
+        """Returns the tables that can be made from what is finished."""
+        if not self.results:
+            return []
+        baseline, *others = self.results
+        tables = [compare("As in the paper: relative to the baseline's learning rate", baseline, others, data.CLASSES)]
+        if best := self.best_baseline:
+            title = "Stricter than the paper: relative to the baseline at its best learning rate"
+            tables.append(compare(title, best._replace(name="Baseline, best"), others, data.CLASSES))
+        return tables
+
+    def save(self, status: str) -> None:
+        """Writes all there is so far as JSON."""
+        config = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.options).items()}
+        config |= {"train_examples": self.train_count, "test_examples": self.test_count}
+        config |= {"momentum": self.options.momentum, "batch_norm_momentum": networks.BATCH_NORM_MOMENTUM}
+        content = {
+            "status": status,
+            "config": config,
+            "versions": _versions(),
+            "machine": _machine(),
+            "variants": [report.result_content(result) for result in self.results],
+            "sweep": [report.result_content(result) for result in self.swept],
+            "tables": [report.table_content(table) for table in self.tables()],
+        }
+        report.write_json(self.options.out / "speedup.json", content)
+
+    def show(self, console: Console, finished: bool) -> None:
+        """Prints the tables and writes the plot."""
+        for table in self.tables():
+            console.print(report.rich_table(table))
+        if best := self.best_baseline:
+            self._remark(console, best)
+        if not finished:
+            console.print(
+                f"Interrupted: {len(self.results)} of {len(self.variants)} variants are finished"
+                f" and {len(self.swept)} of {len(self.sweep_factors)} other rates of the baseline's sweep."
+            )
+        if self.results:
+            path = self.options.out / "speedup.png"
+            curves = [*self.results]
+            if (best := self.best_baseline) and best is not self.results[0]:
+                curves.insert(1, best._replace(name="Baseline, best"))
+            report.write_plot(path, f"{self.options.network} on {self.options.data}", curves)
+            console.print(f"Plot: {path.resolve()}", soft_wrap=True)
+        console.print(f"Results: {(self.options.out / 'speedup.json').resolve()}", soft_wrap=True)
+
+    def _remark(self, console: Console, best: Result) -> None:
+        rates = sorted(result.learning_rate for result in (self.results[0], *self.swept))
+        console.print("Sweep: " + ", ".join(f"{rate:.3g}" for rate in rates) + f"; best {best.learning_rate:.3g}")
+        if best.learning_rate in (rates[0], rates[-1]):
+            console.print("The best is at the end of the sweep: --sweep should go further for a strict comparison.")
+
+
+def _machine() -> dict[str, Any]:
+    device = jax.devices()[0].device_kind
+    return {"platform": platform.platform(), "processor": platform.machine(), "cpus": os.cpu_count(), "device": device}
+
+
+def _versions() -> dict[str, Any]:
+    own = {"python": platform.python_version(), "normjax": normjax.__version__}
+    return own | {"jax": jax.__version__, "optax": optax.__version__}

@@ -1,0 +1,93 @@
+"""What an experiment leaves behind: tables on the terminal, JSON and a plot in files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import rich.box
+from rich.table import Table as RichTable
+
+from common.tables import Result, Row, Table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def rich_table(table: Table) -> RichTable:
+    """Returns the table for a terminal."""
+    shown = RichTable(
+        title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    shown.add_column("variant", no_wrap=True)
+    target = f"steps to {table.target:.1%}" if table.trained else "steps"
+    for heading in ("learning rate", target, "ratio", "best accuracy", "seconds"):
+        shown.add_column(heading, justify="right")
+    if not table.trained:
+        shown.caption = (
+            f"'did not train': the baseline's best accuracy, {table.target:.1%}, is less than twice chance.\n"
+            "Steps to it, and ratios, would mean nothing."
+        )
+    for row in table.rows:
+        shown.add_row(*_cells(table, row))
+    return shown
+
+
+def _cells(table: Table, row: Row) -> tuple[str, ...]:
+    steps = f"{row.steps:,.0f}" if math.isfinite(row.steps) else "not reached"
+    ratio = "-" if row.ratio is None else f"{row.ratio:.1f}x"
+    if not table.trained:
+        # Steps to an accuracy that guessing reaches say nothing either.
+        steps, ratio = "-", "did not train"
+    return row.variant, f"{row.learning_rate:.3g}", steps, ratio, f"{row.best:.1%}", f"{row.seconds:.1f}"
+
+
+def result_content(result: Result) -> dict[str, Any]:
+    """Returns a variant as JSON has it."""
+    runs = [run._asdict() for run in result.runs]
+    return {"variant": result.name, "learning_rate": result.learning_rate, "seeds": runs}
+
+
+def table_content(table: Table) -> dict[str, Any]:
+    """Returns a table as JSON has it, which knows no infinity: null for steps that were not reached."""
+    rows = [row._asdict() | {"steps": row.steps if math.isfinite(row.steps) else None} for row in table.rows]
+    return {
+        "title": table.title,
+        "baseline_best_accuracy": table.target,
+        "baseline_trained": table.trained,
+        "rows": rows,
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes the file whole or not at all, whatever happens meanwhile."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            file.write(text + "\n")
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def write_plot(path: Path, title: str, results: Sequence[Result]) -> None:
+    """Draws accuracy against steps, a line for each result; the first one's best accuracy is dashed."""
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    for result in results:
+        steps, accuracies = result.curve
+        axes.plot(steps, [100 * value for value in accuracies], label=f"{result.name} ({result.learning_rate:.3g})")
+    best = 100 * results[0].best
+    axes.axhline(best, color="C0", linestyle="--", linewidth=1, label=f"the baseline's best: {best:.1f}%")
+    axes.set(xscale="log", xlabel="training steps", ylabel="test accuracy (%)", title=title)
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(title="variant (learning rate)", loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

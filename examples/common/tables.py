@@ -1,0 +1,98 @@
+"""The arithmetic of the tables: medians over seeds, steps to an accuracy, ratios."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import NamedTuple
+
+
+class Run(NamedTuple):
+    """One variant with one seed: its accuracy after each of `steps`, and the seconds it took."""
+
+    seed: int
+    steps: list[int]
+    accuracies: list[float]
+    seconds: float
+
+    @property
+    def best(self) -> float:
+        """The best accuracy."""
+        return max(self.accuracies)
+
+    def steps_to(self, accuracy: float) -> float:
+        """Returns the steps before the first evaluation at or above `accuracy`; infinity if there is none."""
+        reached = (step for step, value in zip(self.steps, self.accuracies, strict=True) if value >= accuracy)
+        return next(reached, math.inf)
+
+
+class Result(NamedTuple):
+    """A finished variant: what it was trained with, and a run for each seed."""
+
+    name: str
+    learning_rate: float
+    runs: Sequence[Run]
+
+    @property
+    def best(self) -> float:
+        """The median over the seeds of the best accuracy."""
+        return median(run.best for run in self.runs)
+
+    @property
+    def seconds(self) -> float:
+        """The median over the seeds of the seconds."""
+        return median(run.seconds for run in self.runs)
+
+    @property
+    def curve(self) -> tuple[list[int], list[float]]:
+        """The steps, and the median over the seeds of the accuracy after them."""
+        accuracies = zip(*(run.accuracies for run in self.runs), strict=True)
+        return self.runs[0].steps, [median(values) for values in accuracies]
+
+
+class Row(NamedTuple):
+    """A row of a table. `steps` is infinite where the target was not reached, `ratio` None where it means nothing."""
+
+    variant: str
+    learning_rate: float
+    steps: float
+    ratio: float | None
+    best: float
+    seconds: float
+
+
+class Table(NamedTuple):
+    """Variants relative to a baseline. `target` is its best accuracy; `trained` is False if it is about chance."""
+
+    title: str
+    target: float
+    trained: bool
+    rows: list[Row]
+
+
+def compare(title: str, baseline: Result, variants: Sequence[Result], num_classes: int) -> Table:
+    """Returns the table of the baseline and the variants.
+
+    A variant's target is, seed by seed, the baseline's best accuracy; its steps are the median over the seeds, where
+    a seed that does not reach the target counts as infinite. A ratio is the baseline's steps by the variant's. There
+    is none to a baseline whose best accuracy is less than twice chance: it did not train.
+    """
+    trained = baseline.best >= 2 / num_classes
+    needed = _median_steps(baseline, baseline)
+    rows = []
+    for result in (baseline, *variants):
+        steps = _median_steps(result, baseline)
+        ratio = needed / steps if trained and math.isfinite(steps) else None
+        rows.append(Row(result.name, result.learning_rate, steps, ratio, result.best, result.seconds))
+    return Table(title, baseline.best, trained, rows)
+
+
+def best_of_sweep(results: Sequence[Result]) -> Result:
+    """Returns the result with the best accuracy; of several, the one that needs fewest steps to it."""
+    return min(results, key=lambda result: (-result.best, _median_steps(result, result)))
+
+
+def _median_steps(result: Result, baseline: Result) -> float:
+    targets = {run.seed: run.best for run in baseline.runs}
+    return median(run.steps_to(targets[run.seed]) for run in result.runs)

@@ -1,0 +1,151 @@
+"""Trains a network and records its test accuracy, every step and evaluation compiled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+
+from common.data import CLASSES, Dataset
+from common.networks import Network
+from common.tables import Run
+
+EVALUATION_BATCH = 100
+
+
+class State(NamedTuple):
+    """What a step of training reads and replaces."""
+
+    params: Any
+    batch_stats: Any
+    optimizer: Any
+
+
+class Examples(NamedTuple):
+    """A data set on the device. Pixels stay uint8; a network sees `(pixel - offset) / scale`."""
+
+    images: Array
+    labels: Array
+    offset: Array
+    scale: Array
+
+    def pick(self, rows: Array) -> tuple[Array, Array]:
+        """Returns the images and labels of the given rows."""
+        images = (self.images[rows].astype(jnp.float32) - self.offset) / self.scale
+        return images, self.labels[rows]
+
+
+def examples(data: Dataset, standardize: bool) -> tuple[Examples, Examples]:
+    """Returns training and test examples, standardized by the training images' channels or scaled to [0, 1]."""
+    offset, scale = np.zeros(1), np.full(1, data.peak)
+    if standardize:
+        sample = data.train_images[:5000].astype(np.float32)
+        offset, scale = sample.mean((0, 1, 2)), sample.std((0, 1, 2)) + 1e-3
+    pixels = jnp.asarray(offset, jnp.float32), jnp.asarray(scale, jnp.float32)
+    train = Examples(jnp.asarray(data.train_images), jnp.asarray(data.train_labels, jnp.int32), *pixels)
+    test = Examples(jnp.asarray(data.test_images), jnp.asarray(data.test_labels, jnp.int32), *pixels)
+    return train, test
+
+
+class Trainer:
+    """A network with its compiled training and evaluation.
+
+    Args:
+      network: what to train.
+      data: training and test examples.
+      batch_size: examples a step.
+      momentum: of SGD; None for plain SGD.
+    """
+
+    def __init__(self, network: Network, data: tuple[Examples, Examples], batch_size: int, momentum: float | None):
+        self.network, self.momentum, self.batch_size = network, momentum, batch_size
+        self.train, self.test = data
+        self._compiled: dict[int, Callable] = {}
+        self._evaluate = jax.jit(self._accuracy).lower(*self.init(0)[:2], self.test).compile()
+
+    def init(self, seed: int) -> State:
+        """Returns the state that training starts from: the same kernels for each variant."""
+        params, batch_stats = self.network.init(jax.random.key(seed), self.train.images.shape[1:], CLASSES)
+        return State(params, batch_stats, optax.sgd(0.0, self.momentum).init(params))
+
+    def run(
+        self, seed: int, learning_rate: float, steps: int, eval_every: int, progress: Callable[[int, float], None]
+    ) -> Run:
+        """Trains for `steps` steps and evaluates after every `eval_every`, and after the last.
+
+        Args:
+          seed: of the kernels and the order of the batches; no other thing is random.
+          learning_rate: of SGD, constant.
+          steps: the whole budget; it is always spent.
+          eval_every: how many steps are compiled into one.
+          progress: called after each evaluation with the steps since the last one and the accuracy. What it raises
+            ends the run.
+
+        Returns:
+          The accuracies, and the seconds that training and evaluating took, compilation not included.
+        """
+        state, done, points, accuracies = self.init(seed), 0, [], []
+        orders = _orders(seed, len(self.train.labels), self.batch_size, steps, eval_every)
+        for size in {min(steps, eval_every), steps % eval_every} - {0}:
+            self._compile(state, size)
+        start = time.perf_counter()
+        for order in orders:
+            state = self._compiled[len(order)](state, self.train, order, jnp.float32(learning_rate))
+            accuracies.append(float(self._evaluate(state.params, state.batch_stats, self.test)))
+            points.append(done := done + len(order))
+            progress(len(order), accuracies[-1])
+        return Run(seed, points, accuracies, time.perf_counter() - start)
+
+    def _compile(self, state: State, steps: int) -> None:
+        if steps not in self._compiled:
+            order = jnp.zeros((steps, self.batch_size), jnp.int32)
+            lowered = jax.jit(self._steps).lower(state, self.train, order, jnp.float32(0))
+            self._compiled[steps] = lowered.compile()
+
+    def _steps(self, state: State, data: Examples, order: Array, learning_rate: Array) -> State:
+        """Takes one step per row of `order`, which holds the examples of its batch."""
+        optimizer = optax.sgd(learning_rate, self.momentum)
+
+        def loss(params: Any, batch_stats: Any, rows: Array) -> tuple[Array, Any]:
+            images, labels = data.pick(rows)
+            logits, batch_stats = self.network.apply(params, batch_stats, images, True)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), batch_stats
+
+        def step(state: State, rows: Array) -> tuple[State, None]:
+            gradients, batch_stats = jax.grad(loss, has_aux=True)(state.params, state.batch_stats, rows)
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer)
+            return State(optax.apply_updates(state.params, updates), batch_stats, optimizer_state), None
+
+        return lax.scan(step, state, order)[0]
+
+    def _accuracy(self, params: Any, batch_stats: Any, data: Examples) -> Array:
+        """Returns the share of correct answers, with the running statistics and in batches that fit in a cache."""
+        count = len(data.labels)
+        size = min(count, EVALUATION_BATCH)
+        rows = jnp.arange(-(-count // size) * size).reshape(-1, size)
+
+        def correct(rows: Array) -> Array:
+            images, labels = data.pick(jnp.minimum(rows, count - 1))
+            logits, _ = self.network.apply(params, batch_stats, images, False)
+            return jnp.sum((logits.argmax(-1) == labels) & (rows < count))
+
+        return lax.map(correct, rows).sum() / count
+
+
+def _orders(seed: int, count: int, batch_size: int, steps: int, eval_every: int) -> Iterator[np.ndarray]:
+    """Yields `(eval_every, batch_size)` rows: one epoch's permutation after the other, the same for each variant."""
+    rng = np.random.default_rng(seed)
+    rows = np.empty(0, np.int32)
+    while steps > 0:
+        size = min(eval_every, steps)
+        while len(rows) < size * batch_size:
+            rows = np.concatenate([rows, rng.permutation(count).astype(np.int32)])
+        used, rows = np.split(rows, [size * batch_size])
+        yield used.reshape(size, batch_size)
+        steps -= size
