@@ -246,6 +246,7 @@ def _train(
 
 
 @partial(jax.jit, static_argnames="plan", inline=True)
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=4)
 def _infer(params: Params, batch_stats: BatchStats, x: Array, mask: Array | None, plan: _Plan) -> Array:
     return _normalize(params, Moments(0, batch_stats["mean"], batch_stats["var"]), widen(x), mask, plan)
 

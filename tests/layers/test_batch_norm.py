@@ -108,7 +108,8 @@ def test_a_nan_that_counts_shows_in_its_feature_alone(rng):
         assert jnp.isnan(y[:, 1]).all() and jnp.isnan(new["mean"][1]) and jnp.isnan(new["var"][1])
         clean, clean_new = nj.batch_norm(params, batch_stats, x, True)
         rest = jnp.array([0, 2])
-        assert_close(y[:, rest], clean[:, rest], atol=16 * EPS)
+        # The NaN calls for a second pass, which rounds the others' statistics otherwise: relative errors, then a sum.
+        assert_close(y[:, rest], clean[:, rest], rtol=16 * EPS, atol=16 * EPS)
         assert_close(new["mean"][rest], clean_new["mean"][rest], rtol=4 * EPS)
 
 
