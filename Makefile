@@ -9,15 +9,15 @@ demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them,
 	$(BIN)/python examples/speedup.py
 
 test: $(VENV)/.test ## the whole suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(VENV)/.test ## what can be had in 90 s
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-oldest: ## the suite on the oldest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable ".[test]"
-	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -40,6 +40,7 @@ def test_equals_one_device(rng, way, masked):
     assert_steps_close(WAYS[way](*given)(*given), one_device(*given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_an_empty_shard_and_nan_under_the_mask_change_nothing(rng, way):
     kept = np.ones((4 * DEVICES, 1, 1), bool)
@@ -55,6 +56,7 @@ def test_an_empty_shard_and_nan_under_the_mask_change_nothing(rng, way):
     assert not np.any(result[3][~rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_all_masked_leaves_the_statistics_alone(rng, way):
     given = operands(rng, mask=jnp.zeros((4 * DEVICES, 5, 1), bool))
@@ -63,6 +65,7 @@ def test_all_masked_leaves_the_statistics_alone(rng, way):
     assert_finite((y, d_params, dx))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_offsets_that_differ_between_devices_by_1e4(rng, way):
     ramp = jnp.linspace(0, 1e4, DEVICES).repeat(4)[:, None, None]
@@ -70,6 +73,7 @@ def test_offsets_that_differ_between_devices_by_1e4(rng, way):
     assert_steps_close(WAYS[way](*given)(*given), one_device(*given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_common_offset_of_1e4_on_the_first_step(rng, way):
     given = operands(rng, offset=1e4)
@@ -80,6 +84,7 @@ def test_a_common_offset_of_1e4_on_the_first_step(rng, way):
     assert_close(y, (x - x.mean((0, 1))) / x.std((0, 1)) * given[0]["scale"] + given[0]["bias"], atol=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_bfloat16(rng, way):
     given = operands(rng, dtype=jnp.bfloat16)
@@ -90,6 +95,7 @@ def test_bfloat16(rng, way):
     assert_steps_close((result[0], result[3]), (expected[0], expected[3]), rtol=2**-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["pmap", "shard_map", "shard_map unchecked"])
 def test_groups_of_devices_are_batches_of_their_own(rng, way):
     params, batch_stats, x, weight, _ = operands(rng)
@@ -127,6 +133,7 @@ def test_groups_of_devices_are_batches_of_their_own(rng, way):
     assert_steps_close(dx, jnp.concatenate([half[3] for half in halves]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", ["data", "model", ("data", "model")])
 def test_statistics_over_one_axis_of_a_mesh_or_over_both(rng, names):
     params, batch_stats, x, weight, _ = operands(rng)
@@ -156,6 +163,7 @@ def test_statistics_over_one_axis_of_a_mesh_or_over_both(rng, names):
     assert_steps_close(d_params, total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_features_split_over_a_model_axis(rng, offset):
     # Only half of the features are offset: their devices take the second pass, the others do not.
@@ -189,6 +197,7 @@ def test_replicas_that_trained_apart_agree_once_they_share(rng, transform):
         assert_close(new[leaf], jnp.broadcast_to(value, new[leaf].shape), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sync_inside_scan_and_remat(rng):
     params, batch_stats, x, weight, _ = operands(rng)
 
@@ -216,6 +225,7 @@ def test_sync_inside_scan_and_remat(rng):
     assert_steps_close((stats, grads), (expected_stats, expected), rtol=1e-4)  # sums of cubes grow to 1e2
 
 
+@pytest.mark.slow
 def test_forward_mode_and_second_order_equal_one_device(rng):
     params, batch_stats, x, weight, _ = operands(rng)
 

@@ -46,6 +46,7 @@ def test_a_convolution_is_a_convolution(size, stride):
     np.testing.assert_allclose(_linear({"kernel": kernel}, x, stride), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_of_a_small_inception():
     data = load("digits").limit(600, 101)
     trainer = Trainer(SMALL["inception"](Style(True, "relu")), examples(data, standardize=True), 32, 0.9)

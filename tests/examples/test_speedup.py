@@ -47,6 +47,7 @@ def test_end_to_end(tmp_path, network, seeds, points, variants):
         assert all(run["steps"] == points and len(run["accuracies"]) == len(points) for run in variant["seeds"])
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_what_is_finished(tmp_path):
     process = start("--steps", 10_000, "--eval-every", 100, "--train-examples", 200, "--seeds", 1, "--out", tmp_path)
     try:

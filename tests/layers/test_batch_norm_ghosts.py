@@ -30,6 +30,7 @@ def test_each_slice_is_normalized_on_its_own_and_the_statistics_are_merged(rng, 
     assert_trees_close(new, nj.batch_norm(params, batch_stats, x, True, **settings)[1], rtol=32 * EPS)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_slices(rng):
     params, batch_stats, x = small(rng, (8, 3))
     weights = jnp.asarray(rng.normal(size=x.shape), jnp.float32)

@@ -133,6 +133,7 @@ def test_half_precision_gradients_are_those_of_float32_rounded_once(rng, dtype):
     assert_close(dx, wide_dx, rtol=float(jnp.finfo(dtype).eps), atol=1e-6, dtype=dtype)
 
 
+@pytest.mark.slow
 def test_complex_gradients_are_those_of_real_and_imaginary_parts(rng):
     x = (rng.normal(size=(6, 2)) + 1j * rng.normal(size=(6, 2))).astype(np.complex64)
     params, batch_stats = nj.batch_norm_init(2, param_dtype=jnp.complex64)

@@ -64,6 +64,7 @@ def rounding(*dtypes):
     return max(4 * float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize == 2 else 0.0 for dtype in dtypes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "dtype"),
     [(arguments, jnp.float32) for arguments in ARGUMENTS]
@@ -101,6 +102,7 @@ def test_every_field_and_call_argument_of_flax_is_there_with_its_default():
     assert isinstance(BatchNorm(), nn.BatchNorm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_without_float32_reductions_the_running_statistics_have_and_keep_the_dtype_of_parameters(rng, dtype):
     arguments = {"param_dtype": jnp.bfloat16, "force_float32_reductions": False}
