@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Inexact, Int, Key, Num, Shaped
+from jaxtyping import Array, Bool, Inexact, Key, Num, Shaped
 
 Axes = int | Sequence[int]
 AxisName = Hashable | Sequence[Hashable]
@@ -48,7 +48,6 @@ __all__ = [
     "DTypeLike",
     "FeatureArray",
     "Initializer",
-    "Int",
     "Mask",
     "PRNGKey",
     "Params",

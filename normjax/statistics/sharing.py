@@ -96,7 +96,7 @@ def _tracks_variation(name: Hashable) -> bool:
 
 
 def vary_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "..."], ...]:
-    """Casts equal-shaped parts to vary over the mapped axes that `x` varies over, all in one cast.
+    """Casts parts of one shape and dtype to vary over the mapped axes that `x` varies over, all in one cast.
 
     The transpose of that cast is a sum over devices. Left to JAX it happens part by part: an all-reduce in the backward
     pass for each of mean, scale and bias. Packed, it is one.
@@ -104,11 +104,7 @@ def vary_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "
     missing = varying_axes(x) - frozenset().union(*map(varying_axes, parts))
     if not missing:
         return parts
-    packed = lax.pcast(jnp.stack(parts), tuple(missing), to="varying")
-    return tuple(
-        (piece.real if jnp.iscomplexobj(piece) and not jnp.iscomplexobj(part) else piece)
-        for piece, part in zip(packed, parts, strict=True)
-    )
+    return tuple(lax.pcast(jnp.stack(parts), tuple(missing), to="varying"))
 
 
 def _bound_axes(function: str, axis_name: AxisName | None) -> tuple[Hashable, ...]:
