@@ -10,10 +10,19 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from normjax import weights
 from normjax.layers.batch_norm import batch_norm, batch_norm_init
+from normjax.layers.batch_renorm import batch_renorm, batch_renorm_init
+from normjax.layers.dynamic_tanh import dynamic_tanh, dynamic_tanh_init
+from normjax.layers.filter_response_norm import filter_response_norm, filter_response_norm_init
+from normjax.layers.group_norm import group_norm, group_norm_init
+from normjax.layers.instance_norm import instance_norm, instance_norm_init
+from normjax.layers.layer_norm import layer_norm, layer_norm_init
+from normjax.layers.local_response_norm import local_response_norm, local_response_norm_init
+from normjax.layers.rms_norm import rms_norm, rms_norm_init
 from normjax.statistics.moments import merge_moments, moments
+from normjax.statistics.reduction import Moments
 from normjax.statistics.running import update_batch_stats
-from normjax.statistics.safe_moments import Moments
 
 if TYPE_CHECKING:
     from normjax import linen, nnx
@@ -24,11 +33,28 @@ __all__ = [
     "Moments",
     "batch_norm",
     "batch_norm_init",
+    "batch_renorm",
+    "batch_renorm_init",
+    "dynamic_tanh",
+    "dynamic_tanh_init",
+    "filter_response_norm",
+    "filter_response_norm_init",
+    "group_norm",
+    "group_norm_init",
+    "instance_norm",
+    "instance_norm_init",
+    "layer_norm",
+    "layer_norm_init",
     "linen",
+    "local_response_norm",
+    "local_response_norm_init",
     "merge_moments",
     "moments",
     "nnx",
+    "rms_norm",
+    "rms_norm_init",
     "update_batch_stats",
+    "weights",
 ]
 
 _DOORS = ("linen", "nnx")

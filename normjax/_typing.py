@@ -18,9 +18,10 @@ AxisIndexGroups = Sequence[Sequence[int]]
 RunningVar = Literal["biased", "unbiased"]
 
 Activations = Inexact[Array, "..."]
+Kernel = Inexact[Array, "..."]
 FeatureArray = Inexact[Array, "*features"]
 Mask = Bool[Array, "..."]
-Params = dict[str, FeatureArray]
+Params = dict[str, Inexact[Array, "..."]]
 BatchStats = dict[str, Num[Array, "..."]]
 PRNGKey = Key[Array, ""] | Shaped[Array, "2"]
 
@@ -48,6 +49,7 @@ __all__ = [
     "DTypeLike",
     "FeatureArray",
     "Initializer",
+    "Kernel",
     "Mask",
     "PRNGKey",
     "Params",

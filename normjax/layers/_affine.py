@@ -10,18 +10,29 @@ from jax import lax
 from jaxtyping import Array, Inexact
 
 from normjax import _checks
-from normjax._typing import Activations, DTypeLike, Initializer, Params, PRNGKey, promote
+from normjax._typing import (
+    Activations,
+    DTypeLike,
+    FeatureArray,
+    Initializer,
+    Mask,
+    Params,
+    PRNGKey,
+    promote,
+)
 from normjax.statistics.sharing import vary_like
 
 
 def init_params(
     function: str,
-    features: tuple[int, ...],
-    initializers: dict[str, Initializer],
+    num_features: int | Sequence[int],
+    makers: dict[str, tuple[bool, Initializer]],
     key: PRNGKey | None,
     dtype: DTypeLike,
 ) -> Params:
-    """Returns one leaf per initializer, each of shape `features`, each from a key of its own."""
+    """Returns a leaf for each maker that is used, of the features' shape and from a key of its own."""
+    features = _checks.sizes(function, "num_features", num_features)
+    initializers = {leaf: maker for leaf, (used, maker) in makers.items() if used}
     if not jnp.issubdtype(dtype, jnp.inexact):
         _checks.refuse(
             function,
@@ -46,14 +57,24 @@ def init_params(
         ) from error
 
 
+def lay_out(leaf: FeatureArray, rank: int, feature_axes: tuple[int, ...]) -> Array:
+    """Gives `(*leading, *features)` the rank of x: leading dimension i is that of the i-th axis that is no feature."""
+    others = [axis for axis in range(rank) if axis not in feature_axes]
+    axes = (*others[: leaf.ndim - len(feature_axes)], *feature_axes)
+    return jnp.expand_dims(
+        leaf.transpose(sorted(range(leaf.ndim), key=axes.__getitem__)),
+        [axis for axis in range(rank) if axis not in axes],
+    )
+
+
 def normalize(
     x: Activations,
-    mean: Inexact[Array, "*statistics"],
-    var: Inexact[Array, "*statistics"],
+    mean: Inexact[Array, "..."] | None,
+    var: Inexact[Array, "..."],
     params: Params,
     *,
-    axes: Sequence[int],
-    epsilon: float,
+    mask: Mask | None,
+    epsilon: float | Array,
 ) -> Activations:
     r"""Returns `(x - mean) * (scale / sqrt(var + epsilon)) + bias` in the widest dtype among them.
 
@@ -64,23 +85,47 @@ def normalize(
     The second term equals the bias, and carries the derivative of the mean through arrays of the features' size. So the
     backward pass reduces two arrays of x's size (the gradients of m and of the second term) instead of three.
 
+    Where the mask hides a NaN or an infinity, y is the bias, a constant.
+
     Args:
       x: the input in at least float32.
-      mean: of x without its reduced axes.
-      var: likewise.
-      params: `scale` and `bias`, or what there is of them, broadcastable to the mean.
-      axes: the reduced axes of x, which mean and var are broadcast along.
+      mean: of x, with its rank; None to subtract nothing.
+      var: of x, or the mean of its squares, likewise.
+      params: `scale` and `bias`, or what there is of them, likewise.
+      mask: None, or bool, likewise.
       epsilon: added to the variance.
     """
-    dtype = promote(*(leaf.dtype for leaf in (x, mean, var, *params.values())))
-    mean = mean.astype(dtype)
-    center = lax.stop_gradient(mean)
+    if mask is None:
+        return _normalize(x, mean, var, params, epsilon)
+    # A NaN times a gradient of zero is NaN: it must not get as far as the derivative of the scale.
+    sound = mask | jnp.isfinite(x)
+    center = jnp.zeros((), x.dtype) if mean is None else lax.stop_gradient(mean).astype(x.dtype)
+    y = _normalize(jnp.where(sound, x, center), mean, var, params, epsilon)
+    return jnp.where(sound, y, lax.stop_gradient(y))
+
+
+def _normalize(x: Array, mean: Array | None, var: Array, params: Params, epsilon: float | Array) -> Array:
+    dtype = promote(*(leaf.dtype for leaf in (x, var, *params.values())), x.dtype if mean is None else mean.dtype)
+    params = dict(zip(params, vary_like(var, *params.values()), strict=True))
     multiplier = lax.rsqrt(var + epsilon).astype(dtype)
     if "scale" in params:
         multiplier *= params["scale"].astype(dtype)
-    offset = -(mean - center) * multiplier
-    if "bias" in params:
-        offset += params["bias"].astype(dtype)
-    multiplier, offset = vary_like(x, *jnp.broadcast_arrays(multiplier, offset))
-    center, multiplier, offset = (jnp.expand_dims(part, axes) for part in (center, multiplier, offset))
+    offset = params["bias"].astype(dtype) if "bias" in params else jnp.zeros((), dtype)
+    if mean is None:
+        multiplier, offset = vary_like(x, multiplier, offset)
+        return x.astype(dtype) * multiplier + offset
+    mean = mean.astype(dtype)
+    center = lax.stop_gradient(mean)
+    multiplier, offset = vary_like(x, multiplier, offset - (mean - center) * multiplier)
     return (x.astype(dtype) - center) * multiplier + offset
+
+
+def scale_and_shift(x: Activations, params: Params) -> Activations:
+    """Returns `x * scale + bias` in the widest dtype among them, or what there is of it."""
+    leaves = {leaf: params[leaf] for leaf in ("scale", "bias") if leaf in params}
+    dtype = promote(x.dtype, *(leaf.dtype for leaf in leaves.values()))
+    leaves = dict(zip(leaves, vary_like(x, *leaves.values()), strict=True))
+    y = x.astype(dtype)
+    if "scale" in leaves:
+        y *= leaves["scale"].astype(dtype)
+    return y + leaves["bias"].astype(dtype) if "bias" in leaves else y

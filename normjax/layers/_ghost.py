@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from normjax import _checks
+from normjax._typing import Params
 
 
 def count_slices(function: str, x: Array, axes: tuple[int, ...], size: int | None) -> int:
@@ -32,12 +32,16 @@ def count_slices(function: str, x: Array, axes: tuple[int, ...], size: int | Non
     return examples // size
 
 
-def cut(x: Array, mask: Array | None, axes: tuple[int, ...], size: int) -> tuple[Array, Array | None, tuple[int, ...]]:
+def cut(
+    x: Array, mask: Array | None, params: Params, axes: tuple[int, ...], size: int
+) -> tuple[Array, Array | None, Params, tuple[int, ...]]:
     """Cuts axis 0 into slices; a new axis 0, which acts as one more feature axis, counts them.
 
-    Returns x, the mask and the reduced axes, all with the new axis.
+    Returns x, the mask, params (which have the rank of x) and the reduced axes, all with the new axis.
     """
-    slices = (x.shape[0] // size, size, *x.shape[1:])
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, x.shape).reshape(slices)
-    return x.reshape(slices), mask, tuple(axis + 1 for axis in axes)
+
+    def slices(part: Array) -> Array:
+        return part[None] if part.shape[0] == 1 else part.reshape(-1, size, *part.shape[1:])
+
+    params = {leaf: slices(value) for leaf, value in params.items()}
+    return slices(x), None if mask is None else slices(mask), params, tuple(axis + 1 for axis in axes)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.nn.initializers import ones, zeros
-from jaxtyping import Array, ArrayLike
+from jaxtyping import ArrayLike
 
 from normjax import _checks
 from normjax._typing import (
@@ -26,19 +22,10 @@ from normjax._typing import (
     Params,
     PRNGKey,
     RunningVar,
-    promote,
 )
-from normjax.layers._affine import init_params, normalize
-from normjax.layers._ghost import count_slices, cut
-from normjax.statistics.moments import merge_stacked
-from normjax.statistics.running import (
-    OPTIONS,
-    check_batch_stats,
-    init_batch_stats,
-    update_batch_stats,
-)
-from normjax.statistics.safe_moments import STATISTICS, Moments, safe_moments, widen
-from normjax.statistics.sharing import ALONE, Sharing, share
+from normjax.layers._affine import init_params
+from normjax.layers._batch import Settings, normalize_by_batch
+from normjax.statistics.running import init_batch_stats
 
 
 def batch_norm_init(
@@ -79,27 +66,13 @@ def batch_norm_init(
       >>> print(params["scale"], batch_stats["mean"], batch_stats["var"])
       [1. 1. 1.] [0. 0. 0.] [1. 1. 1.]
     """
-    sizes = _checks.sizes("batch_norm_init", "num_features", num_features)
-    makers = {"scale": scale_init} if use_scale else {}
-    makers |= {"bias": bias_init} if use_bias else {}
-    params = init_params("batch_norm_init", sizes, makers, key, param_dtype)
-    return params, init_batch_stats(sizes, param_dtype, count=count)
+    makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
+    params = init_params("batch_norm_init", num_features, makers, key, param_dtype)
+    features = _checks.sizes("batch_norm_init", "num_features", num_features)
+    return params, init_batch_stats(features, param_dtype, count=count)
 
 
-class Settings(NamedTuple):
-    """The keyword arguments of `batch_norm` but for the mask, and what a door may allow beyond them."""
-
-    feature_axes: Axes = -1
-    momentum: float | ArrayLike | None = 0.99
-    epsilon: float = 1e-5
-    running_var: RunningVar = "biased"
-    axis_name: AxisName | None = None
-    axis_index_groups: AxisIndexGroups | None = None
-    virtual_batch_size: int | None = None
-    dtype: DTypeLike | None = None
-    drop_in: bool = False  # as Flax does: one value per feature in training, a mean that turns complex with x
-
-
+@jax.named_scope("batch_norm")
 def batch_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -126,7 +99,9 @@ def batch_norm(
     more; share statistics over devices (`axis_name`) where each device has fewer.
 
     Args:
-      params: dict of `scale` and `bias`, each `(*features)`; a leaf that is absent is left out of the formula.
+      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of each example
+        (conditional batch norm), where leading sizes are those of the first axes of x that are no features; a leaf that
+        is absent is left out of the formula.
       batch_stats: dict of `mean` and `var`, each `(*features)`, and maybe `count`.
       x: floating-point or complex, any rank >= 1, such as `(batch, height, width, features)`.
       train: Python bool: which of the two to compile.
@@ -165,129 +140,10 @@ def batch_norm(
 
     References:
       Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift"
-      (ICML 2015), Algorithms 1 and 2. Ghost batches: Hoffer, Hubara & Soudry (2017), Algorithm 1.
+      (ICML 2015), Algorithms 1 and 2. Ghost batches: Hoffer, Hubara & Soudry (2017), Algorithm 1. Conditional: de Vries
+      et al., "Modulating early visual processing by language" (2017), eq. 4.
     """
     settings = Settings(
         feature_axes, momentum, epsilon, running_var, axis_name, axis_index_groups, virtual_batch_size, dtype
     )
-    return apply_batch_norm(params, batch_stats, x, train, mask, settings)
-
-
-@jax.named_scope("batch_norm")
-def apply_batch_norm(
-    params: Params, batch_stats: BatchStats, x: Activations, train: bool, mask: Mask | None, settings: Settings
-) -> tuple[Activations, BatchStats]:
-    """Checks the arguments and does what `batch_norm` says."""
-    train = _checks.static_train("batch_norm", train)
-    x = _checks.activations("batch_norm", x)
-    mask = _checks.mask("batch_norm", mask, x.shape)
-    kept = _checks.axes("batch_norm", "feature_axes", settings.feature_axes, x.shape)
-    if settings.drop_in and jnp.iscomplexobj(x):
-        mean = jnp.asarray(batch_stats["mean"])
-        batch_stats = batch_stats | {"mean": mean.astype(promote(mean.dtype, x.dtype))}
-    _check_state(params, batch_stats, x, tuple(x.shape[axis] for axis in kept), settings)
-    dtype = _checks.output_dtype("batch_norm", settings.dtype, x)
-    params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats))
-    axes = tuple(axis for axis in range(x.ndim) if axis not in kept)
-    plan = _Plan(axes, float(settings.epsilon), dtype)
-    if not train:
-        return _infer(params, batch_stats, x, mask, plan), batch_stats
-    momentum, scheduled = settings.momentum, None
-    if not isinstance(momentum, float | int | None):
-        momentum, scheduled = None, momentum
-    plan = plan._replace(
-        momentum=momentum,
-        running_var=settings.running_var,
-        sharing=_sharing(x, axes, settings),
-        virtual_batch_size=settings.virtual_batch_size,
-    )
-    return _train(params, batch_stats, x, mask, scheduled, plan)
-
-
-class _Plan(NamedTuple):
-    """What is static about a step; hashable, so that eager calls compile it once."""
-
-    axes: tuple[int, ...]
-    epsilon: float
-    dtype: jnp.dtype
-    momentum: float | None = None
-    running_var: RunningVar = "biased"
-    sharing: Sharing = ALONE
-    virtual_batch_size: int | None = None
-
-
-@partial(jax.jit, static_argnames="plan", inline=True)
-@partial(
-    jax.checkpoint,
-    prevent_cse=False,
-    policy=jax.checkpoint_policies.save_only_these_names(STATISTICS),
-    static_argnums=5,
-)
-def _train(
-    params: Params, batch_stats: BatchStats, x: Array, mask: Array | None, momentum: Array | None, plan: _Plan
-) -> tuple[Array, BatchStats]:
-    """One step; for the backward pass it keeps x as it came and the statistics, and nothing else of x's size."""
-    shape, axes, size = x.shape, plan.axes, plan.virtual_batch_size
-    if size is not None:
-        x, mask, axes = cut(x, mask, axes, size)
-    wide = widen(x)
-    seen = safe_moments(x, wide, axes, shift=batch_stats["mean"], mask=mask, sharing=plan.sharing, epsilon=plan.epsilon)
-    if mask is not None:
-        population = batch_stats["var"].astype(seen.var.dtype)
-        seen = seen._replace(var=jnp.where(jnp.asarray(seen.count) > 0, seen.var, population))
-    y = _normalize(params, seen, wide, mask, plan._replace(axes=axes)).reshape(shape)
-    batch_stats = update_batch_stats(
-        batch_stats,
-        seen if size is None else merge_stacked(seen),
-        momentum=plan.momentum if momentum is None else momentum,
-        running_var=plan.running_var,
-    )
-    return y, batch_stats
-
-
-@partial(jax.jit, static_argnames="plan", inline=True)
-@partial(jax.checkpoint, prevent_cse=False, static_argnums=4)
-def _infer(params: Params, batch_stats: BatchStats, x: Array, mask: Array | None, plan: _Plan) -> Array:
-    return _normalize(params, Moments(0, batch_stats["mean"], batch_stats["var"]), widen(x), mask, plan)
-
-
-def _normalize(params: Params, statistics: Moments, wide: Array, mask: Array | None, plan: _Plan) -> Array:
-    def scaled(wide: Array) -> Array:
-        return normalize(wide, statistics.mean, statistics.var, params, axes=plan.axes, epsilon=plan.epsilon)
-
-    if mask is None:
-        return scaled(wide).astype(plan.dtype)
-    # A NaN times a gradient of zero is NaN: it must not get as far as the derivative of the scale.
-    sound = mask | jnp.isfinite(wide)
-    mean = jnp.expand_dims(lax.stop_gradient(statistics.mean), plan.axes).astype(wide.dtype)
-    y = scaled(jnp.where(sound, wide, mean)).astype(plan.dtype)
-    return jnp.where(sound, y, lax.stop_gradient(y))
-
-
-def _sharing(x: Array, axes: tuple[int, ...], settings: Settings) -> Sharing:
-    """Checks what only training asks for: bound axis names, slices that divide, more than one value per feature."""
-    sharing = share("batch_norm", settings.axis_name, settings.axis_index_groups)
-    slices = count_slices("batch_norm", x, axes, settings.virtual_batch_size)
-    values = math.prod(x.shape[axis] for axis in axes) * sharing.size
-    if values == slices > 0 and not settings.drop_in:
-        _checks.refuse(
-            "batch_norm",
-            "there is one value per feature: its variance is 0, and y would be the bias whatever x is",
-            expected="at least 2 values per feature in training",
-            got=f"1 for x.shape={x.shape}, feature_axes={settings.feature_axes!r}, "
-            f"virtual_batch_size={settings.virtual_batch_size!r} and {sharing.size} device(s)",
-            fix="Use a larger batch, share statistics with axis_name, or pass train=False",
-        )
-    return sharing
-
-
-def _check_state(
-    params: Params, batch_stats: BatchStats, x: Array, features: tuple[int, ...], settings: Settings
-) -> None:
-    """Checks leaves and options against x."""
-    _checks.leaves(
-        "batch_norm", "params", params, shape=features, dtype=x.dtype, required=set(), optional={"scale", "bias"}
-    )
-    check_batch_stats("batch_norm", batch_stats, features, x.dtype, settings.momentum)
-    _checks.choice("batch_norm", "running_var", settings.running_var, OPTIONS)
-    _checks.between("batch_norm", "epsilon", settings.epsilon, 0.0, math.inf)
+    return normalize_by_batch(params, batch_stats, x, train, mask, settings)

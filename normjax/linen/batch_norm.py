@@ -11,7 +11,7 @@ from flax.linen.dtypes import canonicalize_dtype
 
 from normjax import _checks
 from normjax._typing import RunningVar
-from normjax.layers.batch_norm import Settings, apply_batch_norm
+from normjax.layers._batch import Settings, normalize_by_batch
 
 
 class BatchNorm(nn.BatchNorm):
@@ -85,7 +85,7 @@ class BatchNorm(nn.BatchNorm):
         if self.use_bias:
             params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
         dtype = canonicalize_dtype(x, *params.values(), dtype=self.dtype)
-        y, batch_stats = apply_batch_norm(
+        y, batch_stats = normalize_by_batch(
             params,
             {leaf: variable.value for leaf, variable in running.items()},
             x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype),

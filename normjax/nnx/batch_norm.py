@@ -14,7 +14,7 @@ from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import ones, zeros
 
 from normjax._typing import AxisIndexGroups, DTypeLike, Initializer, RunningVar
-from normjax.layers.batch_norm import Settings, apply_batch_norm
+from normjax.layers._batch import Settings, normalize_by_batch
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -149,7 +149,7 @@ class BatchNorm(nnx.BatchNorm):
         leaves = ("mean", "var", "count") if self.momentum is None else ("mean", "var")
         running = {leaf: getattr(self, leaf)[...] for leaf in leaves}
         dtype = self._output_dtype(x, running, params)
-        y, batch_stats = apply_batch_norm(
+        y, batch_stats = normalize_by_batch(
             params,
             running,
             x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype),

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from normjax import _checks
 from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, Mask
-from normjax.statistics.safe_moments import Moments, abs2, safe_moments, widen
+from normjax.statistics.reduction import Moments, abs2, widen
+from normjax.statistics.safe_moments import safe_moments
 from normjax.statistics.sharing import share
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
 from normjax._typing import BatchStats, DTypeLike, RunningVar, promote
-from normjax.statistics.safe_moments import Moments
+from normjax.statistics.reduction import Moments
 
 OPTIONS = ("biased", "unbiased")
 
@@ -100,8 +100,8 @@ def check_batch_stats(
         batch_stats,
         shape=features,
         dtype=dtype,
-        required={"mean", "var"},
-        optional={"count"},
+        required=("mean", "var"),
+        optional=("count",),
     )
     if momentum is None and "count" not in batch_stats:
         _checks.refuse(

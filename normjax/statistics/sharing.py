@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -31,17 +33,12 @@ class Sharing(NamedTuple):
 
     def sum(self, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "..."], ...]:
         """Sums each part over the devices, in one collective of all parts end to end."""
-        if not self.axis_name:
-            return parts
-        dtype = promote(*(part.dtype for part in parts))
-        flat = jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts])
-        total, cut, sums = self._sum(flat), 0, []
-        for part in parts:
-            piece = total[cut : cut + part.size].reshape(part.shape)
-            real = jnp.iscomplexobj(piece) and not jnp.iscomplexobj(part)
-            sums.append((piece.real if real else piece).astype(part.dtype))
-            cut += part.size
-        return tuple(sums)
+        return _packed(self._sum, parts) if self.axis_name else parts
+
+    def gather(self, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "devices ..."], ...]:
+        """Stacks each part over the devices, in one collective of all parts end to end."""
+        varying = vary_like(lax.axis_index(self.axis_name), *parts)
+        return _packed(partial(lax.all_gather, axis_name=self.axis_name, axis_index_groups=self.groups), varying)
 
     def _sum(self, flat: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
         if self.groups is None:
@@ -96,15 +93,28 @@ def _tracks_variation(name: Hashable) -> bool:
 
 
 def vary_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "..."], ...]:
-    """Casts parts of one shape and dtype to vary over the mapped axes that `x` varies over, all in one cast.
+    """Casts parts to vary over the mapped axes that `x` varies over, all in one cast.
 
     The transpose of that cast is a sum over devices. Left to JAX it happens part by part: an all-reduce in the backward
     pass for each of mean, scale and bias. Packed, it is one.
     """
     missing = varying_axes(x) - frozenset().union(*map(varying_axes, parts))
-    if not missing:
+    if not (missing and parts):
         return parts
-    return tuple(lax.pcast(jnp.stack(parts), tuple(missing), to="varying"))
+    return _packed(partial(lax.pcast, axis_name=tuple(missing), to="varying"), parts)
+
+
+def _packed(collective: Callable[[Array], Array], parts: Sequence[Array]) -> tuple[Array, ...]:
+    """Applies a collective to all parts end to end; it may put axes of its own in front."""
+    dtype = promote(*(part.dtype for part in parts))
+    result = collective(jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts]))
+    cuts = list(accumulate((part.size for part in parts), initial=0))
+    pieces = []
+    for part, start, stop in zip(parts, cuts, cuts[1:], strict=False):
+        piece = result[..., start:stop].reshape(*result.shape[:-1], *part.shape)
+        real = jnp.iscomplexobj(piece) and not jnp.iscomplexobj(part)
+        pieces.append((piece.real if real else piece).astype(part.dtype))
+    return tuple(pieces)
 
 
 def _bound_axes(function: str, axis_name: AxisName | None) -> tuple[Hashable, ...]:

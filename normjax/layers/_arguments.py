@@ -1,0 +1,159 @@
+"""What every layer asks of its arguments, and how its step is compiled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from normjax import _checks
+from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, BatchStats, DTypeLike, Mask, Params
+from normjax.layers._affine import lay_out
+from normjax.statistics.reduction import STATISTICS, Reduction
+from normjax.statistics.sharing import share
+
+
+class Given(NamedTuple):
+    """The checked arguments of a layer without statistics of the batch.
+
+    Attributes:
+      params: with the rank of x.
+      x: an array.
+      mask: None, or with the rank of x.
+      feature_axes: not negative, ascending.
+      dtype: of y.
+    """
+
+    params: Params
+    x: Array
+    mask: Array | None
+    feature_axes: tuple[int, ...]
+    dtype: Any
+
+
+def admit(
+    function: str,
+    params: Params,
+    batch_stats: BatchStats,
+    x: Activations,
+    train: bool,
+    *,
+    feature_axes: Axes,
+    mask: Mask | None = None,
+    dtype: DTypeLike | None = None,
+    leaves: Collection[str] = ("scale", "bias"),
+    required: Collection[str] = (),
+) -> Given:
+    """Checks what all layers without statistics of the batch have in common."""
+    _checks.static_train(function, train)
+    x = _checks.activations(function, x)
+    mask = _checks.mask(function, mask, x.shape)
+    kept = _checks.axes(function, "feature_axes", feature_axes, x.shape)
+    _checks.leaves(function, "batch_stats", batch_stats, shape=(), dtype=x.dtype)
+    params = admit_params(function, params, x, kept, leaves=leaves, required=required)
+    return Given(params, x, mask, kept, _checks.output_dtype(function, dtype, x))
+
+
+def admit_params(
+    function: str,
+    params: Params,
+    x: Array,
+    feature_axes: tuple[int, ...],
+    *,
+    leaves: Collection[str] = ("scale", "bias"),
+    required: Collection[str] = (),
+) -> Params:
+    """Checks `params` against x and returns them with its rank."""
+    _checks.leaves(
+        function,
+        "params",
+        params,
+        shape=tuple(x.shape[axis] for axis in feature_axes),
+        dtype=x.dtype,
+        required=required,
+        optional=leaves,
+        leading=tuple(size for axis, size in enumerate(x.shape) if axis not in feature_axes),
+    )
+    return {
+        leaf: jnp.asarray(value) if leaf in _checks.SCALARS else lay_out(jnp.asarray(value), x.ndim, feature_axes)
+        for leaf, value in params.items()
+    }
+
+
+def one_feature_axis(function: str, given: Given) -> int:
+    """Returns the feature axis of a layer that has exactly one."""
+    if len(given.feature_axes) != 1:
+        _checks.refuse(
+            function,
+            "there must be one feature axis",
+            expected="an int, or one of them",
+            got=f"feature_axes={given.feature_axes} for x.shape={given.x.shape}",
+            fix="Name the axis of the channels, as in -1",
+        )
+    return given.feature_axes[0]
+
+
+def axes_within_examples(function: str, given: Given, reduction_axes: Axes | None) -> tuple[int, ...]:
+    """Returns the axes to reduce, all but the first and the features by default; refuses the axis of the examples."""
+    kept, shape = given.feature_axes, given.x.shape
+    if reduction_axes is None:
+        axes = tuple(axis for axis in range(1, len(shape)) if axis not in kept)
+    else:
+        axes = _checks.axes(function, "reduction_axes", reduction_axes, shape)
+    got = f"reduction_axes={reduction_axes} and feature_axes={kept} for x.shape={shape}"
+    if 0 in axes or 0 in kept:
+        _checks.refuse(
+            function,
+            "axis 0 holds the examples, and the statistics are of each by itself",
+            expected="reduction_axes and feature_axes without axis 0",
+            got=got,
+            fix="Move the examples to axis 0, or use batch_norm to reduce over them",
+        )
+    if set(axes) & set(kept):
+        _checks.refuse(
+            function,
+            "an axis is both reduced and a feature",
+            expected="reduction_axes and feature_axes that have no axis in common",
+            got=got,
+            fix="Use layer_norm to reduce over features",
+        )
+    return axes
+
+
+def more_than_one_value(function: str, x: Array, axes: tuple[int, ...], *, devices: int = 1, members: int = 1) -> None:
+    """Refuses statistics over one value: its variance is 0, and y would be the bias."""
+    if math.prod(x.shape[axis] for axis in axes) * devices * members == 1:
+        _checks.refuse(
+            function,
+            "each statistic is over one value: its variance is 0, and y would be the bias whatever x is",
+            expected="at least 2 values for each mean and variance in training",
+            got=f"1 for x.shape={x.shape}, reduced over axes {axes}, {members} channel(s) and {devices} device(s)",
+            fix="Reduce over more axes, or use rms_norm",
+        )
+
+
+def compiled(step: Callable) -> Callable:
+    """Compiles a step once for each value of its last argument, which is static.
+
+    For the backward pass it keeps its arguments as they came and the statistics, and nothing else of x's size.
+    """
+    last = step.__code__.co_argcount - 1
+    policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
+    lean = jax.checkpoint(step, prevent_cse=False, policy=policy, static_argnums=last)
+    return jax.jit(lean, static_argnums=last, inline=True)
+
+
+def reduction(
+    function: str,
+    axes: tuple[int, ...],
+    epsilon: float,
+    axis_name: AxisName | None,
+    axis_index_groups: AxisIndexGroups | None,
+) -> Reduction:
+    """Checks epsilon and the names of mapped axes."""
+    _checks.between(function, "epsilon", epsilon, 0.0, math.inf)
+    return Reduction(axes, share(function, axis_name, axis_index_groups), float(epsilon))

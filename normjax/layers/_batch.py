@@ -1,0 +1,156 @@
+"""Normalization by statistics of the batch: what batch norm and batch renorm have in common."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike
+
+from normjax import _checks
+from normjax._typing import (
+    Activations,
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    BatchStats,
+    DTypeLike,
+    Mask,
+    Params,
+    RunningVar,
+    promote,
+)
+from normjax.layers._affine import normalize
+from normjax.layers._arguments import admit_params, compiled
+from normjax.layers._ghost import count_slices, cut
+from normjax.layers._renorm import Limits, corrected, take_limits
+from normjax.statistics.moments import merge_stacked
+from normjax.statistics.reduction import widen
+from normjax.statistics.running import OPTIONS, check_batch_stats, update_batch_stats
+from normjax.statistics.safe_moments import safe_moments
+from normjax.statistics.sharing import ALONE, Sharing, share
+
+
+class Settings(NamedTuple):
+    """The keyword arguments of `batch_norm` and `batch_renorm` but for the mask, and what a door may allow beyond."""
+
+    feature_axes: Axes = -1
+    momentum: float | ArrayLike | None = 0.99
+    epsilon: float = 1e-5
+    running_var: RunningVar = "biased"
+    axis_name: AxisName | None = None
+    axis_index_groups: AxisIndexGroups | None = None
+    virtual_batch_size: int | None = None
+    dtype: DTypeLike | None = None
+    renorm: Limits | None = None  # None: batch norm
+    drop_in: bool = False  # as Flax does: one value per feature in training, a mean that turns complex with x
+
+    @property
+    def function(self) -> str:
+        """The name that errors begin with."""
+        return "batch_norm" if self.renorm is None else "batch_renorm"
+
+
+def normalize_by_batch(
+    params: Params, batch_stats: BatchStats, x: Activations, train: bool, mask: Mask | None, settings: Settings
+) -> tuple[Activations, BatchStats]:
+    """Checks the arguments and does what `batch_norm` or `batch_renorm` says."""
+    function = settings.function
+    train = _checks.static_train(function, train)
+    x = _checks.activations(function, x)
+    mask = _checks.mask(function, mask, x.shape)
+    kept = _checks.axes(function, "feature_axes", settings.feature_axes, x.shape)
+    if settings.drop_in and jnp.iscomplexobj(x):
+        mean = jnp.asarray(batch_stats["mean"])
+        batch_stats = batch_stats | {"mean": mean.astype(promote(mean.dtype, x.dtype))}
+    params = admit_params(function, params, x, kept)
+    features = tuple(x.shape[axis] for axis in kept)
+    check_batch_stats(function, batch_stats, features, x.dtype, settings.momentum)
+    _checks.choice(function, "running_var", settings.running_var, OPTIONS)
+    _checks.between(function, "epsilon", settings.epsilon, 0.0, math.inf)
+    batch_stats = {leaf: jnp.asarray(value) for leaf, value in batch_stats.items()}
+    axes = tuple(axis for axis in range(x.ndim) if axis not in kept)
+    plan = _Plan(axes, float(settings.epsilon), _checks.output_dtype(function, settings.dtype, x))
+    limits = None if settings.renorm is None else take_limits(settings.renorm, batch_stats)
+    if not train:
+        return _infer(params, batch_stats, x, mask, plan), batch_stats
+    momentum, scheduled = settings.momentum, None
+    if not isinstance(momentum, float | int | None):
+        momentum, scheduled = None, momentum
+    plan = plan._replace(
+        momentum=momentum,
+        running_var=settings.running_var,
+        sharing=_sharing(x, axes, settings),
+        virtual_batch_size=settings.virtual_batch_size,
+    )
+    return _train(params, batch_stats, x, mask, scheduled, limits, plan)
+
+
+class _Plan(NamedTuple):
+    """What is static about a step; hashable, so that eager calls compile it once."""
+
+    axes: tuple[int, ...]
+    epsilon: float
+    dtype: jnp.dtype
+    momentum: float | None = None
+    running_var: RunningVar = "biased"
+    sharing: Sharing = ALONE
+    virtual_batch_size: int | None = None
+
+
+@compiled
+def _train(
+    params: Params,
+    batch_stats: BatchStats,
+    x: Array,
+    mask: Array | None,
+    momentum: Array | None,
+    limits: Limits | None,
+    plan: _Plan,
+) -> tuple[Array, BatchStats]:
+    """One step: normalizes x by its own statistics, and moves the running ones towards them."""
+    shape, axes, size = x.shape, plan.axes, plan.virtual_batch_size
+    if size is not None:
+        x, mask, params, axes = cut(x, mask, params, axes, size)
+    wide = widen(x)
+    seen = safe_moments(x, wide, axes, shift=batch_stats["mean"], mask=mask, sharing=plan.sharing, epsilon=plan.epsilon)
+    if mask is not None:
+        population = batch_stats["var"].astype(seen.var.dtype)
+        seen = seen._replace(var=jnp.where(jnp.asarray(seen.count) > 0, seen.var, population))
+    mean, var = (jnp.expand_dims(statistic, axes) for statistic in (seen.mean, seen.var))
+    if limits is not None:
+        running = (jnp.expand_dims(batch_stats[leaf], plan.axes) for leaf in ("mean", "var"))
+        params = corrected(params, (mean, var), tuple(running), limits, plan.epsilon)
+    y = normalize(wide, mean, var, params, mask=mask, epsilon=plan.epsilon)
+    batch_stats = update_batch_stats(
+        batch_stats,
+        seen if size is None else merge_stacked(seen),
+        momentum=plan.momentum if momentum is None else momentum,
+        running_var=plan.running_var,
+    )
+    return y.reshape(shape).astype(plan.dtype), batch_stats
+
+
+@compiled
+def _infer(params: Params, batch_stats: BatchStats, x: Array, mask: Array | None, plan: _Plan) -> Array:
+    mean, var = (jnp.expand_dims(batch_stats[leaf], plan.axes) for leaf in ("mean", "var"))
+    return normalize(widen(x), mean, var, params, mask=mask, epsilon=plan.epsilon).astype(plan.dtype)
+
+
+def _sharing(x: Array, axes: tuple[int, ...], settings: Settings) -> Sharing:
+    """Checks what only training asks for: bound axis names, slices that divide, more than one value per feature."""
+    function = settings.function
+    sharing = share(function, settings.axis_name, settings.axis_index_groups)
+    slices = count_slices(function, x, axes, settings.virtual_batch_size)
+    values = math.prod(x.shape[axis] for axis in axes) * sharing.size
+    if values == slices > 0 and not settings.drop_in:
+        _checks.refuse(
+            function,
+            "there is one value per feature: its variance is 0, and y would be the bias whatever x is",
+            expected="at least 2 values per feature in training",
+            got=f"1 for x.shape={x.shape}, feature_axes={settings.feature_axes!r}, "
+            f"virtual_batch_size={settings.virtual_batch_size!r} and {sharing.size} device(s)",
+            fix="Use a larger batch, share statistics with axis_name, or pass train=False",
+        )
+    return sharing

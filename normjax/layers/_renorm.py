@@ -1,0 +1,82 @@
+"""The correction of batch renormalization (Ioffe, 2017), Algorithm 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike
+
+from normjax import _checks
+from normjax._typing import BatchStats, Params, promote
+
+Limit = float | ArrayLike | Callable[[Array], ArrayLike]
+
+
+class Limits(NamedTuple):
+    """How far batch and population may differ: values, or schedules of the number of batches so far."""
+
+    r_max: Limit
+    d_max: Limit
+
+
+def take_limits(limits: Limits, batch_stats: BatchStats) -> Limits:
+    """Returns the limits as scalar arrays, schedules at the present count; refuses what is no limit."""
+    taken = []
+    for name, limit, low in (("r_max", limits.r_max, 1.0), ("d_max", limits.d_max, 0.0)):
+        if callable(limit):
+            if "count" not in batch_stats:
+                _checks.refuse(
+                    "batch_renorm",
+                    f"{name} is a schedule of the count of batches, and batch_stats has no count",
+                    expected="batch_stats with 'mean', 'var' and 'count'",
+                    got=f"batch_stats with {sorted(batch_stats)}",
+                    fix="Make them with batch_renorm_init(...)",
+                )
+            limit = limit(batch_stats["count"])
+        _checks.between("batch_renorm", name, limit, low, math.inf)
+        limit = jnp.asarray(limit)
+        if limit.shape != ():
+            _checks.refuse(
+                "batch_renorm",
+                f"{name} is not a scalar",
+                expected="a number, a scalar array or a schedule that returns one",
+                got=f"shape {limit.shape}",
+                fix="Reduce it to one number for all features",
+            )
+        taken.append(limit)
+    return Limits(*taken)
+
+
+def corrected(
+    params: Params, batch: tuple[Array, Array], running: tuple[Array, Array], limits: Limits, epsilon: float
+) -> Params:
+    r"""Returns the scale and bias that move what the batch's statistics make of x to what the running ones would.
+
+    .. math:: r = \operatorname{clip}\left(\frac{\sigma_B}{\sigma}, \frac1{r_{max}}, r_{max}\right), \qquad
+              d = \operatorname{clip}\left(\frac{\mu_B - \mu}{\sigma}, -d_{max}, d_{max}\right)
+
+    Both are constants to the derivative: scale and bias become `scale * r` and `scale * d + bias`.
+
+    Args:
+      params: with the rank of x.
+      batch: mean and variance of the batch, likewise.
+      running: mean and variance of the population, likewise.
+      limits: two scalars.
+      epsilon: added to both variances.
+    """
+    dtype = batch[1].dtype
+    (mean, var), (running_mean, running_var) = lax.stop_gradient((batch, running))
+    r_max, d_max = (lax.stop_gradient(limit).astype(dtype) for limit in limits)
+    inverse = lax.rsqrt(running_var.astype(dtype) + epsilon)
+    r = jnp.clip(jnp.sqrt(var + epsilon) * inverse, 1 / r_max, r_max)
+    d = (mean - running_mean.astype(mean.dtype)) * inverse.astype(mean.dtype)
+    d = d * jnp.minimum(1, d_max / jnp.maximum(jnp.abs(d), jnp.finfo(dtype).tiny)).astype(d.dtype)
+    scale = params.get("scale", jnp.ones((), dtype))
+    dtype = promote(scale.dtype, d.dtype)
+    bias = params.get("bias", jnp.zeros((), dtype))
+    moved = {"scale": scale.astype(dtype) * r.astype(dtype), "bias": scale.astype(dtype) * d.astype(dtype)}
+    return moved | {"bias": moved["bias"] + bias.astype(dtype)}

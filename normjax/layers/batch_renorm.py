@@ -1,0 +1,158 @@
+"""Batch renormalization (Ioffe, 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import ones, zeros
+from jaxtyping import ArrayLike
+
+from normjax import _checks
+from normjax._typing import (
+    Activations,
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    BatchStats,
+    DTypeLike,
+    Initializer,
+    Mask,
+    Params,
+    PRNGKey,
+    RunningVar,
+)
+from normjax.layers._affine import init_params
+from normjax.layers._batch import Settings, normalize_by_batch
+from normjax.layers._renorm import Limit, Limits
+from normjax.statistics.running import init_batch_stats
+
+
+def batch_renorm_init(
+    num_features: int | Sequence[int],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    scale_init: Initializer = ones,
+    bias_init: Initializer = zeros,
+    key: PRNGKey | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+) -> tuple[Params, BatchStats]:
+    """Returns the parameters and running statistics that `batch_renorm` starts from.
+
+    Args:
+      num_features: the size of the feature axis; with several feature axes, their sizes in the order of the axes of x.
+      use_scale: whether there is a scale.
+      use_bias: whether there is a bias.
+      scale_init: makes the scale; zeros for the last layer of a residual branch.
+      bias_init: makes the bias.
+      key: for a random initializer; not needed otherwise.
+      param_dtype: of scale and bias. The statistics are kept in it too, but in float32 at the least.
+
+    Returns:
+      `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`.
+      `batch_stats`: a dict of `mean` (zeros) and `var` (ones), each `(*num_features)`, and `count` (0, int32), the
+      number of batches, which the schedules of `r_max` and `d_max` go by.
+
+    Raises:
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
+        without a key.
+
+    Example:
+      >>> import normjax as nj
+      >>> params, batch_stats = nj.batch_renorm_init(2)
+      >>> print(batch_stats["var"], batch_stats["count"])
+      [1. 1.] 0
+    """
+    makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
+    params = init_params("batch_renorm_init", num_features, makers, key, param_dtype)
+    features = _checks.sizes("batch_renorm_init", "num_features", num_features)
+    return params, init_batch_stats(features, param_dtype, count=True)
+
+
+@jax.named_scope("batch_renorm")
+def batch_renorm(
+    params: Params,
+    batch_stats: BatchStats,
+    x: Activations,
+    train: bool,
+    *,
+    r_max: Limit = 3.0,
+    d_max: Limit = 5.0,
+    feature_axes: Axes = -1,
+    momentum: float | ArrayLike | None = 0.99,
+    epsilon: float = 1e-5,
+    running_var: RunningVar = "biased",
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    virtual_batch_size: int | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Activations, BatchStats]:
+    r"""Batch norm that normalizes in training, too, by the population's statistics, as far as they can be trusted.
+
+    .. math:: y = \gamma \left(\frac{x - \mu_B}{\sqrt{\sigma_B^2 + \epsilon}} r + d\right) + \beta
+
+    .. math:: r = \operatorname{clip}\left(\sqrt{\frac{\sigma_B^2 + \epsilon}{\sigma^2 + \epsilon}},
+              \frac1{r_{max}}, r_{max}\right), \qquad
+              d = \operatorname{clip}\left(\frac{\mu_B - \mu}{\sqrt{\sigma^2 + \epsilon}}, -d_{max}, d_{max}\right)
+
+    with the batch's statistics (index B) and the running ones as they were before this batch. r and d are constants to
+    the derivative. Within the limits, training and inference compute the same; with `r_max=1, d_max=0` this is
+    `batch_norm`. Use it where batches are small, or their examples not independent.
+
+    Args:
+      params: as in `batch_norm`.
+      batch_stats: as in `batch_norm`; with `count` where a limit is a schedule.
+      x: floating-point or complex, any rank >= 1, such as `(batch, height, width, features)`.
+      train: Python bool: which of the two to compile.
+      r_max: at least 1. A number, a scalar array, or a schedule as in optax: a function of the count of batches so far.
+        Start at 1, and rise once the running statistics have settled: the paper trains 5,000 steps as batch norm, then
+        rises to 3 by step 40,000.
+      d_max: at least 0, likewise; the paper rises from 0 to 5 by step 25,000.
+      feature_axes: as in `batch_norm`, and so are the rest.
+      momentum: weight of the old running value.
+      epsilon: added to the variances.
+      running_var: which estimate of the variance is stored, "biased" or "unbiased".
+      mask: bool, broadcastable to x: True where an element counts.
+      axis_name: mapped axis or axes over which the statistics are shared, in training.
+      axis_index_groups: groups of indices of that axis that share.
+      virtual_batch_size: ghost batches, each with its own r and d.
+      dtype: of y; None for that of x.
+
+    Returns:
+      `y`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes.
+
+    Raises:
+      ValueError, TypeError, NameError: at trace time, for limits out of range, a schedule without a count, and all
+        that `batch_norm` refuses.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> params, batch_stats = nj.batch_renorm_init(1)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y, _ = nj.batch_renorm(params, batch_stats, x, train=True)
+      >>> print(abs(y - x).max() < 1e-4)  # the statistics that it starts with are mean 0 and variance 1
+      True
+      >>> r_max = lambda count: jnp.clip(count / 10_000, 1.0, 3.0)
+      >>> y, _ = nj.batch_renorm(params, batch_stats, x, train=True, r_max=r_max, d_max=0.0)
+      >>> print(y.round(3).ravel())
+      [-1.  1.]
+
+    References:
+      Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models" (NeurIPS 2017),
+      Algorithm 1 and section 4.
+    """
+    settings = Settings(
+        feature_axes,
+        momentum,
+        epsilon,
+        running_var,
+        axis_name,
+        axis_index_groups,
+        virtual_batch_size,
+        dtype,
+        renorm=Limits(r_max, d_max),
+    )
+    return normalize_by_batch(params, batch_stats, x, train, mask, settings)

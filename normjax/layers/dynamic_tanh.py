@@ -1,0 +1,123 @@
+"""Dynamic tanh (Zhu, Chen, He, LeCun & Liu, 2025): a transformer without normalization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import ones, zeros
+from jaxtyping import Array
+
+from normjax import _checks
+from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Initializer, Params, PRNGKey
+from normjax.layers._affine import init_params, scale_and_shift
+from normjax.layers._arguments import admit, compiled
+from normjax.statistics.reduction import widen
+
+
+def dynamic_tanh_init(
+    num_features: int | Sequence[int],
+    *,
+    alpha: float = 0.5,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    scale_init: Initializer = ones,
+    bias_init: Initializer = zeros,
+    key: PRNGKey | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+) -> tuple[Params, BatchStats]:
+    """Returns the parameters that `dynamic_tanh` starts from, and `{}`: it has no statistics at all.
+
+    Args:
+      num_features: the size of the feature axis; with several feature axes, their sizes in the order of the axes of x.
+      alpha: where the learned slope starts. 0.5 but for large language models, which want less the wider they are, and
+        more before attention than elsewhere (0.2 to 1.0; the paper's section 7.2).
+      use_scale: whether there is a scale.
+      use_bias: whether there is a bias.
+      scale_init: makes the scale.
+      bias_init: makes the bias.
+      key: for a random initializer; not needed otherwise.
+      param_dtype: of the leaves.
+
+    Returns:
+      `params`: a dict of `alpha` (a scalar), `scale` (ones) and `bias` (zeros), each `(*num_features)`; and an empty
+      `batch_stats`.
+
+    Raises:
+      ValueError: for a size that is not positive, or an alpha that is not finite. TypeError: for an integer
+        `param_dtype`, or a random initializer without a key.
+
+    Example:
+      >>> import normjax as nj
+      >>> params, batch_stats = nj.dynamic_tanh_init(2)
+      >>> print(params["alpha"], params["scale"], params["bias"])
+      0.5 [1. 1.] [0. 0.]
+    """
+    _checks.between("dynamic_tanh_init", "alpha", alpha, -math.inf, math.inf)
+    makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
+    params = init_params("dynamic_tanh_init", num_features, makers, key, param_dtype)
+    return {"alpha": jnp.asarray(alpha, jnp.finfo(param_dtype).dtype)} | params, {}
+
+
+@jax.named_scope("dynamic_tanh")
+def dynamic_tanh(
+    params: Params,
+    batch_stats: BatchStats,
+    x: Activations,
+    train: bool,
+    *,
+    feature_axes: Axes = -1,
+    dtype: DTypeLike | None = None,
+) -> tuple[Activations, BatchStats]:
+    r"""Squashes each element by a tanh of learned slope: what layer norm does to outliers, without statistics.
+
+    .. math:: y = \gamma \tanh(\alpha x) + \beta
+
+    Use it in place of layer norm or RMS norm in transformers. It reduces nothing: elements do not see each other.
+
+    Args:
+      params: dict of `alpha` (a scalar), `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of
+        each example, where leading sizes are those of the first axes of x that are no features; scale and bias are left
+        out of the formula if they are absent.
+      batch_stats: `{}`.
+      x: floating-point or complex, any rank >= 1.
+      train: Python bool.
+      feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in ascending order.
+      dtype: of y; None for that of x.
+
+    Returns:
+      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
+
+    Raises:
+      ValueError, TypeError: at trace time, for whatever does not fit: axes, leaves, dtypes, a traced `train`.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> params, batch_stats = nj.dynamic_tanh_init(2)
+      >>> print(nj.dynamic_tanh(params, batch_stats, jnp.array([[1.0, -100.0]]), train=True)[0].round(3))
+      [[ 0.462 -1.   ]]
+
+    References:
+      Zhu, Chen, He, LeCun & Liu, "Transformers without Normalization" (CVPR 2025), eq. 3 and Algorithm 1.
+    """
+    given = admit(
+        "dynamic_tanh",
+        params,
+        batch_stats,
+        x,
+        train,
+        feature_axes=feature_axes,
+        dtype=dtype,
+        leaves=("scale", "bias"),
+        required=("alpha",),
+    )
+    return _dynamic_tanh(given.params, given.x, given.dtype), batch_stats
+
+
+@compiled
+def _dynamic_tanh(params: Params, x: Array, dtype: Any) -> Array:
+    wide = widen(x)
+    return scale_and_shift(jnp.tanh(params["alpha"].astype(wide.dtype) * wide), params).astype(dtype)

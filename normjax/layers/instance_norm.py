@@ -1,0 +1,132 @@
+"""Instance normalization (Ulyanov, Vedaldi & Lempitsky, 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import ones, zeros
+
+from normjax._typing import (
+    Activations,
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    BatchStats,
+    DTypeLike,
+    Initializer,
+    Mask,
+    Params,
+    PRNGKey,
+)
+from normjax.layers._affine import init_params
+from normjax.layers._arguments import admit, axes_within_examples, more_than_one_value, reduction
+from normjax.layers._standardize import Plan, standardize
+
+
+def instance_norm_init(
+    num_features: int | Sequence[int],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    scale_init: Initializer = ones,
+    bias_init: Initializer = zeros,
+    key: PRNGKey | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+) -> tuple[Params, BatchStats]:
+    """Returns the parameters that `instance_norm` starts from, and `{}`: it has no running statistics.
+
+    Args:
+      num_features: the size of the feature axis; with several feature axes, their sizes in the order of the axes of x.
+      use_scale: whether there is a scale.
+      use_bias: whether there is a bias.
+      scale_init: makes the scale.
+      bias_init: makes the bias.
+      key: for a random initializer; not needed otherwise.
+      param_dtype: of scale and bias.
+
+    Returns:
+      `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`; and an empty `batch_stats`.
+
+    Raises:
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
+        without a key.
+
+    Example:
+      >>> import normjax as nj
+      >>> print(nj.instance_norm_init(2)[0]["bias"])
+      [0. 0.]
+    """
+    makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
+    return init_params("instance_norm_init", num_features, makers, key, param_dtype), {}
+
+
+@jax.named_scope("instance_norm")
+def instance_norm(
+    params: Params,
+    batch_stats: BatchStats,
+    x: Activations,
+    train: bool,
+    *,
+    reduction_axes: Axes | None = None,
+    feature_axes: Axes = -1,
+    epsilon: float = 1e-5,
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Activations, BatchStats]:
+    r"""Normalizes each channel of each example by its own mean and variance.
+
+    .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
+    with the statistics over the positions (height and width) of one channel of one example. It removes contrast and
+    colour of single images: use it in style transfer and image generation. With a scale and bias from another image it
+    is adaptive instance norm.
+
+    Args:
+      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of each example, where
+        leading sizes are those of the first axes of x that are no features; an absent leaf is left out.
+      batch_stats: `{}`.
+      x: floating-point or complex, examples along axis 0, such as `(batch, height, width, channels)`.
+      train: Python bool.
+      reduction_axes: the axes that mean and variance are taken over; by default all but axis 0 and the features.
+      feature_axes: the axes that have statistics, scale and bias of their own; leaves have their sizes in ascending
+        order.
+      epsilon: added to the variance.
+      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no trace in the
+        statistics; where it is NaN or infinite, y is the bias, a constant. Where nothing counts, the mean is 0 and the
+        variance 1.
+      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared over them.
+      axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
+      dtype: of y; None for that of x.
+
+    Returns:
+      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance takes two passes, so it
+      is safe far from zero.
+
+    Raises:
+      ValueError, TypeError, NameError: at trace time, for whatever does not fit: a reduction over axis 0 or over
+        features, axes, leaves, dtypes, a mask, an axis name that is not in scope, statistics over one value in
+        training.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> params, batch_stats = nj.instance_norm_init(2)
+      >>> x = jnp.array([[[1.0, 10.0], [3.0, 30.0]]])
+      >>> print(nj.instance_norm(params, batch_stats, x, train=True)[0].round(3))
+      [[[-1. -1.]
+        [ 1.  1.]]]
+
+    References:
+      Ulyanov, Vedaldi & Lempitsky, "Instance Normalization: The Missing Ingredient for Fast Stylization" (2016), eq. 3.
+      Huang & Belongie, "Arbitrary Style Transfer in Real-time with Adaptive Instance Normalization" (2017), eq. 8.
+    """
+    function = "instance_norm"
+    given = admit(function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype)
+    axes = axes_within_examples(function, given, reduction_axes)
+    how = reduction(function, axes, epsilon, axis_name, axis_index_groups)
+    if train:
+        more_than_one_value(function, given.x, axes, devices=how.sharing.size)
+    return standardize(given.params, given.x, given.mask, Plan(how, given.dtype)), batch_stats

@@ -1,0 +1,145 @@
+"""Local response normalization (Krizhevsky, Sutskever & Hinton, 2012)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.nn.initializers import ones, zeros
+from jaxtyping import Array
+
+from normjax import _checks
+from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Initializer, Params, PRNGKey
+from normjax.layers._affine import init_params, scale_and_shift
+from normjax.layers._arguments import admit, compiled, one_feature_axis
+from normjax.statistics.reduction import abs2, widen
+
+
+def local_response_norm_init(
+    num_features: int | Sequence[int],
+    *,
+    use_scale: bool = False,
+    use_bias: bool = False,
+    scale_init: Initializer = ones,
+    bias_init: Initializer = zeros,
+    key: PRNGKey | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+) -> tuple[Params, BatchStats]:
+    """Returns the parameters that `local_response_norm` starts from, `{}` unless asked for, and `{}`.
+
+    Args:
+      num_features: the number of channels.
+      use_scale: whether there is a scale; the paper has none.
+      use_bias: whether there is a bias; the paper has none.
+      scale_init: makes the scale.
+      bias_init: makes the bias.
+      key: for a random initializer; not needed otherwise.
+      param_dtype: of scale and bias.
+
+    Returns:
+      `params`: a dict of what was asked for, each `(num_features,)`; and an empty `batch_stats`.
+
+    Raises:
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
+        without a key.
+
+    Example:
+      >>> import normjax as nj
+      >>> nj.local_response_norm_init(96)
+      ({}, {})
+    """
+    makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
+    return init_params("local_response_norm_init", num_features, makers, key, param_dtype), {}
+
+
+@jax.named_scope("local_response_norm")
+def local_response_norm(
+    params: Params,
+    batch_stats: BatchStats,
+    x: Activations,
+    train: bool,
+    *,
+    size: int = 5,
+    alpha: float = 5e-4,
+    beta: float = 0.75,
+    k: float = 2.0,
+    feature_axes: Axes = -1,
+    dtype: DTypeLike | None = None,
+) -> tuple[Activations, BatchStats]:
+    r"""Divides each channel by a power of the energy in the channels next to it, at the same position.
+
+    .. math:: y_c = x_c \Big/ \Big(k + \frac{\alpha}{n} \sum_{j = c - \lfloor n/2 \rfloor}
+              ^{c + \lfloor (n-1)/2 \rfloor} |x_j|^2\Big)^{\beta}
+
+    with zeros beyond the first and the last channel. For networks of AlexNet's time; later ones do without.
+
+    Args:
+      params: `{}`, or a dict of `scale` and `bias`, each `(channels,)`, or `(*leading, channels)` for one of each
+        example, applied last.
+      batch_stats: `{}`.
+      x: floating-point or complex, such as `(batch, height, width, channels)`.
+      train: Python bool.
+      size: n, how many channels are next to each other.
+      alpha: weight of their mean square, as in PyTorch and ONNX. The paper and TensorFlow weigh the sum: theirs is
+        `alpha / size`, and the default is the paper's 1e-4 times 5.
+      beta: the power.
+      k: added to the energy.
+      feature_axes: the axis of the channels.
+      dtype: of y; None for that of x.
+
+    Returns:
+      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
+
+    Raises:
+      ValueError, TypeError: at trace time, for whatever does not fit: a size that is no positive int, k that is not
+        positive, axes, leaves, dtypes.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> x = jnp.array([[1.0, 2.0, 3.0]])
+      >>> print(nj.local_response_norm({}, {}, x, train=True, size=3, alpha=3.0, beta=1.0, k=1.0)[0])
+      [[0.16666667 0.13333334 0.21428573]]
+
+    References:
+      Krizhevsky, Sutskever & Hinton, "ImageNet Classification with Deep Convolutional Neural Networks" (NeurIPS 2012),
+      section 3.3.
+    """
+    function = "local_response_norm"
+    given = admit(function, params, batch_stats, x, train, feature_axes=feature_axes, dtype=dtype)
+    channel = one_feature_axis(function, given)
+    if not (isinstance(size, int) and size > 0):
+        _checks.refuse(
+            function, "size is not a size", expected="a positive int", got=f"size={size!r}", fix="Use size=5"
+        )
+    _checks.between(function, "alpha", alpha, 0.0, math.inf)
+    _checks.between(function, "beta", beta, 0.0, math.inf)
+    _checks.between(function, "k", k, math.nextafter(0.0, 1.0), math.inf)
+    plan = _Plan(channel, size, float(alpha), float(beta), float(k), given.dtype)
+    return _local_response_norm(given.params, given.x, plan), batch_stats
+
+
+class _Plan(NamedTuple):
+    """What is static about a step."""
+
+    channel: int
+    size: int
+    alpha: float
+    beta: float
+    k: float
+    dtype: Any
+
+
+@compiled
+def _local_response_norm(params: Params, x: Array, plan: _Plan) -> Array:
+    wide = widen(x)
+    energy = abs2(wide)
+    window = [plan.size if axis == plan.channel else 1 for axis in range(x.ndim)]
+    around = [(plan.size // 2, (plan.size - 1) // 2) if axis == plan.channel else (0, 0) for axis in range(x.ndim)]
+    near = lax.reduce_window(energy, np.zeros((), energy.dtype), lax.add, window, [1] * x.ndim, around)
+    multiplier = (plan.k + plan.alpha / plan.size * near) ** -plan.beta
+    return scale_and_shift(wide * multiplier.astype(wide.dtype), params).astype(plan.dtype)

@@ -1,0 +1,152 @@
+"""Root mean square normalization (Zhang & Sennrich, 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import ones, zeros
+from jaxtyping import Array
+
+from normjax import _checks
+from normjax._typing import (
+    Activations,
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    BatchStats,
+    DTypeLike,
+    Initializer,
+    Mask,
+    Params,
+    PRNGKey,
+)
+from normjax.layers._affine import init_params, normalize
+from normjax.layers._arguments import admit, compiled, reduction
+from normjax.statistics.per_example import mean_square
+from normjax.statistics.reduction import Reduction, widen
+
+
+def rms_norm_init(
+    num_features: int | Sequence[int],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = False,
+    scale_init: Initializer = ones,
+    bias_init: Initializer = zeros,
+    key: PRNGKey | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+) -> tuple[Params, BatchStats]:
+    """Returns the parameters that `rms_norm` starts from, and `{}`: it has no running statistics.
+
+    Args:
+      num_features: the size of the feature axis; with several feature axes, their sizes in the order of the axes of x.
+      use_scale: whether there is a scale.
+      use_bias: whether there is a bias; the paper has none.
+      scale_init: makes the scale; zeros where `rms_norm` is called with `scale_offset=1`.
+      bias_init: makes the bias.
+      key: for a random initializer; not needed otherwise.
+      param_dtype: of scale and bias.
+
+    Returns:
+      `params`: a dict of `scale` (ones), `(*num_features)`, and maybe `bias` (zeros); and an empty `batch_stats`.
+
+    Raises:
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
+        without a key.
+
+    Example:
+      >>> import normjax as nj
+      >>> print(nj.rms_norm_init(3)[0]["scale"])
+      [1. 1. 1.]
+    """
+    makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
+    return init_params("rms_norm_init", num_features, makers, key, param_dtype), {}
+
+
+@jax.named_scope("rms_norm")
+def rms_norm(
+    params: Params,
+    batch_stats: BatchStats,
+    x: Activations,
+    train: bool,
+    *,
+    scale_offset: float = 0.0,
+    reduction_axes: Axes = -1,
+    feature_axes: Axes = -1,
+    epsilon: float = 1e-5,
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Activations, BatchStats]:
+    r"""Divides each example by the root of the mean square of its own features.
+
+    .. math:: y = (o + \gamma) \frac{x}{\sqrt{\frac1n \sum_i |x_i|^2 + \epsilon}} + \beta
+
+    Layer norm without the mean: one reduction instead of two, and nothing is subtracted. Use it in large language
+    models. It is blind to the scale of x, but not to an offset.
+
+    Args:
+      params: dict of `scale` and maybe `bias`, each `(*features)`, or `(*leading, *features)` for one of each example,
+        where leading sizes are those of the first axes of x that are no features; an absent leaf is left out.
+      batch_stats: `{}`.
+      x: floating-point or complex, any rank >= 1, such as `(batch, time, features)`.
+      train: Python bool.
+      scale_offset: o, added to the scale in at least float32: 1.0 for checkpoints that store `scale - 1` (Gemma),
+        which near 1 keeps digits that bfloat16 would lose, and lets weight decay pull the scale towards 1.
+      reduction_axes: the axes that the mean square is taken over.
+      feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in ascending order.
+      epsilon: added to the mean square.
+      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no trace in the
+        statistics; where it is NaN or infinite, y is the bias (or 0), a constant. Where nothing counts, the mean square
+        is 1.
+      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared over them.
+      axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
+      dtype: of y; None for that of x.
+
+    Returns:
+      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
+
+    Raises:
+      ValueError, TypeError, NameError: at trace time, for whatever does not fit: axes, leaves, dtypes, a mask, an axis
+        name that is not in scope, a traced `train`.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> params, batch_stats = nj.rms_norm_init(2)
+      >>> y, _ = nj.rms_norm(params, batch_stats, jnp.array([[1.0, 7.0]]), train=True)
+      >>> print(y.round(1))
+      [[0.2 1.4]]
+
+    References:
+      Zhang & Sennrich, "Root Mean Square Layer Normalization" (NeurIPS 2019), eq. 4.
+    """
+    function = "rms_norm"
+    given = admit(function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype)
+    axes = _checks.axes(function, "reduction_axes", reduction_axes, given.x.shape)
+    how = reduction(function, axes, epsilon, axis_name, axis_index_groups)
+    plan = _Plan(how, given.dtype, float(scale_offset))
+    return _rms_norm(given.params, given.x, given.mask, plan), batch_stats
+
+
+class _Plan(NamedTuple):
+    """What is static about a step."""
+
+    how: Reduction
+    dtype: Any
+    scale_offset: float
+
+
+@compiled
+def _rms_norm(params: Params, x: Array, mask: Array | None, plan: _Plan) -> Array:
+    wide = widen(x)
+    count, square = mean_square(wide, plan.how, mask)
+    if mask is not None:
+        square = jnp.where(count > 0, square, 1)
+    if "scale" in params and plan.scale_offset:
+        params = params | {"scale": widen(params["scale"]) + plan.scale_offset}
+    y = normalize(wide, None, plan.how.expand(square), params, mask=mask, epsilon=plan.how.epsilon)
+    return y.astype(plan.dtype)

@@ -1,0 +1,100 @@
+"""What every statistic is made of: which elements are reduced, how many count, and what is kept of them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, ArrayLike, Inexact, Real
+
+from normjax._typing import Activations, Mask, promote
+from normjax.statistics.sharing import ALONE, Sharing
+
+# The name under which statistics can be kept for the backward pass.
+STATISTICS = "normjax_statistics"
+
+
+class Moments(NamedTuple):
+    """How many elements, their mean, and their biased variance, for each feature.
+
+    `Moments` of disjoint sets of elements combine exactly through `merge_moments`. An empty set has count 0; its mean
+    and variance carry no meaning and count for nothing in a merge.
+
+    Attributes:
+      count: number of elements, real, of shape `(*features)` or broadcastable to it.
+      mean: their mean, `(*features)`; complex where x is.
+      var: mean of `|x - mean|^2`, `(*features)`; real, not negative.
+    """
+
+    count: Real[ArrayLike, "..."]  # pyright: ignore[reportIncompatibleMethodOverride]
+    mean: Inexact[Array, "..."]
+    var: Inexact[Array, "..."]
+
+
+class Reduction(NamedTuple):
+    """The static part of a reduction.
+
+    Attributes:
+      axes: the reduced axes, not negative.
+      sharing: the devices to share with.
+      epsilon: what the caller adds to the variance.
+    """
+
+    axes: tuple[int, ...]
+    sharing: Sharing = ALONE
+    epsilon: float = 0.0
+
+    def expand(self, statistic: Array) -> Array:
+        """Gives a statistic the rank of x."""
+        return jnp.expand_dims(statistic, self.axes)
+
+    def local_count(self, x: Activations, mask: Mask | None) -> Array:
+        """How many elements count on this device: real, broadcastable to the features."""
+        dtype = jnp.finfo(promote(x.dtype, jnp.float32)).dtype
+        if mask is None:
+            return jnp.asarray(math.prod(x.shape[axis] for axis in self.axes), dtype)
+        repeats = math.prod(x.shape[axis] for axis in self.axes if mask.shape[axis] == 1)
+        seen = jnp.sum(mask, [axis for axis in self.axes if mask.shape[axis] != 1], jnp.int32, keepdims=True)
+        return (seen * repeats).squeeze(self.axes).astype(dtype)
+
+    def moments_dot(self, moments: Moments, x: Array, mask: Mask | None, dx: Array) -> Moments:
+        r"""Returns the derivative of the moments of x along dx, however they were computed.
+
+        .. math:: d\mu = \frac1n \sum_i dx_i, \qquad
+                  d\sigma^2 = \frac2n \sum_i \mathrm{Re}\,\overline{(x_i - \mu)}\, dx_i
+        """
+        dx = masked(dx, mask)
+        centered = masked(x - self.expand(moments.mean), mask)
+        n = jnp.maximum(moments.count, 1)
+        mean_dot, var_dot = self.sharing.sum(jnp.sum(dx, self.axes), jnp.sum(_real_product(centered, dx), self.axes))
+        return Moments(jnp.zeros_like(moments.count), mean_dot / n.astype(mean_dot.dtype), 2 * var_dot / n)
+
+
+def widen(x: Activations) -> Activations:
+    """Casts to the precision that statistics are computed in: at least float32."""
+    return x.astype(promote(x.dtype, jnp.float32))
+
+
+def masked(x: Array, mask: Mask | None) -> Array:
+    """Returns x with zeros where it does not count."""
+    return x if mask is None else jnp.where(mask, x, 0)
+
+
+def named(statistic: Array) -> Array:
+    """Marks what `jax.checkpoint` is to keep."""
+    if jnp.iscomplexobj(statistic):  # which jax.checkpoint cannot keep as it is
+        return lax.complex(named(statistic.real), named(statistic.imag))
+    return checkpoint_name(statistic, STATISTICS)
+
+
+def abs2(x: Array) -> Array:
+    """Returns |x|^2, real."""
+    return _real_product(x, x)
+
+
+def _real_product(a: Array, b: Array) -> Array:
+    """Re(conj(a) b), without the complex product where both are real."""
+    return a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b

@@ -1,0 +1,156 @@
+"""Spectral normalization (Miyato et al., 2018)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from normjax import _checks
+from normjax._typing import Axes, BatchStats, DTypeLike, Kernel, Params, PRNGKey
+from normjax.layers._arguments import compiled
+from normjax.statistics.reduction import abs2, widen
+
+
+def spectral_norm_init(kernel: Kernel, *, key: PRNGKey, feature_axes: Axes = -1) -> tuple[Params, BatchStats]:
+    """Returns `{}` and the state that `spectral_norm` starts its power iteration from.
+
+    Args:
+      kernel: of any rank >= 1.
+      key: for the random direction.
+      feature_axes: the axes that make the columns of the matrix.
+
+    Returns:
+      An empty `params`; and `batch_stats`: a dict of `u`, a random direction, `(1, features)`, and `sigma`, 1. In at
+      least float32.
+
+    Raises:
+      ValueError, TypeError: for axes or a dtype that do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> params, batch_stats = nj.weights.spectral_norm_init(jnp.ones((3, 3, 8, 16)), key=jax.random.key(0))
+      >>> print(params, batch_stats["u"].shape, batch_stats["sigma"])
+      {} (1, 16) 1.0
+    """
+    function = "spectral_norm_init"
+    kernel = _checks.activations(function, kernel)
+    columns = _columns(kernel, _checks.axes(function, "feature_axes", feature_axes, kernel.shape))
+    u = jax.random.normal(key, (1, columns), widen(kernel).dtype)
+    return {}, {"u": _direction(u, 0.0), "sigma": jnp.ones((), jnp.finfo(u.dtype).dtype)}
+
+
+@jax.named_scope("spectral_norm")
+def spectral_norm(
+    params: Params,
+    batch_stats: BatchStats,
+    kernel: Kernel,
+    train: bool,
+    *,
+    feature_axes: Axes = -1,
+    n_steps: int = 1,
+    epsilon: float = 1e-12,
+    dtype: DTypeLike | None = None,
+) -> tuple[Kernel, BatchStats]:
+    r"""Divides a kernel by its largest singular value, which power iteration finds over the steps of training.
+
+    .. math:: v = \frac{u W^\top}{\lVert u W^\top \rVert}, \quad u = \frac{v W}{\lVert v W \rVert}, \quad
+              \sigma = v W u^\top, \quad w = \frac{W}{\sigma}
+
+    with the kernel as a matrix W of one column a feature. It bounds how much a layer can stretch its input: use it in
+    the discriminators of GANs, and where a network is to be Lipschitz. u and v are constants to the derivative.
+
+    Args:
+      params: `{}`.
+      batch_stats: dict of `u`, `(1, features)`, and `sigma`, a scalar.
+      kernel: W, real, of any rank >= 1. It is not changed.
+      train: Python bool: whether to return the new u and sigma. At inference the iteration starts from the stored u,
+        too, and is as deterministic as it is.
+      feature_axes: the axes that make the columns of the matrix; all others make its rows.
+      n_steps: of power iteration, at each call.
+      epsilon: added to the squared norms.
+      dtype: of w; None for that of the kernel.
+
+    Returns:
+      `w`, of the kernel's shape, and the `batch_stats`, new in training. A kernel whose sigma is 0 comes back as it is.
+      Computed in at least float32 and rounded once.
+
+    Raises:
+      ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit, or `n_steps` below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> kernel = jnp.diag(jnp.array([5.0, 1.0]))
+      >>> params, batch_stats = nj.weights.spectral_norm_init(kernel, key=jax.random.key(0))
+      >>> w, batch_stats = nj.weights.spectral_norm(params, batch_stats, kernel, train=True, n_steps=10)
+      >>> print(batch_stats["sigma"].round(3), w.round(3).diagonal())
+      5.0 [1.  0.2]
+
+    References:
+      Miyato, Kataoka, Koyama & Yoshida, "Spectral Normalization for Generative Adversarial Networks" (ICLR 2018),
+      Algorithm 1.
+    """
+    function = "spectral_norm"
+    train = _checks.static_train(function, train)
+    kernel = _checks.activations(function, kernel)
+    kept = _checks.axes(function, "feature_axes", feature_axes, kernel.shape)
+    _checks.leaves(function, "params", params, shape=(), dtype=kernel.dtype)
+    _checks.leaves(
+        function,
+        "batch_stats",
+        batch_stats,
+        shape=(1, _columns(kernel, kept)),
+        dtype=kernel.dtype,
+        required=("u", "sigma"),
+    )
+    _checks.between(function, "epsilon", epsilon, 0.0, math.inf)
+    if not (isinstance(n_steps, int) and n_steps > 0):
+        _checks.refuse(
+            function, "n_steps is no number of steps", expected="1 or more", got=f"n_steps={n_steps!r}", fix="Use 1"
+        )
+    plan = _Plan(kept, n_steps, float(epsilon), _checks.output_dtype(function, dtype, kernel))
+    w, u, sigma = _spectral_norm(jnp.asarray(batch_stats["u"]), kernel, plan)
+    if not train:
+        return w, batch_stats
+    new = {"u": u, "sigma": sigma}
+    return w, {leaf: new[leaf].astype(old.dtype) for leaf, old in batch_stats.items()}
+
+
+class _Plan(NamedTuple):
+    """What is static about a step."""
+
+    feature_axes: tuple[int, ...]
+    n_steps: int
+    epsilon: float
+    dtype: Any
+
+
+@compiled
+def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, Array]:
+    wide = widen(kernel)
+    matrix = jnp.moveaxis(wide, plan.feature_axes, range(-len(plan.feature_axes), 0)).reshape(-1, u.shape[-1])
+    fixed = lax.stop_gradient(matrix)
+    u = lax.stop_gradient(u).astype(wide.dtype)
+    for _ in range(plan.n_steps):
+        v = _direction(_dot(u, fixed.T), plan.epsilon)
+        u = _direction(_dot(v, fixed), plan.epsilon)
+    sigma = jnp.sum(_dot(v, matrix) * u)
+    w = wide / jnp.where(sigma == 0, 1, sigma)
+    return w.astype(plan.dtype), u, lax.stop_gradient(sigma)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """In full float32 on accelerators too, where matrix products default to less."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _direction(vector: Array, epsilon: float) -> Array:
+    return vector * lax.rsqrt(jnp.sum(abs2(vector)) + epsilon)
+
+
+def _columns(kernel: Array, feature_axes: tuple[int, ...]) -> int:
+    return math.prod(kernel.shape[axis] for axis in feature_axes)

@@ -1,0 +1,159 @@
+"""Weight normalization (Salimans & Kingma, 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from normjax import _checks
+from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Kernel, Params
+from normjax.layers._affine import scale_and_shift
+from normjax.layers._arguments import admit, compiled, reduction
+from normjax.statistics.moments import moments
+from normjax.statistics.reduction import Reduction, abs2, widen
+
+
+def weight_norm_init(
+    kernel: Kernel, *, feature_axes: Axes = -1, param_dtype: DTypeLike | None = None
+) -> tuple[Params, BatchStats]:
+    """Returns the scale at which `weight_norm` gives back the kernel that it is given, and `{}`.
+
+    Args:
+      kernel: of any rank >= 1, such as `(inputs, features)` or `(height, width, inputs, features)`.
+      feature_axes: the axes that have a norm of their own; `()` for one norm of all.
+      param_dtype: of the scale; None for that of the kernel.
+
+    Returns:
+      `params`: a dict of `scale`, the norms of the kernel, `(*features)`; and an empty `batch_stats`.
+
+    Raises:
+      ValueError, TypeError: for axes or dtypes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> params, batch_stats = nj.weights.weight_norm_init(jnp.array([[3.0], [4.0]]))
+      >>> print(params["scale"], batch_stats)
+      [5.] {}
+    """
+    kernel = _checks.activations("weight_norm_init", kernel)
+    kept = _checks.axes("weight_norm_init", "feature_axes", feature_axes, kernel.shape)
+    axes = tuple(axis for axis in range(kernel.ndim) if axis not in kept)
+    norm = jnp.sqrt(jnp.sum(abs2(widen(kernel)), axes))
+    return {"scale": norm.astype(kernel.dtype if param_dtype is None else param_dtype)}, {}
+
+
+@jax.named_scope("weight_norm")
+def weight_norm(
+    params: Params,
+    batch_stats: BatchStats,
+    kernel: Kernel,
+    train: bool,
+    *,
+    feature_axes: Axes = -1,
+    epsilon: float = 1e-12,
+    dtype: DTypeLike | None = None,
+) -> tuple[Kernel, BatchStats]:
+    r"""Gives a kernel the norms that `scale` says, whatever its own are.
+
+    .. math:: w = \gamma \frac{v}{\sqrt{\lVert v \rVert^2 + \epsilon}}
+
+    with the norm over all axes but the features. Length and direction of each feature's weights are then learned apart,
+    with no statistics of activations: use it in recurrent and generative networks, and in reinforcement learning.
+
+    Args:
+      params: dict of `scale`, `(*features)`; without it all norms are 1.
+      batch_stats: `{}`.
+      kernel: v, floating-point or complex, of any rank >= 1. It is not changed.
+      train: Python bool.
+      feature_axes: the axes that have a norm of their own; `()` for one norm of all.
+      epsilon: added to the squared norm.
+      dtype: of w; None for that of the kernel.
+
+    Returns:
+      `w`, of the kernel's shape, and `{}`. Computed in at least float32 and rounded once.
+
+    Raises:
+      ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> kernel = jnp.array([[3.0, 1.0], [4.0, 0.0]])
+      >>> print(nj.weights.weight_norm({"scale": jnp.array([1.0, 2.0])}, {}, kernel, train=True)[0].round(3))
+      [[0.6 2. ]
+       [0.8 0. ]]
+
+    References:
+      Salimans & Kingma, "Weight Normalization" (NeurIPS 2016), eq. 2.
+    """
+    function = "weight_norm"
+    given = admit(
+        function, params, batch_stats, kernel, train, feature_axes=feature_axes, dtype=dtype, leaves=("scale",)
+    )
+    axes = tuple(axis for axis in range(given.x.ndim) if axis not in given.feature_axes)
+    plan = _Plan(reduction(function, axes, epsilon, None, None), given.dtype)
+    return _weight_norm(given.params, given.x, plan), batch_stats
+
+
+class _Plan(NamedTuple):
+    """What is static about a step."""
+
+    how: Reduction
+    dtype: Any
+
+
+@compiled
+def _weight_norm(params: Params, kernel: Array, plan: _Plan) -> Array:
+    wide = widen(kernel)
+    inverse = lax.rsqrt(jnp.sum(abs2(wide), plan.how.axes, keepdims=True) + plan.how.epsilon)
+    return scale_and_shift(wide * inverse.astype(wide.dtype), params).astype(plan.dtype)
+
+
+def weight_norm_init_from_data(
+    linear: Callable[[Kernel], Activations],
+    kernel: Kernel,
+    *,
+    feature_axes: Axes = -1,
+    output_axes: Axes = -1,
+    epsilon: float = 1e-5,
+) -> tuple[Params, BatchStats, Array]:
+    r"""Returns a scale and a bias with which a first batch comes out with mean 0 and variance 1.
+
+    .. math:: t = \mathrm{linear}\left(\frac{v}{\lVert v \rVert}\right), \qquad
+              \gamma = \frac{1}{\sqrt{\sigma^2[t] + \epsilon}}, \qquad \beta = - \gamma \mu[t]
+
+    Args:
+      linear: from a kernel to the pre-activations of a batch, such as `lambda kernel: x @ kernel`; without a bias.
+      kernel: v.
+      feature_axes: of the kernel.
+      output_axes: the axes of those features in what `linear` returns.
+      epsilon: added to the variance.
+
+    Returns:
+      `params` and `batch_stats` for `weight_norm`, and the bias to add to what `linear` returns, `(*features)`.
+
+    Raises:
+      ValueError, TypeError: for axes that do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> x, kernel = 3 + 2 * jax.random.normal(jax.random.key(0), (100, 4)), jnp.ones((4, 1))
+      >>> params, _, bias = nj.weights.weight_norm_init_from_data(lambda kernel: x @ kernel, kernel)
+      >>> y = x @ nj.weights.weight_norm(params, {}, kernel, train=True)[0] + bias
+      >>> print(abs(y.mean().round(3)), y.std().round(3))
+      0.0 1.0
+
+    References:
+      Salimans & Kingma (2016), section 3, eq. 5 and 6.
+    """
+    function = "weight_norm_init_from_data"
+    directions, batch_stats = weight_norm({}, {}, kernel, train=True, feature_axes=feature_axes)
+    outputs = _checks.activations(function, linear(directions))
+    kept = _checks.axes(function, "output_axes", output_axes, outputs.shape)
+    _, mean, var = moments(outputs, tuple(axis for axis in range(outputs.ndim) if axis not in kept))
+    scale = lax.rsqrt(var + epsilon)
+    return {"scale": scale.astype(directions.dtype)}, batch_stats, (-mean * scale).astype(outputs.dtype)

@@ -1,0 +1,113 @@
+"""Weight standardization (Qiao et al., 2019), and its scaled form (Brock et al., 2021)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import ones
+
+from normjax._typing import Axes, BatchStats, DTypeLike, Initializer, Kernel, Params, PRNGKey
+from normjax.layers._affine import init_params
+from normjax.layers._arguments import admit, more_than_one_value, reduction
+from normjax.layers._standardize import Plan, standardize
+
+
+def weight_standardization_init(
+    num_features: int | Sequence[int],
+    *,
+    scale_init: Initializer = ones,
+    key: PRNGKey | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+) -> tuple[Params, BatchStats]:
+    """Returns a learned gain for `weight_standardization`, which also works without: with `{}`.
+
+    Args:
+      num_features: the size of the kernel's feature axis; with several, their sizes in the order of its axes.
+      scale_init: makes the gain.
+      key: for a random initializer; not needed otherwise.
+      param_dtype: of the gain.
+
+    Returns:
+      `params`: a dict of `scale` (ones), `(*num_features)`; and an empty `batch_stats`.
+
+    Raises:
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
+        without a key.
+
+    Example:
+      >>> import normjax as nj
+      >>> print(nj.weights.weight_standardization_init(2)[0]["scale"])
+      [1. 1.]
+    """
+    makers = {"scale": (True, scale_init)}
+    return init_params("weight_standardization_init", num_features, makers, key, param_dtype), {}
+
+
+@jax.named_scope("weight_standardization")
+def weight_standardization(
+    params: Params,
+    batch_stats: BatchStats,
+    kernel: Kernel,
+    train: bool,
+    *,
+    feature_axes: Axes = -1,
+    scaled: bool = False,
+    epsilon: float = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> tuple[Kernel, BatchStats]:
+    r"""Gives the weights of each feature mean 0, and variance 1 or 1 / fan-in.
+
+    .. math:: w = \gamma \frac{v - \mu}{\sqrt{N \sigma^2 + \epsilon}}
+
+    with mean and biased variance over all axes but the features, and N = 1, or the fan-in with `scaled=True`. The plain
+    form goes with group norm and small batches; the scaled one keeps the variance of activations and so replaces
+    normalization, in networks without (NF-ResNets), with a gain for the activation, such as `sqrt(2 / (1 - 1 / pi))`
+    for ReLU, in `scale_init` or behind it.
+
+    Args:
+      params: `{}`, or a dict of `scale`, `(*features)`.
+      batch_stats: `{}`.
+      kernel: v, floating-point or complex, of any rank >= 2, such as `(height, width, inputs, features)`. It is not
+        changed.
+      train: Python bool.
+      feature_axes: the axes whose weights have statistics of their own.
+      scaled: whether the result has the variance 1 / fan-in.
+      epsilon: added to the variance, or to the variance times the fan-in, which is near 1 for usual initializers.
+      dtype: of w; None for that of the kernel.
+
+    Returns:
+      `w`, of the kernel's shape, and `{}`. Computed in at least float32 and rounded once.
+
+    Raises:
+      ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit, and for statistics over one
+        weight in training.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> kernel = jnp.array([[1.0], [3.0], [1.0], [3.0]])
+      >>> print(nj.weights.weight_standardization({}, {}, kernel, train=True)[0].round(3).ravel())
+      [-1.  1. -1.  1.]
+      >>> print(nj.weights.weight_standardization({}, {}, kernel, train=True, scaled=True)[0].round(3).ravel())
+      [-0.5  0.5 -0.5  0.5]
+
+    References:
+      Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization" (2019), eq. 5-7.
+      Brock, De & Smith, "Characterizing signal propagation to close the performance gap in unnormalized ResNets"
+      (ICLR 2021), eq. 1.
+    """
+    function = "weight_standardization"
+    given = admit(
+        function, params, batch_stats, kernel, train, feature_axes=feature_axes, dtype=dtype, leaves=("scale",)
+    )
+    shape = given.x.shape
+    axes = tuple(axis for axis in range(len(shape)) if axis not in given.feature_axes)
+    if train:
+        more_than_one_value(function, given.x, axes)
+    fan_in = math.prod(shape[axis] for axis in axes) if scaled else 1
+    # (v - mu) / sqrt(N var + epsilon) is that of var + epsilon / N, divided by the root of N.
+    how = reduction(function, axes, epsilon / fan_in, None, None)
+    plan = Plan(how, given.dtype, gain=1 / math.sqrt(fan_in))
+    return standardize(given.params, given.x, None, plan), batch_stats
