@@ -106,7 +106,7 @@ def _train(
     x: Array,
     mask: Array | None,
     momentum: Array | None,
-    limits: Limits | None,
+    limits: tuple[Array, Array] | None,
     plan: _Plan,
 ) -> tuple[Array, BatchStats]:
     """One step: normalizes x by its own statistics, and moves the running ones towards them."""
@@ -120,8 +120,8 @@ def _train(
         seen = seen._replace(var=jnp.where(jnp.asarray(seen.count) > 0, seen.var, population))
     mean, var = (jnp.expand_dims(statistic, axes) for statistic in (seen.mean, seen.var))
     if limits is not None:
-        running = (jnp.expand_dims(batch_stats[leaf], plan.axes) for leaf in ("mean", "var"))
-        params = corrected(params, (mean, var), tuple(running), limits, plan.epsilon)
+        running = _running(batch_stats, plan)
+        params = corrected(params, (mean, var), running, limits, plan.epsilon)
     y = normalize(wide, mean, var, params, mask=mask, epsilon=plan.epsilon)
     batch_stats = update_batch_stats(
         batch_stats,
@@ -134,8 +134,13 @@ def _train(
 
 @compiled
 def _infer(params: Params, batch_stats: BatchStats, x: Array, mask: Array | None, plan: _Plan) -> Array:
-    mean, var = (jnp.expand_dims(batch_stats[leaf], plan.axes) for leaf in ("mean", "var"))
+    mean, var = _running(batch_stats, plan)
     return normalize(widen(x), mean, var, params, mask=mask, epsilon=plan.epsilon).astype(plan.dtype)
+
+
+def _running(batch_stats: BatchStats, plan: _Plan) -> tuple[Array, Array]:
+    """The running mean and variance with the rank of x."""
+    return jnp.expand_dims(batch_stats["mean"], plan.axes), jnp.expand_dims(batch_stats["var"], plan.axes)
 
 
 def _sharing(x: Array, axes: tuple[int, ...], settings: Settings) -> Sharing:

@@ -23,8 +23,8 @@ class Limits(NamedTuple):
     d_max: Limit
 
 
-def take_limits(limits: Limits, batch_stats: BatchStats) -> Limits:
-    """Returns the limits as scalar arrays, schedules at the present count; refuses what is no limit."""
+def take_limits(limits: Limits, batch_stats: BatchStats) -> tuple[Array, Array]:
+    """Returns r_max and d_max as scalar arrays, schedules at the present count; refuses what is no limit."""
     taken = []
     for name, limit, low in (("r_max", limits.r_max, 1.0), ("d_max", limits.d_max, 0.0)):
         if callable(limit):
@@ -48,11 +48,16 @@ def take_limits(limits: Limits, batch_stats: BatchStats) -> Limits:
                 fix="Reduce it to one number for all features",
             )
         taken.append(limit)
-    return Limits(*taken)
+    r_max, d_max = taken
+    return r_max, d_max
 
 
 def corrected(
-    params: Params, batch: tuple[Array, Array], running: tuple[Array, Array], limits: Limits, epsilon: float
+    params: Params,
+    batch: tuple[Array, Array],
+    running: tuple[Array, Array],
+    limits: tuple[Array, Array],
+    epsilon: float,
 ) -> Params:
     r"""Returns the scale and bias that move what the batch's statistics make of x to what the running ones would.
 
@@ -65,7 +70,7 @@ def corrected(
       params: with the rank of x.
       batch: mean and variance of the batch, likewise.
       running: mean and variance of the population, likewise.
-      limits: two scalars.
+      limits: r_max and d_max.
       epsilon: added to both variances.
     """
     dtype = batch[1].dtype
@@ -75,8 +80,7 @@ def corrected(
     r = jnp.clip(jnp.sqrt(var + epsilon) * inverse, 1 / r_max, r_max)
     d = (mean - running_mean.astype(mean.dtype)) * inverse.astype(mean.dtype)
     d = d * jnp.minimum(1, d_max / jnp.maximum(jnp.abs(d), jnp.finfo(dtype).tiny)).astype(d.dtype)
-    scale = params.get("scale", jnp.ones((), dtype))
-    dtype = promote(scale.dtype, d.dtype)
-    bias = params.get("bias", jnp.zeros((), dtype))
-    moved = {"scale": scale.astype(dtype) * r.astype(dtype), "bias": scale.astype(dtype) * d.astype(dtype)}
-    return moved | {"bias": moved["bias"] + bias.astype(dtype)}
+    leaves = {"scale": jnp.ones((), dtype), "bias": jnp.zeros((), dtype)} | params
+    dtype = promote(d.dtype, *(leaf.dtype for leaf in leaves.values()))
+    scale, bias, r, d = (part.astype(dtype) for part in (leaves["scale"], leaves["bias"], r, d))
+    return {"scale": scale * r, "bias": scale * d + bias}

@@ -141,8 +141,7 @@ def group_norm(
     how = reduction(function, others, epsilon, axis_name, axis_index_groups)
     if train:
         more_than_one_value(function, given.x, others, devices=how.sharing.size, members=shape[channel] // num_groups)
-    channel_axis = channel - sum(axis < channel for axis in others)
-    plan = Plan(how, given.dtype, channel_axis, num_groups)
+    plan = Plan(how._replace(groups=(channel, shape[channel] // num_groups)), given.dtype)
     return standardize(given.params, given.x, given.mask, plan), batch_stats
 
 

@@ -41,24 +41,44 @@ class Reduction(NamedTuple):
       axes: the reduced axes, not negative.
       sharing: the devices to share with.
       epsilon: what the caller adds to the variance.
+      groups: None, or the axis of x whose neighbours share their statistics, and how many of them do. x is never cut
+        into groups: its minor axis would be as small as a group, which accelerators pad.
     """
 
     axes: tuple[int, ...]
     sharing: Sharing = ALONE
     epsilon: float = 0.0
+    groups: tuple[int, int] | None = None
 
     def expand(self, statistic: Array) -> Array:
         """Gives a statistic the rank of x."""
         return jnp.expand_dims(statistic, self.axes)
 
+    def local_sum(self, x: Array) -> Array:
+        """Sums over this device's part of the reduced axes, and over groups."""
+        return self._over_groups(jnp.sum(x, self.axes))
+
     def local_count(self, x: Activations, mask: Mask | None) -> Array:
         """How many elements count on this device: real, broadcastable to the features."""
         dtype = jnp.finfo(promote(x.dtype, jnp.float32)).dtype
         if mask is None:
-            return jnp.asarray(math.prod(x.shape[axis] for axis in self.axes), dtype)
+            members = 1 if self.groups is None else self.groups[1]
+            return jnp.asarray(math.prod(x.shape[axis] for axis in self.axes) * members, dtype)
         repeats = math.prod(x.shape[axis] for axis in self.axes if mask.shape[axis] == 1)
         seen = jnp.sum(mask, [axis for axis in self.axes if mask.shape[axis] != 1], jnp.int32, keepdims=True)
-        return (seen * repeats).squeeze(self.axes).astype(dtype)
+        counts = (seen * repeats).squeeze(self.axes)
+        if self.groups is not None and mask.shape[self.groups[0]] == 1:
+            return (counts * self.groups[1]).astype(dtype)
+        return self._over_groups(counts).astype(dtype)
+
+    def _over_groups(self, sums: Array) -> Array:
+        """Gives each channel the sum over the channels of its group."""
+        if self.groups is None:
+            return sums
+        axis, size = self.groups
+        axis -= sum(reduced < axis for reduced in self.axes)
+        groups = sums.reshape(*sums.shape[:axis], -1, size, *sums.shape[axis + 1 :]).sum(axis + 1)
+        return jnp.repeat(groups, size, axis)
 
     def moments_dot(self, moments: Moments, x: Array, mask: Mask | None, dx: Array) -> Moments:
         r"""Returns the derivative of the moments of x along dx, however they were computed.
@@ -69,7 +89,7 @@ class Reduction(NamedTuple):
         dx = masked(dx, mask)
         centered = masked(x - self.expand(moments.mean), mask)
         n = jnp.maximum(moments.count, 1)
-        mean_dot, var_dot = self.sharing.sum(jnp.sum(dx, self.axes), jnp.sum(_real_product(centered, dx), self.axes))
+        mean_dot, var_dot = self.sharing.sum(self.local_sum(dx), self.local_sum(_real_product(centered, dx)))
         return Moments(jnp.zeros_like(moments.count), mean_dot / n.astype(mean_dot.dtype), 2 * var_dot / n)
 
 

@@ -65,7 +65,7 @@ def _safe_moments(how: Reduction, wide: Array, x: Array, mask: Array | None, shi
     """One pass around `shift`; and where it cancelled, a second one, around the mean that the first one found."""
     known_equal = how.sharing.knows_equal(shift)
     riders = () if known_equal else (how.local_count(x, mask).astype(shift.dtype) * shift, fingerprint(shift))
-    first, offset, summed = _shifted_moments(how, wide, mask, shift, riders)
+    first, offset, summed = shifted_moments(how, wide, mask, shift, riders)
     cancelled = ~(abs2(offset) <= TOLERATED_OFFSET * (first.var + how.epsilon))
     unsafe = jnp.any(cancelled)
     if not known_equal:
@@ -76,7 +76,7 @@ def _safe_moments(how: Reduction, wide: Array, x: Array, mask: Array | None, shi
         unsafe |= ~agreed
 
     def second_pass(x: Array, mask: Array | None, first: Moments) -> Moments:
-        return _shifted_moments(how, widen(x), mask, first.mean)[0]
+        return shifted_moments(how, widen(x), mask, first.mean)[0]
 
     # The predicate is made of sums over the devices alone, so all of them take the same branch,
     # and the collective within it finds its partners.
@@ -95,14 +95,14 @@ def _safe_moments_jvp(how: Reduction, primals: tuple, tangents: tuple) -> tuple[
 _compiled = jax.jit(_safe_moments, static_argnums=0, inline=True)
 
 
-def _shifted_moments(
+def shifted_moments(
     how: Reduction, wide: Array, mask: Array | None, shift: Array, riders: tuple[Array, ...] = ()
 ) -> tuple[Moments, Array, tuple[Array, ...]]:
     """Returns the moments, the mean's offset from the shift, and the sums of what rode along in the collective."""
     centered = masked(wide - how.expand(shift), mask)
     # XLA's CPU reductions compute their input on the fly unless two of them share it: give each its own.
     again = masked(wide - how.expand(lax.optimization_barrier(shift)), mask)
-    sums = jnp.sum(centered, how.axes), jnp.sum(abs2(again), how.axes)
+    sums = how.local_sum(centered), how.local_sum(abs2(again))
     if mask is None:
         count = how.local_count(wide, mask) * how.sharing.size
         total, squares, *summed = how.sharing.sum(*sums, *riders)

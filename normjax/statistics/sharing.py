@@ -35,11 +35,6 @@ class Sharing(NamedTuple):
         """Sums each part over the devices, in one collective of all parts end to end."""
         return _packed(self._sum, parts) if self.axis_name else parts
 
-    def gather(self, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "devices ..."], ...]:
-        """Stacks each part over the devices, in one collective of all parts end to end."""
-        varying = vary_like(lax.axis_index(self.axis_name), *parts)
-        return _packed(partial(lax.all_gather, axis_name=self.axis_name, axis_index_groups=self.groups), varying)
-
     def _sum(self, flat: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
         if self.groups is None:
             return lax.psum(flat, self.axis_name)
@@ -105,13 +100,13 @@ def vary_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "
 
 
 def _packed(collective: Callable[[Array], Array], parts: Sequence[Array]) -> tuple[Array, ...]:
-    """Applies a collective to all parts end to end; it may put axes of its own in front."""
+    """Applies a collective to all parts end to end."""
     dtype = promote(*(part.dtype for part in parts))
     result = collective(jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts]))
     cuts = list(accumulate((part.size for part in parts), initial=0))
     pieces = []
     for part, start, stop in zip(parts, cuts, cuts[1:], strict=False):
-        piece = result[..., start:stop].reshape(*result.shape[:-1], *part.shape)
+        piece = result[start:stop].reshape(part.shape)
         real = jnp.iscomplexobj(piece) and not jnp.iscomplexobj(part)
         pieces.append((piece.real if real else piece).astype(part.dtype))
     return tuple(pieces)

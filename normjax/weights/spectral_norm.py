@@ -135,9 +135,10 @@ def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, 
     matrix = jnp.moveaxis(wide, plan.feature_axes, range(-len(plan.feature_axes), 0)).reshape(-1, u.shape[-1])
     fixed = lax.stop_gradient(matrix)
     u = lax.stop_gradient(u).astype(wide.dtype)
-    for _ in range(plan.n_steps):
-        v = _direction(_dot(u, fixed.T), plan.epsilon)
-        u = _direction(_dot(v, fixed), plan.epsilon)
+    v = _direction(_dot(u, fixed.T), plan.epsilon)
+    for _ in range(plan.n_steps - 1):
+        v = _direction(_dot(_direction(_dot(v, fixed), plan.epsilon), fixed.T), plan.epsilon)
+    u = _direction(_dot(v, fixed), plan.epsilon)
     sigma = jnp.sum(_dot(v, matrix) * u)
     w = wide / jnp.where(sigma == 0, 1, sigma)
     return w.astype(plan.dtype), u, lax.stop_gradient(sigma)
