@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 CLASSES = 10
+TITLES = {"digits": "Digits", "mnist": "MNIST", "cifar10": "CIFAR-10"}
 IDX_IMAGES, IDX_LABELS = "{}-images-idx3-ubyte", "{}-labels-idx1-ubyte"
 CIFAR_RECORD = 1 + 3 * 32 * 32  # a label, then the red, green and blue planes
 DIGITS_TEST = 500  # of 1,797: an evaluation is good to 0.2 points, and 1,297 are left to train on

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import jax
-import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
-import normjax
 from common import data, networks, report, training
-from common.interrupt import EXIT_STATUS, Interrupt, Interrupted
+from common.interrupt import Interrupt, Interrupted
 from common.options import Options, Variant
+from common.session import environment, guard, progress_bar
 from common.tables import Result, Table, best_of_sweep, compare
 
 
 def run(options: Options, variants: Sequence[Variant], interrupt: Interrupt) -> int:
     """Trains the variants, the first of which is the baseline, and reports; returns the exit status."""
     console = Console()
-    try:
+
+    def work() -> bool:
         experiment = Experiment(options, variants, interrupt)
         finished = experiment.train(console)
         experiment.show(console, finished)
-        return 0 if finished else EXIT_STATUS
-    except data.DataError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or options.out}: {error.strerror}"
-    except (Interrupted, KeyboardInterrupt):
-        return EXIT_STATUS
-    print(f"speedup.py: error: {message}", file=sys.stderr)
-    return 1
+        return finished
+
+    return guard("speedup.py", options.out, work)
 
 
 class Experiment:
@@ -70,8 +59,7 @@ class Experiment:
 
     def train(self, console: Console) -> bool:
         """Trains all there is to train and returns whether it got to the end."""
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        with Progress(*columns, TextColumn("{task.fields[accuracy]}"), console=console) as progress:
+        with progress_bar(console) as progress:
             try:
                 for variant in self.variants:
                     self.results.append(self._train(variant, variant.factor, progress))
@@ -134,8 +122,7 @@ class Experiment:
         content = {
             "status": status,
             "config": config,
-            "versions": _versions(),
-            "machine": _machine(),
+            **environment(),
             "variants": [report.result_content(result) for result in self.results],
             "sweep": [report.result_content(result) for result in self.swept],
             "tables": [report.table_content(table) for table in self.tables()],
@@ -167,13 +154,3 @@ class Experiment:
         console.print("Sweep: " + ", ".join(f"{rate:.3g}" for rate in rates) + f"; best {best.learning_rate:.3g}")
         if best.learning_rate in (rates[0], rates[-1]):
             console.print("The best is at the end of the sweep: --sweep should go further for a strict comparison.")
-
-
-def _machine() -> dict[str, Any]:
-    device = jax.devices()[0].device_kind
-    return {"platform": platform.platform(), "processor": platform.machine(), "cpus": os.cpu_count(), "device": device}
-
-
-def _versions() -> dict[str, Any]:
-    own = {"python": platform.python_version(), "normjax": normjax.__version__}
-    return own | {"jax": jax.__version__, "optax": optax.__version__}

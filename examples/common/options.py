@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
+
+from common.arguments import Parser, number
 
 
 class Variant(NamedTuple):
@@ -68,18 +68,12 @@ class Options:
         return MOMENTUM[self.network]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Exits with one line; argparse's own puts the usage before it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse(arguments: Sequence[str] | None, description: str | None) -> Options:
     """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
     parser = _parser(description)
-    given = vars(parser.parse_args(arguments))
-    if given["data"] != "digits" and given["data_dir"] is None:
-        parser.error(f"--data {given['data']} needs --data-dir, the folder that holds its files")
+    namespace = parser.parse_args(arguments)
+    parser.check_data(namespace)
+    given = vars(namespace)
     if given["network"] == "inception" and given["depth"] is not None:
         parser.error("--depth is for --network mlp")
     if given["network"] == "mlp" and given["depth"] is None:
@@ -95,38 +89,22 @@ def parse(arguments: Sequence[str] | None, description: str | None) -> Options:
     return Options(**given)
 
 
-def _parser(description: str | None) -> argparse.ArgumentParser:
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    count, rate = _number(int, "a positive integer"), _number(float, "a positive number")
+def _parser(description: str | None) -> Parser:
+    parser = Parser(description)
+    count, rate = number(int, "a positive integer"), number(float, "a positive number")
     add = parser.add_argument
     add("--network", choices=("mlp", "inception"), default="mlp", help="what to train (default: %(default)s)")
     add("--depth", type=count, metavar="N", help="hidden layers of the mlp (default: 3)")
-    add("--data", choices=("digits", "mnist", "cifar10"), default="digits", help="images (default: %(default)s)")
-    add("--data-dir", type=Path, metavar="DIR", help="folder with the official files of mnist or cifar10")
+    parser.add_data(("digits", "mnist", "cifar10"))
     add("--seeds", type=count, metavar="N", help="how often to train each variant; tables show medians")
     add("--steps", type=count, metavar="N", help="budget of each run")
-    add("--batch-size", type=_number(int, "an integer above 1", 2), metavar="N", help="examples a step")
+    add("--batch-size", type=number(int, "an integer above 1", 2), metavar="N", help="examples a step")
     add("--learning-rate", type=rate, metavar="RATE", help="of the baseline; BN-x5 and BN-x30 multiply it")
     add("--eval-every", type=count, metavar="N", help="steps between two evaluations")
     add("--sweep", type=_numbers, nargs="+", metavar="FACTORS", help="of the baseline's learning rate,"
         " for the stricter table (default: 1,3,10,30,100, for the mlp also 1/3); 1 to go without")  # fmt: skip
-    add("--train-examples", type=count, metavar="N", help="use only the first N training images")
-    add("--test-examples", type=count, metavar="N", help="use only the first N test images")
     add("--out", type=Path, metavar="DIR", default=Path("results/speedup"), help="(default: %(default)s)")
     return parser
-
-
-def _number(kind: Callable[[str], float], expected: str, least: float = 0) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (0 < value < math.inf and value >= least):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return convert
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -134,6 +112,6 @@ def _numbers(text: str) -> tuple[float, ...]:
     factors = []
     for part in text.split(","):
         numerator, _, denominator = part.partition("/")
-        convert = _number(float, "positive factors such as 1/3,1,3,10")
+        convert = number(float, "positive factors such as 1/3,1,3,10")
         factors.append(convert(numerator) / convert(denominator or "1"))
     return tuple(factors)

@@ -6,12 +6,14 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import rich.box
+from matplotlib.axes import Axes
 from rich.table import Table as RichTable
 
 from common.tables import Result, Row, Table
@@ -91,3 +93,47 @@ def write_plot(path: Path, title: str, results: Sequence[Result]) -> None:
     figure.legend(title="variant (learning rate)", loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+DASHES = ("-", "--", "-.", ":")  # so that colours are not the only difference
+Curve = tuple[Sequence[int], Sequence[float]]
+
+
+def write_panels(
+    path: Path,
+    title: str,
+    ylabel: str,
+    panels: Mapping[str, Mapping[str, Curve]],
+    caption: str,
+    xscale: Literal["linear", "log"] = "linear",
+) -> None:
+    """Draws curves of accuracy against steps, a panel for each group of them; a caption says what to see.
+
+    A curve of the same name is drawn alike in all panels.
+    """
+    rows = -(-len(panels) // 2)
+    figure, grid = plt.subplots(
+        rows, 2, figsize=(9, 1.5 + 3 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    styles = {name: {"color": f"C{i}", "linestyle": DASHES[i % len(DASHES)]} for i, name in enumerate(names)}
+    for axes, (heading, curves) in zip(grid.flat, panels.items(), strict=False):
+        for name, (steps, values) in curves.items():
+            axes.plot(steps, [100 * value for value in values], **styles[name], linewidth=1.4, label=name)
+        _dress(axes, heading, xscale)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    grid[0, 0].legend(loc="lower right", fontsize="small")
+    figure.suptitle(title)
+    figure.supylabel(ylabel, fontsize="medium")
+    figure.supxlabel(f"training steps\n\n{textwrap.fill(caption, 115)}", fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _dress(axes: Axes, heading: str, xscale: Literal["linear", "log"]) -> None:
+    axes.set(xscale=xscale, title=heading)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("")
+    axes.grid(alpha=0.3, which="both")
+    axes.label_outer()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -61,10 +62,19 @@ class Trainer:
       data: training and test examples.
       batch_size: examples a step.
       momentum: of SGD; None for plain SGD.
+      optimizer: makes another optimizer from a learning rate.
     """
 
-    def __init__(self, network: Network, data: tuple[Examples, Examples], batch_size: int, momentum: float | None):
-        self.network, self.momentum, self.batch_size = network, momentum, batch_size
+    def __init__(
+        self,
+        network: Network,
+        data: tuple[Examples, Examples],
+        batch_size: int,
+        momentum: float | None = None,
+        optimizer: Callable[[Any], optax.GradientTransformation] | None = None,
+    ):
+        self.network, self.batch_size = network, batch_size
+        self.optimizer = optimizer or partial(optax.sgd, momentum=momentum)
         self.train, self.test = data
         self._compiled: dict[int, Callable] = {}
         self._evaluate = jax.jit(self._accuracy).lower(*self.init(0)[:2], self.test).compile()
@@ -72,7 +82,7 @@ class Trainer:
     def init(self, seed: int) -> State:
         """Returns the state that training starts from: the same kernels for each variant."""
         params, batch_stats = self.network.init(jax.random.key(seed), self.train.images.shape[1:], CLASSES)
-        return State(params, batch_stats, optax.sgd(0.0, self.momentum).init(params))
+        return State(params, batch_stats, self.optimizer(0.0).init(params))
 
     def run(
         self, seed: int, learning_rate: float, steps: int, eval_every: int, progress: Callable[[int, float], None]
@@ -110,7 +120,7 @@ class Trainer:
 
     def _steps(self, state: State, data: Examples, order: Array, learning_rate: Array) -> State:
         """Takes one step per row of `order`, which holds the examples of its batch."""
-        optimizer = optax.sgd(learning_rate, self.momentum)
+        optimizer = self.optimizer(learning_rate)
 
         def loss(params: Any, batch_stats: Any, rows: Array) -> tuple[Array, Any]:
             images, labels = data.pick(rows)

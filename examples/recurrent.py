@@ -1,0 +1,74 @@
+"""LSTM and GRU with layer and batch normalization, reading images row by row.
+
+Trains an LSTM and a GRU, each plain, with layer normalization (Ba, Kiros & Hinton 2016) and with batch normalization
+(Cooijmans et al. 2016), to name the digit on an image of which they see one row of pixels a step:
+
+    python examples/recurrent.py                              # scikit-learn's digits: nothing to download
+    python examples/recurrent.py --data mnist --data-dir DIR
+
+A mask hides the blank rows above and below a digit, so that sequences differ in where they start and end. The cells
+are in examples/common/cells.py; batch normalization's statistics are kept apart there for each time step, up to
+--max-steps.
+
+Every cell is trained at each of --learning-rates. A table, JSON and a plot of the validation accuracy come out, the
+files in --out; validation images are the data's test images. Ctrl-C stops, and keeps what is finished. With the same
+seed all see the same batches. See examples/README.md for what to expect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.arguments import Parser, number
+from common.interrupt import Interrupt
+
+CELLS = ("lstm", "ln-lstm", "bn-lstm", "gru", "ln-gru", "bn-gru")
+
+# By data: steps, steps between evaluations, units, seeds. Budgets are for two CPU cores.
+DEFAULTS = {"digits": (600, 10, 64, 3), "mnist": (1000, 50, 100, 1)}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    parser = Parser(__doc__)
+    count, rate = number(int, "a positive integer"), number(float, "a positive number")
+    parser.add_data(tuple(DEFAULTS))
+    add = parser.add_argument
+    add(
+        "--cells", nargs="+", choices=CELLS, default=CELLS, metavar="CELL", help=f"of {', '.join(CELLS)} (default: all)"
+    )
+    add("--units", type=count, metavar="N", help="of the state (default: 64, for mnist 100)")
+    add("--max-steps", type=count, metavar="N", help="time steps with statistics of their own (default: all)")
+    add("--seeds", type=count, metavar="N", help="how often to train each cell; table and plot show medians")
+    add("--steps", type=count, metavar="N", help="budget of each run")
+    add("--eval-every", type=count, metavar="N", help="steps between two evaluations")
+    add("--batch-size", type=number(int, "an integer above 1", 2), default=64, metavar="N", help="examples a step")
+    add("--learning-rates", type=rate, nargs="+", default=[0.002, 0.02], metavar="RATE", help="of Adam"
+        " (default: 0.002 0.02)")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", default=Path("results/recurrent"), help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    parser.check_data(options)
+    options.cells, options.learning_rates = (
+        list(dict.fromkeys(given)) for given in (options.cells, options.learning_rates)
+    )
+    for name, value in zip(("steps", "eval_every", "units", "seeds"), DEFAULTS[options.data], strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what the command line asks for and returns the exit status."""
+    options = parse(arguments)
+    with Interrupt() as interrupt:
+        # JAX takes seconds to import: only now, so that --help and mistakes are answered at once, Ctrl-C included.
+        from common.reading import run
+
+        return run(options, interrupt)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common.cells import BATCH, LAYER, PLAIN, gru, lstm, unroll
+from common.reading import with_ink
+from jax.test_util import check_grads
+from recurrent import main, parse
+
+from tests.compare import assert_close, assert_finite, assert_identical, assert_trees_close
+
+CELLS = {"lstm": lstm, "gru": gru}
+NORMS = {"plain": PLAIN, "layer": LAYER, "batch": BATCH}
+BATCH_SIZE, INPUTS, UNITS, MAX_STEPS = 5, 3, 4, 3
+
+
+def case(kind, norm, time, rng):
+    """Returns a cell with parameters and statistics that are nowhere at their start, x, and a mask over NaN."""
+    cell = CELLS[kind](NORMS[norm])
+    params, batch_stats = cell.init(jax.random.key(0), INPUTS, UNITS, MAX_STEPS)
+    params = jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), params)
+    batch_stats = jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(rng.uniform(0, 0.5, leaf.shape), jnp.float32), batch_stats
+    )
+    mask = np.arange(time) < rng.permutation(np.linspace(2, time, BATCH_SIZE).astype(int))[:, None]
+    mask[0, 0] = False  # one that starts late
+    x = np.where(mask[..., None], rng.normal(size=(BATCH_SIZE, time, INPUTS)), np.nan).astype(np.float32)
+    return cell, params, batch_stats, jnp.asarray(x), jnp.asarray(mask)
+
+
+run = jax.jit(unroll, static_argnums=(0, 4))
+
+
+class Reference:
+    """The papers' equations in float64, one example after the other, one time step after the other."""
+
+    def __init__(self, kind, norm, params, batch_stats, train):
+        wide = functools.partial(jax.tree.map, lambda leaf: np.array(leaf, np.float64))
+        self.kind, self.norm, self.train, self.params, self.stats = kind, norm, train, wide(params), wide(batch_stats)
+
+    def normalize(self, name, rows, counts, t):
+        """`rows` is a list with a vector for each example."""
+        own = self.params["norms"][name]
+        scale, bias = own.get("scale"), own.get("bias", 0.0)
+        if self.norm == "plain":
+            return rows
+        if self.norm == "layer":
+            return [scale * (row - row.mean()) / np.sqrt(row.var() + 1e-5) + bias for row in rows]
+        stats = {leaf: array[t] for leaf, array in self.stats[name].items()}
+        mean, var = stats["mean"].copy(), stats["var"].copy()
+        counted = np.array([row for row, count in zip(rows, counts, strict=True) if count])
+        if self.train and len(counted):
+            mean, var = counted.mean(0), counted.var(0)
+            self.stats[name]["mean"][t] = 0.9 * stats["mean"] + 0.1 * mean
+            self.stats[name]["var"][t] = 0.9 * stats["var"] + 0.1 * var
+        return [scale * (row - mean) / np.sqrt(var + 1e-5) + bias for row in rows]
+
+    def lstm(self, state, xs, counts, t):
+        hidden = self.normalize("hidden", [h @ self.params["hidden_kernel"] for h, _ in state], counts, t)
+        inputs = self.normalize("input", [x @ self.params["input_kernel"] for x in xs], counts, t)
+        cells, outputs = [], []
+        for a, b, (_, c) in zip(hidden, inputs, state, strict=True):
+            f, i, o, g = (a + b + self.params["bias"]).reshape(4, UNITS)
+            cells.append(sigmoid(f) * c + sigmoid(i) * np.tanh(g))
+            outputs.append(sigmoid(o))
+        normalized = self.normalize("cell", cells, counts, t)
+        return [(o * np.tanh(n), c) for o, n, c in zip(outputs, normalized, cells, strict=True)]
+
+    def gru(self, state, xs, counts, t):
+        kernels, hidden, inputs = self.params, {}, {}
+        for name, part in (("_gates", slice(2 * UNITS)), ("", slice(2 * UNITS, None))):
+            rows = [h @ kernels["hidden_kernel"][:, part] for (h,) in state]
+            hidden[name] = self.normalize(f"hidden{name}", rows, counts, t)
+            inputs[name] = self.normalize(f"input{name}", [x @ kernels["input_kernel"][:, part] for x in xs], counts, t)
+        bias = kernels.get("bias", np.zeros(3 * UNITS))
+        new = []
+        for n, (h,) in enumerate(state):
+            z, r = (hidden["_gates"][n] + inputs["_gates"][n] + bias[: 2 * UNITS]).reshape(2, UNITS)
+            g = np.tanh(inputs[""][n] + bias[2 * UNITS :] + sigmoid(r) * hidden[""][n])
+            new.append(((1 - sigmoid(z)) * h + sigmoid(z) * g,))
+        return new
+
+    def run(self, x, mask):
+        state = [(np.zeros(UNITS),) * (2 if self.kind == "lstm" else 1)] * BATCH_SIZE
+        outputs = []
+        for t in range(x.shape[1]):
+            xs = [np.where(mask[n, t], x[n, t], 0) for n in range(BATCH_SIZE)]
+            new = getattr(self, self.kind)(state, xs, mask[:, t], min(t, MAX_STEPS - 1))
+            state = [new[n] if mask[n, t] else state[n] for n in range(BATCH_SIZE)]
+            outputs.append([arrays[0] for arrays in state])
+        return np.swapaxes(np.array(outputs), 0, 1), tuple(map(np.array, zip(*state, strict=True)))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize(("norm", "train"), [("plain", True), ("layer", True), ("batch", True), ("batch", False)])
+@pytest.mark.parametrize("kind", CELLS)
+def test_equations_masks_and_statistics_against_numpy(kind, norm, train, rng):
+    """Over more steps than there are statistics: those beyond use, and update, the last."""
+    cell, params, batch_stats, x, mask = case(kind, norm, MAX_STEPS + 3, rng)
+    outputs, state, new = run(cell, params, batch_stats, x, train, mask=mask)
+    reference = Reference(kind, norm, params, batch_stats, train)
+    expected, last = reference.run(np.asarray(x, np.float64), np.asarray(mask))
+    assert_close(outputs, expected, atol=2e-5)
+    assert_trees_close(state, last, atol=2e-5)
+    assert_trees_close(new, reference.stats, atol=2e-5)
+    if not train:
+        assert_identical(new, batch_stats)
+
+
+def test_biases_are_there_once():
+    shapes = {norm: jax.eval_shape(lambda key, norm=norm: gru(NORMS[norm]).init(key, 2, 3, 1), jax.random.key(0))[0]
+              for norm in NORMS}  # fmt: skip
+    assert "bias" in shapes["plain"] and "bias" in shapes["batch"] and "bias" not in shapes["layer"]
+    params, _ = lstm(BATCH).init(jax.random.key(0), INPUTS, UNITS, 1)
+    leaves = {name: set(norm) for name, norm in params["norms"].items()}
+    assert leaves == {"hidden": {"scale"}, "input": {"scale"}, "cell": {"scale", "bias"}}
+    assert all((norm["scale"] == jnp.float32(0.1)).all() for norm in params["norms"].values())
+
+
+def test_scan_is_a_python_loop(rng):
+    time = MAX_STEPS + 2
+    cell, params, batch_stats, x, _ = case("lstm", "batch", time, rng)
+    x = jnp.nan_to_num(x)
+    outputs, state, new = run(cell, params, batch_stats, x, True)
+    step = jax.jit(cell.step, static_argnums=4)
+    stats = [jax.tree.map(lambda leaf, t=t: leaf[t], batch_stats) for t in range(MAX_STEPS)]
+    looped, everything = (jnp.zeros((BATCH_SIZE, UNITS)),) * 2, jnp.ones((BATCH_SIZE, 1), bool)
+    for t in range(time):
+        own = min(t, MAX_STEPS - 1)
+        looped, stats[own] = step(params, stats[own], looped, x[:, t], True, everything)
+        assert_close(outputs[:, t], looped[0], atol=1e-6)
+    assert_trees_close(state, looped, atol=1e-6)
+    assert_trees_close(new, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats), atol=1e-6)
+
+
+def test_statistics_of_a_step_are_the_moments_of_its_batch(rng):
+    cell, params, batch_stats, x, mask = case("gru", "batch", MAX_STEPS + 2, rng)
+    _, _, new = run(cell, params, batch_stats, x, True, mask=mask)
+    # Of W_x x, since no state comes in there. Step 1 is a step of its own, the last statistics are updated three times.
+    projected = np.asarray(x, np.float64) @ np.asarray(params["input_kernel"], np.float64)[:, : 2 * UNITS]
+    for own, steps in ((1, [1]), (MAX_STEPS - 1, [2, 3, 4])):
+        mean, var = (np.float64(batch_stats["input_gates"][leaf][own]) for leaf in ("mean", "var"))
+        for t in steps:
+            counted = projected[np.asarray(mask)[:, t], t]
+            mean, var = 0.9 * mean + 0.1 * counted.mean(0), 0.9 * var + 0.1 * counted.var(0)
+        assert_close(new["input_gates"]["mean"][own], mean, atol=1e-5)
+        assert_close(new["input_gates"]["var"][own], var, atol=1e-5)
+
+
+def test_statistics_of_steps_that_no_sequence_reaches_stay(rng):
+    cell, params, batch_stats, x, _ = case("gru", "batch", MAX_STEPS, rng)
+    mask = jnp.ones(x.shape[:2], bool).at[:, -1].set(False)
+    x = jnp.nan_to_num(x).at[:, -1].set(jnp.nan)
+    for time in (MAX_STEPS, MAX_STEPS - 1):
+        _, _, new = run(cell, params, batch_stats, x[:, :time], True, mask=mask[:, :time])
+        before, after = (jax.tree.map(lambda leaf: leaf[-1], stats) for stats in (batch_stats, new))
+        assert_identical(after, before)
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_a_padded_sequence_is_the_sequence(norm, rng):
+    cell, params, batch_stats, x, mask = case("gru", norm, MAX_STEPS, rng)
+    _, (last,), _ = run(cell, params, batch_stats, x, False, mask=mask)
+    (short, *_) = (n for n in range(1, BATCH_SIZE) if not mask[n, -1])
+    _, (alone,), _ = run(cell, params, batch_stats, x[short : short + 1, : mask[short].sum()], False)
+    assert_close(last[short], alone[0], atol=1e-6)
+
+
+def loss(cell, params, batch_stats, x, mask):
+    outputs, _, new = unroll(cell, params, batch_stats, x, True, mask=mask)
+    return jnp.sum(outputs * jnp.cos(jnp.arange(UNITS, dtype=outputs.dtype))), new
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("gru", "layer"), ("lstm", "batch")])
+def test_gradients_are_finite_over_nan(kind, norm, rng):
+    cell, params, batch_stats, x, mask = case(kind, norm, MAX_STEPS, rng)
+    of_params, of_x = jax.jit(jax.grad(lambda params, x: loss(cell, params, batch_stats, x, mask)[0], (0, 1)))(
+        params, x
+    )
+    assert_finite((of_params, of_x))
+    assert any(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(of_params))
+    assert (jnp.where(mask[..., None], 0, of_x) == 0).all()
+
+
+@pytest.mark.slow
+def test_gradients_against_differences(rng):
+    cell, *arrays, mask = case("gru", "batch", MAX_STEPS + 1, rng)
+    # In float64: where two examples are left, batch norm is nearly their sign, too steep for the steps float32 needs.
+    with jax.enable_x64(True):
+        params, batch_stats, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), arrays)
+        f = jax.jit(lambda params: loss(cell, params, batch_stats, x, mask)[0])
+        check_grads(f, (params,), order=1, modes=["rev"], atol=1e-5, rtol=1e-5, eps=1e-6)
+
+
+def test_one_program_serves_all_steps(rng):
+    cell, params, batch_stats, x, mask = case("gru", "batch", MAX_STEPS, rng)
+    traced = []
+
+    @jax.jit
+    def step(params, batch_stats, x, mask):
+        traced.append(1)
+        return unroll(cell, params, batch_stats, x, True, mask=mask)
+
+    for _ in range(3):
+        _, _, batch_stats = step(params, batch_stats, x, mask)
+    assert len(traced) == 1
+
+
+def test_ink():
+    rows = jnp.zeros((2, 5, 3)).at[0, 1, 2].set(1).at[0, 3, 0].set(0.1)
+    assert with_ink(rows).tolist() == [[False, True, True, True, False], [False] * 5]
+
+
+@pytest.mark.slow
+def test_training_reads_digits(tmp_path, capsys):
+    arguments = ["--steps", "80", "--eval-every", "40", "--seeds", "1", "--learning-rates", "0.02"]
+    with jax.numpy_dtype_promotion("standard"):  # which optax.adam asks for
+        assert main([*arguments, "--cells", "bn-gru", "--units", "16", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "recurrent.json").read_text())
+    assert content["status"] == "finished"
+    assert [result["variant"] for result in content["cells"]] == ["BN-GRU"]
+    for result in content["cells"]:
+        (run,) = result["seeds"]
+        assert run["steps"] == [40, 80] and run["accuracies"][-1] > max(0.3, run["accuracies"][0])
+    assert (tmp_path / "recurrent.png").read_bytes().startswith(b"\x89PNG")
+    assert "BN-GRU" in capsys.readouterr().out
+
+
+def test_mistakes_get_one_line(tmp_path, capsys):
+    assert main(["--batch-size", "9", "--train-examples", "8", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "recurrent.py: error: --batch-size 9: there are 8 examples\n"
+    with pytest.raises(SystemExit):
+        parse(["--data", "mnist"])
+    assert "--data mnist needs --data-dir" in capsys.readouterr().err
