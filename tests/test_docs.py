@@ -12,7 +12,8 @@ import normjax as nj
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
 PUBLIC = {name: getattr(nj, name) for name in nj.__all__ if callable(getattr(nj, name))}
-PUBLIC |= {f"{door}.{name}": getattr(getattr(nj, door), name) for door in ("linen", "nnx") for name in ("BatchNorm",)}
+for room in (nj.weights, nj.linen, nj.nnx):
+    PUBLIC |= {f"{room.__name__.removeprefix('normjax.')}.{name}": getattr(room, name) for name in room.__all__}
 
 
 def blocks(page: pathlib.Path) -> str:

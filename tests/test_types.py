@@ -7,6 +7,7 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 import normjax as nj
+from tests.contract.layers import LAYERS, arguments
 
 
 def typed(function):
@@ -26,6 +27,27 @@ def test_batch_norm(dtype):
 @pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)])
 def test_initializers_and_keys(key):
     typed(nj.batch_norm_init)(3, key=key, scale_init=jax.nn.initializers.normal(), bias_init=jax.nn.initializers.zeros)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_every_layer(layer, rng):
+    for settings in layer.settings.values():
+        params, batch_stats, x = arguments(layer, settings, rng)
+        for dtype in (jnp.float32, jnp.bfloat16):
+            typed(layer.apply)(params, batch_stats, x.astype(dtype), True, **settings)
+
+
+@pytest.mark.parametrize("name", [name for name in nj.__all__ if name.endswith("_norm_init")])
+def test_every_init(name):
+    typed(getattr(nj, name))((3, 2), param_dtype=jnp.bfloat16, key=jax.random.key(0))
+
+
+def test_kernels():
+    kernel = jnp.ones((3, 3, 4, 5), jnp.bfloat16)
+    typed(nj.weights.weight_norm_init)(kernel, feature_axes=(-1, 0))
+    typed(nj.weights.weight_norm_init_from_data)(lambda kernel: kernel.reshape(-1, 5), kernel)
+    typed(nj.weights.weight_standardization_init)(5)
+    typed(nj.weights.spectral_norm_init)(kernel, key=jax.random.key(0))
 
 
 def test_statistics():

@@ -112,13 +112,16 @@ def local_response_norm(
     function = "local_response_norm"
     given = admit(function, params, batch_stats, x, train, feature_axes=feature_axes, dtype=dtype)
     channel = one_feature_axis(function, given)
-    if not (isinstance(size, int) and size > 0):
-        _checks.refuse(
-            function, "size is not a size", expected="a positive int", got=f"size={size!r}", fix="Use size=5"
-        )
     _checks.between(function, "alpha", alpha, 0.0, math.inf)
     _checks.between(function, "beta", beta, 0.0, math.inf)
-    _checks.between(function, "k", k, math.nextafter(0.0, 1.0), math.inf)
+    if not (isinstance(size, int) and size > 0 and 0 < k < math.inf):
+        _checks.refuse(
+            function,
+            "size or k is not positive",
+            expected="an int size of 1 or more, and a finite k above 0",
+            got=f"size={size!r} and k={k!r} for x.shape={given.x.shape}",
+            fix="The paper has size=5 and k=2.0",
+        )
     plan = _Plan(channel, size, float(alpha), float(beta), float(k), given.dtype)
     return _local_response_norm(given.params, given.x, plan), batch_stats
 

@@ -38,10 +38,10 @@ def spectral_norm_init(kernel: Kernel, *, key: PRNGKey, feature_axes: Axes = -1)
       {} (1, 16) 1.0
     """
     function = "spectral_norm_init"
-    kernel = _checks.activations(function, kernel)
+    kernel = _real(function, kernel)
     columns = _columns(kernel, _checks.axes(function, "feature_axes", feature_axes, kernel.shape))
     u = jax.random.normal(key, (1, columns), widen(kernel).dtype)
-    return {}, {"u": _direction(u, 0.0), "sigma": jnp.ones((), jnp.finfo(u.dtype).dtype)}
+    return {}, {"u": _direction(u, 0.0), "sigma": jnp.ones((), u.dtype)}
 
 
 @jax.named_scope("spectral_norm")
@@ -96,7 +96,7 @@ def spectral_norm(
     """
     function = "spectral_norm"
     train = _checks.static_train(function, train)
-    kernel = _checks.activations(function, kernel)
+    kernel = _real(function, kernel)
     kept = _checks.axes(function, "feature_axes", feature_axes, kernel.shape)
     _checks.leaves(function, "params", params, shape=(), dtype=kernel.dtype)
     _checks.leaves(
@@ -155,3 +155,17 @@ def _direction(vector: Array, epsilon: float) -> Array:
 
 def _columns(kernel: Array, feature_axes: tuple[int, ...]) -> int:
     return math.prod(kernel.shape[axis] for axis in feature_axes)
+
+
+def _real(function: str, kernel: Kernel) -> Array:
+    kernel = _checks.activations(function, kernel)
+    if jnp.iscomplexobj(kernel):
+        _checks.refuse(
+            function,
+            "the kernel is complex",
+            expected="a real kernel",
+            got=f"kernel.dtype={kernel.dtype} for kernel.shape={kernel.shape}",
+            fix="Normalize its real form, [[a, -b], [b, a]]",
+            kind=TypeError,
+        )
+    return kernel

@@ -19,7 +19,11 @@ REORDERED = {"rtol": 100 * EPS, "atol": 100 * EPS}
 pytestmark = [
     pytest.mark.parametrize(
         ("layer", "settings"),
-        [pytest.param(layer, s, id=f"{layer.name}-{name}") for layer in LAYERS for name, s in layer.settings.items()],
+        [
+            pytest.param(layer, s, id=f"{layer.name}-{name}", marks=() if name == "plain" else pytest.mark.slow)
+            for layer in LAYERS
+            for name, s in layer.settings.items()
+        ],
     )
 ]
 both_modes = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
