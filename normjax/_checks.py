@@ -57,25 +57,25 @@ def static_train(function: str, train: object) -> bool:
     return bool(train)
 
 
-def activations(function: str, x: Any) -> jax.Array:
+def activations(function: str, x: Any, name: str = "x") -> jax.Array:
     """Returns `x` as an array; refuses integers, booleans and scalars."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         refuse(
             function,
-            "x is not floating-point",
-            expected="a floating-point or complex x",
-            got=f"x.dtype={x.dtype} for x.shape={x.shape}",
-            fix="Convert it first: x.astype(jnp.float32)",
+            f"{name} is not floating-point",
+            expected=f"a floating-point or complex {name}",
+            got=f"{name}.dtype={x.dtype} for {name}.shape={x.shape}",
+            fix=f"Convert it first: {name}.astype(jnp.float32)",
             kind=TypeError,
         )
     if x.ndim == 0:
         refuse(
             function,
-            "x is a scalar",
+            f"{name} is a scalar",
             expected="rank 1 or more",
-            got=f"x.ndim=0 for x.shape={x.shape}",
-            fix="Give x a feature axis: x[None]",
+            got=f"{name}.ndim=0 for {name}.shape={x.shape}",
+            fix=f"Give {name} a feature axis: {name}[None]",
         )
     return x
 
@@ -197,16 +197,30 @@ def choice(function: str, name: str, given: object, allowed: Sequence[object]) -
         )
 
 
-def between(function: str, name: str, given: Any, low: float, high: float) -> None:
-    """Refuses a number that is not finite or outside `[low, high]`; that of a JAX array is not looked at."""
-    if isinstance(given, (int, float, np.generic)) and not (low <= float(given) <= high and math.isfinite(given)):
+def between(function: str, name: str, given: Any, low: float, high: float, *, finite: bool = True) -> None:
+    """Refuses what is no number, or one outside `[low, high]`; the value of a JAX array is not looked at."""
+    if isinstance(given, jax.Array):
+        return
+    number = isinstance(given, (int, float, np.number, np.ndarray)) and not isinstance(given, bool)
+    if not (number and np.ndim(given) == 0 and low <= given <= high and (math.isfinite(given) or not finite)):
+        bounds = [f"{low} <= {name}"] * (low > -math.inf) + [f"{name} <= {high}"] * (high < math.inf)
         refuse(
             function,
-            f"{name} is out of range",
-            expected=f"a finite number, {low} <= {name} <= {high}",
+            f"{name} is out of range" if number else f"{name} is not a number",
+            expected=", ".join(["a finite number" if finite else "a number", *bounds]),
             got=f"{name}={given!r}",
-            fix=f"Choose {name} within the range",
+            fix=f"Choose {name} within the range" if number else f"Pass {name} as a float",
+            kind=ValueError if number else TypeError,
         )
+
+
+def positive_int(given: Any) -> int | None:
+    """Returns an int of 1 or more, None for what is none."""
+    try:
+        value = 0 if isinstance(given, (bool, np.bool_)) else operator.index(given)
+    except TypeError:
+        return None
+    return value if value > 0 else None
 
 
 def leaves(

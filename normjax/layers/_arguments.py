@@ -47,10 +47,11 @@ def admit(
     dtype: DTypeLike | None = None,
     leaves: Collection[str] = ("scale", "bias"),
     required: Collection[str] = (),
+    name: str = "x",
 ) -> Given:
     """Checks what all layers without statistics of the batch have in common."""
     _checks.static_train(function, train)
-    x = _checks.activations(function, x)
+    x = _checks.activations(function, x, name)
     mask = _checks.mask(function, mask, x.shape)
     kept = _checks.axes(function, "feature_axes", feature_axes, x.shape)
     _checks.leaves(function, "batch_stats", batch_stats, shape=(), dtype=x.dtype)

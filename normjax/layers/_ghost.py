@@ -12,8 +12,8 @@ def count_slices(function: str, x: Array, axes: tuple[int, ...], size: int | Non
     """Returns how many slices of `size` examples axis 0 has (None: one, of all); refuses a remainder."""
     if size is None:
         return 1
-    examples = x.shape[0]
-    if not (isinstance(size, int) and size > 0 and examples % size == 0):
+    examples, positive = x.shape[0], _checks.positive_int(size)
+    if positive is None or examples % positive:
         _checks.refuse(
             function,
             "the examples do not divide into ghost batches",

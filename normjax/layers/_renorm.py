@@ -37,7 +37,7 @@ def take_limits(limits: Limits, batch_stats: BatchStats) -> tuple[Array, Array]:
                     fix="Make them with batch_renorm_init(...)",
                 )
             limit = limit(batch_stats["count"])
-        _checks.between("batch_renorm", name, limit, low, math.inf)
+        _checks.between("batch_renorm", name, limit, low, math.inf, finite=False)
         limit = jnp.asarray(limit)
         if limit.shape != ():
             _checks.refuse(

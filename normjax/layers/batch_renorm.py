@@ -108,8 +108,8 @@ def batch_renorm(
       x: floating-point or complex, any rank >= 1, such as `(batch, height, width, features)`.
       train: Python bool: which of the two to compile.
       r_max: at least 1. A number, a scalar array, or a schedule as in optax: a function of the count of batches so far.
-        Start at 1, and rise once the running statistics have settled: the paper trains 5,000 steps as batch norm, then
-        rises to 3 by step 40,000.
+        Infinity is no limit. Start at 1, and rise once the running statistics have settled: the paper trains 5,000
+        steps as batch norm, then rises to 3 by step 40,000.
       d_max: at least 0, likewise; the paper rises from 0 to 5 by step 25,000.
       feature_axes: as in `batch_norm`, and so are the rest.
       momentum: weight of the old running value.

@@ -156,17 +156,17 @@ def _number_of_groups(channels: int, num_groups: int | None, group_size: int | N
             got=f"num_groups={num_groups!r} and group_size={group_size!r}",
             fix="Drop one",
         )
-    asked = DEFAULT_GROUPS if asked is None else asked
-    if not (isinstance(asked, int) and asked > 0 and channels % asked == 0):
+    positive = _checks.positive_int(DEFAULT_GROUPS if asked is None else asked)
+    if positive is None or channels % positive:
         divisors = [divisor for divisor in range(1, channels + 1) if channels % divisor == 0]
         _checks.refuse(
             "group_norm",
             f"{name} does not divide the channels",
             expected=f"a divisor of {channels}",
-            got=f"{name}={asked!r} for x.shape={shape}",
+            got=f"{name}={asked if positive is None else positive!r} for x.shape={shape}",
             fix=f"Choose one of {divisors}",
         )
-    return asked if group_size is None else channels // asked
+    return positive if group_size is None else channels // positive
 
 
 def _must_hold_channels(axes: tuple[int, ...], channel: int, shape: tuple[int, ...]) -> None:

@@ -114,7 +114,9 @@ def local_response_norm(
     channel = one_feature_axis(function, given)
     _checks.between(function, "alpha", alpha, 0.0, math.inf)
     _checks.between(function, "beta", beta, 0.0, math.inf)
-    if not (isinstance(size, int) and size > 0 and 0 < k < math.inf):
+    _checks.between(function, "k", k, 0.0, math.inf)
+    neighbours = _checks.positive_int(size)
+    if neighbours is None or k == 0:
         _checks.refuse(
             function,
             "size or k is not positive",
@@ -122,7 +124,7 @@ def local_response_norm(
             got=f"size={size!r} and k={k!r} for x.shape={given.x.shape}",
             fix="The paper has size=5 and k=2.0",
         )
-    plan = _Plan(channel, size, float(alpha), float(beta), float(k), given.dtype)
+    plan = _Plan(channel, neighbours, float(alpha), float(beta), float(k), given.dtype)
     return _local_response_norm(given.params, given.x, plan), batch_stats
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -96,7 +97,8 @@ def rms_norm(
       x: floating-point or complex, any rank >= 1, such as `(batch, time, features)`.
       train: Python bool.
       scale_offset: o, added to the scale in at least float32: 1.0 for checkpoints that store `scale - 1` (Gemma),
-        which near 1 keeps digits that bfloat16 would lose, and lets weight decay pull the scale towards 1.
+        which near 1 keeps digits that bfloat16 would lose, and lets weight decay pull the scale towards 1. Without a
+        scale it is left out, too.
       reduction_axes: the axes that the mean square is taken over.
       feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in ascending order.
       epsilon: added to the mean square.
@@ -128,6 +130,7 @@ def rms_norm(
     given = admit(function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype)
     axes = _checks.axes(function, "reduction_axes", reduction_axes, given.x.shape)
     how = reduction(function, axes, epsilon, axis_name, axis_index_groups)
+    _checks.between(function, "scale_offset", scale_offset, -math.inf, math.inf)
     plan = _Plan(how, given.dtype, float(scale_offset))
     return _rms_norm(given.params, given.x, given.mask, plan), batch_stats
 

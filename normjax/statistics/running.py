@@ -93,7 +93,8 @@ def check_batch_stats(
     function: str, batch_stats: BatchStats, features: tuple[int, ...], dtype: DTypeLike, momentum: object
 ) -> None:
     """Refuses running statistics that do not fit the features, the dtype or the momentum."""
-    _checks.between(function, "momentum", momentum, 0.0, 1.0)
+    if momentum is not None:
+        _checks.between(function, "momentum", momentum, 0.0, 1.0)
     _checks.leaves(
         function,
         "batch_stats",

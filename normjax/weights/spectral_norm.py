@@ -41,7 +41,7 @@ def spectral_norm_init(kernel: Kernel, *, key: PRNGKey, feature_axes: Axes = -1)
     kernel = _real(function, kernel)
     columns = _columns(kernel, _checks.axes(function, "feature_axes", feature_axes, kernel.shape))
     u = jax.random.normal(key, (1, columns), widen(kernel).dtype)
-    return {}, {"u": _direction(u, 0.0), "sigma": jnp.ones((), u.dtype)}
+    return {}, {"u": _direction(u, u, 0.0), "sigma": jnp.ones((), u.dtype)}
 
 
 @jax.named_scope("spectral_norm")
@@ -72,7 +72,7 @@ def spectral_norm(
         too, and is as deterministic as it is.
       feature_axes: the axes that make the columns of the matrix; all others make its rows.
       n_steps: of power iteration, at each call.
-      epsilon: added to the squared norms.
+      epsilon: added to the squared norms, of vectors whose largest element is 1.
       dtype: of w; None for that of the kernel.
 
     Returns:
@@ -108,11 +108,12 @@ def spectral_norm(
         required=("u", "sigma"),
     )
     _checks.between(function, "epsilon", epsilon, 0.0, math.inf)
-    if not (isinstance(n_steps, int) and n_steps > 0):
+    steps = _checks.positive_int(n_steps)
+    if steps is None:
         _checks.refuse(
             function, "n_steps is no number of steps", expected="1 or more", got=f"n_steps={n_steps!r}", fix="Use 1"
         )
-    plan = _Plan(kept, n_steps, float(epsilon), _checks.output_dtype(function, dtype, kernel))
+    plan = _Plan(kept, steps, float(epsilon), _checks.output_dtype(function, dtype, kernel))
     w, u, sigma = _spectral_norm(jnp.asarray(batch_stats["u"]), kernel, plan)
     if not train:
         return w, batch_stats
@@ -134,11 +135,14 @@ def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, 
     wide = widen(kernel)
     matrix = jnp.moveaxis(wide, plan.feature_axes, range(-len(plan.feature_axes), 0)).reshape(-1, u.shape[-1])
     fixed = lax.stop_gradient(matrix)
-    u = lax.stop_gradient(u).astype(wide.dtype)
-    v = _direction(_dot(u, fixed.T), plan.epsilon)
-    for _ in range(plan.n_steps - 1):
-        v = _direction(_dot(_direction(_dot(v, fixed), plan.epsilon), fixed.T), plan.epsilon)
-    u = _direction(_dot(v, fixed), plan.epsilon)
+
+    def iterate(_: int, vectors: tuple[Array, Array]) -> tuple[Array, Array]:
+        v, u = vectors
+        v = _direction(_dot(u, fixed.T), v, plan.epsilon)
+        return v, _direction(_dot(v, fixed), u, plan.epsilon)
+
+    start = jnp.zeros((1, matrix.shape[0]), wide.dtype), lax.stop_gradient(u).astype(wide.dtype)
+    v, u = lax.fori_loop(0, plan.n_steps, iterate, start)
     sigma = jnp.sum(_dot(v, matrix) * u)
     w = wide / jnp.where(sigma == 0, 1, sigma)
     return w.astype(plan.dtype), u, lax.stop_gradient(sigma)
@@ -149,8 +153,12 @@ def _dot(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _direction(vector: Array, epsilon: float) -> Array:
-    return vector * lax.rsqrt(jnp.sum(abs2(vector)) + epsilon)
+def _direction(vector: Array, otherwise: Array, epsilon: float) -> Array:
+    """The unit vector, safe from overflow and underflow; `otherwise` where there is none, as in a kernel of zeros."""
+    largest = jnp.max(jnp.abs(vector))
+    known = largest > 0
+    vector = vector / jnp.where(known, largest, 1)
+    return jnp.where(known, vector * lax.rsqrt(jnp.sum(abs2(vector)) + epsilon), otherwise)
 
 
 def _columns(kernel: Array, feature_axes: tuple[int, ...]) -> int:
@@ -158,7 +166,7 @@ def _columns(kernel: Array, feature_axes: tuple[int, ...]) -> int:
 
 
 def _real(function: str, kernel: Kernel) -> Array:
-    kernel = _checks.activations(function, kernel)
+    kernel = _checks.activations(function, kernel, "kernel")
     if jnp.iscomplexobj(kernel):
         _checks.refuse(
             function,

@@ -40,7 +40,7 @@ def weight_norm_init(
       >>> print(params["scale"], batch_stats)
       [5.] {}
     """
-    kernel = _checks.activations("weight_norm_init", kernel)
+    kernel = _checks.activations("weight_norm_init", kernel, "kernel")
     kept = _checks.axes("weight_norm_init", "feature_axes", feature_axes, kernel.shape)
     axes = tuple(axis for axis in range(kernel.ndim) if axis not in kept)
     norm = jnp.sqrt(jnp.sum(abs2(widen(kernel)), axes))
@@ -92,7 +92,15 @@ def weight_norm(
     """
     function = "weight_norm"
     given = admit(
-        function, params, batch_stats, kernel, train, feature_axes=feature_axes, dtype=dtype, leaves=("scale",)
+        function,
+        params,
+        batch_stats,
+        kernel,
+        train,
+        feature_axes=feature_axes,
+        dtype=dtype,
+        leaves=("scale",),
+        name="kernel",
     )
     axes = tuple(axis for axis in range(given.x.ndim) if axis not in given.feature_axes)
     plan = _Plan(reduction(function, axes, epsilon, None, None), given.dtype)

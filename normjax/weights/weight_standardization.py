@@ -100,7 +100,15 @@ def weight_standardization(
     """
     function = "weight_standardization"
     given = admit(
-        function, params, batch_stats, kernel, train, feature_axes=feature_axes, dtype=dtype, leaves=("scale",)
+        function,
+        params,
+        batch_stats,
+        kernel,
+        train,
+        feature_axes=feature_axes,
+        dtype=dtype,
+        leaves=("scale",),
+        name="kernel",
     )
     shape = given.x.shape
     axes = tuple(axis for axis in range(len(shape)) if axis not in given.feature_axes)
