@@ -1,6 +1,7 @@
 """Comparisons that compare: no NaN against NaN, no shape against another that broadcasts to it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -48,3 +49,18 @@ def _kind(leaf):
 
 def _bits(leaf):
     return np.frombuffer(np.asarray(leaf).tobytes(), np.uint8)
+
+
+def rounding(*dtypes):
+    """What half precision adds to a tolerance: roundings of Flax's that normjax does once, or not at all."""
+    return max(8 * float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize == 2 else 0.0 for dtype in dtypes)
+
+
+def weighted_sum(y):
+    """A scalar that depends on each element of y in its own way."""
+    return jnp.sum(jnp.sin(1 + jnp.arange(y.size)).reshape(y.shape) * y)
+
+
+def largest(tree):
+    """The largest absolute value of all leaves, or 1."""
+    return max([1.0, *(float(np.abs(widest(leaf)).max(initial=0)) for leaf in jax.tree.leaves(tree))])
