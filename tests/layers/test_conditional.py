@@ -62,6 +62,7 @@ def close(y, expected, **kind):
     assert_close(y, expected, rtol=64 * EPS, atol=64 * EPS * largest, **kind)
 
 
+@pytest.mark.slow
 @every_layer
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_leading_dimensions_belong_to_the_first_axes(rng, name, train):
@@ -149,6 +150,7 @@ def test_gradients_of_x_are_those_of_the_spread_out_leaves(rng, name):
     close(conditional, np.asarray(outside))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["batch_norm", "batch_renorm"])
 @pytest.mark.parametrize("shape", [(B, C), (B, H, C), (1, H, C), (B, 1, 1, C)], ids=str)
 def test_ghosts_take_the_leaves_of_their_own_examples(rng, name, shape):
@@ -164,6 +166,7 @@ def test_ghosts_take_the_leaves_of_their_own_examples(rng, name, shape):
         assert_trees_close(new, unconditional, rtol=4 * EPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm"])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_hidden_garbage_becomes_the_bias_of_its_example(rng, name, train):
