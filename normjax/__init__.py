@@ -23,6 +23,7 @@ from normjax.layers.rms_norm import rms_norm, rms_norm_init
 from normjax.statistics.moments import merge_moments, moments
 from normjax.statistics.reduction import Moments
 from normjax.statistics.running import update_batch_stats
+from normjax.statistics.synchronize import sync_batch_stats
 
 if TYPE_CHECKING:
     from normjax import linen, nnx
@@ -53,6 +54,7 @@ __all__ = [
     "nnx",
     "rms_norm",
     "rms_norm_init",
+    "sync_batch_stats",
     "update_batch_stats",
     "weights",
 ]

@@ -1,0 +1,92 @@
+"""Running statistics of replicas that trained apart, merged into those of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from normjax import _checks
+from normjax._typing import AxisIndexGroups, AxisName, promote
+from normjax.statistics.reduction import abs2
+from normjax.statistics.sharing import Sharing, share
+
+Path = tuple[Any, ...]
+
+
+def sync_batch_stats(
+    batch_stats: PyTree[Array], axis_name: AxisName, *, axis_index_groups: AxisIndexGroups | None = None
+) -> PyTree[Array]:
+    r"""Returns the statistics of the union of what the devices have seen, the same on each of them.
+
+    .. math:: \mu = \frac1D \sum_d \mu_d, \qquad \sigma^2 = \frac1D \sum_d \left(\sigma_d^2 + |\mu_d - \mu|^2\right)
+
+    For those who train without `axis_name`, each device by statistics of its own: call it before evaluation or a
+    checkpoint. The mean of the variances alone would leave out how far the devices' means lie apart. Devices
+    count alike.
+
+    Args:
+      batch_stats: of one layer, or of a whole model: dicts of dicts, as in Flax's `batch_stats` collection.
+      axis_name: mapped axis or axes (pmap, shard_map, vmap) to merge over.
+      axis_index_groups: groups of indices of that axis that merge, as in `jax.lax.psum`.
+
+    Returns:
+      A tree of the same structure, shapes and dtypes. Leaves other than `mean` and `var` (such as `count`) take the
+      devices' mean, rounded for ints. Two collectives, however many layers there are.
+
+    Raises:
+      NameError: for an axis that is not in scope. ValueError: for a `var` without a `mean` beside it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> batch_stats = {"mean": jnp.array([[0.0], [2.0]]), "var": jnp.array([[1.0], [1.0]])}  # of 2 devices
+      >>> merged = jax.vmap(lambda own: nj.sync_batch_stats(own, "data"), axis_name="data")(batch_stats)
+      >>> print(merged["mean"][0], merged["var"][0])
+      [1.] [2.]
+
+    References:
+      Chan, Golub & LeVeque, "Algorithms for computing the sample variance" (1983), eq. 2.1.
+    """
+    sharing = share("sync_batch_stats", axis_name, axis_index_groups)
+    leaves, structure = jax.tree.flatten_with_path(jax.tree.map(jnp.asarray, batch_stats))
+    own = dict(leaves)
+    means_beside = {path: _mean_beside(path, own) for path in own if _name(path) == "var"}
+    merged = _averaged(own, sharing)
+    apart = {path: abs2(_wide(own[mean]) - _wide(merged[mean])) for path, mean in means_beside.items()}
+    for path, spread in _averaged(apart, sharing).items():
+        merged[path] = (_wide(merged[path]) + spread).astype(own[path].dtype)
+    return jax.tree.unflatten(structure, list(merged.values()))
+
+
+def _averaged(leaves: dict[Any, Array], sharing: Sharing) -> dict[Any, Array]:
+    """The devices' mean of each leaf, in the leaf's dtype, by one collective."""
+    means = (total / sharing.size for total in sharing.sum(*map(_wide, leaves.values())))
+    return {
+        path: (jnp.round(mean) if jnp.issubdtype(leaf.dtype, jnp.integer) else mean).astype(leaf.dtype)
+        for (path, leaf), mean in zip(leaves.items(), means, strict=True)
+    }
+
+
+def _mean_beside(path: Path, leaves: Collection[Path]) -> Path:
+    """Returns the path of the mean that lies beside a variance."""
+    for other in leaves:
+        if other[:-1] == path[:-1] and _name(other) == "mean":
+            return other
+    _checks.refuse(
+        "sync_batch_stats",
+        "there is a variance without a mean",
+        expected="'mean' beside each 'var'",
+        got=f"batch_stats{jax.tree_util.keystr(path)} and no mean beside it",
+        fix="Pass the dicts of whole layers",
+    )
+
+
+def _name(path: Path) -> str:
+    return jax.tree_util.keystr(path[-1:], simple=True)
+
+
+def _wide(leaf: Array) -> Array:
+    return leaf.astype(promote(leaf.dtype, jnp.float32))
