@@ -1,5 +1,33 @@
-"""Doors for `flax.linen`: Flax's arguments, names and variables; normjax's arithmetic."""
+"""Doors for `flax.linen`: Flax's arguments, names and variables; normjax's arithmetic.
+
+A scale and bias that come from elsewhere in the network, one for each example (FiLM, adaLN, AdaIN), are no variables,
+so they need no door: call `normjax.layer_norm({"scale": scale, "bias": bias}, {}, x, train=False)` in the module.
+"""
 
 from normjax.linen.batch_norm import BatchNorm
+from normjax.linen.batch_renorm import BatchRenorm
+from normjax.linen.dynamic_tanh import DynamicTanh
+from normjax.linen.filter_response_norm import FilterResponseNorm
+from normjax.linen.group_norm import GroupNorm
+from normjax.linen.instance_norm import InstanceNorm
+from normjax.linen.layer_norm import LayerNorm
+from normjax.linen.local_response_norm import LocalResponseNorm
+from normjax.linen.rms_norm import RMSNorm
+from normjax.linen.spectral_norm import SpectralNorm
+from normjax.linen.weight_norm import WeightNorm
+from normjax.linen.weight_standardization import WeightStandardization
 
-__all__ = ["BatchNorm"]
+__all__ = [
+    "BatchNorm",
+    "BatchRenorm",
+    "DynamicTanh",
+    "FilterResponseNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "LocalResponseNorm",
+    "RMSNorm",
+    "SpectralNorm",
+    "WeightNorm",
+    "WeightStandardization",
+]

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.dtypes import canonicalize_dtype
 
-from normjax import _checks
 from normjax._typing import RunningVar
 from normjax.layers._batch import Settings, normalize_by_batch
+from normjax.layers._renorm import Limits
+from normjax.linen._shared import common, declare, promoted, sizes
 
 
 class BatchNorm(nn.BatchNorm):
@@ -67,49 +67,44 @@ class BatchNorm(nn.BatchNorm):
         Returns:
           y, of x's shape; its dtype is `dtype`, or that of x, scale and bias together.
         """
-        population = self.frozen or nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        x = jnp.asarray(x)
-        kept = _checks.axes("BatchNorm", "axis", self.axis, x.shape)
-        features = tuple(x.shape[axis] for axis in kept)
-        # In Flax's dtypes; with complex x the mean turns complex in training.
-        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        running = {
-            "mean": self.variable("batch_stats", "mean", jnp.zeros, features, dtype),
-            "var": self.variable("batch_stats", "var", jnp.ones, features, dtype),
-        }
-        if self.momentum is None:
-            running["count"] = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
-        params = {}
-        if self.use_scale:
-            params["scale"] = self.param("scale", self.scale_init, features, self.param_dtype)
-        if self.use_bias:
-            params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
-        dtype = canonicalize_dtype(x, *params.values(), dtype=self.dtype)
-        y, batch_stats = normalize_by_batch(
-            params,
-            {leaf: variable.value for leaf, variable in running.items()},
-            x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype),
-            not population,
-            None if mask is None else jnp.asarray(mask, bool),
-            _settings(self, kept, dtype),
-        )
-        if not (population or self.is_initializing()):
-            for leaf, value in batch_stats.items():
-                running[leaf].value = value
-        return y
+        return normalize(self, x, use_running_average, mask)
 
 
-def _settings(norm: BatchNorm, kept: tuple[int, ...], dtype: Any) -> Settings:
-    """Flax's names in normjax's; no axis is touched at initialization."""
-    mapped = not norm.is_initializing()
-    return Settings(
-        feature_axes=kept,
+def normalize(
+    norm: BatchNorm, x: jax.Array, use_running_average: bool | None, mask: Any, renorm: Limits | None = None
+) -> jax.Array:
+    """Declares the variables of a batch norm, or renorm, and does its step."""
+    population = norm.frozen or nn.merge_param("use_running_average", norm.use_running_average, use_running_average)
+    x = jnp.asarray(x)
+    features = sizes(norm, x, "axis")
+    running = _declare_running(norm, features, count=norm.momentum is None or renorm is not None)
+    params = declare(norm, features, scale=norm.use_scale, bias=norm.use_bias)
+    x, dtype = promoted(norm, x, *params.values())
+    arguments = common(norm, mask)
+    mask = arguments.pop("mask")
+    settings = Settings(
+        feature_axes=norm.axis,
         momentum=norm.momentum,
-        epsilon=norm.epsilon,
         running_var=norm.running_var,
-        axis_name=norm.axis_name if mapped else None,
-        axis_index_groups=norm.axis_index_groups if mapped else None,
         virtual_batch_size=norm.virtual_batch_size,
         dtype=dtype,
+        renorm=renorm,
         drop_in=True,
+        **arguments,
     )
+    given = {leaf: variable.value for leaf, variable in running.items()}
+    y, batch_stats = normalize_by_batch(params, given, x, not population, mask, settings)
+    if not (population or norm.is_initializing()):
+        for leaf, value in batch_stats.items():
+            running[leaf].value = value
+    return y
+
+
+def _declare_running(norm: BatchNorm, features: tuple[int, ...], *, count: bool) -> dict[str, nn.Variable]:
+    """In Flax's dtypes; with complex x the mean turns complex in training."""
+    dtype = jnp.float32 if norm.force_float32_reductions else norm.param_dtype
+    running = {
+        "mean": norm.variable("batch_stats", "mean", jnp.zeros, features, dtype),
+        "var": norm.variable("batch_stats", "var", jnp.ones, features, dtype),
+    }
+    return running | ({"count": norm.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)} if count else {})

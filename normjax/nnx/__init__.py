@@ -1,5 +1,33 @@
-"""Doors for `flax.nnx`: Flax's arguments, names and variables; normjax's arithmetic."""
+"""Doors for `flax.nnx`: Flax's arguments, names and variables; normjax's arithmetic.
+
+A scale and bias that come from elsewhere in the network, one for each example (FiLM, adaLN, AdaIN), are no variables,
+so they need no door: call `normjax.layer_norm({"scale": scale, "bias": bias}, {}, x, train=False)` in the module.
+"""
 
 from normjax.nnx.batch_norm import BatchNorm
+from normjax.nnx.batch_renorm import BatchRenorm
+from normjax.nnx.dynamic_tanh import DynamicTanh
+from normjax.nnx.filter_response_norm import FilterResponseNorm
+from normjax.nnx.group_norm import GroupNorm
+from normjax.nnx.instance_norm import InstanceNorm
+from normjax.nnx.layer_norm import LayerNorm
+from normjax.nnx.local_response_norm import LocalResponseNorm
+from normjax.nnx.rms_norm import RMSNorm
+from normjax.nnx.spectral_norm import SpectralNorm
+from normjax.nnx.weight_norm import WeightNorm
+from normjax.nnx.weight_standardization import WeightStandardization
 
-__all__ = ["BatchNorm"]
+__all__ = [
+    "BatchNorm",
+    "BatchRenorm",
+    "DynamicTanh",
+    "FilterResponseNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "LocalResponseNorm",
+    "RMSNorm",
+    "SpectralNorm",
+    "WeightNorm",
+    "WeightStandardization",
+]

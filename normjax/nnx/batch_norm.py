@@ -15,6 +15,7 @@ from jax.nn.initializers import ones, zeros
 
 from normjax._typing import AxisIndexGroups, DTypeLike, Initializer, RunningVar
 from normjax.layers._batch import Settings, normalize_by_batch
+from normjax.nnx._shared import common, present, promoted, read
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -141,50 +142,25 @@ class BatchNorm(nnx.BatchNorm):
             "got None in both. Call model.train() or model.eval() first.",
         )
         x = jnp.asarray(x)
-        params = {
-            leaf: variable[...]
-            for leaf, variable in (("scale", self.scale), ("bias", self.bias))
-            if variable is not None
-        }
-        leaves = ("mean", "var", "count") if self.momentum is None else ("mean", "var")
-        running = {leaf: getattr(self, leaf)[...] for leaf in leaves}
-        dtype = self._output_dtype(x, running, params)
-        y, batch_stats = normalize_by_batch(
-            params,
-            running,
-            x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype),
-            not population,
-            None if mask is None else jnp.asarray(mask, bool),
-            self._settings(dtype),
-        )
+        running = {leaf: getattr(self, leaf)[...] for leaf in ("mean", "var", "count") if hasattr(self, leaf)}
+        leaves = read(self, "scale", "bias")
+        x, dtype = promoted(self, x, leaves, (running["mean"], running["var"]))
+        arguments = common(self, mask) | {"dtype": dtype}
+        mask = arguments.pop("mask")
+        params = present(leaves, self, x, self.axis)
+        y, batch_stats = normalize_by_batch(params, running, x, not population, mask, self._settings(arguments))
         if not population:
-            self._store(batch_stats)
+            for leaf, value in batch_stats.items():
+                getattr(self, leaf)[...] = jax.lax.stop_gradient(value)
         return y
 
-    def _output_dtype(self, x: jax.Array, running: dict[str, Any], params: dict[str, Any]) -> Any:
-        """What `promote_dtype` makes of x, found without computing anything."""
-        arrays = (x, running["mean"], running["var"], params.get("scale"), params.get("bias"))
-
-        def promoted(arrays: tuple) -> jax.Array:
-            x, _, _, scale, bias = self.promote_dtype(arrays, dtype=self.dtype)
-            return jnp.zeros((), dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype))
-
-        return jax.eval_shape(promoted, arrays).dtype
-
-    def _settings(self, dtype: Any) -> Settings:
+    def _settings(self, arguments: dict[str, Any]) -> Settings:
         """Flax's names in normjax's."""
         return Settings(
             feature_axes=self.axis,
             momentum=self.momentum,
-            epsilon=self.epsilon,
             running_var=self.running_var,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
             virtual_batch_size=self.virtual_batch_size,
-            dtype=dtype,
             drop_in=True,
+            **arguments,
         )
-
-    def _store(self, batch_stats: dict[str, jax.Array]) -> None:
-        for leaf, value in batch_stats.items():
-            getattr(self, leaf)[...] = jax.lax.stop_gradient(value)

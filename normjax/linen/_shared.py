@@ -1,0 +1,51 @@
+"""What the linen doors share: their variables, Flax's promotion of dtypes, and the arguments that all layers have.
+
+Plain functions that take the module: a method of a module would be a line of its own in Flax's summaries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+
+from normjax import _checks
+from normjax._typing import Params, promote
+
+
+def sizes(module: Any, x: jax.Array, name: str = "feature_axes") -> tuple[int, ...]:
+    """Returns the sizes of the axes that the field `name` of the module names, in ascending order."""
+    kept = _checks.axes(type(module).__name__, name, getattr(module, name), x.shape)
+    return tuple(x.shape[axis] for axis in kept)
+
+
+def declare(module: Any, features: tuple[int, ...], **used: bool) -> Params:
+    """Declares the parameters that are used, each by its own initializer, in the order given."""
+    params = {
+        leaf: jnp.asarray(module.param(leaf, getattr(module, f"{leaf}_init"), features, module.param_dtype))
+        for leaf, is_used in used.items()
+        if is_used
+    }
+    if getattr(module, "force_float32_reductions", True):
+        return params
+    return {leaf: value.astype(module.param_dtype) for leaf, value in params.items()}
+
+
+def promoted(module: Any, x: jax.Array, *values: jax.Array) -> tuple[jax.Array, Any]:
+    """Returns x in a dtype that the functions take, and the dtype of y: what Flax makes of x and the parameters."""
+    dtype = canonicalize_dtype(x, *values, dtype=module.dtype)
+    wanted = jnp.complexfloating if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.inexact
+    return x if jnp.issubdtype(x.dtype, wanted) else x.astype(promote(dtype, jnp.float32)), dtype
+
+
+def common(module: Any, mask: Any) -> dict[str, Any]:
+    """Returns the arguments of all layers with statistics; no mapped axis is touched at initialization."""
+    mapped = not module.is_initializing()
+    return {
+        "epsilon": module.epsilon,
+        "mask": None if mask is None else jnp.asarray(mask, bool),
+        "axis_name": module.axis_name if mapped else None,
+        "axis_index_groups": module.axis_index_groups if mapped else None,
+    }

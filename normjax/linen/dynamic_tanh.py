@@ -1,0 +1,61 @@
+"""Dynamic tanh for `flax.linen`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn.initializers import constant, ones, zeros
+
+from normjax._typing import Axes, DTypeLike, Initializer
+from normjax.layers.dynamic_tanh import dynamic_tanh
+from normjax.linen._shared import declare, promoted, sizes
+
+
+class DynamicTanh(nn.Module):
+    """Dynamic tanh, to stand where `flax.linen.LayerNorm` stands.
+
+    The variables (`params`: `alpha`, `scale`, `bias`) are the leaves of `normjax.dynamic_tanh`; see there for the
+    mathematics.
+
+    Attributes:
+      dtype: of y; None for that of x and the parameters together.
+      param_dtype: of the parameters.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      alpha_init: makes the slope, a scalar.
+      bias_init: makes the bias.
+      scale_init: makes the scale.
+      feature_axes: the axes that have a scale and bias of their own.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax.linen import DynamicTanh
+      >>> print(DynamicTanh().init_with_output(jax.random.key(0), jnp.array([[1.0, -100.0]]))[0].round(3))
+      [[ 0.462 -1.   ]]
+    """
+
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    alpha_init: Initializer = constant(0.5)
+    bias_init: Initializer = zeros
+    scale_init: Initializer = ones
+    feature_axes: Axes = -1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Squashes x.
+
+        Args:
+          x: the input.
+
+        Returns:
+          y, of x's shape; its dtype is `dtype`, or that of x and the parameters together.
+        """
+        x = jnp.asarray(x)
+        params = declare(self, (), alpha=True)
+        params |= declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)
+        x, dtype = promoted(self, x, *params.values())
+        return dynamic_tanh(params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype)[0]

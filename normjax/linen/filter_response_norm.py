@@ -1,0 +1,84 @@
+"""Filter response normalization for `flax.linen`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn.initializers import constant, ones, zeros
+
+from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
+from normjax.layers.filter_response_norm import filter_response_norm
+from normjax.linen._shared import common, declare, promoted, sizes
+
+
+class FilterResponseNorm(nn.Module):
+    """Filter response normalization and its thresholded linear unit, in the manner of `flax.linen.InstanceNorm`.
+
+    The variables (`params`: `scale`, `bias`, `threshold` and maybe `epsilon`) are the leaves of
+    `normjax.filter_response_norm`; see there for the mathematics.
+
+    Attributes:
+      epsilon: added to the mean square.
+      dtype: of y; None for that of x and the parameters together.
+      param_dtype: of the parameters.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      use_threshold: whether there is a threshold, and with it the activation.
+      learn_epsilon: whether each feature learns an epsilon, too, for 1x1 feature maps.
+      bias_init: makes the bias.
+      scale_init: makes the scale.
+      threshold_init: makes the threshold.
+      epsilon_init: makes the learned epsilon.
+      feature_axes: the axes that have statistics and parameters of their own; all others but axis 0 are reduced.
+      axis_name: mapped axis that the reduced axes are sharded over.
+      axis_index_groups: groups of indices of that axis that share.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax.linen import FilterResponseNorm
+      >>> x = jnp.array([[[2.0], [-2.0]]])
+      >>> print(FilterResponseNorm().init_with_output(jax.random.key(0), x)[0].round(3).ravel())
+      [1. 0.]
+    """
+
+    epsilon: float = 1e-6
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    use_threshold: bool = True
+    learn_epsilon: bool = False
+    bias_init: Initializer = zeros
+    scale_init: Initializer = ones
+    threshold_init: Initializer = zeros
+    epsilon_init: Initializer = constant(1e-4)
+    feature_axes: Axes = -1
+    axis_name: AxisName | None = None
+    axis_index_groups: AxisIndexGroups | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, examples along axis 0.
+          mask: broadcastable to x, True where an element counts.
+
+        Returns:
+          y, of x's shape; its dtype is `dtype`, or that of x and the parameters together.
+        """
+        x = jnp.asarray(x)
+        params = declare(
+            self,
+            sizes(self, x),
+            scale=self.use_scale,
+            bias=self.use_bias,
+            threshold=self.use_threshold,
+            epsilon=self.learn_epsilon,
+        )
+        x, dtype = promoted(self, x, *params.values())
+        y, _ = filter_response_norm(
+            params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype, **common(self, mask)
+        )
+        return y

@@ -1,0 +1,73 @@
+"""`flax.linen.GroupNorm` with normjax behind it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from normjax import _checks
+from normjax.layers.group_norm import group_norm
+from normjax.linen._shared import common, declare, promoted
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalization: `flax.linen.GroupNorm`, with a variance that is safe.
+
+    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
+    names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints load both ways. See `normjax.group_norm` for
+    the mathematics.
+
+    Beyond Flax:
+      - The variance is safe and the statistics are float32 (or wider) in every mode, so `use_fast_variance` chooses
+        nothing, and `force_float32_reductions` only the dtype of the parameters.
+      - Masks need not have the size of the channels; masked elements may be NaN, and where nothing counts, the mean is
+        0 and the variance 1.
+      - Axes out of range or repeated are refused, and no mapped axis has to exist at initialization.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax.linen import GroupNorm
+      >>> x = jnp.array([[1.0, 3.0, 10.0, 30.0]])
+      >>> print(GroupNorm(num_groups=2).init_with_output(jax.random.key(0), x)[0].round(3))
+      [[-1.  1. -1.  1.]]
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, channels along the last axis.
+          mask: broadcastable to x, True where an element counts.
+
+        Returns:
+          y, of x's shape; its dtype is `dtype`, or that of x, scale and bias together.
+        """
+        _one_of_two(self)
+        x = jnp.asarray(x)
+        params = declare(self, x.shape[-1:], scale=self.use_scale, bias=self.use_bias)
+        x, dtype = promoted(self, x, *params.values())
+        y, _ = group_norm(
+            params,
+            {},
+            x,
+            False,
+            num_groups=self.num_groups,
+            group_size=self.group_size,
+            reduction_axes=self.reduction_axes,
+            dtype=dtype,
+            **common(self, mask),
+        )
+        return y
+
+
+def _one_of_two(norm: GroupNorm) -> None:
+    if (norm.num_groups is None) == (norm.group_size is None):
+        _checks.refuse(
+            "GroupNorm",
+            "the groups are to be given by their number or by their size",
+            expected="one of num_groups and group_size, and None for the other",
+            got=f"num_groups={norm.num_groups!r} and group_size={norm.group_size!r}",
+            fix="Pass num_groups=None with group_size: it is 32 by default",
+        )

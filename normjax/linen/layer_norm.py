@@ -1,0 +1,59 @@
+"""`flax.linen.LayerNorm` with normjax behind it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from normjax.layers.layer_norm import layer_norm
+from normjax.linen._shared import common, declare, promoted, sizes
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization: `flax.linen.LayerNorm`, with a variance that is safe.
+
+    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
+    names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints load both ways. See `normjax.layer_norm` for
+    the mathematics.
+
+    Beyond Flax:
+      - The variance is safe and the statistics are float32 (or wider) in every mode, so `use_fast_variance` chooses
+        nothing, and `force_float32_reductions` only the dtype of the parameters.
+      - Masked elements may be NaN; where nothing counts, the mean is 0 and the variance 1.
+      - Axes out of range or repeated are refused, and no mapped axis has to exist at initialization.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax.linen import LayerNorm
+      >>> x = jnp.array([[1.0, 1.0, 3.0, 3.0]])
+      >>> y, variables = LayerNorm().init_with_output(jax.random.key(0), x)
+      >>> print(y.round(3), list(variables["params"]))
+      [[-1. -1.  1.  1.]] ['scale', 'bias']
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input.
+          mask: broadcastable to x, True where an element counts.
+
+        Returns:
+          y, of x's shape; its dtype is `dtype`, or that of x, scale and bias together.
+        """
+        x = jnp.asarray(x)
+        params = declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)
+        x, dtype = promoted(self, x, *params.values())
+        y, _ = layer_norm(
+            params,
+            {},
+            x,
+            False,
+            reduction_axes=self.reduction_axes,
+            feature_axes=self.feature_axes,
+            dtype=dtype,
+            **common(self, mask),
+        )
+        return y

@@ -1,0 +1,78 @@
+"""Local response normalization for `flax.linen`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn.initializers import ones, zeros
+
+from normjax._typing import Axes, DTypeLike, Initializer
+from normjax.layers.local_response_norm import local_response_norm
+from normjax.linen._shared import declare, promoted, sizes
+
+
+class LocalResponseNorm(nn.Module):
+    """Local response normalization, in the manner of Flax's layers.
+
+    See `normjax.local_response_norm` for the mathematics. There are no variables, unless asked for.
+
+    Attributes:
+      size: how many channels are next to each other.
+      alpha: weight of their mean square, as in PyTorch; the paper's and TensorFlow's is `alpha / size`.
+      beta: the power.
+      k: added to the energy.
+      dtype: of y; None for that of x, scale and bias together.
+      param_dtype: of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: makes the bias.
+      scale_init: makes the scale.
+      feature_axes: the axis of the channels.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax.linen import LocalResponseNorm
+      >>> norm = LocalResponseNorm(size=3, alpha=3.0, beta=1.0, k=1.0)
+      >>> print(norm.apply({}, jnp.array([[1.0, 2.0, 3.0]])))
+      [[0.16666667 0.13333334 0.21428573]]
+    """
+
+    size: int = 5
+    alpha: float = 5e-4
+    beta: float = 0.75
+    k: float = 2.0
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = False
+    use_scale: bool = False
+    bias_init: Initializer = zeros
+    scale_init: Initializer = ones
+    feature_axes: Axes = -1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, channels along `feature_axes`.
+
+        Returns:
+          y, of x's shape; its dtype is `dtype`, or that of x, scale and bias together.
+        """
+        x = jnp.asarray(x)
+        params = declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)
+        x, dtype = promoted(self, x, *params.values())
+        y, _ = local_response_norm(
+            params,
+            {},
+            x,
+            False,
+            size=self.size,
+            alpha=self.alpha,
+            beta=self.beta,
+            k=self.k,
+            feature_axes=self.feature_axes,
+            dtype=dtype,
+        )
+        return y

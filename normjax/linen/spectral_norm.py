@@ -1,0 +1,75 @@
+"""`flax.linen.SpectralNorm` with normjax behind it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from normjax.linen._shared import promoted
+from normjax.linen._weights import with_weights
+from normjax.weights import spectral_norm
+
+
+class SpectralNorm(nn.SpectralNorm):
+    """Spectral normalization of the layer that it wraps: `flax.linen.SpectralNorm`, computed in at least float32.
+
+    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
+    names (`batch_stats`: `Dense_0/kernel/u`, `Dense_0/kernel/sigma` and the like), shapes and dtypes, so checkpoints
+    load both ways. See `normjax.weights.spectral_norm` for the mathematics.
+
+    Beyond Flax:
+      - Power iteration is in float32 (or wider), on accelerators too, and its state keeps its dtype.
+      - Parameters are normalized and nothing else: in Flax so are running statistics of two or more axes.
+      - `apply` never overwrites the weights of the layer, whatever is mutable (with `mutable=True` Flax returns the
+        normalized ones among the updates).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from normjax.linen import SpectralNorm
+      >>> norm = SpectralNorm(nn.Dense(4, kernel_init=nn.initializers.orthogonal(5.0)), n_steps=5)
+      >>> variables = norm.init(jax.random.key(0), jnp.eye(4), update_stats=True)
+      >>> print(variables["batch_stats"]["layer_instance/kernel/sigma"].round(3))
+      5.0
+    """
+
+    @nn.compact
+    def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any:
+        """Calls the wrapped layer with its weights divided by their largest singular values.
+
+        Args:
+          *args: of the layer.
+          update_stats: whether to keep the new singular vectors and values, which needs `mutable=["batch_stats"]`.
+          **kwargs: of the layer.
+
+        Returns:
+          What the layer returns.
+        """
+        return with_weights(self, partial(_spectral_normed, self, update_stats), *args, **kwargs)
+
+
+def _spectral_normed(module: SpectralNorm, update_stats: bool, path: str, kernel: jax.Array) -> jax.Array:
+    if kernel.ndim < 2 or module.n_steps < 1:
+        return kernel
+    if kernel.ndim > 2 and module.error_on_non_matrix:
+        raise ValueError(f"Input is {kernel.ndim}D but error_on_non_matrix is True")  # in Flax's words
+    shape, dtype = (1, kernel.shape[-1]), module.param_dtype
+    u = module.variable(
+        module.collection_name,
+        f"{path}/u",
+        lambda: jax.random.normal(module.make_rng("params"), shape, dtype),
+    )
+    sigma = module.variable(module.collection_name, f"{path}/sigma", jnp.ones, (), dtype)
+    state = {"u": u.value, "sigma": sigma.value}
+    kernel, dtype = promoted(module, kernel, *state.values())
+    kernel, state = spectral_norm(
+        {}, state, kernel, update_stats, n_steps=module.n_steps, epsilon=module.epsilon, dtype=dtype
+    )
+    if update_stats:
+        # As in Flax, weights of zeros (such as new biases of attention) lose their direction, and are left alone.
+        u.value, sigma.value = jnp.where(state["sigma"] == 0, 0, state["u"]), state["sigma"]
+    return kernel

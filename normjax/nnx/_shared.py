@@ -1,0 +1,78 @@
+"""What the nnx doors share: their variables, Flax's promotion of dtypes, and the arguments that all layers have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import canonicalize_dtype
+
+from normjax import _checks
+from normjax._typing import Axes, DTypeLike, Initializer, Params, promote
+
+Leaves = dict[str, jax.Array | None]
+
+
+def declare(
+    norm: Any,
+    leaf: str,
+    used: bool,
+    init: Initializer,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Gives the module a parameter, or None if it is not used, as Flax does."""
+    setattr(norm, leaf, nnx.Param(init(rngs.params(), shape, dtype), **metadata) if used else nnx.data(None))
+
+
+def read(norm: Any, *leaves: str) -> Leaves:
+    """Returns the values of the named parameters, None for those that are not used."""
+    variables = {leaf: getattr(norm, leaf) for leaf in leaves}
+    return {leaf: None if variable is None else variable[...] for leaf, variable in variables.items()}
+
+
+def present(leaves: Leaves, norm: Any, x: jax.Array, feature_axes: Axes = -1) -> Params:
+    """Returns the parameters that are used; with several feature axes Flax has them flat."""
+    kept = _checks.axes(type(norm).__name__, "feature_axes", feature_axes, x.shape)
+    features = tuple(x.shape[axis] for axis in kept)
+    return {
+        leaf: value.reshape(features) if len(kept) > 1 and value.ndim == 1 else value
+        for leaf, value in leaves.items()
+        if value is not None
+    }
+
+
+def promoted(norm: Any, x: jax.Array, leaves: Leaves, statistics: tuple[jax.Array, ...] = ()) -> tuple[jax.Array, Any]:
+    """Returns x in a dtype that the functions take, and the dtype of y.
+
+    That is what `promote_dtype` makes of `(x, *statistics, *leaves)` and Flax of x and the leaves among them, found
+    without computing anything.
+    """
+
+    def output(arrays: tuple) -> jax.Array:
+        x, *values = norm.promote_dtype(arrays, dtype=norm.dtype)
+        return jnp.zeros((), canonicalize_dtype(x, *values[len(statistics) :], dtype=norm.dtype))
+
+    dtype = jax.eval_shape(output, (x, *statistics, *leaves.values())).dtype
+    return admissible(x, dtype), dtype
+
+
+def admissible(x: jax.Array, dtype: Any) -> jax.Array:
+    """Returns x in a dtype that the functions take: integers as numbers, and complex where y is."""
+    wanted = jnp.complexfloating if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.inexact
+    return x if jnp.issubdtype(x.dtype, wanted) else x.astype(promote(dtype, jnp.float32))
+
+
+def common(norm: Any, mask: Any) -> dict[str, Any]:
+    """Returns the arguments of all layers with statistics."""
+    return {
+        "epsilon": norm.epsilon,
+        "mask": None if mask is None else jnp.asarray(mask, bool),
+        "axis_name": norm.axis_name,
+        "axis_index_groups": norm.axis_index_groups,
+    }

@@ -1,0 +1,46 @@
+"""Batch renormalization for `flax.nnx`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from normjax.layers._batch import Settings
+from normjax.layers._renorm import Limit, Limits
+from normjax.nnx.batch_norm import BatchNorm
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization, in the manner of `flax.nnx.BatchNorm`.
+
+    Arguments and variables are those of `normjax.nnx.BatchNorm`, and a `count` of batches (`nnx.BatchStat`), which
+    schedules go by. See `normjax.batch_renorm` for the mathematics.
+
+    Args:
+      num_features: the size of the feature axis.
+      r_max: how far the deviations of batch and population may differ, at least 1. A number, or a schedule: a function
+        of the count of batches.
+      d_max: how far their means may, in deviations; likewise.
+      **arguments: of `normjax.nnx.BatchNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from normjax.nnx import BatchRenorm
+      >>> r_max = lambda count: jnp.clip(count / 10_000, 1.0, 3.0)
+      >>> norm = BatchRenorm(1, r_max=r_max, d_max=0.0, rngs=nnx.Rngs(0))
+      >>> y = norm(jnp.array([[1.0], [3.0]]))
+      >>> print(y.round(3).ravel(), norm.count[...])
+      [-1.  1.] 1
+    """
+
+    def __init__(self, num_features: int, *, r_max: Limit = 3.0, d_max: Limit = 5.0, **arguments: Any):
+        super().__init__(num_features, **arguments)
+        self.r_max = r_max
+        self.d_max = d_max
+        self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def _settings(self, arguments: dict[str, Any]) -> Settings:
+        return super()._settings(arguments)._replace(renorm=Limits(self.r_max, self.d_max))

@@ -1,0 +1,91 @@
+"""Dynamic tanh for `flax.nnx`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import PromoteDtypeFn
+from jax.nn.initializers import constant, ones, zeros
+
+from normjax._typing import Axes, DTypeLike, Initializer
+from normjax.layers.dynamic_tanh import dynamic_tanh
+from normjax.nnx._shared import declare, present, promoted, read
+
+ALPHA = constant(0.5)
+
+
+class DynamicTanh(nnx.Module):
+    """Dynamic tanh, to stand where `flax.nnx.LayerNorm` stands.
+
+    The variables (`alpha`, `scale`, `bias`: `nnx.Param`) are the leaves of `normjax.dynamic_tanh`; see there for the
+    mathematics.
+
+    Args:
+      num_features: the size of the feature axis; of several, their product.
+      dtype: of y; None for that of x and the parameters together.
+      param_dtype: of the parameters.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      alpha_init: makes the slope, a scalar.
+      bias_init: makes the bias.
+      scale_init: makes the scale.
+      feature_axes: the axes that have a scale and bias of their own.
+      promote_dtype: from `(x, alpha, scale, bias)` and `dtype` to arrays of the dtypes to compute in.
+      rngs: keys for the initializers.
+      bias_metadata: metadata of the bias variable.
+      scale_metadata: metadata of the scale variable.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from normjax.nnx import DynamicTanh
+      >>> print(DynamicTanh(2, rngs=nnx.Rngs(0))(jnp.array([[1.0, -100.0]])).round(3))
+      [[ 0.462 -1.   ]]
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        alpha_init: Initializer = ALPHA,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        feature_axes: Axes = -1,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        declare(self, "alpha", True, alpha_init, (), param_dtype, rngs, {})
+        declare(self, "scale", use_scale, scale_init, (num_features,), param_dtype, rngs, scale_metadata)
+        declare(self, "bias", use_bias, bias_init, (num_features,), param_dtype, rngs, bias_metadata)
+        self.num_features = num_features
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.feature_axes = feature_axes
+        self.promote_dtype = promote_dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Squashes x.
+
+        Args:
+          x: the input.
+
+        Returns:
+          y, of x's shape.
+        """
+        x = jnp.asarray(x)
+        leaves = read(self, "alpha", "scale", "bias")
+        x, dtype = promoted(self, x, leaves)
+        params = present(leaves, self, x, self.feature_axes)
+        return dynamic_tanh(params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype)[0]

@@ -1,0 +1,109 @@
+"""Filter response normalization for `flax.nnx`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import PromoteDtypeFn
+from jax.nn.initializers import constant, ones, zeros
+
+from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
+from normjax.layers.filter_response_norm import filter_response_norm
+from normjax.nnx._shared import common, declare, present, promoted, read
+
+EPSILON = constant(1e-4)
+LEAVES = ("scale", "bias", "threshold", "epsilon")
+
+
+class FilterResponseNorm(nnx.Module):
+    """Filter response normalization and its thresholded linear unit, in the manner of `flax.nnx.InstanceNorm`.
+
+    The variables (`scale`, `bias`, `threshold` and maybe `epsilon`: `nnx.Param`) are the leaves of
+    `normjax.filter_response_norm`; see there for the mathematics.
+
+    Args:
+      num_features: the number of channels; with several feature axes, the product of their sizes.
+      epsilon: added to the mean square (the attribute `fixed_epsilon`).
+      dtype: of y; None for that of x and the parameters together.
+      param_dtype: of the parameters.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      use_threshold: whether there is a threshold, and with it the activation.
+      learn_epsilon: whether each feature learns an epsilon, too, for 1x1 feature maps.
+      bias_init: makes the bias.
+      scale_init: makes the scale.
+      threshold_init: makes the threshold.
+      epsilon_init: makes the learned epsilon.
+      feature_axes: the axes that have statistics and parameters of their own; all others but axis 0 are reduced.
+      axis_name: mapped axis that the reduced axes are sharded over.
+      axis_index_groups: groups of indices of that axis that share.
+      promote_dtype: from `(x, scale, bias, threshold, epsilon)` and `dtype` to arrays of the dtypes to compute in.
+      rngs: keys for the initializers.
+      metadata: metadata of the variables.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from normjax.nnx import FilterResponseNorm
+      >>> norm = FilterResponseNorm(1, rngs=nnx.Rngs(0))
+      >>> print(norm(jnp.array([[[2.0], [-2.0]]])).round(3).ravel())
+      [1. 0.]
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        epsilon: float = 1e-6,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        use_threshold: bool = True,
+        learn_epsilon: bool = False,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        threshold_init: Initializer = zeros,
+        epsilon_init: Initializer = EPSILON,
+        feature_axes: Axes = -1,
+        axis_name: AxisName | None = None,
+        axis_index_groups: AxisIndexGroups | None = None,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        used = (use_scale, use_bias, use_threshold, learn_epsilon)
+        inits = (scale_init, bias_init, threshold_init, epsilon_init)
+        for leaf, is_used, init in zip(LEAVES, used, inits, strict=True):
+            declare(self, leaf, is_used, init, (num_features,), param_dtype, rngs, metadata)
+        self.num_features = num_features
+        self.fixed_epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.feature_axes = feature_axes
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.promote_dtype = promote_dtype
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, examples along axis 0.
+          mask: broadcastable to x, True where an element counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        x = jnp.asarray(x)
+        leaves = read(self, *LEAVES)
+        x, dtype = promoted(self, x, leaves)
+        arguments: dict[str, Any] = common(self, mask) | {"epsilon": self.fixed_epsilon}
+        params = present(leaves, self, x, self.feature_axes)
+        return filter_response_norm(params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype, **arguments)[0]

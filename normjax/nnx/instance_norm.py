@@ -1,0 +1,84 @@
+"""`flax.nnx.InstanceNorm` with normjax behind it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from normjax import _checks
+from normjax._typing import Axes
+from normjax.layers.instance_norm import instance_norm
+from normjax.nnx._shared import common, present, promoted, read
+
+
+class InstanceNorm(nnx.InstanceNorm):
+    """Instance normalization: `flax.nnx.InstanceNorm`, with a variance that is safe.
+
+    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
+    names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See `normjax.instance_norm`
+    for the mathematics.
+
+    Beyond Flax:
+      - The variance is safe, so `use_fast_variance` chooses nothing.
+      - Input and parameters keep their precision: `promote_dtype` and `dtype` decide the dtype of y alone.
+      - Masks need not be boolean and masked elements may be NaN; where nothing counts, the mean is 0 and the variance
+        1.
+      - Axes out of range or repeated are refused.
+
+    Args:
+      num_features: the number of channels; with several feature axes, the product of their sizes.
+      epsilon: added to the variance.
+      dtype: of y; None for that of x, scale and bias together.
+      param_dtype: of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: makes the bias.
+      scale_init: makes the scale.
+      feature_axes: the axes that have statistics, scale and bias of their own; all others but axis 0 are reduced.
+      axis_name: mapped axis that the reduced axes are sharded over.
+      axis_index_groups: groups of indices of that axis that share.
+      use_fast_variance: accepted for compatibility.
+      promote_dtype: from `(x, scale, bias)` and `dtype` to arrays of the dtypes to compute in.
+      rngs: keys for the initializers.
+      bias_metadata: metadata of the bias variable.
+      scale_metadata: metadata of the scale variable.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from normjax.nnx import InstanceNorm
+      >>> norm = InstanceNorm(2, rngs=nnx.Rngs(0))
+      >>> print(norm(jnp.array([[[1.0, 10.0], [3.0, 30.0]]])).round(3))
+      [[[-1. -1.]
+        [ 1.  1.]]]
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, examples along axis 0.
+          mask: broadcastable to x, True where an element counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        x = jnp.asarray(x)
+        _examples_are_no_feature(self.feature_axes, x)
+        leaves = read(self, "scale", "bias")
+        x, dtype = promoted(self, x, leaves)
+        params = present(leaves, self, x, self.feature_axes)
+        y, _ = instance_norm(params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype, **common(self, mask))
+        return y
+
+
+def _examples_are_no_feature(feature_axes: Axes, x: jax.Array) -> None:
+    if 0 in _checks.axes("InstanceNorm", "feature_axes", feature_axes, x.shape):
+        _checks.refuse(
+            "InstanceNorm",  # in Flax's words
+            "The channel axes cannot include the leading dimension as this is assumed to be the batch axis",
+            expected="feature_axes without axis 0",
+            got=f"feature_axes={feature_axes!r} for x.shape={x.shape}",
+            fix="Move the examples to axis 0",
+        )

@@ -1,0 +1,78 @@
+"""`flax.nnx.LayerNorm` with normjax behind it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from normjax.layers.layer_norm import layer_norm
+from normjax.nnx._shared import common, present, promoted, read
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalization: `flax.nnx.LayerNorm`, with a variance that is safe.
+
+    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
+    names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See `normjax.layer_norm` for
+    the mathematics.
+
+    Beyond Flax:
+      - The variance is safe, so `use_fast_variance` chooses nothing.
+      - Input and parameters keep their precision: `promote_dtype` and `dtype` decide the dtype of y alone.
+      - Masks need not be boolean and masked elements may be NaN; where nothing counts, the mean is 0 and the variance
+        1.
+      - Axes out of range or repeated are refused.
+
+    Args:
+      num_features: the size of the feature axis; of several, their product.
+      epsilon: added to the variance.
+      dtype: of y; None for that of x, scale and bias together.
+      param_dtype: of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: makes the bias.
+      scale_init: makes the scale.
+      reduction_axes: the axes that mean and variance are taken over.
+      feature_axes: the axes that have a scale and bias of their own.
+      axis_name: mapped axis that the reduced axes are sharded over.
+      axis_index_groups: groups of indices of that axis that share.
+      use_fast_variance: accepted for compatibility.
+      promote_dtype: from `(x, scale, bias)` and `dtype` to arrays of the dtypes to compute in.
+      rngs: keys for the initializers.
+      bias_metadata: metadata of the bias variable.
+      scale_metadata: metadata of the scale variable.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from normjax.nnx import LayerNorm
+      >>> norm = LayerNorm(4, rngs=nnx.Rngs(0))
+      >>> print(norm(jnp.array([[1.0, 1.0, 3.0, 3.0]])).round(3))
+      [[-1. -1.  1.  1.]]
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input.
+          mask: broadcastable to x, True where an element counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        x = jnp.asarray(x)
+        leaves = read(self, "scale", "bias")
+        x, dtype = promoted(self, x, leaves)
+        y, _ = layer_norm(
+            present(leaves, self, x, self.feature_axes),
+            {},
+            x,
+            False,
+            reduction_axes=self.reduction_axes,
+            feature_axes=self.feature_axes,
+            dtype=dtype,
+            **common(self, mask),
+        )
+        return y

@@ -1,0 +1,109 @@
+"""Local response normalization for `flax.nnx`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import PromoteDtypeFn
+from jax.nn.initializers import ones, zeros
+
+from normjax._typing import Axes, DTypeLike, Initializer
+from normjax.layers.local_response_norm import local_response_norm
+from normjax.nnx._shared import declare, present, promoted, read
+
+
+class LocalResponseNorm(nnx.Module):
+    """Local response normalization, in the manner of Flax's layers.
+
+    See `normjax.local_response_norm` for the mathematics. There are no variables, unless asked for.
+
+    Args:
+      num_features: the number of channels.
+      size: how many channels are next to each other.
+      alpha: weight of their mean square, as in PyTorch; the paper's and TensorFlow's is `alpha / size`.
+      beta: the power.
+      k: added to the energy.
+      dtype: of y; None for that of x, scale and bias together.
+      param_dtype: of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: makes the bias.
+      scale_init: makes the scale.
+      feature_axes: the axis of the channels.
+      promote_dtype: from `(x, scale, bias)` and `dtype` to arrays of the dtypes to compute in.
+      rngs: keys for the initializers.
+      bias_metadata: metadata of the bias variable.
+      scale_metadata: metadata of the scale variable.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from normjax.nnx import LocalResponseNorm
+      >>> norm = LocalResponseNorm(3, size=3, alpha=3.0, beta=1.0, k=1.0, rngs=nnx.Rngs(0))
+      >>> print(norm(jnp.array([[1.0, 2.0, 3.0]])))
+      [[0.16666667 0.13333334 0.21428573]]
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        size: int = 5,
+        alpha: float = 5e-4,
+        beta: float = 0.75,
+        k: float = 2.0,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = False,
+        use_scale: bool = False,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        feature_axes: Axes = -1,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        declare(self, "scale", use_scale, scale_init, (num_features,), param_dtype, rngs, scale_metadata)
+        declare(self, "bias", use_bias, bias_init, (num_features,), param_dtype, rngs, bias_metadata)
+        self.num_features = num_features
+        self.size = size
+        self.alpha = alpha
+        self.beta = beta
+        self.k = k
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.feature_axes = feature_axes
+        self.promote_dtype = promote_dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, channels along `feature_axes`.
+
+        Returns:
+          y, of x's shape.
+        """
+        x = jnp.asarray(x)
+        leaves = read(self, "scale", "bias")
+        x, dtype = promoted(self, x, leaves)
+        y, _ = local_response_norm(
+            present(leaves, self, x, self.feature_axes),
+            {},
+            x,
+            False,
+            size=self.size,
+            alpha=self.alpha,
+            beta=self.beta,
+            k=self.k,
+            feature_axes=self.feature_axes,
+            dtype=dtype,
+        )
+        return y

@@ -1,0 +1,120 @@
+"""`flax.nnx.RMSNorm` with normjax behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import PromoteDtypeFn
+from jax.nn.initializers import ones
+
+from normjax._typing import Axes, AxisIndexGroups, DTypeLike, Initializer
+from normjax.layers.rms_norm import rms_norm
+from normjax.nnx._shared import common, present, promoted, read
+
+
+class RMSNorm(nnx.RMSNorm):
+    """Root mean square normalization: `flax.nnx.RMSNorm`, rounded once.
+
+    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
+    names (`scale`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See `normjax.rms_norm` for the
+    mathematics.
+
+    Beyond Flax:
+      - Input and scale keep their precision: `promote_dtype` and `dtype` decide the dtype of y alone.
+      - Masks need not be boolean and masked elements may be NaN; where nothing counts, the mean square is 1.
+      - Axes out of range or repeated are refused.
+
+    Args:
+      num_features: the size of the feature axis; of several, their product.
+      epsilon: added to the mean square.
+      dtype: of y; None for that of x and the scale together.
+      param_dtype: of the scale.
+      use_scale: whether there is a scale.
+      scale_init: makes the scale.
+      reduction_axes: the axes that the mean square is taken over.
+      feature_axes: the axes that have a scale of their own.
+      axis_name: mapped axis that the reduced axes are sharded over.
+      axis_index_groups: groups of indices of that axis that share.
+      use_fast_variance: accepted for compatibility.
+      promote_dtype: from `(x, scale)` and `dtype` to arrays of the dtypes to compute in.
+      scale_offset: added to the scale, in float32 or wider: 1.0 for checkpoints that store `scale - 1` (Gemma), with
+        `scale_init=zeros`.
+      rngs: keys for the initializers.
+      scale_metadata: metadata of the scale variable.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from normjax.nnx import RMSNorm
+      >>> print(RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 7.0]])).round(1))
+      [[0.2 1.4]]
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        epsilon: float = 1e-6,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_scale: bool = True,
+        scale_init: Initializer = ones,
+        reduction_axes: Axes = -1,
+        feature_axes: Axes = -1,
+        axis_name: str | None = None,
+        axis_index_groups: AxisIndexGroups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        scale_offset: float = 0.0,
+        rngs: nnx.Rngs,
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        super().__init__(
+            num_features,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_scale=use_scale,
+            scale_init=scale_init,
+            reduction_axes=reduction_axes,
+            feature_axes=feature_axes,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            scale_metadata=scale_metadata,
+        )
+        self.scale_offset = scale_offset
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input.
+          mask: broadcastable to x, True where an element counts.
+
+        Returns:
+          y, of x's shape.
+        """
+        x = jnp.asarray(x)
+        leaves = read(self, "scale")
+        x, dtype = promoted(self, x, leaves)
+        y, _ = rms_norm(
+            present(leaves, self, x, self.feature_axes),
+            {},
+            x,
+            False,
+            scale_offset=self.scale_offset,
+            reduction_axes=self.reduction_axes,
+            feature_axes=self.feature_axes,
+            dtype=dtype,
+            **common(self, mask),
+        )
+        return y

@@ -1,0 +1,87 @@
+"""`flax.nnx.SpectralNorm` with normjax behind it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import canonicalize_dtype
+
+from normjax.nnx._shared import admissible
+from normjax.nnx._weights import Path, known, with_weights
+from normjax.weights import spectral_norm
+
+
+class SpectralNorm(nnx.SpectralNorm):
+    """Spectral normalization of the layer that it wraps: `flax.nnx.SpectralNorm`, which leaves that layer as it is.
+
+    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
+    names (`batch_stats`: `nnx.BatchStat`), shapes and dtypes, so checkpoints load both ways. See
+    `normjax.weights.spectral_norm` for the mathematics.
+
+    Beyond Flax:
+      - The weights of the layer are never overwritten (google/flax#5576): what is trained are the weights as they are,
+        and with `update_stats=False` a call under a transformation of JAX may close over the module. The call goes to a
+        copy of the layer that shares all other variables; what it adds to the layer, as `sow` does outside
+        `nnx.capture`, is lost.
+      - Power iteration is in float32 (or wider), on accelerators too.
+
+    Args:
+      layer_instance: the layer.
+      n_steps: of power iteration, at each call.
+      epsilon: added to the squared norms.
+      dtype: of the weights in use; None for that of weights and statistics together.
+      param_dtype: of the statistics.
+      error_on_non_matrix: whether to refuse weights of more than two axes, instead of flattening the leading ones.
+      update_stats: whether to keep the new singular vectors and values; `model.train()`, `model.eval()` and the call
+        set it.
+      rngs: keys for the first singular vectors.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from normjax.nnx import SpectralNorm
+      >>> layer = nnx.Linear(4, 4, kernel_init=nnx.initializers.orthogonal(5.0), rngs=nnx.Rngs(0))
+      >>> norm = SpectralNorm(layer, n_steps=5, rngs=nnx.Rngs(1))
+      >>> weights = norm(jnp.eye(4))  # the bias is 0
+      >>> print(jnp.linalg.norm(weights, 2).round(3), jnp.linalg.norm(layer.kernel[...], 2).round(3))
+      1.0 5.0
+    """
+
+    def __call__(self, x: jax.Array, update_stats: bool | None = None) -> Any:
+        """Calls the wrapped layer with its weights divided by their largest singular values.
+
+        Args:
+          x: of the layer.
+          update_stats: overrides what the constructor or `model.eval()` said.
+
+        Returns:
+          What the layer returns.
+        """
+        update = nnx.module.first_from(
+            update_stats,
+            not self.use_running_average,
+            error_msg="SpectralNorm: update_stats is not set. Expected it in the constructor or the call; got None.",
+        )
+        return with_weights(self.layer_instance, partial(_spectral_normed, self, update), x)
+
+
+def _spectral_normed(norm: SpectralNorm, update: bool, path: Path, weight: nnx.Param) -> jax.Array | None:
+    if weight.ndim < 2 or norm.n_steps < 1:
+        return None
+    if weight.ndim > 2 and norm.error_on_non_matrix:
+        raise ValueError(f"Layer instance parameter is {weight.ndim}D but error_on_non_matrix is True")  # Flax's words
+    variables = {leaf: known(norm, norm.batch_stats, (*path, leaf)) for leaf in ("u", "sigma")}
+    state = {leaf: variable[...] for leaf, variable in variables.items()}
+    dtype = canonicalize_dtype(weight[...], *state.values(), dtype=norm.dtype)
+    kernel = admissible(weight[...], dtype)
+    kernel, state = spectral_norm({}, state, kernel, update, n_steps=norm.n_steps, epsilon=norm.epsilon, dtype=dtype)
+    if update:
+        # As in Flax, weights of zeros (such as new biases of attention) lose their direction, and are left alone.
+        state["u"] = jnp.where(state["sigma"] == 0, 0, state["u"])
+        for leaf, variable in variables.items():
+            variable[...] = state[leaf]
+    return kernel

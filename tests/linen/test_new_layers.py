@@ -1,0 +1,169 @@
+"""The layers of `normjax.linen` that Flax does not have are the functions behind them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import normjax as nj
+from normjax import linen
+from tests.compare import assert_close, assert_identical, assert_trees_close
+
+pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
+KEY = jax.random.key(0)
+normal = nn.initializers.normal()
+FRN, LRN, DYT = linen.FilterResponseNorm, linen.LocalResponseNorm, linen.DynamicTanh
+# door, its arguments, function, its arguments, leaves
+CASES = [
+    (FRN, {}, nj.filter_response_norm, {"epsilon": 1e-6}, ["scale", "bias", "threshold"]),
+    (
+        FRN,
+        {"epsilon": 0.1, "learn_epsilon": True, "use_threshold": False, "use_scale": False, "feature_axes": (2, 3)},
+        nj.filter_response_norm,
+        {"epsilon": 0.1, "feature_axes": (2, 3)},
+        ["bias", "epsilon"],
+    ),
+    (LRN, {}, nj.local_response_norm, {}, []),
+    (
+        LRN,
+        {"size": 3, "alpha": 0.5, "beta": 0.5, "k": 1.5, "use_scale": True, "use_bias": True, "feature_axes": 1},
+        nj.local_response_norm,
+        {"size": 3, "alpha": 0.5, "beta": 0.5, "k": 1.5, "feature_axes": 1},
+        ["scale", "bias"],
+    ),
+    (DYT, {}, nj.dynamic_tanh, {}, ["alpha", "scale", "bias"]),
+    (DYT, {"use_bias": False, "feature_axes": (1, 2)}, nj.dynamic_tanh, {"feature_axes": (1, 2)}, ["alpha", "scale"]),
+]
+
+
+def batch(rng, dtype=np.float32):
+    return jnp.asarray(rng.normal(0.5, 1, (2, 4, 3, 6)), dtype)
+
+
+@pytest.mark.parametrize(("door", "arguments", "function", "options", "leaves"), CASES)
+def test_it_is_the_function_of_its_variables(rng, door, arguments, function, options, leaves):
+    x, module = batch(rng), door(**arguments)
+    variables = module.init(KEY, x)
+    assert list(variables.get("params", {})) == leaves
+    params = {leaf: value + 0.25 for leaf, value in variables.get("params", {}).items()}
+    y = module.apply({"params": params}, x)
+    assert_identical(y, function(params, {}, x, False, **options)[0])
+    grads = jax.grad(lambda params: jnp.sum(jnp.sin(x) * module.apply({"params": params}, x)))(params)
+    assert all((jnp.abs(grad) > 0).any() for grad in grads.values())
+
+
+@pytest.mark.parametrize("door", [FRN, LRN, DYT])
+def test_dtypes_promote_as_in_flax(rng, door):
+    x = batch(rng, jnp.bfloat16)
+    arguments = {"use_scale": True, "use_bias": True}
+    for given, expected in (
+        ({}, jnp.float32),
+        ({"param_dtype": jnp.bfloat16}, jnp.bfloat16),
+        ({"dtype": jnp.float16}, jnp.float16),
+    ):
+        y, variables = door(**arguments, **given).init_with_output(KEY, x)
+        assert y.dtype == expected
+        assert all(leaf.dtype == given.get("param_dtype", jnp.float32) for leaf in variables["params"].values())
+    y, _ = door().init_with_output(KEY, jnp.ones((2, 3), jnp.int32))
+    assert y.dtype == jnp.float32
+
+
+def test_initializers_are_used_each_with_a_key_of_its_own(rng):
+    inits = {f"{leaf}_init": normal for leaf in ("scale", "bias", "threshold", "epsilon")}
+    params = FRN(learn_epsilon=True, **inits).init(KEY, batch(rng))["params"]
+    assert len({float(leaf[0]) for leaf in params.values()}) == 4
+    assert float(DYT(alpha_init=nn.initializers.constant(0.125)).init(KEY, batch(rng))["params"]["alpha"]) == 0.125
+
+
+def test_masks_and_axis_names_reach_filter_response_norm(rng):
+    x = batch(rng)
+    mask = jnp.asarray(rng.random((2, 4, 3, 1)) < 0.7)
+    variables = FRN().init(KEY, x)
+    expected, _ = nj.filter_response_norm(variables["params"], {}, x, False, mask=mask)
+    assert_identical(
+        FRN().apply(variables, jnp.where(mask, x, jnp.nan), mask=mask.astype(jnp.int32)) * mask, expected * mask
+    )
+    parts = jnp.stack(jnp.split(x, 2, 1))
+    shared = FRN(axis_name="i")
+    ys = jax.vmap(lambda x: shared.apply(shared.init(KEY, x), x), axis_name="i")(parts)
+    assert_close(jnp.concatenate(ys, 1), FRN().apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+class TestBatchRenorm:
+    def step(self, norm, variables, x):
+        return norm.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+
+    def test_it_is_the_function_of_its_variables(self, rng):
+        norm = linen.BatchRenorm(r_max=1.5, d_max=0.5, momentum=0.9)
+        variables = norm.init(KEY, batch(rng), use_running_average=False)
+        params, batch_stats = nj.batch_renorm_init(6)
+        assert_identical(variables, {"params": params, "batch_stats": batch_stats})
+        for _ in range(3):
+            x = batch(rng)
+            y, updates = self.step(norm, variables, x)
+            expected, batch_stats = nj.batch_renorm(
+                params, batch_stats, x, True, r_max=1.5, d_max=0.5, momentum=0.9, epsilon=1e-5
+            )
+            assert_identical((y, updates["batch_stats"]), (expected, batch_stats))
+            variables |= updates
+        assert int(batch_stats["count"]) == 3
+        expected, _ = nj.batch_renorm(params, batch_stats, x, False)
+        assert_identical(norm.apply(variables, x, use_running_average=True), expected)
+
+    def test_without_room_it_is_batch_norm(self, rng):
+        x, ours = batch(rng), linen.BatchRenorm(r_max=1.0, d_max=0.0)
+        variables = ours.init(KEY, x, use_running_average=False)
+        plain = variables | {"batch_stats": {leaf: variables["batch_stats"][leaf] for leaf in ("mean", "var")}}
+        y, updates = self.step(ours, variables, x)
+        expected, flax_updates = self.step(nn.BatchNorm(), plain, x)
+        assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        assert int(updates["batch_stats"].pop("count")) == 1
+        assert_trees_close(updates, flax_updates, rtol=1e-5, atol=1e-5)
+
+    def test_schedules_go_by_the_count(self, rng):
+        x = 10 + batch(rng)
+        norm = linen.BatchRenorm(r_max=1.0, d_max=lambda count: jnp.where(count < 1, 0.0, 5.0))
+        variables = norm.init(KEY, x, use_running_average=False)
+        first, updates = self.step(norm, variables, x)
+        second, _ = self.step(norm, variables | updates, x)
+        assert abs(float(first.mean())) < 1e-4 < 4 < float(second.mean())
+
+
+class TestWeightStandardization:
+    @pytest.mark.parametrize("options", [{}, {"scaled": True, "epsilon": 0.1}, {"feature_axes": None}], ids=str)
+    def test_weights_are_those_of_the_function(self, rng, options):
+        x, layer = batch(rng), nn.Conv(5, (2, 2), bias_init=normal)
+        norm = linen.WeightStandardization(layer, use_scale=True, **options)
+        variables = norm.init(KEY, x)
+        own = variables["params"]["layer_instance"]
+        scale = variables["params"]["layer_instance/kernel/scale"] * 1.5
+        arguments = options | {"feature_axes": () if options.get("feature_axes", 0) is None else -1}
+        kernel, _ = nj.weights.weight_standardization({"scale": scale}, {}, own["kernel"], True, **arguments)
+        params = {"layer_instance": own, "layer_instance/kernel/scale": scale}
+        expected = layer.apply({"params": {"kernel": kernel, "bias": own["bias"]}}, x)
+        y, updates = norm.apply({"params": params}, x, mutable=True)
+        assert_close(y, expected, rtol=1e-6, atol=1e-6)
+        assert_identical(updates["params"], params)
+
+    def test_what_the_filter_leaves_out_and_vectors_stay(self, rng):
+        x, layer = batch(rng), nn.Dense(5, bias_init=normal)
+        for chosen in ({"bias"}, {"other"}):
+            y, variables = linen.WeightStandardization(layer, variable_filter=chosen).init_with_output(KEY, x)
+            assert_close(y, layer.apply({"params": variables["params"]["layer_instance"]}, x))
+        norm = linen.WeightStandardization(layer, variable_filter=None, use_scale=True)
+        assert set(norm.init(KEY, x)["params"]) == {"layer_instance", "layer_instance/kernel/scale"}
+
+
+def test_a_scale_for_each_example_needs_no_door(rng):
+    class Conditioned(nn.Module):
+        @nn.compact
+        def __call__(self, x, condition):
+            scale, bias = jnp.split(nn.Dense(12)(condition), 2, -1)
+            return nj.layer_norm({"scale": 1 + scale, "bias": bias}, {}, x, train=False)[0]
+
+    x, condition = batch(rng), jnp.asarray(rng.normal(size=(2, 8)), jnp.float32)
+    y, variables = Conditioned().init_with_output(KEY, x, condition)
+    scale, bias = jnp.split(nn.Dense(12).apply({"params": variables["params"]["Dense_0"]}, condition), 2, -1)
+    plain, _ = nn.LayerNorm(epsilon=1e-5).init_with_output(KEY, x)
+    assert_close(y, plain * (1 + scale)[:, None, None] + bias[:, None, None], rtol=1e-4, atol=1e-5)
