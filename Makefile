@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-oldest lint format docs bench clean
+.PHONY: demo test test-fast test-tpu test-oldest lint format docs bench clean
 
 demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them, in under 2 minutes
 	$(BIN)/python examples/speedup.py
@@ -13,6 +13,11 @@ test: $(VENV)/.test ## the whole suite
 
 test-fast: $(VENV)/.test ## what can be had in 90 s
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-tpu: ## what TPU pods would run, compiled for them on this machine; apart, since JAX starts any libtpu that it finds
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/python -m pip install --quiet --editable ".[tpu-aot]"
+	$(VENV)-tpu/bin/python -m pytest tests/tpu_aot
 
 test-oldest: ## the suite on the oldest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-oldest
@@ -35,7 +40,7 @@ bench: $(VENV)/.bench ## the measurements behind the design
 	$(BIN)/python benchmarks/formulations.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest site
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-tpu site
 
 $(VENV)/.%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \

@@ -98,3 +98,24 @@ def test_the_second_pass_is_taken_when_it_must_be_on_all_devices_at_once(offset,
     passes = 2 if offset else 1
     assert sorted(map(int, seen)) == sorted(list(range(DEVICES)) * passes)
     jax.clear_caches()
+
+
+def test_the_program_of_a_device_does_not_grow_with_their_number():
+    """Lowered for an abstract mesh, no device needed: 4,096 devices run what 8 do, but for the numbers in it."""
+    texts = {}
+    for devices in (8, 4096):
+        abstract = jax.sharding.AbstractMesh((devices,), ("data",))
+        params, batch_stats = jax.eval_shape(partial(nj.batch_norm_init, FEATURES))
+        mapped = jax.shard_map(
+            partial(backward, axis_name="data", mask=None),
+            mesh=abstract,
+            in_specs=(WHOLE, WHOLE, SPLIT),
+            out_specs=(WHOLE, SPLIT),
+        )
+        x = jax.ShapeDtypeStruct((4 * devices, 3, FEATURES), jnp.float32)
+        texts[devices] = jax.jit(mapped).trace(params, batch_stats, x).lower(lowering_platforms=("tpu",)).as_text()
+    # What differs is the global shapes, and the list of who takes part in a sum.
+    numbers = r'dense<(?:\[\[[\d, ]*\]\]|"0x[0-9A-F]*")>|\d+'
+    per_device = {devices: re.sub(numbers, "N", text) for devices, text in texts.items()}
+    assert "all_reduce" in per_device[4096]
+    assert per_device[8] == per_device[4096]
