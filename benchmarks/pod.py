@@ -1,0 +1,194 @@
+"""A ResNet-50 training step on a TPU pod slice that is not there: what the compiled program moves, sends and needs.
+
+JAX compiles ahead of time for 256 chips, with synced batch norm in groups of 128 examples: normjax's, and Flax's.
+Nothing runs, so there is no noise and no time; compiling takes minutes.
+
+    pip install -e '.[bench]'
+    python benchmarks/pod.py --out benchmarks/results/pod-v5e-256.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+from functools import partial
+from typing import Any
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-8",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_WORKER_ID="0",
+)
+
+import flax.linen as nn  # noqa: E402 (libtpu is told of its topology before JAX starts)
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+
+import normjax as nj  # noqa: E402
+
+COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
+BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
+
+
+class Bottleneck(nn.Module):
+    """Three convolutions, each normalized, and a shortcut."""
+
+    width: int
+    stride: int
+    conv: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns relu(x + branch(x))."""
+        y = nn.relu(self.norm()(self.conv(self.width, (1, 1))(x)))
+        y = nn.relu(self.norm()(self.conv(self.width, (3, 3), self.stride)(y)))
+        y = self.norm(scale_init=nn.initializers.zeros)(self.conv(4 * self.width, (1, 1))(y))
+        if x.shape != y.shape:
+            x = self.norm()(self.conv(4 * self.width, (1, 1), self.stride)(x))
+        return nn.relu(x + y)
+
+
+class ResNet50(nn.Module):
+    """He et al. (2016), with the stride in the 3x3 convolutions."""
+
+    batch_norm: Any
+    groups: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """From images to logits, in training mode."""
+        conv = partial(nn.Conv, use_bias=False, dtype=jnp.bfloat16)
+        norm = partial(
+            self.batch_norm,
+            use_running_average=False,
+            momentum=0.9,
+            dtype=jnp.bfloat16,
+            axis_name="data",
+            axis_index_groups=self.groups,
+        )
+        x = nn.relu(norm()(conv(64, (7, 7), 2)(x)))
+        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            for block in range(blocks):
+                x = Bottleneck(64 * 2**stage, 2 if stage and not block else 1, conv, norm)(x)
+        return nn.Dense(1000, dtype=jnp.bfloat16)(x.mean((1, 2))).astype(jnp.float32)
+
+
+def training_step(model: nn.Module) -> Any:
+    """One step of SGD with momentum, on each device's share of the batch."""
+    optimizer = optax.sgd(0.1, momentum=0.9)
+
+    def step(params: Any, batch_stats: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
+        def loss(params: Any) -> Any:
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits, updates = model.apply(variables, images, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates["batch_stats"]
+
+        (value, new), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        gradients, value = jax.lax.pmean((gradients, value), "data")
+        updates, state_new = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), jax.lax.pmean(new, "data"), state_new, value
+
+    return step, optimizer
+
+
+def compile_step(batch_norm: Any, mesh: Mesh, per_chip: int, group: int) -> dict[str, Any]:
+    """Compiles the step and reads off what it costs."""
+    chips = mesh.devices.size
+    groups = np.arange(chips).reshape(-1, max(group // per_chip, 1)).tolist()
+    model = ResNet50(batch_norm, groups)
+    step, optimizer = training_step(model)
+    images = jax.ShapeDtypeStruct((per_chip * chips, 224, 224, 3), jnp.bfloat16)
+    labels = jax.ShapeDtypeStruct((per_chip * chips,), jnp.int32)
+    one = jax.ShapeDtypeStruct((per_chip, 224, 224, 3), jnp.bfloat16)
+    variables = jax.eval_shape(model.init, jax.random.key(0), one)
+    state = jax.eval_shape(optimizer.init, variables["params"])
+    whole, split = PartitionSpec(), PartitionSpec("data")
+    specs = (whole, whole, whole, split, split)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(whole,) * 4, check_vma=False)
+    operands = (variables["params"], variables["batch_stats"], state, images, labels)
+    placed = [
+        jax.tree.map(
+            lambda a, spec=spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)), tree
+        )
+        for tree, spec in zip(operands, specs, strict=True)
+    ]
+    start = time.perf_counter()
+    compiled = jax.jit(mapped, donate_argnums=(0, 1, 2)).lower(*placed).compile()
+    return costs(compiled) | {"compile_seconds": round(time.perf_counter() - start, 1)}
+
+
+def costs(compiled: Any) -> dict[str, Any]:
+    """Collectives (those in branches apart), bytes accessed and memory, of one chip."""
+    found = collectives(compiled.as_text())
+    usual = [shape for shape, _, waiting in found if not waiting]
+    memory = compiled.memory_analysis()
+    return {
+        "collectives": len(usual),
+        "collective_bytes": sum(map(size, usual)),
+        "collectives_in_branches": len(found) - len(usual),
+        "bytes_accessed": compiled.cost_analysis()["bytes accessed"],
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+    }
+
+
+def collectives(text: str) -> list[tuple[str, str, bool]]:
+    """Shape and kind of each collective, and whether it is in some branch of a conditional."""
+    parts = re.split(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{$", text, flags=re.MULTILINE)
+    bodies = dict(zip(parts[1::2], parts[2::2], strict=True))
+    waiting = {
+        name
+        for body in bodies.values()
+        for names in re.findall(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))", body)
+        for name in re.findall(r"[\w.\-]+", " ".join(names))
+    }
+    return [(*match, name in waiting) for name, body in bodies.items() for match in COLLECTIVE.findall(body)]
+
+
+def size(shape: str) -> int:
+    """The bytes of an HLO shape, tuples included."""
+    return sum(
+        BYTES[kind] * int(np.prod([int(n) for n in dims.split(",") if n] or [1]))
+        for kind, dims in re.findall(r"(f32|bf16|s32|u32|pred)\[([\d,]*)\]", shape)
+    )
+
+
+def main() -> None:
+    """Compiles both, prints a table and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="v5e:16x16")
+    parser.add_argument("--per-chip", type=int, default=32, help="examples on each chip")
+    parser.add_argument("--group", type=int, default=128, help="examples that share statistics")
+    parser.add_argument("--out", type=pathlib.Path)
+    options = parser.parse_args()
+    devices = topologies.get_topology_desc(options.topology, platform="tpu").devices
+    mesh = Mesh(np.array(devices), ("data",))
+    results: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "topology": options.topology,
+        "chips": len(devices),
+        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+    }
+    for name, batch_norm in (("flax", nn.BatchNorm), ("normjax", nj.linen.BatchNorm)):
+        results[name] = compile_step(batch_norm, mesh, options.per_chip, options.group)
+        print(name, json.dumps(results[name]), flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
