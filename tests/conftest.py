@@ -24,6 +24,33 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("normjax")
 
 
+# Beside the tests that are marked, `make test-fast` leaves out those that check layers against others, and examples.
+THOROUGH = {
+    "test_batch_norm_gradients.py",
+    "test_conditional.py",
+    "test_domains.py",
+    "test_family.py",
+    "test_family_reference.py",
+    "test_family_torch.py",
+    "test_identities.py",
+    "test_networks.py",
+    "test_new_layers.py",
+    "test_onnx_conformance.py",
+    "test_recurrent.py",
+    "test_speedup.py",
+    "test_sync_per_example.py",
+    "test_types.py",
+    "test_weights.py",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in THOROUGH:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     if len(jax.devices()) < DEVICES:
         pytest.exit(f"{DEVICES} devices are needed, and {jax.devices()} are there", returncode=1)

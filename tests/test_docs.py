@@ -20,6 +20,7 @@ def blocks(page: pathlib.Path) -> str:
     return "\n".join(re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_the_blocks_of_a_page_run_in_turn(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -26,7 +26,9 @@ pytestmark = [
         ],
     )
 ]
-both_modes = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+both_modes = pytest.mark.parametrize(
+    "train", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["train", "eval"]
+)
 
 
 def bind(layer, settings, train):
@@ -67,6 +69,7 @@ def test_vmap_over_x_is_a_loop(layer, settings, train, rng):
     assert_trees_close(jax.vmap(function)(xs), stacked([function(x) for x in xs]), rtol=100 * EPS, atol=1e5 * EPS)
 
 
+@pytest.mark.slow
 def test_vmap_over_parameters_and_statistics_is_a_loop(layer, settings, rng):
     given = [arguments(layer, settings, rng) for _ in range(3)]
     function = bind(layer, settings, True)
@@ -104,6 +107,7 @@ def test_the_second_call_does_not_compile_again(layer, settings, train, rng):
     assert len(traces) == step._cache_size() == 1
 
 
+@pytest.mark.slow
 @both_modes
 def test_remat_changes_neither_values_nor_gradients(layer, settings, train, rng):
     given = arguments(layer, settings, rng)
@@ -174,6 +178,7 @@ def test_the_arguments_are_left_as_they_were(layer, settings, rng):
     assert all(leaf.shape in ((FEATURES,), (1, FEATURES), ()) for leaf in jax.tree.leaves(given[:2]))
 
 
+@pytest.mark.slow
 @both_modes
 def test_a_masked_nan_leaves_no_trace(layer, settings, train, rng):
     if layer.takes_mask:
@@ -195,7 +200,7 @@ def test_a_masked_nan_leaves_no_trace(layer, settings, train, rng):
             assert_trees_close(other, results[0], **REORDERED)
 
 
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("sign", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_axes_may_be_named_in_any_order_and_from_either_end(layer, settings, sign, rng):
     """With the features in the middle of x instead of at its end."""
     params, batch_stats, x = arguments(layer, settings, rng)
@@ -220,6 +225,7 @@ def test_a_constant_input_gives_the_bias(layer, settings, train, rng):
         assert_close(y, jnp.broadcast_to(params.get("bias", jnp.zeros(FEATURES)), SHAPE), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_constant_input_has_finite_derivatives(layer, settings, rng):
     params, batch_stats, x = arguments(layer, settings, rng)
 
