@@ -117,6 +117,11 @@ def axes(function: str, name: str, given: Axes, shape: Shape) -> tuple[int, ...]
     return tuple(canonical)
 
 
+def other_axes(axes: Collection[int], rank: int) -> tuple[int, ...]:
+    """Returns the axes of x that are not among `axes`, ascending."""
+    return tuple(axis for axis in range(rank) if axis not in axes)
+
+
 def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
     """Returns the mask with the rank of x; refuses one that is not bool or does not broadcast to x."""
     if given is None:

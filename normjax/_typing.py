@@ -32,6 +32,12 @@ def promote(*dtypes: DTypeLike) -> np.dtype:
         return reduce(jnp.promote_types, dtypes, jnp.dtype(dtypes[0]))
 
 
+def admissible(x: jax.Array, dtype: Any) -> jax.Array:
+    """Returns x in a dtype that the functions take: integers as numbers, and complex where y is."""
+    wanted = jnp.complexfloating if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.inexact
+    return x if jnp.issubdtype(x.dtype, wanted) else x.astype(promote(dtype, jnp.float32))
+
+
 @runtime_checkable
 class Initializer(Protocol):
     """Makes an array from a key, a shape and a dtype, as those of `jax.nn.initializers` do."""
@@ -54,5 +60,6 @@ __all__ = [
     "PRNGKey",
     "Params",
     "RunningVar",
+    "admissible",
     "promote",
 ]

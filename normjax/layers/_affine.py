@@ -59,11 +59,11 @@ def init_params(
 
 def lay_out(leaf: FeatureArray, rank: int, feature_axes: tuple[int, ...]) -> Array:
     """Gives `(*leading, *features)` the rank of x: leading dimension i is that of the i-th axis that is no feature."""
-    others = [axis for axis in range(rank) if axis not in feature_axes]
+    others = _checks.other_axes(feature_axes, rank)
     axes = (*others[: leaf.ndim - len(feature_axes)], *feature_axes)
     return jnp.expand_dims(
         leaf.transpose(sorted(range(leaf.ndim), key=axes.__getitem__)),
-        [axis for axis in range(rank) if axis not in axes],
+        _checks.other_axes(axes, rank),
     )
 
 

@@ -70,7 +70,7 @@ def normalize_by_batch(
     _checks.choice(function, "running_var", settings.running_var, OPTIONS)
     _checks.between(function, "epsilon", settings.epsilon, 0.0, math.inf)
     batch_stats = {leaf: jnp.asarray(value) for leaf, value in batch_stats.items()}
-    axes = tuple(axis for axis in range(x.ndim) if axis not in kept)
+    axes = _checks.other_axes(kept, x.ndim)
     plan = _Plan(axes, float(settings.epsilon), _checks.output_dtype(function, settings.dtype, x))
     limits = None if settings.renorm is None else take_limits(settings.renorm, batch_stats)
     if not train:

@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 def standardize(params: Params, x: Array, mask: Array | None, plan: Plan) -> Array:
     """Normalizes x by its own moments; params and mask have its rank."""
     wide = widen(x)
-    count, mean, var = two_pass_moments(wide, plan.how, mask)
+    count, mean, var = two_pass_moments(plan.how, wide, mask)
     if mask is not None:
         var = jnp.where(jnp.asarray(count) > 0, var, 1)
     mean, var = plan.how.expand(mean), plan.how.expand(var)

@@ -164,7 +164,7 @@ class _Plan(NamedTuple):
 @compiled
 def _filter_response_norm(params: Params, x: Array, mask: Array | None, plan: _Plan) -> Array:
     wide, how = widen(x), plan.how
-    count, square = mean_square(wide, how, mask)
+    count, square = mean_square(how, wide, mask)
     if mask is not None:
         square = jnp.where(count > 0, square, 1)
     affine = {leaf: params[leaf] for leaf in ("scale", "bias") if leaf in params}

@@ -146,7 +146,7 @@ class _Plan(NamedTuple):
 @compiled
 def _rms_norm(params: Params, x: Array, mask: Array | None, plan: _Plan) -> Array:
     wide = widen(x)
-    count, square = mean_square(wide, plan.how, mask)
+    count, square = mean_square(plan.how, wide, mask)
     if mask is not None:
         square = jnp.where(count > 0, square, 1)
     if "scale" in params and plan.scale_offset:

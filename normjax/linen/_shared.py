@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 
 from normjax import _checks
-from normjax._typing import Params, promote
+from normjax._typing import Params, admissible
 
 
 def sizes(module: Any, x: jax.Array, name: str = "feature_axes") -> tuple[int, ...]:
@@ -36,8 +36,7 @@ def declare(module: Any, features: tuple[int, ...], **used: bool) -> Params:
 def promoted(module: Any, x: jax.Array, *values: jax.Array) -> tuple[jax.Array, Any]:
     """Returns x in a dtype that the functions take, and the dtype of y: what Flax makes of x and the parameters."""
     dtype = canonicalize_dtype(x, *values, dtype=module.dtype)
-    wanted = jnp.complexfloating if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.inexact
-    return x if jnp.issubdtype(x.dtype, wanted) else x.astype(promote(dtype, jnp.float32)), dtype
+    return admissible(x, dtype), dtype
 
 
 def common(module: Any, mask: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from normjax.linen._shared import promoted
 from normjax.linen._weights import with_weights
-from normjax.weights import spectral_norm
+from normjax.weights.spectral_norm import forget_kernels_of_zeros, spectral_norm
 
 
 class SpectralNorm(nn.SpectralNorm):
@@ -70,6 +70,6 @@ def _spectral_normed(module: SpectralNorm, update_stats: bool, path: str, kernel
         {}, state, kernel, update_stats, n_steps=module.n_steps, epsilon=module.epsilon, dtype=dtype
     )
     if update_stats:
-        # As in Flax, weights of zeros (such as new biases of attention) lose their direction, and are left alone.
-        u.value, sigma.value = jnp.where(state["sigma"] == 0, 0, state["u"]), state["sigma"]
+        state = forget_kernels_of_zeros(state)
+        u.value, sigma.value = state["u"], state["sigma"]
     return kernel

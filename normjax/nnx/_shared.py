@@ -11,7 +11,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype
 
 from normjax import _checks
-from normjax._typing import Axes, DTypeLike, Initializer, Params, promote
+from normjax._typing import Axes, DTypeLike, Initializer, Params, admissible
 
 Leaves = dict[str, jax.Array | None]
 
@@ -60,12 +60,6 @@ def promoted(norm: Any, x: jax.Array, leaves: Leaves, statistics: tuple[jax.Arra
 
     dtype = jax.eval_shape(output, (x, *statistics, *leaves.values())).dtype
     return admissible(x, dtype), dtype
-
-
-def admissible(x: jax.Array, dtype: Any) -> jax.Array:
-    """Returns x in a dtype that the functions take: integers as numbers, and complex where y is."""
-    wanted = jnp.complexfloating if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.inexact
-    return x if jnp.issubdtype(x.dtype, wanted) else x.astype(promote(dtype, jnp.float32))
 
 
 def common(norm: Any, mask: Any) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype
 
 from normjax import _checks
-from normjax._typing import Params
-from normjax.nnx._shared import admissible
+from normjax._typing import Params, admissible
 
 Path = tuple[Any, ...]
 KERNEL = nnx.PathContains("kernel")

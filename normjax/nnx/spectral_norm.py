@@ -6,13 +6,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype
 
-from normjax.nnx._shared import admissible
+from normjax._typing import admissible
 from normjax.nnx._weights import Path, known, with_weights
-from normjax.weights import spectral_norm
+from normjax.weights.spectral_norm import forget_kernels_of_zeros, spectral_norm
 
 
 class SpectralNorm(nnx.SpectralNorm):
@@ -80,8 +79,7 @@ def _spectral_normed(norm: SpectralNorm, update: bool, path: Path, weight: nnx.P
     kernel = admissible(weight[...], dtype)
     kernel, state = spectral_norm({}, state, kernel, update, n_steps=norm.n_steps, epsilon=norm.epsilon, dtype=dtype)
     if update:
-        # As in Flax, weights of zeros (such as new biases of attention) lose their direction, and are left alone.
-        state["u"] = jnp.where(state["sigma"] == 0, 0, state["u"])
+        state = forget_kernels_of_zeros(state)
         for leaf, variable in variables.items():
             variable[...] = state[leaf]
     return kernel

@@ -18,16 +18,12 @@ from normjax.statistics.reduction import Moments, Reduction, abs2, masked, named
 from normjax.statistics.safe_moments import shifted_moments
 
 
-def two_pass_moments(wide: Inexact[Array, "..."], how: Reduction, mask: Mask | None = None) -> Moments:
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def two_pass_moments(how: Reduction, wide: Inexact[Array, "..."], mask: Mask | None) -> Moments:
     """Returns the moments of `wide`, an array in at least float32; those of an empty set are 0.
 
     The second pass is taken around the mean of the first. Devices that share do so in each of them.
     """
-    return _two_pass_moments(how, wide, mask)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _two_pass_moments(how: Reduction, wide: Array, mask: Array | None) -> Moments:
     _, shift = _mean(how, masked(wide, mask), mask)
     # A sum of many numbers far from zero is off by more than their mean's last digit: the second pass mends that, too.
     # Where it is right to 1/512 of a deviation it stands, so that y is what the textbook's formula gives.
@@ -35,15 +31,15 @@ def _two_pass_moments(how: Reduction, wide: Array, mask: Array | None) -> Moment
     return moments._replace(mean=jnp.where(abs2(offset) * 2.0**18 <= moments.var, shift, moments.mean))
 
 
-@_two_pass_moments.defjvp
+@two_pass_moments.defjvp
 def _two_pass_moments_jvp(how: Reduction, primals: tuple, tangents: tuple) -> tuple[Moments, Moments]:
     wide, mask = primals
-    result = jax.tree.map(named, _two_pass_moments(how, wide, mask))
+    result = jax.tree.map(named, two_pass_moments(how, wide, mask))
     return result, how.moments_dot(result, wide, mask, tangents[0])
 
 
 def mean_square(
-    wide: Inexact[Array, "..."], how: Reduction, mask: Mask | None = None
+    how: Reduction, wide: Inexact[Array, "..."], mask: Mask | None
 ) -> tuple[Inexact[Array, "..."], Inexact[Array, "..."]]:
     r"""Returns how many elements count, and the mean of their squares :math:`\frac1n \sum_i |x_i|^2` (of none: 0)."""
     count, square = _mean(how, abs2(masked(wide, mask)), mask)

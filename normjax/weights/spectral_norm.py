@@ -121,6 +121,11 @@ def spectral_norm(
     return w, {leaf: new[leaf].astype(old.dtype) for leaf, old in batch_stats.items()}
 
 
+def forget_kernels_of_zeros(batch_stats: BatchStats) -> BatchStats:
+    """Returns what Flax stores: weights of zeros (new biases of attention) lose their direction, and are left alone."""
+    return batch_stats | {"u": jnp.where(batch_stats["sigma"] == 0, 0, batch_stats["u"])}
+
+
 class _Plan(NamedTuple):
     """What is static about a step."""
 

@@ -42,7 +42,7 @@ def weight_norm_init(
     """
     kernel = _checks.activations("weight_norm_init", kernel, "kernel")
     kept = _checks.axes("weight_norm_init", "feature_axes", feature_axes, kernel.shape)
-    axes = tuple(axis for axis in range(kernel.ndim) if axis not in kept)
+    axes = _checks.other_axes(kept, kernel.ndim)
     norm = jnp.sqrt(jnp.sum(abs2(widen(kernel)), axes))
     return {"scale": norm.astype(kernel.dtype if param_dtype is None else param_dtype)}, {}
 
@@ -102,7 +102,7 @@ def weight_norm(
         leaves=("scale",),
         name="kernel",
     )
-    axes = tuple(axis for axis in range(given.x.ndim) if axis not in given.feature_axes)
+    axes = _checks.other_axes(given.feature_axes, given.x.ndim)
     plan = _Plan(reduction(function, axes, epsilon, None, None), given.dtype)
     return _weight_norm(given.params, given.x, plan), batch_stats
 
@@ -162,6 +162,6 @@ def weight_norm_init_from_data(
     directions, batch_stats = weight_norm({}, {}, kernel, train=True, feature_axes=feature_axes)
     outputs = _checks.activations(function, linear(directions))
     kept = _checks.axes(function, "output_axes", output_axes, outputs.shape)
-    _, mean, var = moments(outputs, tuple(axis for axis in range(outputs.ndim) if axis not in kept))
+    _, mean, var = moments(outputs, _checks.other_axes(kept, outputs.ndim))
     scale = lax.rsqrt(var + epsilon)
     return {"scale": scale.astype(directions.dtype)}, batch_stats, (-mean * scale).astype(outputs.dtype)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import ones
 
+from normjax import _checks
 from normjax._typing import Axes, BatchStats, DTypeLike, Initializer, Kernel, Params, PRNGKey
 from normjax.layers._affine import init_params
 from normjax.layers._arguments import admit, more_than_one_value, reduction
@@ -111,7 +112,7 @@ def weight_standardization(
         name="kernel",
     )
     shape = given.x.shape
-    axes = tuple(axis for axis in range(len(shape)) if axis not in given.feature_axes)
+    axes = _checks.other_axes(given.feature_axes, len(shape))
     if train:
         more_than_one_value(function, given.x, axes)
     fan_in = math.prod(shape[axis] for axis in axes) if scaled else 1
