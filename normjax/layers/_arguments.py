@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from normjax import _checks
+from normjax._leaves import SCALARS, check_leaves
 from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, BatchStats, DTypeLike, Mask, Params
 from normjax.layers._affine import lay_out
 from normjax.statistics.reduction import STATISTICS, Reduction
@@ -54,7 +55,7 @@ def admit(
     x = _checks.activations(function, x, name)
     mask = _checks.mask(function, mask, x.shape)
     kept = _checks.axes(function, "feature_axes", feature_axes, x.shape)
-    _checks.leaves(function, "batch_stats", batch_stats, shape=(), dtype=x.dtype)
+    check_leaves(function, "batch_stats", batch_stats, shape=(), dtype=x.dtype)
     params = admit_params(function, params, x, kept, leaves=leaves, required=required)
     return Given(params, x, mask, kept, _checks.output_dtype(function, dtype, x))
 
@@ -69,7 +70,7 @@ def admit_params(
     required: Collection[str] = (),
 ) -> Params:
     """Checks `params` against x and returns them with its rank."""
-    _checks.leaves(
+    check_leaves(
         function,
         "params",
         params,
@@ -80,7 +81,7 @@ def admit_params(
         leading=tuple(size for axis, size in enumerate(x.shape) if axis not in feature_axes),
     )
     return {
-        leaf: jnp.asarray(value) if leaf in _checks.SCALARS else lay_out(jnp.asarray(value), x.ndim, feature_axes)
+        leaf: jnp.asarray(value) if leaf in SCALARS else lay_out(jnp.asarray(value), x.ndim, feature_axes)
         for leaf, value in params.items()
     }
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
+from normjax._leaves import check_leaves
 from normjax._typing import BatchStats, DTypeLike, RunningVar, promote
 from normjax.statistics.reduction import Moments
 
@@ -95,7 +96,7 @@ def check_batch_stats(
     """Refuses running statistics that do not fit the features, the dtype or the momentum."""
     if momentum is not None:
         _checks.between(function, "momentum", momentum, 0.0, 1.0)
-    _checks.leaves(
+    check_leaves(
         function,
         "batch_stats",
         batch_stats,

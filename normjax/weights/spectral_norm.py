@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax import _checks
+from normjax._leaves import check_leaves
 from normjax._typing import Axes, BatchStats, DTypeLike, Kernel, Params, PRNGKey
 from normjax.layers._arguments import compiled
 from normjax.statistics.reduction import abs2, widen
@@ -98,8 +99,8 @@ def spectral_norm(
     train = _checks.static_train(function, train)
     kernel = _real(function, kernel)
     kept = _checks.axes(function, "feature_axes", feature_axes, kernel.shape)
-    _checks.leaves(function, "params", params, shape=(), dtype=kernel.dtype)
-    _checks.leaves(
+    check_leaves(function, "params", params, shape=(), dtype=kernel.dtype)
+    check_leaves(
         function,
         "batch_stats",
         batch_stats,
