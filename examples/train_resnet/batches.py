@@ -1,0 +1,83 @@
+"""Each process loads its part of every global batch, with grain.
+
+All order and all randomness is a function of the seed and of an example's position in the run, the number of examples
+before it. So the batches are the same ones however many processes load them, and to continue a run is to start at a
+position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from train_resnet.sources import Source
+
+Batch = dict[str, np.ndarray]  # image (batch, height, width, 3) uint8, label (batch,) int32, weight (batch,) float32
+
+
+class Part(NamedTuple):
+    """Which rows of a global batch of `batch_size` a process loads: the `index`th of `count` equal parts."""
+
+    batch_size: int
+    index: int
+    count: int
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that a process loads."""
+        return self.batch_size // self.count
+
+    def position(self, element: int) -> int:
+        """Returns the position in the run of the `element`th example that this process loads."""
+        batch, row = divmod(element, self.rows)
+        return batch * self.batch_size + self.index * self.rows + row
+
+
+class _Load(grain.transforms.Map):
+    """Loads the example of a position."""
+
+    def __init__(self, source: Source, part: Part, seed: int | None, start: int):
+        self.source, self.part, self.seed, self.start = source, part, seed, start
+
+    def map(self, element: int) -> Batch:
+        position, size = self.start + self.part.position(int(element)), len(self.source)
+        if self.seed is None:
+            # Evaluation: in order; the last batch is filled up with examples that do not count.
+            image, label = self.source.load(min(position, size - 1), None)
+            return _example(image, label, float(position < size))
+        epoch, place = divmod(position, size)
+        index = int(_order(self.seed, epoch, size)[place])
+        image, label = self.source.load(index, np.random.default_rng((self.seed, 1, position)))
+        return _example(image, label, 1.0)
+
+
+def _example(image: np.ndarray, label: int, weight: float) -> Batch:
+    return {"image": np.ascontiguousarray(image), "label": np.int32(label), "weight": np.float32(weight)}  # pyright: ignore
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng((seed, 0, epoch)).permutation(size)
+
+
+def training(source: Source, part: Part, seed: int, start: int, stop: int, workers: int) -> Iterator[Batch]:
+    """Yields this process's parts of the batches from one position in the run to another."""
+    return _iterate(_Load(source, part, seed, start), (stop - start) // part.batch_size, workers)
+
+
+def evaluation(source: Source, part: Part, workers: int) -> Iterator[Batch]:
+    """Yields this process's parts of batches of every example once."""
+    return _iterate(_Load(source, part, None, 0), -(-len(source) // part.batch_size), workers)
+
+
+def _iterate(load: _Load, batches: int, workers: int) -> Iterator[Batch]:
+    rows = load.part.rows
+    examples = grain.MapDataset.range(batches * rows).map(load).batch(rows)
+    read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    if not workers:
+        return iter(examples.to_iter_dataset(read))
+    return iter(examples.to_iter_dataset(read).mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers)))

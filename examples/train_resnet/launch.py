@@ -1,0 +1,84 @@
+"""Starts several processes of one run on this machine, over loopback: to try out what a cluster would do."""
+
+from __future__ import annotations
+
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+PATIENCE = 60  # seconds that processes have to end by themselves after one of them has failed
+
+
+def run(processes: int, command: Sequence[str]) -> int:
+    """Runs the command in that many processes and returns the first exit status that is not 0."""
+    address = f"127.0.0.1:{_free_port()}"
+    arguments = without_processes(command)
+    children = [
+        subprocess.Popen(
+            [sys.executable, *arguments, "--coordinator", address]
+            + ["--process-count", str(processes), "--process-index", str(index)]
+        )
+        for index in range(processes)
+    ]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: _send(children, number))
+    try:
+        return _wait(children)
+    finally:
+        _send(children, signal.SIGKILL)
+
+
+def without_processes(command: Sequence[str]) -> list[str]:
+    """Returns the command without `--processes N`."""
+    kept, drop = [], 0
+    for word in command:
+        if drop or word.startswith("--processes"):
+            drop = 0 if drop or "=" in word else 1
+        else:
+            kept.append(word)
+    return kept
+
+
+def _wait(children: Sequence[subprocess.Popen]) -> int:
+    """Waits for all; after a first failure only so long."""
+    status, deadline, ended = 0, None, set()
+    while len(ended) < len(children):
+        for index, child in enumerate(children):
+            if index in ended or (code := child.poll()) is None:
+                continue
+            ended.add(index)
+            if code:
+                _say(f"process {index} {_describe(code)}")
+                status = status or (128 - code if code < 0 else code)
+                deadline = deadline or time.monotonic() + PATIENCE
+        if deadline is not None and time.monotonic() > deadline:
+            _say(f"ending the processes that are left {PATIENCE} seconds after the first failed")
+            break
+        time.sleep(0.1)
+    return status
+
+
+def _describe(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+
+def _say(message: str) -> None:
+    print(f"train_resnet: {message}", file=sys.stderr, flush=True)
+
+
+def _send(children: Sequence[subprocess.Popen], number: int) -> None:
+    for child in children:
+        if child.poll() is None:
+            child.send_signal(number)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+

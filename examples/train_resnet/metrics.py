@@ -1,0 +1,94 @@
+"""What a run shows and leaves behind: a progress bar, JSON lines, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+
+class Metrics:
+    """Where process 0 reports; in the others all of it does nothing."""
+
+    def __init__(self, folder: Path, steps: int, start: int, batch_size: int, active: bool):
+        self.active, self.steps, self.batch_size = active, steps, batch_size
+        self.console = Console(quiet=not active)
+        if not active:
+            return
+        self.path = folder / "metrics.jsonl"
+        forget(self.path, start)
+        self.file = self.path.open("a", buffering=1)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        fields = TimeRemainingColumn(), TextColumn("{task.fields[shown]}")
+        self.progress = Progress(*columns, *fields, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.progress.add_task("training", total=steps, completed=start, shown="compiling")
+        self.progress.start()
+        self.last: tuple[int, float] | None = None
+
+    def trained(self, step: int, values: dict[str, float]) -> None:
+        """Reports a step of training, with the images per second since the last one reported."""
+        if not self.active:
+            return
+        now = time.perf_counter()
+        if self.last is not None:
+            values["images_per_second"] = (step - self.last[0]) * self.batch_size / (now - self.last[1])
+        self.last = step, now
+        self._write(step, "train", values)
+        shown = f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.1%}"
+        if "images_per_second" in values:
+            shown += f"  {values['images_per_second']:,.0f} images/s"
+        self.progress.update(self.task, completed=step, shown=shown)
+        self._print(step, shown)
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Reports an evaluation."""
+        if not self.active:
+            return
+        self.last = None  # its time is no training
+        self._write(step, "test", values)
+        self.say(f"step {step}: test accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f}")
+
+    def say(self, message: str) -> None:
+        """Prints a line."""
+        self.console.print(message, soft_wrap=True, highlight=False)
+
+    def close(self) -> None:
+        """Writes what is left to write."""
+        if self.active:
+            self.progress.stop()
+            self.file.close()
+            self.board.close()
+
+    def _print(self, step: int, shown: str) -> None:
+        if not self.console.is_terminal:
+            self.say(f"step {step}/{self.steps}: {shown}")
+
+    def _write(self, step: int, split: str, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(f"{split}/{name}", value, step)
+
+
+def forget(path: Path, start: int) -> None:
+    """Drops lines after the step that a run goes on from: those steps are taken again."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if (read := _line(line)) and read["step"] <= start]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    """Returns the content of a line; None for one that a dying process left unfinished."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -1,0 +1,151 @@
+"""Processes and devices: how they find each other, agree that they do the same, and end when one of them is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from types import FrameType
+
+import flax
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+import normjax
+from common.data import DataError
+from train_resnet.options import Options
+from train_resnet.steps import AXIS, SetupError
+
+MISTAKE, LOST = 2, 3  # exit statuses
+ROOM = 8192  # bytes of what a process tells the others at the start
+START = 60  # seconds that processes wait for each other at the start
+
+
+class Stop:
+    """SIGTERM and Ctrl-C as a question that is asked between two steps; a second one acts at once."""
+
+    number: int | None = None
+
+    def listen(self) -> None:
+        """Has the signals noted from now on."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    @property
+    def status(self) -> int:
+        """The exit status: an order to end is obeyed with 0, Ctrl-C is not success."""
+        return 128 + signal.SIGINT if self.number == signal.SIGINT else 0
+
+
+def guard(options: Options) -> int:
+    """Trains and returns the exit status; what goes wrong gets one line."""
+    stop = Stop()
+    stop.listen()
+    try:
+        connect(options)
+        stop.listen()  # again: JAX may have taken SIGTERM for itself
+        from train_resnet import loop
+
+        return loop.run(options, stop)
+    except SetupError as error:
+        # All processes come here together, so that they can say good-bye to each other.
+        if jax.process_index() == 0:
+            _say(str(error))
+        return MISTAKE
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        _leave(LOST, _lost(error))
+    except DataError as error:
+        _leave(1, str(error))
+    except OSError as error:
+        _leave(1, f"{error.filename or options.out}: {error.strerror or error}")
+
+
+def connect(options: Options) -> None:
+    """Joins the other processes, where there are any."""
+    # The program counts votes itself, see loop.py; JAX's service would have SIGTERM for itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if options.devices is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", options.devices)
+    waits = {"initialization_timeout": START, "heartbeat_timeout_seconds": options.heartbeat}
+    if options.coordinator is not None:
+        try:
+            jax.distributed.initialize(
+                options.coordinator, options.process_count, options.process_index, **waits
+            )
+        except (RuntimeError, ValueError) as error:
+            _leave(LOST, f"no connection to the coordinator, {options.coordinator}: {_first_line(error)}")
+    elif options.distributed and options.devices is None:
+        try:
+            jax.distributed.initialize(**waits)
+        except ValueError:
+            pass  # no cluster that JAX knows: one process with all devices of this machine
+
+
+def mesh() -> Mesh:
+    """Returns all devices in a row, those of a process together; raises SetupError where processes have unequal numbers."""
+    counts = [len(jax.local_devices(process_index=index)) for index in range(jax.process_count())]
+    if len(set(counts)) > 1:
+        raise SetupError(f"the processes have unequal numbers of devices: {', '.join(map(str, counts))}")
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices), (AXIS,))
+
+
+def agree(options: Options, problem: str | None) -> None:
+    """Raises SetupError in all processes if one has a problem, or other options or versions than the first."""
+    versions = {package.__name__: package.__version__ for package in (jax, flax, optax, normjax)}
+    own = {"problem": problem, "options": options.shared(), "versions": versions}
+    told = tell(own)
+    for index, other in enumerate(told):
+        if other["problem"] is not None:
+            where = f"process {index}: " if len(told) > 1 else ""
+            raise SetupError(where + other["problem"])
+        for kind in ("options", "versions"):
+            for name, value in other[kind].items():
+                if value != (first := told[0][kind][name]):
+                    flag = f"--{name.replace('_', '-')}" if kind == "options" else name
+                    raise SetupError(f"process {index} has {flag} {value}, process 0 has {first}")
+
+
+def tell(content: dict) -> list[dict]:
+    """Returns what each process tells, in their order."""
+    if jax.process_count() == 1:
+        return [content]
+    text = json.dumps(content).encode()
+    padded = np.zeros(ROOM, np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    gathered = np.asarray(multihost_utils.process_allgather(padded))
+    return [json.loads(row.tobytes().rstrip(b"\0")) for row in gathered]
+
+
+def _lost(error: Exception) -> str:
+    return (
+        f"process {jax.process_index()}: stopped, as the devices of another process do not answer, which may have died:"
+        f" {_first_line(error)}. Start all processes again with the same command to go on from the last checkpoint"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
+
+
+def _say(message: str) -> None:
+    print(f"train_resnet: error: {message}", file=sys.stderr, flush=True)
+
+
+def _leave(status: int, message: str) -> None:
+    """Ends this process at once: an orderly end would wait for processes that are gone."""
+    _say(message)
+    sys.stdout.flush()
+    os._exit(status)

@@ -1,0 +1,150 @@
+"""The steps that devices run: one of training, mapped over the mesh, and one of evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from train_resnet.options import Options
+from train_resnet.resnet import ResNet, Sharing, decayed
+
+AXIS = "data"
+WHOLE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)
+MEAN, STD = 118.0, 62.0  # of the pixels of photographs, roughly: batch norm does the rest
+
+
+class State(NamedTuple):
+    """All that training changes; the same on every device."""
+
+    step: Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+class SetupError(Exception):
+    """Options that do not fit together or the devices that are there; one line says which."""
+
+
+def sharing(options: Options, devices: int) -> Sharing:
+    """Returns how `--norm-group` examples share statistics; raises SetupError where they do not partition the batch.
+
+    Groups larger than what a device has are groups of devices, smaller ones are slices of its examples: the statistics
+    are the same on any number of devices.
+    """
+    batch, group = options.batch_size, options.norm_group
+    if batch % devices:
+        raise SetupError(f"--batch-size {batch} is not divisible by the {devices} devices")
+    local = batch // devices
+    if batch % group or (group % local and local % group):
+        raise SetupError(
+            f"--norm-group {group} does not partition --batch-size {batch} on {devices} devices of {local} examples:"
+            f" expected a divisor of {batch} that is a multiple or a divisor of {local}"
+        )
+    if group < local:
+        return Sharing(virtual_batch_size=group)
+    if group == batch:
+        return Sharing(axis_name=AXIS)
+    size = group // local
+    groups = tuple(tuple(range(first, first + size)) for first in range(0, devices, size))
+    return Sharing(axis_name=AXIS, axis_index_groups=groups)
+
+
+def learning_rate(options: Options, steps: int) -> optax.Schedule:
+    """Returns a linear warm-up and a cosine to 0."""
+    warmup = min(round(options.warmup * steps), steps - 1)
+    return optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, warmup, steps)
+
+
+def optimizer(options: Options, steps: int) -> optax.GradientTransformation:
+    """Returns SGD with Nesterov's momentum, and weight decay of the kernels."""
+    return optax.chain(
+        optax.add_decayed_weights(options.weight_decay, mask=decayed),
+        optax.sgd(learning_rate(options, steps), momentum=0.9, nesterov=True),
+    )
+
+
+class Program:
+    """The compiled functions of a run, and the shardings of what goes into them."""
+
+    def __init__(self, options: Options, mesh: Mesh, classes: int, steps: int, image_size: int):
+        self.options, self.mesh, self.image_size = options, mesh, image_size
+        self.model = ResNet(
+            options.network, options.width, classes, sharing(options, mesh.size), options.momentum, options.dtype
+        )
+        self.optimizer = optimizer(options, steps)
+        self.whole, self.split = NamedSharding(mesh, WHOLE), NamedSharding(mesh, SPLIT)
+        mapped = jax.shard_map(self._train, mesh=mesh, in_specs=(WHOLE, SPLIT), out_specs=(WHOLE, WHOLE))
+        self.train: Callable[[State, Any], tuple[State, dict[str, Array]]] = jax.jit(mapped, donate_argnums=0)
+        # Evaluation touches no axis: plain jit, and the sums over sharded examples are those of all.
+        self.evaluate = jax.jit(self._evaluate, out_shardings=self.whole)
+
+    def init(self) -> State:
+        """Returns the state before the first step, on all devices."""
+        return jax.jit(self._init, out_shardings=self.whole)(jax.random.key(self.options.seed))
+
+    def abstract_state(self) -> State:
+        """Returns the shapes, dtypes and shardings of a state."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.whole), shapes)
+
+    def place(self, batch: Any) -> Any:
+        """Returns this process's rows as part of global arrays."""
+        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(self.split, rows), batch)
+
+    def _init(self, key: Array) -> State:
+        image = jnp.zeros((1, self.image_size, self.image_size, 3), self.options.dtype)
+        variables = self.model.init(key, image, train=False)
+        params = variables["params"]
+        return State(jnp.zeros((), jnp.int32), params, variables["batch_stats"], self.optimizer.init(params))
+
+    def _train(self, state: State, batch: Any) -> tuple[State, dict[str, Array]]:
+        """A device's share of a step. Where it is typed as the same on all devices, JAX has summed a gradient."""
+
+        def loss(params: Any) -> tuple[Array, Any]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, updates = self.model.apply(variables, self._pixels(batch), train=True, mutable=["batch_stats"])
+            losses = _losses(logits, batch["label"], self.options.label_smoothing)
+            return losses.sum() / self.options.batch_size, (logits, updates["batch_stats"])
+
+        (value, (logits, batch_stats)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        right = jnp.sum(logits.argmax(-1) == batch["label"]) / self.options.batch_size
+        sums = lax.psum({"loss": value, "accuracy": right, "stop": batch["stop"].sum()}, AXIS)
+        return State(state.step + 1, params, self._merged(batch_stats), opt_state), sums
+
+    def _merged(self, batch_stats: Any) -> Any:
+        """Returns statistics of the whole batch from those of groups of it; with one group they are that already.
+
+        From an old variance that all share, groups of equal size each went the same step towards their own. The
+        variance of all examples is the mean of theirs and the variance of their means; those have taken a step, too.
+        """
+        if self.model.sharing == Sharing(axis_name=AXIS):
+            return batch_stats
+        if set(batch_stats) != {"mean", "var"}:
+            return {name: self._merged(below) for name, below in batch_stats.items()}
+        mean = lax.pmean(batch_stats["mean"], AXIS)
+        between = (batch_stats["mean"] - mean) ** 2 / (1 - self.options.momentum)
+        return {"mean": mean, "var": lax.pmean(batch_stats["var"] + between, AXIS)}
+
+    def _evaluate(self, state: State, batch: Any) -> dict[str, Array]:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        logits, weight = self.model.apply(variables, self._pixels(batch), train=False), batch["weight"]
+        losses = _losses(logits, batch["label"], 0.0)
+        right = logits.argmax(-1) == batch["label"]
+        return {"loss": jnp.sum(losses * weight), "accuracy": jnp.sum(right * weight), "examples": weight.sum()}
+
+    def _pixels(self, batch: Any) -> Array:
+        return ((batch["image"].astype(jnp.float32) - MEAN) / STD).astype(self.options.dtype)
+
+
+def _losses(logits: Array, labels: Array, smoothing: float) -> Array:
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
