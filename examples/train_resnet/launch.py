@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+AGAIN = "start again with the same command to go on from the last checkpoint"
 PATIENCE = 60  # seconds that processes have to end by themselves after one of them has failed
 
 
@@ -52,7 +53,8 @@ def _wait(children: Sequence[subprocess.Popen]) -> int:
                 continue
             ended.add(index)
             if code:
-                _say(f"process {index} {_describe(code)}")
+                if code < 0:  # otherwise it has said itself what was wrong
+                    _say(f"process {index} was ended by {signal.Signals(-code).name}; {AGAIN}")
                 status = status or (128 - code if code < 0 else code)
                 deadline = deadline or time.monotonic() + PATIENCE
         if deadline is not None and time.monotonic() > deadline:
@@ -60,10 +62,6 @@ def _wait(children: Sequence[subprocess.Popen]) -> int:
             break
         time.sleep(0.1)
     return status
-
-
-def _describe(code: int) -> str:
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
 
 
 def _say(message: str) -> None:

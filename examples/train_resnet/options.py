@@ -10,7 +10,7 @@ from typing import Any
 
 from common.arguments import Parser, number
 
-NETWORKS = ("resnet10", "resnet18", "resnet50")
+NETWORKS = ("resnet8", "resnet18", "resnet50")
 # Of a process or a machine, not of the run: they may differ between processes, and from a run to its continuation.
 LOCAL = ("data_dir", "devices", "workers", "processes", "coordinator", "process_count", "process_index", "distributed")
 # May be changed when a run is continued.

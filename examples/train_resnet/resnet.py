@@ -15,7 +15,7 @@ from jax.nn import initializers
 from normjax.linen import BatchNorm
 
 SMALL = 64  # pixels: images up to this size are not made four times smaller by the stem
-STAGES = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
+STAGES = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
 he_normal = initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
 
 

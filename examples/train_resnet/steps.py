@@ -51,6 +51,8 @@ def sharing(options: Options, devices: int) -> Sharing:
         return Sharing(virtual_batch_size=group)
     if group == batch:
         return Sharing(axis_name=AXIS)
+    if group == local:
+        return Sharing()
     size = group // local
     groups = tuple(tuple(range(first, first + size)) for first in range(0, devices, size))
     return Sharing(axis_name=AXIS, axis_index_groups=groups)
