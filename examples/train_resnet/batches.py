@@ -8,8 +8,8 @@ position.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -19,7 +19,8 @@ from train_resnet.sources import Source
 Batch = dict[str, np.ndarray]  # image (batch, height, width, 3) uint8, label (batch,) int32, weight (batch,) float32
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """Which rows of a global batch of `batch_size` a process loads: the `index`th of `count` equal parts."""
 
     batch_size: int
@@ -43,7 +44,8 @@ class _Load(grain.transforms.Map):
     def __init__(self, source: Source, part: Part, seed: int | None, start: int):
         self.source, self.part, self.seed, self.start = source, part, seed, start
 
-    def map(self, element: int) -> Batch:
+    def map(self, element: int) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]: grain says None
+        """Returns the example."""
         position, size = self.start + self.part.position(int(element)), len(self.source)
         if self.seed is None:
             # Evaluation: in order; the last batch is filled up with examples that do not count.

@@ -1,9 +1,9 @@
 """Checkpoints with Orbax: written in the background, seen only when whole, and checked before they are trusted.
 
-A checkpoint is a folder named by its step, with `state` (params, batch_stats, the optimizer's state), and in `meta` the
-position in the data, what the course of the training depends on, and a checksum of each array. Orbax writes under another
-name and renames at the end, so that a process that dies leaves no half of a checkpoint under the step's name; the
-checksums are for files that disks or people have cut off or changed since.
+A checkpoint is a folder named by its step, with `state` (params, batch_stats, the optimizer's state) and `meta`: the
+position in the data, what the course of the training depends on, and a checksum of each array. Orbax writes under
+another name and renames at the end, so that a process that dies leaves no half of a checkpoint under the step's name;
+the checksums are for files that disks or people have cut off or changed since.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Checkpoints:
 
     def __init__(self, options: Options, program: Program):
         self.options, self.program, self.folder = options, program, options.out / "checkpoints"
-        found = {"step": None, "problem": None}
+        found: dict[str, Any] = {"step": None, "problem": None}
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -131,7 +131,9 @@ def _checksum(leaf: Any) -> Any:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def _first_line(error: Exception) -> str:

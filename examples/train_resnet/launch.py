@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import signal
 import socket
 import subprocess
@@ -78,5 +77,3 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
-
 from common.data import DataError
+
 from train_resnet import batches, runtime, sources
 from train_resnet.batches import Part
 from train_resnet.checkpoints import Checkpoints
@@ -96,7 +96,7 @@ class Run:
             values = {name: float(value) for name, value in sums.items()}
             self.stopped |= values.pop("stop") > 0
             if step % self.options.log_every == 0 or step == self.steps:
-                rate = float(self.rate(step - 1))
+                rate = float(np.asarray(self.rate(step - 1)))
                 self.metrics.trained(step, values | {"learning_rate": rate})
 
     def _between(self, state: State, step: int, position: int) -> None:

@@ -38,6 +38,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Returns the block's output."""
         y = self.conv(self.features, (3, 3), self.strides)(x)
         y = nn.relu(self.norm()(y))
         y = self.conv(self.features, (3, 3))(y)
@@ -55,6 +56,7 @@ class BottleneckBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Returns the block's output."""
         y = nn.relu(self.norm()(self.conv(self.features, (1, 1))(x)))
         y = nn.relu(self.norm()(self.conv(self.features, (3, 3), self.strides)(y)))
         y = self.conv(self.expansion * self.features, (1, 1))(y)
@@ -81,6 +83,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
+        """Returns logits; in training the collection `batch_stats` has to be mutable."""
         conv = partial(nn.Conv, use_bias=False, padding="SAME", kernel_init=he_normal, dtype=self.dtype)
         norm = partial(
             BatchNorm,

@@ -6,17 +6,19 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from types import FrameType
+from typing import NoReturn
 
 import flax
 import jax
 import numpy as np
 import optax
+from common.data import DataError
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import normjax
-from common.data import DataError
 from train_resnet.options import Options
 from train_resnet.steps import AXIS, SetupError
 
@@ -78,23 +80,23 @@ def connect(options: Options) -> None:
     if options.devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", options.devices)
-    waits = {"initialization_timeout": START, "heartbeat_timeout_seconds": options.heartbeat}
+    join = partial(
+        jax.distributed.initialize, initialization_timeout=START, heartbeat_timeout_seconds=options.heartbeat
+    )
     if options.coordinator is not None:
         try:
-            jax.distributed.initialize(
-                options.coordinator, options.process_count, options.process_index, **waits
-            )
+            join(options.coordinator, options.process_count, options.process_index)
         except (RuntimeError, ValueError) as error:
             _leave(LOST, f"no connection to the coordinator, {options.coordinator}: {_first_line(error)}")
     elif options.distributed and options.devices is None:
         try:
-            jax.distributed.initialize(**waits)
+            join()
         except ValueError:
             pass  # no cluster that JAX knows: one process with all devices of this machine
 
 
 def mesh() -> Mesh:
-    """Returns all devices in a row, those of a process together; raises SetupError where processes have unequal numbers."""
+    """Returns all devices in a row, those of a process together; raises SetupError where some have more than others."""
     counts = [len(jax.local_devices(process_index=index)) for index in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise SetupError(f"the processes have unequal numbers of devices: {', '.join(map(str, counts))}")
@@ -144,7 +146,7 @@ def _say(message: str) -> None:
     print(f"train_resnet: error: {message}", file=sys.stderr, flush=True)
 
 
-def _leave(status: int, message: str) -> None:
+def _leave(status: int, message: str) -> NoReturn:
     """Ends this process at once: an orderly end would wait for processes that are gone."""
     _say(message)
     sys.stdout.flush()

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-
 from common import data
 from common.data import DataError
+from PIL import Image, UnidentifiedImageError
+
 from train_resnet.options import Options
 
+SYNTHETIC = 2048, 512  # images to train on and to evaluate on
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
@@ -39,17 +40,17 @@ def load(options: Options) -> Sources:
     """Returns the sources that the options name; raises DataError where their files are not as they should be."""
     limits = options.train_examples, options.test_examples
     if options.data == "synthetic":
-        parts = [Synthetic(options, part, limit or size) for part, limit, size in zip((0, 1), limits, (2048, 512))]
-        return Sources(*parts, options.classes, options.image_size)
+        train, test = (Synthetic(options, part, limits[part] or SYNTHETIC[part]) for part in (0, 1))
+        return Sources(train, test, options.classes, options.image_size)
     assert options.data_dir is not None
     if options.data == "cifar10":
         images = data.load("cifar10", options.data_dir).limit(*limits)
         train = InMemory(images.train_images, images.train_labels, pad=4)
         return Sources(train, InMemory(images.test_images, images.test_labels, pad=4), data.CLASSES, 32)
     classes = _folders(options.data_dir / "train")
-    paths = [Folder(options.data_dir / part, classes, limit, options.image_size)
-             for part, limit in zip(("train", "val"), limits)]  # fmt: skip
-    return Sources(*paths, len(classes), options.image_size)
+    train = Folder(options.data_dir / "train", classes, limits[0], options.image_size)
+    test = Folder(options.data_dir / "val", classes, limits[1], options.image_size)
+    return Sources(train, test, len(classes), options.image_size)
 
 
 class Synthetic:

@@ -138,7 +138,8 @@ class Program:
 
     def _evaluate(self, state: State, batch: Any) -> dict[str, Array]:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        logits, weight = self.model.apply(variables, self._pixels(batch), train=False), batch["weight"]
+        logits: Any = self.model.apply(variables, self._pixels(batch), train=False)
+        weight = batch["weight"]
         losses = _losses(logits, batch["label"], 0.0)
         right = logits.argmax(-1) == batch["label"]
         return {"loss": jnp.sum(losses * weight), "accuracy": jnp.sum(right * weight), "examples": weight.sum()}

@@ -147,9 +147,7 @@ def test_devices_make_no_difference(devices, run, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_killed_process_ends_the_others_and_a_restart_goes_on(
-    victim, started_apart, run, undisturbed, tmp_path
-):
+def test_a_killed_process_ends_the_others_and_a_restart_goes_on(victim, started_apart, run, undisturbed, tmp_path):
     processes = started_apart(tmp_path)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and in_mid_training(tmp_path), processes)
     processes[victim].send_signal(signal.SIGKILL)
@@ -184,15 +182,20 @@ def test_checkpoints_that_are_cut_off_or_changed_are_skipped(run, undisturbed, t
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     checkpoints = tmp_path / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["20", "30", "40"]
-    (checkpoints / "40").rename(checkpoints / "40.orbax-checkpoint-tmp")  # as a process leaves it that dies
-    largest = max((path for path in (checkpoints / "30").rglob("*") if path.is_file()), key=os.path.getsize)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    (checkpoints / "40").rename(checkpoints / "50.orbax-checkpoint-tmp")  # as a process leaves it that dies
+    shutil.copytree(checkpoints / "30", checkpoints / "40")
+    for path in (checkpoints / "40").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    shutil.rmtree(checkpoints / "30" / "state")  # can be read, but is not what was written
+    shutil.copytree(checkpoints / "20" / "state", checkpoints / "30" / "state")
 
     error = run(tmp_path, *ALONE)
-    assert "40.orbax-checkpoint-tmp: skipped: it was cut off" in error
-    assert f"{checkpoints / '30'}: skipped for the checkpoint before it" in error
+    assert "50.orbax-checkpoint-tmp: skipped: it was cut off" in error
+    for step in (40, 30):
+        assert f"{checkpoints / str(step)}: skipped for the checkpoint before it" in error
+    assert "arrays are not as they were written" in error
     assert_same_run(tmp_path, undisturbed)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["20", "30", "40", "corrupt-30"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["20", "30", "40", "corrupt-30", "corrupt-40"]
 
 
 @pytest.mark.parametrize(
