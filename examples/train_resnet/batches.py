@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import grain
 import numpy as np
+from absl import flags
 
 from train_resnet.sources import Source
 
@@ -82,4 +83,5 @@ def _iterate(load: _Load, batches: int, workers: int) -> Iterator[Batch]:
     read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     if not workers:
         return iter(examples.to_iter_dataset(read))
+    flags.FLAGS.mark_as_parsed()  # grain's own; with the values they have
     return iter(examples.to_iter_dataset(read).mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers)))

@@ -20,7 +20,8 @@ def run(processes: int, command: Sequence[str]) -> int:
     children = [
         subprocess.Popen(
             [sys.executable, *arguments, "--coordinator", address]
-            + ["--process-count", str(processes), "--process-index", str(index)]
+            + ["--process-count", str(processes), "--process-index", str(index)],
+            process_group=0,  # Ctrl-C in a terminal comes here only, and is passed on once
         )
         for index in range(processes)
     ]

@@ -28,7 +28,7 @@ START = 60  # seconds that processes wait for each other at the start
 
 
 class Stop:
-    """SIGTERM and Ctrl-C as a question that is asked between two steps; a second one acts at once."""
+    """SIGTERM and Ctrl-C as a question that is asked between two steps; a second Ctrl-C acts at once."""
 
     number: int | None = None
 
@@ -39,7 +39,8 @@ class Stop:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     @property
     def status(self) -> int:
