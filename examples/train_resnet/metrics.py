@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 
 class Metrics:
@@ -21,6 +20,8 @@ class Metrics:
         self.console = Console(quiet=not active)
         if not active:
             return
+        from tensorboardX import SummaryWriter  # here, because this takes a second that no other process needs
+
         self.path = folder / "metrics.jsonl"
         forget(self.path, start)
         self.file = self.path.open("a", buffering=1)

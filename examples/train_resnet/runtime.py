@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from functools import partial
 from types import FrameType
 from typing import NoReturn
@@ -71,6 +72,11 @@ def guard(options: Options) -> int:
         _leave(1, str(error))
     except OSError as error:
         _leave(1, f"{error.filename or options.out}: {error.strerror or error}")
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        _leave(1, f"process {jax.process_index()}: {_first_line(error)}")
 
 
 def connect(options: Options) -> None:
@@ -85,6 +91,9 @@ def connect(options: Options) -> None:
         jax.distributed.initialize, initialization_timeout=START, heartbeat_timeout_seconds=options.heartbeat
     )
     if options.coordinator is not None:
+        # JAX ends the process by itself, with a stack trace, if others do not come; so say first what is awaited.
+        where = f"process {options.process_index} of {options.process_count} meets the others at {options.coordinator}"
+        print(f"train_resnet: {where} within {START} seconds", file=sys.stderr, flush=True)
         try:
             join(options.coordinator, options.process_count, options.process_index)
         except (RuntimeError, ValueError) as error:
@@ -140,7 +149,7 @@ def _lost(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _say(message: str) -> None:

@@ -140,7 +140,7 @@ def test_processes_train_as_one_does(processes, run, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("devices", [1, 8])
 def test_devices_make_no_difference(devices, run, undisturbed, tmp_path):
     run(tmp_path, "--devices", devices)
     assert_same_run(tmp_path, undisturbed)
@@ -201,7 +201,6 @@ def test_checkpoints_that_are_cut_off_or_changed_are_skipped(run, undisturbed, t
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--batch-size", "30"], "--batch-size 30 is not divisible by the 4 devices"),
         (["--norm-group", "12"], "--norm-group 12 does not partition --batch-size 32 on 4 devices of 8 examples"),
         (["--data", "cifar10", "--data-dir", "nowhere"], "nowhere/data_batch_1.bin: not found"),
         (["--data", "cifar10"], "--data cifar10 needs --data-dir"),
@@ -217,7 +216,8 @@ def test_processes_with_different_arguments_stop_at_the_start(started_apart, tmp
     errors = [process.communicate(timeout=MINUTE)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], errors
     says = "train_resnet: error: process 1 has --learning-rate 0.3, process 0 has 0.0125"
-    assert [line for line in errors[0].splitlines() if "Gloo" not in line] == [says]
+    assert [line for line in errors[0].splitlines() if "error" in line] == [says]
+    assert "error" not in errors[1]
 
 
 def test_another_course_of_training_is_not_continued(run, undisturbed):
