@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from functools import partial
@@ -25,6 +26,9 @@ from train_resnet.steps import AXIS, SetupError
 
 MISTAKE, LOST = 2, 3  # exit statuses
 ROOM = 8192  # bytes of what a process tells the others at the start
+ENDED = "was ended, by JAX's runtime as another process is gone (then it says so above), or by a signal"
+UNANSWERED = "stopped, as devices of another process do not answer, which may have died"
+AGAIN = "Start all processes again with the same command to go on from the last checkpoint"
 START = 60  # seconds that processes wait for each other at the start
 
 
@@ -49,13 +53,31 @@ class Stop:
         return 128 + signal.SIGINT if self.number == signal.SIGINT else 0
 
 
+class LastWords:
+    """A line that is printed if this process ends without taking it back.
+
+    JAX's runtime ends a process by itself, from C++, when another one is gone, and SIGKILL ends one without a word. So a
+    shell waits for the end of a pipe that ends with this process.
+    """
+
+    def __init__(self, message: str):
+        command = ["sh", "-c", 'read -r end || printf "%s\\n" "$0" >&2', f"train_resnet: error: {message}"]
+        self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def take_back(self) -> None:
+        """Has nothing printed."""
+        self._shell.communicate(b"end\n")
+
+
 def guard(options: Options) -> int:
     """Trains and returns the exit status; what goes wrong gets one line."""
     stop = Stop()
     stop.listen()
+    connect(options)
+    stop.listen()  # again: JAX may have taken SIGTERM for itself
+    several = jax.process_count() > 1
+    words = LastWords(f"process {jax.process_index()} {ENDED}. {AGAIN}") if several else None
     try:
-        connect(options)
-        stop.listen()  # again: JAX may have taken SIGTERM for itself
         from train_resnet import loop
 
         return loop.run(options, stop)
@@ -64,19 +86,26 @@ def guard(options: Options) -> int:
         if jax.process_index() == 0:
             _say(str(error))
         return MISTAKE
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        _leave(LOST, _lost(error))
-    except DataError as error:
-        _leave(1, str(error))
-    except OSError as error:
-        _leave(1, f"{error.filename or options.out}: {error.strerror or error}")
     except Exception as error:
-        if jax.process_count() == 1:
+        if not several and not isinstance(error, DataError | OSError):
             raise
-        traceback.print_exc()
-        _leave(1, f"process {jax.process_index()}: {_first_line(error)}")
+        failure = error
+    finally:
+        if words is not None:
+            words.take_back()
+    _leave(*_describe(failure, options))
+
+
+def _describe(error: Exception, options: Options) -> tuple[int, str]:
+    """Returns the exit status and the line for an error."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return LOST, f"process {jax.process_index()} {UNANSWERED}: {_first_line(error)}. {AGAIN}"
+    if isinstance(error, DataError):
+        return 1, str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return 1, f"{error.filename or options.out}: {error.strerror}"
+    traceback.print_exception(error)
+    return 1, f"process {jax.process_index()}: {_first_line(error)}"
 
 
 def connect(options: Options) -> None:
@@ -139,13 +168,6 @@ def tell(content: dict) -> list[dict]:
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     gathered = np.asarray(multihost_utils.process_allgather(padded))
     return [json.loads(row.tobytes().rstrip(b"\0")) for row in gathered]
-
-
-def _lost(error: Exception) -> str:
-    return (
-        f"process {jax.process_index()}: stopped, as the devices of another process do not answer, which may have died:"
-        f" {_first_line(error)}. Start all processes again with the same command to go on from the last checkpoint"
-    )
 
 
 def _first_line(error: Exception) -> str:

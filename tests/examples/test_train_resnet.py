@@ -129,8 +129,7 @@ def wait_for(condition, processes, timeout=120):
 
 def in_mid_training(out):
     """Whether a checkpoint is complete and some more steps are taken."""
-    complete = (out / "checkpoints" / "10" / "commit_success.txt").exists() or (out / "checkpoints" / "10").exists()
-    return complete and len(lines(out)) >= 12
+    return (out / "checkpoints" / "10").exists() and len(lines(out)) >= 12
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -148,15 +147,18 @@ def test_devices_make_no_difference(devices, run, undisturbed, tmp_path):
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_others_and_a_restart_goes_on(victim, started_apart, run, undisturbed, tmp_path):
-    processes = started_apart(tmp_path)
+    soon = ["--heartbeat", "15"]
+    processes = started_apart(tmp_path, process0=soon, process1=soon)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and in_mid_training(tmp_path), processes)
     processes[victim].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     _, error = processes[1 - victim].communicate(timeout=MINUTE)
     assert time.monotonic() - killed < MINUTE
     assert processes[1 - victim].returncode != 0
-    # Either the collective fails and the program says so, or JAX's runtime is faster.
-    assert "which may have died" in error or "another task died" in error
+    # Either a collective fails, or JAX's runtime misses the other's heartbeats first and ends the process.
+    last = error.splitlines()[-1]
+    assert last.startswith(f"train_resnet: error: process {1 - victim} ") and "Start all processes again" in last
+    assert "which may have died" in last or "as another process is gone" in last
     assert len(lines(tmp_path)) < 40
 
     error = run(tmp_path, *ALONE)
