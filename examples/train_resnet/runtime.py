@@ -56,8 +56,8 @@ class Stop:
 class LastWords:
     """A line that is printed if this process ends without taking it back.
 
-    JAX's runtime ends a process by itself, from C++, when another one is gone, and SIGKILL ends one without a word. So a
-    shell waits for the end of a pipe that ends with this process.
+    JAX's runtime ends a process by itself, from C++, when another one is gone, and SIGKILL ends one without a word. So
+    a shell waits for the end of a pipe that ends with this process.
     """
 
     def __init__(self, message: str):

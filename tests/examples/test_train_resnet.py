@@ -132,6 +132,15 @@ def in_mid_training(out):
     return (out / "checkpoints" / "10").exists() and len(lines(out)) >= 12
 
 
+def test_metrics_and_checkpoints_are_left(undisturbed):
+    train, test = lines(undisturbed), lines(undisturbed, "test")
+    assert [line["step"] for line in train] == list(range(1, 41)) and [line["step"] for line in test] == [20, 40]
+    assert train[-1]["loss"] < 0.9 * train[0]["loss"] and train[-1]["images_per_second"] > 0
+    (events,) = (undisturbed / "tensorboard").iterdir()
+    assert all(tag in events.read_bytes() for tag in (b"train/loss", b"train/images_per_second", b"test/accuracy"))
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["20", "30", "40"]
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_as_one_does(processes, run, undisturbed, tmp_path):
     run(tmp_path, "--processes", processes, "--devices", 4 // processes)
