@@ -130,8 +130,10 @@ def connect(options: Options) -> None:
     elif options.distributed and options.devices is None:
         try:
             join()
-        except ValueError:
-            pass  # no cluster that JAX knows: one process with all devices of this machine
+        except ValueError as error:
+            # No cluster that JAX knows: one process with all devices of this machine.
+            if "coordinator_address" not in str(error):
+                _leave(MISTAKE, f"a cluster that is not described in full: {_first_line(error)} (or --no-distributed)")
 
 
 def mesh() -> Mesh:
@@ -146,7 +148,7 @@ def mesh() -> Mesh:
 def agree(options: Options, problem: str | None) -> None:
     """Raises SetupError in all processes if one has a problem, or other options or versions than the first."""
     versions = {package.__name__: package.__version__ for package in (jax, flax, optax, normjax)}
-    own = {"problem": problem, "options": options.shared(), "versions": versions}
+    own = {"problem": problem and problem[:2000], "options": options.shared(), "versions": versions}
     told = tell(own)
     for index, other in enumerate(told):
         if other["problem"] is not None:
