@@ -23,7 +23,7 @@ from normjax._typing import (
 )
 from normjax.layers._affine import normalize
 from normjax.layers._arguments import admit_params, compiled
-from normjax.layers._ghost import count_slices, cut
+from normjax.layers._ghost import count_slices, cut, laid_out_by_the_compiler, lies_on_explicit_axes
 from normjax.layers._renorm import Limits, corrected, take_limits
 from normjax.statistics.moments import merge_stacked
 from normjax.statistics.reduction import widen
@@ -84,7 +84,10 @@ def normalize_by_batch(
         sharing=_sharing(x, axes, settings),
         virtual_batch_size=settings.virtual_batch_size,
     )
-    return _train(params, batch_stats, x, mask, scheduled, limits, plan)
+    operands = params, batch_stats, x, mask, scheduled, limits
+    if plan.virtual_batch_size is None or not lies_on_explicit_axes(x):
+        return _train(*operands, plan)
+    return laid_out_by_the_compiler(lambda *operands: _train(*operands, plan), (x, batch_stats))(*operands)
 
 
 class _Plan(NamedTuple):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, PyTree
 
 from normjax import _checks
 from normjax._typing import Params
@@ -45,3 +50,18 @@ def cut(
 
     params = {leaf: slices(value) for leaf, value in params.items()}
     return slices(x), None if mask is None else slices(mask), params, tuple(axis + 1 for axis in axes)
+
+
+def lies_on_explicit_axes(x: Array) -> bool:
+    """Whether the type of x tells how it is sharded."""
+    return bool(jax.typeof(x).sharding.mesh.explicit_axes)
+
+
+def laid_out_by_the_compiler(step: Callable[..., Any], outputs: PyTree[Array]) -> Callable[..., Any]:
+    """Returns a step that types its results as `outputs`, of which the first lies on Explicit axes, and nothing within.
+
+    JAX's types cannot say how slices that span devices, or parts of them, are sharded. The compiler knows.
+    """
+    mesh = jax.typeof(jax.tree.leaves(outputs)[0]).sharding.mesh
+    shardings = jax.tree.map(lambda leaf: NamedSharding(mesh, jax.typeof(leaf).sharding.spec), outputs)
+    return jax.sharding.auto_axes(step, out_sharding=shardings)

@@ -108,7 +108,7 @@ def shifted_moments(
         total, squares, *summed = how.sharing.sum(*sums, *riders)
     else:
         total, squares, count, *summed = how.sharing.sum(*sums, how.local_count(wide, mask), *riders)
-    count = jnp.broadcast_to(count, squares.shape)
+    count += jnp.zeros_like(squares)  # of its shape, and sharded as it is on Explicit meshes
     n = jnp.maximum(count, 1)
     offset = total / n.astype(total.dtype)
     var = jnp.maximum(squares / n - abs2(offset), 0)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE as axis_names_in_scope  # pyright: ignore
-from jaxtyping import Array, Bool, Inexact
+from jaxtyping import Array, Bool, Inexact, Int
 
 from normjax import _checks
 from normjax._typing import AxisIndexGroups, AxisName, promote
@@ -39,10 +39,19 @@ class Sharing(NamedTuple):
         if self.groups is None:
             return lax.psum(flat, self.axis_name)
         (name,) = self.axis_name
+        if name not in jax.sharding.get_abstract_mesh().manual_axes:
+            # vmap has no groups. Its "devices" are rows of one array, and to gather them costs nothing.
+            return lax.all_gather(flat, name)[self._peers()].sum(0)
         if _tracks_variation(name):
             # psum knows no groups under check_vma=True; a gather within a group is small.
             return lax.all_gather(flat, name, axis_index_groups=self.groups).sum(0)
         return lax.psum(flat, name, axis_index_groups=self.groups)
+
+    def _peers(self) -> Int[Array, " group"]:
+        """The indices of those in this device's group."""
+        assert self.groups is not None
+        peers = {index: group for group in self.groups for index in group}
+        return jnp.asarray([peers[index] for index in range(len(peers))])[lax.axis_index(self.axis_name)]
 
     def knows_equal(self, value: Array) -> bool:
         """Whether the types alone prove that all who share hold the same `value`."""

@@ -9,13 +9,29 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import normjax as nj
+from tests.compare import assert_close
 
-DEVICES = 8
+DEVICES, FEATURES = 8, 3
 SPLIT, WHOLE = PartitionSpec("data"), PartitionSpec()
 
 
 def mesh(**axes) -> Mesh:
     return Mesh(np.array(jax.devices()[:DEVICES]).reshape(*axes.values()), tuple(axes))
+
+
+def operands(rng, *, dtype=jnp.float32, offset=0.0, mask=None, features=FEATURES):
+    """Scale, bias and running statistics that are no special case, and x of 4 examples a device."""
+    params, batch_stats = nj.batch_norm_init(features)
+    params = {leaf: value + jnp.asarray(rng.normal(size=features), jnp.float32) for leaf, value in params.items()}
+    batch_stats["mean"] += 0.5
+    x, weight = (jnp.asarray(rng.normal(size=(4 * DEVICES, 5, features)), jnp.float32) for _ in range(2))
+    return params, batch_stats, (x + offset).astype(dtype), weight / x.size, mask
+
+
+def assert_steps_close(actual, expected, rtol=1e-5):
+    """Equal to rtol of each array's largest value: single values may lie near zero by cancellation."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert_close(a, b, atol=rtol * float(jnp.abs(b).max()))
 
 
 def loss(params, batch_stats, x, weight, mask, **settings):

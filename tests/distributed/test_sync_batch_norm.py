@@ -7,29 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import PartitionSpec
 
 import normjax as nj
 from tests.compare import assert_close, assert_finite, assert_trees_close
-from tests.distributed.mapped import DEVICES, SPLIT, WAYS, WHOLE, mesh, one_device, step
+from tests.distributed.mapped import (
+    DEVICES,
+    FEATURES,
+    SPLIT,
+    WAYS,
+    WHOLE,
+    assert_steps_close,
+    mesh,
+    one_device,
+    operands,
+    step,
+)
 
-FEATURES = 3
 GROUPS = [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-
-def operands(rng, *, dtype=jnp.float32, offset=0.0, mask=None, features=FEATURES):
-    """Scale, bias and running statistics that are no special case, and x of 4 examples a device."""
-    params, batch_stats = nj.batch_norm_init(features)
-    params = {leaf: value + jnp.asarray(rng.normal(size=features), jnp.float32) for leaf, value in params.items()}
-    batch_stats["mean"] += 0.5
-    x, weight = (jnp.asarray(rng.normal(size=(4 * DEVICES, 5, features)), jnp.float32) for _ in range(2))
-    return params, batch_stats, (x + offset).astype(dtype), weight / x.size, mask
-
-
-def assert_steps_close(actual, expected, rtol=1e-5):
-    """Equal to rtol of each array's largest value: single values may lie near zero by cancellation."""
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert_close(a, b, atol=rtol * float(jnp.abs(b).max()))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -96,16 +90,15 @@ def test_bfloat16(rng, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["pmap", "shard_map", "shard_map unchecked"])
+@pytest.mark.parametrize("way", ["pmap", "vmap", "shard_map", "shard_map unchecked"])
 def test_groups_of_devices_are_batches_of_their_own(rng, way):
     params, batch_stats, x, weight, _ = operands(rng)
     axis = dict(axis_name="data", axis_index_groups=GROUPS)
     run = partial(step, **axis)
-    if way == "pmap":
+    if way in ("pmap", "vmap"):
         split = lambda a: a.reshape(DEVICES, 4, *a.shape[1:])  # noqa: E731
-        y, stats, d_params, dx = jax.pmap(lambda *a: run(*a, None), axis_name="data", in_axes=(None, None, 0, 0))(
-            params, batch_stats, split(x), split(weight)
-        )
+        mapped = getattr(jax, way)(lambda *a: run(*a, None), axis_name="data", in_axes=(None, None, 0, 0))
+        y, stats, d_params, dx = mapped(params, batch_stats, split(x), split(weight))
         y, dx = (jnp.asarray(a).reshape(x.shape) for a in (y, dx))
         stats = jax.tree.map(lambda a: a[jnp.asarray([0, 4])], stats)
         d_params = jax.tree.map(lambda a: a.sum(0), d_params)
@@ -131,52 +124,6 @@ def test_groups_of_devices_are_batches_of_their_own(rng, way):
     assert_steps_close(stats, jax.tree.map(lambda a, b: jnp.stack([a, b]), halves[0][1], halves[1][1]))
     assert_steps_close(d_params, jax.tree.map(jnp.add, halves[0][2], halves[1][2]))
     assert_steps_close(dx, jnp.concatenate([half[3] for half in halves]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("names", ["data", "model", ("data", "model")])
-def test_statistics_over_one_axis_of_a_mesh_or_over_both(rng, names):
-    params, batch_stats, x, weight, _ = operands(rng)
-    both = PartitionSpec(("data", "model"))
-
-    def local(params, batch_stats, x, weight):
-        y, stats, d_params, dx = step(params, batch_stats, x, weight, None, axis_name=names)
-        return y, jax.tree.map(lambda a: a[None], stats), d_params, dx
-
-    stats_spec = {"data": PartitionSpec("model"), "model": PartitionSpec("data"), ("data", "model"): WHOLE}[names]
-    mapped = jax.shard_map(
-        local,
-        mesh=mesh(data=4, model=2),
-        in_specs=(WHOLE, WHOLE, both, both),
-        out_specs=(both, stats_spec, WHOLE, both),
-    )
-    y, stats, d_params, dx = jax.jit(mapped)(params, batch_stats, x, weight)
-    shard = np.arange(4 * DEVICES) // 4
-    group = {"data": shard % 2, "model": shard // 2, ("data", "model"): shard * 0}[names]
-    total = jax.tree.map(jnp.zeros_like, params)
-    for index in range(group.max() + 1):
-        rows = group == index
-        expected = one_device(params, batch_stats, x[rows], weight[rows], None)
-        assert_steps_close((y[rows], dx[rows]), (expected[0], expected[3]))
-        assert_steps_close(jax.tree.map(lambda a, i=index: a[i], stats), expected[1])
-        total = jax.tree.map(jnp.add, total, expected[2])
-    assert_steps_close(d_params, total)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_features_split_over_a_model_axis(rng, offset):
-    # Only half of the features are offset: their devices take the second pass, the others do not.
-    offset = jnp.where(jnp.arange(4) < 2, offset, 0.0)
-    given = operands(rng, features=4, offset=offset)
-    features, examples = PartitionSpec("model"), PartitionSpec("data", None, "model")
-    mapped = jax.shard_map(
-        lambda *a: step(*a, None, axis_name="data"),
-        mesh=mesh(data=4, model=2),
-        in_specs=(features, features, examples, examples),
-        out_specs=(examples, features, features, examples),
-    )
-    assert_steps_close(jax.jit(mapped)(*given[:4]), one_device(*given))
 
 
 @pytest.mark.parametrize("transform", [jax.pmap, jax.vmap])
