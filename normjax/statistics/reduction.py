@@ -65,11 +65,14 @@ class Reduction(NamedTuple):
             members = 1 if self.groups is None else self.groups[1]
             return jnp.asarray(math.prod(x.shape[axis] for axis in self.axes) * members, dtype)
         repeats = math.prod(x.shape[axis] for axis in self.axes if mask.shape[axis] == 1)
-        seen = jnp.sum(mask, [axis for axis in self.axes if mask.shape[axis] != 1], jnp.int32, keepdims=True)
-        counts = (seen * repeats).squeeze(self.axes)
+        cut = [axis for axis in self.axes if mask.shape[axis] != 1]
+        # Exact within an example; over examples in the sums' own dtype, so that under jit, where that sum is one over
+        # devices, XLA sends it along with the others.
+        seen = jnp.sum(mask, cut[1:], jnp.int32, keepdims=True).astype(dtype)
+        counts = (jnp.sum(seen, cut[:1], keepdims=True) * repeats).squeeze(self.axes)
         if self.groups is not None and mask.shape[self.groups[0]] == 1:
-            return (counts * self.groups[1]).astype(dtype)
-        return self._over_groups(counts).astype(dtype)
+            return counts * self.groups[1]
+        return self._over_groups(counts)
 
     def _over_groups(self, sums: Array) -> Array:
         """Gives each channel the sum over the channels of its group."""

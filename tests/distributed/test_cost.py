@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
 
 import normjax as nj
 from tests.distributed.hlo import collectives, computations, in_branches
@@ -58,6 +59,22 @@ def test_one_all_reduce_backward(way, masked):
     both = collectives(compiled(backward, way, masked))
     assert [kind for kind, _ in both] == [REDUCE, REDUCE], "one forward, one backward"
     assert all(size <= 3 * FEATURES + 32 + 1 for _, size in both)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_jit_with_a_sharded_batch_sends_no_more(kind, masked):
+    """No axis name: XLA's partitioner finds the sums over devices, the mask's count among them, and packs them."""
+    devices = jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,))
+    whole, split = NamedSharding(devices, WHOLE), NamedSharding(devices, SPLIT)
+    params, batch_stats = jax.device_put(nj.batch_norm_init(FEATURES), whole)
+    mask = jnp.ones((4 * DEVICES, 3, 1), bool) if masked else None
+    x, mask = jax.device_put((jnp.ones((4 * DEVICES, 3, FEATURES)), mask), split)
+    there = (REDUCE, 2 * FEATURES + masked)
+    with jax.set_mesh(devices):
+        for program, expected in ((forward, [there]), (backward, [there, (REDUCE, 2 * FEATURES)])):
+            found = collectives(jax.jit(program).lower(params, batch_stats, x, mask).compile())
+            assert sorted(found) == sorted(expected)
 
 
 def test_checked_shard_map_sends_two_numbers_a_feature():
