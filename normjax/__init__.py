@@ -21,6 +21,7 @@ from normjax.layers.layer_norm import layer_norm, layer_norm_init
 from normjax.layers.local_response_norm import local_response_norm, local_response_norm_init
 from normjax.layers.rms_norm import rms_norm, rms_norm_init
 from normjax.statistics.moments import merge_moments, moments
+from normjax.statistics.recalibrate import recalibrate
 from normjax.statistics.reduction import Moments
 from normjax.statistics.running import update_batch_stats
 from normjax.statistics.synchronize import sync_batch_stats
@@ -52,6 +53,7 @@ __all__ = [
     "merge_moments",
     "moments",
     "nnx",
+    "recalibrate",
     "rms_norm",
     "rms_norm_init",
     "sync_batch_stats",

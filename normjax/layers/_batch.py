@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
@@ -26,6 +27,7 @@ from normjax.layers._arguments import admit_params, compiled
 from normjax.layers._ghost import count_slices, cut, laid_out_by_the_compiler, lies_on_explicit_axes
 from normjax.layers._renorm import Limits, corrected, take_limits
 from normjax.statistics.moments import merge_stacked
+from normjax.statistics.population import POPULATION, is_layer_by_layer
 from normjax.statistics.reduction import widen
 from normjax.statistics.running import OPTIONS, check_batch_stats, update_batch_stats
 from normjax.statistics.safe_moments import safe_moments
@@ -69,11 +71,11 @@ def normalize_by_batch(
     check_batch_stats(function, batch_stats, features, x.dtype, settings.momentum)
     _checks.choice(function, "running_var", settings.running_var, OPTIONS)
     _checks.between(function, "epsilon", settings.epsilon, 0.0, math.inf)
-    batch_stats = {leaf: jnp.asarray(value) for leaf, value in batch_stats.items()}
+    batch_stats = jax.tree.map(jnp.asarray, batch_stats)
     axes = _checks.other_axes(kept, x.ndim)
     plan = _Plan(axes, float(settings.epsilon), _checks.output_dtype(function, settings.dtype, x))
     limits = None if settings.renorm is None else take_limits(settings.renorm, batch_stats)
-    if not train:
+    if not (train or is_layer_by_layer(batch_stats)):
         return _infer(params, batch_stats, x, mask, plan), batch_stats
     momentum, scheduled = settings.momentum, None
     if not isinstance(momentum, float | int | None):
@@ -81,7 +83,7 @@ def normalize_by_batch(
     plan = plan._replace(
         momentum=momentum,
         running_var=settings.running_var,
-        sharing=_sharing(x, axes, settings),
+        sharing=_sharing(x, axes, settings, one_value=is_layer_by_layer(batch_stats)),
         virtual_batch_size=settings.virtual_batch_size,
     )
     operands = params, batch_stats, x, mask, scheduled, limits
@@ -122,7 +124,9 @@ def _train(
         population = batch_stats["var"].astype(seen.var.dtype)
         seen = seen._replace(var=jnp.where(jnp.asarray(seen.count) > 0, seen.var, population))
     mean, var = (jnp.expand_dims(statistic, axes) for statistic in (seen.mean, seen.var))
-    if limits is not None:
+    if is_layer_by_layer(batch_stats):
+        mean, var = _running(batch_stats, plan)
+    elif limits is not None and POPULATION not in batch_stats:  # else: statistics that are about to be replaced
         running = _running(batch_stats, plan)
         params = corrected(params, (mean, var), running, limits, plan.epsilon)
     y = normalize(wide, mean, var, params, mask=mask, epsilon=plan.epsilon)
@@ -146,13 +150,13 @@ def _running(batch_stats: BatchStats, plan: _Plan) -> tuple[Array, Array]:
     return jnp.expand_dims(batch_stats["mean"], plan.axes), jnp.expand_dims(batch_stats["var"], plan.axes)
 
 
-def _sharing(x: Array, axes: tuple[int, ...], settings: Settings) -> Sharing:
+def _sharing(x: Array, axes: tuple[int, ...], settings: Settings, *, one_value: bool) -> Sharing:
     """Checks what only training asks for: bound axis names, slices that divide, more than one value per feature."""
     function = settings.function
     sharing = share(function, settings.axis_name, settings.axis_index_groups)
     slices = count_slices(function, x, axes, settings.virtual_batch_size)
     values = math.prod(x.shape[axis] for axis in axes) * sharing.size
-    if values == slices > 0 and not settings.drop_in:
+    if values == slices > 0 and not (settings.drop_in or one_value):
         _checks.refuse(
             function,
             "there is one value per feature: its variance is 0, and y would be the bias whatever x is",

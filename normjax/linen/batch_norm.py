@@ -12,6 +12,7 @@ from normjax._typing import RunningVar
 from normjax.layers._batch import Settings, normalize_by_batch
 from normjax.layers._renorm import Limits
 from normjax.linen._shared import common, declare, promoted, sizes
+from normjax.statistics.population import POPULATION
 
 
 class BatchNorm(nn.BatchNorm):
@@ -74,7 +75,7 @@ def normalize(
     norm: BatchNorm, x: jax.Array, use_running_average: bool | None, mask: Any, renorm: Limits | None = None
 ) -> jax.Array:
     """Declares the variables of a batch norm, or renorm, and does its step."""
-    population = norm.frozen or nn.merge_param("use_running_average", norm.use_running_average, use_running_average)
+    infer = norm.frozen or nn.merge_param("use_running_average", norm.use_running_average, use_running_average)
     x = jnp.asarray(x)
     features = sizes(norm, x, "axis")
     running = _declare_running(norm, features, count=norm.momentum is None or renorm is not None)
@@ -93,8 +94,8 @@ def normalize(
         **arguments,
     )
     given = {leaf: variable.value for leaf, variable in running.items()}
-    y, batch_stats = normalize_by_batch(params, given, x, not population, mask, settings)
-    if not (population or norm.is_initializing()):
+    y, batch_stats = normalize_by_batch(params, given, x, not infer, mask, settings)
+    if POPULATION in given or not (infer or norm.is_initializing()):
         for leaf, value in batch_stats.items():
             running[leaf].value = value
     return y
@@ -107,4 +108,8 @@ def _declare_running(norm: BatchNorm, features: tuple[int, ...], *, count: bool)
         "mean": norm.variable("batch_stats", "mean", jnp.zeros, features, dtype),
         "var": norm.variable("batch_stats", "var", jnp.ones, features, dtype),
     }
-    return running | ({"count": norm.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)} if count else {})
+    if count:
+        running["count"] = norm.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+    if norm.has_variable("batch_stats", POPULATION) and not norm.frozen:
+        running[POPULATION] = norm.variable("batch_stats", POPULATION)
+    return running

@@ -16,6 +16,7 @@ from jax.nn.initializers import ones, zeros
 from normjax._typing import AxisIndexGroups, DTypeLike, Initializer, RunningVar
 from normjax.layers._batch import Settings, normalize_by_batch
 from normjax.nnx._shared import common, present, promoted, read
+from normjax.statistics.population import POPULATION
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -135,7 +136,7 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
           y, of x's shape.
         """
-        population = self.frozen or nnx.module.first_from(
+        infer = self.frozen or nnx.module.first_from(
             use_running_average,
             self.use_running_average,
             error_msg="BatchNorm: use_running_average is not set. Expected it in the constructor or the call; "
@@ -143,13 +144,17 @@ class BatchNorm(nnx.BatchNorm):
         )
         x = jnp.asarray(x)
         running = {leaf: getattr(self, leaf)[...] for leaf in ("mean", "var", "count") if hasattr(self, leaf)}
+        if hasattr(self, POPULATION) and not self.frozen:
+            running[POPULATION] = getattr(self, POPULATION).get_value()
         leaves = read(self, "scale", "bias")
         x, dtype = promoted(self, x, leaves, (running["mean"], running["var"]))
         arguments = common(self, mask) | {"dtype": dtype}
         mask = arguments.pop("mask")
         params = present(leaves, self, x, self.axis)
-        y, batch_stats = normalize_by_batch(params, running, x, not population, mask, self._settings(arguments))
-        if not population:
+        y, batch_stats = normalize_by_batch(params, running, x, not infer, mask, self._settings(arguments))
+        if POPULATION in running:
+            getattr(self, POPULATION).set_value(batch_stats.pop(POPULATION))
+        if POPULATION in running or not infer:
             for leaf, value in batch_stats.items():
                 getattr(self, leaf)[...] = jax.lax.stop_gradient(value)
         return y

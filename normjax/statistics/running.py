@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
@@ -9,6 +11,7 @@ from jaxtyping import Array, ArrayLike
 from normjax import _checks
 from normjax._leaves import check_leaves
 from normjax._typing import BatchStats, DTypeLike, RunningVar, promote
+from normjax.statistics.population import POPULATION
 from normjax.statistics.reduction import Moments
 
 OPTIONS = ("biased", "unbiased")
@@ -60,6 +63,8 @@ def update_batch_stats(
       Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1 and Algorithm 2.
     """
     _check(batch_stats, moments, momentum, running_var)
+    if POPULATION in batch_stats:
+        return _collect(batch_stats, moments, momentum, running_var)
     n, mean, var = moments
     enough = jnp.asarray(n) > 0
     enough_for_var = enough
@@ -74,6 +79,18 @@ def update_batch_stats(
     new["mean"] = _blend(batch_stats["mean"], mean, momentum, enough)
     new["var"] = _blend(batch_stats["var"], var, momentum, enough_for_var)
     return {leaf: new[leaf] for leaf in batch_stats}
+
+
+def _collect(
+    batch_stats: BatchStats, moments: Moments, momentum: ArrayLike | None, running_var: RunningVar
+) -> BatchStats:
+    """Adds the batch to the population instead, and counts it where the running mean is one over batches."""
+    population: Any = batch_stats[POPULATION]
+    new = {POPULATION: population.add(moments, unbiased=running_var == "unbiased")}
+    if momentum is None:
+        so_far = jnp.where(jnp.any(population.seen[0]), batch_stats["count"], 0)
+        new["count"] = so_far + jnp.any(jnp.asarray(moments.count) > 0).astype(so_far.dtype)
+    return batch_stats | new
 
 
 def _blend(old: Array, batch: Array, momentum: ArrayLike, enough: Array) -> Array:
@@ -99,7 +116,9 @@ def check_batch_stats(
     check_leaves(
         function,
         "batch_stats",
-        batch_stats,
+        {leaf: value for leaf, value in batch_stats.items() if leaf != POPULATION}
+        if isinstance(batch_stats, dict)
+        else batch_stats,
         shape=features,
         dtype=dtype,
         required=("mean", "var"),

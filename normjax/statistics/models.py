@@ -1,0 +1,220 @@
+"""Where models of any kind keep the running statistics of their layers, and how they are called with others.
+
+A layer is a dict with `mean` and `var`, and maybe `count`; a model's layers go by their paths.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NoReturn, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from normjax import _checks
+from normjax.statistics.population import POPULATION
+
+FUNCTION = "recalibrate"
+STATISTICS = ("mean", "var")
+LEAVES = (*STATISTICS, "count")
+
+Layer = dict[str, Any]
+Layers = dict[str, Layer]
+ApplyFn = Callable[[Any, Any], Any]
+
+
+class Model(Protocol):
+    """A model whose layers can be read, replaced, and called with a population each to add to.
+
+    Attributes:
+      layers: its running statistics as they are.
+      static: what is compiled for.
+      arrays: all else that a call needs.
+    """
+
+    layers: Layers
+    static: Any
+    arrays: PyTree[Array]
+
+    @staticmethod
+    def call(apply_fn: ApplyFn, static: Any, arrays: Any, layers: Layers, batch: Any) -> Layers:
+        """Returns the layers after a forward pass that starts from `layers`."""
+        ...
+
+    def finish(self, layers: Layers) -> Any:
+        """Returns the variables with these statistics."""
+        ...
+
+
+def open_model(variables: Any) -> Model:
+    """Returns the model; refuses one without layers."""
+    nnx = sys.modules.get("flax.nnx")
+    model = NNX(variables) if nnx is not None and isinstance(variables, nnx.Module) else Tree(variables)
+    if not model.layers:
+        _checks.refuse(
+            FUNCTION,
+            "there are no batch statistics",
+            expected="variables with a 'mean' and a 'var' side by side in batch_stats",
+            got=f"variables with {_contents(variables)}",
+            fix="Pass {'params': ..., 'batch_stats': ...}, the pair (params, batch_stats) or an nnx.Module; "
+            "layers without running statistics need no recalibration",
+        )
+    return model
+
+
+class Tree:
+    """Variables that are a tree: Flax linen's, `(params, batch_stats)`, or batch_stats alone."""
+
+    static = None
+
+    def __init__(self, variables: Any):
+        self.arrays = variables
+        self.layers = _layers_in(_batch_stats_of(variables))
+
+    @staticmethod
+    def call(apply_fn: ApplyFn, static: Any, arrays: Any, layers: Layers, batch: Any) -> Layers:
+        """Calls `apply_fn(variables, batch)`, which returns `(anything, updates)`."""
+        result = apply_fn(_replaced(arrays, layers), batch)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            _checks.refuse(
+                FUNCTION,
+                "apply_fn did not return a pair",
+                expected="(anything, batch_stats), or what linen's apply(..., mutable=['batch_stats']) returns",
+                got=_contents(result),
+                fix="Return the new statistics behind the output",
+                kind=TypeError,
+            )
+        updates = result[1]
+        named = isinstance(updates, Mapping) and "batch_stats" in updates
+        returned = _layers_in(updates["batch_stats"] if named else updates)
+        for path in layers:
+            if path not in returned:
+                _missing(path, returned)
+        return {path: returned[path] for path in layers}
+
+    def finish(self, layers: Layers) -> Any:
+        """Returns a copy with these statistics; what was passed stays as it was."""
+        return _replaced(self.arrays, layers)
+
+
+class NNX:
+    """A module of `flax.nnx`."""
+
+    def __init__(self, module: Any):
+        from flax import nnx
+
+        self.module = module
+        self.static, self.arrays = nnx.split(module)
+        self.layers = {
+            path: {leaf: getattr(norm, leaf).get_value() for leaf in LEAVES if hasattr(norm, leaf)}
+            for path, norm in _norms(module).items()
+        }
+
+    @staticmethod
+    def call(apply_fn: ApplyFn, static: Any, arrays: Any, layers: Layers, batch: Any) -> Layers:
+        """Calls `apply_fn(module, batch)` on a copy of the module."""
+        from flax import nnx
+
+        module = nnx.merge(static, arrays)
+        norms = _norms(module)
+        for path, layer in layers.items():
+            setattr(norms[path], POPULATION, nnx.BatchStat(layer[POPULATION]))
+            for leaf in layer.keys() - {POPULATION}:
+                getattr(norms[path], leaf).set_value(layer[leaf])
+        apply_fn(module, batch)
+        return {
+            path: {leaf: getattr(norms[path], leaf).get_value() for leaf in layer} for path, layer in layers.items()
+        }
+
+    def finish(self, layers: Layers) -> Any:
+        """Writes the statistics into the module, and returns it."""
+        norms = _norms(self.module)
+        for path, layer in layers.items():
+            for leaf, value in layer.items():
+                getattr(norms[path], leaf)[...] = value
+        return self.module
+
+
+def _batch_stats_of(variables: Any) -> Any:
+    if isinstance(variables, Mapping) and "batch_stats" in variables:
+        return variables["batch_stats"]
+    return variables[1] if _is_pair(variables) else variables
+
+
+def _replaced(variables: Any, layers: Layers) -> Any:
+    """Returns the variables with these layers in place of those of the same paths."""
+    if isinstance(variables, Mapping) and "batch_stats" in variables:
+        return type(variables)({**variables, "batch_stats": _replaced_in(variables["batch_stats"], layers)})
+    if _is_pair(variables):
+        return variables[0], _replaced_in(variables[1], layers)
+    return _replaced_in(variables, layers)
+
+
+def _replaced_in(batch_stats: Any, layers: Layers) -> Any:
+    def replaced(path: tuple, node: Any) -> Any:
+        kind: Any = type(node)
+        return kind({**node, **layers[_name(path)]}) if _is_layer(node) else node
+
+    return jax.tree.map_with_path(replaced, batch_stats, is_leaf=_is_layer)
+
+
+def _layers_in(batch_stats: Any) -> Layers:
+    """Returns the layers of a tree by path; refuses a mean without a variance, and the reverse."""
+    nodes, _ = jax.tree.flatten_with_path(batch_stats, is_leaf=_is_layer)
+    layers = {}
+    for path, node in nodes:
+        if _is_layer(node):
+            layers[_name(path)] = {leaf: node[leaf] for leaf in (*LEAVES, POPULATION) if leaf in node}
+        elif path and (alone := jax.tree_util.keystr(path[-1:], simple=True)) in STATISTICS:
+            (other,) = set(STATISTICS) - {alone}
+            _checks.refuse(
+                FUNCTION,
+                "a layer's statistics are not complete",
+                expected="'mean' and 'var' side by side",
+                got=f"{_name(path)} and no {other!r} beside it",
+                fix="Pass batch_stats as the layers' init functions returned them",
+            )
+    return layers
+
+
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, Mapping) and all(
+        leaf in node and not isinstance(node[leaf], Mapping) for leaf in STATISTICS
+    )
+
+
+def _is_pair(variables: Any) -> bool:
+    return isinstance(variables, tuple) and len(variables) == 2
+
+
+def _name(path: tuple) -> str:
+    return f"batch_stats{jax.tree_util.keystr(path)}"
+
+
+def _norms(module: Any) -> dict[str, Any]:
+    """Returns the modules with running statistics, by path."""
+    from flax import nnx
+
+    def is_layer(node: Any) -> bool:
+        return all(isinstance(getattr(node, leaf, None), nnx.BatchStat) for leaf in STATISTICS)
+
+    named = {"".join(f"[{part!r}]" for part in path): node for path, node in nnx.iter_modules(module)}
+    return {f"model{path}": node for path, node in named.items() if is_layer(node)}
+
+
+def _missing(path: str, returned: Collection[str]) -> NoReturn:
+    _checks.refuse(
+        FUNCTION,
+        "apply_fn did not return the statistics of a layer",
+        expected=f"{path}['mean'] and {path}['var'] among what it returns second",
+        got=", ".join(sorted(returned)) or "no layer",
+        fix="Return the whole batch_stats: (y, batch_stats), or apply(..., mutable=['batch_stats'])",
+    )
+
+
+def _contents(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with {sorted(map(str, value))}"
+    return f"{jnp.shape(value)} {value.dtype}" if isinstance(value, jax.Array) else type(value).__name__

@@ -1,0 +1,114 @@
+"""A pass over batches: every layer collects, and what goes wrong is refused with the batch and the layer's path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, PyTree
+
+from normjax import _checks
+from normjax.statistics.models import FUNCTION, STATISTICS, ApplyFn, Layer, Layers, Model
+from normjax.statistics.population import POPULATION
+
+Step = Callable[[Any, PyTree[Array], Layers, Any], tuple[Layers, "Report"]]
+
+
+def compile_step(apply_fn: ApplyFn, model: Model) -> Step:
+    """Returns `step(static, arrays, layers, batch)`, which calls the model and reports, compiled once a function."""
+    try:
+        hash(apply_fn)
+    except TypeError:  # a bound method of some modules
+        apply_fn = partial(apply_fn)
+    return _compiled(apply_fn, type(model))
+
+
+class Report(NamedTuple):
+    """What a pass over one batch says of each layer, in the order of their paths.
+
+    Attributes:
+      collected: whether any element was.
+      foreign: whether the running statistics moved, as those of a layer that knows nothing of populations do.
+      finite: whether means and variances are, `(layers, 2)`.
+    """
+
+    collected: Bool[Array, " layers"]
+    foreign: Bool[Array, " layers"]
+    finite: Bool[Array, "layers 2"]
+
+
+@lru_cache(maxsize=16)
+def _compiled(apply_fn: ApplyFn, kind: type[Model]) -> Step:
+    """Returns a compiled `step(static, arrays, layers, batch)`; of the last few functions."""
+
+    @partial(jax.jit, static_argnums=0)
+    def step(static: Any, arrays: PyTree[Array], layers: Layers, batch: Any) -> tuple[Layers, Report]:
+        new = kind.call(apply_fn, static, arrays, layers, batch)
+        reports = [_report_of(layers[path], new[path]) for path in sorted(layers)]
+        return new, jax.tree.map(lambda *parts: jnp.stack(parts), *reports)
+
+    return step
+
+
+def _report_of(old: Layer, new: Layer) -> Report:
+    seen, _ = new[POPULATION].seen
+    moved = (jnp.any(new[leaf] != jnp.asarray(old[leaf]).astype(new[leaf].dtype)) for leaf in STATISTICS)
+    finite = (jnp.all(jnp.isfinite(part)) for part in new[POPULATION].statistics())
+    return Report(jnp.any(seen), jnp.any(jnp.stack([*moved])), jnp.stack([*finite]))
+
+
+def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -> Layers:
+    """Returns the layers after all batches; refuses what the reports say is wrong with one."""
+    report, index = None, -1
+    for index, batch in enumerate(batches):
+        previous = report
+        layers, report = step(model.static, model.arrays, layers, batch)
+        # One batch behind: the device is never idle, and never has more than two batches waiting.
+        if previous is not None:
+            _check(previous, index - 1, sorted(layers))
+    if report is None:
+        _checks.refuse(
+            FUNCTION,
+            "there are no batches",
+            expected="at least one",
+            got="an iterable that ended at once",
+            fix="Pass a list, or a new generator: one that was used before is empty",
+        )
+    _check(report, index, sorted(layers))
+    if not np.asarray(report.collected).any():
+        _checks.refuse(
+            FUNCTION,
+            "no layer collected anything",
+            expected="a forward pass in training mode, through layers of normjax",
+            got=f"{len(layers)} layer(s) that did not update, the first of them {min(layers)}",
+            fix="Pass train=True (linen: use_running_average=False; nnx: model.train()) and no mask that hides it all",
+        )
+    return layers
+
+
+def _check(report: Report, index: int, paths: list[str]) -> None:
+    """Refuses a batch through which a layer went wrong."""
+    report = jax.tree.map(np.asarray, report)
+    if not report.finite.all():
+        layer, leaf = (int(position) for position in np.argwhere(~report.finite)[0])
+        count = int((~report.finite).any(1).sum())
+        _checks.refuse(
+            FUNCTION,
+            f"the statistics of batch {index} are not finite",
+            expected="finite activations",
+            got=f"NaN or infinity in {paths[layer]}[{STATISTICS[leaf]!r}], in {count} of {len(paths)} layer(s)",
+            fix=f"Look for NaN in batch {index} (counted from 0) and in the parameters, or mask what does not count",
+        )
+    if report.foreign.any():
+        _checks.refuse(
+            FUNCTION,
+            "a layer updated its running statistics instead of collecting those of the population",
+            expected="layers of normjax",
+            got=f"{paths[int(report.foreign.argmax())]}, which another library's layer keeps, or which lost its "
+            f"{POPULATION!r} leaf on the way",
+            fix="Use nj.batch_norm, nj.linen.BatchNorm or nj.nnx.BatchNorm, and hand each layer its whole sub-tree",
+        )

@@ -1,0 +1,115 @@
+"""Statistics of a population, added up over its batches by the layers that see them.
+
+A layer's `batch_stats` may hold one more leaf, `population`. Whoever puts it there (`normjax.recalibrate`) asks the layer
+to add the moments of each batch to it, and to leave its running mean and variance alone. So the request travels with
+the variables, through every transformation of JAX and Flax that they travel through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Inexact
+
+from normjax._typing import promote
+from normjax.statistics.reduction import Moments, abs2
+
+POPULATION = "population"
+Estimate = Literal["merged", "averaged"]
+
+
+class Sums(NamedTuple):
+    """What is added up: weighted means and variances, and their weights; each `(*features)`."""
+
+    mean_weight: Array
+    mean: Array
+    var_weight: Array
+    var: Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["shift", "sums", "lost"],
+    meta_fields=["estimate", "layer_by_layer"],
+)
+@dataclass(frozen=True)
+class Population:
+    """The statistics of all batches so far, in memory that does not depend on their number.
+
+    Attributes:
+      shift: the first batch's mean, which the others are taken relative to, `(*features)`.
+      sums: as rounded.
+      lost: what was lost in rounding them.
+      estimate: "merged": of all elements together; "averaged": the mean of the batches' means and unbiased variances.
+      layer_by_layer: whether the layer normalizes by its running statistics meanwhile, instead of the batch's.
+    """
+
+    shift: Inexact[Array, "*features"]
+    sums: Sums
+    lost: Sums
+    estimate: Estimate
+    layer_by_layer: bool
+
+    def add(self, moments: Moments, *, unbiased: bool) -> Population:
+        """Adds a batch; `unbiased` says which variance "merged" is to find in the end."""
+        dtype, real = self._dtypes(moments)
+        n, mean, var = moments.count, moments.mean.astype(dtype), moments.var.astype(real)
+        n = jnp.broadcast_to(jnp.asarray(n).astype(real), var.shape)
+        first = (n > 0) & (self.sums.mean_weight == 0)
+        shift = jnp.where(first, mean, self.shift.astype(dtype))
+        apart = jnp.where(n > 0, mean - shift, 0)
+        if self.estimate == "merged":
+            freedom = n - (first if unbiased else jnp.zeros_like(first)).astype(real)
+            amounts = Sums(n, n.astype(dtype) * apart, freedom, n * (var + abs2(apart)))
+        else:
+            several = n > 1
+            unbiased_var = jnp.where(several, var * (n / jnp.maximum(n - 1, 1)), 0)
+            amounts = Sums((n > 0).astype(real), apart, several.astype(real), unbiased_var)
+        before = self.sums._replace(mean=self.sums.mean.astype(dtype))
+        sums = Sums(*map(jnp.add, before, amounts))
+        lost = Sums(*map(_lost, before, amounts, sums, self.lost))
+        return replace(self, shift=shift, sums=sums, lost=lost)
+
+    def statistics(self) -> tuple[Array, Array]:
+        """Returns the mean and the variance of the population; of features without elements they mean nothing."""
+        weight, mean, freedom, var = map(jnp.add, self.sums, self.lost)
+        offset = mean / jnp.maximum(weight, 1).astype(mean.dtype)
+        if self.estimate == "merged":
+            var = jnp.maximum(var - weight * abs2(offset), 0)
+        return self.shift + offset, var / jnp.maximum(freedom, 1)
+
+    @property
+    def seen(self) -> tuple[Bool[Array, "*features"], Bool[Array, "*features"]]:
+        """Of which features there is a mean, and of which a variance."""
+        return self.sums.mean_weight > 0, self.sums.var_weight > 0
+
+    def _dtypes(self, moments: Moments) -> tuple[Any, Any]:
+        """Those of the sums: as they are, but that they turn complex with x."""
+        dtype = self.shift.dtype
+        if jnp.iscomplexobj(moments.mean):
+            dtype = promote(dtype, jnp.complex64)
+        return dtype, jnp.finfo(dtype).dtype
+
+
+def empty_population(batch_stats: Mapping[str, Array], estimate: Estimate, layer_by_layer: bool) -> Population:
+    """Returns the population of no batches yet, in at least float32, laid out over devices as `batch_stats` are."""
+    mean = jnp.zeros_like(batch_stats["mean"], promote(jnp.asarray(batch_stats["mean"]).dtype, jnp.float32))
+    var = jnp.zeros_like(batch_stats["var"], jnp.finfo(mean.dtype).dtype)
+    sums = Sums(var, mean, var, var)
+    return Population(mean, sums, sums, estimate, layer_by_layer)
+
+
+def is_layer_by_layer(batch_stats: Mapping[str, Any]) -> bool:
+    """Whether a layer is to normalize by its running statistics, and collect those of its input all the same."""
+    return POPULATION in batch_stats and batch_stats[POPULATION].layer_by_layer
+
+
+def _lost(before: Array, amount: Array, after: Array, lost: Array) -> Array:
+    """Adds what `before + amount = after` lost in rounding (Knuth's TwoSum)."""
+    added = after - before
+    return lost + ((before - (after - added)) + (amount - added))

@@ -1,0 +1,220 @@
+"""Population statistics over a stream of batches, in place of running ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from normjax import _checks
+from normjax.statistics.models import FUNCTION, STATISTICS, Layer, Layers, Model, open_model
+from normjax.statistics.passes import Step, compile_step, one_pass
+from normjax.statistics.population import POPULATION, Estimate, empty_population
+from normjax.statistics.reduction import abs2
+
+Variables = TypeVar("Variables")
+Batch = TypeVar("Batch")
+
+# Layer by layer is done when another pass moves no mean by more than this much of a deviation, and no variance by more
+# than this much of itself: what the library promises of a variance.
+TOLERANCE, EPSILON = 1e-5, 1e-5
+
+
+def recalibrate(
+    apply_fn: Callable[[Variables, Batch], Any],
+    variables: Variables,
+    batches: Iterable[Batch],
+    *,
+    estimate: Estimate = "merged",
+    layer_by_layer: bool = False,
+    progress: bool = False,
+) -> Variables:
+    r"""Replaces running statistics by those of a population, seen batch by batch.
+
+    Running statistics trail the weights that they were collected under. Call it where those are not the weights, or the
+    data, of inference: after averaging weights (EMA, SWA, schedule-free), for data from another domain, after training
+    with small batches or too much momentum. With `n_b` elements, mean `\mu_b` and biased variance `\sigma_b^2` of a
+    feature in batch b, "merged" finds the moments of all elements together, and "averaged" is the paper's Algorithm 2:
+
+    .. math:: \mu = \frac{\sum_b n_b \mu_b}{\sum_b n_b}, \qquad
+              \sigma^2 = \frac{\sum_b n_b (\sigma_b^2 + |\mu_b - \mu|^2)}{\sum_b n_b}
+
+    .. math:: \mu = \operatorname{mean}_b \mu_b, \qquad
+              \sigma^2 = \operatorname{mean}_b \frac{n_b}{n_b - 1} \sigma_b^2
+
+    All at once, each layer sees what the layers before it make of a batch *by that batch's statistics*, as in training:
+    one pass over the batches. Layer by layer, it sees what they make of it by the new statistics, as at inference: one
+    pass more than there are layers behind one another. Where batches are large, the two hardly differ.
+
+    Args:
+      apply_fn: `apply_fn(variables, batch)` does a forward pass in training mode. It returns `(anything, batch_stats)`,
+        as a functional model does, or what linen's `apply(..., mutable=["batch_stats"])` returns; of an nnx module,
+        whatever it likes. It is compiled, once for each function: what it closes over is a constant.
+      variables: `{"params": ..., "batch_stats": ...}` (all collections of linen), the pair `(params, batch_stats)`,
+        batch_stats alone, or a `flax.nnx.Module` in training mode.
+      batches: arrays, or trees of them, as `apply_fn` takes them; the last may be smaller. Sharded ones are one batch.
+      estimate: "merged" or "averaged". The former's variance is biased or not as the layers' `running_var` says.
+      layer_by_layer: see above. `batches` is gone through several times: a list, not a generator. Here `apply_fn` may
+        run in inference mode too, which leaves dropout out.
+      progress: whether to show a bar; it needs `rich`.
+
+    Returns:
+      The variables with new statistics in the dtypes of the old, and all else as it was; an nnx module is updated
+      itself, when all is done, and returned. Everything is added up in float32 or wider, with what rounding loses, so
+      that the number of batches costs neither memory nor digits. A cumulative layer's `count` is that of the batches.
+      Layers that do not train (`frozen`), or that no element reaches, keep their statistics; batch renorm is taken for
+      batch norm, since its correction goes by the statistics that are to be replaced.
+
+    Raises:
+      ValueError, TypeError: for a model without batch statistics, or whose layers do not update or are not normjax's;
+        no batches, or a generator layer by layer; statistics that are not finite, with their path and batch.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> params, batch_stats = nj.batch_norm_init(1)
+      >>> batches = [jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [7.0]])]
+      >>> apply_fn = lambda variables, x: nj.batch_norm(*variables, x, train=True)
+      >>> params, batch_stats = nj.recalibrate(apply_fn, (params, batch_stats), batches)
+      >>> print(batch_stats["mean"], batch_stats["var"])
+      [4.] [5.]
+
+    References:
+      Ioffe & Szegedy, "Batch Normalization" (2015), Algorithm 2. After averaging weights: Izmailov et al., "Averaging
+      Weights Leads to Wider Optima and Better Generalization" (2018), section 3.1. Wu & Johnson, "Rethinking 'Batch' in
+      BatchNorm" (2021), section 3. Layer by layer is exact where theirs and the paper's is not.
+    """
+    _checks.choice(FUNCTION, "estimate", estimate, get_args(Estimate))
+    _check_batches(batches, layer_by_layer)
+    model = open_model(variables)
+    _refuse_non_finite_start(model.layers)
+    step = compile_step(apply_fn, model)
+    with _Bar(progress) as bar:
+        if not layer_by_layer:
+            start = _with_empty_populations(model.layers, estimate, layer_by_layer=False)
+            return model.finish(_settle(one_pass(step, model, start, bar(batches))))
+        return model.finish(_fixed_point(step, model, batches, estimate, bar))
+
+
+def _fixed_point(step: Step, model: Model, batches: Iterable[Any], estimate: Estimate, bar: Callable) -> Layers:
+    """Repeats passes, each of which normalizes by the statistics of the last, until they stay as they are."""
+    layers = model.layers
+    # Right after pass k are the first k layers behind one another, stacked ones (of a scan) included.
+    passes = 2 + sum(math.prod(jnp.shape(layer["var"])[:-1]) for layer in layers.values())
+    unsettled = ""
+    for index in range(passes):
+        start = _with_empty_populations(layers, estimate, layer_by_layer=True)
+        new = _settle(one_pass(step, model, start, bar(batches, index)))
+        still = {path: bool(_is_settled(layers[path], new[path])) for path in layers}
+        layers = new
+        if all(still.values()):
+            return layers
+        unsettled = next(path for path in still if not still[path])
+    _checks.refuse(
+        FUNCTION,
+        "the statistics do not settle",
+        expected=f"no change after {passes} passes for {len(layers)} layer(s)",
+        got=f"{unsettled}, which changes still",
+        fix="Where the input of a layer depends on its own output, or batches differ from pass to pass, there may be "
+        "no such statistics: use layer_by_layer=False",
+    )
+
+
+def _with_empty_populations(layers: Layers, estimate: Estimate, *, layer_by_layer: bool) -> Layers:
+    return {
+        path: layer | {POPULATION: empty_population(layer, estimate, layer_by_layer)} for path, layer in layers.items()
+    }
+
+
+@jax.jit
+def _settle(layers: Layers) -> Layers:
+    """Returns the layers with what their populations say; features that were not seen keep what they have."""
+    settled = {}
+    for path, layer in layers.items():
+        found = zip(STATISTICS, layer[POPULATION].statistics(), layer[POPULATION].seen, strict=True)
+        new = {leaf: jnp.where(seen, value.astype(layer[leaf].dtype), layer[leaf]) for leaf, value, seen in found}
+        settled[path] = {leaf: value for leaf, value in (layer | new).items() if leaf != POPULATION}
+    return settled
+
+
+@jax.jit
+def _is_settled(old: Layer, new: Layer) -> Bool[Array, ""]:
+    """Whether nothing moved, to the tolerance and the rounding of the means."""
+    mean, var = new["mean"], new["var"] + EPSILON
+    rounding = 4 * jnp.finfo(mean.dtype).eps * jnp.abs(mean)
+    still = jnp.sqrt(abs2(mean - old["mean"].astype(mean.dtype))) <= TOLERANCE * jnp.sqrt(var) + rounding
+    return jnp.all(still) & jnp.all(jnp.abs(new["var"] - old["var"]) <= TOLERANCE * var)
+
+
+def _refuse_non_finite_start(layers: Layers) -> None:
+    for path, layer in layers.items():
+        for leaf in STATISTICS:
+            if not bool(jnp.all(jnp.isfinite(layer[leaf]))):
+                _checks.refuse(
+                    FUNCTION,
+                    "the running statistics to start from are not finite",
+                    expected="finite ones, which features that no element reaches keep",
+                    got=f"NaN or infinity in {path}[{leaf!r}]",
+                    fix="Start from new ones: mean 0, variance 1",
+                )
+
+
+def _check_batches(batches: Any, layer_by_layer: bool) -> None:
+    if not isinstance(batches, Iterable) or hasattr(batches, "dtype"):
+        _checks.refuse(
+            FUNCTION,
+            "batches is not an iterable of batches",
+            expected="a list, a generator or a data loader",
+            got=f"{type(batches).__name__}",
+            fix="Pass [batch] for a single one, list(batches) for stacked ones",
+            kind=TypeError,
+        )
+    if layer_by_layer and isinstance(batches, Iterator):
+        _checks.refuse(
+            FUNCTION,
+            "layer by layer goes through the batches several times, and these can be had once",
+            expected="an iterable that starts anew each time, such as a list or a data loader",
+            got=f"a {type(batches).__name__}",
+            fix="Pass list(batches) if they fit into memory, or an object whose __iter__ makes a new generator",
+            kind=TypeError,
+        )
+
+
+class _Bar:
+    """A progress bar, where one is asked for: `bar(batches)` goes through the batches and shows how many are done."""
+
+    def __init__(self, shown: bool):
+        self.progress = _progress() if shown else None
+
+    def __enter__(self) -> _Bar:
+        if self.progress is not None:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def __call__(self, batches: Iterable[Any], index: int | None = None) -> Iterable[Any]:
+        if self.progress is None:
+            return batches
+        title = FUNCTION if index is None else f"{FUNCTION}, pass {index + 1}"
+        return self.progress.track(batches, description=title)
+
+
+def _progress() -> Any:
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        _checks.refuse(
+            FUNCTION,
+            "progress=True shows a bar of rich, which is not installed",
+            expected="rich",
+            got="no module of that name",
+            fix="pip install rich, or pass progress=False",
+            kind=ImportError,
+        )
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
