@@ -146,7 +146,7 @@ def _batch_stats_of(variables: Any) -> Any:
 def _replaced(variables: Any, layers: Layers) -> Any:
     """Returns the variables with these layers in place of those of the same paths."""
     if isinstance(variables, Mapping) and "batch_stats" in variables:
-        return type(variables)({**variables, "batch_stats": _replaced_in(variables["batch_stats"], layers)})
+        return _updated(variables, {"batch_stats": _replaced_in(variables["batch_stats"], layers)})
     if _is_pair(variables):
         return variables[0], _replaced_in(variables[1], layers)
     return _replaced_in(variables, layers)
@@ -154,10 +154,14 @@ def _replaced(variables: Any, layers: Layers) -> Any:
 
 def _replaced_in(batch_stats: Any, layers: Layers) -> Any:
     def replaced(path: tuple, node: Any) -> Any:
-        kind: Any = type(node)
-        return kind({**node, **layers[_name(path)]}) if _is_layer(node) else node
+        return _updated(node, layers[_name(path)]) if _is_layer(node) else node
 
     return jax.tree.map_with_path(replaced, batch_stats, is_leaf=_is_layer)
+
+
+def _updated(mapping: Mapping, new: Mapping) -> Any:
+    kind: Any = type(mapping)  # Flax's FrozenDict, too
+    return kind({**mapping, **new})
 
 
 def _layers_in(batch_stats: Any) -> Layers:

@@ -1,8 +1,8 @@
 """Statistics of a population, added up over its batches by the layers that see them.
 
-A layer's `batch_stats` may hold one more leaf, `population`. Whoever puts it there (`normjax.recalibrate`) asks the layer
-to add the moments of each batch to it, and to leave its running mean and variance alone. So the request travels with
-the variables, through every transformation of JAX and Flax that they travel through.
+A layer's `batch_stats` may hold one more leaf, `population`. Whoever puts it there (`normjax.recalibrate`) asks the
+layer to add the moments of each batch to it, and to leave its running mean and variance alone. So the request travels
+with the variables, through every transformation of JAX and Flax that they travel through.
 """
 
 from __future__ import annotations
