@@ -16,7 +16,7 @@ import normjax as nj
 from tests.compare import assert_close, assert_identical, assert_trees_close
 from tests.statistics.populations import PROMISED, ROUNDED, in_float64, init, make, merged, network
 
-pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
+pytestmark = [pytest.mark.usefixtures("promotion_as_in_flax"), pytest.mark.slow]
 SETTINGS = [{}, {"estimate": "averaged"}, {"layer_by_layer": True}]
 
 
@@ -178,7 +178,7 @@ def test_nnx_layers_stacked_by_vmap(rng):
     def stacked(rngs):
         return nj.nnx.BatchNorm(3, rngs=rngs)
 
-    model = stacked(nnx.Rngs(0).fork(split=2))
+    model = stacked(nnx.Rngs(0).split(2))
     both = nnx.vmap(lambda norm, x: norm(x), in_axes=(0, 0))
     nj.recalibrate(lambda model, x: both(model, jnp.stack([x, 2 * x])), model, batches)
     assert_close(model.var[...], np.stack([merged(batches)["var"], 4 * merged(batches)["var"]]), **PROMISED)
