@@ -109,7 +109,7 @@ def write_panels(
 ) -> None:
     """Draws curves of accuracy against steps, a panel for each group of them; a caption says what to see.
 
-    A curve of the same name is drawn alike in all panels.
+    A curve of the same name is drawn alike in all panels; there is a legend where new names come.
     """
     rows = -(-len(panels) // 2)
     figure, grid = plt.subplots(
@@ -121,9 +121,11 @@ def write_panels(
         for name, (steps, values) in curves.items():
             axes.plot(steps, [100 * value for value in values], **styles[name], linewidth=1.4, label=name)
         _dress(axes, heading, xscale)
+        first = next(iter(panels.values()))
+        if curves is first or not curves.keys() <= first.keys():
+            axes.legend(loc="lower right" if curves is first else "best", fontsize="small")
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    grid[0, 0].legend(loc="lower right", fontsize="small")
     figure.suptitle(title)
     figure.supylabel(ylabel, fontsize="medium")
     figure.supxlabel(f"training steps\n\n{textwrap.fill(caption, 115)}", fontsize="small")

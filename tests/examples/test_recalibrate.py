@@ -1,0 +1,84 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import recalibration
+from recalibrate import main, parse
+
+from tests.compare import assert_close, assert_trees_close
+
+
+@pytest.fixture
+def trainer(rng):
+    options = parse(["--batch-size", "4", "--steps", "3", "--eval-every", "2", "--calibrate", "150", "--ema", "10"])
+    pixels, labels = rng.integers(0, 17, (200, 4, 4, 1)).astype(np.uint8), rng.integers(0, 10, 200)
+    made = {
+        name: recalibration.examples(pixels, labels, 16, shift, 0)
+        for name, shift in (("as they are", None), ("faint", "faint"))
+    }
+    return recalibration.Trainer(made, made, options)
+
+
+def test_shifted_images_show_the_same(rng):
+    pixels = rng.integers(0, 17, (3, 8, 8, 1)).astype(np.uint8)
+    plain, faint = (recalibration.examples(pixels, np.arange(3), 16, shift, 0) for shift in (None, "faint"))
+    assert_close(plain.images, pixels / 16, atol=1e-6)
+    assert plain.images.shape == faint.images.shape and faint.labels.tolist() == [0, 1, 2]
+    assert np.corrcoef(plain.images.ravel(), faint.images.ravel())[0, 1] > 0.4
+
+
+def test_the_average_is_that_of_weights_and_statistics(trainer):
+    start, images = trainer._init(0), trainer.train["as they are"]
+    rows = next(trainer._batches(0))
+    one = trainer._steps(start, images, rows[:1])
+    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, start.average, (one.params, one.batch_stats))
+    assert_trees_close(one.average, expected, rtol=1e-5, atol=1e-6)
+    assert rows.shape == (2, 4)
+
+
+def test_accuracies_are_those_of_the_test_images(trainer):
+    state, test = trainer._init(0), trainer.test["faint"]
+    logits, _ = trainer.network.apply(state.params, state.batch_stats, test.images, False)
+    expected = jnp.mean(logits.argmax(-1) == test.labels)
+    assert_close(trainer.evaluate(state, {})["faint / trained / running"], expected, atol=1e-6)
+
+
+def test_calibration_images_come_in_batches_the_last_of_them_smaller(trainer):
+    assert [len(batch) for batch in trainer._calibration("faint")] == [100, 50]
+
+
+def test_each_line_is_evaluated_after_every_so_many_steps(trainer):
+    run = trainer.run(0, lambda steps, accuracy: None)
+    assert run.steps == [2, 3]
+    lines = [("as they are", *which) for which in recalibration.AS_THEY_ARE.values()]
+    lines += [("faint", *which) for which in recalibration.SHIFTED.values()]
+    assert set(run.curves) == {recalibration.key(*line) for line in lines}
+    assert all(len(curve) == 2 for curve in run.curves.values())
+
+
+@pytest.mark.slow
+def test_end_to_end(tmp_path, capsys):
+    arguments = ["--steps", "200", "--eval-every", "100", "--seeds", "1", "--ema", "100", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    content = json.loads((tmp_path / "recalibrate.json").read_text())
+    assert content["status"] == "finished"
+    (run,) = content["runs"]
+    assert run["steps"] == [100, 200]
+    last = run["last"]
+    for way in recalibration.WAYS:
+        assert last[f"as they are / EMA / {way}"] > 0.9
+        assert last[f"faint / trained / {way}"] > last["faint / trained / running"] + 0.3
+    assert run["curves"]["as they are / EMA / recalibrated"][0] > run["curves"]["as they are / EMA / running"][0] + 0.05
+    assert (tmp_path / "recalibrate.png").read_bytes().startswith(b"\x89PNG")
+    assert "layer by layer" in capsys.readouterr().out
+
+
+def test_mistakes_get_one_line(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        parse(["--calibrate", "0"])
+    error = capsys.readouterr().err
+    assert "--calibrate: expected a positive integer, got '0'" in error and error.count("\n") == 1
+    assert main(["--data", "mnist", "--data-dir", str(tmp_path / "nowhere")]) == 1
+    assert "not found" in capsys.readouterr().err
