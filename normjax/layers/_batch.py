@@ -119,14 +119,17 @@ def _train(
     if size is not None:
         x, mask, params, axes = cut(x, mask, params, axes, size)
     wide = widen(x)
-    seen = safe_moments(x, wide, axes, shift=batch_stats["mean"], mask=mask, sharing=plan.sharing, epsilon=plan.epsilon)
+    # Statistics of a population owe nothing to those that they are to replace, to the last bit.
+    collecting = POPULATION in batch_stats
+    shift = None if collecting else batch_stats["mean"]
+    seen = safe_moments(x, wide, axes, shift=shift, mask=mask, sharing=plan.sharing, epsilon=plan.epsilon)
     if mask is not None:
         population = batch_stats["var"].astype(seen.var.dtype)
         seen = seen._replace(var=jnp.where(jnp.asarray(seen.count) > 0, seen.var, population))
     mean, var = (jnp.expand_dims(statistic, axes) for statistic in (seen.mean, seen.var))
     if is_layer_by_layer(batch_stats):
         mean, var = _running(batch_stats, plan)
-    elif limits is not None and POPULATION not in batch_stats:  # else: statistics that are about to be replaced
+    elif limits is not None and not collecting:
         running = _running(batch_stats, plan)
         params = corrected(params, (mean, var), running, limits, plan.epsilon)
     y = normalize(wide, mean, var, params, mask=mask, epsilon=plan.epsilon)

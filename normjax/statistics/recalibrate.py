@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Float
 
 from normjax import _checks
 from normjax.statistics.models import FUNCTION, STATISTICS, Layer, Layers, Model, open_model
@@ -19,9 +19,11 @@ from normjax.statistics.reduction import abs2
 Variables = TypeVar("Variables")
 Batch = TypeVar("Batch")
 
-# Layer by layer is done when another pass moves no mean by more than this much of a deviation, and no variance by more
-# than this much of itself: what the library promises of a variance.
-TOLERANCE, EPSILON = 1e-5, 1e-5
+# Layer by layer is done when a pass moves no mean by more than this much of a deviation, and no variance by more than
+# this much of itself: what the library promises of a variance. Devices that do not add up in the same order each time
+# may never get there, but stay far below the other, which means that passes lead nowhere.
+SETTLED, ADRIFT = 1e-5, 1e-2
+EPSILON = 1e-5
 
 
 def recalibrate(
@@ -104,23 +106,25 @@ def _fixed_point(step: Step, model: Model, batches: Iterable[Any], estimate: Est
     layers = model.layers
     # Right after pass k are the first k layers behind one another, stacked ones (of a scan) included.
     passes = 2 + sum(math.prod(jnp.shape(layer["var"])[:-1]) for layer in layers.values())
-    unsettled = ""
+    movement: dict[str, float] = {}
     for index in range(passes):
         start = _with_empty_populations(layers, estimate, layer_by_layer=True)
         new = _settle(one_pass(step, model, start, bar(batches, index)))
-        still = {path: bool(_is_settled(layers[path], new[path])) for path in layers}
+        movement = {path: float(_movement(layers[path], new[path])) for path in layers}
         layers = new
-        if all(still.values()):
+        if max(movement.values()) <= SETTLED:
             return layers
-        unsettled = next(path for path in still if not still[path])
-    _checks.refuse(
-        FUNCTION,
-        "the statistics do not settle",
-        expected=f"no change after {passes} passes for {len(layers)} layer(s)",
-        got=f"{unsettled}, which changes still",
-        fix="Where the input of a layer depends on its own output, or batches differ from pass to pass, there may be "
-        "no such statistics: use layer_by_layer=False",
-    )
+    worst = max(movement, key=lambda path: movement[path])
+    if movement[worst] > ADRIFT:
+        _checks.refuse(
+            FUNCTION,
+            "the statistics do not settle",
+            expected=f"no change after {passes} passes for {len(layers)} layer(s)",
+            got=f"{worst}, which still changes by {movement[worst]:.1%}",
+            fix="Where a layer's input depends on its own output, or batches differ from pass to pass, there may be no "
+            "such statistics: use layer_by_layer=False",
+        )
+    return layers
 
 
 def _with_empty_populations(layers: Layers, estimate: Estimate, *, layer_by_layer: bool) -> Layers:
@@ -141,12 +145,11 @@ def _settle(layers: Layers) -> Layers:
 
 
 @jax.jit
-def _is_settled(old: Layer, new: Layer) -> Bool[Array, ""]:
-    """Whether nothing moved, to the tolerance and the rounding of the means."""
-    mean, var = new["mean"], new["var"] + EPSILON
-    rounding = 4 * jnp.finfo(mean.dtype).eps * jnp.abs(mean)
-    still = jnp.sqrt(abs2(mean - old["mean"].astype(mean.dtype))) <= TOLERANCE * jnp.sqrt(var) + rounding
-    return jnp.all(still) & jnp.all(jnp.abs(new["var"] - old["var"]) <= TOLERANCE * var)
+def _movement(old: Layer, new: Layer) -> Float[Array, ""]:
+    """Returns how far the layer's statistics moved: means in deviations, variances in parts of themselves."""
+    var = new["var"] + EPSILON
+    mean_moved = jnp.sqrt(abs2(new["mean"] - old["mean"].astype(new["mean"].dtype)) / var)
+    return jnp.maximum(jnp.max(mean_moved), jnp.max(jnp.abs(new["var"] - old["var"]) / var))
 
 
 def _refuse_non_finite_start(layers: Layers) -> None:
