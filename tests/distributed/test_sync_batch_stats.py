@@ -12,8 +12,7 @@ from jax.sharding import PartitionSpec
 
 import normjax as nj
 from tests.compare import assert_close, assert_same_kind, assert_trees_close
-from tests.distributed.hlo import collectives
-from tests.distributed.mapped import DEVICES, mesh
+from tests.distributed.mapped import DEVICES, collectives, mesh
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec("data")
 
