@@ -118,7 +118,7 @@ def test_the_program_of_a_device_does_not_grow_with_their_number():
     """Lowered for an abstract mesh, no device needed: 4,096 devices run what 8 do, but for the numbers in it."""
     texts = {}
     for devices in (8, 4096):
-        abstract = jax.sharding.AbstractMesh((devices,), ("data",))
+        abstract = jax.sharding.AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
         params, batch_stats = jax.eval_shape(partial(nj.batch_norm_init, FEATURES))
         mapped = jax.shard_map(
             partial(backward, axis_name="data", mask=None),
