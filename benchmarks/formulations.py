@@ -20,29 +20,20 @@ import json
 import os
 import pathlib
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-for name, value in {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}.items():
-    os.environ.setdefault(name, value)
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tpu
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import jax  # noqa: E402 (the platform is chosen before JAX starts)
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax import lax  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
-
-import normjax as nj  # noqa: E402
+import normjax as nj
 
 AXES, EPSILON = (0, 1, 2), 1e-5
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -193,10 +184,7 @@ def shapes(batch: int, size: int, channels: int, dtype, whole=None, split=None) 
 
 
 def compiled_figures(args: argparse.Namespace, dtype) -> list[dict]:
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(args.tpu, platform="tpu").devices[: args.chips]
-    mesh = Mesh(np.array(devices), ("data",))
+    mesh = Mesh(np.array(tpu.devices(args.tpu)[: args.chips]), ("data",))
     whole, split = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), ("data",)))
     operands = shapes(args.batch * args.chips, args.size, args.channels, dtype, whole, split)
     rows = []
@@ -210,7 +198,7 @@ def compiled_figures(args: argparse.Namespace, dtype) -> list[dict]:
                     "dtype": jnp.dtype(dtype).name,
                     "bytes": compiled.cost_analysis()["bytes accessed"],
                     "temporary bytes": compiled.memory_analysis().temp_size_in_bytes,
-                    "all-reduces": len(re.findall(r"all-reduce(?:-start)?\(", compiled.as_text())),
+                    "all-reduces": len(hlo.collectives(compiled)),
                 }
             )
     return rows
@@ -260,6 +248,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=21)
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     figures = compiled_figures if args.tpu else timed_figures
     rows = [row for dtype in (jnp.bfloat16, jnp.float32) for row in figures(args, dtype)]
     print_table(rows, ["bytes", "temporary bytes", "all-reduces"] if args.tpu else ["ms"])

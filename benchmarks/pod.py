@@ -11,35 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import re
 import sys
 import time
 from functools import partial
 from typing import Any
 
-os.environ.update(
-    JAX_PLATFORMS="cpu",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_ACCELERATOR_TYPE="v5litepod-8",
-    TPU_WORKER_HOSTNAMES="localhost",
-    TPU_WORKER_ID="0",
-)
+import flax.linen as nn
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tpu
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import flax.linen as nn  # noqa: E402 (libtpu is told of its topology before JAX starts)
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
-
-import normjax as nj  # noqa: E402
-
-COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
-BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
+import normjax as nj
 
 
 class Bottleneck(nn.Module):
@@ -133,38 +120,17 @@ def compile_step(batch_norm: Any, mesh: Mesh, per_chip: int, group: int) -> dict
 
 def costs(compiled: Any) -> dict[str, Any]:
     """Collectives (those in branches apart), bytes accessed and memory, of one chip."""
-    found = collectives(compiled.as_text())
-    usual = [shape for shape, _, waiting in found if not waiting]
+    found = hlo.collectives(compiled)
+    usual = [collective for collective in found if not collective.in_branch]
     memory = compiled.memory_analysis()
     return {
         "collectives": len(usual),
-        "collective_bytes": sum(map(size, usual)),
+        "collective_bytes": sum(collective.bytes for collective in usual),
         "collectives_in_branches": len(found) - len(usual),
         "bytes_accessed": compiled.cost_analysis()["bytes accessed"],
         "temporary_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
     }
-
-
-def collectives(text: str) -> list[tuple[str, str, bool]]:
-    """Shape and kind of each collective, and whether it is in some branch of a conditional."""
-    parts = re.split(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{$", text, flags=re.MULTILINE)
-    bodies = dict(zip(parts[1::2], parts[2::2], strict=True))
-    waiting = {
-        name
-        for body in bodies.values()
-        for names in re.findall(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))", body)
-        for name in re.findall(r"[\w.\-]+", " ".join(names))
-    }
-    return [(*match, name in waiting) for name, body in bodies.items() for match in COLLECTIVE.findall(body)]
-
-
-def size(shape: str) -> int:
-    """The bytes of an HLO shape, tuples included."""
-    return sum(
-        BYTES[kind] * int(np.prod([int(n) for n in dims.split(",") if n] or [1]))
-        for kind, dims in re.findall(r"(f32|bf16|s32|u32|pred)\[([\d,]*)\]", shape)
-    )
 
 
 def main() -> None:
@@ -175,7 +141,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128, help="examples that share statistics")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
-    devices = topologies.get_topology_desc(options.topology, platform="tpu").devices
+    devices = tpu.devices(options.topology)
     mesh = Mesh(np.array(devices), ("data",))
     results: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),

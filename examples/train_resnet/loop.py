@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
-from typing import Any
 
 import jax
 import numpy as np
@@ -45,6 +46,24 @@ def run(options: Options, stop: Stop) -> int:
     return 0 if finished else stop.status
 
 
+class _Dispatched:
+    """A step that devices have been given, its results, and when they were first seen to be there."""
+
+    def __init__(self, step: int, sums: dict[str, jax.Array]):
+        self.step, self._sums, self.finished = step, sums, math.inf
+
+    def look(self, now: float) -> None:
+        """Notes the time if the results are there. A CPU may have them at once, long before they are read."""
+        if self.finished == math.inf and all(value.is_ready() for value in self._sums.values()):  # pyright: ignore
+            self.finished = now
+
+    def values(self) -> dict[str, float]:
+        """Waits for the results and returns them."""
+        jax.block_until_ready(self._sums)
+        self.look(time.perf_counter())
+        return {name: float(value) for name, value in self._sums.items()}
+
+
 class Run:
     """One run, from its newest checkpoint on."""
 
@@ -56,7 +75,7 @@ class Run:
         self.rate = learning_rate(options, steps)
         first = jax.process_index() == 0
         self.metrics = Metrics(options.out, steps, self.start, options.batch_size, first)
-        self.pending: deque[tuple[int, Any]] = deque()
+        self.pending: deque[_Dispatched] = deque()
         self.stopped = False
 
     def train(self) -> bool:
@@ -69,7 +88,10 @@ class Run:
         for batch in loaded:
             state, sums = self.program.train(state, self.program.place(batch | {"stop": self._votes()}))
             step, position = step + 1, position + size
-            self.pending.append((step, sums))
+            self.pending.append(_Dispatched(step, sums))
+            now = time.perf_counter()
+            for dispatched in self.pending:
+                dispatched.look(now)
             self._read(LAG)
             self._between(state, step, position)
             if self.stopped:
@@ -92,12 +114,12 @@ class Run:
     def _read(self, lag: int) -> None:
         """Reads the results of all but the last `lag` steps, and whether one of them says to stop."""
         while len(self.pending) > lag:
-            step, sums = self.pending.popleft()
-            values = {name: float(value) for name, value in sums.items()}
+            dispatched = self.pending.popleft()
+            step, values = dispatched.step, dispatched.values()
             self.stopped |= values.pop("stop") > 0
             if step % self.options.log_every == 0 or step == self.steps:
                 rate = float(np.asarray(self.rate(step - 1)))
-                self.metrics.trained(step, values | {"learning_rate": rate})
+                self.metrics.trained(step, values | {"learning_rate": rate}, dispatched.finished)
 
     def _between(self, state: State, step: int, position: int) -> None:
         """What is to do after some steps: an evaluation, a checkpoint."""

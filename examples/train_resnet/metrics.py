@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,15 @@ class Metrics:
         self.progress.start()
         self.last: tuple[int, float] | None = None
 
-    def trained(self, step: int, values: dict[str, float]) -> None:
-        """Reports a step of training, with the images per second since the last one reported."""
+    def trained(self, step: int, values: dict[str, float], finished: float) -> None:
+        """Reports a step of training that was finished at that time, and the images per second since the last one."""
         if not self.active:
             return
-        now = time.perf_counter()
-        if self.last is not None:
-            values["images_per_second"] = (step - self.last[0]) * self.batch_size / (now - self.last[1])
-        self.last = step, now
+        if self.last is None:
+            self.last = step, finished
+        elif finished > self.last[1]:  # else both were seen to be finished at once, and nothing is known of the second
+            values["images_per_second"] = (step - self.last[0]) * self.batch_size / (finished - self.last[1])
+            self.last = step, finished
         self._write(step, "train", values)
         shown = f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.1%}"
         if "images_per_second" in values:

@@ -79,6 +79,8 @@ def parse(arguments: Sequence[str], description: str | None) -> Options:
     apart = [given[name] is None for name in ("coordinator", "process_count", "process_index")]
     if any(apart) and not all(apart):
         parser.error("--coordinator, --process-count and --process-index go together")
+    if not any(apart) and not 0 <= given["process_index"] < given["process_count"]:
+        parser.error(f"--process-index {given['process_index']} is not one of 0 to {given['process_count'] - 1}")
     if given["image_size"] is None:
         given["image_size"] = 224 if given["data"] == "folder" else 32
     if given["learning_rate"] is None:

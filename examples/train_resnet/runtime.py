@@ -28,6 +28,7 @@ MISTAKE, LOST = 2, 3  # exit statuses
 ROOM = 8192  # bytes of what a process tells the others at the start
 ENDED = "was ended, by JAX's runtime as another process is gone (then it says so above), or by a signal"
 UNANSWERED = "stopped, as devices of another process do not answer, which may have died"
+APART = "not so; all processes need the same --coordinator and --process-count, and a --process-index of their own"
 AGAIN = "Start all processes again with the same command to go on from the last checkpoint"
 START = 60  # seconds that processes wait for each other at the start
 
@@ -120,13 +121,15 @@ def connect(options: Options) -> None:
         jax.distributed.initialize, initialization_timeout=START, heartbeat_timeout_seconds=options.heartbeat
     )
     if options.coordinator is not None:
-        # JAX ends the process by itself, with a stack trace, if others do not come; so say first what is awaited.
         where = f"process {options.process_index} of {options.process_count} meets the others at {options.coordinator}"
         print(f"train_resnet: {where} within {START} seconds", file=sys.stderr, flush=True)
+        words = LastWords(f"{where}: {APART}")
         try:
             join(options.coordinator, options.process_count, options.process_index)
         except (RuntimeError, ValueError) as error:
+            words.take_back()
             _leave(LOST, f"no connection to the coordinator, {options.coordinator}: {_first_line(error)}")
+        words.take_back()
     elif options.distributed and options.devices is None:
         try:
             join()
@@ -148,7 +151,8 @@ def mesh() -> Mesh:
 def agree(options: Options, problem: str | None) -> None:
     """Raises SetupError in all processes if one has a problem, or other options or versions than the first."""
     versions = {package.__name__: package.__version__ for package in (jax, flax, optax, normjax)}
-    own = {"problem": problem and problem[:2000], "options": options.shared(), "versions": versions}
+    flags = options.shared() | {"process_count": options.process_count}
+    own = {"problem": problem and problem[:2000], "options": flags, "versions": versions}
     told = tell(own)
     for index, other in enumerate(told):
         if other["problem"] is not None:

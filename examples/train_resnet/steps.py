@@ -11,6 +11,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import normjax as nj
 from train_resnet.options import Options
 from train_resnet.resnet import ResNet, Sharing, decayed
 
@@ -120,21 +121,13 @@ class Program:
         params = optax.apply_updates(state.params, updates)
         right = jnp.sum(logits.argmax(-1) == batch["label"]) / self.options.batch_size
         sums = lax.psum({"loss": value, "accuracy": right, "stop": batch["stop"].sum()}, AXIS)
-        return State(state.step + 1, params, self._merged(batch_stats), opt_state), sums
+        return State(state.step + 1, params, self._of_the_whole_batch(batch_stats), opt_state), sums
 
-    def _merged(self, batch_stats: Any) -> Any:
-        """Returns statistics of the whole batch from those of groups of it; with one group they are that already.
-
-        From an old variance that all share, groups of equal size each went the same step towards their own. The
-        variance of all examples is the mean of theirs and the variance of their means; those have taken a step, too.
-        """
+    def _of_the_whole_batch(self, batch_stats: Any) -> Any:
+        """Returns running statistics that all devices share, from those of groups of examples."""
         if self.model.sharing == Sharing(axis_name=AXIS):
             return batch_stats
-        if set(batch_stats) != {"mean", "var"}:
-            return {name: self._merged(below) for name, below in batch_stats.items()}
-        mean = lax.pmean(batch_stats["mean"], AXIS)
-        between = (batch_stats["mean"] - mean) ** 2 / (1 - self.options.momentum)
-        return {"mean": mean, "var": lax.pmean(batch_stats["var"] + between, AXIS)}
+        return nj.sync_batch_stats(batch_stats, AXIS, momentum=self.options.momentum)
 
     def _evaluate(self, state: State, batch: Any) -> dict[str, Array]:
         variables = {"params": state.params, "batch_stats": state.batch_stats}

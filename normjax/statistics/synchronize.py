@@ -18,7 +18,11 @@ Path = tuple[Any, ...]
 
 
 def sync_batch_stats(
-    batch_stats: PyTree[Array], axis_name: AxisName, *, axis_index_groups: AxisIndexGroups | None = None
+    batch_stats: PyTree[Array],
+    axis_name: AxisName,
+    *,
+    axis_index_groups: AxisIndexGroups | None = None,
+    momentum: float | None = None,
 ) -> PyTree[Array]:
     r"""Returns the statistics of the union of what the devices have seen, the same on each of them.
 
@@ -28,17 +32,24 @@ def sync_batch_stats(
     checkpoint. The mean of the variances alone would leave out how far the devices' means lie apart. Devices
     count alike.
 
+    For those who share statistics within groups of devices and want them to leave each step replicated: call it after
+    each step with the `momentum` m of that step. From equal statistics, means have gone only the `1 - m`-th part of the
+    way to those of their batches; with `|\mu_d - \mu|^2 / (1 - m)` in the formula, the result is what one step on the
+    whole batch gives.
+
     Args:
       batch_stats: of one layer, or of a whole model: dicts of dicts, as in Flax's `batch_stats` collection.
       axis_name: mapped axis or axes (pmap, shard_map, vmap) to merge over.
       axis_index_groups: groups of indices of that axis that merge, as in `jax.lax.psum`.
+      momentum: None, or that of the one step since the devices' statistics were equal: from 0 to below 1.
 
     Returns:
       A tree of the same structure, shapes and dtypes. Leaves other than `mean` and `var` (such as `count`) take the
       devices' mean, rounded for ints. Two collectives, however many layers there are.
 
     Raises:
-      NameError: for an axis that is not in scope. ValueError: for a `var` without a `mean` beside it.
+      NameError: for an axis that is not in scope. ValueError: for a `var` without a `mean` beside it, or a momentum out
+        of its range.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -51,14 +62,28 @@ def sync_batch_stats(
       Chan, Golub & LeVeque, "Algorithms for computing the sample variance" (1983), eq. 2.1.
     """
     sharing = share("sync_batch_stats", axis_name, axis_index_groups)
+    step = 1.0 if momentum is None else 1.0 - _below_one(momentum)
     leaves, structure = jax.tree.flatten_with_path(jax.tree.map(jnp.asarray, batch_stats))
     own = dict(leaves)
     means_beside = {path: _mean_beside(path, own) for path in own if _name(path) == "var"}
     merged = _averaged(own, sharing)
     apart = {path: abs2(_wide(own[mean]) - _wide(merged[mean])) for path, mean in means_beside.items()}
     for path, spread in _averaged(apart, sharing).items():
-        merged[path] = (_wide(merged[path]) + spread).astype(own[path].dtype)
+        merged[path] = (_wide(merged[path]) + spread / step).astype(own[path].dtype)
     return jax.tree.unflatten(structure, list(merged.values()))
+
+
+def _below_one(momentum: float) -> float:
+    _checks.between("sync_batch_stats", "momentum", momentum, 0.0, 1.0)
+    if momentum == 1:
+        _checks.refuse(
+            "sync_batch_stats",
+            "with momentum 1 statistics take no step",
+            expected="a momentum below 1",
+            got=f"momentum={momentum!r}",
+            fix="There is nothing to merge: leave the statistics as they were",
+        )
+    return momentum
 
 
 def _averaged(leaves: dict[Any, Array], sharing: Sharing) -> dict[Any, Array]:

@@ -9,6 +9,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import normjax as nj
+from benchmarks import hlo
 from tests.compare import assert_close
 
 DEVICES, FEATURES = 8, 3
@@ -74,6 +75,11 @@ def shard_mapped(*operands, check_vma, **settings):
             check_vma=check_vma,
         )
     )
+
+
+def collectives(compiled):
+    """Kind and number of elements of each collective outside of conditionals' branches."""
+    return [(found.kind, found.elements) for found in hlo.collectives(compiled) if not found.in_branch]
 
 
 def stacked(tree):

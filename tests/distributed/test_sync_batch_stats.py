@@ -12,8 +12,7 @@ from jax.sharding import PartitionSpec
 
 import normjax as nj
 from tests.compare import assert_close, assert_same_kind, assert_trees_close
-from tests.distributed.hlo import collectives
-from tests.distributed.mapped import DEVICES, mesh
+from tests.distributed.mapped import DEVICES, collectives, mesh
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec("data")
 
@@ -61,6 +60,31 @@ def test_devices_that_saw_one_batch_each_know_the_whole_batch(rng):
     merged = over_devices(device)(x.reshape(DEVICES, 4, 5))
     whole = nj.moments(x, 0)
     assert_trees_close(merged, {"mean": whole.mean, "var": whole.var}, rtol=1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
+@pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], None])
+def test_after_a_step_in_groups_they_are_those_of_a_step_on_the_whole_batch(rng, groups, momentum, check_vma):
+    params, batch_stats = nj.batch_norm_init(5)
+    batch_stats = jax.tree.map(lambda leaf: leaf + 0.5, batch_stats)
+    x = jnp.asarray(rng.normal(3, 2, (4 * DEVICES, 5)) + np.arange(4 * DEVICES)[:, None], jnp.float32)
+    axis = {"axis_name": "data", "axis_index_groups": groups} if groups else {}
+
+    def device(x):
+        _, own = nj.batch_norm(params, batch_stats, x, True, momentum=momentum, **axis)
+        return nj.sync_batch_stats(own, "data", momentum=momentum)
+
+    merged = over_devices(device, check_vma)(x.reshape(DEVICES, 4, 5))
+    _, whole = nj.batch_norm(params, batch_stats, x, True, momentum=momentum)
+    assert_trees_close(merged, whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [1.0, -0.1, 1.5])
+def test_a_momentum_that_takes_no_step(momentum):
+    batch_stats = nj.batch_norm_init(2)[1]
+    with pytest.raises(ValueError, match=f"momentum={momentum}"):
+        jax.vmap(lambda _: nj.sync_batch_stats(batch_stats, "data", momentum=momentum), axis_name="data")(jnp.ones(2))
 
 
 @pytest.mark.parametrize("transform", [jax.pmap, jax.vmap])

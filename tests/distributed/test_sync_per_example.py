@@ -11,8 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import normjax as nj
 from tests.compare import assert_close, assert_finite
-from tests.distributed.hlo import collectives
-from tests.distributed.mapped import DEVICES, mesh
+from tests.distributed.mapped import DEVICES, collectives, mesh
 
 POSITIONS, FEATURES = PartitionSpec(None, "data"), PartitionSpec(None, None, "data")
 SHAPE = (3, 16, 16)

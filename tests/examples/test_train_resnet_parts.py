@@ -18,6 +18,7 @@ from train_resnet.metrics import forget
 from train_resnet.resnet import BasicBlock, BottleneckBlock, ResNet, Sharing, decayed
 from train_resnet.steps import AXIS, Program, SetupError, learning_rate, sharing
 
+from benchmarks import hlo
 from normjax.linen import BatchNorm
 
 
@@ -167,25 +168,28 @@ def test_metrics_of_steps_that_are_taken_again_are_dropped(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
 
 
-def test_merged_statistics_of_groups_are_those_of_the_batch():
-    """Groups' own running statistics, merged, are what one step on the whole batch gives."""
-    asked = parse("--batch-size", "32", "--norm-group", "8", "--network", "resnet8", "--width", "4")
-    mesh = Mesh(np.array(jax.devices()[:4]), (AXIS,))
-    program = Program(asked, mesh, 10, 10, 8)
-    x = 3 + 2 * jax.random.normal(jax.random.key(0), (32, 5)) * jnp.arange(1.0, 6.0)
-    old = {"mean": jnp.full(5, 0.5), "var": jnp.full(5, 2.0)}
-
-    def step(x):
-        own = {"mean": x.mean(0), "var": x.var(0)}
-        return program._merged({"norm": jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, old, own)})
-
-    merged = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=program.split.spec, out_specs=program.whole.spec))(x)
-    np.testing.assert_allclose(merged["norm"]["mean"], 0.45 + 0.1 * x.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(merged["norm"]["var"], 1.8 + 0.1 * x.var(0), rtol=1e-5)
+@pytest.mark.slow
+@pytest.mark.parametrize(("group", "of_layers"), [(32, 18), (16, 18), (8, 0), (4, 0)])
+def test_a_step_sends_what_its_layers_share_and_the_gradients(group, of_layers, promotion_as_in_flax):
+    """On 4 devices of 8 examples: for each of 9 layers one collective forward and one backward, or none."""
+    asked = parse("--batch-size", "32", "--norm-group", str(group), "--network", "resnet8", "--width", "4")
+    program = Program(asked, Mesh(np.array(jax.devices()[:4]), (AXIS,)), 10, 10, 8)
+    shapes = {"image": ((32, 8, 8, 3), jnp.uint8), "label": ((32,), jnp.int32)}
+    shapes |= {"weight": ((32,), jnp.float32), "stop": ((4,), jnp.int32)}
+    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=program.split) for name, shape in shapes.items()}
+    found = hlo.collectives(program.train.lower(program.abstract_state(), batch).compile())
+    sent = [one for one in found if not one.in_branch]
+    # Beside them the vote to stop, the gradients with the metrics, and the statistics of groups; XLA packs what it can.
+    assert of_layers - 4 < len(sent) <= of_layers + 4
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state().params))
+    assert max(one.elements for one in sent) <= parameters + 200
 
 
 def test_options_that_go_together(capsys):
     with pytest.raises(SystemExit):
         parse("--coordinator", "127.0.0.1:1")
     assert "--process-count and --process-index go together" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--coordinator", "127.0.0.1:1", "--process-count", "2", "--process-index", "2")
+    assert "--process-index 2 is not one of 0 to 1" in capsys.readouterr().err
     assert SimpleNamespace(**parse("--data", "folder", "--data-dir", "x").course()).image_size == 224

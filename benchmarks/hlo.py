@@ -1,0 +1,59 @@
+"""Reads the collectives off a compiled program's text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+    """What devices send each other at one point of a program: all operands of one instruction together."""
+
+    kind: str
+    elements: int
+    bytes: int
+    in_branch: bool  # of a conditional: sent only where that branch is taken
+
+
+def collectives(compiled: Any) -> list[Collective]:
+    """Returns the collectives of a compiled JAX function."""
+    bodies = computations(compiled.as_text())
+    waiting = in_branches(bodies)
+    return [
+        Collective(kind, sum(n for n, _ in parts), sum(n * size for n, size in parts), name in waiting)
+        for name, body in bodies.items()
+        for shapes, kind in COLLECTIVE.findall(body)
+        if (parts := list(_parts(shapes)))
+    ]
+
+
+def computations(text: str) -> dict[str, str]:
+    """Returns each computation's body by name."""
+    parts = re.split(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def in_branches(bodies: Mapping[str, str]) -> set[str]:
+    """Returns the computations that run in some branch of a conditional only, or are called from there."""
+    waiting = set()
+    for body in bodies.values():
+        for names in re.findall(r"branch_computations=\{([^}]*)\}", body):
+            waiting |= set(re.findall(r"[\w.\-]+", names))
+        waiting |= set(re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", body))
+    reached = set()
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        waiting |= set(re.findall(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)", bodies[name])) - reached
+    return reached
+
+
+def _parts(shapes: str) -> Iterator[tuple[int, int]]:
+    """Yields the number of elements of each array, and the bytes of one of them."""
+    for kind, bits, dims in SHAPE.findall(shapes):
+        yield math.prod(map(int, filter(None, dims.split(",")))), 1 if kind == "pred" else max(int(bits) // 8, 1)
