@@ -51,6 +51,15 @@ class Model(Protocol):
 def open_model(variables: Any) -> Model:
     """Returns the model; refuses one without layers."""
     nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(_batch_stats_of(variables), nnx.State):
+        _checks.refuse(
+            FUNCTION,
+            "there is an nnx.State and no module for it",
+            expected="the nnx.Module",
+            got=_contents(variables),
+            fix="Pass nnx.merge(graphdef, state), and apply_fn as a function of the module",
+            kind=TypeError,
+        )
     model = NNX(variables) if nnx is not None and isinstance(variables, nnx.Module) else Tree(variables)
     if not model.layers:
         _checks.refuse(

@@ -86,8 +86,8 @@ def recalibrate(
 
     References:
       Ioffe & Szegedy, "Batch Normalization" (2015), Algorithm 2. After averaging weights: Izmailov et al., "Averaging
-      Weights Leads to Wider Optima and Better Generalization" (2018), section 3.1. Wu & Johnson, "Rethinking 'Batch' in
-      BatchNorm" (2021), section 3. Layer by layer is exact where theirs and the paper's is not.
+      Weights Leads to Wider Optima and Better Generalization" (2018), section 3.2. Wu & Johnson, "Rethinking 'Batch' in
+      BatchNorm" (2021), section 3.
     """
     _checks.choice(FUNCTION, "estimate", estimate, get_args(Estimate))
     _check_batches(batches, layer_by_layer)

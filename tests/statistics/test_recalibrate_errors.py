@@ -67,6 +67,13 @@ def test_a_model_without_batch_statistics(variables, named):
         nj.recalibrate(one_layer, variables, [np.ones((4, 3))])
 
 
+def test_the_state_of_a_module_without_the_module():
+    graphdef, state = nnx.split(nnx.Sequential(nj.nnx.BatchNorm(3, rngs=nnx.Rngs(0))))
+    for variables in (state, (graphdef, state)):
+        with refused(TypeError, "an nnx.State", type(variables).__name__, "nnx.merge(graphdef, state)"):
+            nj.recalibrate(one_layer, variables, [np.ones((4, 3))])
+
+
 @pytest.mark.parametrize("leaf, other", [("mean", "var"), ("var", "mean")])
 def test_a_layer_whose_statistics_are_not_complete(leaf, other):
     batch_stats = {"norm": {leaf: jnp.ones(3)}}
