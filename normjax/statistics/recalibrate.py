@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar, get_args
 
 import jax
@@ -127,6 +128,7 @@ def _fixed_point(step: Step, model: Model, batches: Iterable[Any], estimate: Est
     return layers
 
 
+@partial(jax.jit, static_argnames=("estimate", "layer_by_layer"))  # laid out as what a step returns
 def _with_empty_populations(layers: Layers, estimate: Estimate, *, layer_by_layer: bool) -> Layers:
     return {
         path: layer | {POPULATION: empty_population(layer, estimate, layer_by_layer)} for path, layer in layers.items()

@@ -113,12 +113,13 @@ def check_batch_stats(
     """Refuses running statistics that do not fit the features, the dtype or the momentum."""
     if momentum is not None:
         _checks.between(function, "momentum", momentum, 0.0, 1.0)
+    leaves = batch_stats
+    if isinstance(batch_stats, dict):
+        leaves = {leaf: value for leaf, value in batch_stats.items() if leaf != POPULATION}
     check_leaves(
         function,
         "batch_stats",
-        {leaf: value for leaf, value in batch_stats.items() if leaf != POPULATION}
-        if isinstance(batch_stats, dict)
-        else batch_stats,
+        leaves,
         shape=features,
         dtype=dtype,
         required=("mean", "var"),

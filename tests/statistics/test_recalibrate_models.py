@@ -244,10 +244,17 @@ def test_batches_sharded_under_jit_are_one_batch(sharded, kind, settings):
     variables, batches = sharded
     expected = nj.recalibrate(network, variables, batches, **settings)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    traced = []
+
+    def apply_fn(variables, x):
+        traced.append(x.shape)
+        return network(variables, x)
+
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in batches]
         given = jax.device_put(variables, NamedSharding(mesh, P()))
-        found = nj.recalibrate(network, given, placed, **settings)
+        found = nj.recalibrate(apply_fn, given, placed, **settings)
+        assert traced == [(16, 3), (8, 3)]
         assert found["batch_stats"][0]["mean"].sharding.is_fully_replicated
     assert_trees_close(found, expected, **ROUNDED)
 
