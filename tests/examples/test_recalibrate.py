@@ -9,6 +9,8 @@ from recalibrate import main, parse
 
 from tests.compare import assert_close, assert_trees_close
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def trainer(rng):
@@ -58,7 +60,6 @@ def test_each_line_is_evaluated_after_every_so_many_steps(trainer):
     assert all(len(curve) == 2 for curve in run.curves.values())
 
 
-@pytest.mark.slow
 def test_end_to_end(tmp_path, capsys):
     arguments = ["--steps", "200", "--eval-every", "100", "--seeds", "1", "--ema", "100", "--out", str(tmp_path)]
     assert main(arguments) == 0
