@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from normjax import _checks
@@ -113,7 +114,7 @@ def check_alike(function: str, one: tuple[str, PyTree], other: tuple[str, PyTree
 def check_finite(function: str, name: str, tree: PyTree) -> None:
     """Refuses NaN and infinities, where there are values to look at."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        if isinstance(leaf, Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
         if not bool(jnp.isfinite(leaf).all()):
             _checks.refuse(

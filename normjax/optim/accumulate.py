@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from normjax import _checks
@@ -120,7 +121,7 @@ def accumulate(*, momentum: float | None = 0.99, running_var: RunningVar = "bias
         stepped = gradient_step != seen.gradient_step
         taken = stepped | (mini_step != seen.mini_step)
         new = plain(new)
-        if not isinstance(taken, jax.core.Tracer) and taken:
+        if not isinstance(taken, Tracer) and taken:
             check_finite(function, "new", new)
         (news, _), (olds, structure) = _nodes("new", new), _nodes("batch_stats", plain(batch_stats))
         _check_match(news, olds)
@@ -171,7 +172,7 @@ def _nodes(name: str, tree: PyTree) -> tuple[dict[Path, Any], Any]:
                 "accumulate",
                 "there is more or less than a layer's running statistics",
                 expected="dicts of 'mean', 'var' and perhaps 'count'",
-                got=f"{show(name, path)}" + ("" if alone else f" with {sorted(node)}"),
+                got=f"{show(name, path)}" + ("" if alone else f" with {sorted(map(str, node))}"),
                 fix="Pass the dicts of whole layers, and others apart",
             )
     return dict(leaves), structure
@@ -219,11 +220,9 @@ def _own_moments(
     """The moments of one microbatch: as given, or as what moved the running statistics from old to new."""
     empty = _nothing(old)
     if isinstance(new, Moments):
-        return Moments(
-            *(jnp.broadcast_to(part, like.shape).astype(like.dtype) for part, like in zip(new, empty, strict=True))
-        )
+        return jax.tree.map(lambda part, like: jnp.broadcast_to(part, like.shape).astype(like.dtype), new, empty)
     _check_tells(path, new, old, momentum, running_var)
-    counts = jnp.broadcast_to(count, empty.count.shape).astype(empty.count.dtype)
+    counts = jnp.broadcast_to(count, empty.var.shape).astype(empty.var.dtype)
     if "count" in old:
         counts = jnp.where(new["count"] > old["count"], counts, 0)
     rate = 1 - momentum if momentum is not None else 1 / jnp.maximum(new["count"], 1)
@@ -236,7 +235,7 @@ def _check_tells(
 ) -> None:
     """Refuses running statistics that a microbatch's own cannot be told from."""
     where = show("new", path)
-    dtype = jnp.result_type(old["mean"], old["var"])
+    dtype = promote(old["mean"].dtype, old["var"].dtype)
     if running_var == "unbiased":
         problem, got = "an unbiased variance does not tell of how many values it is", f"running_var='unbiased', {where}"
     elif promote(dtype, jnp.float32) != dtype:

@@ -63,7 +63,8 @@ def scale_invariant(
         batch norm; `()` for one scale of the whole kernel, which is all that layer norm allows.
       scales: c. Along `feature_axes` each feature has another one of them.
       tolerance: largest ratio.
-      dtype: to compute in; None for that of `params`, where the function cannot do otherwise.
+      dtype: to compute in; None for that of `params`, where the function cannot do otherwise. If it rounds to bfloat16
+        inside, the ratios are some 0.01, and want a `tolerance` of 0.1.
 
     Returns:
       Python bools in a tree of the structure of `params` (nnx's variables opened): a mask for
@@ -88,7 +89,7 @@ def scale_invariant(
       van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017), eq. 3-5.
     """
     for c in scales:
-        _checks.between("scale_invariant", "scales", c, np.finfo(float).tiny, np.inf)
+        _checks.between("scale_invariant", "scales", c, sys.float_info.min, math.inf)
     _checks.between("scale_invariant", "tolerance", tolerance, 0.0, 1.0)
     params, function = _opened(params, function)
     arrays = plain(params)
@@ -106,7 +107,7 @@ def _opened(params: Any, function: Callable[[Any], PyTree]) -> tuple[PyTree, Cal
     if nnx is None or not isinstance(params, nnx.Module):
         return params, function
     graphdef, state, others = nnx.split(params, nnx.Param, ...)
-    return state, lambda state: function(nnx.merge(graphdef, state, others))
+    return state, lambda state: function(nnx.merge(graphdef, state, others, copy=True))
 
 
 @contextlib.contextmanager
@@ -131,14 +132,16 @@ class _Test:
         leaves, structure = jax.tree.flatten(params)
         self._random = np.random.default_rng(0)
         self._axes = {i: axes for i, leaf in enumerate(leaves) if (axes := _reduced(leaf, feature_axes))}
-        self._point = [self._near(leaf, dtype) if i in self._axes else leaf for i, leaf in enumerate(leaves)]
+        self._point = [self._near(leaf, dtype) for leaf in leaves]
 
-        def outputs(leaves: list[Array]) -> PyTree:
-            return function(jax.tree.unflatten(structure, leaves))
+        @jax.jit
+        def evaluate(leaves: list[Array]) -> tuple[Array, PyTree]:
+            outputs = function(jax.tree.unflatten(structure, leaves))
+            return _real_vector(outputs), outputs
 
-        check_finite("scale_invariant", "function(params)", jax.jit(outputs)(self._point))
-        self._value = jax.jit(lambda leaves: _real_vector(outputs(leaves)))
-        self._base = self._value(self._point)
+        self._evaluate = evaluate
+        self._base, outputs = evaluate(self._point)
+        check_finite("scale_invariant", "function(params)", outputs)
         self._slopes = self._differentiate()
         self._largest = max((slope.by_chance.max() for slope in self._slopes.values()), default=0.0)
 
@@ -164,11 +167,12 @@ class _Test:
     def _change(self, i: int, w: Array) -> float:
         """How far the outputs move with another i-th leaf."""
         w = w.astype(self._point[i].dtype)
-        return float(jnp.linalg.norm(self._value([*self._point[:i], w, *self._point[i + 1 :]]) - self._base))
+        return float(jnp.linalg.norm(self._evaluate([*self._point[:i], w, *self._point[i + 1 :]])[0] - self._base))
 
     def _differentiate(self) -> dict[int, _Slope]:
         def combined(tested: dict[int, Array], weights: Array) -> Array:
-            return jnp.vdot(weights, self._value([tested.get(i, leaf) for i, leaf in enumerate(self._point)]))
+            outputs, _ = self._evaluate([tested.get(i, leaf) for i, leaf in enumerate(self._point)])
+            return jnp.vdot(weights, outputs)
 
         tested = {i: self._point[i] for i in self._axes}
         gradient = jax.jit(jax.grad(combined))
@@ -176,7 +180,9 @@ class _Test:
         return {i: _slope(w, [jnp.conj(draw[i]) for draw in draws], self._axes[i]) for i, w in tested.items()}
 
     def _near(self, leaf: Array, dtype: DTypeLike | None) -> Array:
-        """The leaf with noise, in the precision of the test."""
+        """The leaf with noise, in the precision of the test; integers and keys as they are."""
+        if not _inexact(leaf):
+            return leaf
         leaf = jnp.asarray(leaf, leaf.dtype if dtype is None else promote(dtype, leaf.dtype))
         size = float(jnp.sqrt(jnp.mean(jnp.abs(leaf) ** 2))) or 1.0
         return leaf + (_NOISE * size * self._noise(leaf)).astype(leaf.dtype)
@@ -194,17 +200,19 @@ def _slope(w: Array, gradients: list[Array], axes: tuple[int, ...]) -> _Slope:
 def _reduced(leaf: Any, feature_axes: Axes) -> tuple[int, ...] | None:
     """The axes over which weights have one scale; None without such axes, or with a single weight along them."""
     kept = tuple(feature_axes) if isinstance(feature_axes, Sequence) else (feature_axes,)
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or any(
-        not -leaf.ndim <= axis < leaf.ndim for axis in kept
-    ):
+    if not _inexact(leaf) or any(not -leaf.ndim <= axis < leaf.ndim for axis in kept):
         return None
     axes = _checks.other_axes([axis % leaf.ndim for axis in kept], leaf.ndim)
     return axes if math.prod(leaf.shape[axis] for axis in axes) > 1 else None
 
 
+def _inexact(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+
+
 def _real_vector(outputs: PyTree) -> Array:
     """All floating-point outputs as one real vector."""
-    leaves = [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    leaves = [leaf for leaf in jax.tree.leaves(outputs) if _inexact(leaf)]
     if not leaves:
         _checks.refuse(
             "scale_invariant",

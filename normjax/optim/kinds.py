@@ -17,18 +17,15 @@ Kind = Literal["kernel", "embedding", "scale", "bias", "activation", "statistic"
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _WHOLE: dict[str, Kind] = {"lora_a": "kernel", "lora_b": "kernel", "weight_v": "kernel", "weight_g": "scale"}
-_WORDS: dict[str, Kind] = {
-    word: kind
-    for kind, words in {
-        "kernel": "kernel kernels w weight weights",
-        "embedding": "embedding embeddings embed embeds",
-        "scale": "scale scales gamma gain",
-        "bias": "bias biases b offset beta",
-        "activation": "alpha threshold tau epsilon slope",
-        "statistic": "mean var variance count",
-    }.items()
-    for word in words.split()
+_SAY: dict[Kind, str] = {
+    "kernel": "kernel kernels w weight weights",
+    "embedding": "embedding embeddings embed embeds",
+    "scale": "scale scales gamma gain",
+    "bias": "bias biases b offset beta",
+    "activation": "alpha threshold tau epsilon slope",
+    "statistic": "mean var variance count",
 }
+_WORDS: dict[str, Kind] = {word: kind for kind, words in _SAY.items() for word in words.split()}
 _ABBREVIATED = ("bn", "ln", "gn")
 
 
@@ -72,7 +69,7 @@ def kind_of(params: PyTree, *, names: Mapping[str, Kind] | None = None) -> PyTre
       >>> print(nj.optim.kind_of(params, names={"cls": "embedding"}))
       {'cls': 'embedding', 'conv': {'kernel': 'kernel'}, 'norm': {'bias': 'bias', 'scale': 'scale'}}
     """
-    given = dict(names or {})
+    given: dict[str, Kind] = dict(names or {})
     for key, kind in given.items():
         _checks.choice("kind_of", f"names[{key!r}]", kind, KINDS)
     leaves, structure = jax.tree_util.tree_flatten_with_path(plain(params))
@@ -133,8 +130,8 @@ def _kind(path: tuple[str, ...], rank: int, given: Mapping[str, Kind], paths: li
     if "scales" in above:
         return "scale"
     words = _words(name)
-    said = {_WORDS[word] for word in words if word in _WORDS}
-    kind = _WHOLE.get(name) or (said.pop() if len(said) == 1 else None)
+    said: set[Kind] = {_WORDS[word] for word in words if word in _WORDS}
+    kind: Kind | None = _WHOLE.get(name) or (said.pop() if len(said) == 1 else None)
     if kind == "kernel" and name not in _WHOLE and "kernel" not in words and "kernels" not in words:
         if _normalizes(above):
             return "scale"

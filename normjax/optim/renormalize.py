@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from normjax._typing import Axes
 from normjax.optim._directions import norm, reduced_axes, tangent, unit
-from normjax.optim._trees import Mask, Path, check_params, plain, spread
+from normjax.optim._trees import Mask, Path, check_params, spread
 from normjax.statistics.reduction import widen
 
 _BETA = 0.9  # of the mean of squared lengths
@@ -101,23 +101,21 @@ def renormalize(
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> RenormalizeState:
-        arrays = plain(params)
-
         def radius(path: Path, w: Array, chosen: bool) -> Array:
             if not chosen:
                 return jnp.zeros(())
             length = norm(w, reduced_axes(function, feature_axes, w, path))
             return length if rotation is None else jnp.zeros_like(length)
 
-        radii = jax.tree_util.tree_map_with_path(radius, arrays, spread(function, "mask", mask, arrays))
+        radii = jax.tree_util.tree_map_with_path(radius, params, spread(function, "mask", mask, params))
         return RenormalizeState(jnp.zeros((), jnp.int32), wrapped.init(params), radii)
 
     def update(
-        gradients: optax.Updates, state: RenormalizeState, params: optax.Params | None = None, **extra: Any
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, RenormalizeState]:
-        check_params(function, gradients, params)
+        check_params(function, updates, params)
         angle = rotation(state.count) if callable(rotation) else rotation
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
 
         def axes_of(path: Path, w: Array, chosen: bool) -> _Axes:
             return _Axes(reduced_axes(function, feature_axes, w, path) if chosen else None)
@@ -138,7 +136,7 @@ def renormalize(
         axes = jax.tree_util.tree_map_with_path(axes_of, params, spread(function, "mask", mask, params))
         factors = jax.tree.map(stretch, params, state.radius, axes)
         shown = jax.tree.map(lambda w, factor: (widen(w) * factor).astype(w.dtype), params, factors)
-        gradients = jax.tree.map(lambda g, factor: (widen(g) / factor).astype(g.dtype), gradients, factors)
+        gradients = jax.tree.map(lambda g, factor: (widen(g) / factor).astype(g.dtype), updates, factors)
         updates, inner_state = wrapped.update(gradients, state.inner_state, shown, **extra)
         turned = jax.tree.map(turn, params, factors, updates, state.radius, axes)
         updates, radii = (jax.tree.map(operator.itemgetter(part), turned, is_leaf=_is_turned) for part in (0, 1))
