@@ -49,9 +49,8 @@ def show(tree: str, path: Path) -> str:
 
 def spread(function: str, name: str, mask: Mask, tree: PyTree) -> PyTree[bool]:
     """Returns a mask, or what a callable makes of the tree, with a bool for each leaf of the tree; refuses others."""
-    mask = plain(mask(tree) if callable(mask) else mask)
-    chosen, leaves = (jax.tree_util.tree_leaves_with_path(part) for part in (mask, tree))
-    for path, value in chosen:
+    chosen = dict(jax.tree_util.tree_leaves_with_path(plain(mask(tree) if callable(mask) else mask)))
+    for path, value in chosen.items():
         if not isinstance(value, (bool, np.bool_)):
             _checks.refuse(
                 function,
@@ -61,17 +60,20 @@ def spread(function: str, name: str, mask: Mask, tree: PyTree) -> PyTree[bool]:
                 fix="Make it of Python bools, as decay_mask and scale_invariant do",
                 kind=TypeError,
             )
-    above = {path for path, _ in chosen}
-    for path, leaf in leaves:
-        if not any(path[:end] in above for end in range(len(path) + 1)):
-            _checks.refuse(
-                function,
-                f"{name} does not fit the parameters",
-                expected="a tree of their structure, or a prefix of it",
-                got=f"nothing for {show('params', path)} of shape {np.shape(leaf)}",
-                fix=f"Make {name} from these parameters, or pass a function that does",
-            )
-    return jax.tree.map(lambda value, below: jax.tree.map(lambda _: bool(value), below), mask, tree)
+
+    def choice(path: Path, leaf: Any) -> bool:
+        for end in range(len(path), -1, -1):
+            if path[:end] in chosen:
+                return bool(chosen[path[:end]])
+        _checks.refuse(
+            function,
+            f"{name} does not fit the parameters",
+            expected="a tree of their structure, or a prefix of it",
+            got=f"nothing for {show('params', path)} of shape {np.shape(leaf)}",
+            fix=f"Make {name} from these parameters, or pass a function that does",
+        )
+
+    return jax.tree_util.tree_map_with_path(choice, tree)
 
 
 def check_params(function: str, updates: PyTree, params: PyTree | None) -> None:
