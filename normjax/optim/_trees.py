@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 from jaxtyping import PyTree
 
@@ -76,6 +77,24 @@ def spread(function: str, name: str, mask: Mask, tree: PyTree) -> PyTree[bool]:
     return jax.tree_util.tree_map_with_path(choice, tree)
 
 
+def transformation(
+    function: str, inner: optax.GradientTransformation | optax.MultiSteps
+) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation that takes extra arguments; refuses what is none."""
+    if isinstance(inner, optax.MultiSteps):
+        inner = inner.gradient_transformation()
+    if not isinstance(inner, optax.GradientTransformation):
+        _checks.refuse(
+            function,
+            "inner is no optax transformation",
+            expected="a pair of init and update, such as optax.sgd(0.1)",
+            got=f"inner of type {type(inner).__name__}",
+            fix=f"The order is {function}(mask, inner)" if function == "renormalize" else "Pass inner=optax.trace(0.9)",
+            kind=TypeError,
+        )
+    return optax.with_extra_args_support(inner)
+
+
 def check_params(function: str, updates: PyTree, params: PyTree | None) -> None:
     """Refuses missing params, and params that updates do not fit."""
     if params is None:
@@ -110,6 +129,20 @@ def check_alike(function: str, one: tuple[str, PyTree], other: tuple[str, PyTree
                 expected=f"shape {np.shape(b[path])}, that of {show(other[0], path)}",
                 got=f"shape {np.shape(leaf)} for {show(one[0], path)}",
                 fix=f"Pass {one[0]} and {other[0]} of the same model",
+            )
+
+
+def check_arrays(function: str, name: str, tree: PyTree) -> None:
+    """Refuses leaves that are no arrays."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
+            _checks.refuse(
+                function,
+                f"{name} does not hold arrays alone",
+                expected="a tree of arrays",
+                got=f"{show(name, path)} of type {type(leaf).__name__}",
+                fix="Pass what the model's init returned, or a part of it",
+                kind=TypeError,
             )
 
 

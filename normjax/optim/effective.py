@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 from normjax import _checks
 from normjax._typing import Axes
 from normjax.optim._directions import norm, reduced_axes
-from normjax.optim._trees import plain
+from normjax.optim._trees import check_arrays, plain
 
 Optimizer = Literal["sgd", "adam"]
 OPTIMIZERS = ("sgd", "adam")
@@ -55,6 +55,8 @@ def effective_learning_rate(
     """
     function = "effective_learning_rate"
     _checks.choice(function, "optimizer", optimizer, OPTIMIZERS)
+    arrays = plain(params)
+    check_arrays(function, "params", arrays)
     power = 2 if optimizer == "sgd" else 1
 
     def rate(path: tuple, leaf: Array) -> Array:
@@ -62,7 +64,7 @@ def effective_learning_rate(
         length = norm(leaf, axes).squeeze(axes)
         return jnp.asarray(learning_rate, length.dtype) / length**power
 
-    return jax.tree_util.tree_map_with_path(rate, jax.tree.map(jnp.asarray, plain(params)))
+    return jax.tree_util.tree_map_with_path(rate, jax.tree.map(jnp.asarray, arrays))
 
 
 def rotational_equilibrium(

@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 from normjax import _checks
 from normjax._typing import Axes, DTypeLike, promote
 from normjax.optim._directions import inner, norm, unit
-from normjax.optim._trees import check_finite, plain
+from normjax.optim._trees import check_arrays, check_finite, plain
 
 _DRAWS = 3  # of output gradients
 _NOISE = 0.3  # in the point of the test, relative to a leaf's root mean square
@@ -91,8 +91,18 @@ def scale_invariant(
     for c in scales:
         _checks.between("scale_invariant", "scales", c, sys.float_info.min, math.inf)
     _checks.between("scale_invariant", "tolerance", tolerance, 0.0, 1.0)
+    if not callable(function):
+        _checks.refuse(
+            "scale_invariant",
+            "function cannot be called",
+            expected="a function of params alone",
+            got=f"function of type {type(function).__name__}",
+            fix="The order is scale_invariant(params, function)",
+            kind=TypeError,
+        )
     params, function = _opened(params, function)
     arrays = plain(params)
+    check_arrays("scale_invariant", "params", arrays)
     check_finite("scale_invariant", "params", arrays)
     structure = jax.tree.structure(arrays)
     with _precision(dtype):
@@ -137,6 +147,7 @@ class _Test:
         @jax.jit
         def evaluate(leaves: list[Array]) -> tuple[Array, PyTree]:
             outputs = function(jax.tree.unflatten(structure, leaves))
+            check_arrays("scale_invariant", "function(params)", outputs)
             return _real_vector(outputs), outputs
 
         self._evaluate = evaluate

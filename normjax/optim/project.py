@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike
 from normjax._typing import Axes
 from normjax.optim._directions import inner as inner_product
 from normjax.optim._directions import reduced_axes, tangent, unit
-from normjax.optim._trees import Mask, Path, check_params, spread
+from normjax.optim._trees import Mask, Path, check_params, spread, transformation
 from normjax.statistics.reduction import widen
 
 
@@ -85,7 +85,7 @@ def project_scale_invariant(
       eq. 5, 10 and 11, Algorithms 1 and 2.
     """
     function = "project_scale_invariant"
-    wrapped = optax.with_extra_args_support(optax.identity() if inner is None else inner)
+    wrapped = transformation(function, optax.identity() if inner is None else inner)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from normjax._typing import Axes
 from normjax.optim._directions import norm, reduced_axes, tangent, unit
-from normjax.optim._trees import Mask, Path, check_params, spread
+from normjax.optim._trees import Mask, Path, check_params, spread, transformation
 from normjax.statistics.reduction import widen
 
 _BETA = 0.9  # of the mean of squared lengths
@@ -97,52 +98,60 @@ def renormalize(
       van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017), section 2 and eq. 9.
       Kosson, Messmer & Jaggi, "Rotational Equilibrium" (ICML 2024), Algorithm 1 and Table 1.
     """
-    function = "renormalize"
-    wrapped = optax.with_extra_args_support(inner)
+    sphere = _Sphere(mask, transformation("renormalize", inner), feature_axes, rotation)
+    return optax.GradientTransformationExtraArgs(sphere.init, sphere.update)
 
-    def init(params: optax.Params) -> RenormalizeState:
-        def radius(path: Path, w: Array, chosen: bool) -> Array:
-            if not chosen:
+
+class _Sphere(NamedTuple):
+    """The arguments of `renormalize`, and the two functions that it returns."""
+
+    mask: Mask
+    inner: optax.GradientTransformationExtraArgs
+    feature_axes: Axes
+    rotation: Rotation | None
+
+    def init(self, params: optax.Params) -> RenormalizeState:
+        def radius(w: Array, axes: _Axes) -> Array:
+            if axes.reduced is None:
                 return jnp.zeros(())
-            length = norm(w, reduced_axes(function, feature_axes, w, path))
-            return length if rotation is None else jnp.zeros_like(length)
+            length = norm(w, axes.reduced)
+            return length if self.rotation is None else jnp.zeros_like(length)
 
-        radii = jax.tree_util.tree_map_with_path(radius, params, spread(function, "mask", mask, params))
-        return RenormalizeState(jnp.zeros((), jnp.int32), wrapped.init(params), radii)
+        radii = jax.tree.map(radius, params, self._axes(params))
+        return RenormalizeState(jnp.zeros((), jnp.int32), self.inner.init(params), radii)
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+        self, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, RenormalizeState]:
-        check_params(function, updates, params)
-        angle = rotation(state.count) if callable(rotation) else rotation
+        check_params("renormalize", updates, params)
+        angle = self.rotation(state.count) if callable(self.rotation) else self.rotation
         count = jnp.asarray(optax.safe_increment(state.count))
-
-        def axes_of(path: Path, w: Array, chosen: bool) -> _Axes:
-            return _Axes(reduced_axes(function, feature_axes, w, path) if chosen else None)
 
         def stretch(w: Array, radius: Array, axes: _Axes) -> ArrayLike:
             return _stretch(w, radius if angle is None else jnp.ones_like(radius), axes.reduced)
 
+        advance = _free if angle is None else partial(_rotated, angle=angle, count=count)
+
         def turn(w: Array, factor: ArrayLike, u: Array, radius: Array, axes: _Axes) -> _Turned:
             if axes.reduced is None:
                 return _Turned(u, radius)
-            if angle is None:
-                moved = widen(w) * factor + widen(u)
-                radius = norm(moved, axes.reduced)
-            else:
-                moved, radius = _rotated(widen(w) * factor, u, radius, axes.reduced, angle, count)
+            moved, radius = advance(widen(w) * factor, u, radius, axes.reduced)
             return _Turned((unit(moved, axes.reduced) - widen(w)).astype(u.dtype), radius)
 
-        axes = jax.tree_util.tree_map_with_path(axes_of, params, spread(function, "mask", mask, params))
+        axes = self._axes(params)
         factors = jax.tree.map(stretch, params, state.radius, axes)
         shown = jax.tree.map(lambda w, factor: (widen(w) * factor).astype(w.dtype), params, factors)
         gradients = jax.tree.map(lambda g, factor: (widen(g) / factor).astype(g.dtype), updates, factors)
-        updates, inner_state = wrapped.update(gradients, state.inner_state, shown, **extra)
+        updates, inner_state = self.inner.update(gradients, state.inner_state, shown, **extra)
         turned = jax.tree.map(turn, params, factors, updates, state.radius, axes)
         updates, radii = (jax.tree.map(operator.itemgetter(part), turned, is_leaf=_is_turned) for part in (0, 1))
         return updates, RenormalizeState(count, inner_state, radii)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def _axes(self, params: PyTree) -> PyTree[_Axes]:
+        def reduced(path: Path, w: Array, chosen: bool) -> _Axes:
+            return _Axes(reduced_axes("renormalize", self.feature_axes, w, path) if chosen else None)
+
+        return jax.tree_util.tree_map_with_path(reduced, params, spread("renormalize", "mask", self.mask, params))
 
 
 class _Turned(NamedTuple):
@@ -172,8 +181,15 @@ def _stretch(w: Array, radius: Array, axes: tuple[int, ...] | None) -> ArrayLike
     return jnp.where(known, radius / jnp.where(known, length, 1), 1)
 
 
+def _free(shown: Array, u: Array, radius: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Returns the kernel after the step that `inner` makes, and its norm."""
+    del radius
+    moved = shown + widen(u)
+    return moved, norm(moved, axes)
+
+
 def _rotated(
-    theta: Array, u: Array, mean_square: Array, axes: tuple[int, ...], angle: ArrayLike, count: Array
+    theta: Array, u: Array, mean_square: Array, axes: tuple[int, ...], *, angle: ArrayLike, count: Array
 ) -> tuple[Array, Array]:
     """Returns theta after a step of the angle, and the moving mean of squared lengths."""
     step = tangent(u, theta, axes)

@@ -194,6 +194,16 @@ def test_bad_input_is_refused():
         scale_invariant({"w": jnp.ones((2, 2))}, lambda params: params["w"], scales=(-1.0,))
 
 
+def test_arguments_in_another_order_and_leaves_that_are_no_arrays_are_refused():
+    with pytest.raises(TypeError, match=r"function of type dict.*The order is scale_invariant\(params, function\)"):
+        scale_invariant(jnp.sum, {"w": jnp.ones((2, 2))})
+    with pytest.raises(TypeError, match=r"function\(params\)\['name'\] of type str"):
+        scale_invariant({"w": jnp.ones((2, 2))}, lambda params: {"name": "x"})
+    for function in (lambda p: scale_invariant(p, jnp.sum), lambda p: effective_learning_rate(p, 0.1)):
+        with pytest.raises(TypeError, match=r"params\['w'\] of type str"):
+            function({"w": "kernel"})
+
+
 def test_effective_learning_rates():
     kernel = np.random.default_rng(0).standard_normal((3, 3, 4, 5)).astype(np.float32)
     for optimizer, power in (("sgd", 2), ("adam", 1)):

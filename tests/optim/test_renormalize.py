@@ -211,6 +211,8 @@ def test_zeros_wait_for_a_direction():
 
 
 def test_bad_input_is_refused():
+    with pytest.raises(TypeError, match=r"inner of type dict. The order is renormalize\(mask, inner\)"):
+        renormalize(optax.sgd(0.1), {"w": True})
     params = {"a": {"w": jnp.ones((3, 2))}}
     with pytest.raises(ValueError, match=r"renormalize: mask does not fit.*params\['a'\]\['w'\] of shape \(3, 2\)"):
         renormalize({"b": True}, optax.sgd(0.1)).init(params)

@@ -140,6 +140,22 @@ def test_extra_arguments_reach_the_inner_transformation(params):
     assert got == [{"value": 3.0}] * 2
 
 
+def test_extra_arguments_do_not_trouble_those_that_take_none(make, params):
+    optimizer = make()
+    optimizer.update(params, optimizer.init(params), params, value=3.0)
+
+
+def test_multi_steps_may_be_the_inner_transformation(params):
+    inside = renormalize(INVARIANT, optax.MultiSteps(optax.sgd(0.1), 2))
+    outside = optax.MultiSteps(renormalize(INVARIANT, optax.sgd(0.1)), 2)
+    state = inside.init(params)
+    kept, state = step(inside, params, state, 0)  # on the sphere, and not turned
+    for name in ("first", "second"):
+        assert_close(kept[name]["kernel"] * jnp.linalg.norm(params[name]["kernel"]), params[name]["kernel"], rtol=1e-5)
+    assert_finite(step(inside, kept, state, 1)[0])
+    assert_finite(step(outside, params)[0])
+
+
 def test_masks_may_be_functions_and_prefixes(params):
     def mask(tree):
         return decay_mask(tree) | {"head": False}
