@@ -51,7 +51,7 @@ def effective_learning_rate(
       {'kernel': Array(0.004, dtype=float32)}
 
     References:
-      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017), eq. 9 and section 3.
+      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017).
     """
     function = "effective_learning_rate"
     _checks.choice(function, "optimizer", optimizer, OPTIMIZERS)

@@ -85,8 +85,8 @@ def scale_invariant(
       {'in': True, 'out': False}
 
     References:
-      Li & Arora, "An Exponential Learning Rate Schedule for Deep Learning" (ICLR 2020), Lemma 1.3 and appendix.
-      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017), eq. 3-5.
+      Li & Arora, "An Exponential Learning Rate Schedule for Deep Learning" (ICLR 2020), Lemma 1.3.
+      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017).
     """
     for c in scales:
         _checks.between("scale_invariant", "scales", c, sys.float_info.min, math.inf)

@@ -108,7 +108,7 @@ def decay_mask(
       >>> optimizer = optax.adamw(1e-3, weight_decay=0.1, mask=nj.optim.decay_mask)
 
     References:
-      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017), section 2: what decay does to a
+      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017): what decay does to a
       kernel before normalization is to set its learning rate; see `effective_learning_rate`.
     """
     for kind in kinds:

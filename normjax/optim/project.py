@@ -52,6 +52,9 @@ def project_scale_invariant(
             optax.scale_by_learning_rate(1e-3),
         )
 
+    This is the paper's algorithm, and what the authors' AdamP does. Their SGDP differs: it divides `weight_decay` by
+    `1 - momentum`, and without Nesterov's momentum keeps the projected one.
+
     With a mask it needs no gradients, and can also be a link of its own: `optax.chain(optax.scale_by_adam(),
     project_scale_invariant(mask), ...)`. Weight decay is radial: in a link before this one it would be removed.
 
@@ -82,7 +85,7 @@ def project_scale_invariant(
 
     References:
       Heo et al., "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights" (ICLR 2021),
-      eq. 5, 10 and 11, Algorithms 1 and 2.
+      Algorithms 1 and 2.
     """
     function = "project_scale_invariant"
     wrapped = transformation(function, optax.identity() if inner is None else inner)

@@ -95,7 +95,7 @@ def renormalize(
       [0.6 0.8] [5.]
 
     References:
-      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017), section 2 and eq. 9.
+      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017).
       Kosson, Messmer & Jaggi, "Rotational Equilibrium" (ICML 2024), Algorithm 1 and Table 1.
     """
     sphere = _Sphere(mask, transformation("renormalize", inner), feature_axes, rotation)

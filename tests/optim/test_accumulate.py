@@ -199,6 +199,7 @@ class Net(nn.Module):
         return nj.linen.BatchNorm(use_running_average=False, momentum=0.9, name="inner")(x)
 
 
+@pytest.mark.slow
 def test_linen():
     """The layer that sees the data has the statistics of the whole batch; all keep their kind."""
     data = microbatches(shape=(MICROBATCH, 4, 4, 5))

@@ -48,6 +48,7 @@ def test_a_loss_does_as_well_as_outputs():
     }
 
 
+@pytest.mark.slow
 def test_in_the_precision_of_params():
     params = small(networks.params())
     found = scale_invariant(params, lambda params: networks.outputs(params, X, epsilon=1e-5), dtype=None)
@@ -170,6 +171,7 @@ class Module(nnx.Module):
         return self.second(nnx.relu(self.norm(self.first(x))))
 
 
+@pytest.mark.slow
 def test_nnx_modules_and_their_state():
     model = Module(nnx.Rngs(0))
     before = np.asarray(model.norm.mean[...])

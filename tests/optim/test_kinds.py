@@ -61,6 +61,7 @@ def flat(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 def test_linen(linen):
     kinds = flat(kind_of(linen))
     expected = {"kernel", "embedding", "scale", "bias", "activation", "statistic"}
@@ -74,6 +75,7 @@ def test_linen(linen):
     assert np.ndim(linen["params"]["MultiHeadDotProductAttention_0"]["query"]["bias"]) == 2
 
 
+@pytest.mark.slow
 def test_the_mask_of_linen_has_the_structure_of_params(linen):
     params = linen["params"]
     mask = decay_mask(params)
@@ -83,6 +85,7 @@ def test_the_mask_of_linen_has_the_structure_of_params(linen):
     assert decayed == {path for path in flat(mask) if path.split("'")[-2] in ("kernel", "embedding")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "of", [lambda m: m, lambda m: nnx.state(m, nnx.Param), lambda m: nnx.as_pure(nnx.state(m, nnx.Param))]
 )

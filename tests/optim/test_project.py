@@ -120,8 +120,9 @@ def test_the_reference_projects_what_it_should():
     assert (by_neither == u).all()
 
 
+@pytest.mark.slow
 def test_the_norm_stays_but_for_second_order():
-    """Momentum lengthens kernels; projected, ||w'||^2 is ||w||^2 plus the squared step alone (Heo et al., eq. 7)."""
+    """Momentum lengthens kernels; projected, ||w'||^2 is ||w||^2 plus the squared step alone."""
     with jax.enable_x64(True):
         params = networks.wide(networks.params())
         plain, projects = (

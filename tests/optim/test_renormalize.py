@@ -92,7 +92,7 @@ def test_each_channel_on_a_sphere_of_its_own():
 
 
 def test_a_step_on_the_sphere_is_one_at_the_effective_learning_rate():
-    """SGD from w turns the kernel as SGD from w / ||w|| does at the rate lr / ||w||^2 (van Laarhoven, eq. 9)."""
+    """SGD from w turns the kernel as SGD from w / ||w|| does at the rate lr / ||w||^2 (van Laarhoven, 2017)."""
     lr = 0.3
     with jax.enable_x64(True):
         params, data = start(), tuple(map(jnp.asarray, networks.batch()))

@@ -58,6 +58,7 @@ def step(optimizer, params, state=None, seed=0):
     return optax.apply_updates(params, updates), state
 
 
+@pytest.mark.slow
 def test_jit_gives_what_eager_gives_and_compiles_once(make, params):
     optimizer = make()
     state, count = optimizer.init(params), []
@@ -87,6 +88,7 @@ def test_dtypes_and_structure_are_kept(make, params, dtype):
     assert_finite(updates)
 
 
+@pytest.mark.slow
 def test_multi_steps(make, params):
     optimizer, every = make(), optax.MultiSteps(make(), 2)
     state = every.init(params)
@@ -175,6 +177,7 @@ class Model(nnx.Module):
         return self.head(nnx.relu(self.norm(self.first(x))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["project", "renormalize"])
 def test_nnx_optimizer(kind):
     x, labels = single(networks.batch())
@@ -206,6 +209,7 @@ def outputs(model, x, state):
     return nnx.merge(graphdef, state, others, copy=True)(x)
 
 
+@pytest.mark.slow
 def test_pmap(make, params):
     optimizer = make()
     many = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), (params, optimizer.init(params)))
