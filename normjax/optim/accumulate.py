@@ -83,8 +83,8 @@ def accumulate(*, momentum: float | None = 0.99, running_var: RunningVar = "bias
 
     Raises:
       ValueError, TypeError: for trees that do not match, by the leaf's path; for a state without `MultiSteps`, or with
-        several; for statistics in bfloat16, which are too coarse; for statistics that are not finite, outside of
-        `jax.jit`.
+        several; for statistics in bfloat16, which are too coarse. Outside of `jax.jit`: for statistics that are not
+        finite, or that `momentum` cannot have moved.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj, optax
@@ -227,7 +227,20 @@ def _own_moments(
         counts = jnp.where(new["count"] > old["count"], counts, 0)
     rate = 1 - momentum if momentum is not None else 1 / jnp.maximum(new["count"], 1)
     mean, var = (old[leaf] + (new[leaf] - old[leaf]) / jnp.asarray(rate, old[leaf].dtype) for leaf in ("mean", "var"))
+    _check_momentum(path, var, -16 * jnp.finfo(var.dtype).eps / rate * old["var"], momentum)
     return Moments(counts, mean, jnp.maximum(var, 0))
+
+
+def _check_momentum(path: Path, var: Array, rounding: Array, momentum: float | None) -> None:
+    """Refuses what another momentum has moved, where it shows and there are values to look at."""
+    if not isinstance(var, Tracer) and bool((var < rounding).any()):
+        _checks.refuse(
+            "accumulate",
+            "a microbatch would have a negative variance",
+            expected="statistics that layers moved by `momentum`",
+            got=f"variance {float(var.min()):.3g} at {show('new', path)}, if momentum={momentum}",
+            fix="Pass the momentum of the model's layers, and the batch_stats that the model was given",
+        )
 
 
 def _check_tells(

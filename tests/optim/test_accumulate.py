@@ -347,6 +347,17 @@ def test_statistics_that_are_not_finite_are_refused_by_their_path():
         statistics.update(NAN, seen, batch_stats, state._replace(mini_step=state.mini_step + 1))
 
 
+def test_another_momentum_than_the_models_is_noticed():
+    batch_stats, state = setting()
+    statistics = accumulate(momentum=0.99)
+    _, new = loss(start()[0], batch_stats["norm"], 0.1 * microbatches()[0], momentum=0.5)
+    seen, state = statistics.init(batch_stats, state), state._replace(mini_step=state.mini_step + 1)
+    with pytest.raises(
+        ValueError, match=r"negative variance.*at new\['norm'\], if momentum=0.99.*of the model's layers"
+    ):
+        statistics.update({"norm": new}, seen, batch_stats, state)
+
+
 def test_coarse_statistics_are_refused():
     batch_stats, state = setting()
     coarse = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), batch_stats)
