@@ -3,7 +3,7 @@
     params, batch_stats = nj.batch_norm_init(num_features)
     y, batch_stats = nj.batch_norm(params, batch_stats, x, train=True)
 
-The doors for Flax models, `normjax.linen` and `normjax.nnx`, load on first use.
+The doors for Flax models, `normjax.linen` and `normjax.nnx`, load on first use, and so does `normjax.optim`.
 """
 
 import importlib
@@ -27,7 +27,7 @@ from normjax.statistics.running import update_batch_stats
 from normjax.statistics.synchronize import sync_batch_stats
 
 if TYPE_CHECKING:
-    from normjax import linen, nnx
+    from normjax import linen, nnx, optim
 
 __version__ = "0.1.0"
 
@@ -53,6 +53,7 @@ __all__ = [
     "merge_moments",
     "moments",
     "nnx",
+    "optim",
     "recalibrate",
     "rms_norm",
     "rms_norm_init",
@@ -61,11 +62,11 @@ __all__ = [
     "weights",
 ]
 
-_DOORS = ("linen", "nnx")
+_DOORS = ("linen", "nnx", "optim")
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Imports a door, and with it Flax, when it is first asked for."""
+    """Imports a room, and with it Flax or optax, when it is first asked for."""
     if name in _DOORS:
         return importlib.import_module(f"normjax.{name}")
     raise AttributeError(f"module 'normjax' has no attribute {name!r}")

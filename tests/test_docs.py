@@ -12,7 +12,7 @@ import normjax as nj
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
 PUBLIC = {name: getattr(nj, name) for name in nj.__all__ if callable(getattr(nj, name))}
-for room in (nj.weights, nj.linen, nj.nnx):
+for room in (nj.weights, nj.linen, nj.nnx, nj.optim):
     PUBLIC |= {f"{room.__name__.removeprefix('normjax.')}.{name}": getattr(room, name) for name in room.__all__}
 
 
@@ -31,7 +31,8 @@ def test_the_blocks_of_a_page_run_in_turn(page, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_example_of_a_docstring_prints_what_it_says(name):
     found = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs={})
-    results = [doctest.DocTestRunner().run(test) for test in found]
+    with jax.numpy_dtype_promotion("standard"):  # as users have it; optax needs it
+        results = [doctest.DocTestRunner().run(test) for test in found]
     shown = sum(result.attempted for result in results)
     assert shown > 0 or name == "Moments", "every public name shows an example"
     assert not any(result.failed for result in results)

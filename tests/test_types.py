@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from beartype import beartype
 from jaxtyping import jaxtyped
@@ -55,6 +56,24 @@ def test_statistics():
     moments = typed(nj.moments)(x, 0, mask=x > 0)
     merged = typed(nj.merge_moments)(moments, nj.Moments(4, moments.mean, moments.var))
     typed(nj.update_batch_stats)({"mean": jnp.zeros(3), "var": jnp.ones(3)}, merged, momentum=jnp.float32(0.9))
+
+
+def test_optimizers():
+    params = {"dense": {"kernel": jnp.ones((4, 3))}, "norm": nj.layer_norm_init(3)[0]}
+    mask = typed(nj.optim.decay_mask)(params, names={"kernel": "embedding"})
+    typed(nj.optim.kind_of)(params)
+    typed(nj.optim.effective_learning_rate)(params, jnp.float32(0.1), optimizer="adam")
+    typed(nj.optim.rotational_equilibrium)(0.1, jnp.float32(0.1))
+    typed(nj.optim.project_scale_invariant)(mask, inner=optax.trace(0.9), feature_axes=-1, weight_decay=0.1)
+    optimizer = typed(nj.optim.renormalize)(nj.optim.decay_mask, optax.sgd(0.1), rotation=optax.constant_schedule(0.1))
+    state = typed(optimizer.init)(params)
+    typed(optimizer.update)(params, state, params)
+    typed(nj.optim.scale_invariant)(params, lambda params: params["dense"], feature_axes=-1)
+    statistics = typed(nj.optim.accumulate)(momentum=None)
+    _, batch_stats = nj.batch_norm_init(3, count=True)
+    state = optax.MultiSteps(optimizer, 2).init(params)
+    seen = typed(statistics.init)(batch_stats, state)
+    typed(statistics.update)(batch_stats, seen, batch_stats, state, count=jnp.int32(3))
 
 
 def test_a_wrong_type_is_noticed():

@@ -1,0 +1,44 @@
+"""Lengths and directions of kernels, whole or feature by feature, in at least float32."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from normjax import _checks
+from normjax._typing import Axes
+from normjax.optim._trees import Path, show
+from normjax.statistics.reduction import abs2, widen
+
+
+def reduced_axes(function: str, feature_axes: Axes, kernel: Array, path: Path) -> tuple[int, ...]:
+    """Returns the axes that a norm is taken over; refuses feature axes that the kernel does not have, by its path."""
+    kept = _checks.axes(f"{function} at {show('params', path)}", "feature_axes", feature_axes, kernel.shape)
+    return _checks.other_axes(kept, kernel.ndim)
+
+
+def norm(kernel: Array, axes: tuple[int, ...]) -> Array:
+    """The Euclidean norm over `axes`, kept as axes of size 1; safe from overflow and underflow."""
+    wide = widen(kernel)
+    largest = jnp.max(jnp.abs(wide), axes, keepdims=True, initial=0)
+    unit = jnp.where(largest > 0, largest, 1)
+    return unit * jnp.sqrt(jnp.sum(abs2(wide / unit), axes, keepdims=True))
+
+
+def inner(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
+    """The real inner product over `axes`, kept as axes of size 1."""
+    a, b = widen(a), widen(b)
+    product = a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b
+    return jnp.sum(product, axes, keepdims=True)
+
+
+def unit(kernel: Array, axes: tuple[int, ...]) -> Array:
+    """The kernel with norm 1; zeros stay zeros."""
+    length = norm(kernel, axes)
+    return widen(kernel) / jnp.where(length > 0, length, 1)
+
+
+def tangent(update: Array, kernel: Array, axes: tuple[int, ...]) -> Array:
+    """The update without its part along the kernel."""
+    direction = unit(kernel, axes)
+    return widen(update) - inner(direction, update, axes) * direction

@@ -1,0 +1,105 @@
+"""How fast directions turn: effective learning rates, and the rotation at which weight decay settles."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, PyTree
+
+from normjax import _checks
+from normjax._typing import Axes
+from normjax.optim._directions import norm, reduced_axes
+from normjax.optim._trees import check_arrays, plain
+
+Optimizer = Literal["sgd", "adam"]
+OPTIMIZERS = ("sgd", "adam")
+
+
+def effective_learning_rate(
+    params: PyTree[Array], learning_rate: ArrayLike, *, feature_axes: Axes = (), optimizer: Optimizer = "sgd"
+) -> PyTree[Array]:
+    r"""Returns the learning rate that acts on the direction of each parameter.
+
+    .. math:: \eta_{\mathrm{sgd}} = \frac{\eta}{\lVert w \rVert^2}, \qquad
+              \eta_{\mathrm{adam}} = \frac{\eta}{\lVert w \rVert}
+
+    A network that is invariant to the scale of w has a gradient that shrinks as w grows, `grad f(c w) = grad f(w) / c`,
+    and a step turns w by an angle that shrinks with its length once more. So its direction is trained as that of a
+    kernel of norm 1 would be at this rate. Where steps do not depend on the size of the gradient (Adam, RMSprop, Lion),
+    the first of the two falls away. Of other parameters the figure says nothing: look at those of `scale_invariant`.
+
+    Args:
+      params: any tree of arrays, or an nnx module.
+      learning_rate: a number or a scalar array.
+      feature_axes: the axes that have a norm of their own, such as -1 for output channels before batch norm; `()` for
+        one norm of all.
+      optimizer: "sgd" (with momentum, too) or "adam" (and whatever normalizes its steps).
+
+    Returns:
+      A tree of the structure of `params` (nnx's variables opened): for each leaf the rates `(*features)`, in at least
+      float32; infinite for zeros.
+
+    Raises:
+      ValueError: for feature axes that a leaf does not have, by its path; for an unknown `optimizer`.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> print(nj.optim.effective_learning_rate({"kernel": jnp.array([[3.0], [4.0]])}, 0.1))
+      {'kernel': Array(0.004, dtype=float32)}
+
+    References:
+      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017).
+    """
+    function = "effective_learning_rate"
+    _checks.choice(function, "optimizer", optimizer, OPTIMIZERS)
+    arrays = plain(params)
+    check_arrays(function, "params", arrays)
+    power = 2 if optimizer == "sgd" else 1
+
+    def rate(path: tuple, leaf: Array) -> Array:
+        axes = reduced_axes(function, feature_axes, leaf, path)
+        length = norm(leaf, axes).squeeze(axes)
+        return jnp.asarray(learning_rate, length.dtype) / length**power
+
+    return jax.tree_util.tree_map_with_path(rate, jax.tree.map(jnp.asarray, arrays))
+
+
+def rotational_equilibrium(
+    learning_rate: ArrayLike, weight_decay: ArrayLike, *, momentum: ArrayLike = 0.0, optimizer: Optimizer = "sgd"
+) -> ArrayLike:
+    r"""Returns the angle in radians by which weight decay makes the kernel turn at each step, in the long run.
+
+    .. math:: \hat\eta_{\mathrm{sgd}} = \sqrt{\frac{2 \eta \lambda}{1 + \alpha}}, \qquad
+              \hat\eta_{\mathrm{adam}} = \sqrt{2 \eta \lambda \frac{1 - \beta_1}{1 + \beta_1}}
+
+    Gradients, which are orthogonal to the kernel, lengthen it, and decay shortens it. Where the two are in balance, the
+    angle depends on neither gradients nor architecture. It is the `rotation` for `renormalize`.
+
+    Args:
+      learning_rate: of the optimizer, a number or an array.
+      weight_decay: for "sgd", the factor of the kernel that is added to the gradient; for "adam", decoupled (AdamW).
+      momentum: alpha of SGD as in `optax.sgd`, or beta1 of Adam.
+      optimizer: "sgd" or "adam".
+
+    Returns:
+      The root mean square angle per step, in radians.
+
+    Raises:
+      ValueError: for an unknown `optimizer`.
+
+    Example:
+      >>> import normjax as nj
+      >>> print(round(nj.optim.rotational_equilibrium(1e-3, 0.1, momentum=0.9, optimizer="adam"), 5))
+      0.00324
+
+    References:
+      Kosson, Messmer & Jaggi, "Rotational Equilibrium: How Weight Decay Balances Learning Across Neural Networks" (ICML
+      2024), Table 1.
+    """
+    _checks.choice("rotational_equilibrium", "optimizer", optimizer, OPTIMIZERS)
+    share = 1 / (1 + momentum) if optimizer == "sgd" else (1 - momentum) / (1 + momentum)
+    squared = 2 * learning_rate * weight_decay * share
+    return math.sqrt(squared) if isinstance(squared, (int, float)) else jnp.sqrt(squared)
