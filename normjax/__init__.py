@@ -3,7 +3,7 @@
     params, batch_stats = nj.batch_norm_init(num_features)
     y, batch_stats = nj.batch_norm(params, batch_stats, x, train=True)
 
-The doors for Flax models, `normjax.linen` and `normjax.nnx`, load on first use.
+The doors for Flax models, `normjax.linen` and `normjax.nnx`, and `normjax.convert` load on first use.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from normjax.statistics.running import update_batch_stats
 from normjax.statistics.synchronize import sync_batch_stats
 
 if TYPE_CHECKING:
-    from normjax import linen, nnx
+    from normjax import convert, linen, nnx
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ __all__ = [
     "batch_norm_init",
     "batch_renorm",
     "batch_renorm_init",
+    "convert",
     "dynamic_tanh",
     "dynamic_tanh_init",
     "filter_response_norm",
@@ -59,12 +60,12 @@ __all__ = [
     "weights",
 ]
 
-_DOORS = ("linen", "nnx")
+_ROOMS = ("convert", "linen", "nnx")
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Imports a door, and with it Flax, when it is first asked for."""
-    if name in _DOORS:
+    """Imports a room, and what it needs, when it is first asked for."""
+    if name in _ROOMS:
         return importlib.import_module(f"normjax.{name}")
     raise AttributeError(f"module 'normjax' has no attribute {name!r}")
 

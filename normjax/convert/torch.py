@@ -1,0 +1,280 @@
+"""Weights from and to PyTorch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from normjax import _checks
+from normjax.convert._sources import Arrays, conform, read_mapping
+from normjax.convert._torch_kernels import from_kernel, norms, other_vector, singular_value, to_kernel
+from normjax.convert._trees import (
+    COLLECTIONS,
+    Leaf,
+    Leaves,
+    Path,
+    Tree,
+    Trees,
+    expectation,
+    modules_of,
+    put_together,
+    take_apart,
+)
+from normjax.convert.torch_settings import class_names
+
+Entries = dict[str, Leaf]  # of one module, by the names that `torch.nn.utils` gives them
+
+# What the hooks of torch.nn.utils call weight_g is original0 to its parametrizations, and so on.
+PARAMETRIZATIONS = {
+    "parametrizations.weight.original0": "weight_g",
+    "parametrizations.weight.original1": "weight_v",
+    "parametrizations.weight.original": "weight_orig",
+    "parametrizations.weight.0._u": "weight_u",
+    "parametrizations.weight.0._v": "weight_v",
+}
+RENAMED = {"bias": "bias", "running_mean": "mean", "running_var": "var", "num_batches_tracked": "count"}
+WEIGHTS = ("weight", "weight_g", "weight_v", "weight_orig", "weight_u")
+KEY = re.compile(rf"(?:(.*)\.)?({'|'.join(map(re.escape, [*PARAMETRIZATIONS, *RENAMED, *WEIGHTS]))})")
+LAYERS_WITH_SCALE = {"_BatchNorm", "_InstanceNorm", "LayerNorm", "RMSNorm", "GroupNorm"}
+
+
+def from_torch(source: Any, *, like: tuple[Tree, Tree] | None = None) -> Trees:
+    """Returns `params` and `batch_stats` with the weights of a PyTorch layer or network.
+
+    | torch | normjax |
+    |---|---|
+    | `weight`, `bias` of BatchNorm, SyncBatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm | `scale`, `bias` |
+    | `running_mean`, `running_var`, `num_batches_tracked` | `mean`, `var`, `count` of `batch_stats` |
+    | `weight`, `bias` of Linear and ConvNd: `(out, in, *window)` | `kernel`, `bias`: `(*window, in, out)` |
+    | the same of ConvTransposeNd: `(in, out, *window)` | `(*window, out, in)`, for `transpose_kernel=True` |
+    | `weight` of Embedding | `embedding` |
+    | `weight_g`, `weight_v` of weight_norm | `scale`, `kernel` |
+    | `weight_orig`, `weight_u`, `weight_v` of spectral_norm | `kernel`; `u`, `sigma` of `batch_stats` |
+
+    Both forms of weight_norm and spectral_norm are known, hooks and parametrizations. Trees are nested by the names of
+    the modules: `layer1.0.bn1.weight` becomes `params["layer1"]["0"]["bn1"]["scale"]`. Other names are had by renaming
+    the keys of the state_dict, which is a dict.
+
+    Weights are half of it. PyTorch's momentum is the complement of normjax's and its running variance is unbiased, both
+    of which a state_dict does not say: `torch_settings` has them from the module.
+
+    Args:
+      source: a module, its `state_dict()`, any mapping from its keys to arrays (NumPy's do), or the path of a
+        .safetensors file.
+      like: `(params, batch_stats)` as the init function of the layer, or the model, returned them, arrays or
+        `jax.ShapeDtypeStruct`: the result has this structure, these shapes and these dtypes, or there is an error.
+        `count` is left out where it has none. Without it, a mapping does not tell the scale of a layer norm over
+        several axes, if there is no bias beside it, or an embedding from a kernel: both are taken for kernels.
+
+    Returns:
+      `params` and `batch_stats`, JAX arrays in the dtypes of the source; statistics in at least float32, `count` in
+      int32. `sigma` is that of the stored singular vectors: at inference PyTorch's weight is `kernel / sigma`.
+
+    Raises:
+      ValueError, TypeError: for keys that no such layer has, leaves that are missing or do not fit together or `like`,
+        and statistics that are not finite; each names the key.
+
+    Example:
+      >>> import numpy as np, normjax as nj
+      >>> state = {"weight": np.ones(2), "bias": np.zeros(2), "running_mean": np.array([1.0, 2.0]),
+      ...          "running_var": np.ones(2), "num_batches_tracked": np.array(7)}
+      >>> params, batch_stats = nj.convert.from_torch(state)
+      >>> print(sorted(params), batch_stats["mean"], batch_stats["count"])
+      ['bias', 'scale'] [1. 2.] 7
+
+    References:
+      `torch.nn.BatchNorm2d`, `torch.nn.utils.parametrizations.weight_norm` and `.spectral_norm` in PyTorch's
+      documentation.
+    """
+    function = "from_torch"
+    kinds = _kinds(source)
+    arrays = _arrays(function, source)
+    if like is not None:
+        for path in expectation(function, like):
+            if path[-1] in ("scale", "kernel", "embedding"):
+                kinds.setdefault(".".join(path[1:-1]), path[-1])
+    leaves: Leaves = {}
+    for module, entries in _by_module(function, arrays).items():
+        parts = tuple(module.split(".")) if module else ()
+        params, batch_stats = _decode(function, entries, kinds.get(module))
+        for collection, part in zip(COLLECTIONS, (params, batch_stats), strict=True):
+            leaves |= {(collection, *parts, name): leaf for name, leaf in part.items()}
+    return put_together(function, leaves, like, _key_of)
+
+
+def to_torch(params: Mapping[str, Any], batch_stats: Mapping[str, Any], *, like: Any = None) -> dict[str, Any]:
+    """Returns the state_dict of a PyTorch layer or network with the weights of `params` and `batch_stats`.
+
+    The inverse of `from_torch`, where the names and shapes are told.
+
+    Args:
+      params: as `from_torch` returns them.
+      batch_stats: likewise. Without a `count`, `num_batches_tracked` is 0.
+      like: the module that is to load them, or its state_dict: the result has its keys (those of weight_norm's and
+        spectral_norm's hooks, too), shapes, dtypes and devices, or there is an error. If its values are tensors, so are
+        those of the result.
+
+    Returns:
+      A dict of NumPy arrays, fit for `safetensors.numpy.save_file`; or, with tensors in `like`, of tensors, fit for
+      `load_state_dict`. Without `like`, weight_norm and spectral_norm are written as parametrizations. The vector v of
+      spectral_norm, which normjax does not keep, is the one that power iteration gives from u.
+
+    Raises:
+      ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`, and statistics that
+        are not finite; each names the leaf.
+
+    Example:
+      >>> import normjax as nj
+      >>> state_dict = nj.convert.to_torch(*nj.batch_norm_init(2))
+      >>> for key, value in state_dict.items():
+      ...     print(key, value)
+      weight [1. 1.]
+      bias [0. 0.]
+      running_mean [0. 0.]
+      running_var [1. 1.]
+      num_batches_tracked 0
+    """
+    function = "to_torch"
+    expected = None if like is None else _arrays(function, like)
+    state: Arrays = {}
+    for parts, entries in modules_of(take_apart(function, params, batch_stats)).items():
+        prefix = "".join(f"{part}." for part in parts)
+        own = {key.removeprefix(prefix) for key in expected or () if key.startswith(prefix)}
+        state |= {f"{prefix}{name}": value for name, value in _encode(function, entries, own).items()}
+    if like is None or expected is None:
+        return state
+    state = {key: value for key, value in state.items() if key in expected or not key.endswith("num_batches_tracked")}
+    for key in state:
+        if key.endswith(("weight_g", "original0")) and key in expected and state[key].size == expected[key].size:
+            state[key] = state[key].reshape(expected[key].shape)
+    state = conform(function, state, expected)
+    tensors = like.state_dict() if hasattr(like, "state_dict") else like
+    return {key: _of_the_kind_of(tensors[key], value) for key, value in state.items()}
+
+
+def _of_the_kind_of(given: Any, value: np.ndarray) -> Any:
+    """The value as a tensor where the given one is, in its dtype and on its device."""
+    if not hasattr(given, "new_tensor"):
+        return value
+    return given.new_tensor(value if value.dtype.isbuiltin == 1 else value.astype(np.float32))
+
+
+def _arrays(function: str, source: Any) -> Arrays:
+    return read_mapping(function, source.state_dict() if hasattr(source, "state_dict") else source)
+
+
+def _kinds(source: Any) -> dict[str, str]:
+    """What the weight of each module is, as far as modules say it."""
+    if not hasattr(source, "named_modules"):
+        return {}
+    kinds = {}
+    for name, module in source.named_modules():
+        classes = class_names(module)
+        if classes & LAYERS_WITH_SCALE:
+            kinds[name] = "scale"
+        elif classes & {"Embedding", "EmbeddingBag"}:
+            kinds[name] = "embedding"
+    return kinds
+
+
+def _by_module(function: str, arrays: Arrays) -> dict[str, Entries]:
+    modules: dict[str, Entries] = {}
+    for key, value in arrays.items():
+        found = KEY.fullmatch(key)
+        if found is None:
+            _checks.refuse(
+                function,
+                f"{key!r} is no weight of a layer that is known",
+                expected=f"keys that end in one of {[*RENAMED, *WEIGHTS]}, or parametrizations of `weight`",
+                got=f"an array of shape {np.shape(value)}",
+                fix="Leave it out, and convert it by hand",
+            )
+        module, name = found.groups()
+        modules.setdefault(module or "", {})[PARAMETRIZATIONS.get(name, name)] = Leaf(value, key)
+    return modules
+
+
+def _decode(function: str, entries: Entries, kind: str | None) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
+    """The leaves of one module, for params and for batch_stats."""
+    found = {new: entries[old] for old, new in RENAMED.items() if old in entries}
+    params = {"bias": found.pop("bias")} if "bias" in found else {}
+    if "weight_g" in entries or "weight_orig" in entries or "weight_v" in entries:
+        pair = ("weight_orig", "weight_u", "weight_v") if "weight_orig" in entries else ("weight_g", "weight_v")
+        _need(function, entries, pair)
+        kernel = entries["weight_orig" if "weight_orig" in entries else "weight_v"]
+        params["kernel"] = Leaf(to_kernel(kernel.value), kernel.key)
+        if "weight_g" in entries:
+            scale = entries["weight_g"]
+            params["scale"] = Leaf(scale.value.reshape(-1) if scale.value.ndim else scale.value, scale.key)
+        else:
+            u, v = entries["weight_u"], entries["weight_v"]
+            sigma = singular_value(function, kernel.value, u, v)
+            found |= {"u": Leaf(u.value[None], u.key), "sigma": Leaf(sigma, v.key)}
+    elif "weight" in entries:
+        weight = entries["weight"]
+        kind = kind or ("kernel" if _looks_like_a_kernel(entries) else "scale")
+        params[kind] = Leaf(to_kernel(weight.value), weight.key) if kind == "kernel" else weight
+    return params, found
+
+
+def _need(function: str, entries: Entries, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in entries:
+            _checks.refuse(
+                function,
+                f"{name} is missing",
+                expected=f"{' and '.join(names)} together, or the same as parametrizations",
+                got=f"{sorted(leaf.key for leaf in entries.values())}",
+                fix="Pass the whole state_dict of the module",
+            )
+
+
+def _looks_like_a_kernel(entries: Entries) -> bool:
+    """Whether a weight has two axes or more, and no bias or statistics of its own shape."""
+    weight = entries["weight"].value
+    others = [entries[name].value.shape for name in ("bias", "running_mean") if name in entries]
+    return weight.ndim > 1 and weight.shape not in others
+
+
+def _key_of(path: Path) -> str:
+    name = {new: old for old, new in RENAMED.items()}.get(path[-1], "weight")
+    return ".".join((*path[1:-1], name))
+
+
+def _encode(function: str, leaves: dict[str, Leaf], expected: set[str]) -> Arrays:
+    """The entries of one module, in PyTorch's order; `expected` are the names that `like` has, if there is one."""
+    known = {"scale", "kernel", "embedding", "u", "sigma", *RENAMED.values()}
+    for name, leaf in leaves.items():
+        if name not in known:
+            _checks.refuse(
+                function,
+                f"{leaf.key!r} has no counterpart in PyTorch",
+                expected=f"leaves among {sorted(known)}",
+                got=f"an array of shape {np.shape(leaf.value)}",
+                fix="Leave it out, and convert it by hand",
+            )
+    state = _encode_weight(function, leaves)
+    if len(state) > 1 and not {"weight_g", "weight_orig"} & expected:
+        v = "parametrizations.weight.0._v" if "weight_orig" in state else "parametrizations.weight.original1"
+        names = {old: new for new, old in PARAMETRIZATIONS.items()} | {"weight_v": v}
+        state = {names[name]: value for name, value in state.items()}
+    state |= {old: leaves[new].value for old, new in RENAMED.items() if new in leaves}
+    if "mean" in leaves:
+        state["num_batches_tracked"] = np.asarray(leaves["count"].value if "count" in leaves else 0, np.int64)
+    return state
+
+
+def _encode_weight(function: str, leaves: dict[str, Leaf]) -> Arrays:
+    if "kernel" not in leaves:
+        weight = leaves.get("scale", leaves.get("embedding"))
+        return {} if weight is None else {"weight": weight.value}
+    weight = from_kernel(leaves["kernel"].value)
+    if "scale" in leaves:
+        return {"weight_g": norms(function, weight, leaves["scale"]), "weight_v": weight}
+    if "u" in leaves:
+        u = leaves["u"]
+        return {"weight_orig": weight, "weight_u": u.value.reshape(-1), "weight_v": other_vector(function, weight, u)}
+    return {"weight": weight}
