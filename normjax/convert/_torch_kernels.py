@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from normjax import _checks
@@ -30,31 +32,62 @@ def norms(function: str, weight: np.ndarray, scale: Leaf) -> np.ndarray:
     return scale.value.reshape([-1 if other == axis else 1 for other in range(rank)])
 
 
-def singular_value(function: str, weight: np.ndarray, u: Leaf, v: Leaf) -> np.ndarray:
-    """The estimate from a pair of singular vectors."""
-    matrix = _matrix(function, weight, u)
-    if v.value.shape != matrix.shape[1:]:
-        _misfit(function, v, f"{matrix.shape[1:]}", weight)
-    return u.value @ matrix @ v.value
+def power_iteration(
+    function: str, weight: np.ndarray, u: Leaf, v: Leaf, size: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What normjax keeps of PyTorch's singular vectors: the one that the next step starts from, and sigma.
 
-
-def other_vector(function: str, weight: np.ndarray, u: Leaf) -> np.ndarray:
-    """The unit vector v that a half step of power iteration gives from u."""
-    v = u.value.reshape(-1) @ _matrix(function, weight, u)
-    return v / max(np.linalg.norm(v), np.finfo(np.float32).tiny).astype(v.dtype)
-
-
-def _matrix(function: str, weight: np.ndarray, u: Leaf) -> np.ndarray:
-    """The weight with a row for each element of u, along axis 0 or, in transposed convolutions, 1.
-
-    Where both would fit, the right one is where u, which is near a singular vector, is stretched more.
+    The hook of `torch.nn.utils.spectral_norm` takes v from u and then u from v; the parametrization does the opposite.
+    normjax does the first; with the other axes of the kernel as `feature_axes` its u is PyTorch's v, and it does the
+    second. So u and v change places, unless `size`, how many elements are wanted, says otherwise.
     """
-    vector = u.value.reshape(-1)
-    axes = [axis for axis, size in enumerate(weight.shape) if size == vector.size]
-    if not axes:
-        _misfit(function, u, f"of one axis of the kernel, among {weight.shape}", weight)
-    matrices = [np.moveaxis(weight, axis, 0).reshape(vector.size, -1) for axis in axes]
-    return max(matrices, key=lambda matrix: float(np.linalg.norm(vector @ matrix)))
+    readings = [rows for axis in (0, 1) if (rows := _rows(weight, axis)).shape == (u.value.size, v.value.size)]
+    if not readings:
+        _misfit(function, u, f"and {v.key!r} one, of the kernel's rows and columns", weight)
+    sigma = max((u.value @ rows @ v.value for rows in readings), key=abs)
+    from_v = u.key.endswith("._u") if size is None or size == u.value.size == v.value.size else size == v.value.size
+    vector = _window_first(v.value, weight.shape) if from_v else u.value
+    return vector[None], sigma
+
+
+def singular_vectors(function: str, weight: np.ndarray, known: Leaf, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """PyTorch's u and v, from the one that normjax keeps; `axis` is that of the rows, where it is known.
+
+    If the shapes leave open which of the two it is, or along which axis (0, in transposed convolutions 1), it is what
+    is stretched the most: it is near a singular vector.
+    """
+    vector = known.value.reshape(-1)
+    found = []
+    for rows in (_rows(weight, axis) for axis in ((0, 1) if axis is None else (axis,))):
+        if vector.size == rows.shape[0]:
+            other = vector @ rows
+            found.append((np.linalg.norm(other), vector, _unit(other)))
+        if vector.size == rows.shape[1]:
+            v = _window_last(vector, weight.shape)
+            other = rows @ v
+            found.append((np.linalg.norm(other), _unit(other), v))
+    if not found:
+        _misfit(function, known, "of a row or a column of the kernel", weight)
+    _, u, v = max(found, key=lambda reading: reading[0])
+    return u, v
+
+
+def _rows(weight: np.ndarray, axis: int) -> np.ndarray:
+    return np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / max(np.linalg.norm(vector), np.finfo(vector.dtype).tiny)
+
+
+def _window_first(v: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """From PyTorch's order of columns, `(channels, *window)`, to that of the kernel as it is here."""
+    window = math.prod(shape[2:])
+    return v.reshape(-1, window).T.reshape(-1)
+
+
+def _window_last(v: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return v.reshape(math.prod(shape[2:]), -1).T.reshape(-1)
 
 
 def _misfit(function: str, leaf: Leaf, expected: str, weight: np.ndarray) -> None:

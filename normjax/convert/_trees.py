@@ -56,7 +56,7 @@ def flatten(function: str, name: str, tree: Any) -> dict[Path, Any]:
 def take_apart(function: str, params: Any, batch_stats: Any) -> Leaves:
     """Returns the leaves of both trees, checked."""
     leaves = {
-        (collection, *path): Leaf(np.asarray(value), "/".join((collection, *path)))
+        (collection, *path): Leaf(np.array(value), "/".join((collection, *path)))
         for collection, tree in zip(COLLECTIONS, (params, batch_stats), strict=True)
         for path, value in flatten(function, collection, tree).items()
     }

@@ -66,14 +66,13 @@ def from_haiku(params: Mapping[str, Any], state: Mapping[str, Any], *, like: tup
         statistics that are not finite; each names the leaf.
 
     Example:
-      >>> import haiku as hk, jax, jax.numpy as jnp, normjax as nj
-      >>> net = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, decay_rate=0.9)(x, is_training=True))
-      >>> x = jnp.array([[1.0], [3.0]])
-      >>> hk_params, hk_state = net.init(jax.random.key(0), x)
-      >>> _, hk_state = net.apply(hk_params, hk_state, None, x)
+      >>> import numpy as np, normjax as nj
+      >>> hk_params = {"batch_norm": {"scale": np.ones((1, 2)), "offset": np.zeros((1, 2))}}
+      >>> first = {"average": np.full((1, 2), 4.0), "hidden": np.full((1, 2), 0.4), "counter": np.array(1)}
+      >>> hk_state = {"batch_norm/~/mean_ema": first, "batch_norm/~/var_ema": first}  # at decay_rate=0.9
       >>> params, batch_stats = nj.convert.from_haiku(hk_params, hk_state)
-      >>> print(params["batch_norm"]["scale"], batch_stats["batch_norm"]["mean"], batch_stats["batch_norm"]["count"])
-      [1.] [2.] 1
+      >>> print(params["batch_norm"]["bias"], batch_stats["batch_norm"]["mean"], batch_stats["batch_norm"]["count"])
+      [0. 0.] [4. 4.] 1
 
     References:
       `hk.BatchNorm` and `hk.ExponentialMovingAverage` in Haiku's documentation. The correction: Kingma & Ba, "Adam"

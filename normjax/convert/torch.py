@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from normjax import _checks
 from normjax.convert._sources import Arrays, conform, read_mapping
-from normjax.convert._torch_kernels import from_kernel, norms, other_vector, singular_value, to_kernel
+from normjax.convert._torch_kernels import from_kernel, norms, power_iteration, singular_vectors, to_kernel
 from normjax.convert._trees import (
     COLLECTIONS,
     Leaf,
@@ -23,7 +24,7 @@ from normjax.convert._trees import (
     put_together,
     take_apart,
 )
-from normjax.convert.torch_settings import class_names
+from normjax.convert.torch_settings import class_names, weight_normalization
 
 Entries = dict[str, Leaf]  # of one module, by the names that `torch.nn.utils` gives them
 
@@ -71,7 +72,9 @@ def from_torch(source: Any, *, like: tuple[Tree, Tree] | None = None) -> Trees:
 
     Returns:
       `params` and `batch_stats`, JAX arrays in the dtypes of the source; statistics in at least float32, `count` in
-      int32. `sigma` is that of the stored singular vectors: at inference PyTorch's weight is `kernel / sigma`.
+      int32. `u` is the vector that PyTorch's power iteration starts from: with hooks u, `(1, out)`, for
+      `feature_axes=-1`; with parametrizations v, for all other axes as `feature_axes`, unless `like` has the former.
+      `sigma` is that of the stored vectors: at inference PyTorch's weight is `kernel / sigma`.
 
     Raises:
       ValueError, TypeError: for keys that no such layer has, leaves that are missing or do not fit together or `like`,
@@ -92,14 +95,17 @@ def from_torch(source: Any, *, like: tuple[Tree, Tree] | None = None) -> Trees:
     function = "from_torch"
     kinds = _kinds(source)
     arrays = _arrays(function, source)
-    if like is not None:
-        for path in expectation(function, like):
-            if path[-1] in ("scale", "kernel", "embedding"):
-                kinds.setdefault(".".join(path[1:-1]), path[-1])
+    sizes: dict[str, int] = {}
+    for path, value in expectation(function, like).items() if like is not None else ():
+        module = ".".join(path[1:-1])
+        if path[-1] in ("scale", "kernel", "embedding"):
+            kinds.setdefault(module, path[-1])
+        elif path[-1] == "u":
+            sizes[module] = math.prod(value.shape)
     leaves: Leaves = {}
     for module, entries in _by_module(function, arrays).items():
         parts = tuple(module.split(".")) if module else ()
-        params, batch_stats = _decode(function, entries, kinds.get(module))
+        params, batch_stats = _decode(function, entries, kinds.get(module), sizes.get(module))
         for collection, part in zip(COLLECTIONS, (params, batch_stats), strict=True):
             leaves |= {(collection, *parts, name): leaf for name, leaf in part.items()}
     return put_together(function, leaves, like, _key_of)
@@ -119,8 +125,8 @@ def to_torch(params: Mapping[str, Any], batch_stats: Mapping[str, Any], *, like:
 
     Returns:
       A dict of NumPy arrays, fit for `safetensors.numpy.save_file`; or, with tensors in `like`, of tensors, fit for
-      `load_state_dict`. Without `like`, weight_norm and spectral_norm are written as parametrizations. The vector v of
-      spectral_norm, which normjax does not keep, is the one that power iteration gives from u.
+      `load_state_dict`. Without `like`, weight_norm and spectral_norm are written as parametrizations. Of the two
+      vectors of spectral_norm, the one that normjax does not keep is what power iteration gives from the other.
 
     Raises:
       ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`, and statistics that
@@ -139,11 +145,13 @@ def to_torch(params: Mapping[str, Any], batch_stats: Mapping[str, Any], *, like:
     """
     function = "to_torch"
     expected = None if like is None else _arrays(function, like)
+    dims = {name: getattr(weight_normalization(module), "dim", None) for name, module in _modules(like)}
     state: Arrays = {}
     for parts, entries in modules_of(take_apart(function, params, batch_stats)).items():
         prefix = "".join(f"{part}." for part in parts)
         own = {key.removeprefix(prefix) for key in expected or () if key.startswith(prefix)}
-        state |= {f"{prefix}{name}": value for name, value in _encode(function, entries, own).items()}
+        encoded = _encode(function, entries, own, dims.get(".".join(parts)))
+        state |= {f"{prefix}{name}": value for name, value in encoded.items()}
     if like is None or expected is None:
         return state
     state = {key: value for key, value in state.items() if key in expected or not key.endswith("num_batches_tracked")}
@@ -166,12 +174,15 @@ def _arrays(function: str, source: Any) -> Arrays:
     return read_mapping(function, source.state_dict() if hasattr(source, "state_dict") else source)
 
 
+def _modules(source: Any) -> Iterable[tuple[str, Any]]:
+    """All modules by name, where the source is a module."""
+    return source.named_modules() if hasattr(source, "named_modules") else ()
+
+
 def _kinds(source: Any) -> dict[str, str]:
     """What the weight of each module is, as far as modules say it."""
-    if not hasattr(source, "named_modules"):
-        return {}
     kinds = {}
-    for name, module in source.named_modules():
+    for name, module in _modules(source):
         classes = class_names(module)
         if classes & LAYERS_WITH_SCALE:
             kinds[name] = "scale"
@@ -197,7 +208,9 @@ def _by_module(function: str, arrays: Arrays) -> dict[str, Entries]:
     return modules
 
 
-def _decode(function: str, entries: Entries, kind: str | None) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
+def _decode(
+    function: str, entries: Entries, kind: str | None, size: int | None
+) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
     """The leaves of one module, for params and for batch_stats."""
     found = {new: entries[old] for old, new in RENAMED.items() if old in entries}
     params = {"bias": found.pop("bias")} if "bias" in found else {}
@@ -211,8 +224,8 @@ def _decode(function: str, entries: Entries, kind: str | None) -> tuple[dict[str
             params["scale"] = Leaf(scale.value.reshape(-1) if scale.value.ndim else scale.value, scale.key)
         else:
             u, v = entries["weight_u"], entries["weight_v"]
-            sigma = singular_value(function, kernel.value, u, v)
-            found |= {"u": Leaf(u.value[None], u.key), "sigma": Leaf(sigma, v.key)}
+            vector, sigma = power_iteration(function, kernel.value, u, v, size)
+            found |= {"u": Leaf(vector, u.key), "sigma": Leaf(sigma, v.key)}
     elif "weight" in entries:
         weight = entries["weight"]
         kind = kind or ("kernel" if _looks_like_a_kernel(entries) else "scale")
@@ -244,7 +257,7 @@ def _key_of(path: Path) -> str:
     return ".".join((*path[1:-1], name))
 
 
-def _encode(function: str, leaves: dict[str, Leaf], expected: set[str]) -> Arrays:
+def _encode(function: str, leaves: dict[str, Leaf], expected: set[str], dim: int | None) -> Arrays:
     """The entries of one module, in PyTorch's order; `expected` are the names that `like` has, if there is one."""
     known = {"scale", "kernel", "embedding", "u", "sigma", *RENAMED.values()}
     for name, leaf in leaves.items():
@@ -256,7 +269,7 @@ def _encode(function: str, leaves: dict[str, Leaf], expected: set[str]) -> Array
                 got=f"an array of shape {np.shape(leaf.value)}",
                 fix="Leave it out, and convert it by hand",
             )
-    state = _encode_weight(function, leaves)
+    state = _encode_weight(function, leaves, dim)
     if len(state) > 1 and not {"weight_g", "weight_orig"} & expected:
         v = "parametrizations.weight.0._v" if "weight_orig" in state else "parametrizations.weight.original1"
         names = {old: new for new, old in PARAMETRIZATIONS.items()} | {"weight_v": v}
@@ -267,7 +280,7 @@ def _encode(function: str, leaves: dict[str, Leaf], expected: set[str]) -> Array
     return state
 
 
-def _encode_weight(function: str, leaves: dict[str, Leaf]) -> Arrays:
+def _encode_weight(function: str, leaves: dict[str, Leaf], dim: int | None) -> Arrays:
     if "kernel" not in leaves:
         weight = leaves.get("scale", leaves.get("embedding"))
         return {} if weight is None else {"weight": weight.value}
@@ -275,6 +288,6 @@ def _encode_weight(function: str, leaves: dict[str, Leaf]) -> Arrays:
     if "scale" in leaves:
         return {"weight_g": norms(function, weight, leaves["scale"]), "weight_v": weight}
     if "u" in leaves:
-        u = leaves["u"]
-        return {"weight_orig": weight, "weight_u": u.value.reshape(-1), "weight_v": other_vector(function, weight, u)}
+        u, v = singular_vectors(function, weight, leaves["u"], dim)
+        return {"weight_orig": weight, "weight_u": u, "weight_v": v}
     return {"weight": weight}

@@ -17,9 +17,9 @@ def torch_settings(module: Any) -> dict[str, Any]:
     Returns:
       For `batch_norm`: `feature_axes=1`, `epsilon`, `momentum`, the complement of PyTorch's (None stays None: the mean
       over all batches), and `running_var="unbiased"`. For `layer_norm` and `rms_norm`: `reduction_axes`,
-      `feature_axes`, `epsilon`. For `group_norm`: `feature_axes=1`, `num_groups`, `epsilon`. For `instance_norm`: `feature_axes=1`,
-      `epsilon`. For `weights.weight_norm` and `weights.spectral_norm`: `feature_axes` of the kernel as `from_torch`
-      lays it out, `epsilon`, `n_steps`. Where x has its features last, replace `feature_axes=1` by -1.
+      `feature_axes`, `epsilon`. For `group_norm` and `instance_norm`: `feature_axes=1`, `epsilon`, and the former's
+      `num_groups`. For `weights.weight_norm` and `weights.spectral_norm`: `feature_axes` of the kernel as `from_torch`
+      lays it out, `epsilon`, and the latter's `n_steps`. Where x has its features last, replace `feature_axes=1` by -1.
 
     Raises:
       TypeError: for a module of another kind.
@@ -60,19 +60,28 @@ def class_names(module: Any) -> set[str]:
     return {kind.__name__ for kind in type(module).__mro__}
 
 
-def _of_weights(module: Any) -> dict[str, Any] | None:
-    """The settings of weight_norm or spectral_norm, as a parametrization or as a hook, if the module has one."""
+def weight_normalization(module: Any) -> Any:
+    """The object that computes the weight_norm or spectral_norm of a module, parametrization or hook; None if none."""
     parametrizations = getattr(module, "parametrizations", {})
     found = [*parametrizations["weight"]] if "weight" in parametrizations else []
-    found += [hook for hook in getattr(module, "_forward_pre_hooks", {}).values() if hasattr(hook, "dim")]
-    for normalization in found:
-        kind = type(normalization).__name__.removeprefix("_")
-        if kind == "WeightNorm":
-            return {"feature_axes": _axis(normalization.dim), "epsilon": 0.0}
-        if kind == "SpectralNorm":
-            steps = {"n_steps": normalization.n_power_iterations, "epsilon": normalization.eps}
-            return {"feature_axes": _axis(normalization.dim)} | steps
-    return None
+    found += getattr(module, "_forward_pre_hooks", {}).values()
+    return next(
+        (each for each in found if type(each).__name__.removeprefix("_") in ("WeightNorm", "SpectralNorm")), None
+    )
+
+
+def _of_weights(module: Any) -> dict[str, Any] | None:
+    """The settings of weight_norm or spectral_norm, if the module has one."""
+    normalization = weight_normalization(module)
+    if normalization is None:
+        return None
+    axis = _axis(normalization.dim)
+    if not hasattr(normalization, "n_power_iterations"):
+        return {"feature_axes": axis, "epsilon": 0.0}
+    if type(normalization).__name__ == "_SpectralNorm":  # the parametrization, whose iteration starts from v
+        rank = module.parametrizations["weight"].original.ndim
+        axis = tuple(other for other in range(-rank, 0) if other != axis)
+    return {"feature_axes": axis, "n_steps": normalization.n_power_iterations, "epsilon": normalization.eps}
 
 
 def _axis(dim: int | None) -> int | tuple[()]:
