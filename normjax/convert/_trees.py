@@ -163,8 +163,9 @@ def modules_of(leaves: Leaves) -> dict[Path, dict[str, Leaf]]:
 def check(function: str, leaves: Leaves) -> None:
     """Refuses modules whose leaves do not fit together, and statistics that cannot be any."""
     for path, leaf in leaves.items():
-        if path[-1] in STATISTICS and path[0] == "batch_stats":
-            _check_statistics(function, path[-1], leaf)
+        name = path[-1].rpartition("/")[-1]  # linen's wrappers have names such as "layer_instance/kernel/u"
+        if name in STATISTICS and path[0] == "batch_stats":
+            _check_statistics(function, name, leaf)
     for module in modules_of(leaves).values():
         _check_complete(function, module)
         if "kernel" not in module and "embedding" not in module:

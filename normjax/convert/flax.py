@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _checks
-from normjax.convert._trees import Leaf, Path, Tree, check, flatten, match, nest
+from normjax.convert._trees import Leaf, Leaves, Path, Tree, check, flatten, match, nest
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -57,15 +58,16 @@ def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
     from flax.core import meta
 
     function = "linen_to_nnx"
-    targets = {_linen_path(path, variable): (path, variable) for path, variable in _variables(model)}
+    targets = _variables(function, model)
     given = flatten(function, "variables", meta.unbox(variables))
     leaves = {path: Leaf(value, "/".join(path)) for path, value in given.items()}
-    wanted = {path: variable.get_value() for path, (_, variable) in targets.items()}
-    leaves = {path: _flat_where(leaf, wanted[path]) if path in wanted else leaf for path, leaf in leaves.items()}
+    wanted = {path: _value(variable) for path, (_, variable) in targets.items()}
+    leaves = _as_flat_as(leaves, wanted)
     check(function, leaves)
     match(function, leaves, wanted, "/".join)
+    values = {path: jnp.asarray(leaves[path].value, wanted[path].dtype) for path in targets}
     return nnx.from_flat_state(
-        (path, variable.replace(jnp.asarray(leaves[linen].value, wanted[linen].dtype)))
+        (path, variable.replace(values[linen]) if isinstance(variable, nnx.Variable) else values[linen])
         for linen, (path, variable) in targets.items()
     )
 
@@ -95,15 +97,15 @@ def nnx_to_linen(model: nnx.Module | nnx.State, *, like: Mapping[str, Any] | Non
     """
     function = "nnx_to_linen"
     leaves = {
-        _linen_path(path, variable): Leaf(variable.get_value(), "/".join(map(str, path)))
-        for path, variable in _variables(model)
+        linen: Leaf(_value(variable), "/".join(map(str, path)))
+        for linen, (path, variable) in _variables(function, model).items()
     }
     wanted: dict[Path, Any] = {}
     if like is not None:
         from flax.core import meta
 
         wanted = flatten(function, "like", meta.unbox(like))
-        leaves = {path: _shaped(leaf, wanted[path]) if path in wanted else leaf for path, leaf in leaves.items()}
+        leaves = _as_flat_as(leaves, wanted)
         match(function, leaves, wanted, "/".join)
     check(function, leaves)
     return nest(
@@ -111,29 +113,41 @@ def nnx_to_linen(model: nnx.Module | nnx.State, *, like: Mapping[str, Any] | Non
     )
 
 
-def _variables(model: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    """The variables of an nnx model, or those in a state, with their paths; none of random numbers."""
+def _variables(function: str, model: Any) -> dict[Path, tuple[tuple[Any, ...], Any]]:
+    """The variables of an nnx model or state with their paths, by where linen has them; none of random numbers."""
     from flax import nnx
 
-    state = model if isinstance(model, nnx.State) else nnx.state(model)
-    found = nnx.to_flat_state(state)
-    for path, variable in found:
-        if not isinstance(variable, nnx.Variable):
-            _checks.refuse(
-                "nnx_to_linen",
-                f"{'/'.join(map(str, path))} has no type, which names its collection",
-                expected="a state of nnx.Variable, such as nnx.state(model)",
-                got=f"{type(variable).__name__}",
-                fix="Pass the model, or its state before it was turned into pure arrays",
-                kind=TypeError,
-            )
-    return [(path, variable) for path, variable in found if not isinstance(variable, nnx.RngState)]
+    found = nnx.to_flat_state(model if isinstance(model, nnx.State) else nnx.state(model))
+    return {
+        (_collection(function, path, variable), *_linen_path(path)): (path, variable)
+        for path, variable in found
+        if not isinstance(variable, nnx.RngState)
+    }
 
 
-def _linen_path(path: tuple[Any, ...], variable: Any) -> Path:
-    """Where linen has the variable, its collection first."""
+def _collection(function: str, path: tuple[Any, ...], variable: Any) -> str:
+    from flax import nnx
     from flax.nnx import variablelib
 
+    if isinstance(variable, nnx.Variable):
+        return variablelib.variable_name_from_type(type(variable))
+    if "scales" not in path:  # which Flax's WeightNorm keeps as plain arrays
+        _checks.refuse(
+            function,
+            f"{'/'.join(map(str, path))} has no type, which names its collection",
+            expected="a state of nnx.Variable, such as nnx.state(model)",
+            got=f"{type(variable).__name__}",
+            fix="Pass the model, or its state before it was turned into pure arrays",
+            kind=TypeError,
+        )
+    return "params"
+
+
+def _value(variable: Any) -> Any:
+    return variable.get_value() if hasattr(variable, "get_value") else variable
+
+
+def _linen_path(path: tuple[Any, ...]) -> Path:
     parts: list[str] = []
     for i, part in enumerate(path):
         if isinstance(part, int):
@@ -143,18 +157,18 @@ def _linen_path(path: tuple[Any, ...], variable: Any) -> Path:
             parts[-1:] = ["/".join(("layer_instance", *map(str, inside)))]
         else:
             parts.append(str(part))
-    return variablelib.variable_name_from_type(type(variable)), *parts
+    return tuple(parts)
 
 
-def _shaped(leaf: Leaf, wanted: Any) -> Leaf:
-    """The leaf in the shape that linen wants, where nnx has it flat."""
-    value = leaf.value
-    flat = np.ndim(value) == 1 and value.size == np.prod(wanted.shape)
-    return Leaf(value.reshape(wanted.shape), leaf.key) if flat else leaf
+def _as_flat_as(leaves: Leaves, wanted: Mapping[Path, Any]) -> Leaves:
+    """The leaves in the shapes that are wanted, where one of the two sides has a scale of several axes flat."""
 
+    def fits(value: Any, shape: tuple[int, ...]) -> bool:
+        return np.size(value) == math.prod(shape) and 1 in (np.ndim(value), len(shape))
 
-def _flat_where(leaf: Leaf, wanted: Any) -> Leaf:
-    """The leaf flat, where nnx wants it so."""
-    value = leaf.value
-    flat = wanted.shape == (np.size(value),)
-    return Leaf(value.reshape(-1), leaf.key) if flat else leaf
+    return {
+        path: Leaf(leaf.value.reshape(wanted[path].shape), leaf.key)
+        if path in wanted and fits(leaf.value, wanted[path].shape)
+        else leaf
+        for path, leaf in leaves.items()
+    }
