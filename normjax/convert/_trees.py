@@ -73,7 +73,7 @@ def put_together(function: str, leaves: Leaves, like: Any, key_of: Callable[[Pat
       like: None, or `(params, batch_stats)`.
       key_of: from the path of a leaf that is missing to what it would be called in the source.
     """
-    check(function, leaves)
+    check(function, leaves, key_of)
     dtypes: dict[Path, Any] = {}
     if like is not None:
         wanted = expectation(function, like)
@@ -160,27 +160,25 @@ def modules_of(leaves: Leaves) -> dict[Path, dict[str, Leaf]]:
     return modules
 
 
-def check(function: str, leaves: Leaves) -> None:
+def check(function: str, leaves: Leaves, key_of: Callable[[Path], str] = "/".join) -> None:
     """Refuses modules whose leaves do not fit together, and statistics that cannot be any."""
     for path, leaf in leaves.items():
         name = path[-1].rpartition("/")[-1]  # linen's wrappers have names such as "layer_instance/kernel/u"
         if name in STATISTICS and path[0] == "batch_stats":
             _check_statistics(function, name, leaf)
-    for module in modules_of(leaves).values():
-        _check_complete(function, module)
+    for path, module in modules_of(leaves).items():
+        _check_complete(function, path, module, key_of)
         if "kernel" not in module and "embedding" not in module:
             _check_shapes(function, [module[name] for name in OF_FEATURES if name in module])
 
 
-def _check_complete(function: str, module: dict[str, Leaf]) -> None:
+def _check_complete(function: str, path: Path, module: dict[str, Leaf], key_of: Callable[[Path], str]) -> None:
     for pair in TOGETHER:
-        present = [name for name in pair if name in module]
-        if len(present) == 1:
-            (absent,) = set(pair) - set(present)
-            key = module[present[0]].key
+        absent = [name for name in pair if name not in module]
+        if len(absent) == 1:
             _checks.refuse(
                 function,
-                f"beside {key!r} there is no {absent}",
+                f"{key_of(('batch_stats', *path, absent[0]))!r} is missing",
                 expected=f"{' and '.join(pair)} together",
                 got=f"{sorted(leaf.key for leaf in module.values())}",
                 fix="Pass the whole state of the layer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -29,7 +29,9 @@ def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
     | `layer_instance/kernel/scale` of WeightNorm and WeightStandardization | `scales` |
     | `layer_instance/kernel/u`, `.../sigma` of SpectralNorm | `batch_stats` |
 
-    That holds for normjax's layers and for Flax's. If names differ, rename keys of the variables first.
+    A layer that a compact method wraps is beside its wrapper in linen (`Dense_0`, and `Dense_0/kernel/u`), and inside
+    it in nnx: that is settled, too. All holds for normjax's layers and for Flax's. If names differ, rename keys of the
+    variables first.
 
     Args:
       variables: as linen's init returned them; a dict of collections. Metadata of sharding is left to the nnx model.
@@ -60,7 +62,8 @@ def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
     function = "linen_to_nnx"
     targets = _variables(function, model)
     given = flatten(function, "variables", meta.unbox(variables))
-    leaves = {path: Leaf(value, "/".join(path)) for path, value in given.items()}
+    adopted = _adopted(given)
+    leaves = {adopted[path]: Leaf(value, "/".join(path)) for path, value in given.items()}
     wanted = {path: _value(variable) for path, (_, variable) in targets.items()}
     leaves = _as_flat_as(leaves, wanted)
     check(function, leaves)
@@ -80,7 +83,7 @@ def nnx_to_linen(model: nnx.Module | nnx.State, *, like: Mapping[str, Any] | Non
     Args:
       model: an nnx model, or its state. Keys and counts of random numbers are left out.
       like: variables as linen's init returned them: the result has their structure, shapes and dtypes, or there is an
-        error. Needed for a scale of several axes, which nnx keeps flat.
+        error. Needed for a scale of several axes, which nnx keeps flat, and for layers that compact methods wrap.
 
     Returns:
       A dict of collections, of JAX arrays.
@@ -105,6 +108,8 @@ def nnx_to_linen(model: nnx.Module | nnx.State, *, like: Mapping[str, Any] | Non
         from flax.core import meta
 
         wanted = flatten(function, "like", meta.unbox(like))
+        elsewhere = {inside: path for path, inside in _adopted(wanted).items()}
+        leaves = {elsewhere.get(path, path): leaf for path, leaf in leaves.items()}
         leaves = _as_flat_as(leaves, wanted)
         match(function, leaves, wanted, "/".join)
     check(function, leaves)
@@ -158,6 +163,26 @@ def _linen_path(path: tuple[Any, ...]) -> Path:
         else:
             parts.append(str(part))
     return tuple(parts)
+
+
+def _adopted(paths: Iterable[Path]) -> dict[Path, Path]:
+    """Where variables of linen are if each wrapper has its layer inside, as `layer_instance`.
+
+    That is so where `setup` makes it. In a compact method the layer is beside its wrapper, under a name of its own:
+    "Dense_0" beside "WeightNorm_0", which has the leaf "Dense_0/kernel/scale".
+    """
+    paths = list(paths)
+    owners = {(*path[1:-2], path[-1].split("/")[0]): path[1:-1] for path in paths if "/" in path[-1]}
+
+    def inside(path: Path) -> Path:
+        if "/" in path[-1]:
+            return (*path[:-1], "/".join(("layer_instance", *path[-1].split("/")[1:])))
+        for length in range(2, len(path)):
+            if path[1:length] in owners:
+                return (path[0], *owners[path[1:length]], "layer_instance", *path[length:])
+        return path
+
+    return {path: inside(path) for path in paths}
 
 
 def _as_flat_as(leaves: Leaves, wanted: Mapping[Path, Any]) -> Leaves:
