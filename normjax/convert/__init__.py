@@ -7,12 +7,13 @@ Whole networks convert as single layers do: their trees are nested by the names 
 objects look like is found out from them, so none of these libraries is imported; arrays of NumPy do as well.
 """
 
+from normjax.convert._haiku_momentum import haiku_momentum
+from normjax.convert._keras_settings import keras_settings
+from normjax.convert._torch_settings import torch_settings
 from normjax.convert.flax import linen_to_nnx, nnx_to_linen
-from normjax.convert.haiku import from_haiku, haiku_momentum, to_haiku
+from normjax.convert.haiku import from_haiku, to_haiku
 from normjax.convert.keras import from_keras, to_keras
-from normjax.convert.keras_settings import keras_settings
 from normjax.convert.torch import from_torch, to_torch
-from normjax.convert.torch_settings import torch_settings
 
 __all__ = [
     "from_haiku",

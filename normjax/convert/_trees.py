@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
@@ -170,6 +170,17 @@ def check(function: str, leaves: Leaves, key_of: Callable[[Path], str] = "/".joi
         _check_complete(function, path, module, key_of)
         if "kernel" not in module and "embedding" not in module:
             _check_shapes(function, [module[name] for name in OF_FEATURES if name in module])
+
+
+def refuse_unknown(function: str, leaf: Leaf, known: Iterable[str]) -> NoReturn:
+    """Refuses a leaf that the other library, or normjax, has no place for, rather than leave it out."""
+    _checks.refuse(
+        function,
+        f"{leaf.key!r} has no counterpart",
+        expected=f"leaves among {list(known)}",
+        got=f"an array of shape {np.shape(leaf.value)}",
+        fix="Leave it out, and convert it by hand",
+    )
 
 
 def _check_complete(function: str, path: Path, module: dict[str, Leaf], key_of: Callable[[Path], str]) -> None:

@@ -172,7 +172,7 @@ def _adopted(paths: Iterable[Path]) -> dict[Path, Path]:
     "Dense_0" beside "WeightNorm_0", which has the leaf "Dense_0/kernel/scale".
     """
     paths = list(paths)
-    owners = {(*path[1:-2], path[-1].split("/")[0]): path[1:-1] for path in paths if "/" in path[-1]}
+    owners: dict[Path, Path] = {(*path[1:-2], path[-1].split("/")[0]): path[1:-1] for path in paths if "/" in path[-1]}
 
     def inside(path: Path) -> Path:
         if "/" in path[-1]:

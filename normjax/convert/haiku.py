@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
 
 from normjax import _checks
+from normjax.convert._haiku_momentum import check_decay_rate
 from normjax.convert._sources import Arrays, conform, to_numpy
 from normjax.convert._trees import (
     Leaf,
@@ -21,6 +21,7 @@ from normjax.convert._trees import (
     flatten,
     modules_of,
     put_together,
+    refuse_unknown,
     take_apart,
 )
 
@@ -83,7 +84,7 @@ def from_haiku(params: Mapping[str, Any], state: Mapping[str, Any], *, like: tup
     for key, value in _named(function, "params", params).items():
         module, _, name = key.rpartition("/")
         if name not in PARAMS:
-            _unknown(function, key, value, PARAMS)
+            refuse_unknown(function, Leaf(value, key), PARAMS)
         leaves["params", module, PARAMS[name]] = Leaf(value, key)
     for key, value in _named(function, "state", state).items():
         leaves |= _from_state(function, key, value)
@@ -142,39 +143,6 @@ def to_haiku(
     return _nested(new_params), _nested(new_state)
 
 
-def haiku_momentum(decay_rate: float, count: ArrayLike) -> Float[Array, ""]:
-    r"""Returns the momentum with which normjax's next step is that of Haiku's average, corrected for its start.
-
-    .. math:: m = \frac{d (1 - d^t)}{1 - d^{t + 1}}
-
-    with d the decay rate and t the number of steps so far. Where t is large that is d; where it is 0, it is 0.
-
-    Args:
-      decay_rate: of `hk.BatchNorm`, from 0 to 1.
-      count: the steps so far: `batch_stats["count"]`.
-
-    Returns:
-      A scalar to pass as `momentum`, float32.
-
-    Raises:
-      ValueError: for a decay rate out of range.
-
-    Example:
-      >>> import normjax as nj
-      >>> print(*(nj.convert.haiku_momentum(0.5, count).round(3) for count in (0, 1, 2, 50)))
-      0.0 0.333 0.429 0.5
-
-    References:
-      Kingma & Ba, "Adam" (2015), section 3, on which `hk.ExponentialMovingAverage` is modelled.
-    """
-    _checks.between("haiku_momentum", "decay_rate", decay_rate, 0.0, 1.0)
-    steps = jnp.asarray(count, jnp.float32)
-    # 1 - d^t by way of expm1: exact where d is near 1 and t small.
-    left = -jnp.expm1(steps * np.log(decay_rate)) if decay_rate else jnp.sign(steps)
-    more = -jnp.expm1((steps + 1) * np.log(decay_rate)) if decay_rate else jnp.ones_like(steps)
-    return decay_rate * left / more
-
-
 def _named(function: str, name: str, tree: Any) -> Arrays:
     """The arrays of a Haiku tree by module and name, "net/~/linear/w"."""
     found = {}
@@ -195,7 +163,7 @@ def _from_state(function: str, key: str, value: np.ndarray) -> Leaves:
         # hidden says nothing that average and counter do not
         kept = {"average": AVERAGES[average], "counter": f"counter of {average}"}
         return {("batch_stats", module, kept[name]): Leaf(value, key)} if name in kept else {}
-    _unknown(function, key, value, ["mean_ema/average", "mean_ema/counter", *DIRECTIONS])
+    refuse_unknown(function, Leaf(value, key), ["mean_ema/average", "mean_ema/counter", *DIRECTIONS])
 
 
 def _counted(function: str, leaves: Leaves) -> Leaves:
@@ -220,23 +188,23 @@ def _without_ones(path: Path, leaf: Leaf, wanted: Any) -> Leaf:
     shape = np.shape(leaf.value)
     if path[-1] in ("kernel", "embedding", "u") or len(shape) < 2:
         return leaf
-    features = [size for size in shape if size != 1] or [1]
-    if wanted is not None and [size for size in wanted.shape if size != 1] == [size for size in features if size != 1]:
+    features = _larger(shape) or (1,)
+    if wanted is not None and _larger(wanted.shape) == _larger(shape):
         features = wanted.shape
     return Leaf(leaf.value.reshape(features), leaf.key)
 
 
 def _with_ones(entries: Arrays, wanted: Arrays) -> Arrays:
-    """The inverse, in the shapes that are wanted where they differ by such axes alone."""
+    """The inverse, for what differs in such axes alone from what is wanted."""
+    shaped = {}
+    for key, value in entries.items():
+        shape = wanted[key].shape if key in wanted else value.shape
+        shaped[key] = value.reshape(shape) if _larger(shape) == _larger(value.shape) else value
+    return shaped
 
-    def fits(key: str, value: np.ndarray) -> bool:
-        ones = [[size for size in array.shape if size != 1] for array in (value, wanted.get(key, value))]
-        return ones[0] == ones[1] and not key.endswith("/w")
 
-    return {
-        key: value.reshape(wanted.get(key, value).shape) if fits(key, value) else value
-        for key, value in entries.items()
-    }
+def _larger(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
 
 
 def _to_params(function: str, module: str, leaves: dict[str, Leaf]) -> Arrays:
@@ -246,7 +214,7 @@ def _to_params(function: str, module: str, leaves: dict[str, Leaf]) -> Arrays:
         if name in names:
             found[f"{module}/{names[name]}"] = leaf.value
         elif name not in STATISTICS:
-            _unknown(function, leaf.key, leaf.value, [*names, *STATISTICS])
+            refuse_unknown(function, leaf, [*names, *STATISTICS])
     return found
 
 
@@ -262,7 +230,7 @@ def _to_state(function: str, module: str, leaves: dict[str, Leaf], decay_rate: f
             got=f"decay_rate={decay_rate!r}, like={'None' if like is None else '(...)'}",
             fix="Pass both",
         )
-    _checks.between(function, "decay_rate", decay_rate, 0.0, 1.0)
+    check_decay_rate(function, decay_rate)
     count = np.asarray(leaves["count"].value if "count" in leaves else FORGOTTEN, np.int32)
     for average, name in AVERAGES.items():
         value = leaves[name].value
@@ -283,16 +251,6 @@ def _nested(entries: Arrays) -> dict[str, dict[str, Any]]:
 def _key_of(path: Path) -> str:
     averages = {new: f"~/{old}/average" for old, new in AVERAGES.items()} | {"count": "~/mean_ema/counter", "u": "u0"}
     return "/".join((*path[1:-1], (NORM | {"kernel": "w"} | averages).get(path[-1], path[-1])))
-
-
-def _unknown(function: str, key: str, value: Any, known: Iterable[str]) -> NoReturn:
-    _checks.refuse(
-        function,
-        f"{key!r} has no counterpart",
-        expected=f"leaves among {sorted(known)}",
-        got=f"an array of shape {np.shape(value)}",
-        fix="Leave it out, and convert it by hand",
-    )
 
 
 def _nameless(function: str, leaves: list[str]) -> NoReturn:

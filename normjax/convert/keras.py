@@ -9,7 +9,7 @@ import numpy as np
 
 from normjax import _checks
 from normjax.convert._sources import Arrays, conform, read_mapping, to_numpy
-from normjax.convert._trees import Leaf, Leaves, Path, Tree, Trees, modules_of, put_together, take_apart
+from normjax.convert._trees import Leaf, Leaves, Path, Tree, Trees, modules_of, put_together, refuse_unknown, take_apart
 
 PARAMS = {"gamma": "scale", "scale": "scale", "beta": "bias", "bias": "bias", "kernel": "kernel"}
 PARAMS |= {"embeddings": "embedding"}
@@ -71,13 +71,7 @@ def from_keras(source: Any, *, like: tuple[Tree, Tree] | None = None) -> Trees:
     for key, value in _weights(function, source).items():
         *parts, name = key.split("/")
         if name not in KNOWN:
-            _checks.refuse(
-                function,
-                f"{key!r} is no weight of a layer that is known",
-                expected=f"paths that end in one of {sorted(KNOWN)}",
-                got=f"an array of shape {np.shape(value)}",
-                fix="Leave it out, and convert it by hand",
-            )
+            refuse_unknown(function, Leaf(value, key), KNOWN)
         leaves[("params" if name in PARAMS else "batch_stats", *parts, KNOWN[name])] = Leaf(value, key)
     return put_together(function, _with_singular_values(function, leaves), like, _key_of)
 
@@ -111,7 +105,9 @@ def to_keras(params: Mapping[str, Any], batch_stats: Mapping[str, Any], *, like:
     expected = None if like is None else _weights(function, like)
     weights: Arrays = {}
     for parts, leaves in modules_of(take_apart(function, params, batch_stats)).items():
-        _refuse_unknown(function, leaves)
+        for name, leaf in leaves.items():
+            if name not in (*BACK, "count", "sigma"):
+                refuse_unknown(function, leaf, BACK)
         for name in BACK:
             if name in leaves:
                 names = BACK[name][::-1] if "kernel" in leaves else BACK[name]
@@ -168,15 +164,3 @@ def _with_singular_values(function: str, leaves: Leaves) -> Leaves:
 
 def _key_of(path: Path) -> str:
     return "/".join((*path[1:-1], BACK.get(path[-1], path[-1:])[0]))
-
-
-def _refuse_unknown(function: str, leaves: dict[str, Leaf]) -> None:
-    for name, leaf in leaves.items():
-        if name not in (*BACK, "count", "sigma"):
-            _checks.refuse(
-                function,
-                f"{leaf.key!r} has no counterpart in Keras",
-                expected=f"leaves among {[*BACK]}",
-                got=f"an array of shape {np.shape(leaf.value)}",
-                fix="Leave it out, and convert it by hand",
-            )

@@ -12,6 +12,7 @@ import numpy as np
 from normjax import _checks
 from normjax.convert._sources import Arrays, conform, read_mapping
 from normjax.convert._torch_kernels import from_kernel, norms, power_iteration, singular_vectors, to_kernel
+from normjax.convert._torch_settings import class_names, weight_normalization
 from normjax.convert._trees import (
     COLLECTIONS,
     Leaf,
@@ -22,9 +23,9 @@ from normjax.convert._trees import (
     expectation,
     modules_of,
     put_together,
+    refuse_unknown,
     take_apart,
 )
-from normjax.convert.torch_settings import class_names, weight_normalization
 
 Entries = dict[str, Leaf]  # of one module, by the names that `torch.nn.utils` gives them
 
@@ -93,15 +94,9 @@ def from_torch(source: Any, *, like: tuple[Tree, Tree] | None = None) -> Trees:
       documentation.
     """
     function = "from_torch"
-    kinds = _kinds(source)
+    kinds, sizes = _hints(function, like)
+    kinds |= _kinds(source)
     arrays = _arrays(function, source)
-    sizes: dict[str, int] = {}
-    for path, value in expectation(function, like).items() if like is not None else ():
-        module = ".".join(path[1:-1])
-        if path[-1] in ("scale", "kernel", "embedding"):
-            kinds.setdefault(module, path[-1])
-        elif path[-1] == "u":
-            sizes[module] = math.prod(value.shape)
     leaves: Leaves = {}
     for module, entries in _by_module(function, arrays).items():
         parts = tuple(module.split(".")) if module else ()
@@ -191,19 +186,25 @@ def _kinds(source: Any) -> dict[str, str]:
     return kinds
 
 
+def _hints(function: str, like: Any) -> tuple[dict[str, str], dict[str, int]]:
+    """What `like` says of each module: the leaf that its weight becomes, and the size of its singular vector."""
+    kinds, sizes = {}, {}
+    for path, value in expectation(function, like).items() if like is not None else ():
+        module = ".".join(path[1:-1])
+        if path[-1] in ("scale", "kernel", "embedding"):
+            kinds[module] = path[-1]
+        elif path[-1] == "u":
+            sizes[module] = math.prod(value.shape)
+    return kinds, sizes
+
+
 def _by_module(function: str, arrays: Arrays) -> dict[str, Entries]:
     modules: dict[str, Entries] = {}
     for key, value in arrays.items():
         found = KEY.fullmatch(key)
         if found is None:
-            _checks.refuse(
-                function,
-                f"{key!r} is no weight of a layer that is known",
-                expected=f"keys that end in one of {[*RENAMED, *WEIGHTS]}, or parametrizations of `weight`",
-                got=f"an array of shape {np.shape(value)}",
-                fix="Leave it out, and convert it by hand",
-            )
-        module, name = found.groups()
+            refuse_unknown(function, Leaf(value, key), [*RENAMED, *WEIGHTS])
+        module, name = found.group(1, 2)
         modules.setdefault(module or "", {})[PARAMETRIZATIONS.get(name, name)] = Leaf(value, key)
     return modules
 
@@ -214,18 +215,15 @@ def _decode(
     """The leaves of one module, for params and for batch_stats."""
     found = {new: entries[old] for old, new in RENAMED.items() if old in entries}
     params = {"bias": found.pop("bias")} if "bias" in found else {}
-    if "weight_g" in entries or "weight_orig" in entries or "weight_v" in entries:
-        pair = ("weight_orig", "weight_u", "weight_v") if "weight_orig" in entries else ("weight_g", "weight_v")
-        _need(function, entries, pair)
-        kernel = entries["weight_orig" if "weight_orig" in entries else "weight_v"]
+    if "weight_orig" in entries:
+        kernel, u, v = _all_of(function, entries, "weight_orig", "weight_u", "weight_v")
         params["kernel"] = Leaf(to_kernel(kernel.value), kernel.key)
-        if "weight_g" in entries:
-            scale = entries["weight_g"]
-            params["scale"] = Leaf(scale.value.reshape(-1) if scale.value.ndim else scale.value, scale.key)
-        else:
-            u, v = entries["weight_u"], entries["weight_v"]
-            vector, sigma = power_iteration(function, kernel.value, u, v, size)
-            found |= {"u": Leaf(vector, u.key), "sigma": Leaf(sigma, v.key)}
+        vector, sigma = power_iteration(function, kernel.value, u, v, size)
+        found |= {"u": Leaf(vector, u.key), "sigma": Leaf(sigma, v.key)}
+    elif "weight_g" in entries or "weight_v" in entries:
+        scale, kernel = _all_of(function, entries, "weight_g", "weight_v")
+        params["kernel"] = Leaf(to_kernel(kernel.value), kernel.key)
+        params["scale"] = Leaf(scale.value.reshape(-1) if scale.value.ndim else scale.value, scale.key)
     elif "weight" in entries:
         weight = entries["weight"]
         kind = kind or ("kernel" if _looks_like_a_kernel(entries) else "scale")
@@ -233,7 +231,7 @@ def _decode(
     return params, found
 
 
-def _need(function: str, entries: Entries, names: tuple[str, ...]) -> None:
+def _all_of(function: str, entries: Entries, *names: str) -> list[Leaf]:
     for name in names:
         if name not in entries:
             _checks.refuse(
@@ -243,6 +241,7 @@ def _need(function: str, entries: Entries, names: tuple[str, ...]) -> None:
                 got=f"{sorted(leaf.key for leaf in entries.values())}",
                 fix="Pass the whole state_dict of the module",
             )
+    return [entries[name] for name in names]
 
 
 def _looks_like_a_kernel(entries: Entries) -> bool:
@@ -262,13 +261,7 @@ def _encode(function: str, leaves: dict[str, Leaf], expected: set[str], dim: int
     known = {"scale", "kernel", "embedding", "u", "sigma", *RENAMED.values()}
     for name, leaf in leaves.items():
         if name not in known:
-            _checks.refuse(
-                function,
-                f"{leaf.key!r} has no counterpart in PyTorch",
-                expected=f"leaves among {sorted(known)}",
-                got=f"an array of shape {np.shape(leaf.value)}",
-                fix="Leave it out, and convert it by hand",
-            )
+            refuse_unknown(function, leaf, sorted(known))
     state = _encode_weight(function, leaves, dim)
     if len(state) > 1 and not {"weight_g", "weight_orig"} & expected:
         v = "parametrizations.weight.0._v" if "weight_orig" in state else "parametrizations.weight.original1"

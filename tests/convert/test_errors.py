@@ -49,7 +49,7 @@ FROM_TORCH = {
         None,
         r"running_mean' has the wrong shape. Expected shape \(3,\), that of 'layer1\.0\.bn1\.weight'; got shape \(4,\)",
     ),
-    "an unknown key": (NET | {"head.in_proj_weight": ONES}, None, r"'head\.in_proj_weight' is no weight of a layer"),
+    "an unknown key": (NET | {"head.in_proj_weight": ONES}, None, r"'head\.in_proj_weight' has no counterpart"),
     "what is no array": ({"bn.weight": "ones"}, None, "'bn.weight' is not an array. Expected numbers; got <U4"),
     "weight_norm by halves": ({"fc.weight_v": KERNEL}, None, r"weight_g is missing.*\['fc\.weight_v'\]"),
     "spectral_norm by halves": ({"fc.weight_orig": KERNEL}, None, r"weight_u is missing.*\['fc\.weight_orig'\]"),
@@ -58,7 +58,7 @@ FROM_TORCH = {
     "a checkpoint around the state_dict": (
         {"state_dict": NET},
         None,
-        "'state_dict' is not an array|'state_dict' is no",
+        "'state_dict' is not an array",
     ),
     "like of one tree": (NET, LIKE[0], "like is not a pair of trees.*got dict"),
 }
@@ -88,7 +88,7 @@ TO_TORCH = {
         None,
         r"'batch_stats/mean' has the wrong shape",
     ),
-    "an unknown leaf": (nj.dynamic_tanh_init(3)[0], {}, None, "'params/alpha' has no counterpart in PyTorch"),
+    "an unknown leaf": (nj.dynamic_tanh_init(3)[0], {}, None, "'params/alpha' has no counterpart"),
     "what is no tree": ([ONES], {}, None, "params is not a tree.*got list"),
     "what is no array": ({"scale": [1.0]}, {}, None, "params/scale is not a leaf.*got list"),
     "another module": (PARAMS, STATS, NET, r"'weight' is in params and batch_stats alone.*the 5 keys of `like`"),
@@ -126,7 +126,11 @@ FROM_KERAS = {
         None,
         "'bn/moving_mean' has the wrong shape|gamma",
     ),
-    "an unknown weight": (KERAS | {"lstm/recurrent_kernel": KERNEL}, None, "'lstm/recurrent_kernel' is no weight"),
+    "an unknown weight": (
+        KERAS | {"lstm/recurrent_kernel": KERNEL},
+        None,
+        "'lstm/recurrent_kernel' has no counterpart",
+    ),
     "a u without a kernel": ({"sn/vector_u": np.ones((1, 3))}, None, "'sn/vector_u' does not fit the kernel"),
 }
 
@@ -139,7 +143,7 @@ def test_from_keras(case):
 
 
 def test_to_keras():
-    with pytest.raises(ValueError, match="to_keras: 'params/alpha' has no counterpart in Keras"):
+    with pytest.raises(ValueError, match="to_keras: 'params/alpha' has no counterpart"):
         nj.convert.to_keras(nj.dynamic_tanh_init(3)[0], {})
     with pytest.raises(ValueError, match="to_keras: 'gamma' has the wrong shape"):
         nj.convert.to_keras({"scale": ONES}, {}, like={"gamma": np.ones(4)})

@@ -150,5 +150,5 @@ def test_what_normjax_has_no_settings_for_is_refused():
         nj.convert.from_keras(layers.BatchNormalization(name="late"))
     layer = layers.BatchNormalization(renorm=True)
     layer.build((4, 2))
-    with pytest.raises(ValueError, match="from_keras: 'moving_stddev' is no weight"):
+    with pytest.raises(ValueError, match="from_keras: 'moving_stddev' has no counterpart"):
         nj.convert.from_keras(layer)
