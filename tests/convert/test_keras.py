@@ -47,36 +47,36 @@ CASES = {
 }
 
 
-def keras_step(layer, x, weights):
+def keras_side(layer):
     """A step of descent on Keras' side, by its stateless API."""
     flag = {"training": True} if "training" in inspect.signature(layer.call).parameters else {}
+    side = jax.jit(lambda *args: step(lambda params, state, x: layer.stateless_call(params, state, x, **flag), *args))
 
-    def apply(params, state, x):
-        y, state = layer.stateless_call(params, state, x, **flag)
-        return y, state
+    def train(x, weights):
+        variables = layer.trainable_variables, layer.non_trainable_variables
+        y, *values = side(*([variable.value for variable in group] for group in variables), x, weights)
+        for variable, value in zip(sum(variables, []), sum(values, []), strict=True):
+            variable.assign(value)
+        return y
 
-    params, state = (
-        [variable.value for variable in group] for group in (layer.trainable_variables, layer.non_trainable_variables)
-    )
-    y, params, state = step(apply, params, state, x, weights)
-    for variable, value in zip(layer.trainable_variables + layer.non_trainable_variables, params + state, strict=True):
-        variable.assign(value)
-    return y
+    return train
 
 
 def initial(make, shape):
     keras.utils.set_random_seed(0)
     layer = make()
     layer.build(shape)
+    train = keras_side(layer)
     for x, weights in list(batches(1, shape))[:3]:
-        keras_step(layer, x, weights)
+        train(x, weights)
     return layer
 
 
 def train_both(layer, side, params, batch_stats, shape, seed):
+    train = keras_side(layer)
     for x, weights in batches(seed, shape):
         y, params, batch_stats = side(params, batch_stats, x, weights)
-        assert_close(y, keras_step(layer, x, weights), **TOLERANCE)
+        assert_close(y, train(x, weights), **TOLERANCE)
         theirs = nj.convert.from_keras(layer)
         if "sigma" in batch_stats:  # theirs is that of the new kernel
             theirs[1]["sigma"] = batch_stats["sigma"]
