@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from normjax import _checks
+from normjax.convert._sources import KerasLayer
 
 
-def keras_settings(layer: Any) -> dict[str, Any]:
+def keras_settings(layer: KerasLayer) -> dict[str, Any]:
     """Returns the keyword arguments with which the normjax function computes what this Keras layer does.
 
     Args:
@@ -29,7 +30,6 @@ def keras_settings(layer: Any) -> dict[str, Any]:
       >>> print(nj.convert.keras_settings(keras.layers.BatchNormalization(momentum=0.9)))
       {'feature_axes': -1, 'epsilon': 0.001, 'momentum': 0.9}
     """
-    classes = {kind.__name__ for kind in type(layer).__mro__}
     for option in ("renorm", "rms_scaling"):
         if getattr(layer, option, False):
             _checks.refuse(
@@ -39,6 +39,12 @@ def keras_settings(layer: Any) -> dict[str, Any]:
                 got=f"{type(layer).__name__}({option}=True)",
                 fix="Use batch_renorm or rms_norm, with settings of your own",
             )
+    return _of(layer)
+
+
+def _of(layer: Any) -> dict[str, Any]:
+    """The settings of a layer that computes nothing unusual."""
+    classes = {kind.__name__ for kind in type(layer).__mro__}
     if "SpectralNormalization" in classes:
         return {"n_steps": layer.power_iterations}
     if classes & {"BatchNormalization", "LayerNormalization", "RMSNormalization", "GroupNormalization"}:

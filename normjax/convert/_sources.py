@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +12,27 @@ import numpy as np
 from normjax import _checks
 
 Arrays = dict[str, np.ndarray]
+Source = Mapping[str, Any] | str | os.PathLike[str]
+
+
+@runtime_checkable
+class TorchModule(Protocol):
+    """What is asked of a `torch.nn.Module`, which is not imported."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def named_modules(self) -> Iterable[tuple[str, Any]]: ...
+
+
+@runtime_checkable
+class KerasLayer(Protocol):
+    """What is asked of a layer or model of Keras 3, which is not imported."""
+
+    name: str
+    built: bool
+
+    @property
+    def weights(self) -> Sequence[Any]: ...
 
 
 def read_mapping(function: str, source: Any) -> Arrays:

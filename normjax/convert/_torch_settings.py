@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from normjax import _checks
+from normjax.convert._sources import TorchModule
 
 
-def torch_settings(module: Any) -> dict[str, Any]:
+def torch_settings(module: TorchModule) -> dict[str, Any]:
     """Returns the keyword arguments with which the normjax function computes what this PyTorch layer does.
 
     Args:
@@ -29,10 +30,13 @@ def torch_settings(module: Any) -> dict[str, Any]:
       >>> print(nj.convert.torch_settings(torch.nn.BatchNorm2d(8, momentum=0.25)))
       {'feature_axes': 1, 'momentum': 0.75, 'epsilon': 1e-05, 'running_var': 'unbiased'}
     """
+    settings = _of_weights(module)
+    return _of_activations(module) if settings is None else settings
+
+
+def _of_activations(module: Any) -> dict[str, Any]:
+    """The settings of a layer."""
     classes = class_names(module)
-    normalization = _of_weights(module)
-    if normalization is not None:
-        return normalization
     if "_BatchNorm" in classes:
         momentum = None if module.momentum is None else 1 - module.momentum
         return {"feature_axes": 1, "momentum": momentum, "epsilon": module.eps, "running_var": "unbiased"}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from normjax import _checks
-from normjax.convert._sources import Arrays, conform, read_mapping, to_numpy
+from normjax.convert._sources import Arrays, KerasLayer, Source, conform, read_mapping, to_numpy
 from normjax.convert._trees import Leaf, Leaves, Path, Tree, Trees, modules_of, put_together, refuse_unknown, take_apart
 
 PARAMS = {"gamma": "scale", "scale": "scale", "beta": "bias", "bias": "bias", "kernel": "kernel"}
@@ -26,7 +26,7 @@ BACK = {  # in Keras' own order
 }
 
 
-def from_keras(source: Any, *, like: tuple[Tree, Tree] | None = None) -> Trees:
+def from_keras(source: Source | KerasLayer, *, like: tuple[Tree, Tree] | None = None) -> Trees:
     """Returns `params` and `batch_stats` with the weights of a Keras 3 layer or model.
 
     | Keras | normjax |
@@ -76,7 +76,9 @@ def from_keras(source: Any, *, like: tuple[Tree, Tree] | None = None) -> Trees:
     return put_together(function, _with_singular_values(function, leaves), like, _key_of)
 
 
-def to_keras(params: Mapping[str, Any], batch_stats: Mapping[str, Any], *, like: Any = None) -> Arrays:
+def to_keras(
+    params: Mapping[str, Any], batch_stats: Mapping[str, Any], *, like: Mapping[str, Any] | KerasLayer | None = None
+) -> Arrays:
     """Returns the weights of a Keras 3 layer or model with the values of `params` and `batch_stats`.
 
     The inverse of `from_keras`, where the names are told.
@@ -119,9 +121,9 @@ def to_keras(params: Mapping[str, Any], batch_stats: Mapping[str, Any], *, like:
 
 def _weights(function: str, source: Any) -> Arrays:
     """The weights by path, without the name of the layer or model itself."""
-    if not hasattr(source, "weights"):
+    if not isinstance(source, KerasLayer):
         return read_mapping(function, source)
-    if not getattr(source, "built", True):
+    if not source.built:
         _checks.refuse(
             function,
             "the layer is not built, so that it has no weights yet",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from normjax import _checks
-from normjax.convert._sources import Arrays, conform, read_mapping
+from normjax.convert._sources import Arrays, Source, TorchModule, conform, read_mapping
 from normjax.convert._torch_kernels import from_kernel, norms, power_iteration, singular_vectors, to_kernel
 from normjax.convert._torch_settings import class_names, weight_normalization
 from normjax.convert._trees import (
@@ -43,7 +43,7 @@ KEY = re.compile(rf"(?:(.*)\.)?({'|'.join(map(re.escape, [*PARAMETRIZATIONS, *RE
 LAYERS_WITH_SCALE = {"_BatchNorm", "_InstanceNorm", "LayerNorm", "RMSNorm", "GroupNorm"}
 
 
-def from_torch(source: Any, *, like: tuple[Tree, Tree] | None = None) -> Trees:
+def from_torch(source: Source | TorchModule, *, like: tuple[Tree, Tree] | None = None) -> Trees:
     """Returns `params` and `batch_stats` with the weights of a PyTorch layer or network.
 
     | torch | normjax |
@@ -106,7 +106,9 @@ def from_torch(source: Any, *, like: tuple[Tree, Tree] | None = None) -> Trees:
     return put_together(function, leaves, like, _key_of)
 
 
-def to_torch(params: Mapping[str, Any], batch_stats: Mapping[str, Any], *, like: Any = None) -> dict[str, Any]:
+def to_torch(
+    params: Mapping[str, Any], batch_stats: Mapping[str, Any], *, like: Mapping[str, Any] | TorchModule | None = None
+) -> dict[str, Any]:
     """Returns the state_dict of a PyTorch layer or network with the weights of `params` and `batch_stats`.
 
     The inverse of `from_torch`, where the names and shapes are told.
@@ -154,7 +156,7 @@ def to_torch(params: Mapping[str, Any], batch_stats: Mapping[str, Any], *, like:
         if key.endswith(("weight_g", "original0")) and key in expected and state[key].size == expected[key].size:
             state[key] = state[key].reshape(expected[key].shape)
     state = conform(function, state, expected)
-    tensors = like.state_dict() if hasattr(like, "state_dict") else like
+    tensors = like.state_dict() if isinstance(like, TorchModule) else like
     return {key: _of_the_kind_of(tensors[key], value) for key, value in state.items()}
 
 
@@ -166,12 +168,12 @@ def _of_the_kind_of(given: Any, value: np.ndarray) -> Any:
 
 
 def _arrays(function: str, source: Any) -> Arrays:
-    return read_mapping(function, source.state_dict() if hasattr(source, "state_dict") else source)
+    return read_mapping(function, source.state_dict() if isinstance(source, TorchModule) else source)
 
 
 def _modules(source: Any) -> Iterable[tuple[str, Any]]:
     """All modules by name, where the source is a module."""
-    return source.named_modules() if hasattr(source, "named_modules") else ()
+    return source.named_modules() if isinstance(source, TorchModule) else ()
 
 
 def _kinds(source: Any) -> dict[str, str]:
