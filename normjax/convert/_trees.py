@@ -7,12 +7,13 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from normjax import _checks
 from normjax._typing import promote
 
 COLLECTIONS = ("params", "batch_stats")
-STATISTICS = ("mean", "var", "u", "sigma")
+STATISTICS = ("mean", "var", "count", "u", "sigma")
 TOGETHER = (("mean", "var"), ("u", "sigma"))
 OF_FEATURES = ("scale", "bias", "mean", "var")
 
@@ -45,6 +46,15 @@ def flatten(function: str, name: str, tree: Any) -> dict[Path, Any]:
                 expected="nested dicts of arrays",
                 got=type(tree).__name__,
                 fix="Pass the trees as the layer's init function, or the model's, returned them",
+                kind=TypeError,
+            )
+        elif isinstance(tree, Tracer):
+            _checks.refuse(
+                function,
+                f"{'/'.join((name, *path))} is traced, and conversions are made of values",
+                expected="arrays",
+                got=f"{tree}",
+                fix="Convert outside of jax.jit and the like",
                 kind=TypeError,
             )
         else:
@@ -80,12 +90,7 @@ def put_together(function: str, leaves: Leaves, like: Any, key_of: Callable[[Pat
         leaves = {path: leaf for path, leaf in leaves.items() if path in wanted or path[-1] != "count"}
         match(function, leaves, wanted, key_of)
         dtypes = {path: value.dtype for path, value in wanted.items()}
-    trees = nest(
-        {
-            path: jnp.asarray(leaf.value, dtypes.get(path, _natural_dtype(path, leaf.value)))
-            for path, leaf in leaves.items()
-        }
-    )
+    trees = nest({path: _as_jax(path, leaf.value, dtypes.get(path)) for path, leaf in leaves.items()})
     return trees.get("params", {}), trees.get("batch_stats", {})
 
 
@@ -118,15 +123,22 @@ def expectation(function: str, like: Any) -> dict[Path, Any]:
     }
 
 
-def _natural_dtype(path: Path, value: Any) -> Any:
-    """What the layers keep: counts in int32, statistics in at least float32, all else as it is."""
+def _as_jax(path: Path, value: Any, dtype: Any) -> Any:
+    """In the dtype asked for, or that layers keep: counts int32, statistics at least float32, all else as it is."""
     if path[-1] == "count":
-        return jnp.int32
-    dtype = jnp.asarray(value).dtype
-    return promote(dtype, jnp.float32) if path[0] == "batch_stats" else dtype
+        return jnp.asarray(np.minimum(value, np.iinfo(np.int32).max), jnp.int32 if dtype is None else dtype)
+    array = jnp.asarray(value, dtype)
+    return array.astype(promote(array.dtype, jnp.float32)) if dtype is None and path[0] == "batch_stats" else array
 
 
-def match(function: str, leaves: Leaves, wanted: Mapping[Path, Any], key_of: Callable[[Path], str]) -> None:
+def match(
+    function: str,
+    leaves: Leaves,
+    wanted: Mapping[Path, Any],
+    key_of: Callable[[Path], str] = "/".join,
+    *,
+    whose: str = "`like`",
+) -> None:
     """Refuses leaves that are missing, or too many, or of another shape than those wanted."""
     for path in wanted:
         if path not in leaves:
@@ -134,7 +146,7 @@ def match(function: str, leaves: Leaves, wanted: Mapping[Path, Any], key_of: Cal
             _checks.refuse(
                 function,
                 f"{key_of(path)!r} is missing",
-                expected=f"a leaf for {'/'.join(path)} of `like`",
+                expected=f"a leaf for {'/'.join(path)} of {whose}",
                 got=f"{beside or 'nothing'} of the same module, among {len(leaves)} leaves",
                 fix="Pass the whole state; if names differ, rename its keys first",
             )
@@ -144,12 +156,12 @@ def match(function: str, leaves: Leaves, wanted: Mapping[Path, Any], key_of: Cal
             _checks.refuse(
                 function,
                 f"{leaf.key!r} has no counterpart",
-                expected=f"leaves of `like`, such as {beside or sorted('/'.join(other) for other in wanted)[:3]}",
+                expected=f"leaves of {whose}, such as {beside or sorted('/'.join(other) for other in wanted)[:3]}",
                 got=f"{'/'.join(path)} of shape {np.shape(leaf.value)}",
-                fix="Leave it out, or check the names and settings of the model that `like` comes from",
+                fix="Leave it out, or check the names and settings of the model",
             )
         if tuple(wanted[path].shape) != np.shape(leaf.value):
-            _wrong_shape(function, leaf, f"{tuple(wanted[path].shape)}, as in `like`")
+            _wrong_shape(function, leaf, f"{tuple(wanted[path].shape)}, as in {whose}")
 
 
 def modules_of(leaves: Leaves) -> dict[Path, dict[str, Leaf]]:
@@ -214,13 +226,13 @@ def _wrong_shape(function: str, leaf: Leaf, expected: str) -> None:
 
 def _check_statistics(function: str, name: str, leaf: Leaf) -> None:
     value = np.asarray(leaf.value)
-    bad = ~np.isfinite(value.astype(np.complex128)) | ((np.real(value) < 0) & (name == "var"))
+    bad = ~np.isfinite(value.astype(np.complex128)) | ((np.real(value) < 0) & (name in ("var", "count")))
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
         _checks.refuse(
             function,
             f"{leaf.key!r} holds what no statistics can be",
-            expected="finite variances of at least 0" if name == "var" else "finite values",
+            expected="finite values" + (" of at least 0" if name in ("var", "count") else ""),
             got=f"{bad.sum()} of {bad.size} that are not, such as {value[where]} at {where}",
             fix="Training diverged, or the file is damaged: take an earlier checkpoint",
         )

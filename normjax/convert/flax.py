@@ -67,7 +67,7 @@ def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
     wanted = {path: _value(variable) for path, (_, variable) in targets.items()}
     leaves = _as_flat_as(leaves, wanted)
     check(function, leaves)
-    match(function, leaves, wanted, "/".join)
+    match(function, leaves, wanted, whose="the model")
     values = {path: jnp.asarray(leaves[path].value, wanted[path].dtype) for path in targets}
     return nnx.from_flat_state(
         (path, variable.replace(values[linen]) if isinstance(variable, nnx.Variable) else values[linen])
@@ -111,7 +111,7 @@ def nnx_to_linen(model: nnx.Module | nnx.State, *, like: Mapping[str, Any] | Non
         elsewhere = {inside: path for path, inside in _adopted(wanted).items()}
         leaves = {elsewhere.get(path, path): leaf for path, leaf in leaves.items()}
         leaves = _as_flat_as(leaves, wanted)
-        match(function, leaves, wanted, "/".join)
+        match(function, leaves, wanted)
     check(function, leaves)
     return nest(
         {path: jnp.asarray(leaf.value, wanted[path].dtype if wanted else None) for path, leaf in leaves.items()}

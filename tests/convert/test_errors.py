@@ -71,6 +71,18 @@ def test_from_torch(case):
         nj.convert.from_torch(source, like=like)
 
 
+def test_a_count_beyond_int32_stays_at_its_end():
+    _, batch_stats = nj.convert.from_torch(BN | {"num_batches_tracked": np.array(2**40)})
+    assert batch_stats["count"] == 2**31 - 1
+    with pytest.raises(ValueError, match="'num_batches_tracked' holds.*at least 0.*such as -1"):
+        nj.convert.from_torch(BN | {"num_batches_tracked": np.array(-1)})
+
+
+def test_a_conversion_under_jit():
+    with pytest.raises(TypeError, match="to_torch: params/scale is traced.*outside of jax.jit"):
+        jax.jit(lambda params: nj.convert.to_torch(params, {}))({"scale": ONES})
+
+
 def test_a_source_that_holds_no_arrays():
     with pytest.raises(TypeError, match="from_torch: the source holds no arrays.*got list"):
         nj.convert.from_torch([ONES])
