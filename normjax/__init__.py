@@ -3,7 +3,7 @@
     params, batch_stats = nj.batch_norm_init(num_features)
     y, batch_stats = nj.batch_norm(params, batch_stats, x, train=True)
 
-The doors for Flax models, `normjax.linen` and `normjax.nnx`, load on first use, and so does `normjax.optim`.
+The doors for Flax models, `normjax.linen` and `normjax.nnx`, and `normjax.convert` and `normjax.optim` load on first use.
 """
 
 import importlib
@@ -27,7 +27,7 @@ from normjax.statistics.running import update_batch_stats
 from normjax.statistics.synchronize import sync_batch_stats
 
 if TYPE_CHECKING:
-    from normjax import linen, nnx, optim
+    from normjax import convert, linen, nnx, optim
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "batch_norm_init",
     "batch_renorm",
     "batch_renorm_init",
+    "convert",
     "dynamic_tanh",
     "dynamic_tanh_init",
     "filter_response_norm",
@@ -62,12 +63,12 @@ __all__ = [
     "weights",
 ]
 
-_DOORS = ("linen", "nnx", "optim")
+_ROOMS = ("convert", "linen", "nnx", "optim")
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Imports a room, and with it Flax or optax, when it is first asked for."""
-    if name in _DOORS:
+    """Imports a room, and what it needs, when it is first asked for."""
+    if name in _ROOMS:
         return importlib.import_module(f"normjax.{name}")
     raise AttributeError(f"module 'normjax' has no attribute {name!r}")
 

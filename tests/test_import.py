@@ -23,6 +23,12 @@ def test_the_doors_load_when_they_are_first_asked_for():
     ]
 
 
+def test_convert_loads_no_library_that_it_converts_from():
+    loaded = run("import sys, normjax; normjax.convert.from_torch({}); print(*sys.modules)")
+    assert "normjax.convert.torch" in loaded
+    assert not {"flax", "torch", "haiku", "keras", "safetensors"} & set(loaded)
+
+
 def test_a_name_that_does_not_exist_is_an_attribute_error_that_says_so():
     assert run("import normjax\ntry: normjax.torch\nexcept AttributeError as e: print('torch' in str(e))") == ["True"]
 

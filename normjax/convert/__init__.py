@@ -1,0 +1,30 @@
+"""Weights from and to other libraries: normjax's `(params, batch_stats)` on one side, theirs on the other.
+
+    params, batch_stats = nj.convert.from_torch(module, or its state_dict, or a .safetensors file)
+    state_dict = nj.convert.to_torch(params, batch_stats)
+
+Whole networks convert as single layers do: their trees are nested by the names of the modules. What the other side's
+objects look like is found out from them, so none of these libraries is imported; arrays of NumPy do as well.
+"""
+
+from normjax.convert._haiku_momentum import haiku_momentum
+from normjax.convert._keras_settings import keras_settings
+from normjax.convert._torch_settings import torch_settings
+from normjax.convert.flax import linen_to_nnx, nnx_to_linen
+from normjax.convert.haiku import from_haiku, to_haiku
+from normjax.convert.keras import from_keras, to_keras
+from normjax.convert.torch import from_torch, to_torch
+
+__all__ = [
+    "from_haiku",
+    "from_keras",
+    "from_torch",
+    "haiku_momentum",
+    "keras_settings",
+    "linen_to_nnx",
+    "nnx_to_linen",
+    "to_haiku",
+    "to_keras",
+    "to_torch",
+    "torch_settings",
+]

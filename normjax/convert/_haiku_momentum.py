@@ -1,0 +1,54 @@
+"""How normjax's running statistics follow Haiku's, which start at zero and are corrected for it."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from normjax import _checks
+
+
+def haiku_momentum(decay_rate: float, count: ArrayLike) -> Float[Array, ""]:
+    r"""Returns the momentum with which normjax's next step is that of Haiku's average, corrected for its start.
+
+    .. math:: m = \frac{d (1 - d^t)}{1 - d^{t + 1}}
+
+    with d the decay rate and t the number of steps so far. Where t is large that is d; where it is 0, it is 0.
+
+    Args:
+      decay_rate: of `hk.BatchNorm`, from 0 to less than 1.
+      count: the steps so far: `batch_stats["count"]`.
+
+    Returns:
+      A scalar to pass as `momentum`, float32.
+
+    Raises:
+      ValueError: for a decay rate out of range.
+
+    Example:
+      >>> import normjax as nj
+      >>> print(*(f"{nj.convert.haiku_momentum(0.5, count):.3f}" for count in (0, 1, 2, 50)))
+      0.000 0.333 0.429 0.500
+
+    References:
+      Kingma & Ba, "Adam" (2015), section 3, on which `hk.ExponentialMovingAverage` is modelled.
+    """
+    check_decay_rate("haiku_momentum", decay_rate)
+    steps = jnp.asarray(count, jnp.float32)
+    # 1 - d^t by way of expm1: exact where d is near 1 and t small.
+    left = -jnp.expm1(steps * np.log(decay_rate)) if decay_rate else jnp.sign(steps)
+    more = -jnp.expm1((steps + 1) * np.log(decay_rate)) if decay_rate else jnp.ones_like(steps)
+    return decay_rate * left / more
+
+
+def check_decay_rate(function: str, decay_rate: float) -> None:
+    """Refuses one that Haiku cannot correct its averages for."""
+    if not 0 <= decay_rate < 1:
+        _checks.refuse(
+            function,
+            "decay_rate is out of range",
+            expected="0 <= decay_rate < 1",
+            got=f"decay_rate={decay_rate!r}",
+            fix="Pass that of hk.BatchNorm",
+        )

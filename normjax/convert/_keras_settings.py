@@ -1,0 +1,65 @@
+"""The keyword arguments with which normjax's functions do what a Keras 3 layer does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from normjax import _checks
+from normjax.convert._sources import KerasLayer
+
+
+def keras_settings(layer: KerasLayer) -> dict[str, Any]:
+    """Returns the keyword arguments with which the normjax function computes what this Keras layer does.
+
+    Args:
+      layer: a BatchNormalization, LayerNormalization, RMSNormalization, GroupNormalization or SpectralNormalization.
+
+    Returns:
+      For `batch_norm`: `feature_axes`, `momentum`, `epsilon`; the running variance is the biased one, as by default.
+      For `layer_norm` and `rms_norm`: `reduction_axes`, `feature_axes`, `epsilon`. For `group_norm`: `feature_axes`,
+      `num_groups`, `epsilon`. For `weights.spectral_norm`: `n_steps`.
+
+    Raises:
+      TypeError: for a layer of another kind. ValueError: for one that computes something else (`renorm=True`,
+        `rms_scaling=True`).
+
+    Example:
+      >>> import os
+      >>> os.environ.setdefault("KERAS_BACKEND", "jax") and None
+      >>> import keras, normjax as nj
+      >>> print(nj.convert.keras_settings(keras.layers.BatchNormalization(momentum=0.9)))
+      {'feature_axes': -1, 'epsilon': 0.001, 'momentum': 0.9}
+    """
+    for option in ("renorm", "rms_scaling"):
+        if getattr(layer, option, False):
+            _checks.refuse(
+                "keras_settings",
+                f"{option}=True computes what no setting of normjax does",
+                expected=f"{option}=False",
+                got=f"{type(layer).__name__}({option}=True)",
+                fix="Use batch_renorm or rms_norm, with settings of your own",
+            )
+    return _of(layer)
+
+
+def _of(layer: Any) -> dict[str, Any]:
+    """The settings of a layer that computes nothing unusual."""
+    classes = {kind.__name__ for kind in type(layer).__mro__}
+    if "SpectralNormalization" in classes:
+        return {"n_steps": layer.power_iterations}
+    if classes & {"BatchNormalization", "LayerNormalization", "RMSNormalization", "GroupNormalization"}:
+        axis = layer.axis if isinstance(layer.axis, int) else tuple(layer.axis)
+        settings: dict[str, Any] = {"feature_axes": axis, "epsilon": layer.epsilon}
+        if "BatchNormalization" in classes:
+            return settings | {"momentum": layer.momentum}
+        if "GroupNormalization" in classes:
+            return settings | ({"group_size": 1} if layer.groups == -1 else {"num_groups": layer.groups})
+        return settings | {"reduction_axes": axis}
+    _checks.refuse(
+        "keras_settings",
+        "the layer is none that normjax has a function for",
+        expected="a Batch-, Layer-, RMS-, Group- or SpectralNormalization",
+        got=f"{type(layer).__name__}",
+        fix="Pass the layer itself, such as model.get_layer('bn')",
+        kind=TypeError,
+    )

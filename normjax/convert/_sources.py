@@ -1,0 +1,114 @@
+"""Named arrays, from whatever holds them: a dict, a file, the objects of another library."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+import numpy as np
+
+from normjax import _checks
+
+Arrays = dict[str, np.ndarray]
+Source = Mapping[str, Any] | str | os.PathLike[str]
+
+
+@runtime_checkable
+class TorchModule(Protocol):
+    """What is asked of a `torch.nn.Module`, which is not imported."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def named_modules(self) -> Iterable[tuple[str, Any]]: ...
+
+
+@runtime_checkable
+class KerasLayer(Protocol):
+    """What is asked of a layer or model of Keras 3, which is not imported."""
+
+    name: str
+    built: bool
+
+    @property
+    def weights(self) -> Sequence[Any]: ...
+
+
+def read_mapping(function: str, source: Any) -> Arrays:
+    """Returns the arrays of a mapping or a .safetensors file as those of NumPy."""
+    if isinstance(source, str | os.PathLike):
+        return _read_file(function, os.fspath(source))
+    if not isinstance(source, Mapping):
+        _checks.refuse(
+            function,
+            "the source holds no arrays",
+            expected="a mapping from names to arrays, the path of a .safetensors file, or the library's own object",
+            got=f"{type(source).__name__}",
+            fix="Pass module.state_dict(), or the like",
+            kind=TypeError,
+        )
+    return {str(key): to_numpy(function, str(key), value) for key, value in source.items()}
+
+
+def to_numpy(function: str, key: str, value: Any) -> np.ndarray:
+    """Returns an array of NumPy, JAX, PyTorch or Keras as one of NumPy."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # which NumPy takes through ml_dtypes alone
+            return value.float().numpy().astype(jnp.bfloat16)
+        return value.numpy().copy()
+    value = np.asarray(value)
+    if value.dtype == object or value.dtype.kind in "USM":
+        _checks.refuse(
+            function,
+            f"{key!r} is not an array",
+            expected="numbers",
+            got=f"{value.dtype} of shape {value.shape}",
+            fix="Leave it out, or pass the state_dict inside it",
+            kind=TypeError,
+        )
+    return value
+
+
+def _read_file(function: str, path: str) -> Arrays:
+    if not path.endswith(".safetensors"):
+        _checks.refuse(
+            function,
+            "the file is of another kind",
+            expected="a path that ends in .safetensors",
+            got=f"{path!r}",
+            fix="Load it first, and pass the mapping: torch.load(path, weights_only=True), or np.load(path)",
+        )
+    try:
+        from safetensors.numpy import load_file
+    except ImportError as error:
+        raise ImportError(
+            f"{function}: reading {path!r} takes the package safetensors. Expected it installed; got {error}. "
+            "Run: pip install safetensors."
+        ) from error
+    return load_file(path)
+
+
+def conform(function: str, state: Arrays, expected: Mapping[str, np.ndarray]) -> Arrays:
+    """Returns the state in the order and the dtypes of the expected one; refuses other keys and shapes."""
+    extra = [key for key in state if key not in expected]
+    missing = [key for key in expected if key not in state]
+    if extra or missing:
+        _checks.refuse(
+            function,
+            f"{(extra + missing)[0]!r} is in {'params and batch_stats' if extra else '`like`'} alone",
+            expected=f"the {len(expected)} keys of `like`",
+            got=f"{extra[:3]} too many, {missing[:3]} missing",
+            fix="Check that both sides have the same layers under the same names",
+        )
+    for key, wanted in expected.items():
+        if state[key].shape != wanted.shape:
+            _checks.refuse(
+                function,
+                f"{key!r} has the wrong shape",
+                expected=f"shape {wanted.shape}, as in `like`",
+                got=f"shape {state[key].shape}",
+                fix="Check that both sides have the same layer with the same number of features",
+            )
+    return {key: state[key].astype(wanted.dtype) for key, wanted in expected.items()}

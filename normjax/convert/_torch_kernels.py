@@ -1,0 +1,100 @@
+"""How PyTorch lays out kernels, and what its weight_norm and spectral_norm keep of them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from normjax import _checks
+from normjax.convert._trees import Leaf
+
+
+def to_kernel(weight: np.ndarray) -> np.ndarray:
+    """From `(out, in, *window)` to `(*window, in, out)`."""
+    return weight.transpose(*range(2, weight.ndim), 1, 0) if weight.ndim > 1 else weight
+
+
+def from_kernel(kernel: np.ndarray) -> np.ndarray:
+    """From `(*window, in, out)` to `(out, in, *window)`."""
+    rank = kernel.ndim
+    return np.ascontiguousarray(kernel.transpose(rank - 1, rank - 2, *range(rank - 2))) if rank > 1 else kernel
+
+
+def norms(function: str, weight: np.ndarray, scale: Leaf) -> np.ndarray:
+    """The scale of weight_norm along the axis of the weight that it fits, the first if several do."""
+    size, rank = scale.value.size, weight.ndim
+    if scale.value.ndim == 0:
+        return scale.value
+    if scale.value.ndim > 1 or size not in weight.shape:
+        _misfit(function, scale, f"({', '.join(map(str, sorted(set(weight.shape))))}) or ()", weight)
+    axis = weight.shape.index(size)
+    return scale.value.reshape([-1 if other == axis else 1 for other in range(rank)])
+
+
+def power_iteration(
+    function: str, weight: np.ndarray, u: Leaf, v: Leaf, size: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What normjax keeps of PyTorch's singular vectors: the one that the next step starts from, and sigma.
+
+    The hook of `torch.nn.utils.spectral_norm` takes v from u and then u from v; the parametrization does the opposite.
+    normjax does the first; with the other axes of the kernel as `feature_axes` its u is PyTorch's v, and it does the
+    second. So u and v change places, unless `size`, how many elements are wanted, says otherwise.
+    """
+    readings = [rows for axis in (0, 1) if (rows := _rows(weight, axis)).shape == (u.value.size, v.value.size)]
+    if not readings:
+        _misfit(function, u, f"and {v.key!r} one, of the kernel's rows and columns", weight)
+    sigma = max((u.value @ rows @ v.value for rows in readings), key=abs)
+    from_v = u.key.endswith("._u") if size is None or size == u.value.size == v.value.size else size == v.value.size
+    vector = _window_first(v.value, weight.shape) if from_v else u.value
+    return vector[None], sigma
+
+
+def singular_vectors(function: str, weight: np.ndarray, known: Leaf, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """PyTorch's u and v, from the one that normjax keeps; `axis` is that of the rows, where it is known.
+
+    If the shapes leave open which of the two it is, or along which axis (0, in transposed convolutions 1), it is what
+    is stretched the most: it is near a singular vector.
+    """
+    vector = known.value.reshape(-1)
+    found = []
+    for rows in (_rows(weight, axis) for axis in ((0, 1) if axis is None else (axis,))):
+        if vector.size == rows.shape[0]:
+            other = vector @ rows
+            found.append((np.linalg.norm(other), vector, _unit(other)))
+        if vector.size == rows.shape[1]:
+            v = _window_last(vector, weight.shape)
+            other = rows @ v
+            found.append((np.linalg.norm(other), _unit(other), v))
+    if not found:
+        _misfit(function, known, "of a row or a column of the kernel", weight)
+    _, u, v = max(found, key=lambda reading: reading[0])
+    return u, v
+
+
+def _rows(weight: np.ndarray, axis: int) -> np.ndarray:
+    return np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / max(np.linalg.norm(vector), np.finfo(vector.dtype).tiny)
+
+
+def _window_first(v: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """From PyTorch's order of columns, `(channels, *window)`, to that of the kernel as it is here."""
+    window = math.prod(shape[2:])
+    return v.reshape(-1, window).T.reshape(-1)
+
+
+def _window_last(v: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return v.reshape(math.prod(shape[2:]), -1).T.reshape(-1)
+
+
+def _misfit(function: str, leaf: Leaf, expected: str, weight: np.ndarray) -> None:
+    _checks.refuse(
+        function,
+        f"{leaf.key!r} does not fit its kernel",
+        expected=f"shape {expected}",
+        got=f"shape {leaf.value.shape} for a kernel of shape {weight.shape} in PyTorch's layout",
+        fix="Check that both belong to the same layer",
+    )

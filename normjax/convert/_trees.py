@@ -1,0 +1,238 @@
+"""What all converters do with trees: take them apart into leaves, check these, and nest them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from normjax import _checks
+from normjax._typing import promote
+
+COLLECTIONS = ("params", "batch_stats")
+STATISTICS = ("mean", "var", "count", "u", "sigma")
+TOGETHER = (("mean", "var"), ("u", "sigma"))
+OF_FEATURES = ("scale", "bias", "mean", "var")
+
+Path = tuple[str, ...]
+Tree = dict[str, Any]
+Trees = tuple[Tree, Tree]
+
+
+class Leaf(NamedTuple):
+    """An array and what it is called where it comes from, which is what errors call it."""
+
+    value: Any
+    key: str
+
+
+Leaves = dict[Path, Leaf]  # paths begin with the collection: ("params", "bn1", "scale")
+
+
+def flatten(function: str, name: str, tree: Any) -> dict[Path, Any]:
+    """Returns the arrays of nested mappings by path; refuses what is neither."""
+
+    def walk(path: Path, tree: Any) -> Iterator[tuple[Path, Any]]:
+        if isinstance(tree, Mapping):
+            for part, inner in tree.items():
+                yield from walk((*path, str(part)), inner)
+        elif path == () or not hasattr(tree, "shape"):
+            _checks.refuse(
+                function,
+                f"{'/'.join((name, *path))} is not a {'tree' if path == () else 'leaf'}",
+                expected="nested dicts of arrays",
+                got=type(tree).__name__,
+                fix="Pass the trees as the layer's init function, or the model's, returned them",
+                kind=TypeError,
+            )
+        elif isinstance(tree, Tracer):
+            _checks.refuse(
+                function,
+                f"{'/'.join((name, *path))} is traced, and conversions are made of values",
+                expected="arrays",
+                got=f"{tree}",
+                fix="Convert outside of jax.jit and the like",
+                kind=TypeError,
+            )
+        else:
+            yield path, tree
+
+    return dict(walk((), tree))
+
+
+def take_apart(function: str, params: Any, batch_stats: Any) -> Leaves:
+    """Returns the leaves of both trees, checked."""
+    leaves = {
+        (collection, *path): Leaf(np.array(value), "/".join((collection, *path)))
+        for collection, tree in zip(COLLECTIONS, (params, batch_stats), strict=True)
+        for path, value in flatten(function, collection, tree).items()
+    }
+    check(function, leaves)
+    return leaves
+
+
+def put_together(function: str, leaves: Leaves, like: Any, key_of: Callable[[Path], str]) -> Trees:
+    """Returns both trees, of JAX arrays, checked; with the structure, shapes and dtypes of `like` where there is one.
+
+    Args:
+      function: the name that errors begin with.
+      leaves: what was found.
+      like: None, or `(params, batch_stats)`.
+      key_of: from the path of a leaf that is missing to what it would be called in the source.
+    """
+    check(function, leaves, key_of)
+    dtypes: dict[Path, Any] = {}
+    if like is not None:
+        wanted = expectation(function, like)
+        leaves = {path: leaf for path, leaf in leaves.items() if path in wanted or path[-1] != "count"}
+        match(function, leaves, wanted, key_of)
+        dtypes = {path: value.dtype for path, value in wanted.items()}
+    trees = nest({path: _as_jax(path, leaf.value, dtypes.get(path)) for path, leaf in leaves.items()})
+    return trees.get("params", {}), trees.get("batch_stats", {})
+
+
+def nest(leaves: Mapping[Path, Any]) -> Tree:
+    """Returns nested dicts of what is given by path."""
+    tree: Tree = {}
+    for path, value in leaves.items():
+        inner = tree
+        for part in path[:-1]:
+            inner = inner.setdefault(part, {})
+        inner[path[-1]] = value
+    return tree
+
+
+def expectation(function: str, like: Any) -> dict[Path, Any]:
+    """Returns the leaves of `like`, a pair of trees, by path."""
+    if not (isinstance(like, tuple | list) and len(like) == 2):
+        _checks.refuse(
+            function,
+            "like is not a pair of trees",
+            expected="(params, batch_stats)",
+            got=f"{type(like).__name__}",
+            fix='Pass what the init function returned, or (variables["params"], variables["batch_stats"])',
+            kind=TypeError,
+        )
+    return {
+        (collection, *path): value
+        for collection, tree in zip(COLLECTIONS, like, strict=True)
+        for path, value in flatten(function, f"like/{collection}", tree).items()
+    }
+
+
+def _as_jax(path: Path, value: Any, dtype: Any) -> Any:
+    """In the dtype asked for, or that layers keep: counts int32, statistics at least float32, all else as it is."""
+    if path[-1] == "count":
+        return jnp.asarray(np.minimum(value, np.iinfo(np.int32).max), jnp.int32 if dtype is None else dtype)
+    array = jnp.asarray(value, dtype)
+    return array.astype(promote(array.dtype, jnp.float32)) if dtype is None and path[0] == "batch_stats" else array
+
+
+def match(
+    function: str,
+    leaves: Leaves,
+    wanted: Mapping[Path, Any],
+    key_of: Callable[[Path], str] = "/".join,
+    *,
+    whose: str = "`like`",
+) -> None:
+    """Refuses leaves that are missing, or too many, or of another shape than those wanted."""
+    for path in wanted:
+        if path not in leaves:
+            beside = sorted(leaf.key for other, leaf in leaves.items() if other[1:-1] == path[1:-1])
+            _checks.refuse(
+                function,
+                f"{key_of(path)!r} is missing",
+                expected=f"a leaf for {'/'.join(path)} of {whose}",
+                got=f"{beside or 'nothing'} of the same module, among {len(leaves)} leaves",
+                fix="Pass the whole state; if names differ, rename its keys first",
+            )
+    for path, leaf in leaves.items():
+        if path not in wanted:
+            beside = sorted("/".join(other) for other in wanted if other[1:-1] == path[1:-1])
+            _checks.refuse(
+                function,
+                f"{leaf.key!r} has no counterpart",
+                expected=f"leaves of {whose}, such as {beside or sorted('/'.join(other) for other in wanted)[:3]}",
+                got=f"{'/'.join(path)} of shape {np.shape(leaf.value)}",
+                fix="Leave it out, or check the names and settings of the model",
+            )
+        if tuple(wanted[path].shape) != np.shape(leaf.value):
+            _wrong_shape(function, leaf, f"{tuple(wanted[path].shape)}, as in {whose}")
+
+
+def modules_of(leaves: Leaves) -> dict[Path, dict[str, Leaf]]:
+    """Returns the leaves of each module, of both collections, by their names."""
+    modules: dict[Path, dict[str, Leaf]] = {}
+    for path, leaf in leaves.items():
+        modules.setdefault(path[1:-1], {})[path[-1]] = leaf
+    return modules
+
+
+def check(function: str, leaves: Leaves, key_of: Callable[[Path], str] = "/".join) -> None:
+    """Refuses modules whose leaves do not fit together, and statistics that cannot be any."""
+    for path, leaf in leaves.items():
+        name = path[-1].rpartition("/")[-1]  # linen's wrappers have names such as "layer_instance/kernel/u"
+        if name in STATISTICS and path[0] == "batch_stats":
+            _check_statistics(function, name, leaf)
+    for path, module in modules_of(leaves).items():
+        _check_complete(function, path, module, key_of)
+        if "kernel" not in module and "embedding" not in module:
+            _check_shapes(function, [module[name] for name in OF_FEATURES if name in module])
+
+
+def refuse_unknown(function: str, leaf: Leaf, known: Iterable[str]) -> NoReturn:
+    """Refuses a leaf that the other library, or normjax, has no place for, rather than leave it out."""
+    _checks.refuse(
+        function,
+        f"{leaf.key!r} has no counterpart",
+        expected=f"leaves among {list(known)}",
+        got=f"an array of shape {np.shape(leaf.value)}",
+        fix="Leave it out, and convert it by hand",
+    )
+
+
+def _check_complete(function: str, path: Path, module: dict[str, Leaf], key_of: Callable[[Path], str]) -> None:
+    for pair in TOGETHER:
+        absent = [name for name in pair if name not in module]
+        if len(absent) == 1:
+            _checks.refuse(
+                function,
+                f"{key_of(('batch_stats', *path, absent[0]))!r} is missing",
+                expected=f"{' and '.join(pair)} together",
+                got=f"{sorted(leaf.key for leaf in module.values())}",
+                fix="Pass the whole state of the layer",
+            )
+
+
+def _check_shapes(function: str, leaves: list[Leaf]) -> None:
+    for leaf in leaves[1:]:
+        if np.shape(leaf.value) != np.shape(leaves[0].value):
+            _wrong_shape(function, leaf, f"{np.shape(leaves[0].value)}, that of {leaves[0].key!r}")
+
+
+def _wrong_shape(function: str, leaf: Leaf, expected: str) -> None:
+    _checks.refuse(
+        function,
+        f"{leaf.key!r} has the wrong shape",
+        expected=f"shape {expected}",
+        got=f"shape {np.shape(leaf.value)}",
+        fix="Check that both sides have the same layer with the same number of features",
+    )
+
+
+def _check_statistics(function: str, name: str, leaf: Leaf) -> None:
+    value = np.asarray(leaf.value)
+    bad = ~np.isfinite(value.astype(np.complex128)) | ((np.real(value) < 0) & (name in ("var", "count")))
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        _checks.refuse(
+            function,
+            f"{leaf.key!r} holds what no statistics can be",
+            expected="finite values" + (" of at least 0" if name in ("var", "count") else ""),
+            got=f"{bad.sum()} of {bad.size} that are not, such as {value[where]} at {where}",
+            fix="Training diverged, or the file is damaged: take an earlier checkpoint",
+        )

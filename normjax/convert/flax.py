@@ -1,0 +1,199 @@
+"""Weights between Flax's two APIs: linen's variables and nnx's states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from normjax import _checks
+from normjax.convert._trees import Leaf, Leaves, Path, Tree, check, flatten, match, nest
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+
+def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
+    """Returns the state of an nnx model with the values of linen's variables.
+
+        nnx.update(model, nj.convert.linen_to_nnx(variables, model))
+
+    | linen | nnx |
+    |---|---|
+    | collections `params`, `batch_stats` and others | variables of the types `Param`, `BatchStat` and others |
+    | names of modules and leaves | attributes of the same names |
+    | `layers_0`, as in `self.layers = [...]` | `layers[0]` |
+    | `layer_instance/kernel/scale` of WeightNorm and WeightStandardization | `scales` |
+    | `layer_instance/kernel/u`, `.../sigma` of SpectralNorm | `batch_stats` |
+
+    A layer that a compact method wraps is beside its wrapper in linen (`Dense_0`, and `Dense_0/kernel/u`), and inside
+    it in nnx: that is settled, too. All holds for normjax's layers and for Flax's. If names differ, rename keys of the
+    variables first.
+
+    Args:
+      variables: as linen's init returned them; a dict of collections. Metadata of sharding is left to the nnx model.
+      model: with the variables that the state is for; `nnx.eval_shape` makes one without arrays. It is not changed.
+
+    Returns:
+      An `nnx.State` for `nnx.update`, with JAX arrays in the dtypes of the model. Keys and counts of random numbers are
+      not in it, so those of the model stay.
+
+    Raises:
+      ValueError, TypeError: for variables that the model has and linen has not, or the other way, or of other shapes,
+        and statistics that are not finite; each names the leaf.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> from flax import nnx
+      >>> norm = nj.linen.BatchNorm(use_running_average=True)
+      >>> variables = norm.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> variables["batch_stats"]["mean"] += 5
+      >>> model = nj.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+      >>> nnx.update(model, nj.convert.linen_to_nnx(variables, model))
+      >>> print(model.mean[...])
+      [5. 5. 5.]
+    """
+    from flax import nnx
+    from flax.core import meta
+
+    function = "linen_to_nnx"
+    targets = _variables(function, model)
+    given = flatten(function, "variables", meta.unbox(variables))
+    adopted = _adopted(given)
+    leaves = {adopted[path]: Leaf(value, "/".join(path)) for path, value in given.items()}
+    wanted = {path: _value(variable) for path, (_, variable) in targets.items()}
+    leaves = _as_flat_as(leaves, wanted)
+    check(function, leaves)
+    match(function, leaves, wanted, whose="the model")
+    values = {path: jnp.asarray(leaves[path].value, wanted[path].dtype) for path in targets}
+    return nnx.from_flat_state(
+        (path, variable.replace(values[linen]) if isinstance(variable, nnx.Variable) else values[linen])
+        for linen, (path, variable) in targets.items()
+    )
+
+
+def nnx_to_linen(model: nnx.Module | nnx.State, *, like: Mapping[str, Any] | None = None) -> dict[str, Tree]:
+    """Returns linen's variables with the values of an nnx model.
+
+    The inverse of `linen_to_nnx`, where the names are told.
+
+    Args:
+      model: an nnx model, or its state. Keys and counts of random numbers are left out.
+      like: variables as linen's init returned them: the result has their structure, shapes and dtypes, or there is an
+        error. Needed for a scale of several axes, which nnx keeps flat, and for layers that compact methods wrap.
+
+    Returns:
+      A dict of collections, of JAX arrays.
+
+    Raises:
+      ValueError, TypeError: for leaves that do not fit `like`, and statistics that are not finite; each names the leaf.
+
+    Example:
+      >>> import normjax as nj
+      >>> from flax import nnx
+      >>> variables = nj.convert.nnx_to_linen(nj.nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+      >>> print(variables["batch_stats"]["var"], sorted(variables["params"]))
+      [1. 1.] ['bias', 'scale']
+    """
+    function = "nnx_to_linen"
+    leaves = {
+        linen: Leaf(_value(variable), "/".join(map(str, path)))
+        for linen, (path, variable) in _variables(function, model).items()
+    }
+    wanted: dict[Path, Any] = {}
+    if like is not None:
+        from flax.core import meta
+
+        wanted = flatten(function, "like", meta.unbox(like))
+        elsewhere = {inside: path for path, inside in _adopted(wanted).items()}
+        leaves = {elsewhere.get(path, path): leaf for path, leaf in leaves.items()}
+        leaves = _as_flat_as(leaves, wanted)
+        match(function, leaves, wanted)
+    check(function, leaves)
+    return nest(
+        {path: jnp.asarray(leaf.value, wanted[path].dtype if wanted else None) for path, leaf in leaves.items()}
+    )
+
+
+def _variables(function: str, model: Any) -> dict[Path, tuple[tuple[Any, ...], Any]]:
+    """The variables of an nnx model or state with their paths, by where linen has them; none of random numbers."""
+    from flax import nnx
+
+    found = nnx.to_flat_state(model if isinstance(model, nnx.State) else nnx.state(model))
+    return {
+        (_collection(function, path, variable), *_linen_path(path)): (path, variable)
+        for path, variable in found
+        if not isinstance(variable, nnx.RngState)
+    }
+
+
+def _collection(function: str, path: tuple[Any, ...], variable: Any) -> str:
+    from flax import nnx
+    from flax.nnx import variablelib
+
+    if isinstance(variable, nnx.Variable):
+        return variablelib.variable_name_from_type(type(variable))
+    if "scales" not in path:  # which Flax's WeightNorm keeps as plain arrays
+        _checks.refuse(
+            function,
+            f"{'/'.join(map(str, path))} has no type, which names its collection",
+            expected="a state of nnx.Variable, such as nnx.state(model)",
+            got=f"{type(variable).__name__}",
+            fix="Pass the model, or its state before it was turned into pure arrays",
+            kind=TypeError,
+        )
+    return "params"
+
+
+def _value(variable: Any) -> Any:
+    return variable.get_value() if hasattr(variable, "get_value") else variable
+
+
+def _linen_path(path: tuple[Any, ...]) -> Path:
+    parts: list[str] = []
+    for i, part in enumerate(path):
+        if isinstance(part, int):
+            parts[-1:] = [f"{parts[-1]}_{part}" if parts else str(part)]
+        elif isinstance(part, tuple):  # of a wrapper: ("scales", ("kernel",)), ("batch_stats", ("kernel", "u"))
+            inside = (*part, "scale") if path[i - 1] == "scales" else part
+            parts[-1:] = ["/".join(("layer_instance", *map(str, inside)))]
+        else:
+            parts.append(str(part))
+    return tuple(parts)
+
+
+def _adopted(paths: Iterable[Path]) -> dict[Path, Path]:
+    """Where variables of linen are if each wrapper has its layer inside, as `layer_instance`.
+
+    That is so where `setup` makes it. In a compact method the layer is beside its wrapper, under a name of its own:
+    "Dense_0" beside "WeightNorm_0", which has the leaf "Dense_0/kernel/scale".
+    """
+    paths = list(paths)
+    owners: dict[Path, Path] = {(*path[1:-2], path[-1].split("/")[0]): path[1:-1] for path in paths if "/" in path[-1]}
+
+    def inside(path: Path) -> Path:
+        if "/" in path[-1]:
+            return (*path[:-1], "/".join(("layer_instance", *path[-1].split("/")[1:])))
+        for length in range(2, len(path)):
+            if path[1:length] in owners:
+                return (path[0], *owners[path[1:length]], "layer_instance", *path[length:])
+        return path
+
+    return {path: inside(path) for path in paths}
+
+
+def _as_flat_as(leaves: Leaves, wanted: Mapping[Path, Any]) -> Leaves:
+    """The leaves in the shapes that are wanted, where one of the two sides has a scale of several axes flat."""
+
+    def fits(value: Any, shape: tuple[int, ...]) -> bool:
+        return np.size(value) == math.prod(shape) and 1 in (np.ndim(value), len(shape))
+
+    return {
+        path: Leaf(leaf.value.reshape(wanted[path].shape), leaf.key)
+        if path in wanted and fits(leaf.value, wanted[path].shape)
+        else leaf
+        for path, leaf in leaves.items()
+    }

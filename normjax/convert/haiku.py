@@ -1,0 +1,263 @@
+"""Weights from and to Haiku."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax.numpy as jnp
+import numpy as np
+
+from normjax import _checks
+from normjax.convert._haiku_momentum import check_decay_rate
+from normjax.convert._sources import Arrays, conform, to_numpy
+from normjax.convert._trees import (
+    Leaf,
+    Leaves,
+    Path,
+    Tree,
+    Trees,
+    expectation,
+    flatten,
+    modules_of,
+    put_together,
+    refuse_unknown,
+    take_apart,
+)
+
+PARAMS = {"scale": "scale", "offset": "bias", "w": "kernel", "b": "bias", "embeddings": "embedding"}
+AVERAGES = {"mean_ema": "mean", "var_ema": "var"}
+DIRECTIONS = {"u0": "u", "sigma": "sigma"}
+LINEAR = {"kernel": "w", "bias": "b"}
+NORM = {"scale": "scale", "bias": "offset", "embedding": "embeddings"}
+STATISTICS = ("mean", "var", "count", "u", "sigma")
+TREES = ("params", "state")
+FORGOTTEN = 2**30  # a counter after which nothing is left of the start: decay_rate**FORGOTTEN is 0
+
+
+def from_haiku(params: Mapping[str, Any], state: Mapping[str, Any], *, like: tuple[Tree, Tree] | None = None) -> Trees:
+    """Returns `params` and `batch_stats` with the weights of Haiku's params and state.
+
+    | Haiku | normjax |
+    |---|---|
+    | `scale`, `offset` of BatchNorm, LayerNorm, InstanceNorm, GroupNorm, RMSNorm | `scale`, `bias`, `(*features)` |
+    | `average` of BatchNorm's `mean_ema` and `var_ema`, and their `counter` | `mean`, `var`, `count` of `batch_stats` |
+    | `u0`, `sigma` of SpectralNorm | `u`, `sigma` of `batch_stats` |
+    | `w`, `b` of Linear and ConvND | `kernel`, `bias` |
+    | `embeddings` of Embed | `embedding` |
+
+    Both trees have an entry for each module, by Haiku's name of it (`"net/~/batch_norm"`).
+
+    Haiku corrects its averages for their start at zero: what it keeps, `hidden`, is `average * (1 -
+    decay_rate**counter)`. The average is the running statistic; that training goes on as in Haiku takes the momentum of
+    `haiku_momentum`.
+
+    Args:
+      params: Haiku's.
+      state: Haiku's.
+      like: `(params, batch_stats)` by Haiku's names of modules, each as the init function of its layer returned it: the
+        result has this structure, these shapes and these dtypes, or there is an error. `count` is left out where it has
+        none.
+
+    Returns:
+      `params` and `batch_stats`, JAX arrays, with the axes of size 1 that Haiku keeps left out.
+
+    Raises:
+      ValueError, TypeError: for leaves that no such module has, that are missing or do not fit together or `like`, and
+        statistics that are not finite; each names the leaf.
+
+    Example:
+      >>> import numpy as np, normjax as nj
+      >>> hk_params = {"batch_norm": {"scale": np.ones((1, 2)), "offset": np.zeros((1, 2))}}
+      >>> first = {"average": np.full((1, 2), 4.0), "hidden": np.full((1, 2), 0.4), "counter": np.array(1)}
+      >>> hk_state = {"batch_norm/~/mean_ema": first, "batch_norm/~/var_ema": first}  # at decay_rate=0.9
+      >>> params, batch_stats = nj.convert.from_haiku(hk_params, hk_state)
+      >>> print(params["batch_norm"]["bias"], batch_stats["batch_norm"]["mean"], batch_stats["batch_norm"]["count"])
+      [0. 0.] [4. 4.] 1
+
+    References:
+      `hk.BatchNorm` and `hk.ExponentialMovingAverage` in Haiku's documentation. The correction: Kingma & Ba, "Adam"
+      (2015), section 3.
+    """
+    function = "from_haiku"
+    leaves: Leaves = {}
+    for key, value in _named(function, "params", params).items():
+        module, _, name = key.rpartition("/")
+        if name not in PARAMS:
+            refuse_unknown(function, Leaf(value, key), PARAMS)
+        leaves["params", module, PARAMS[name]] = Leaf(value, key)
+    for key, value in _named(function, "state", state).items():
+        leaves |= _from_state(function, key, value)
+    wanted = {} if like is None else expectation(function, like)
+    leaves = {path: _without_ones(path, leaf, wanted.get(path)) for path, leaf in leaves.items()}
+    return put_together(function, _counted(function, leaves), like, _key_of)
+
+
+def to_haiku(
+    params: Mapping[str, Any],
+    batch_stats: Mapping[str, Any],
+    *,
+    decay_rate: float | None = None,
+    like: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Returns Haiku's params and state with the values of `params` and `batch_stats`.
+
+    The inverse of `from_haiku`, where the names are told.
+
+    Args:
+      params: as `from_haiku` returns them, with an entry for each module.
+      batch_stats: likewise. Without a `count`, the averages are taken for those of a training that has forgotten its
+        start: Haiku goes on from them as normjax does with `momentum=decay_rate`.
+      decay_rate: of `hk.BatchNorm`, which Haiku's state depends on; needed where there are running statistics.
+      like: `(params, state)` as Haiku's init returned them: the result has its names, shapes and dtypes, or there is an
+        error. Without it, leaves have the shape `(*features)`, which is right for all layers with the features last but
+        for BatchNorm: that one wants the rank of x, so it takes `like`.
+
+    Returns:
+      Haiku's params and state, of JAX arrays.
+
+    Raises:
+      ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`, statistics that are
+        not finite, running statistics without `decay_rate` or `like`; each names the leaf.
+
+    Example:
+      >>> import normjax as nj
+      >>> params, _ = nj.layer_norm_init(2)
+      >>> print(nj.convert.to_haiku({"layer_norm": params}, {})[0]["layer_norm"]["offset"])
+      [0. 0.]
+    """
+    function = "to_haiku"
+    new_params, new_state = {}, {}
+    for path, leaves in modules_of(take_apart(function, params, batch_stats)).items():
+        module = "/".join(path)
+        if not module:
+            _nameless(function, sorted(leaves))
+        new_params |= _to_params(function, module, leaves)
+        new_state |= _to_state(function, module, leaves, decay_rate, like)
+    if like is not None:
+        expected = [_named(function, f"like/{name}", tree) for name, tree in zip(TREES, like, strict=True)]
+        new_params, new_state = (
+            conform(function, _with_ones(entries, wanted), wanted)
+            for entries, wanted in zip((new_params, new_state), expected, strict=True)
+        )
+    return _nested(new_params), _nested(new_state)
+
+
+def _named(function: str, name: str, tree: Any) -> Arrays:
+    """The arrays of a Haiku tree by module and name, "net/~/linear/w"."""
+    found = {}
+    for path, value in flatten(function, name, tree).items():
+        if len(path) < 2:
+            _nameless(function, [*path])
+        found["/".join(path)] = to_numpy(function, "/".join(path), value)
+    return found
+
+
+def _from_state(function: str, key: str, value: np.ndarray) -> Leaves:
+    module, _, name = key.rpartition("/")
+    if name in DIRECTIONS:
+        return {("batch_stats", module, DIRECTIONS[name]): Leaf(value, key)}
+    module, _, average = module.rpartition("/")
+    module = module.removesuffix("/~")
+    if average in AVERAGES and name in ("average", "hidden", "counter"):
+        # hidden says nothing that average and counter do not
+        kept = {"average": AVERAGES[average], "counter": f"counter of {average}"}
+        return {("batch_stats", module, kept[name]): Leaf(value, key)} if name in kept else {}
+    refuse_unknown(function, Leaf(value, key), ["mean_ema/average", "mean_ema/counter", *DIRECTIONS])
+
+
+def _counted(function: str, leaves: Leaves) -> Leaves:
+    """With one count for the counters of both averages."""
+    counted = {path: leaf for path, leaf in leaves.items() if not path[-1].startswith("counter of")}
+    for path, leaf in leaves.items():
+        if path not in counted:
+            first = counted.setdefault((*path[:-1], "count"), leaf)
+            if first.value != leaf.value:
+                _checks.refuse(
+                    function,
+                    f"{leaf.key!r} is not that of the mean",
+                    expected=f"{first.value}, as in {first.key!r}",
+                    got=f"{leaf.value}",
+                    fix="Pass the state as Haiku's apply returned it",
+                )
+    return counted
+
+
+def _without_ones(path: Path, leaf: Leaf, wanted: Any) -> Leaf:
+    """The leaf in the shape `(*features)`: Haiku keeps axes of size 1 for those that it reduces."""
+    shape = np.shape(leaf.value)
+    if path[-1] in ("kernel", "embedding", "u") or len(shape) < 2:
+        return leaf
+    features = _larger(shape) or (1,)
+    if wanted is not None and _larger(wanted.shape) == _larger(shape):
+        features = wanted.shape
+    return Leaf(leaf.value.reshape(features), leaf.key)
+
+
+def _with_ones(entries: Arrays, wanted: Arrays) -> Arrays:
+    """The inverse, for what differs in such axes alone from what is wanted."""
+    shaped = {}
+    for key, value in entries.items():
+        shape = wanted[key].shape if key in wanted else value.shape
+        shaped[key] = value.reshape(shape) if _larger(shape) == _larger(value.shape) else value
+    return shaped
+
+
+def _larger(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def _to_params(function: str, module: str, leaves: dict[str, Leaf]) -> Arrays:
+    names = LINEAR if "kernel" in leaves else NORM
+    found = {}
+    for name, leaf in leaves.items():
+        if name in names:
+            found[f"{module}/{names[name]}"] = leaf.value
+        elif name not in STATISTICS:
+            refuse_unknown(function, leaf, [*names, *STATISTICS])
+    return found
+
+
+def _to_state(function: str, module: str, leaves: dict[str, Leaf], decay_rate: float | None, like: Any) -> Arrays:
+    found = {f"{module}/{old}": leaves[new].value for old, new in DIRECTIONS.items() if new in leaves}
+    if "mean" not in leaves:
+        return found
+    if decay_rate is None or like is None:
+        _checks.refuse(
+            function,
+            f"the state for {leaves['mean'].key!r} depends on the decay rate and the rank of x",
+            expected="decay_rate of hk.BatchNorm, and like=(params, state) as Haiku's init returned them",
+            got=f"decay_rate={decay_rate!r}, like={'None' if like is None else '(...)'}",
+            fix="Pass both",
+        )
+    check_decay_rate(function, decay_rate)
+    count = np.asarray(leaves["count"].value if "count" in leaves else FORGOTTEN, np.int32)
+    for average, name in AVERAGES.items():
+        value = leaves[name].value
+        hidden = (value * (1 - decay_rate ** float(count))).astype(value.dtype)
+        state = {"average": value, "hidden": hidden, "counter": count}
+        found |= {f"{module}/~/{average}/{leaf}": array for leaf, array in state.items()}
+    return found
+
+
+def _nested(entries: Arrays) -> dict[str, dict[str, Any]]:
+    tree: dict[str, dict[str, Any]] = {}
+    for key, value in entries.items():
+        module, _, name = key.rpartition("/")
+        tree.setdefault(module, {})[name] = jnp.asarray(value)
+    return tree
+
+
+def _key_of(path: Path) -> str:
+    averages = {new: f"~/{old}/average" for old, new in AVERAGES.items()} | {"count": "~/mean_ema/counter", "u": "u0"}
+    return "/".join((*path[1:-1], (NORM | {"kernel": "w"} | averages).get(path[-1], path[-1])))
+
+
+def _nameless(function: str, leaves: list[str]) -> NoReturn:
+    _checks.refuse(
+        function,
+        "there are leaves outside of any module",
+        expected="an entry for each module, by Haiku's name of it",
+        got=f"{leaves} at the top",
+        fix='Nest them: {"batch_norm": params}',
+    )
