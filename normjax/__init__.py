@@ -3,7 +3,8 @@
     params, batch_stats = nj.batch_norm_init(num_features)
     y, batch_stats = nj.batch_norm(params, batch_stats, x, train=True)
 
-The doors for Flax models, `normjax.linen` and `normjax.nnx`, and `normjax.convert` and `normjax.optim` load on first use.
+`normjax.linen` and `normjax.nnx`, the doors for Flax models, load on first use, and so do `normjax.convert`,
+`normjax.deploy` and `normjax.optim`.
 """
 
 import importlib
