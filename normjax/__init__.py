@@ -10,7 +10,8 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from normjax import weights
+from normjax import deploy, weights
+from normjax.deploy.fold_batch_norm import fold_batch_norm
 from normjax.layers.batch_norm import batch_norm, batch_norm_init
 from normjax.layers.batch_renorm import batch_renorm, batch_renorm_init
 from normjax.layers.dynamic_tanh import dynamic_tanh, dynamic_tanh_init
@@ -36,10 +37,12 @@ __all__ = [
     "batch_norm_init",
     "batch_renorm",
     "batch_renorm_init",
+    "deploy",
     "dynamic_tanh",
     "dynamic_tanh_init",
     "filter_response_norm",
     "filter_response_norm_init",
+    "fold_batch_norm",
     "group_norm",
     "group_norm_init",
     "instance_norm",
