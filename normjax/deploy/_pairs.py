@@ -108,7 +108,8 @@ class Finder:
             return None
         (path,) = self.constants.sources[kernel]
         steps, reason = self._chain(output, axes, spelled(path))
-        norms = tuple(norm for norm in self.norms if any((*norm, "var") in self._sources(step) for step in steps))
+        read = [norm for step in steps for norm in self.norms if (*norm, "var") in self._sources(step)]
+        norms = tuple(dict.fromkeys(read))
         if not self._alone(self.program.leaves[path], op):
             norms, reason = (), f"{spelled(path)} is used more than once"
         self._reasons[output] = reason
