@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from normjax import deploy, weights
-from normjax.deploy.fold_batch_norm import fold_batch_norm
+from normjax.deploy.fold_layer import fold_batch_norm
 from normjax.layers.batch_norm import batch_norm, batch_norm_init
 from normjax.layers.batch_renorm import batch_renorm, batch_renorm_init
 from normjax.layers.dynamic_tanh import dynamic_tanh, dynamic_tanh_init

@@ -1,6 +1,8 @@
-"""Inference: batch norms folded into the layers beside them."""
+"""Inference: whole models whose batch norms are folded into the layers before them.
 
-from normjax.deploy.fold import Folded, Found, fold
-from normjax.deploy.fold_batch_norm import fold_batch_norm
+`normjax.fold_batch_norm` does it for one layer.
+"""
 
-__all__ = ["Folded", "Found", "fold", "fold_batch_norm"]
+from normjax.deploy.fold_model import Folded, Found, fold
+
+__all__ = ["Folded", "Found", "fold"]

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from beartype import beartype
 from flax import linen as nn
 from jax import lax
+from jaxtyping import jaxtyped
 
 import normjax as nj
 from tests.compare import assert_close, widest
@@ -304,3 +306,10 @@ def test_transformations_are_refused():
 
         with pytest.raises(TypeError, match=rf"fold_batch_norm: {name}.* is traced.*float32\["):
             jax.jit(call)(GOOD[name])
+
+
+def test_annotations_are_true(rng):
+    typed = jaxtyped(nj.fold_batch_norm, typechecker=beartype)
+    for make in (jnp.asarray, np.asarray):
+        typed(make(normal(rng, 5, 4)), make(normal(rng, 4)), *statistics(rng, 4), epsilon=EPSILON)
+    typed(normal(rng, 5, 4), None, *statistics(rng, 5), before=True, padding=((0, 0),))

@@ -29,6 +29,11 @@ class Found(NamedTuple):
       norm: its path in the variables.
       kernel: the path of the kernel that it is folded into; None if it is not.
       reason: why it is not folded; None if it is.
+
+    Example:
+      >>> import normjax as nj
+      >>> print(nj.deploy.Found("batch_stats/norm", None, reason="it comes first: its input is the model's"))
+      Found(norm='batch_stats/norm', kernel=None, reason="it comes first: its input is the model's")
     """
 
     norm: str
@@ -47,6 +52,15 @@ class Folded:
       found: each batch norm, and what became of it.
       error: how far the outputs are from those of the source on the sample: the norm of the difference by that of the
         outputs, in the worst output.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> def model(variables, x):
+      ...     return nj.batch_norm({}, variables["norm"], x @ variables["kernel"], train=False)[0]
+      >>> variables = {"kernel": jnp.eye(2), "norm": {"mean": jnp.ones(2), "var": 4 * jnp.ones(2)}}
+      >>> folded = nj.deploy.fold(model, variables, jnp.ones((1, 2)) * 3, show=False)
+      >>> print(folded.variables["bias"], folded.apply(folded.variables, jnp.array([[1.0, 5.0]])).round(4))
+      [-0.49999937 -0.49999937] [[0. 2.]]
     """
 
     variables: dict
@@ -104,8 +118,8 @@ def fold(
       >>> model = nn.Sequential([nn.Dense(4, use_bias=False), nj.linen.BatchNorm(use_running_average=True), nn.relu])
       >>> x = jax.random.normal(jax.random.key(0), (8, 3))
       >>> folded = nj.deploy.fold(model, model.init(jax.random.key(1), x), x)  # doctest: +ELLIPSIS
-      batch norm               into
-      batch_stats/layers_1     params/layers_0/kernel  folded
+      batch norm            into
+      batch_stats/layers_1  params/layers_0/kernel  folded
       1 of 1 folded; outputs agree to ...e-08
       >>> print(jax.tree.map(jnp.shape, folded.variables))
       {'params': {'layers_0': {'bias': (4,), 'kernel': (3, 4)}}}

@@ -25,8 +25,8 @@ Folded = tuple[np.ndarray, np.ndarray]
 
 
 def fold_batch_norm(
-    kernel: Kernel,
-    bias: FeatureArray | None,
+    kernel: Kernel | np.ndarray,
+    bias: FeatureArray | np.ndarray | None,
     params: Params,
     batch_stats: BatchStats,
     *,
@@ -37,7 +37,7 @@ def fold_batch_norm(
     feature_group_count: int = 1,
     padding: Padding | None = None,
     transposed: bool = False,
-) -> tuple[Kernel, FeatureArray]:
+) -> tuple[Kernel | np.ndarray, FeatureArray | np.ndarray]:
     r"""Returns the kernel and bias of a linear layer that does what it and the batch norm beside it did at inference.
 
     Inference is then one layer, not two, and quantization sees the weights that are used. With
