@@ -7,9 +7,9 @@ Two programs, `model.apply` and `normjax.deploy.fold(...).apply`, each compiled 
 its variables as arguments, and as constants that XLA may work with. They run in turns, one after the other, in every
 repeat.
 
-Written to benchmarks/results/ and printed are medians over the repeats: milliseconds by the clock and of all cores' work
-(the latter say little where threads wait by spinning, the former where the machine is shared), and the ratio of the source's
-to those of the same repeat.
+Written to benchmarks/results/ and printed are medians over the repeats: milliseconds by the clock, and of work on all
+cores (which counts threads that wait by spinning, but not other work on the machine), and the ratio of the source's to
+those of the same repeat.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _source(name: str) -> str:
 
 def rows(seen: dict[str, list[Times]], batch: int) -> list[dict]:
     found = []
-    for name, times in seen.items():
+    for name in seen:
         row: dict[str, Any] = {"program": name, "batch": batch}
         for kind in Times._fields:
             own, source = ([getattr(each, kind) for each in seen[program]] for program in (name, _source(name)))

@@ -31,22 +31,23 @@ def new_bias(kernel: Path, taken: Mapping[Path, Any]) -> Path:
     """Returns the path of a bias beside a kernel."""
     *place, name = kernel
     bias = "bias" if name == "kernel" else f"{name}_bias"
-    return next(path for path in ((*place, bias), (*place, f"folded_{bias}")) if path not in taken)
+    while (*place, bias) in taken:
+        bias = f"folded_{bias}"
+    return (*place, bias)
 
 
 def fold_pair(finder: Finder, pair: Pair, leaves: Mapping[Path, Any]) -> tuple[Any, Any]:
     """Returns the kernel and the bias that do what the pair did."""
-    with np.errstate(all="ignore"):
+    _refuse_negative(pair, leaves)
+    with np.errstate(all="ignore"):  # what is not finite is refused below
         multiplier, shift = _affine(finder, pair, leaves)
     shape = finder.program.types[pair.operand].shape
     others = _checks.other_axes(pair.features, len(shape))
-    scaled = np.expand_dims(multiplier.transpose(np.argsort(pair.features)), others)
-    _refuse_negative(pair, leaves)
-    wide = widened(FUNCTION, spelled(pair.kernel), leaves[pair.kernel])
-    wide = wide * back(pair.view, np.broadcast_to(scaled, shape), finder.program)
-    both = f"{spelled(pair.kernel)} with {' and '.join(map(spelled, pair.norms))}"
-    like = leaves[pair.kernel]
-    return narrowed(FUNCTION, both, wide, like), narrowed(FUNCTION, f"bias of {both}", shift, like)
+    laid_out = np.expand_dims(multiplier.transpose(np.argsort(pair.features)), others)
+    own, name = leaves[pair.kernel], spelled(pair.kernel)
+    kernel = widened(FUNCTION, name, own) * back(pair.view, np.broadcast_to(laid_out, shape), finder.program)
+    both = f"{name} with {' and '.join(map(spelled, pair.norms))}"
+    return narrowed(FUNCTION, both, kernel, own), narrowed(FUNCTION, f"bias of {both}", shift, own)
 
 
 def _refuse_negative(pair: Pair, leaves: Mapping[Path, Any]) -> None:

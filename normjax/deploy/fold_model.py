@@ -19,7 +19,7 @@ from normjax.deploy._pairs import Finder
 from normjax.deploy._program import Path, Program, path_of
 from normjax.deploy._rewrite import find, fold_pair, new_bias, rewritten, run
 
-TOLERANCE = {8: 1e-5, 4: 1e-5, 2: 5e-2}  # by the size of the narrowest floating-point type: rounding, and no more
+FULL, HALF = 1e-5, 5e-2  # what rounding does to the outputs of a deep network, in float32 and in less
 
 
 class Found(NamedTuple):
@@ -82,6 +82,7 @@ def fold(
     variables: PyTree[Array],
     *inputs: PyTree[Array],
     pairs: Sequence[tuple[str, str]] | None = None,
+    tolerance: float | None = None,
     show: bool = True,
 ) -> Folded:
     """Folds each batch norm of a model that follows a convolution or a dense layer into that layer.
@@ -102,6 +103,8 @@ def fold(
         `var`, side by side.
       *inputs: a small sample of real ones.
       pairs: which to fold, if not all that can be: tuples of a kernel's path and a batch norm's, as the table has them.
+      tolerance: how far outputs may be from the source's, by their norm. None: 1e-5, or 0.05 where the model computes
+        in half precision.
       show: whether to print the table.
 
     Returns:
@@ -109,8 +112,8 @@ def fold(
 
     Raises:
       ValueError: with its path for a leaf that is not finite, a negative variance, and a named pair that cannot be
-        folded; if source and result differ by more than rounding: 1e-5 of the outputs' norm in float32, 0.05 in half
-        precision. TypeError: under `jax.jit` and other transformations: fold once, before.
+        folded; if source and result differ by more than `tolerance`. TypeError: under `jax.jit` and other
+        transformations: fold once, before.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -141,7 +144,8 @@ def fold(
     template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), variables)
     shapes = {path: jnp.shape(leaf) for path, leaf in new.items()}
     apply = jax.jit(partial(run, source, template, biases, shapes))
-    error = _verified(partial(jax.jit(source), variables), partial(apply, _nested(new)), inputs, finder.program)
+    programs = partial(jax.jit(source), variables), partial(apply, _nested(new))
+    error = _verified(*programs, inputs, _rounding(finder.program) if tolerance is None else tolerance)
     folded = Folded(_nested(new), apply, found, error)
     if show:
         print(folded)
@@ -214,29 +218,33 @@ def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Fo
     return (*rows, *(Found(norm, None, reason) for norm, reason in reasons.items()))
 
 
-def _verified(source: Callable, folded: Callable, inputs: tuple[Any, ...], program: Program) -> float:
-    """Returns how far the folded model is from its source on the sample; refuses more than rounding."""
+def _rounding(program: Program) -> float:
+    narrowest = min((of.dtype.itemsize for of in program.types if jnp.issubdtype(of.dtype, jnp.inexact)), default=4)
+    return FULL if narrowest >= 4 else HALF
+
+
+def _verified(source: Callable, folded: Callable, inputs: tuple[Any, ...], tolerance: float) -> float:
+    """Returns how far the folded model is from its source on the sample; refuses more than the tolerance."""
     # Elsewhere than on CPUs, the default precision is that of half precision or little more.
     with jax.default_matmul_precision("highest"):
-        outputs = [_floats(function(*inputs)) for function in (source, folded)]
-    error = max(map(_difference, *outputs), default=np.nan)
-    sizes = [type_.dtype.itemsize for type_ in program.types if jnp.issubdtype(type_.dtype, jnp.inexact)]
-    tolerance = TOLERANCE[min(sizes, default=4)]
+        expected, actual = (_floats(function(*inputs)) for function in (source, folded))
+    error = float(np.max([*map(_difference, expected, actual)])) if expected else np.nan  # max() would pass over NaN
     if not error <= tolerance:
         _checks.refuse(
             FUNCTION,
-            "the folded model does not agree with its source on the sample"
-            if outputs[0]
-            else "the model returns no floats",
-            expected=f"outputs that are finite, and differ by at most {tolerance:g} of their norm",
-            got=f"{error:.3g}",
-            fix="Look at the source's outputs: are they finite, and continuous in x, such as logits?",
+            "the folded model does not agree with its source" if expected else "the model returns no floats to compare",
+            expected=f"finite outputs that differ by at most {tolerance:g} of their norm",
+            got=f"{error:.3g} on the sample",
+            fix="Fold the function that returns logits; if the source's own rounding is that large, as where means are "
+            "hundreds of deviations from 0, pass `tolerance`",
         )
     return error
 
 
 def _floats(tree: Any) -> list[np.ndarray]:
-    return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return [
+        np.asarray(leaf, np.complex128) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
 
 
 def _difference(source: np.ndarray, folded: np.ndarray) -> float:
