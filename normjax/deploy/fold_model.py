@@ -130,7 +130,7 @@ def fold(
     """
     source = _as_function(model)
     leaves = {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
-    _refuse_traced(leaves, inputs)
+    _refuse_other_than_arrays(leaves, inputs)
     finder = find(source, variables, inputs)
     found = _choose(finder, pairs)
     kernels = {each.kernel for each in found}
@@ -174,7 +174,7 @@ def _as_function(model: Any) -> Callable[..., Any]:
     )
 
 
-def _refuse_traced(leaves: Mapping[Path, Any], inputs: Any) -> None:
+def _refuse_other_than_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
     named = [(spelled(path), leaf) for path, leaf in leaves.items()]
     for name, leaf in [*named, *(("an input", leaf) for leaf in jax.tree.leaves(inputs))]:
         if isinstance(leaf, Tracer):
@@ -186,6 +186,15 @@ def _refuse_traced(leaves: Mapping[Path, Any], inputs: Any) -> None:
                 fix="Fold outside of jax.jit, and jit the `apply` of the result",
                 kind=TypeError,
             )
+        if isinstance(leaf, bool | str):
+            _checks.refuse(
+                FUNCTION,
+                f"{name} is a {type(leaf).__name__}, which chooses what the model does",
+                expected="arrays",
+                got=repr(leaf),
+                fix="Settle it before, as in functools.partial(model.apply, train=False)",
+                kind=TypeError,
+            )
 
 
 def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Found, ...]:
@@ -193,14 +202,14 @@ def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Fo
     possible = [(spelled(pair.kernel), spelled(norm)) for pair in finder.pairs for norm in pair.norms]
     folded = {norm for pair in finder.pairs for norm in pair.norms}
     reasons = {spelled(norm): finder.reason(norm) for norm in finder.norms if norm not in folded}
-    named = possible if pairs is None else [(str(kernel), str(norm)) for kernel, norm in pairs]
-    for kernel, norm in named:
-        if (kernel, norm) not in possible:
+    named = possible if pairs is None else list(pairs)
+    for pair in named:
+        if pair not in possible:
             _checks.refuse(
                 FUNCTION,
-                f"{norm!r} cannot be folded into {kernel!r}",
+                f"{pair!r} is no kernel and batch norm that can be folded",
                 expected=f"pairs among {possible}",
-                got=f"pairs={list(pairs or ())}; {reasons.get(norm, 'they do not follow each other')}",
+                got=f"pairs={named}; {reasons.get(pair[-1], 'they do not follow each other')}",
                 fix="Leave that pair out; without `pairs` all that can be folded is",
             )
     kernels = {kernel for kernel, _ in named}
@@ -209,7 +218,7 @@ def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Fo
             FUNCTION,
             "a kernel is followed by several batch norms, and only some of them are named",
             expected=f"{missing} among the pairs, too",
-            got=f"pairs={list(pairs or ())}",
+            got=f"pairs={named}",
             fix="Name all that follow it, or none",
         )
     rows = [

@@ -146,7 +146,7 @@ def test_pairs_that_are_none(model, x):
     call = partial(nj.deploy.fold, *model, x)
     refuses(
         ValueError,
-        "'batch_stats/norm1' cannot be folded into 'params/dense2/kernel'",
+        "('params/dense2/kernel', 'batch_stats/norm1') is no kernel and batch norm",
         ("params/dense1/kernel", "batch_stats/norm1"),
         call=partial(call, pairs=[("params/dense2/kernel", "batch_stats/norm1")]),
     )
@@ -157,6 +157,7 @@ def test_pairs_that_are_none(model, x):
             nj.deploy.fold, *linen_model(shared, x), x, pairs=[("params/Dense_0/kernel", "batch_stats/BatchNorm_0")]
         ),
     )
+    refuses(ValueError, "'params/dense1/kernel' is no", call=partial(call, pairs=["params/dense1/kernel"]))
     both = linen_model(lambda x: BN(name="b")(BN(name="a")(nn.Dense(3)(x))), x)
     refuses(
         ValueError,
@@ -221,6 +222,7 @@ def test_transformations_and_what_is_no_model(model, x):
     with pytest.raises(TypeError, match=r"fold: an input is traced.*float32\[4,6,3\]"):
         jax.jit(lambda x: nj.deploy.fold(model, variables, x).variables)(x)
     refuses(TypeError, "dict", call=partial(nj.deploy.fold, variables, model, x))
+    refuses(TypeError, "an input is a bool", "partial", call=partial(nj.deploy.fold, model, variables, x, False))
 
 
 def test_models_that_cannot_be_compared(model, x):
