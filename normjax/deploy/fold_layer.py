@@ -92,7 +92,6 @@ def fold_batch_norm(
       2018), section 3.2, eq. 14.
     """
     _refuse_traced({"kernel": kernel, "bias": bias, "params": params, "batch_stats": batch_stats})
-    _refuse_traced({"kernel": kernel, "bias": bias, "params": params, "batch_stats": batch_stats})
     _checks.activations(FUNCTION, kernel, "kernel")
     wide = widened(FUNCTION, "kernel", kernel)
     given = (-2 if before else -1) if feature_axes is None else feature_axes
