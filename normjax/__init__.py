@@ -3,15 +3,16 @@
     params, batch_stats = nj.batch_norm_init(num_features)
     y, batch_stats = nj.batch_norm(params, batch_stats, x, train=True)
 
-`normjax.linen` and `normjax.nnx`, the doors for Flax models, load on first use, and so do `normjax.convert`,
-`normjax.deploy` and `normjax.optim`.
+`normjax.linen` and `normjax.nnx`, the doors for Flax models, load on first use, and so do `normjax.convert` and
+`normjax.optim`.
 """
 
 import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from normjax import weights
+from normjax import deploy, weights
+from normjax.deploy.fold_layer import fold_batch_norm
 from normjax.layers.batch_norm import batch_norm, batch_norm_init
 from normjax.layers.batch_renorm import batch_renorm, batch_renorm_init
 from normjax.layers.dynamic_tanh import dynamic_tanh, dynamic_tanh_init
@@ -39,10 +40,12 @@ __all__ = [
     "batch_renorm",
     "batch_renorm_init",
     "convert",
+    "deploy",
     "dynamic_tanh",
     "dynamic_tanh_init",
     "filter_response_norm",
     "filter_response_norm_init",
+    "fold_batch_norm",
     "group_norm",
     "group_norm_init",
     "instance_norm",

@@ -1,0 +1,67 @@
+"""Fold batch normalization, then quantize to int8: accuracies before and after.
+
+Trains a small convolutional network with batch normalization and shows its test accuracy four times:
+
+    float          as it was trained
+    folded         each batch norm folded into the convolution before it, by normjax.deploy.fold
+    folded, int8   that, kernels and activations quantized by qwix
+    int8           quantized without folding: int8 convolutions, with a batch norm in float32 after each
+
+    python examples/quantize.py                               # scikit-learn's digits: nothing to download
+    python examples/quantize.py --data mnist --data-dir DIR
+    python examples/quantize.py --data cifar10 --data-dir DIR
+
+qwix works on Flax modules. What `fold` returns fits one: its variables are those of the same network without its batch
+norms and with biases, so that is what is quantized (examples/common/quantize.py, some thirty lines).
+
+A table and JSON come out, the file in --out. Ctrl-C stops, and keeps what is finished. See examples/README.md for what
+to expect. qwix is in an extra: pip install 'normjax[examples,quantize]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.arguments import Parser, number
+from common.interrupt import Interrupt
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    parser = Parser(__doc__)
+    count, rate = number(int, "a positive integer"), number(float, "a positive number")
+    parser.add_data(("digits", "mnist", "cifar10"))
+    add = parser.add_argument
+    add("--seeds", type=count, default=3, metavar="N", help="how often to train (default: %(default)s); medians show")
+    add("--steps", type=count, default=300, metavar="N", help="of training (default: %(default)s)")
+    add("--eval-every", type=count, default=50, metavar="N", help="steps between two evaluations")
+    add(
+        "--batch-size",
+        type=number(int, "an integer above 1", 2),
+        default=64,
+        metavar="N",
+        help="(default: %(default)s)",
+    )
+    add("--learning-rate", type=rate, default=0.1, metavar="RATE", help="of SGD with momentum (default: %(default)s)")
+    add("--width", type=count, default=16, metavar="N", help="channels of the first stage (default: %(default)s)")
+    add("--out", type=Path, metavar="DIR", default=Path("results/quantize"), help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    parser.check_data(options)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what the command line asks for and returns the exit status."""
+    options = parse(arguments)
+    with Interrupt() as interrupt:
+        # JAX takes seconds to import: only now, so that --help and mistakes are answered at once, Ctrl-C included.
+        from common.quantize import run
+
+        return run(options, interrupt)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Folds the pairs that were found: new leaves, and a program without the operations that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array
+
+from normjax import _checks
+from normjax.deploy._constants import FUNCTION, back, spelled
+from normjax.deploy._pairs import LAYOUT, Finder, Pair, Step
+from normjax.deploy._program import Op, Path, Program, execute, path_of, pruned, trace
+from normjax.deploy._wide import narrowed, widened
+
+Biases = Mapping[Path, Path]  # of the bias, by that of the kernel: what is to be folded
+
+
+def find(source: Callable[..., Any], variables: Any, inputs: tuple[Any, ...]) -> Finder:
+    """Traces a model and finds its batch norms: what has a leaf `var`, and `mean` beside it."""
+    program = trace(source, variables, inputs)
+    norms = [path[:-1] for path in program.leaves if path[-1] == "var" and (*path[:-1], "mean") in program.leaves]
+    return Finder(pruned(program), norms)
+
+
+def new_bias(kernel: Path, taken: Mapping[Path, Any]) -> Path:
+    """Returns the path of a bias beside a kernel."""
+    *place, name = kernel
+    bias = "bias" if name == "kernel" else f"{name}_bias"
+    while (*place, bias) in taken:
+        bias = f"folded_{bias}"
+    return (*place, bias)
+
+
+def fold_pair(finder: Finder, pair: Pair, leaves: Mapping[Path, Any]) -> tuple[Any, Any]:
+    """Returns the kernel and the bias that do what the pair did."""
+    _refuse_negative(pair, leaves)
+    with np.errstate(all="ignore"):  # what is not finite is refused below
+        multiplier, shift = _affine(finder, pair, leaves)
+    shape = finder.program.types[pair.operand].shape
+    others = _checks.other_axes(pair.features, len(shape))
+    laid_out = np.expand_dims(multiplier.transpose(np.argsort(pair.features)), others)
+    own, name = leaves[pair.kernel], spelled(pair.kernel)
+    kernel = widened(FUNCTION, name, own) * back(pair.view, np.broadcast_to(laid_out, shape), finder.program)
+    both = f"{name} with {' and '.join(map(spelled, pair.norms))}"
+    return narrowed(FUNCTION, both, kernel, own), narrowed(FUNCTION, f"bias of {both}", shift, own)
+
+
+def _refuse_negative(pair: Pair, leaves: Mapping[Path, Any]) -> None:
+    for path in ((*norm, "var") for norm in pair.norms):
+        if (least := widened(FUNCTION, spelled(path), leaves[path]).min(initial=0)) < 0:
+            _checks.refuse(
+                FUNCTION,
+                f"{spelled(path)} is negative",
+                expected="a variance of 0 or more for each feature",
+                got=f"{least:.6g}",
+                fix="Check where the statistics come from",
+            )
+
+
+def _affine(finder: Finder, pair: Pair, leaves: Mapping[Path, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what a chain multiplies each feature by, and what it adds then."""
+    multiplier, shift = np.ones(pair.sizes), np.zeros(pair.sizes)
+    for step in pair.steps:
+        if step.op.name == "neg":
+            multiplier, shift = -multiplier, -shift
+        elif step.constant is not None:
+            value = _by_feature(finder.constants.value(step.constant, leaves), step.axes)
+            multiplier, shift = _after(step, multiplier, shift, value)
+    return multiplier, shift
+
+
+def _after(step: Step, multiplier: np.ndarray, shift: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    match step.op.name, step.reverse:
+        case "add", _:
+            return multiplier, shift + value
+        case "sub", False:
+            return multiplier, shift - value
+        case "sub", True:
+            return -multiplier, value - shift
+        case "mul", _:
+            return multiplier * value, shift * value
+    return multiplier / value, shift / value
+
+
+def _by_feature(value: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Takes the one number of each feature, with the features in the order of their axes in `axes`."""
+    if value.ndim == 0:
+        return value
+    chosen = value[tuple(slice(None) if axis in axes else 0 for axis in range(value.ndim))]
+    return chosen.transpose(np.argsort(np.argsort(axes)))
+
+
+def rewritten(finder: Finder, biases: Biases) -> Program:
+    """Returns the program with a bias in place of each chain that is to be folded."""
+    program, pairs = finder.program, {pair.kernel: pair for pair in finder.pairs}
+    if lost := [kernel for kernel in biases if kernel not in pairs]:
+        _checks.refuse(
+            "Folded.apply",
+            "with these inputs the model does not do what it did on the sample",
+            expected=f"batch norm after {', '.join(map(spelled, biases))}",
+            got=f"none after {', '.join(map(spelled, lost))}",
+            fix="Fold once for each way that the model can go",
+        )
+    types, leaves, last = list(program.types), dict(program.leaves), {}
+    for kernel, bias in biases.items():
+        pair = pairs[kernel]
+        leaves[bias] = len(types)
+        types.append(jax.ShapeDtypeStruct(pair.sizes, types[pair.operand].dtype))
+        end = pair.steps[-1]
+        run = partial(
+            _add_bias, [step.op for step in pair.steps if step.op.name in LAYOUT], end.axes, types[end.op.outputs[0]]
+        )
+        last[end.op.outputs] = Op("bias", {}, (pair.output, leaves[bias]), end.op.outputs, run)
+    ops = tuple(last.get(op.outputs, op) for op in program.ops)
+    return pruned(program._replace(types=types, leaves=leaves, ops=ops))
+
+
+def _add_bias(layouts: list[Op], axes: tuple[int, ...], made: Any, value: Array, bias: Array) -> Iterable[Array]:
+    for op in layouts:
+        (value,) = op.run(value)
+    bias = jnp.expand_dims(bias.transpose(np.argsort(axes)), _checks.other_axes(axes, value.ndim))
+    return (value.astype(made.dtype) + bias.astype(made.dtype),)
+
+
+def run(
+    source: Callable[..., Any],
+    template: Any,
+    biases: Biases,
+    shapes: Mapping[Path, tuple[int, ...]],
+    variables: Any,
+    *inputs: Any,
+) -> Any:
+    """Runs a folded model: traces its source for these inputs, rewrites that, and runs it on the folded variables."""
+    given = {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
+    _check_shapes(given, shapes)
+
+    def typed(path: Any, own: Any) -> Any:
+        leaf = given.get(path_of(path))
+        return own if leaf is None else jax.ShapeDtypeStruct(own.shape, leaf.dtype)
+
+    finder = find(source, jax.tree.map_with_path(typed, template), inputs)
+    return execute(rewritten(finder, biases), given, inputs)
+
+
+def _check_shapes(given: Mapping[Path, Any], shapes: Mapping[Path, tuple[int, ...]]) -> None:
+    found = {path: jnp.shape(leaf) for path, leaf in given.items()}
+    for path in [*found, *shapes]:
+        if found.get(path) != shapes.get(path):
+            own, wanted = (f"shape {s[path]}" if path in s else "no such leaf" for s in (found, shapes))
+            _checks.refuse(
+                "Folded.apply",
+                f"{spelled(path)} is not as the folded model has it",
+                expected=wanted,
+                got=own,
+                fix="Pass the `variables` of the folded model, not those of its source",
+            )

@@ -1,0 +1,236 @@
+"""Batch normalization folded into the kernel and bias of the linear layer beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from normjax import _checks
+from normjax._leaves import check_leaves
+from normjax._typing import Axes, BatchStats, FeatureArray, Kernel, Params
+from normjax.deploy._wide import narrowed, widened
+
+FUNCTION = "fold_batch_norm"
+EXACT = ("VALID", "CIRCULAR", "REFLECT")  # nothing, or what is normalized as the rest of x is
+Padding = str | int | Sequence[int | tuple[int, int]]
+Affine = tuple[np.ndarray, np.ndarray, np.ndarray]  # multiplier, mean and bias of each feature
+LEAVES, DEFAULTS = ("kernel", "bias"), (("scale", 1.0), ("bias", 0.0))
+Folded = tuple[np.ndarray, np.ndarray]
+
+
+def fold_batch_norm(
+    kernel: Kernel | np.ndarray,
+    bias: FeatureArray | np.ndarray | None,
+    params: Params,
+    batch_stats: BatchStats,
+    *,
+    epsilon: float = 1e-5,
+    feature_axes: Axes | None = None,
+    before: bool = False,
+    output_axes: Axes = -1,
+    feature_group_count: int = 1,
+    padding: Padding | None = None,
+    transposed: bool = False,
+) -> tuple[Kernel | np.ndarray, FeatureArray | np.ndarray]:
+    r"""Returns the kernel and bias of a linear layer that does what it and the batch norm beside it did at inference.
+
+    Inference is then one layer, not two, and quantization sees the weights that are used. With
+    :math:`m = \gamma / \sqrt{\sigma^2 + \epsilon}` of each feature, batch norm after the layer is
+
+    .. math:: m (W x + b - \mu) + \beta = (m W) x + \left(m (b - \mu) + \beta\right)
+
+    for every layer: dense, convolution of any rank, grouped, depthwise, strided, dilated, transposed, padded. Before
+    the layer (`before=True`) it scales what the kernel reads, and its shift :math:`s = \beta - m \mu` goes through it:
+
+    .. math:: W (m x + s) + b = (W m) x + (W s + b)
+
+    Where a convolution sees zeros in place of x there is no `s`, and no bias can stand for it: an error, unless `s` is
+    zero.
+
+    Args:
+      kernel: floating-point, as Flax lays it out: dense `(in, out)`, convolution `(*spatial, in / groups, out)`; other
+        layouts by the axes below.
+      bias: `(out)`, or None for a layer without.
+      params: of the batch norm: `scale` and `bias`, or what there is of them, each `(*features)`.
+      batch_stats: of the batch norm: `mean` and `var`, each `(*features)`.
+      epsilon: of the batch norm.
+      feature_axes: the axes of the kernel that are the batch norm's features. None: the outputs, -1; with `before` the
+        inputs, -2. `flax.linen.ConvTranspose(transpose_kernel=True)` has its outputs at -2 and its inputs at -1;
+        PyTorch's convolutions have them at 0 and 1.
+      before: whether batch norm comes before the layer.
+      output_axes: with `before`, the axes of the kernel that are the layer's outputs.
+      feature_group_count: with `before`, the groups of the convolution.
+      padding: with `before`, that of the convolution, as Flax has it: "VALID", "CIRCULAR", "REFLECT" and 0 are exact.
+        Not needed where the kernel has one element along each spatial axis.
+      transposed: with `before`, whether the convolution is a transposed one: between the elements of x it sees zeros.
+
+    Returns:
+      Kernel and bias in the kernel's dtype, NumPy arrays if the kernel is one, else JAX arrays. Computed in NumPy's
+      float64, also where JAX's x64 mode is off, and rounded once.
+
+    Raises:
+      TypeError: under `jax.jit` and other transformations: fold once, before. ValueError: for leaves that are missing,
+        do not fit or are not finite, a negative variance, and where `before` is not exact.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> kernel, bias = jnp.array([[1.0, 2.0]]), jnp.array([0.0, 1.0])
+      >>> params = {"scale": jnp.array([1.0, 3.0]), "bias": jnp.array([0.5, 0.5])}
+      >>> batch_stats = {"mean": jnp.array([1.0, 1.0]), "var": jnp.array([4.0, 9.0])}
+      >>> kernel, bias = nj.fold_batch_norm(kernel, bias, params, batch_stats, epsilon=0.0)
+      >>> print(kernel, bias)
+      [[0.5 2. ]] [0.  0.5]
+
+    References:
+      Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (CVPR
+      2018), section 3.2, eq. 14.
+    """
+    _refuse_traced({"kernel": kernel, "bias": bias, "params": params, "batch_stats": batch_stats})
+    _checks.activations(FUNCTION, kernel, "kernel")
+    wide = widened(FUNCTION, "kernel", kernel)
+    given = (-2 if before else -1) if feature_axes is None else feature_axes
+    axes = _checks.axes(FUNCTION, "feature_axes", given, wide.shape)
+    norm = partial(_affine, params, batch_stats, epsilon, wide.dtype)
+    if before:
+        layer = _layer(wide.shape, axes, output_axes, feature_group_count)
+        folded = _fold_before(wide, bias, norm, layer, lambda: _refuse_borders(wide.shape, layer, padding, transposed))
+    else:
+        folded = _fold_after(wide, bias, norm, axes)
+    new_kernel, new_bias = (narrowed(FUNCTION, leaf, value, kernel) for leaf, value in zip(LEAVES, folded, strict=True))
+    return new_kernel, new_bias
+
+
+class _Layer(NamedTuple):
+    """Which axes of a kernel are inputs and outputs, not negative and ascending, and in how many groups."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    groups: int
+
+
+def _fold_after(wide: np.ndarray, bias: Any, norm: Callable[..., Affine], axes: tuple[int, ...]) -> Folded:
+    features = _sizes(wide, axes)
+    multiplier, mean, shift = norm(features)
+    kernel = wide * np.expand_dims(multiplier, _checks.other_axes(axes, wide.ndim))
+    return kernel, multiplier * (_bias(bias, features) - mean) + shift
+
+
+def _fold_before(
+    wide: np.ndarray, bias: Any, norm: Callable[..., Affine], layer: _Layer, refuse_borders: Callable[[], None]
+) -> Folded:
+    first, *others = _sizes(wide, layer.inputs)
+    multiplier, mean, shift = norm((first * layer.groups, *others))
+    shift = shift - multiplier * mean
+    if shift.any():
+        refuse_borders()
+    sums = (wide * _per_input(shift, wide, layer)).sum(_checks.other_axes(layer.outputs, wide.ndim))
+    return wide * _per_input(multiplier, wide, layer), sums + _bias(bias, sums.shape)
+
+
+def _affine(params: Params, batch_stats: BatchStats, epsilon: float, dtype: Any, features: tuple[int, ...]) -> Affine:
+    """Checks the leaves of a batch norm; returns its multiplier, mean and bias."""
+    check = partial(check_leaves, FUNCTION, shape=features, dtype=dtype)
+    check("params", params, optional=("scale", "bias"))
+    check("batch_stats", batch_stats, required=("mean", "var"), optional=("count",))
+    _checks.between(FUNCTION, "epsilon", epsilon, 0.0, math.inf)
+    mean, var = (widened(FUNCTION, f"batch_stats[{leaf!r}]", batch_stats[leaf]) for leaf in ("mean", "var"))
+    scale, bias = (widened(FUNCTION, f"params[{leaf!r}]", params.get(leaf, default)) for leaf, default in DEFAULTS)
+    if (worst := (var + epsilon).min(initial=math.inf)) <= 0:
+        _checks.refuse(
+            FUNCTION,
+            "batch_stats['var'] has no square root to divide by",
+            expected="var + epsilon above 0 for each feature",
+            got=f"{worst:.6g} at feature {int(var.argmin())} with epsilon={epsilon!r}",
+            fix="Check where the statistics come from, and epsilon",
+        )
+    return scale / np.sqrt(var + epsilon) * np.ones(features), mean, bias
+
+
+def _bias(bias: Any, features: tuple[int, ...]) -> np.ndarray:
+    """The bias of the linear layer, zeros for none."""
+    if bias is None:
+        return np.zeros(features)
+    if np.shape(bias) != features:
+        _checks.refuse(
+            FUNCTION,
+            "bias does not fit the outputs of the kernel",
+            expected=f"shape {features}, or None",
+            got=f"shape {np.shape(bias)}",
+            fix="Pass the bias of the same layer, and check feature_axes and output_axes",
+        )
+    return widened(FUNCTION, "bias", bias)
+
+
+def _layer(shape: tuple[int, ...], inputs: tuple[int, ...], output_axes: Axes, groups: int) -> _Layer:
+    outputs = _checks.axes(FUNCTION, "output_axes", output_axes, shape)
+    if set(inputs) & set(outputs):
+        _checks.refuse(
+            FUNCTION,
+            "an axis of the kernel is both input and output",
+            expected="with before=True, feature_axes for the inputs and output_axes for the outputs",
+            got=f"feature_axes={inputs} and output_axes={outputs} for kernel.shape={shape}",
+            fix="A dense kernel (in, out) has feature_axes=-2 and output_axes=-1",
+        )
+    count = _checks.positive_int(groups)
+    single = len(inputs) == len(outputs) == 1
+    if count is None or (count > 1 and not (single and shape[outputs[0]] % count == 0)):
+        _checks.refuse(
+            FUNCTION,
+            "feature_group_count does not divide the outputs",
+            expected="a positive int that divides the size of the one output axis",
+            got=f"feature_group_count={groups!r} for kernel.shape={shape}, output_axes={outputs}",
+            fix="Pass that of the convolution",
+        )
+    return _Layer(inputs, outputs, count)
+
+
+def _per_input(values: np.ndarray, kernel: np.ndarray, layer: _Layer) -> np.ndarray:
+    """Lays a value of each input feature out over the kernel; a group of outputs sees the features of its group."""
+    if layer.groups == 1:
+        return np.expand_dims(values, _checks.other_axes(layer.inputs, kernel.ndim))
+    (given,), (made,) = layer.inputs, layer.outputs
+    by_output = values.reshape(layer.groups, -1).repeat(kernel.shape[made] // layer.groups, axis=0)
+    by_output = by_output.T if given < made else by_output
+    return np.expand_dims(by_output, _checks.other_axes((given, made), kernel.ndim))
+
+
+def _refuse_borders(shape: tuple[int, ...], layer: _Layer, padding: Padding | None, transposed: bool) -> None:
+    """Refuses a shift that some of the positions would not see: no one bias stands for it."""
+    window = tuple(shape[axis] for axis in _checks.other_axes((*layer.inputs, *layer.outputs), len(shape)))
+    if isinstance(padding, str):
+        sound = padding in EXACT or (padding == "SAME" and set(window) <= {1})
+    else:
+        sound = set(window) <= {1} if padding is None else not np.any(padding)
+    if sound and not transposed:
+        return
+    _checks.refuse(
+        FUNCTION,
+        "the batch norm's shift does not reach all positions alike, where the convolution sees zeros instead of x",
+        expected="with before=True, no zero padding and no transposed convolution, or bias - mean * multiplier = 0",
+        got=f"padding={padding!r}, transposed={transposed} for kernel.shape={shape}",
+        fix="Pass padding='VALID' if that is what the convolution has, or keep this batch norm",
+    )
+
+
+def _sizes(kernel: np.ndarray, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(kernel.shape[axis] for axis in axes)
+
+
+def _refuse_traced(arguments: dict[str, Any]) -> None:
+    for path, leaf in jax.tree.leaves_with_path(arguments):
+        if isinstance(leaf, Tracer):
+            _checks.refuse(
+                FUNCTION,
+                f"{jax.tree_util.keystr(path[:1], simple=True)}{jax.tree_util.keystr(path[1:])} is traced, "
+                "but folding is done once, in float64 with NumPy",
+                expected="arrays",
+                got=str(leaf.aval),
+                fix="Fold outside of jax.jit, jax.grad and jax.vmap, and pass the folded kernel and bias in",
+                kind=TypeError,
+            )

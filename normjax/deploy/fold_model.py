@@ -1,0 +1,271 @@
+"""Whole models without their batch norms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, PyTree
+
+from normjax import _checks
+from normjax.deploy._constants import FUNCTION, spelled
+from normjax.deploy._pairs import Finder
+from normjax.deploy._program import Path, Program, path_of
+from normjax.deploy._rewrite import find, fold_pair, new_bias, rewritten, run
+
+FULL, HALF = 1e-5, 5e-2  # what rounding does to the outputs of a deep network, in float32 and in less
+
+
+class Found(NamedTuple):
+    """A batch norm of a model, and what became of it.
+
+    Attributes:
+      norm: its path in the variables.
+      kernel: the path of the kernel that it is folded into; None if it is not.
+      reason: why it is not folded; None if it is.
+
+    Example:
+      >>> import normjax as nj
+      >>> print(nj.deploy.Found("batch_stats/norm", None, reason="it comes first: its input is the model's"))
+      Found(norm='batch_stats/norm', kernel=None, reason="it comes first: its input is the model's")
+    """
+
+    norm: str
+    kernel: str | None
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """A model without the batch norms that are folded; `print` shows a table of what was found.
+
+    Attributes:
+      variables: nested dicts of what the folded model needs, under the paths that they had: kernels with batch norm in
+        them, biases that take its shift (new ones beside their kernels), and what was not touched.
+      apply: the model: `(variables, *inputs) -> outputs`, a pure function for inputs of any shape that the model takes.
+      found: each batch norm, and what became of it.
+      error: how far the outputs are from those of the source on the sample: the norm of the difference by that of the
+        outputs, in the worst output.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> def model(variables, x):
+      ...     return nj.batch_norm({}, variables["norm"], x @ variables["kernel"], train=False)[0]
+      >>> variables = {"kernel": jnp.eye(2), "norm": {"mean": jnp.ones(2), "var": 4 * jnp.ones(2)}}
+      >>> folded = nj.deploy.fold(model, variables, jnp.ones((1, 2)) * 3, show=False)
+      >>> print(folded.variables["bias"], folded.apply(folded.variables, jnp.array([[1.0, 5.0]])).round(4))
+      [-0.49999937 -0.49999937] [[0. 2.]]
+    """
+
+    variables: dict
+    apply: Callable[..., Any]
+    found: tuple[Found, ...]
+    error: float
+
+    def __str__(self) -> str:
+        rows = [(found.norm, found.kernel or "-", found.reason or "folded") for found in self.found]
+        rows = [("batch norm", "into", ""), *rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        count = sum(found.kernel is not None for found in self.found)
+        return "\n".join([*lines, f"{count} of {len(self.found)} folded; outputs agree to {self.error:.1e}"])
+
+
+def fold(
+    model: Any,
+    variables: PyTree[Array],
+    *inputs: PyTree[Array],
+    pairs: Sequence[tuple[str, str]] | None = None,
+    tolerance: float | None = None,
+    show: bool = True,
+) -> Folded:
+    """Folds each batch norm of a model that follows a convolution or a dense layer into that layer.
+
+    For inference: the folded model has a layer less for each, and quantizers see the weights that are used.
+
+    The model is traced, and what its operations do tells what can be folded: a chain from one convolution or matrix
+    product, whose kernel is a leaf of the variables that is used once, to a batch norm, with nothing between but a
+    bias, casts and reshapes, and nobody else who reads what is between. It is folded in float64 as it is written, be it
+    normjax's batch norm, Flax's, a batch renorm or one of your own. What else there is stays, and the table that is
+    printed says why. At last, source and result are compared on the inputs.
+
+    Args:
+      model: what does inference: a function `(variables, *inputs) -> outputs`, such as
+        `functools.partial(model.apply, train=False)`; a linen module whose `apply` needs no other arguments; an nnx
+        module, which is taken in evaluation mode.
+      variables: of the model; those of an nnx module are `nnx.state(model)`. Batch norms are known by leaves `mean` and
+        `var`, side by side.
+      *inputs: a small sample of real ones.
+      pairs: which to fold, if not all that can be: tuples of a kernel's path and a batch norm's, as the table has them.
+      tolerance: how far outputs may be from the source's, by their norm. None: 1e-5, or 0.05 where the model computes
+        in half precision.
+      show: whether to print the table.
+
+    Returns:
+      The folded model, see `Folded`. Kernels keep their dtype, and biases have that of their kernel.
+
+    Raises:
+      ValueError: with its path for a leaf that is not finite, a negative variance, and a named pair that cannot be
+        folded; if source and result differ by more than `tolerance`. TypeError: under `jax.jit` and other
+        transformations: fold once, before.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> from flax import linen as nn
+      >>> model = nn.Sequential([nn.Dense(4, use_bias=False), nj.linen.BatchNorm(use_running_average=True), nn.relu])
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> folded = nj.deploy.fold(model, model.init(jax.random.key(1), x), x)  # doctest: +ELLIPSIS
+      batch norm            into
+      batch_stats/layers_1  params/layers_0/kernel  folded
+      1 of 1 folded; outputs agree to ...e-08
+      >>> print(jax.tree.map(jnp.shape, folded.variables))
+      {'params': {'layers_0': {'bias': (4,), 'kernel': (3, 4)}}}
+      >>> y = jax.jit(folded.apply)(folded.variables, x)
+    """
+    source = _as_function(model)
+    leaves = {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
+    _refuse_other_than_arrays(leaves, inputs)
+    finder = find(source, variables, inputs)
+    found = _choose(finder, pairs)
+    kernels = {each.kernel for each in found}
+    chosen = [pair for pair in finder.pairs if spelled(pair.kernel) in kernels]
+    biases = {pair.kernel: pair.bias or new_bias(pair.kernel, leaves) for pair in chosen}
+    new = dict(leaves)
+    for pair in chosen:
+        new[pair.kernel], new[biases[pair.kernel]] = fold_pair(finder, pair, leaves)
+    for path in finder.program.leaves.keys() - rewritten(finder, biases).leaves.keys():
+        del new[path]
+    template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), variables)
+    shapes = {path: jnp.shape(leaf) for path, leaf in new.items()}
+    apply = jax.jit(partial(run, source, template, biases, shapes))
+    programs = partial(jax.jit(source), variables), partial(apply, _nested(new))
+    error = _verified(*programs, inputs, _rounding(finder.program) if tolerance is None else tolerance)
+    folded = Folded(_nested(new), apply, found, error)
+    if show:
+        print(folded)
+    return folded
+
+
+def _as_function(model: Any) -> Callable[..., Any]:
+    from flax import linen, nnx
+
+    if isinstance(model, linen.Module):
+        return model.apply
+    if isinstance(model, nnx.Module):
+        model = nnx.clone(model)
+        model.eval()
+        definition = nnx.graphdef(model)
+        return lambda state, *inputs: nnx.merge(definition, state)(*inputs)
+    if callable(model):
+        return model
+    _checks.refuse(
+        FUNCTION,
+        "model cannot be called",
+        expected="a function (variables, *inputs) -> outputs, a linen or an nnx module",
+        got=f"{type(model).__name__}",
+        fix="The order is (model, variables, *inputs)",
+        kind=TypeError,
+    )
+
+
+def _refuse_other_than_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
+    named = [(spelled(path), leaf) for path, leaf in leaves.items()]
+    for name, leaf in [*named, *(("an input", leaf) for leaf in jax.tree.leaves(inputs))]:
+        if isinstance(leaf, Tracer):
+            _checks.refuse(
+                FUNCTION,
+                f"{name} is traced, but folding is done once, with the values at hand",
+                expected="arrays",
+                got=str(leaf.aval),
+                fix="Fold outside of jax.jit, and jit the `apply` of the result",
+                kind=TypeError,
+            )
+        if isinstance(leaf, bool | str):
+            _checks.refuse(
+                FUNCTION,
+                f"{name} is a {type(leaf).__name__}, which chooses what the model does",
+                expected="arrays",
+                got=repr(leaf),
+                fix="Settle it before, as in functools.partial(model.apply, train=False)",
+                kind=TypeError,
+            )
+
+
+def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Found, ...]:
+    """Returns what becomes of each batch norm; refuses pairs that are named and cannot be folded."""
+    possible = [(spelled(pair.kernel), spelled(norm)) for pair in finder.pairs for norm in pair.norms]
+    folded = {norm for pair in finder.pairs for norm in pair.norms}
+    reasons = {spelled(norm): finder.reason(norm) for norm in finder.norms if norm not in folded}
+    named = possible if pairs is None else list(pairs)
+    for pair in named:
+        if pair not in possible:
+            _checks.refuse(
+                FUNCTION,
+                f"{pair!r} is no kernel and batch norm that can be folded",
+                expected=f"pairs among {possible}",
+                got=f"pairs={named}; {reasons.get(pair[-1], 'they do not follow each other')}",
+                fix="Leave that pair out; without `pairs` all that can be folded is",
+            )
+    kernels = {kernel for kernel, _ in named}
+    if missing := [pair for pair in possible if pair[0] in kernels and pair not in named]:
+        _checks.refuse(
+            FUNCTION,
+            "a kernel is followed by several batch norms, and only some of them are named",
+            expected=f"{missing} among the pairs, too",
+            got=f"pairs={named}",
+            fix="Name all that follow it, or none",
+        )
+    rows = [
+        Found(norm, kernel) if (kernel, norm) in named else Found(norm, None, "not named") for kernel, norm in possible
+    ]
+    return (*rows, *(Found(norm, None, reason) for norm, reason in reasons.items()))
+
+
+def _rounding(program: Program) -> float:
+    narrowest = min((of.dtype.itemsize for of in program.types if jnp.issubdtype(of.dtype, jnp.inexact)), default=4)
+    return FULL if narrowest >= 4 else HALF
+
+
+def _verified(source: Callable, folded: Callable, inputs: tuple[Any, ...], tolerance: float) -> float:
+    """Returns how far the folded model is from its source on the sample; refuses more than the tolerance."""
+    # Elsewhere than on CPUs, the default precision is that of half precision or little more.
+    with jax.default_matmul_precision("highest"):
+        expected, actual = (_floats(function(*inputs)) for function in (source, folded))
+    error = float(np.max([*map(_difference, expected, actual)])) if expected else np.nan  # max() would pass over NaN
+    if not error <= tolerance:
+        _checks.refuse(
+            FUNCTION,
+            "the folded model does not agree with its source" if expected else "the model returns no floats to compare",
+            expected=f"finite outputs that differ by at most {tolerance:g} of their norm",
+            got=f"{error:.3g} on the sample",
+            fix="Fold the function that returns logits; if the source's own rounding is that large, as where means are "
+            "hundreds of deviations from 0, pass `tolerance`",
+        )
+    return error
+
+
+def _floats(tree: Any) -> list[np.ndarray]:
+    return [
+        np.asarray(leaf, np.complex128) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+
+
+def _difference(source: np.ndarray, folded: np.ndarray) -> float:
+    difference = np.linalg.norm(source - folded)
+    return float(difference / np.linalg.norm(source)) if difference else 0.0
+
+
+def _nested(leaves: Mapping[Path, Any]) -> dict:
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        place = tree
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = leaf
+    return tree
