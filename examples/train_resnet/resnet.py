@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -104,8 +103,3 @@ class ResNet(nn.Module):
                 x = block(self.width * 2**stage, strides, conv, norm, name=f"stage{stage + 1}_block{i + 1}")(x)
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         return nn.Dense(self.classes, name="logits")(x)
-
-
-def decayed(params: Any) -> Any:
-    """Returns a tree of True where a leaf is a kernel; scales and biases, batch norm's too, are not decayed."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import normjax as nj
 from train_resnet.options import Options
-from train_resnet.resnet import ResNet, Sharing, decayed
+from train_resnet.resnet import ResNet, Sharing
 
 AXIS = "data"
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)
@@ -68,7 +68,7 @@ def learning_rate(options: Options, steps: int) -> optax.Schedule:
 def optimizer(options: Options, steps: int) -> optax.GradientTransformation:
     """Returns SGD with Nesterov's momentum, and weight decay of the kernels."""
     return optax.chain(
-        optax.add_decayed_weights(options.weight_decay, mask=decayed),
+        optax.add_decayed_weights(options.weight_decay, mask=nj.optim.decay_mask),
         optax.sgd(learning_rate(options, steps), momentum=0.9, nesterov=True),
     )
 

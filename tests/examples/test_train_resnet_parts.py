@@ -15,8 +15,8 @@ from PIL import Image
 from train_resnet import batches, options, sources
 from train_resnet.batches import Part
 from train_resnet.metrics import forget
-from train_resnet.resnet import BasicBlock, BottleneckBlock, ResNet, Sharing, decayed
-from train_resnet.steps import AXIS, Program, SetupError, learning_rate, sharing
+from train_resnet.resnet import BasicBlock, BottleneckBlock, ResNet, Sharing
+from train_resnet.steps import AXIS, Program, SetupError, learning_rate, optimizer, sharing
 
 from benchmarks import hlo
 from normjax.linen import BatchNorm
@@ -39,11 +39,14 @@ def test_networks_have_as_many_parameters_as_torchvisions(network, parameters):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
 
 
-def test_kernels_are_decayed_and_scales_and_biases_are_not():
+def test_kernels_are_decayed_and_scales_and_biases_are_not(promotion_as_in_flax):
     params = abstract_params("resnet8", 10, 32)
-    decay = decayed(params)
-    for (path, leaf), chosen in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(decay), strict=True):
-        assert chosen == (leaf.ndim > 1), path  # no layer of a ResNet has a scale or bias of rank above 1
+    asked = parse("--weight-decay", "0.5", "--learning-rate", "1", "--warmup", "0")
+    chosen = optimizer(asked, 10)
+    zeros, ones = (jax.tree.map(lambda leaf, n=n: jnp.full(leaf.shape, n), params) for n in (0.0, 1.0))
+    updates, _ = chosen.update(zeros, chosen.init(ones), ones)
+    for path, leaf in jax.tree.leaves_with_path(updates):
+        assert bool(leaf.any()) == (leaf.ndim > 1), path  # no layer of a ResNet has a scale or bias of rank above 1
 
 
 @pytest.mark.parametrize("block", [BasicBlock, BottleneckBlock])
