@@ -24,10 +24,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("normjax")
 
 
-# Beside the tests that are marked, `make test-fast` leaves out those that check layers against others, and examples.
+# Beside the tests that are marked, `make test-fast` leaves out those that check against others, or train, and examples.
 THOROUGH = {
     "test_accumulate.py",
+    "test_batch_norm_ghosts.py",
     "test_batch_norm_gradients.py",
+    "test_batch_norm_torch.py",
     "test_checkpoints.py",
     "test_conditional.py",
     "test_domains.py",
@@ -39,21 +41,28 @@ THOROUGH = {
     "test_fold.py",
     "test_fold_batch_norm.py",
     "test_fold_kept.py",
+    "test_freezing.py",
     "test_haiku.py",
     "test_identities.py",
     "test_invariance.py",
     "test_keras.py",
+    "test_kinds.py",
     "test_networks.py",
     "test_new_layers.py",
     "test_onnx_conformance.py",
     "test_project.py",
     "test_quantize.py",
+    "test_recalibrate.py",
+    "test_recalibrate_errors.py",
+    "test_recalibrate_models.py",
+    "test_recalibrate_networks.py",
     "test_recurrent.py",
     "test_renormalize.py",
     "test_speedup.py",
     "test_sync_per_example.py",
     "test_torch.py",
     "test_train_resnet.py",
+    "test_train_resnet_parts.py",
     "test_transformations.py",
     "test_types.py",
     "test_weights.py",
