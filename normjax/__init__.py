@@ -3,16 +3,14 @@
     params, batch_stats = nj.batch_norm_init(num_features)
     y, batch_stats = nj.batch_norm(params, batch_stats, x, train=True)
 
-`normjax.linen` and `normjax.nnx`, the doors for Flax models, load on first use, and so do `normjax.convert` and
-`normjax.optim`.
+`normjax.linen` and `normjax.nnx`, the doors for Flax models, load on first use, and so do `normjax.convert`,
+`normjax.deploy` (with `fold_batch_norm`) and `normjax.optim`.
 """
 
 import importlib
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from normjax import deploy, weights
-from normjax.deploy.fold_layer import fold_batch_norm
+from normjax import weights
 from normjax.layers.batch_norm import batch_norm, batch_norm_init
 from normjax.layers.batch_renorm import batch_renorm, batch_renorm_init
 from normjax.layers.dynamic_tanh import dynamic_tanh, dynamic_tanh_init
@@ -29,7 +27,8 @@ from normjax.statistics.running import update_batch_stats
 from normjax.statistics.synchronize import sync_batch_stats
 
 if TYPE_CHECKING:
-    from normjax import convert, linen, nnx, optim
+    from normjax import convert, deploy, linen, nnx, optim
+    from normjax.deploy.fold_layer import fold_batch_norm
 
 __version__ = "0.1.0"
 
@@ -67,13 +66,15 @@ __all__ = [
     "weights",
 ]
 
-_ROOMS = ("convert", "linen", "nnx", "optim")
+_ROOMS = ("convert", "deploy", "linen", "nnx", "optim")
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Imports a room, and what it needs, when it is first asked for."""
+def __getattr__(name: str) -> Any:
+    """Imports a room, and what it needs, when it or what it holds is first asked for."""
     if name in _ROOMS:
         return importlib.import_module(f"normjax.{name}")
+    if name == "fold_batch_norm":
+        return importlib.import_module("normjax.deploy.fold_layer").fold_batch_norm
     raise AttributeError(f"module 'normjax' has no attribute {name!r}")
 
 

@@ -16,6 +16,14 @@ def test_importing_normjax_loads_no_framework():
     assert not {"flax", "optax", "matplotlib", "torch", "haiku", "keras"} & set(loaded)
 
 
+def test_rooms_load_when_they_are_first_asked_for():
+    rooms = ("convert", "deploy", "linen", "nnx", "optim")
+    loaded = run("import sys, normjax; print(*sys.modules)")
+    assert not {f"normjax.{room}" for room in rooms} & set(loaded)
+    loaded = run("import sys, normjax; normjax.fold_batch_norm; print(*sys.modules)")
+    assert "normjax.deploy" in loaded and "flax" not in loaded
+
+
 def test_the_doors_load_when_they_are_first_asked_for():
     assert run("import normjax; print(normjax.linen.BatchNorm.__module__, normjax.nnx.BatchNorm.__module__)") == [
         "normjax.linen.batch_norm",
