@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from normjax import _checks
+from normjax._leaves import nest
 from normjax._typing import promote
 
 COLLECTIONS = ("params", "batch_stats")
@@ -92,17 +93,6 @@ def put_together(function: str, leaves: Leaves, like: Any, key_of: Callable[[Pat
         dtypes = {path: value.dtype for path, value in wanted.items()}
     trees = nest({path: _as_jax(path, leaf.value, dtypes.get(path)) for path, leaf in leaves.items()})
     return trees.get("params", {}), trees.get("batch_stats", {})
-
-
-def nest(leaves: Mapping[Path, Any]) -> Tree:
-    """Returns nested dicts of what is given by path."""
-    tree: Tree = {}
-    for path, value in leaves.items():
-        inner = tree
-        for part in path[:-1]:
-            inner = inner.setdefault(part, {})
-        inner[path[-1]] = value
-    return tree
 
 
 def expectation(function: str, like: Any) -> dict[Path, Any]:

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from normjax import _checks
+from normjax._leaves import nest
 from normjax.deploy._constants import FUNCTION, spelled
 from normjax.deploy._pairs import Finder
 from normjax.deploy._program import Path, Program, path_of
@@ -144,9 +145,9 @@ def fold(
     template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), variables)
     shapes = {path: jnp.shape(leaf) for path, leaf in new.items()}
     apply = jax.jit(partial(run, source, template, biases, shapes))
-    programs = partial(jax.jit(source), variables), partial(apply, _nested(new))
+    programs = partial(jax.jit(source), variables), partial(apply, nest(new))
     error = _verified(*programs, inputs, _rounding(finder.program) if tolerance is None else tolerance)
-    folded = Folded(_nested(new), apply, found, error)
+    folded = Folded(nest(new), apply, found, error)
     if show:
         print(folded)
     return folded
@@ -259,13 +260,3 @@ def _floats(tree: Any) -> list[np.ndarray]:
 def _difference(source: np.ndarray, folded: np.ndarray) -> float:
     difference = np.linalg.norm(source - folded)
     return float(difference / np.linalg.norm(source)) if difference else 0.0
-
-
-def _nested(leaves: Mapping[Path, Any]) -> dict:
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        place = tree
-        for key in path[:-1]:
-            place = place.setdefault(key, {})
-        place[path[-1]] = leaf
-    return tree
