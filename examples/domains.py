@@ -43,10 +43,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.arguments import Parser, number
-from common.interrupt import Interrupt
-
-SHIFTS = ("faint", "inverted", "noisy")
+from common.arguments import SHIFTS, Parser, number
+from common.interrupt import run
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -69,12 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for and returns the exit status."""
-    options = parse(arguments)
-    with Interrupt() as interrupt:
-        # JAX takes seconds to import: only now, so that --help and mistakes are answered at once, Ctrl-C included.
-        from common.domains import run
-
-        return run(options, interrupt)
+    return run("domains", parse(arguments))
 
 
 if __name__ == "__main__":

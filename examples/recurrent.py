@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.arguments import Parser, number
-from common.interrupt import Interrupt
+from common.interrupt import run
 
 CELLS = ("lstm", "ln-lstm", "bn-lstm", "gru", "ln-gru", "bn-gru")
 
@@ -62,12 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for and returns the exit status."""
-    options = parse(arguments)
-    with Interrupt() as interrupt:
-        # JAX takes seconds to import: only now, so that --help and mistakes are answered at once, Ctrl-C included.
-        from common.reading import run
-
-        return run(options, interrupt)
+    return run("reading", parse(arguments))
 
 
 if __name__ == "__main__":

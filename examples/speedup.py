@@ -20,7 +20,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from common.interrupt import Interrupt
+from common.interrupt import run
 from common.options import Variant, parse
 
 # The first of each is the baseline. The paper's MLP has sigmoids only, so that there the variants with sigmoids are the
@@ -46,11 +46,7 @@ VARIANTS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the experiment that the command line asks for and returns the exit status."""
     options = parse(arguments, description=__doc__)
-    with Interrupt() as interrupt:
-        # JAX takes seconds to import: only now, so that --help and mistakes are answered at once, Ctrl-C included.
-        from common.experiment import run
-
-        return run(options, VARIANTS[options.network], interrupt)
+    return run("experiment", options, VARIANTS[options.network])
 
 
 if __name__ == "__main__":

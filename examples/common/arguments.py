@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+SHIFTS = ("faint", "inverted", "noisy")  # what happens to images, see common/domains.py, which needs JAX
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that shows its description as it is written and takes no abbreviations."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from types import FrameType, TracebackType
@@ -41,3 +42,13 @@ class Interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # Not print(), which may be what the signal came in the middle of.
         os.write(2, b"\nStopping after this evaluation ...\n")
+
+
+def run(experiment: str, *arguments: Any) -> int:
+    """Returns the exit status of `common.EXPERIMENT.run(*arguments, interrupt)`.
+
+    JAX takes seconds to import, and the experiment imports it: only now, so that --help and mistakes are answered at
+    once, and Ctrl-C is noted meanwhile.
+    """
+    with Interrupt() as interrupt:
+        return importlib.import_module(f"common.{experiment}").run(*arguments, interrupt)
