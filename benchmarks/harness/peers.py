@@ -112,7 +112,7 @@ def haiku(case: Case) -> Apply:
 
 
 def equinox(case: Case) -> Apply:
-    """Returns `equinox`'s layer: a function of one example, under vmap; features first, unless they are all there is."""
+    """Returns `equinox`'s layer: a function of one example, under vmap, features first where there are pixels."""
     import equinox as eqx
 
     c = case.features

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .cases import Case
@@ -80,7 +81,7 @@ def kept_bytes(function: Callable[..., Any], *operands: Any) -> int:
     """Returns the bytes of what a function keeps for its backward pass, operands of its own left out."""
     traced = jax.make_jaxpr(lambda *operands: jax.vjp(function, *operands)[1])(*operands).jaxpr
     given = {id(value) for value in (*traced.invars, *traced.constvars)}
-    kept = {id(value): value.aval for value in traced.outvars if hasattr(value, "count")}  # a literal has no count
+    kept = {id(value): value.aval for value in traced.outvars if not isinstance(value, Literal)}
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for key, aval in kept.items() if key not in given)
 
 
