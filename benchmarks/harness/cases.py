@@ -13,6 +13,7 @@ import numpy as np
 Mode = Literal["forward", "forward+backward", "evaluation"]
 Layer = Literal["batch", "layer", "rms", "group", "instance"]
 Then = Literal["", "relu", "add+relu"]
+Shape = tuple[int, ...]
 
 MOMENTUM, EPSILON, GROUPS = 0.9, 1e-5, 32
 DTYPES = ("float32", "bfloat16")
@@ -120,34 +121,39 @@ def _cpu() -> Iterator[Case]:
 
 def _gpu() -> Iterator[Case]:
     stages = ((56, 256), (112, 64), (28, 512), (14, 1024), (7, 2048))
-    yield from _resnet50([(256, size, size, channels) for size, channels in stages])
-    yield from _fused((256, 56, 56, 256))
+    usual = ("bfloat16",)
+    yield from _resnet50([(256, 56, 56, 256)])
+    yield from _others((256, 197, 768), (8, 2048, 4096), (64, 56, 56, 256), usual)
+    yield from _fused((256, 56, 56, 256), usual)
+    yield from _resnet50([(256, size, size, channels) for size, channels in stages[1:]], usual)
+    yield from _resnet50([(32, size, size, channels) for size, channels in stages], usual)
     yield from _others((256, 197, 768), (8, 2048, 4096), (64, 56, 56, 256))
-    yield from _resnet50([(batch, size, size, channels) for batch in (32, 64, 128) for size, channels in stages])
+    yield from _fused((256, 56, 56, 256))
+    yield from _resnet50([(batch, size, size, channels) for batch in (256, 32, 64, 128) for size, channels in stages])
 
 
 def _sync() -> Iterator[Case]:
-    for shape, mode, dtype in product(
-        [(64, 28, 28, 128), (64, 14, 14, 256), (64, 7, 7, 512)], ["forward+backward", "forward"], DTYPES
-    ):
+    modes: tuple[Mode, ...] = ("forward+backward", "forward")
+    for shape, mode, dtype in product([(64, 28, 28, 128), (64, 14, 14, 256), (64, 7, 7, 512)], modes, DTYPES):
         yield Case("batch", mode, shape, dtype, devices=8)
 
 
-def _resnet50(shapes: list[tuple[int, ...]]) -> Iterator[Case]:
+def _resnet50(shapes: list[Shape], dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:
     """Yields batch norm at the outputs of ResNet-50's stages."""
     modes: tuple[Mode, ...] = ("forward+backward", "forward", "evaluation")
-    yield from (Case("batch", mode, shape, dtype) for shape, mode, dtype in product(shapes, modes, DTYPES))
+    yield from (Case("batch", mode, shape, dtype) for shape, mode, dtype in product(shapes, modes, dtypes))
 
 
-def _fused(shape: tuple[int, ...]) -> Iterator[Case]:
+def _fused(shape: Shape, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:
     modes: tuple[Mode, ...] = ("forward+backward", "forward", "evaluation")
     thens: tuple[Then, ...] = ("relu", "add+relu")
-    yield from (Case("batch", mode, shape, dtype, then) for then, mode, dtype in product(thens, modes, DTYPES))
+    yield from (Case("batch", mode, shape, dtype, then) for then, mode, dtype in product(thens, modes, dtypes))
 
 
-def _others(vit: tuple[int, ...], language: tuple[int, ...], image: tuple[int, ...]) -> Iterator[Case]:
+def _others(vit: Shape, language: Shape, image: Shape, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:
     """Yields layer and RMS norm in ViT-B and a language model 4096 wide, group and instance norm on images."""
-    rows: list[tuple[Layer, tuple[int, ...]]] = [("layer", vit), ("rms", language), ("layer", language)]
-    rows += [("group", image), ("instance", image)]
+    rows: list[tuple[Layer, Shape]] = [("layer", vit), ("rms", language), ("layer", language)]
+    images: tuple[Layer, ...] = ("group", "instance")
+    rows += [(layer, image) for layer in images]
     modes: tuple[Mode, ...] = ("forward+backward", "forward")
-    yield from (Case(layer, mode, shape, dtype) for (layer, shape), mode, dtype in product(rows, modes, DTYPES))
+    yield from (Case(layer, mode, shape, dtype) for mode, dtype, (layer, shape) in product(modes, dtypes, rows))

@@ -182,7 +182,7 @@ def tokamax(case: Case) -> Apply:
     """Returns Tokamax's layer or RMS norm."""
     if case.layer not in ("layer", "rms"):
         raise Unable(f"has no {case.layer} norm")
-    import tokamax
+    import tokamax  # pyright: ignore[reportMissingImports]: it needs not be there
 
     def apply(params: dict, stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
         layer = case.layer == "layer"

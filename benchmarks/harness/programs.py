@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend.core import Literal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .cases import Case
+from .cases import Case, operands
 from .peers import AXIS, PEERS, features_first
 from .timing import Program
 
@@ -28,26 +28,53 @@ class Built(NamedTuple):
     memory: dict[str, int]
 
 
-def build(peer: str, case: Case, operands: dict[str, np.ndarray]) -> Built:
+class Operands:
+    """The operands of a case, on the devices once for each layout."""
+
+    def __init__(self, case: Case):
+        self.case, self.host = case, operands(case)
+        self._placed: dict[bool, dict[str, jax.Array]] = {}
+
+    def placed(self, features_first: bool) -> dict[str, jax.Array]:
+        """Returns them on the devices."""
+        if features_first not in self._placed:
+            placed = {name: _placed(value, self.case, features_first) for name, value in self.host.items()}
+            self._placed[features_first] = placed
+        return self._placed[features_first]
+
+
+def build(peer: str, case: Case, operands: Operands) -> Built:
     """Compiles a case for a peer on JAX; raises Unable, or ImportError, where there is no such thing."""
     first = features_first(peer, case)
-    apply = PEERS[peer](case)
-    arrays = {name: _placed(name, value, case, first) for name, value in operands.items()}
-    params = {name: arrays.pop(name) for name in ("scale", "bias") if name in arrays}
-    stats = {name: arrays.pop(name) for name in ("mean", "var")}
-    stats = stats if case.layer == "batch" else {}
-    run = _shared(partial(_run, apply, case), params, stats, arrays) if case.devices > 1 else partial(_run, apply, case)
+    run, given = traceable(peer, case, operands.placed(first))
     jitted = jax.jit(run)
-    program = Program(lambda: jitted(params, stats, arrays), jax.block_until_ready, jax.default_backend() != "cpu")
+    program = Program(lambda: jitted(*given), jax.block_until_ready, jax.default_backend() != "cpu")
 
     def outputs() -> dict[str, np.ndarray]:
-        return {k: checked(np.asarray(v, np.float32), first) for k, v in jitted(params, stats, arrays).items()}
+        return {name: checked(np.asarray(value, np.float32), first) for name, value in jitted(*given).items()}
 
-    memory = compiled_memory(jitted.lower(params, stats, arrays).compile())
+    memory = compiled_memory(jitted.lower(*given).compile())
     if case.mode == "forward+backward" and case.devices == 1:
-        forward = partial(_forward, apply, case)
-        memory["kept_bytes"] = kept_bytes(lambda *o: forward(*o)[0], params, stats, arrays["x"], arrays.get("residual"))
+        params, stats, arrays = given
+        forward = partial(_forward, PEERS[peer](case), case)
+        memory["kept_bytes"] = kept_bytes(
+            lambda params, x, residual: forward(params, stats, x, residual)[0],
+            params,
+            arrays["x"],
+            arrays.get("residual"),
+        )
     return Built(program, outputs, memory)
+
+
+def traceable(peer: str, case: Case, operands: dict[str, Any]) -> tuple[Callable[..., dict[str, Any]], tuple]:
+    """Returns what is compiled for a case, and its arguments: params, batch_stats, and arrays by name."""
+    run = partial(_run, PEERS[peer](case), case)
+    params = {name: operands[name] for name in ("scale", "bias") if name in operands}
+    stats = {name: operands[name] for name in ("mean", "var") if case.layer == "batch"}
+    arrays = {name: operands[name] for name in ("x", "cotangent", "residual") if name in operands}
+    if case.devices > 1:
+        run = _shared(run, params, stats, arrays)
+    return run, (params, stats, arrays)
 
 
 def checked(value: np.ndarray, features_first: bool) -> np.ndarray:
@@ -121,7 +148,7 @@ def _shared(run: Callable, params: dict, stats: dict, arrays: dict[str, Any]) ->
     return jax.shard_map(run, mesh=mesh, in_specs=tuple(map(specs, given)), out_specs=produced, check_vma=False)
 
 
-def _placed(name: str, value: np.ndarray, case: Case, features_first: bool) -> jax.Array:
+def _placed(value: np.ndarray, case: Case, features_first: bool) -> jax.Array:
     """Puts an operand where the program wants it."""
     leaf = value.ndim == 1
     if features_first and not leaf:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import peers, programs, torch_peers
-from .cases import Case, arrays_moved, operands
-from .programs import Built
+from .cases import Case, arrays_moved
+from .programs import Built, Operands
 from .timing import Program, interleaved, summary
 
 PEERS = (*peers.PEERS, *torch_peers.PEERS)
@@ -23,22 +23,42 @@ TOLERANCE = {
 COPY = "copy"
 
 
+class Building:
+    """How long each peer's programs have taken to make; what takes too long of the whole time is left out from then on.
+
+    PyTorch's compiler takes seconds for a layer, others a fraction of one.
+    """
+
+    def __init__(self, limit: float):
+        self.limit, self.spent = limit, dict.fromkeys(PEERS, 0.0)
+
+    def make(self, name: str, case: Case, given: Operands) -> Built:
+        """Returns a peer's program; raises Unable where its time is up."""
+        if self.spent[name] > self.limit:
+            raise peers.Unable(f"its programs took more than {self.limit:.0f} s to make: a sixth of the time")
+        start = time.monotonic()
+        try:
+            return (torch_peers if name in torch_peers.PEERS else programs).build(name, case, given)
+        finally:
+            self.spent[name] += time.monotonic() - start
+
+
 def run(cases: Sequence[Case], names: Iterable[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
     """Returns the rows of cases; those that are not begun when the time is up are named and left out."""
     end, rows = time.monotonic() + seconds, []
+    building = Building(seconds / 6)
     for i, case in enumerate(cases):
         if time.monotonic() > end:
             print(f"out of time after {seconds:.0f} s; not run: " + "; ".join(each.name for each in cases[i:]))
             break
-        rows.append(row(case, list(names), rounds))
+        rows.append(row(case, list(names), rounds, building))
         print(f"{i + 1}/{len(cases)} {case.name}: " + line(rows[-1]), flush=True)
     return rows
 
 
-def row(case: Case, names: list[str], rounds: int) -> dict[str, Any]:
+def row(case: Case, names: list[str], rounds: int, building: Building) -> dict[str, Any]:
     """Returns what each peer takes for a case: milliseconds, bytes, and its error or why it is left out."""
-    given = operands(case)
-    built, found = _checked(case, names, given)
+    built, found = _checked(case, names, building)
     timed = {name: each.program for name, each in built.items()}
     times = interleaved(timed | {COPY: _copy(case)}, rounds)
     for name, each in built.items():
@@ -62,8 +82,9 @@ def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
     return f"{got['ms']:.3g}{ratio}"
 
 
-def _checked(case: Case, names: list[str], given: dict[str, np.ndarray]) -> tuple[dict[str, Built], dict[str, Any]]:
+def _checked(case: Case, names: list[str], building: Building) -> tuple[dict[str, Built], dict[str, Any]]:
     """Builds the programs; those that are absent, unable or wrong are noted with the reason, not timed."""
+    given = Operands(case)
     built = {"normjax": programs.build("normjax", case, given)}
     reference = built["normjax"].outputs()
     if not all(np.isfinite(value).all() for value in reference.values()):
@@ -72,9 +93,8 @@ def _checked(case: Case, names: list[str], given: dict[str, np.ndarray]) -> tupl
     for name in names:
         if name == "normjax":
             continue
-        make = torch_peers.build if name in torch_peers.PEERS else programs.build
         try:
-            made = make(name, case, given)
+            made = building.make(name, case, given)
             errors = programs.relative_errors(made.outputs(), reference)
         except ImportError as error:
             found[name] = {"skipped": f"not installed: {_first_line(error)}"}

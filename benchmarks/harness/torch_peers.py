@@ -9,7 +9,7 @@ import numpy as np
 
 from .cases import EPSILON, GROUPS, MOMENTUM, Case
 from .peers import Unable
-from .programs import Built, checked
+from .programs import Built, Operands, checked
 from .timing import Program
 
 # Or PyTorch's threads would go on spinning while the next program has its turn, and keep the cores from it.
@@ -24,7 +24,7 @@ PEERS = {
 }
 
 
-def build(peer: str, case: Case, operands: dict[str, np.ndarray]) -> Built:
+def build(peer: str, case: Case, operands: Operands) -> Built:
     """Makes a case's program for PyTorch; raises Unable or ImportError."""
     import jax
     import torch
@@ -47,7 +47,7 @@ def build(peer: str, case: Case, operands: dict[str, np.ndarray]) -> Built:
         made = made.permute(0, 3, 1, 2)
         return made if channels_last else made.contiguous()
 
-    tensors = {name: tensor(value) for name, value in operands.items()}
+    tensors = {name: tensor(value) for name, value in operands.host.items()}
     layer = _layer(torch, case).to(device)
     with torch.no_grad():
         for name, own in (("scale", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("var", "running_var")):

@@ -42,7 +42,8 @@ def run(rows: Sequence[Network], names: Iterable[str], rounds: int, seconds: flo
 def row(network: Network, names: list[str], rounds: int) -> dict[str, Any]:
     """Returns what a step takes with each peer's layers: milliseconds, bytes, seconds to compile."""
     own = train(network, "normjax")
-    programs, found = {"normjax": own.program}, {"normjax": own.memory}
+    programs: dict[str, Program] = {"normjax": own.program}
+    found: dict[str, dict[str, Any]] = {"normjax": dict(own.memory)}
     for name in names:
         if name == "normjax":
             continue
