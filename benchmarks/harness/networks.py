@@ -100,7 +100,8 @@ def suite(name: str) -> list[Network]:
     found = [_resnet("resnet50", large, dtype), *transformers, _resnet("resnet18", images, dtype)]
     if name == "tiny":
         found = [_resnet("resnet8", images, "bfloat16", width=8), *transformers]
-    inception = examples.inception(examples.Style(normalize=True, activation="relu"))
+    sizes_of_inception = {"stem": 4, "widths": (4,)} if name == "tiny" else {}
+    inception = examples.inception(examples.Style(normalize=True, activation="relu"), **sizes_of_inception)
     return [
         *found,
         Network(
