@@ -47,15 +47,14 @@ def main() -> None:
         for network in networks.suite(options.suite)
     ]
     results = records.header() | {"topology": options.topology}
+    rows = [(name, compiled) for name, compiled in rows if options.only in name]
+    if not rows:
+        parser.error(f"no row has {options.only!r} in its name")
+    out = options.out or records.RESULTS / f"static-{options.topology.replace(':', '-')}.json"
     results["rows"] = []
     for name, compiled in rows:
-        if options.only in name:
-            results["rows"].append({"name": name, "peers": {peer: costs(compiled, peer) for peer in options.peers}})
-            print(f"{name}: done", flush=True)
-    if not results["rows"]:
-        parser.error(f"no row has {options.only!r} in its name")
-    where = options.topology.replace(":", "-")
-    records.write(results, options.out or records.RESULTS / f"static-{where}.json")
+        results["rows"].append({"name": name, "peers": {peer: costs(compiled, peer) for peer in options.peers}})
+        records.write(results, out)  # at once: a network takes minutes to compile
     print(records.skipped(results["rows"]) + "\n")
     print(records.peer_table(results["rows"], cell))
 

@@ -41,7 +41,7 @@ def write(results: dict[str, Any], path: pathlib.Path) -> None:
     """Writes results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\nWritten to {path}\n")
+    print(f"{results['rows'][-1]['name'] if results['rows'] else 'no rows'}: written to {path}", flush=True)
 
 
 def read(path: pathlib.Path | str) -> dict[str, Any]:
