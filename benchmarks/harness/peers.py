@@ -183,6 +183,10 @@ def tokamax(case: Case) -> Apply:
     if case.layer not in ("layer", "rms"):
         raise Unable(f"has no {case.layer} norm")
     import tokamax  # pyright: ignore[reportMissingImports]: it needs not be there
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # or Tokamax would read the benchmark's command line
 
     def apply(params: dict, stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
         layer = case.layer == "layer"
