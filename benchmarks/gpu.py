@@ -56,7 +56,7 @@ def main() -> None:
     results["rows"] = layers + steps
     results["seconds"] = round(time.monotonic() - START, 1)
     records.write(results, out)
-    print(records.skipped(results["rows"]) + "\n")
+    print(f"{records.skipped(layers)}\n{records.skipped(steps)}\n")
     print(records.peer_table(layers, rows.cell) + "\n")
     print(records.peer_table(steps, training.cell))
 
