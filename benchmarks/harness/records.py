@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ def header() -> dict[str, Any]:
     """Returns the command, the machine and the versions."""
     device = jax.devices()[0]
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "machine": {
             "platform": platform.platform(),
