@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-tpu test-oldest lint format docs bench clean
+.PHONY: demo test test-fast test-tpu test-oldest lint format docs bench bench-gpu bench-tpu clean
 
 demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them, in under 2 minutes
 	$(BIN)/python examples/speedup.py
@@ -36,8 +36,18 @@ format: $(VENV)/.dev
 docs: $(VENV)/.docs ## the site, in site/
 	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
-bench: $(VENV)/.bench ## the measurements behind the design
-	$(BIN)/python benchmarks/formulations.py
+bench: $(VENV)/.bench ## layers and training steps against their peers, on this backend, in minutes
+	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/layers.py --suite sync
+	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/plot.py benchmarks/results/layers-cpu.json docs/pages/images/layers-cpu.svg
+
+bench-gpu: ## the whole table on a GPU, in one call under 8 minutes, by whatever $(PYTHON) has; installs nothing
+	$(PYTHON) benchmarks/gpu.py
+
+bench-tpu: $(VENV)/.bench ## what TPU programs move and need, compiled here; no TPU, no noise, half an hour
+	$(BIN)/python benchmarks/formulations.py --tpu v5e:2x2 --batch 64
+	$(BIN)/python benchmarks/static.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-tpu site

@@ -1,0 +1,158 @@
+"""The rows of the benchmark: which layer does what to which array, and how many bytes that must move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+Mode = Literal["forward", "forward+backward", "evaluation"]
+Layer = Literal["batch", "layer", "rms", "group", "instance"]
+Then = Literal["", "relu", "add+relu"]
+Shape = tuple[int, ...]
+
+MOMENTUM, EPSILON, GROUPS = 0.9, 1e-5, 32
+DTYPES = ("float32", "bfloat16")
+
+
+class Case(NamedTuple):
+    """One row: a layer, channels last, in one of its modes, and what follows it in the network."""
+
+    layer: Layer
+    mode: Mode
+    shape: tuple[int, ...]
+    dtype: str
+    then: Then = ""
+    devices: int = 1  # that share the batch, and the statistics of a batch norm
+
+    @property
+    def train(self) -> bool:
+        """Whether the layer is in training mode."""
+        return self.mode != "evaluation"
+
+    @property
+    def features(self) -> int:
+        """The size of the last axis."""
+        return self.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of x."""
+        return math.prod(self.shape) * np.dtype(storage(self.dtype)).itemsize
+
+    @property
+    def name(self) -> str:
+        """What the row is called in tables and when results are compared."""
+        kind = " + ".join([f"{self.layer} norm", *filter(None, [self.then.replace("+", ", ")])])
+        sync = f", {self.devices} devices" if self.devices > 1 else ""
+        return f"{kind} {self.mode} {'x'.join(map(str, self.shape))} {self.dtype}{sync}"
+
+
+def storage(dtype: str) -> type:
+    """Returns NumPy's dtype of that name."""
+    return {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[dtype]
+
+
+def arrays_moved(case: Case) -> int:
+    """Returns how many arrays of x's size go between memory and the processor, at the least.
+
+    A batch norm must have seen all of x before it can normalize any of it, so that it reads x twice; the other layers
+    reduce over little enough to keep. The backward pass is alike: x and the gradient of y, and again to get that of x.
+    A ReLU moves nothing. A residual is read; backward it needs y, for the ReLU's sign, and its gradient is written once
+    and read in the place of y's.
+    """
+    residual = case.then == "add+relu"
+    reads = 2 if case.layer == "batch" and case.train else 1
+    forward = reads + 1 + residual
+    if case.mode != "forward+backward":
+        return forward
+    return forward + 2 * reads + 1 + 2 * residual
+
+
+def operands(case: Case) -> dict[str, np.ndarray]:
+    """Returns x, the cotangent of y and the residual, the layer's leaves, and running statistics.
+
+    All values are exact in bfloat16: which dtype a peer keeps its parameters in makes no difference to them.
+    """
+    rng = np.random.default_rng(0)
+
+    def drawn(shift: float) -> np.ndarray:
+        some = (rng.standard_normal(min(math.prod(case.shape), 1_000_003)) + shift).astype(storage(case.dtype))
+        return np.resize(some, case.shape)
+
+    def leaf(low: float, high: float) -> np.ndarray:
+        return rng.uniform(low, high, case.features).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+    found = {"x": drawn(0.5), "scale": leaf(0.5, 1.5), "bias": leaf(-1, 1), "mean": leaf(0, 1), "var": leaf(0.5, 2)}
+    if case.mode == "forward+backward":
+        found["cotangent"] = drawn(0)
+    if case.then == "add+relu":
+        found["residual"] = drawn(0)
+    if case.layer == "rms":
+        del found["bias"]
+    return found
+
+
+def suite(name: str) -> list[Case]:
+    """Returns the rows of a suite: tiny, cpu or gpu, those that matter most first; sync: on 8 devices."""
+    return list(dict.fromkeys({"tiny": _tiny, "cpu": _cpu, "gpu": _gpu, "sync": _sync}[name]()))
+
+
+def _tiny() -> Iterator[Case]:
+    both: tuple[Mode, ...] = ("forward+backward", "forward")
+    yield Case("batch", "evaluation", (4, 3, 3, 32), "float32")
+    for then in ("", "relu", "add+relu"):
+        yield Case("batch", "forward+backward", (4, 3, 3, 32), "bfloat16", then)
+    yield from (Case("batch", mode, (4, 3, 3, 32), "float32") for mode in both)
+    yield from (Case(layer, both[0], (4, 6, 64), "float32") for layer in ("layer", "rms"))
+    yield from (Case(layer, both[0], (4, 3, 3, 64), "bfloat16") for layer in ("group", "instance"))
+
+
+def _cpu() -> Iterator[Case]:
+    yield from _resnet50([(32, 56, 56, 64), (32, 28, 28, 512), (32, 14, 14, 1024), (32, 7, 7, 2048), (32, 56, 56, 256)])
+    yield from _fused((32, 28, 28, 512))
+    yield from _others((32, 197, 768), (1, 2048, 4096), (32, 28, 28, 512))
+    yield from _resnet50([(64, 32, 32, 64), (256, 14, 14, 256)])
+
+
+def _gpu() -> Iterator[Case]:
+    stages = ((56, 256), (112, 64), (28, 512), (14, 1024), (7, 2048))
+    usual = ("bfloat16",)
+    yield from _resnet50([(256, 56, 56, 256)])
+    yield from _others((256, 197, 768), (8, 2048, 4096), (64, 56, 56, 256), usual)
+    yield from _fused((256, 56, 56, 256), usual)
+    yield from _resnet50([(256, size, size, channels) for size, channels in stages[1:]], usual)
+    yield from _resnet50([(32, size, size, channels) for size, channels in stages], usual)
+    yield from _others((256, 197, 768), (8, 2048, 4096), (64, 56, 56, 256))
+    yield from _fused((256, 56, 56, 256))
+    yield from _resnet50([(batch, size, size, channels) for batch in (256, 32, 64, 128) for size, channels in stages])
+
+
+def _sync() -> Iterator[Case]:
+    modes: tuple[Mode, ...] = ("forward+backward", "forward")
+    for shape, mode, dtype in product([(64, 28, 28, 128), (64, 14, 14, 256), (64, 7, 7, 512)], modes, DTYPES):
+        yield Case("batch", mode, shape, dtype, devices=8)
+
+
+def _resnet50(shapes: list[Shape], dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:
+    """Yields batch norm at the outputs of ResNet-50's stages."""
+    modes: tuple[Mode, ...] = ("forward+backward", "forward", "evaluation")
+    yield from (Case("batch", mode, shape, dtype) for shape, mode, dtype in product(shapes, modes, dtypes))
+
+
+def _fused(shape: Shape, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:
+    modes: tuple[Mode, ...] = ("forward+backward", "forward", "evaluation")
+    thens: tuple[Then, ...] = ("relu", "add+relu")
+    yield from (Case("batch", mode, shape, dtype, then) for then, mode, dtype in product(thens, modes, dtypes))
+
+
+def _others(vit: Shape, language: Shape, image: Shape, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:
+    """Yields layer and RMS norm in ViT-B and a language model 4096 wide, group and instance norm on images."""
+    rows: list[tuple[Layer, Shape]] = [("layer", vit), ("rms", language), ("layer", language), ("group", image)]
+    rows.append(("instance", image))
+    modes: tuple[Mode, ...] = ("forward+backward", "forward")
+    yield from (Case(layer, mode, shape, dtype) for mode, dtype, (layer, shape) in product(modes, dtypes, rows))

@@ -1,0 +1,206 @@
+"""Whole networks in training, with the normalization layer as the only difference."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+import normjax as nj
+
+from . import peers
+from .cases import Case
+from .records import ROOT
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+from common import networks as examples  # noqa: E402 (once the examples can be found)
+from train_resnet import resnet  # noqa: E402
+
+RATE, CLASSES = 0.01, 1000
+PEERS = ("normjax", "flax.linen", "flax.nnx", "haiku", "keras", "none")  # those that take features last
+State = tuple[Any, Any]  # params, batch_stats
+
+
+class Network(NamedTuple):
+    """A network, the shape of its inputs, and what computes its loss."""
+
+    name: str
+    shape: tuple[int, ...]  # of the inputs: images, or token ids
+    dtype: str
+    init: Callable[[jax.Array, Any], State]
+    logits: Callable[[Any, Any, Any], tuple[jax.Array, Any]]
+
+    @property
+    def title(self) -> str:
+        """What the row is called."""
+        return f"{self.name} {'x'.join(map(str, self.shape))} {self.dtype}"
+
+
+def step(network: Network) -> Callable[..., tuple[Any, Any, jax.Array]]:
+    """Returns one step of SGD: (params, batch_stats, inputs, labels) to the new ones and the loss."""
+
+    def apply(params: Any, batch_stats: Any, inputs: Any, labels: Any) -> tuple[Any, Any, jax.Array]:
+        (value, batch_stats), grads = jax.value_and_grad(partial(loss, network), has_aux=True)(
+            params, batch_stats, inputs, labels
+        )
+        return jax.tree.map(lambda p, g: p - RATE * g, params, grads), batch_stats, value
+
+    return apply
+
+
+def loss(network: Network, params: Any, batch_stats: Any, inputs: Any, labels: Any) -> tuple[jax.Array, Any]:
+    """Returns the cross entropy and the new statistics."""
+    logits, batch_stats = network.logits(params, batch_stats, inputs)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), labels[..., None], -1)
+    return -chosen.mean(), batch_stats
+
+
+def batch(network: Network) -> tuple[np.ndarray, np.ndarray]:
+    """Returns inputs and labels."""
+    rng = np.random.default_rng(0)
+    if len(network.shape) == 2:
+        return tuple(rng.integers(0, CLASSES, network.shape).astype(np.int32) for _ in range(2))  # pyright: ignore
+    labels = rng.integers(0, CLASSES, network.shape[0]).astype(np.int32)
+    return rng.standard_normal(network.shape, np.float32), labels
+
+
+@contextmanager
+def normalized_by(peer: str) -> Iterator[None]:
+    """While it lasts, networks are traced with the peer's layers in them."""
+    with (
+        mock.patch.object(resnet, "BatchNorm", partial(_Norm, peer)),
+        mock.patch.object(examples, "nj", SimpleNamespace(**vars(nj) | {"batch_norm": partial(_batch_norm, peer)})),
+        mock.patch.dict(_CHOSEN, peer=peer),
+    ):
+        yield
+
+
+def suite(name: str) -> list[Network]:
+    """Returns the networks at a size: tiny, cpu, gpu, or tpu (one chip)."""
+    sizes: dict[str, tuple[tuple[int, ...], ...]] = {
+        "tiny": ((4, 8, 8, 1), (4, 8, 8, 3), (), (2, 16)),
+        "cpu": ((64, 28, 28, 1), (32, 32, 32, 3), (8, 128, 128, 3), (8, 128)),
+        "gpu": ((512, 28, 28, 1), (512, 32, 32, 3), (128, 224, 224, 3), (16, 1024)),
+        "tpu": ((512, 28, 28, 1), (512, 32, 32, 3), (64, 224, 224, 3), (16, 1024)),
+    }
+    width, depth = {"tiny": (32, 1), "cpu": (256, 4)}.get(name, (768, 12))
+    small, images, large, tokens = sizes[name]
+    dtype = "float32" if name in ("tiny", "cpu") else "bfloat16"
+    transformers = [_transformer(kind, tokens, dtype, width, depth) for kind in ("layer", "rms")]
+    found = [_resnet("resnet50", large, dtype), *transformers, _resnet("resnet18", images, dtype)]
+    if name == "tiny":
+        found = [_resnet("resnet8", images, "bfloat16", width=8), *transformers]
+    sizes_of_inception = {"stem": 4, "widths": (4,)} if name == "tiny" else {}
+    inception = examples.inception(examples.Style(normalize=True, activation="relu"), **sizes_of_inception)
+    return [
+        *found,
+        Network(
+            "inception",
+            small,
+            "float32",
+            lambda key, x: inception.init(key, small[1:], CLASSES),
+            lambda params, batch_stats, x: inception.apply(params, batch_stats, x, True),
+        ),
+    ]
+
+
+def _batch_norm(peer: str, params: Any, batch_stats: Any, x: jax.Array, train: bool, **_: Any) -> tuple[jax.Array, Any]:
+    if peer == "none":
+        return x, batch_stats
+    case = Case("batch", "forward" if train else "evaluation", x.shape, x.dtype.name)
+    return peers.PEERS[peer](case)(params, batch_stats, x)
+
+
+class _Norm(nn.Module):
+    """A peer's batch norm where the ResNets expect Flax's, with Flax's variables."""
+
+    peer: str
+    use_running_average: bool
+    momentum: float
+    dtype: Any
+    axis_name: Any = None
+    axis_index_groups: Any = None
+    virtual_batch_size: Any = None
+    scale_init: Callable = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns x normalized, and updates the statistics."""
+        size = x.shape[-1:]
+        inits = {"scale": self.scale_init, "bias": nn.initializers.zeros}
+        params = {name: self.param(name, init, size, jnp.float32) for name, init in inits.items()}
+        fills = {"mean": jnp.zeros, "var": jnp.ones}
+        stats = {name: self.variable("batch_stats", name, fill, size) for name, fill in fills.items()}
+        y, new = _batch_norm(self.peer, params, {k: v.value for k, v in stats.items()}, x, not self.use_running_average)
+        if not self.is_initializing():
+            for name, value in new.items():
+                stats[name].value = value
+        return y
+
+
+def _resnet(name: str, shape: tuple[int, ...], dtype: str, width: int = 64) -> Network:
+    def model() -> Any:
+        return resnet.ResNet(name, width, CLASSES, dtype=dtype)
+
+    def init(key: jax.Array, x: Any) -> State:
+        variables = model().init(key, x, train=True)
+        return variables["params"], variables["batch_stats"]
+
+    def logits(params: Any, batch_stats: Any, x: Any) -> tuple[jax.Array, Any]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        found, new = model().apply(variables, x, train=True, mutable=["batch_stats"])
+        return found, new["batch_stats"]
+
+    return Network(name, shape, dtype, init, logits)
+
+
+_CHOSEN = {"peer": "normjax"}
+
+
+def _transformer(kind: Any, shape: tuple[int, ...], dtype: str, width: int, depth: int) -> Network:
+    """A decoder of pre-norm blocks, attention and a perceptron four times as wide, causal, without biases."""
+    normal, head = jax.nn.initializers.normal(0.02), min(width, 64)
+    matrices = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+
+    def leaves() -> dict[str, jax.Array]:
+        return {"scale": jnp.ones(width)} | ({} if kind == "rms" else {"bias": jnp.zeros(width)})
+
+    def norm(params: Any, x: jax.Array) -> jax.Array:
+        peer = _CHOSEN["peer"]
+        return (
+            x if peer == "none" else peers.PEERS[peer](Case(kind, "forward", x.shape, x.dtype.name))(params, {}, x)[0]
+        )
+
+    def init(key: jax.Array, x: Any) -> State:
+        keys = iter(jax.random.split(key, 4 * depth + 1))
+        blocks = [
+            {name: normal(next(keys), of) for name, of in matrices.items()} | {"one": leaves(), "two": leaves()}
+            for _ in range(depth)
+        ]
+        return {"embedding": normal(next(keys), (CLASSES, width)), "blocks": blocks, "last": leaves()}, {}
+
+    def block(params: Any, x: jax.Array) -> jax.Array:
+        own = {name: params[name].astype(x.dtype) for name in matrices}
+        heads = (norm(params["one"], x) @ own["qkv"]).reshape(*x.shape[:2], 3, width // head, head)
+        seen = jax.nn.dot_product_attention(*jnp.moveaxis(heads, 2, 0), is_causal=True)
+        x = x + seen.reshape(x.shape) @ own["out"]
+        return x + jax.nn.gelu(norm(params["two"], x) @ own["up"]) @ own["down"]
+
+    def logits(params: Any, batch_stats: Any, tokens: Any) -> tuple[jax.Array, Any]:
+        embedding = params["embedding"].astype(dtype)
+        x = embedding[tokens]
+        for each in params["blocks"]:
+            x = block(each, x)
+        return norm(params["last"], x) @ embedding.T, batch_stats
+
+    return Network(f"transformer, {kind} norm,", shape, dtype, init, logits)

@@ -1,0 +1,159 @@
+"""From a case and a peer on JAX to a program: compiled, checked for memory, ready to be timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .cases import Case, operands
+from .peers import AXIS, PEERS, features_first
+from .timing import Program
+
+CHECKED = 2**16  # values of y and of each gradient of its size
+
+
+class Built(NamedTuple):
+    """A program, what it computes (for the check), and what its memory needs are."""
+
+    program: Program
+    outputs: Callable[[], dict[str, np.ndarray]]
+    memory: dict[str, int]
+
+
+class Operands:
+    """The operands of a case, on the devices once for each layout."""
+
+    def __init__(self, case: Case):
+        self.case, self.host = case, operands(case)
+        self._placed: dict[bool, dict[str, jax.Array]] = {}
+
+    def placed(self, features_first: bool) -> dict[str, jax.Array]:
+        """Returns them on the devices."""
+        if features_first not in self._placed:
+            placed = {name: _placed(value, self.case, features_first) for name, value in self.host.items()}
+            self._placed[features_first] = placed
+        return self._placed[features_first]
+
+
+def build(peer: str, case: Case, operands: Operands) -> Built:
+    """Compiles a case for a peer on JAX; raises Unable, or ImportError, where there is no such thing."""
+    first = features_first(peer, case)
+    run, given = traceable(peer, case, operands.placed(first))
+    jitted = jax.jit(run)
+    program = Program(lambda: jitted(*given), jax.block_until_ready, jax.default_backend() != "cpu")
+
+    def outputs() -> dict[str, np.ndarray]:
+        return {name: checked(np.asarray(value, np.float32), first) for name, value in jitted(*given).items()}
+
+    memory = compiled_memory(jitted.lower(*given).compile())
+    if case.mode == "forward+backward" and case.devices == 1:
+        params, stats, arrays = given
+        forward = partial(_forward, PEERS[peer](case), case)
+        memory["kept_bytes"] = kept_bytes(
+            lambda params, x, residual: forward(params, stats, x, residual)[0],
+            params,
+            arrays["x"],
+            arrays.get("residual"),
+        )
+    return Built(program, outputs, memory)
+
+
+def traceable(peer: str, case: Case, operands: dict[str, Any]) -> tuple[Callable[..., dict[str, Any]], tuple]:
+    """Returns what is compiled for a case, and its arguments: params, batch_stats, and arrays by name."""
+    run = partial(_run, PEERS[peer](case), case)
+    params = {name: operands[name] for name in ("scale", "bias") if name in operands}
+    stats = {name: operands[name] for name in ("mean", "var") if case.layer == "batch"}
+    arrays = {name: operands[name] for name in ("x", "cotangent", "residual") if name in operands}
+    if case.devices > 1:
+        run = _shared(run, params, stats, arrays)
+    return run, (params, stats, arrays)
+
+
+def checked(value: np.ndarray, features_first: bool) -> np.ndarray:
+    """Returns the first examples of an array, features last; a leaf or statistic as it is."""
+    if value.ndim == 1:
+        return value
+    value = value[: math.ceil(CHECKED / value[0].size)]
+    return np.moveaxis(value, 1, -1) if features_first else value
+
+
+def relative_errors(outputs: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, float]:
+    """Returns the largest difference in each output, relative to the largest value."""
+    return {
+        name: float(np.max(np.abs(value - reference[name])) / np.max(np.abs(reference[name])))
+        for name, value in outputs.items()
+        if name in reference
+    }
+
+
+def compiled_memory(compiled: Any) -> dict[str, int]:
+    """Returns the bytes that a compiled program needs beside its arguments and results, and at its peak."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return {}
+    found = {"temporary_bytes": memory.temp_size_in_bytes}
+    peak = getattr(memory, "peak_memory_in_bytes", 0)
+    return found | ({"peak_bytes": peak} if peak else {})
+
+
+def kept_bytes(function: Callable[..., Any], *operands: Any) -> int:
+    """Returns the bytes of what a function keeps for its backward pass, operands of its own left out."""
+    traced = jax.make_jaxpr(lambda *operands: jax.vjp(function, *operands)[1])(*operands).jaxpr
+    given = {id(value) for value in (*traced.invars, *traced.constvars)}
+    kept = {id(value): value.aval for value in traced.outvars if not isinstance(value, Literal)}
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for key, aval in kept.items() if key not in given)
+
+
+def _forward(apply: Callable, case: Case, params: dict, stats: dict, x: jax.Array, residual: Any) -> tuple[Any, dict]:
+    y, stats = apply(params, stats, x)
+    if residual is not None:
+        y = y + residual
+    return (jax.nn.relu(y) if case.then else y), stats
+
+
+def _run(apply: Callable, case: Case, params: dict, stats: dict, arrays: dict[str, Any]) -> dict[str, Any]:
+    """What is timed: y and new statistics, and the gradients of all that there is."""
+    forward = partial(_forward, apply, case)
+    x, residual = arrays["x"], arrays.get("residual")
+    if case.mode != "forward+backward":
+        y, new = forward(params, stats, x, residual)
+        return {"y": y, **(new if case.train else {})}
+    y, backward, new = jax.vjp(lambda p, x, r: forward(p, stats, x, r), params, x, residual, has_aux=True)
+    d_params, d_x, d_residual = backward(arrays["cotangent"])
+    if case.devices > 1:
+        d_params = jax.lax.psum(d_params, AXIS)
+    found = {"y": y, "d_x": d_x, "d_residual": d_residual, **{f"d_{k}": v for k, v in d_params.items()}, **new}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _shared(run: Callable, params: dict, stats: dict, arrays: dict[str, Any]) -> Callable:
+    """Runs on all devices, each with its share of the examples."""
+    split, whole = PartitionSpec(AXIS), PartitionSpec()
+
+    def specs(tree: dict[str, Any]) -> dict[str, PartitionSpec]:
+        return {name: split if value.ndim > 1 else whole for name, value in tree.items()}
+
+    given = (params, stats, arrays)
+    mesh = arrays["x"].sharding.mesh
+    named = {name: whole for name in (*(f"d_{name}" for name in params), *stats)} | {"y": split, "d_x": split}
+    produced = {name: spec for name, spec in named.items() if "cotangent" in arrays or not name.startswith("d_")}
+    return jax.shard_map(run, mesh=mesh, in_specs=tuple(map(specs, given)), out_specs=produced, check_vma=False)
+
+
+def _placed(value: np.ndarray, case: Case, features_first: bool) -> jax.Array:
+    """Puts an operand where the program wants it."""
+    leaf = value.ndim == 1
+    if features_first and not leaf:
+        value = np.ascontiguousarray(np.moveaxis(value, -1, 1))
+    if case.devices == 1:
+        return jnp.asarray(value)
+    mesh = Mesh(np.array(jax.devices()[: case.devices]), (AXIS,))
+    return jax.device_put(value, NamedSharding(mesh, PartitionSpec() if leaf else PartitionSpec(AXIS)))

@@ -1,0 +1,68 @@
+"""Training steps that differ in nothing but their normalization layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import normjax as nj
+from benchmarks.harness import networks, training
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("promotion_as_in_flax")]
+TINY = {network.name: network for network in networks.suite("tiny")}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_layers_are_the_peers_and_nothing_else_changes(name):
+    network = TINY[name]
+    inputs, labels = networks.batch(network)
+    states, traced = {}, {}
+    for peer in ("normjax", "flax.linen", "none"):
+        with networks.normalized_by(peer):
+            states[peer] = jax.eval_shape(network.init, jax.random.key(0), inputs)
+            traced[peer] = str(jax.make_jaxpr(networks.step(network))(*states[peer], inputs, labels))
+    assert states["normjax"] == states["flax.linen"] == states["none"]
+    for operation in ("conv_general_dilated", "dot_general"):
+        assert len({text.count(f"{operation}[") for text in traced.values()}) == 1
+    assert len({len(text) for text in traced.values()}) == 3
+
+
+def test_the_networks_are_themselves_again_afterwards():
+    with networks.normalized_by("none"):
+        assert networks.examples.nj is not nj
+    assert networks.examples.nj is nj
+    assert networks.resnet.BatchNorm is nj.linen.BatchNorm
+
+
+def test_a_row_has_times_memory_and_the_error_of_the_losses():
+    row = training.row(TINY["transformer, layer norm,"], ["normjax", "flax.linen", "none"], 2)
+    for name, got in row["peers"].items():
+        assert got["ms_low"] <= got["ms"] <= got["ms_high"]
+        assert got["temporary_bytes"] > 0 and got["kept_bytes"] > 0 and got["compile_seconds"] > 0
+        assert name != "flax.linen" or got["error"] < 1e-5
+
+
+def test_a_peer_that_trains_otherwise_is_left_out(monkeypatch):
+    def wrong(case):
+        return lambda params, stats, x: nj.layer_norm(params, stats, 3 * jnp.abs(x), train=True)
+
+    monkeypatch.setitem(networks.peers.PEERS, "haiku", wrong)
+    row = training.row(TINY["transformer, layer norm,"], ["normjax", "haiku"], 2)
+    assert row["peers"]["haiku"]["skipped"].startswith("wrong: the loss is off by ")
+
+
+def test_time_that_is_up_leaves_rows_out_by_name(capsys):
+    assert training.run(list(TINY.values()), ["normjax"], 1, seconds=-1) == []
+    assert all(network.title in capsys.readouterr().out for network in [TINY["inception"]])
+
+
+def test_a_step_lowers_the_loss():
+    network = TINY["inception"]
+    inputs, labels = networks.batch(network)
+    state = network.init(jax.random.key(0), inputs)
+    step = jax.jit(networks.step(network))
+    losses = []
+    for _ in range(20):
+        *state, loss = step(*state, inputs, labels)
+        losses.append(float(loss))
+    assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0]
