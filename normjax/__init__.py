@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from normjax import deploy, weights
 from normjax.deploy.fold_layer import fold_batch_norm
+from normjax.layers.activated_batch_norm import activated_batch_norm, activated_batch_norm_init
 from normjax.layers.batch_norm import batch_norm, batch_norm_init
 from normjax.layers.batch_renorm import batch_renorm, batch_renorm_init
 from normjax.layers.dynamic_tanh import dynamic_tanh, dynamic_tanh_init
@@ -35,6 +36,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Moments",
+    "activated_batch_norm",
+    "activated_batch_norm_init",
     "batch_norm",
     "batch_norm_init",
     "batch_renorm",
