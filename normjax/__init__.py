@@ -22,6 +22,7 @@ from normjax.layers.group_norm import group_norm, group_norm_init
 from normjax.layers.instance_norm import instance_norm, instance_norm_init
 from normjax.layers.layer_norm import layer_norm, layer_norm_init
 from normjax.layers.local_response_norm import local_response_norm, local_response_norm_init
+from normjax.layers.remat_policy import remat_policy
 from normjax.layers.rms_norm import rms_norm, rms_norm_init
 from normjax.statistics.moments import merge_moments, moments
 from normjax.statistics.recalibrate import recalibrate
@@ -63,6 +64,7 @@ __all__ = [
     "nnx",
     "optim",
     "recalibrate",
+    "remat_policy",
     "rms_norm",
     "rms_norm_init",
     "sync_batch_stats",
