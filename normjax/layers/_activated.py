@@ -165,6 +165,7 @@ def _dot(how: How, z: Array, at: tuple[Array, Array, Array], dots: tuple) -> Arr
     inverse = lax.rsqrt(var + how.reduction.epsilon).astype(gain.dtype)
     slope = gain_dot - gain * inverse**2 * var_dot / 2
     offset = bias_dot - gain * inverse * mean_dot
-    slope, offset, multiplier = vary_like(z, slope, offset, gain * inverse)
+    slope, offset = vary_like(z, slope, offset)
+    (multiplier,) = vary_like(z, gain * inverse)  # apart: it is no tangent
     y_dot = _normalized(how, z, gain, bias) * slope + offset + x_dot * multiplier
     return (how.activation.derivative(z.astype(gain.dtype)) * y_dot).astype(z.dtype)

@@ -65,6 +65,8 @@ def normalize_by_batch(
     function = settings.function
     train = _checks.static_train(function, train)
     x = _checks.activations(function, x)
+    if settings.activation is not None:
+        check_activation(function, settings.activation, x)
     mask = _checks.mask(function, mask, x.shape)
     kept = _checks.axes(function, "feature_axes", settings.feature_axes, x.shape)
     if settings.drop_in and jnp.iscomplexobj(x):
@@ -77,8 +79,6 @@ def normalize_by_batch(
     _checks.between(function, "epsilon", settings.epsilon, 0.0, math.inf)
     batch_stats = jax.tree.map(jnp.asarray, batch_stats)
     axes = _checks.other_axes(kept, x.ndim)
-    if settings.activation is not None:
-        check_activation(function, settings.activation, x)
     dtype = _checks.output_dtype(function, settings.dtype, x)
     plan = _Plan(axes, float(settings.epsilon), dtype, activation=settings.activation)
     limits = None if settings.renorm is None else take_limits(settings.renorm, batch_stats)
