@@ -20,8 +20,8 @@ def remat_policy(*, recompute: Callable[[jax.ShapeDtypeStruct], bool] | None = N
     normalizations, and their statistics. Normalization and activation, which are cheap where memory is what they wait
     for, are computed again in the backward pass; no linear layer and no statistic is, so under `axis_name` there are no
     more collectives than before. Checkpoint the network as a whole: `jax.checkpoint(network, policy=...)`,
-    `flax.linen.remat`, `flax.nnx.remat`. Leave `prevent_cse` as it is: without it, XLA finds that what is computed again
-    has been computed before, and keeps it after all.
+    `flax.linen.remat`, `flax.nnx.remat`. Leave `prevent_cse` as it is: without it, XLA finds that what is computed
+    again has been computed before, and keeps it after all.
 
     Args:
       recompute: says of an array that would be kept, by its shape and dtype, whether to compute it again all the same.
