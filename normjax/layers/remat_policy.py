@@ -44,7 +44,7 @@ def remat_policy(*, recompute: Callable[[jax.ShapeDtypeStruct], bool] | None = N
       >>> lean = jax.checkpoint(network, policy=nj.remat_policy())
       >>> _, backward = jax.vjp(lean, jnp.ones((3, 4)), jnp.ones((8, 3)))
       >>> print(sorted(kept.shape for kept in jax.tree.leaves(backward) if kept.ndim > 1))
-      [(1, 4), (1, 4), (3, 4), (8, 3), (8, 4)]
+      [(3, 4), (8, 3), (8, 4)]
 
     References:
       Chen, Xu, Zhang & Guestrin, "Training Deep Nets with Sublinear Memory Cost" (2016), section 4: drop the results of
