@@ -70,7 +70,7 @@ def costs_of_step(batch_norm: Any, policy: Callable[..., bool] | None, device: A
     step, arguments = training_step(batch_norm, policy)
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device))  # noqa: E731
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*jax.tree.map(place, arguments)).compile()
+    compiled: Any = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*jax.tree.map(place, arguments)).compile()
     accessed = compiled.cost_analysis()["bytes accessed"]
     return {
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
