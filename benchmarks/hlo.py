@@ -53,6 +53,32 @@ def in_branches(bodies: Mapping[str, str]) -> set[str]:
     return reached
 
 
+def bytes_in_branches(compiled: Any) -> int:
+    """Returns the bytes that instructions in branches of conditionals read and write; all count as taken."""
+    bodies = computations(compiled.as_text())
+    called = "|".join(["branch_computations=\\{([^}]*)\\}", "(?:true|false)_computation=%?([\\w.\\-]+)"])
+    names = {
+        name for body in bodies.values() for groups in re.findall(called, body) for name in _names(",".join(groups))
+    }
+    return sum(_bytes_accessed(bodies[name]) for name in names)
+
+
+def _bytes_accessed(body: str) -> int:
+    """The bytes of each instruction's results and operands."""
+    found = re.findall(r"%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)", body)
+    sizes = {name: sum(n * size for n, size in _parts(shapes)) for name, shapes, _, _ in found}
+    free = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant"}
+    return sum(
+        sizes[name] + sum(sizes.get(operand, 0) for operand in _names(operands))
+        for name, _, kind, operands in found
+        if kind not in free
+    )
+
+
+def _names(text: str) -> list[str]:
+    return re.findall(r"[\w.\-]+", text)
+
+
 def _parts(shapes: str) -> Iterator[tuple[int, int]]:
     """Yields the number of elements of each array, and the bytes of one of them."""
     for kind, bits, dims in SHAPE.findall(shapes):

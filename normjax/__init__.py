@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from normjax import weights
+from normjax.layers.activated_batch_norm import activated_batch_norm, activated_batch_norm_init
 from normjax.layers.batch_norm import batch_norm, batch_norm_init
 from normjax.layers.batch_renorm import batch_renorm, batch_renorm_init
 from normjax.layers.dynamic_tanh import dynamic_tanh, dynamic_tanh_init
@@ -19,6 +20,7 @@ from normjax.layers.group_norm import group_norm, group_norm_init
 from normjax.layers.instance_norm import instance_norm, instance_norm_init
 from normjax.layers.layer_norm import layer_norm, layer_norm_init
 from normjax.layers.local_response_norm import local_response_norm, local_response_norm_init
+from normjax.layers.remat_policy import remat_policy
 from normjax.layers.rms_norm import rms_norm, rms_norm_init
 from normjax.statistics.moments import merge_moments, moments
 from normjax.statistics.recalibrate import recalibrate
@@ -34,6 +36,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Moments",
+    "activated_batch_norm",
+    "activated_batch_norm_init",
     "batch_norm",
     "batch_norm_init",
     "batch_renorm",
@@ -59,6 +63,7 @@ __all__ = [
     "nnx",
     "optim",
     "recalibrate",
+    "remat_policy",
     "rms_norm",
     "rms_norm_init",
     "sync_batch_stats",

@@ -14,7 +14,7 @@ from normjax import _checks
 from normjax._leaves import SCALARS, check_leaves
 from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, BatchStats, DTypeLike, Mask, Params
 from normjax.layers._affine import lay_out
-from normjax.statistics.reduction import STATISTICS, Reduction
+from normjax.statistics.reduction import INPUT, OUTPUT, STATISTICS, Reduction, named
 from normjax.statistics.sharing import share
 
 
@@ -141,11 +141,19 @@ def more_than_one_value(function: str, x: Array, axes: tuple[int, ...], *, devic
 def compiled(step: Callable) -> Callable:
     """Compiles a step once for each value of its last argument, which is static.
 
-    For the backward pass it keeps its arguments as they came and the statistics, and nothing else of x's size.
+    For the backward pass it keeps its arguments as they came (those that are needed) and what the step names. The name
+    of x is for policies of `jax.checkpoint` around the layer, such as `remat_policy`.
     """
-    last = step.__code__.co_argcount - 1
-    policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
-    lean = jax.checkpoint(step, prevent_cse=False, policy=policy, static_argnums=last)
+    names = step.__code__.co_varnames[: step.__code__.co_argcount]
+    last = len(names) - 1
+
+    def with_named_input(*operands: Any) -> Any:
+        return step(
+            *(named(given, INPUT) if name == "x" else given for name, given in zip(names, operands, strict=True))
+        )
+
+    policy = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
+    lean = jax.checkpoint(with_named_input, prevent_cse=False, policy=policy, static_argnums=last)
     return jax.jit(lean, static_argnums=last, inline=True)
 
 

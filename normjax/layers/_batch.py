@@ -22,13 +22,14 @@ from normjax._typing import (
     RunningVar,
     promote,
 )
+from normjax.layers._activated import Activation, How, activate, activate_by_batch, check_activation
 from normjax.layers._affine import normalize
 from normjax.layers._arguments import admit_params, compiled
 from normjax.layers._ghost import count_slices, cut, laid_out_by_the_compiler, lies_on_explicit_axes
 from normjax.layers._renorm import Limits, corrected, take_limits
 from normjax.statistics.moments import merge_stacked
 from normjax.statistics.population import POPULATION, is_layer_by_layer
-from normjax.statistics.reduction import widen
+from normjax.statistics.reduction import Moments, Reduction, widen
 from normjax.statistics.running import OPTIONS, check_batch_stats, update_batch_stats
 from normjax.statistics.safe_moments import safe_moments
 from normjax.statistics.sharing import ALONE, Sharing, share
@@ -46,11 +47,14 @@ class Settings(NamedTuple):
     virtual_batch_size: int | None = None
     dtype: DTypeLike | None = None
     renorm: Limits | None = None  # None: batch norm
+    activation: Activation | None = None  # None: left to the caller
     drop_in: bool = False  # as Flax does: one value per feature in training, a mean that turns complex with x
 
     @property
     def function(self) -> str:
         """The name that errors begin with."""
+        if self.activation is not None:
+            return "activated_batch_norm"
         return "batch_norm" if self.renorm is None else "batch_renorm"
 
 
@@ -61,6 +65,8 @@ def normalize_by_batch(
     function = settings.function
     train = _checks.static_train(function, train)
     x = _checks.activations(function, x)
+    if settings.activation is not None:
+        check_activation(function, settings.activation, x)
     mask = _checks.mask(function, mask, x.shape)
     kept = _checks.axes(function, "feature_axes", settings.feature_axes, x.shape)
     if settings.drop_in and jnp.iscomplexobj(x):
@@ -73,7 +79,8 @@ def normalize_by_batch(
     _checks.between(function, "epsilon", settings.epsilon, 0.0, math.inf)
     batch_stats = jax.tree.map(jnp.asarray, batch_stats)
     axes = _checks.other_axes(kept, x.ndim)
-    plan = _Plan(axes, float(settings.epsilon), _checks.output_dtype(function, settings.dtype, x))
+    dtype = _checks.output_dtype(function, settings.dtype, x)
+    plan = _Plan(axes, float(settings.epsilon), dtype, activation=settings.activation)
     limits = None if settings.renorm is None else take_limits(settings.renorm, batch_stats)
     if not (train or is_layer_by_layer(batch_stats)):
         return _infer(params, batch_stats, x, mask, plan), batch_stats
@@ -98,6 +105,7 @@ class _Plan(NamedTuple):
     axes: tuple[int, ...]
     epsilon: float
     dtype: jnp.dtype
+    activation: Activation | None = None
     momentum: float | None = None
     running_var: RunningVar = "biased"
     sharing: Sharing = ALONE
@@ -118,21 +126,11 @@ def _train(
     shape, axes, size = x.shape, plan.axes, plan.virtual_batch_size
     if size is not None:
         x, mask, params, axes = cut(x, mask, params, axes, size)
-    wide = widen(x)
-    # Statistics of a population owe nothing to those that they are to replace, to the last bit.
-    collecting = POPULATION in batch_stats
-    shift = None if collecting else batch_stats["mean"]
-    seen = safe_moments(x, wide, axes, shift=shift, mask=mask, sharing=plan.sharing, epsilon=plan.epsilon)
-    if mask is not None:
-        population = batch_stats["var"].astype(seen.var.dtype)
-        seen = seen._replace(var=jnp.where(jnp.asarray(seen.count) > 0, seen.var, population))
-    mean, var = (jnp.expand_dims(statistic, axes) for statistic in (seen.mean, seen.var))
-    if is_layer_by_layer(batch_stats):
-        mean, var = _running(batch_stats, plan)
-    elif limits is not None and not collecting:
-        running = _running(batch_stats, plan)
-        params = corrected(params, (mean, var), running, limits, plan.epsilon)
-    y = normalize(wide, mean, var, params, mask=mask, epsilon=plan.epsilon)
+    plan = plan._replace(axes=axes)
+    if plan.activation is None:
+        y, seen = _normalize(params, batch_stats, x, mask, limits, plan)
+    else:
+        y, seen = _activate(params, batch_stats, x, plan)
     batch_stats = update_batch_stats(
         batch_stats,
         seen if size is None else merge_stacked(seen),
@@ -142,10 +140,55 @@ def _train(
     return y.reshape(shape).astype(plan.dtype), batch_stats
 
 
+def _normalize(
+    params: Params,
+    batch_stats: BatchStats,
+    x: Array,
+    mask: Array | None,
+    limits: tuple[Array, Array] | None,
+    plan: _Plan,
+) -> tuple[Array, Moments]:
+    """Normalizes by the moments of x, which it returns, too."""
+    wide = widen(x)
+    shift = _shift(batch_stats)
+    seen = safe_moments(x, wide, plan.axes, shift=shift, mask=mask, sharing=plan.sharing, epsilon=plan.epsilon)
+    if mask is not None:
+        population = batch_stats["var"].astype(seen.var.dtype)
+        seen = seen._replace(var=jnp.where(jnp.asarray(seen.count) > 0, seen.var, population))
+    mean, var = (jnp.expand_dims(statistic, plan.axes) for statistic in (seen.mean, seen.var))
+    if is_layer_by_layer(batch_stats):
+        mean, var = _running(batch_stats, plan)
+    elif limits is not None and shift is not None:
+        running = _running(batch_stats, plan)
+        params = corrected(params, (mean, var), running, limits, plan.epsilon)
+    return normalize(wide, mean, var, params, mask=mask, epsilon=plan.epsilon), seen
+
+
+def _activate(params: Params, batch_stats: BatchStats, x: Array, plan: _Plan) -> tuple[Array, Moments]:
+    """Normalizes by the moments of x, which it returns, too, and activates."""
+    shift, how = _shift(batch_stats), _how(plan)
+    if not is_layer_by_layer(batch_stats):
+        return activate_by_batch(how, params, x, shift)
+    seen = safe_moments(x, widen(x), plan.axes, shift=shift, sharing=plan.sharing, epsilon=plan.epsilon)
+    return activate(how, params, x, *_running(batch_stats, plan)), seen
+
+
 @compiled
 def _infer(params: Params, batch_stats: BatchStats, x: Array, mask: Array | None, plan: _Plan) -> Array:
     mean, var = _running(batch_stats, plan)
+    if plan.activation is not None:
+        return activate(_how(plan), params, x, mean, var)
     return normalize(widen(x), mean, var, params, mask=mask, epsilon=plan.epsilon).astype(plan.dtype)
+
+
+def _how(plan: _Plan) -> How:
+    assert plan.activation is not None
+    return How(Reduction(plan.axes, plan.sharing, plan.epsilon), plan.activation, plan.dtype)
+
+
+def _shift(batch_stats: BatchStats) -> Array | None:
+    """Statistics of a population owe nothing to those that they are to replace, to the last bit."""
+    return None if POPULATION in batch_stats else batch_stats["mean"]
 
 
 def _running(batch_stats: BatchStats, plan: _Plan) -> tuple[Array, Array]:

@@ -13,8 +13,11 @@ from jaxtyping import Array, ArrayLike, Inexact, Real
 from normjax._typing import Activations, Mask, promote
 from normjax.statistics.sharing import ALONE, Sharing
 
-# The name under which statistics can be kept for the backward pass.
+# The names under which a layer's statistics, its input, and an output that stands for it, can be kept for the backward
+# pass.
 STATISTICS = "normjax_statistics"
+INPUT = "normjax_input"
+OUTPUT = "normjax_output"
 
 
 class Moments(NamedTuple):
@@ -106,11 +109,11 @@ def masked(x: Array, mask: Mask | None) -> Array:
     return x if mask is None else jnp.where(mask, x, 0)
 
 
-def named(statistic: Array) -> Array:
+def named(value: Array, name: str = STATISTICS) -> Array:
     """Marks what `jax.checkpoint` is to keep."""
-    if jnp.iscomplexobj(statistic):  # which jax.checkpoint cannot keep as it is
-        return lax.complex(named(statistic.real), named(statistic.imag))
-    return checkpoint_name(statistic, STATISTICS)
+    if jnp.iscomplexobj(value):  # which jax.checkpoint cannot keep as it is
+        return lax.complex(named(value.real, name), named(value.imag, name))
+    return checkpoint_name(value, name)
 
 
 def abs2(x: Array) -> Array:

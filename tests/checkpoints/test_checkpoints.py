@@ -12,12 +12,11 @@ import normjax as nj
 from tests.checkpoints import trees
 from tests.checkpoints.write import HERE, SEPARATOR
 from tests.compare import assert_close, assert_identical, assert_same_kind
-from tests.contract.layers import LAYERS
 
 VERSIONS = sorted(folder.name for folder in HERE.iterdir() if (folder / "outputs.safetensors").exists())
 FORMATS = ("msgpack", "safetensors", "orbax")
 EPS = float(jnp.finfo(jnp.float32).eps)
-NAMES = {f"{layer.name}-{variant}" for layer in LAYERS for variant in layer.settings}
+NAMES = {f"{layer.name}-{variant}" for layer in trees.STORED for variant in layer.settings}
 
 
 def read(version, name, kind, template):

@@ -25,6 +25,7 @@ class Layer(NamedTuple):
       takes_mask: whether there is a `mask` argument.
       safe_far_from_zero: whether y of `N(1e4, 1)` is that of `N(0, 1)`.
       true_derivative: False where the paper holds something constant that is not.
+      activation: what comes after scale and bias.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Layer(NamedTuple):
     takes_mask: bool = True
     safe_far_from_zero: bool = True
     true_derivative: bool = True
+    activation: Callable[..., Any] = lambda y: y
 
 
 MASK = np.array([True, True, False, True, True, True])[:, None, None]
@@ -62,6 +64,15 @@ LAYERS = [
         has_statistics=True,
         safe_far_from_zero=False,  # y says how far the batch is from the population
         true_derivative=False,  # of r and d
+    ),
+    Layer(
+        "activated_batch_norm",
+        nj.activated_batch_norm_init,
+        nj.activated_batch_norm,
+        {"plain": {}, "ghosts": {"virtual_batch_size": 3}},
+        has_statistics=True,
+        takes_mask=False,
+        activation=jax.nn.leaky_relu,
     ),
     Layer(
         "layer_norm",

@@ -222,7 +222,8 @@ def test_a_constant_input_gives_the_bias(layer, settings, train, rng):
     if layer.safe_far_from_zero and train:
         params, batch_stats, x = arguments(layer, settings, rng)
         y, _ = bind(layer, settings, train)(params, batch_stats, jnp.full_like(x, 777.0))
-        assert_close(y, jnp.broadcast_to(params.get("bias", jnp.zeros(FEATURES)), SHAPE), atol=1e-6)
+        bias = layer.activation(params.get("bias", jnp.zeros(FEATURES)))
+        assert_close(y, jnp.broadcast_to(bias, SHAPE), atol=1e-6)
 
 
 @pytest.mark.slow
