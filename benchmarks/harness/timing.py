@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import random
 import statistics
 import sys
 import time
@@ -35,14 +36,15 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Returns the milliseconds of a call in each round, by program.
 
-    In a round every program runs once, as often as fills `sample_seconds`; who comes first rotates.
+    In a round every program runs once, as often as fills `sample_seconds`, in an order drawn anew. A call that is not
+    timed comes first: else a program would find in the caches what the one before it left there.
     """
     calls = {name: _calls(program, sample_seconds) for name, program in programs.items()}
     seen: dict[str, list[float]] = {name: [] for name in programs}
-    names = list(programs)
-    for turn in range(rounds):
-        for i in range(len(names)):
-            name = names[(turn + i) % len(names)]
+    orders = random.Random(0)
+    for _ in range(rounds):
+        for name in orders.sample(list(programs), len(programs)):
+            _seconds(programs[name], 1)
             seen[name].append(1e3 * _seconds(programs[name], calls[name]) / calls[name])
     return seen
 

@@ -65,4 +65,4 @@ def test_a_step_lowers_the_loss():
     for _ in range(20):
         *state, loss = step(*state, inputs, labels)
         losses.append(float(loss))
-    assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0]
+    assert (np.diff(losses) < 0).all()
