@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE as axis_names_in_scope  # pyright: ignore
 from jaxtyping import Array, Bool, Inexact, Int
 
 from normjax import _checks
@@ -59,6 +58,11 @@ class Sharing(NamedTuple):
 
 
 ALONE = Sharing()
+
+
+def one_device() -> bool:
+    """Whether JAX has a single device, so that no array can be sharded, whatever the compiler is told later."""
+    return jax.device_count() == 1
 
 
 def share(function: str, axis_name: AxisName | None, axis_index_groups: AxisIndexGroups | None) -> Sharing:
@@ -130,6 +134,9 @@ def _bound_axes(function: str, axis_name: AxisName | None) -> tuple[Hashable, ..
         try:
             lax.axis_size(name)
         except NameError:
+            # Here, since it takes as long to import as half of normjax.
+            from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE as axis_names_in_scope  # pyright: ignore
+
             scope = [str(axis) for axis in axis_names_in_scope()]
             _checks.refuse(
                 function,
