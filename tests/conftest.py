@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-DEVICES = 8
+DEVICES = int(os.environ.get("NORMJAX_TEST_DEVICES", "8"))
 
 jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

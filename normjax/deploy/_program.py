@@ -10,6 +10,7 @@ import jax
 from jax.extend import core
 
 Path = tuple[str, ...]
+ARITHMETIC = {"add", "sub", "mul", "div", "neg", "rsqrt", "broadcast_in_dim", "convert_element_type"}
 GROUPING = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat")
 
 
@@ -121,10 +122,13 @@ class _Writer:
 
 def _grouped(eqn: Any) -> core.ClosedJaxpr | None:
     """Returns the body of an equation that does nothing but what the body does."""
-    if eqn.primitive.name not in GROUPING:
-        return None
     body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    return body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
+    if eqn.primitive.name in GROUPING:
+        return body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
+    # A derivative of its own says nothing of what is computed. Activations stay whole, to be called by their names.
+    if eqn.primitive.name == "custom_jvp_call" and {inner.primitive.name for inner in body.jaxpr.eqns} <= ARITHMETIC:
+        return body
+    return None
 
 
 def _bind(eqn: Any, *values: Any) -> Iterable[Any]:

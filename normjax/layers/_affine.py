@@ -20,6 +20,7 @@ from normjax._typing import (
     PRNGKey,
     promote,
 )
+from normjax.statistics.reduction import apart, apart_if_narrow, named, written_out
 from normjax.statistics.sharing import vary_like
 
 
@@ -69,6 +70,7 @@ def lay_out(leaf: FeatureArray, rank: int, feature_axes: tuple[int, ...]) -> Arr
 
 def normalize(
     x: Activations,
+    wide: Activations,
     mean: Inexact[Array, "..."] | None,
     var: Inexact[Array, "..."],
     params: Params,
@@ -76,19 +78,13 @@ def normalize(
     mask: Mask | None,
     epsilon: float | Array,
 ) -> Activations:
-    r"""Returns `(x - mean) * (scale / sqrt(var + epsilon)) + bias` in the widest dtype among them.
-
-    Written around the mean's value `c`, a constant to the derivative, with `m = scale / sqrt(var + epsilon)`:
-
-    .. math:: y = (x - c) m + (\beta - (\mu - c) m)
-
-    The second term equals the bias, and carries the derivative of the mean through arrays of the features' size. So the
-    backward pass reduces two arrays of x's size (the gradients of m and of the second term) instead of three.
+    r"""Returns `(x - mean) / sqrt(var + epsilon) * scale + bias` in the widest dtype among them.
 
     Where the mask hides a NaN or an infinity, y is the bias, a constant.
 
     Args:
-      x: the input in at least float32.
+      x: the input as it came, from which the backward pass takes it.
+      wide: `widen(x)`, which gradients flow through.
       mean: of x, with its rank; None to subtract nothing.
       var: of x, or the mean of its squares, likewise.
       params: `scale` and `bias`, or what there is of them, likewise.
@@ -96,28 +92,91 @@ def normalize(
       epsilon: added to the variance.
     """
     if mask is None:
-        return _normalize(x, mean, var, params, epsilon)
+        return _normalize(x, wide, mean, var, params, epsilon)
     # A NaN times a gradient of zero is NaN: it must not get as far as the derivative of the scale.
-    sound = mask | jnp.isfinite(x)
-    center = jnp.zeros((), x.dtype) if mean is None else lax.stop_gradient(mean).astype(x.dtype)
-    y = _normalize(jnp.where(sound, x, center), mean, var, params, epsilon)
+    sound = mask | jnp.isfinite(wide)
+    center = jnp.zeros((), wide.dtype) if mean is None else lax.stop_gradient(mean).astype(wide.dtype)
+    wide = jnp.where(sound, wide, center)
+    y = _normalize(wide, wide, mean, var, params, epsilon)
     return jnp.where(sound, y, lax.stop_gradient(y))
 
 
-def _normalize(x: Array, mean: Array | None, var: Array, params: Params, epsilon: float | Array) -> Array:
-    dtype = promote(*(leaf.dtype for leaf in (x, var, *params.values())), x.dtype if mean is None else mean.dtype)
-    params = dict(zip(params, vary_like(var, *params.values()), strict=True))
-    multiplier = lax.rsqrt(var + epsilon).astype(dtype)
-    if "scale" in params:
-        multiplier *= params["scale"].astype(dtype)
-    offset = params["bias"].astype(dtype) if "bias" in params else jnp.zeros((), dtype)
-    if mean is None:
-        multiplier, offset = vary_like(x, multiplier, offset)
-        return x.astype(dtype) * multiplier + offset
-    mean = mean.astype(dtype)
-    center = lax.stop_gradient(mean)
-    multiplier, offset = vary_like(x, multiplier, offset - (mean - center) * multiplier)
-    return (x.astype(dtype) - center) * multiplier + offset
+def _normalize(x: Array, wide: Array, mean: Array | None, var: Array, params: Params, epsilon: float | Array) -> Array:
+    mean = jnp.zeros((), wide.dtype) if mean is None else mean
+    dtype = promote(*(leaf.dtype for leaf in (wide, mean, var, *params.values())))
+    inverse = _inverse_root(var + epsilon).astype(dtype)
+    leaves = {"scale": jnp.ones((), dtype), "bias": jnp.zeros((), dtype)} | params
+    scale, bias = (leaves[leaf].astype(dtype) for leaf in ("scale", "bias"))
+    return _affine(wide.astype(dtype), x, mean.astype(dtype), inverse, *vary_like(var, scale, bias))
+
+
+@jax.custom_jvp
+def _inverse_root(x: Array) -> Array:
+    r"""Returns :math:`x^{-1/2}`, whose derivative is its cube, and is kept for the backward pass instead of x."""
+    return lax.rsqrt(x)
+
+
+@_inverse_root.defjvp
+def _inverse_root_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    inverse = named(_inverse_root(*primals))
+    return inverse, -0.5 * inverse * inverse * inverse * tangents[0]
+
+
+@jax.custom_jvp
+def _affine(wide: Array, x: Array, mean: Array, inverse: Array, scale: Array, bias: Array) -> Array:
+    """Returns `(x - mean) * inverse * scale + bias`."""
+    if scale.shape == inverse.shape:
+        return (wide - mean) * (inverse * scale) + bias
+    return (wide - mean) * inverse * scale + bias
+
+
+@_affine.defjvp
+def _affine_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    inverse, scale = primals[3:5]
+    fits = jnp.broadcast_shapes(scale.shape, inverse.shape) == inverse.shape
+    return _affine(*primals), (_by_multiplier if fits else _by_scale)(primals, tangents)
+
+
+def _by_multiplier(primals: tuple, tangents: tuple) -> Array:
+    r"""The derivative by way of the multiplier :math:`m = s / \sigma`, which is no larger than the statistics.
+
+    .. math:: dy = m\, dx + (x - \mu)\, dm + (d\beta - m\, d\mu)
+
+    The last term is added up before it meets x: so the backward pass reduces two arrays of x's size (the gradients of
+    multiplier and offset) instead of three.
+    """
+    _, x, mean, inverse, scale, _ = primals
+    dx, _, d_mean, d_inverse, d_scale, d_bias = tangents
+    multiplier, d_multiplier = inverse * scale, d_inverse * scale + inverse * d_scale
+    d_offset = d_bias - d_mean * multiplier
+    if scale.shape != inverse.shape:
+        d_multiplier, d_offset = written_out(d_multiplier, d_offset)
+    d_multiplier, d_offset = vary_like(dx, d_multiplier, d_offset)
+    (multiplier,) = vary_like(dx, multiplier)  # apart: it is no tangent
+    x = apart_if_narrow(x)
+    return dx * multiplier + (x.astype(mean.dtype) - mean) * d_multiplier + d_offset
+
+
+def _by_scale(primals: tuple, tangents: tuple) -> Array:
+    r"""The derivative where each example has statistics of its own: the multiplier would be as large as x.
+
+    .. math:: dy = \frac{s}{\sigma}\, dx + (x - \mu) s\, d\sigma^{-1} - s\, \frac{d\mu}{\sigma}
+                   + \frac{x - \mu}{\sigma}\, ds + d\beta
+
+    Each term but the first and the last is a reduction in the backward pass, of operands that it has to itself.
+    """
+    _, x, mean, inverse, scale, _ = primals
+    dx, _, d_mean, d_inverse, d_scale, d_bias = tangents
+    d_inverse, d_center = vary_like(dx, d_inverse, -inverse * d_mean)
+    d_scale, d_bias = vary_like(dx, d_scale, d_bias)
+    x, mean, inverse, scale = apart(x, mean, inverse, scale)
+    dy = dx * inverse * scale
+    x, mean, inverse, scale = apart(x, mean, inverse, scale)
+    dy += (x.astype(mean.dtype) - mean) * scale * d_inverse
+    x, mean, inverse, scale = apart(x, mean, inverse, scale)
+    dy += scale * d_center
+    x, mean, inverse, scale = apart(x, mean, inverse, scale)
+    return dy + (x.astype(mean.dtype) - mean) * inverse * d_scale + d_bias
 
 
 def scale_and_shift(x: Activations, params: Params) -> Activations:

@@ -131,6 +131,8 @@ def _train(
         y, seen = _normalize(params, batch_stats, x, mask, limits, plan)
     else:
         y, seen = _activate(params, batch_stats, x, plan)
+    if mask is None and size is None:  # a number that is known need not be asked about
+        seen = seen._replace(count=seen.var.dtype.type(math.prod(x.shape[axis] for axis in axes) * plan.sharing.size))
     batch_stats = update_batch_stats(
         batch_stats,
         seen if size is None else merge_stacked(seen),
@@ -153,15 +155,21 @@ def _normalize(
     shift = _shift(batch_stats)
     seen = safe_moments(x, wide, plan.axes, shift=shift, mask=mask, sharing=plan.sharing, epsilon=plan.epsilon)
     if mask is not None:
-        population = batch_stats["var"].astype(seen.var.dtype)
-        seen = seen._replace(var=jnp.where(jnp.asarray(seen.count) > 0, seen.var, population))
+        seen = _or_population(seen, batch_stats)
     mean, var = (jnp.expand_dims(statistic, plan.axes) for statistic in (seen.mean, seen.var))
     if is_layer_by_layer(batch_stats):
         mean, var = _running(batch_stats, plan)
     elif limits is not None and shift is not None:
         running = _running(batch_stats, plan)
         params = corrected(params, (mean, var), running, limits, plan.epsilon)
-    return normalize(wide, mean, var, params, mask=mask, epsilon=plan.epsilon), seen
+    return normalize(x, wide, mean, var, params, mask=mask, epsilon=plan.epsilon), seen
+
+
+def _or_population(seen: Moments, batch_stats: BatchStats) -> Moments:
+    """Puts the running statistics where nothing counts."""
+    anything = jnp.asarray(seen.count) > 0
+    mean, var = batch_stats["mean"].astype(seen.mean.dtype), batch_stats["var"].astype(seen.var.dtype)
+    return Moments(seen.count, jnp.where(anything, seen.mean, mean), jnp.where(anything, seen.var, var))
 
 
 def _activate(params: Params, batch_stats: BatchStats, x: Array, plan: _Plan) -> tuple[Array, Moments]:
@@ -178,7 +186,7 @@ def _infer(params: Params, batch_stats: BatchStats, x: Array, mask: Array | None
     mean, var = _running(batch_stats, plan)
     if plan.activation is not None:
         return activate(_how(plan), params, x, mean, var)
-    return normalize(widen(x), mean, var, params, mask=mask, epsilon=plan.epsilon).astype(plan.dtype)
+    return normalize(x, widen(x), mean, var, params, mask=mask, epsilon=plan.epsilon).astype(plan.dtype)
 
 
 def _how(plan: _Plan) -> How:
@@ -192,8 +200,9 @@ def _shift(batch_stats: BatchStats) -> Array | None:
 
 
 def _running(batch_stats: BatchStats, plan: _Plan) -> tuple[Array, Array]:
-    """The running mean and variance with the rank of x."""
-    return jnp.expand_dims(batch_stats["mean"], plan.axes), jnp.expand_dims(batch_stats["var"], plan.axes)
+    """The running mean and variance with the rank of x, which is one more where it is cut into slices."""
+    axes = plan.axes if plan.virtual_batch_size is None else (0, *plan.axes)
+    return jnp.expand_dims(batch_stats["mean"], axes), jnp.expand_dims(batch_stats["var"], axes)
 
 
 def _sharing(x: Array, axes: tuple[int, ...], settings: Settings, *, one_value: bool) -> Sharing:

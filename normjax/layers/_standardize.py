@@ -9,8 +9,8 @@ from jaxtyping import Array
 
 from normjax._typing import Params
 from normjax.layers._affine import normalize
-from normjax.layers._arguments import compiled
-from normjax.statistics.per_example import two_pass_moments
+from normjax.layers._arguments import compiled_within_examples
+from normjax.statistics.per_example import example_moments
 from normjax.statistics.reduction import Reduction, widen
 
 
@@ -28,14 +28,14 @@ class Plan(NamedTuple):
     gain: float = 1.0
 
 
-@compiled
+@compiled_within_examples
 def standardize(params: Params, x: Array, mask: Array | None, plan: Plan) -> Array:
     """Normalizes x by its own moments; params and mask have its rank."""
     wide = widen(x)
-    count, mean, var = two_pass_moments(plan.how, wide, mask)
+    count, mean, var = example_moments(plan.how, x, wide, mask)
     if mask is not None:
         var = jnp.where(jnp.asarray(count) > 0, var, 1)
     mean, var = plan.how.expand(mean), plan.how.expand(var)
     if plan.gain != 1:
         params = params | {"scale": params.get("scale", jnp.ones((), var.dtype)) * plan.gain}
-    return normalize(wide, mean, var, params, mask=mask, epsilon=plan.how.epsilon).astype(plan.dtype)
+    return normalize(x, wide, mean, var, params, mask=mask, epsilon=plan.how.epsilon).astype(plan.dtype)

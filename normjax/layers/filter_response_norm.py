@@ -24,7 +24,7 @@ from normjax._typing import (
     PRNGKey,
 )
 from normjax.layers._affine import init_params, normalize
-from normjax.layers._arguments import admit, axes_within_examples, compiled, reduction
+from normjax.layers._arguments import admit, axes_within_examples, compiled_within_examples, reduction
 from normjax.statistics.per_example import mean_square
 from normjax.statistics.reduction import Reduction, widen
 
@@ -161,15 +161,15 @@ class _Plan(NamedTuple):
     dtype: Any
 
 
-@compiled
+@compiled_within_examples
 def _filter_response_norm(params: Params, x: Array, mask: Array | None, plan: _Plan) -> Array:
     wide, how = widen(x), plan.how
-    count, square = mean_square(how, wide, mask)
+    count, square = mean_square(how, x, wide, mask)
     if mask is not None:
         square = jnp.where(count > 0, square, 1)
     affine = {leaf: params[leaf] for leaf in ("scale", "bias") if leaf in params}
     epsilon = how.epsilon + jnp.abs(widen(params["epsilon"])) if "epsilon" in params else how.epsilon
-    y = normalize(wide, None, how.expand(square), affine, mask=mask, epsilon=epsilon)
+    y = normalize(x, wide, None, how.expand(square), affine, mask=mask, epsilon=epsilon)
     if "threshold" in params:
         y = jnp.maximum(y, params["threshold"].astype(y.dtype))
     return y.astype(plan.dtype)

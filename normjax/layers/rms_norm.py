@@ -25,7 +25,7 @@ from normjax._typing import (
     PRNGKey,
 )
 from normjax.layers._affine import init_params, normalize
-from normjax.layers._arguments import admit, compiled, reduction
+from normjax.layers._arguments import admit, compiled_within_examples, reduction
 from normjax.statistics.per_example import mean_square
 from normjax.statistics.reduction import Reduction, widen
 
@@ -143,13 +143,13 @@ class _Plan(NamedTuple):
     scale_offset: float
 
 
-@compiled
+@compiled_within_examples
 def _rms_norm(params: Params, x: Array, mask: Array | None, plan: _Plan) -> Array:
     wide = widen(x)
-    count, square = mean_square(plan.how, wide, mask)
+    count, square = mean_square(plan.how, x, wide, mask)
     if mask is not None:
         square = jnp.where(count > 0, square, 1)
     if "scale" in params and plan.scale_offset:
         params = params | {"scale": widen(params["scale"]) + plan.scale_offset}
-    y = normalize(wide, None, plan.how.expand(square), params, mask=mask, epsilon=plan.how.epsilon)
+    y = normalize(x, wide, None, plan.how.expand(square), params, mask=mask, epsilon=plan.how.epsilon)
     return y.astype(plan.dtype)

@@ -2,7 +2,8 @@
 
 `safe_moments` asks of all features at once whether a second pass is due. For statistics of examples that question would
 be a collective in layers that need none, and one example far from zero would cost all of them the second pass. Here
-the two passes are always taken; a row that was just read is at hand.
+the two passes are always taken, since a row that was just read is at hand; but on the CPU of a process that has one
+device, where the question is free and a pass is not.
 """
 
 from __future__ import annotations
@@ -11,39 +12,67 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Inexact
 
 from normjax._typing import Mask
-from normjax.statistics.reduction import Moments, Reduction, abs2, masked, named
-from normjax.statistics.safe_moments import shifted_moments
+from normjax.statistics.reduction import Moments, Reduction, abs2, apart, masked, named, real_product, widen
+from normjax.statistics.safe_moments import guarded_moments, shifted_sums
+from normjax.statistics.sharing import ALONE, one_device
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def two_pass_moments(how: Reduction, wide: Inexact[Array, "..."], mask: Mask | None) -> Moments:
-    """Returns the moments of `wide`, an array in at least float32; those of an empty set are 0.
+def example_moments(
+    how: Reduction, x: Inexact[Array, "..."], wide: Inexact[Array, "..."], mask: Mask | None
+) -> Moments:
+    """Returns the moments of `wide`, which is `x` in at least float32; those of an empty set are 0.
 
     The second pass is taken around the mean of the first. Devices that share do so in each of them.
     """
-    _, shift = _mean(how, masked(wide, mask), mask)
-    # A sum of many numbers far from zero is off by more than their mean's last digit: the second pass mends that, too.
-    # Where it is right to 1/512 of a deviation it stands, so that y is what the textbook's formula gives.
-    moments, offset, _ = shifted_moments(how, wide, mask, shift)
-    return moments._replace(mean=jnp.where(abs2(offset) * 2.0**18 <= moments.var, shift, moments.mean))
+    if how.sharing == ALONE and one_device():
+        return lax.platform_dependent(x, mask, cpu=partial(_if_need_be, how), default=partial(_two_passes, how))
+    return _two_passes(how, x, mask)
 
 
-@two_pass_moments.defjvp
-def _two_pass_moments_jvp(how: Reduction, primals: tuple, tangents: tuple) -> tuple[Moments, Moments]:
-    wide, mask = primals
-    result = jax.tree.map(named, two_pass_moments(how, wide, mask))
-    return result, how.moments_dot(result, wide, mask, tangents[0])
+@example_moments.defjvp
+def _example_moments_jvp(how: Reduction, primals: tuple, tangents: tuple) -> tuple[Moments, Moments]:
+    x, _, mask = primals
+    result = jax.tree.map(named, example_moments(how, *primals))
+    x, mean = apart(x, result.mean)
+    return result, how.moments_dot(result._replace(mean=mean), x, mask, tangents[1])
 
 
+def _two_passes(how: Reduction, x: Array, mask: Array | None) -> Moments:
+    """The sum of many numbers far from zero is off by more than their mean's last digit: the second pass mends that."""
+    (x,) = apart(x)
+    _, shift = _mean(how, masked(widen(x), mask), mask)
+    (again,) = apart(shift)
+    return shifted_sums(how, x, mask, shift, again=again)[0].moments()
+
+
+def _if_need_be(how: Reduction, x: Array, mask: Array | None) -> Moments:
+    """One pass around zero, and a second one where some example's cancelled."""
+    features = jax.eval_shape(how.local_sum, widen(x)).shape
+    return guarded_moments(how, x, mask, jnp.zeros(features, widen(x).dtype))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def mean_square(
-    how: Reduction, wide: Inexact[Array, "..."], mask: Mask | None
+    how: Reduction, x: Inexact[Array, "..."], wide: Inexact[Array, "..."], mask: Mask | None
 ) -> tuple[Inexact[Array, "..."], Inexact[Array, "..."]]:
     r"""Returns how many elements count, and the mean of their squares :math:`\frac1n \sum_i |x_i|^2` (of none: 0)."""
-    count, square = _mean(how, abs2(masked(wide, mask)), mask)
-    return count, named(square)
+    (x,) = apart(x)
+    return _mean(how, abs2(masked(widen(x), mask)), mask)
+
+
+@mean_square.defjvp
+def _mean_square_jvp(how: Reduction, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    x, wide, mask = primals
+    count, square = mean_square(how, *primals)
+    (x,) = apart(x)
+    product = real_product(masked(widen(x), mask), masked(tangents[1], mask))
+    (dot,) = how.sharing.sum(how.local_sum(product))
+    return (count, named(square)), (jnp.zeros_like(count), 2 * dot / jnp.maximum(count, 1))
 
 
 def _mean(how: Reduction, x: Array, mask: Array | None) -> tuple[Array, Array]:

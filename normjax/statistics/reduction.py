@@ -53,6 +53,12 @@ class Reduction(NamedTuple):
     epsilon: float = 0.0
     groups: tuple[int, int] | None = None
 
+    def without(self, axes: tuple[int, ...]) -> Reduction:
+        """Returns the same of x without some axes that are not reduced."""
+        left = [axis - sum(dropped < axis for dropped in axes) for axis in self.axes]
+        groups = self.groups and (self.groups[0] - sum(dropped < self.groups[0] for dropped in axes), self.groups[1])
+        return self._replace(axes=tuple(left), groups=groups)
+
     def expand(self, statistic: Array) -> Array:
         """Gives a statistic the rank of x."""
         return jnp.expand_dims(statistic, self.axes)
@@ -93,15 +99,47 @@ class Reduction(NamedTuple):
                   d\sigma^2 = \frac2n \sum_i \mathrm{Re}\,\overline{(x_i - \mu)}\, dx_i
         """
         dx = masked(dx, mask)
-        centered = masked(x - self.expand(moments.mean), mask)
+        centered = masked(widen(x) - self.expand(moments.mean), mask)
         n = jnp.maximum(moments.count, 1)
-        mean_dot, var_dot = self.sharing.sum(self.local_sum(dx), self.local_sum(_real_product(centered, dx)))
+        mean_dot, var_dot = self.sharing.sum(self.local_sum(dx), self.local_sum(real_product(centered, dx)))
         return Moments(jnp.zeros_like(moments.count), mean_dot / n.astype(mean_dot.dtype), 2 * var_dot / n)
 
 
 def widen(x: Activations) -> Activations:
     """Casts to the precision that statistics are computed in: at least float32."""
     return x.astype(promote(x.dtype, jnp.float32))
+
+
+def apart(*arrays: Array) -> tuple[Array, ...]:
+    """Returns arrays as they are; on CPUs the compiler takes them for others.
+
+    XLA's reductions on CPUs cast, subtract and multiply on the fly (and read bfloat16 as it is), but not where the
+    result has another user: then it is written out first. Reductions of copies have their operands to themselves.
+    """
+    each = lambda *arrays: tuple(map(lax.optimization_barrier, arrays))  # noqa: E731
+    return lax.platform_dependent(*arrays, cpu=each, default=lambda *arrays: arrays)
+
+
+def apart_if_narrow(x: Array) -> Array:
+    """Returns x; apart, where a reduction casts it."""
+    return x if widen(x).dtype == x.dtype else apart(x)[0]
+
+
+def written_out(*arrays: Array) -> tuple[Array, ...]:
+    """Returns small arrays as they are; on CPUs they are stored before x meets them, and so are their gradients.
+
+    Else XLA computes them again for each element of x, or makes one slow fusion of the reductions of x and their uses.
+    Rounding to the precision that they have is what it does not fuse.
+    """
+
+    def rounded(array: Array) -> Array:
+        if jnp.iscomplexobj(array):
+            return array
+        kind = jnp.finfo(array.dtype)
+        return lax.reduce_precision(array, kind.nexp, kind.nmant)
+
+    each = lambda *arrays: tuple(map(rounded, arrays))  # noqa: E731
+    return lax.platform_dependent(*arrays, cpu=each, default=lambda *arrays: arrays)
 
 
 def masked(x: Array, mask: Mask | None) -> Array:
@@ -118,9 +156,9 @@ def named(value: Array, name: str = STATISTICS) -> Array:
 
 def abs2(x: Array) -> Array:
     """Returns |x|^2, real."""
-    return _real_product(x, x)
+    return real_product(x, x)
 
 
-def _real_product(a: Array, b: Array) -> Array:
+def real_product(a: Array, b: Array) -> Array:
     """Re(conj(a) b), without the complex product where both are real."""
     return a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b

@@ -11,6 +11,7 @@ else was tried, and measured.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Inexact
 
 from normjax._typing import Activations, Mask
-from normjax.statistics.reduction import Moments, Reduction, abs2, masked, named, widen
+from normjax.statistics.reduction import Moments, Reduction, abs2, apart_if_narrow, masked, named, widen
 from normjax.statistics.sharing import ALONE, Sharing, all_equal, fingerprint
 
 # A variance v found by way of an offset d from the shift carries an error of about (v + d^2) rounding errors.
@@ -57,59 +58,98 @@ def safe_moments(
     if shift is None:
         shift = jnp.zeros(features, wide.dtype)
     shift = jnp.broadcast_to(lax.stop_gradient(shift).astype(wide.dtype), features)
-    return _compiled(how, wide, lax.stop_gradient(x), mask, shift)
+    # XLA's reductions on CPUs are fastest over x as it is.
+    shift = lax.platform_dependent(shift, cpu=jnp.zeros_like, default=lambda shift: shift)
+    return _compiled(how, wide, x, mask, shift)
+
+
+def guarded_moments(how: Reduction, x: Array, mask: Array | None, shift: Array) -> Moments:
+    """One pass around `shift`; and where it cancelled, a second one, around the mean that the first one found."""
+    known_equal = how.sharing.knows_equal(shift)
+    riders = () if known_equal else (how.local_count(x, mask).astype(shift.dtype) * shift, fingerprint(shift))
+    first, summed = shifted_sums(how, x, mask, shift, riders=riders)
+    _, mean, var = first.moments()
+    unsafe = jnp.any(~(abs2(first.offset) <= TOLERATED_OFFSET * (var + how.epsilon)))
+    if not known_equal:
+        # Devices that came with different shifts (replicas that trained apart) agree on the mean, not on the variance.
+        agreed = all_equal(summed[1], how.sharing.size)
+        mean = jnp.where(agreed, mean, summed[0] / jnp.maximum(first.n, 1).astype(mean.dtype) + first.offset)
+        unsafe |= ~agreed
+
+    def second_pass(x: Array, mask: Array | None, mean: Array, _: Array) -> tuple[Array, Array]:
+        return shifted_sums(how, x, mask, mean)[0].moments()[1:]
+
+    # The predicate is made of sums over the devices alone, so all of them take the same branch,
+    # and the collective within it finds its partners.
+    mean, var = lax.cond(unsafe, second_pass, lambda x, mask, *first: first, x, mask, mean, var)
+    return Moments(first.n, mean, var)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _safe_moments(how: Reduction, wide: Array, x: Array, mask: Array | None, shift: Array) -> Moments:
-    """One pass around `shift`; and where it cancelled, a second one, around the mean that the first one found."""
-    known_equal = how.sharing.knows_equal(shift)
-    riders = () if known_equal else (how.local_count(x, mask).astype(shift.dtype) * shift, fingerprint(shift))
-    first, offset, summed = shifted_moments(how, wide, mask, shift, riders)
-    cancelled = ~(abs2(offset) <= TOLERATED_OFFSET * (first.var + how.epsilon))
-    unsafe = jnp.any(cancelled)
-    if not known_equal:
-        # Devices that came with different shifts (replicas that trained apart) agree on the mean, not on the variance.
-        agreed = all_equal(summed[1], how.sharing.size)
-        mean = summed[0] / jnp.maximum(first.count, 1).astype(wide.dtype) + offset
-        first = first._replace(mean=jnp.where(agreed, first.mean, mean))
-        unsafe |= ~agreed
-
-    def second_pass(x: Array, mask: Array | None, first: Moments) -> Moments:
-        return shifted_moments(how, widen(x), mask, first.mean)[0]
-
-    # The predicate is made of sums over the devices alone, so all of them take the same branch,
-    # and the collective within it finds its partners.
-    return lax.cond(unsafe, second_pass, lambda x, mask, first: first, x, mask, first)
+    return guarded_moments(how, x, mask, shift)
 
 
 @_safe_moments.defjvp
 def _safe_moments_jvp(how: Reduction, primals: tuple, tangents: tuple) -> tuple[Moments, Moments]:
     """The derivative knows nothing of shifts and branches."""
-    wide, x, mask, shift = primals
-    result = jax.tree.map(named, _safe_moments(how, wide, x, mask, shift))
-    return result, how.moments_dot(result, wide, mask, tangents[0])
+    _, x, mask, _ = primals
+    result = jax.tree.map(named, _safe_moments(how, *primals))
+    return result, how.moments_dot(result, apart_if_narrow(x), mask, tangents[0])
 
 
 # Compiled so that eager calls, too, trace and compile the branch once.
 _compiled = jax.jit(_safe_moments, static_argnums=0, inline=True)
 
 
-def shifted_moments(
-    how: Reduction, wide: Array, mask: Array | None, shift: Array, riders: tuple[Array, ...] = ()
-) -> tuple[Moments, Array, tuple[Array, ...]]:
-    """Returns the moments, the mean's offset from the shift, and the sums of what rode along in the collective."""
-    centered = masked(wide - how.expand(shift), mask)
-    # XLA's CPU reductions compute their input on the fly unless two of them share it: give each its own.
-    again = masked(wide - how.expand(lax.optimization_barrier(shift)), mask)
-    sums = how.local_sum(centered), how.local_sum(abs2(again))
+class Sums(NamedTuple):
+    """What a pass over x adds up, of the features' shape.
+
+    Attributes:
+      n: how many elements.
+      shift: what they are counted from.
+      total: the sum of `x - shift`.
+      squares: that of `|x - shift|^2`.
+    """
+
+    n: Array
+    shift: Array
+    total: Array
+    squares: Array
+
+    @property
+    def offset(self) -> Array:
+        """Of the mean from the shift."""
+        return self.total / jnp.maximum(self.n, 1).astype(self.total.dtype)
+
+    def moments(self) -> Moments:
+        """Returns what follows; of an empty set, the shift and 0."""
+        var = jnp.maximum(self.squares / jnp.maximum(self.n, 1) - abs2(self.offset), 0)
+        return Moments(self.n, self.shift + self.offset, var)
+
+
+def shifted_sums(
+    how: Reduction,
+    x: Array,
+    mask: Array | None,
+    shift: Array,
+    *,
+    again: Array | None = None,
+    riders: tuple[Array, ...] = (),
+) -> tuple[Sums, tuple[Array, ...]]:
+    """Returns the sums around a shift, and those of what rode along in the collective.
+
+    `again` is the shift once more, for the squares: x less the same shift would be one array, which XLA's CPU
+    reductions would have written out. Without it they share, which costs nothing where the shift is a constant zero.
+    """
+    again = shift if again is None else again
+    first = apart_if_narrow(x)
+    total = how.local_sum(masked(widen(first) - how.expand(shift), mask))
+    squares = how.local_sum(abs2(masked(widen(apart_if_narrow(first)) - how.expand(again), mask)))
     if mask is None:
-        count = how.local_count(wide, mask) * how.sharing.size
-        total, squares, *summed = how.sharing.sum(*sums, *riders)
+        count = how.local_count(x, mask) * how.sharing.size
+        total, squares, *summed = how.sharing.sum(total, squares, *riders)
     else:
-        total, squares, count, *summed = how.sharing.sum(*sums, how.local_count(wide, mask), *riders)
+        total, squares, count, *summed = how.sharing.sum(total, squares, how.local_count(x, mask), *riders)
     count += jnp.zeros_like(squares)  # of its shape, and sharded as it is on Explicit meshes
-    n = jnp.maximum(count, 1)
-    offset = total / n.astype(total.dtype)
-    var = jnp.maximum(squares / n - abs2(offset), 0)
-    return Moments(count, shift + offset, var), offset, tuple(summed)
+    return Sums(count, shift, total, squares), tuple(summed)

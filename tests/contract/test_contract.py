@@ -93,8 +93,8 @@ def test_scan_carries_the_statistics(layer, settings, train, rng):
 
 
 @both_modes
-def test_the_second_call_does_not_compile_again(layer, settings, train, rng):
-    params, batch_stats, x = arguments(layer, settings, rng)
+def test_the_second_call_neither_compiles_nor_transfers(layer, settings, train, rng):
+    params, batch_stats, x = jax.device_put(arguments(layer, settings, rng), jax.devices()[0])
     traces = []
 
     @jax.jit
@@ -102,8 +102,10 @@ def test_the_second_call_does_not_compile_again(layer, settings, train, rng):
         traces.append(None)
         return bind(layer, settings, train)(params, batch_stats, x)
 
-    for shift in range(3):
-        _, batch_stats = step(params, batch_stats, x + shift)
+    batches = [x + shift for shift in range(3)]
+    for i, x in enumerate(batches):
+        with jax.transfer_guard("allow" if i == 0 else "disallow"):
+            _, batch_stats = step(params, batch_stats, x)
     assert len(traces) == step._cache_size() == 1
 
 

@@ -94,13 +94,13 @@ def test_the_second_pass_is_taken_when_it_must_be_on_all_devices_at_once(offset,
     """Counts the passes that really run: on each device one, or two where the data lie far from the running mean."""
     from normjax.statistics import safe_moments as room
 
-    seen, original = [], room.shifted_moments
+    seen, original = [], room.shifted_sums
 
-    def counted(how, wide, *rest):
+    def counted(how, x, *rest, **named):
         jax.debug.callback(seen.append, lax.axis_index("data"))
-        return original(how, wide, *rest)
+        return original(how, x, *rest, **named)
 
-    monkeypatch.setattr(room, "shifted_moments", counted)
+    monkeypatch.setattr(room, "shifted_sums", counted)
     monkeypatch.setattr(room, "_compiled", room._safe_moments)
     jax.clear_caches()
     params, batch_stats = nj.batch_norm_init(2)

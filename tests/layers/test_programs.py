@@ -1,0 +1,80 @@
+"""What layers compile to: on a CPU no wide copy of a narrow x, elsewhere nothing of that; a branch on one device."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import normjax as nj
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHAPE = (16, 14, 14, 64)
+LAYERS = {
+    "batch_norm": (nj.batch_norm_init, nj.batch_norm),
+    "layer_norm": (nj.layer_norm_init, nj.layer_norm),
+    "rms_norm": (nj.rms_norm_init, nj.rms_norm),
+    "group_norm": (nj.group_norm_init, nj.group_norm),
+    "instance_norm": (nj.instance_norm_init, nj.instance_norm),
+}
+each_layer = pytest.mark.parametrize("layer", LAYERS)
+
+
+def traced(layer, shape=SHAPE, dtype=jnp.bfloat16):
+    init, apply = LAYERS[layer]
+    params, batch_stats = init(shape[-1])
+    return jax.jit(lambda x: apply(params, batch_stats, x, True)).trace(jax.ShapeDtypeStruct(shape, dtype))
+
+
+def entry(compiled):
+    return compiled.as_text().split("ENTRY")[1]
+
+
+@each_layer
+def test_a_cpu_writes_no_wide_copy_of_a_narrow_x(layer):
+    program = entry(traced(layer).lower().compile())
+    assert "bf16[16,14,14,64]" in program
+    assert not re.findall(r"%\S+ = f32\[16,14,14,64\]", program)
+
+
+@each_layer
+def test_other_platforms_know_nothing_of_it(layer):
+    program = traced(layer).lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.reduce" in program
+    assert "optimization_barrier" not in program
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("layer", ["layer_norm", "group_norm", "instance_norm"])
+def test_examples_share_a_branch_on_one_device_alone(layer, devices):
+    code = f"""
+from tests.layers.test_programs import entry, traced
+print(entry(traced("{layer}").lower().compile()).count(" conditional("))
+"""
+    assert in_process(devices, "-c", code).strip() == str(int(devices == 1))
+
+
+@pytest.mark.slow
+def test_the_family_on_one_device():
+    """What other tests say of these layers holds for the way that they go on one device, too."""
+    files = ["tests/layers/test_family_reference.py", "tests/contract/test_contract.py"]
+    layers = "(layer_norm or group_norm or instance_norm)"
+    chosen = f"{layers} and (formula or offset or constant or derivatives or masked or vmap)"
+    done = in_process(1, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen)
+    assert " passed" in done and "failed" not in done
+
+
+def in_process(devices, *arguments):
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "NORMJAX_TEST_DEVICES": str(devices)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
