@@ -36,10 +36,11 @@ format: $(VENV)/.dev
 docs: $(VENV)/.docs ## the site, in site/
 	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
-bench: $(VENV)/.bench ## layers and training steps against their peers, on this backend, in minutes
+bench: $(VENV)/.bench ## layers and training steps against their peers, on this backend, in half an hour
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/layers.py --suite sync
 	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/small.py
 	$(BIN)/python benchmarks/plot.py benchmarks/results/layers-cpu.json docs/pages/images/layers-cpu.svg
 
 bench-gpu: ## the whole table on a GPU, in one call under 8 minutes, by whatever $(PYTHON) has; installs nothing
@@ -48,6 +49,7 @@ bench-gpu: ## the whole table on a GPU, in one call under 8 minutes, by whatever
 bench-tpu: $(VENV)/.bench ## what TPU programs move and need, compiled here; no TPU, no noise, half an hour
 	$(BIN)/python benchmarks/formulations.py --tpu v5e:2x2 --batch 64
 	$(BIN)/python benchmarks/static.py
+	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory-v5e-1.json
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-tpu site

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from itertools import product
 from typing import Any
 
 import matplotlib
@@ -56,16 +57,17 @@ def draw(rows: list[dict[str, Any]], limit: float, heading: str) -> Any:
     for row in rows:
         panels.setdefault((row["case"]["mode"], row["case"]["dtype"]), []).append(row)
     names = list(dict.fromkeys(name for row in rows for name, got in row["peers"].items() if "ms" in got))
-    heights = [len(group) for group in panels.values()]
-    size = (9, 1.5 + 0.12 * (len(names) + 2) * sum(heights))
+    modes, dtypes = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
+    heights = [max(len(panels.get((mode, dtype), ())) for dtype in dtypes) for mode in modes]
+    size = (7 * len(dtypes), 1.5 + 0.07 * (len(names) + 2) * sum(heights))
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
+        len(modes), len(dtypes), figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
     )
-    for axis, ((mode, dtype), group) in zip(axes[:, 0], panels.items(), strict=True):
-        panel(axis, group, names, limit)
+    for axis, (mode, dtype) in zip(axes.flat, product(modes, dtypes), strict=True):
+        panel(axis, panels.get((mode, dtype), []), names, limit)
         axis.set_title(f"{mode}, {dtype}", loc="left", fontsize=9)
-    axes[-1, 0].set_xlabel("time, in multiples of the floor: bytes that must move / bandwidth of a copy")
-    axes[0, 0].legend(fontsize=7, ncols=4, loc="lower right", bbox_to_anchor=(1, 1.0))
+    figure.supxlabel("time, in multiples of the floor: bytes that must move / bandwidth of a copy", fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, ncols=5, loc="outside upper right")
     figure.suptitle(heading, fontsize=10)
     return figure
 
