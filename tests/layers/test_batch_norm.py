@@ -124,7 +124,8 @@ def test_a_nan_shows_at_evaluation_unless_it_is_masked(rng):
 def test_momentum_may_be_a_traced_schedule(rng):
     arguments = small(rng)
     traced = jax.jit(lambda momentum: nj.batch_norm(*arguments, True, momentum=momentum)[1])(jnp.float32(0.3))
-    assert_trees_close(traced, nj.batch_norm(*arguments, True, momentum=0.3)[1], rtol=4 * EPS)
+    # Two programs: whether a product and a difference are rounded once or twice shows in a variance around zero.
+    assert_trees_close(traced, nj.batch_norm(*arguments, True, momentum=0.3)[1], rtol=16 * EPS)
 
 
 def test_the_start_is_the_identity_at_evaluation_but_for_epsilon(rng):
