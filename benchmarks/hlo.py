@@ -38,14 +38,19 @@ def computations(text: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def in_branches(bodies: Mapping[str, str]) -> set[str]:
-    """Returns the computations that run in some branch of a conditional only, or are called from there."""
-    waiting = set()
+def branches(bodies: Mapping[str, str]) -> set[str]:
+    """Returns the computations that conditionals choose from."""
+    found = set()
     for body in bodies.values():
         for names in re.findall(r"branch_computations=\{([^}]*)\}", body):
-            waiting |= set(re.findall(r"[\w.\-]+", names))
-        waiting |= set(re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", body))
-    reached = set()
+            found |= set(_names(names))
+        found |= set(re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", body))
+    return found
+
+
+def in_branches(bodies: Mapping[str, str]) -> set[str]:
+    """Returns the computations that run in some branch of a conditional only, or are called from there."""
+    waiting, reached = branches(bodies), set()
     while waiting:
         name = waiting.pop()
         reached.add(name)
@@ -56,11 +61,7 @@ def in_branches(bodies: Mapping[str, str]) -> set[str]:
 def bytes_in_branches(compiled: Any) -> int:
     """Returns the bytes that instructions in branches of conditionals read and write; all count as taken."""
     bodies = computations(compiled.as_text())
-    called = "|".join(["branch_computations=\\{([^}]*)\\}", "(?:true|false)_computation=%?([\\w.\\-]+)"])
-    names = {
-        name for body in bodies.values() for groups in re.findall(called, body) for name in _names(",".join(groups))
-    }
-    return sum(_bytes_accessed(bodies[name]) for name in names)
+    return sum(_bytes_accessed(bodies[name]) for name in branches(bodies))
 
 
 def _bytes_accessed(body: str) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import pod
+import static
 import tpu
-from jax.sharding import SingleDeviceSharding
+from harness import records
 
 import normjax as nj
 
@@ -68,9 +68,8 @@ def training_step(batch_norm: Any, policy: Callable[..., bool] | None) -> tuple[
 def costs_of_step(batch_norm: Any, policy: Callable[..., bool] | None, device: Any) -> dict[str, Any]:
     """Compiles the step for the device and reads off what it costs."""
     step, arguments = training_step(batch_norm, policy)
-    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device))  # noqa: E731
     start = time.perf_counter()
-    compiled: Any = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*jax.tree.map(place, arguments)).compile()
+    compiled: Any = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*static.on(device, arguments)).compile()
     accessed = compiled.cost_analysis()["bytes accessed"]
     return {
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
@@ -127,10 +126,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     device = tpu.devices(options.topology)[0]
-    results: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+    results = records.header() | {
         "topology": f"one chip of {options.topology}",
-        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
         "batch": BATCH,
         "kept": {},
         "steps": {},

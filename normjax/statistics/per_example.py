@@ -52,8 +52,8 @@ def _two_passes(how: Reduction, x: Array, mask: Array | None) -> Moments:
 
 def _if_need_be(how: Reduction, x: Array, mask: Array | None) -> Moments:
     """One pass around zero, and a second one where some example's cancelled."""
-    features = jax.eval_shape(how.local_sum, widen(x)).shape
-    return guarded_moments(how, x, mask, jnp.zeros(features, widen(x).dtype))
+    sums = jax.eval_shape(lambda x: how.local_sum(widen(x)), x)
+    return guarded_moments(how, x, mask, jnp.zeros(sums.shape, sums.dtype))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

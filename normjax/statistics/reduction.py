@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -55,9 +56,8 @@ class Reduction(NamedTuple):
 
     def without(self, axes: tuple[int, ...]) -> Reduction:
         """Returns the same of x without some axes that are not reduced."""
-        left = [axis - sum(dropped < axis for dropped in axes) for axis in self.axes]
-        groups = self.groups and (self.groups[0] - sum(dropped < self.groups[0] for dropped in axes), self.groups[1])
-        return self._replace(axes=tuple(left), groups=groups)
+        groups = self.groups and (_place(self.groups[0], axes), self.groups[1])
+        return self._replace(axes=tuple(_place(axis, axes) for axis in self.axes), groups=groups)
 
     def expand(self, statistic: Array) -> Array:
         """Gives a statistic the rank of x."""
@@ -88,7 +88,7 @@ class Reduction(NamedTuple):
         if self.groups is None:
             return sums
         axis, size = self.groups
-        axis -= sum(reduced < axis for reduced in self.axes)
+        axis = _place(axis, self.axes)
         groups = sums.reshape(*sums.shape[:axis], -1, size, *sums.shape[axis + 1 :]).sum(axis + 1)
         return jnp.repeat(groups, size, axis)
 
@@ -105,6 +105,11 @@ class Reduction(NamedTuple):
         return Moments(jnp.zeros_like(moments.count), mean_dot / n.astype(mean_dot.dtype), 2 * var_dot / n)
 
 
+def _place(axis: int, dropped: tuple[int, ...]) -> int:
+    """Where an axis is once others are dropped."""
+    return axis - sum(other < axis for other in dropped)
+
+
 def widen(x: Activations) -> Activations:
     """Casts to the precision that statistics are computed in: at least float32."""
     return x.astype(promote(x.dtype, jnp.float32))
@@ -116,8 +121,7 @@ def apart(*arrays: Array) -> tuple[Array, ...]:
     XLA's reductions on CPUs cast, subtract and multiply on the fly (and read bfloat16 as it is), but not where the
     result has another user: then it is written out first. Reductions of copies have their operands to themselves.
     """
-    each = lambda *arrays: tuple(map(lax.optimization_barrier, arrays))  # noqa: E731
-    return lax.platform_dependent(*arrays, cpu=each, default=lambda *arrays: arrays)
+    return _on_cpus(lax.optimization_barrier, *arrays)
 
 
 def apart_if_narrow(x: Array) -> Array:
@@ -138,8 +142,14 @@ def written_out(*arrays: Array) -> tuple[Array, ...]:
         kind = jnp.finfo(array.dtype)
         return lax.reduce_precision(array, kind.nexp, kind.nmant)
 
-    each = lambda *arrays: tuple(map(rounded, arrays))  # noqa: E731
-    return lax.platform_dependent(*arrays, cpu=each, default=lambda *arrays: arrays)
+    return _on_cpus(rounded, *arrays)
+
+
+def _on_cpus(change: Callable[[Array], Array], *arrays: Array) -> tuple[Array, ...]:
+    """Changes each array where the program is compiled for CPUs, and there alone."""
+    return lax.platform_dependent(
+        *arrays, cpu=lambda *arrays: tuple(map(change, arrays)), default=lambda *arrays: arrays
+    )
 
 
 def masked(x: Array, mask: Mask | None) -> Array:

@@ -40,8 +40,8 @@ def safe_moments(
     """Returns the moments of `wide`, which is `x` in at least float32.
 
     Both are taken because of what XLA does with them: gradients flow through `wide`, so that they are added up before
-    they are rounded to the dtype of `x`; the branch of the second pass reads `x`, since an operand of a branch is
-    written out in the dtype that it has.
+    they are rounded to the dtype of `x`; reductions read `x`, each with a cast of its own, and so does the branch of
+    the second pass, since an operand of a branch is written out in the dtype that it has.
 
     Args:
       x: the input as it came.
