@@ -4,7 +4,7 @@
     y, batch_stats = nj.batch_norm(params, batch_stats, x, train=True)
 
 `normjax.linen` and `normjax.nnx`, the doors for Flax models, load on first use, and so do `normjax.convert`,
-`normjax.deploy` (with `fold_batch_norm`) and `normjax.optim`.
+`normjax.deploy` (with `fold_batch_norm`), `normjax.diagnostics` and `normjax.optim`.
 """
 
 import importlib
@@ -29,7 +29,7 @@ from normjax.statistics.running import update_batch_stats
 from normjax.statistics.synchronize import sync_batch_stats
 
 if TYPE_CHECKING:
-    from normjax import convert, deploy, linen, nnx, optim
+    from normjax import convert, deploy, diagnostics, linen, nnx, optim
     from normjax.deploy.fold_layer import fold_batch_norm
 
 __version__ = "0.1.0"
@@ -44,6 +44,7 @@ __all__ = [
     "batch_renorm_init",
     "convert",
     "deploy",
+    "diagnostics",
     "dynamic_tanh",
     "dynamic_tanh_init",
     "filter_response_norm",
@@ -71,7 +72,7 @@ __all__ = [
     "weights",
 ]
 
-_ROOMS = ("convert", "deploy", "linen", "nnx", "optim")
+_ROOMS = ("convert", "deploy", "diagnostics", "linen", "nnx", "optim")
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ def test_importing_normjax_loads_no_framework():
 
 
 def test_rooms_load_when_they_are_first_asked_for():
-    rooms = ("convert", "deploy", "linen", "nnx", "optim")
+    rooms = ("convert", "deploy", "diagnostics", "linen", "nnx", "optim")
     loaded = run("import sys, normjax; print(*sys.modules)")
     assert not {f"normjax.{room}" for room in rooms} & set(loaded)
     loaded = run("import sys, normjax; normjax.fold_batch_norm; print(*sys.modules)")

@@ -1,0 +1,21 @@
+"""What normalization does in a network of your own: its health, and the instruments of the field's findings.
+
+Pure functions that return NamedTuples; `normjax.diagnostics.plot` draws them, with matplotlib.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from normjax.diagnostics._findings import Finding
+
+if TYPE_CHECKING:
+    from normjax.diagnostics import plot as plot
+
+__all__ = ["Finding"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the plots, and matplotlib, when they are first asked for."""
+    if name == "plot":
+        return importlib.import_module("normjax.diagnostics.plot")
+    raise AttributeError(f"module 'normjax.diagnostics' has no attribute {name!r}")

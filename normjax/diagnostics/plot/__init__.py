@@ -1,0 +1,6 @@
+"""Draws what `normjax.diagnostics` measures; needs matplotlib (`pip install 'normjax[diagnostics]'`).
+
+Each function draws on `axes`, a new figure's if None is given, and returns the figure.
+"""
+
+__all__: list[str] = []
