@@ -1,0 +1,89 @@
+"""A traced network, and the questions that rules ask about it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from normjax.diagnostics._lint import flow
+from normjax.diagnostics._lint.graph import ROOT, Unknown, trace
+from normjax.diagnostics._lint.model import STATISTICS, Leaf, Model, name_of
+from normjax.diagnostics._lint.norms import Norm, find_norms
+
+
+class Network:
+    """A traced network.
+
+    Attributes:
+      graph: its values.
+      leaves: the names of the variables, by their values in the graph.
+      norms: its normalizations.
+      examples: by value, the axes along which examples lie.
+      devices: by value, the mapped axes over which it may differ.
+      sizes: of the mapped axes.
+    """
+
+    def __init__(self, model: Model, x: Any, sizes: Mapping[Hashable, int]):
+        self.sizes = dict(sizes)
+        self.graph, made = trace(model.function, model.variables, x, tuple(sizes.items()))
+        self.leaves = dict(zip(self.graph.leaves, model.names, strict=True))
+        self.norms = find_norms(self.graph, self.sizes)
+        self.examples = flow.examples(self.graph)
+        self.devices = flow.devices(self.graph, frozenset(sizes))
+        values = zip(self.graph.leaves, jax.tree.leaves(model.variables), strict=True)
+        self._values = {leaf: value for leaf, value in values if not isinstance(value, jax.ShapeDtypeStruct)}
+        paths = [name_of(path) for path, _ in jax.tree.leaves_with_path(made[1])]
+        self.updates = {Leaf("batch_stats", *path): new for path, new in zip(paths, self.graph.updates, strict=True)}
+        self._running = self._find_running()
+
+    def path(self, norm: Norm) -> str:
+        """Returns the path of a normalization: of its scale and bias, of its statistics, or where it was called."""
+        own = [self.leaves[leaf] for leaf in sorted(norm.leaves)]
+        layers = [leaf for leaf in own if leaf.collection == "params"] or self.running(norm) or own
+        if layers:
+            return layers[0].path
+        called = str(self.graph.nodes[norm.variance].eqn.source_info.name_stack)
+        return called or f"normalization {self.norms.index(norm)}"
+
+    def running(self, norm: Norm) -> list[Leaf]:
+        """Returns the running statistics that follow those of a normalization."""
+        return self._running.get(norm.y, [])
+
+    def over_examples(self, norm: Norm) -> bool:
+        """Whether statistics are of several examples together, as those of batch norm are."""
+        return bool(self.examples[norm.h] & norm.axes or norm.shared or self.running(norm))
+
+    def factors(self, norm: Norm, *, zeros: bool = False) -> list[Array]:
+        """Returns what y is multiplied by, or what that would be if its variables were 0; or raises Unknown."""
+        given: dict[int, Any] = dict(self._values)
+        if zeros:
+            given |= {leaf: jnp.zeros_like(self.graph.nodes[leaf].aval) for leaf in norm.leaves}
+        return [self.graph.value(number, given) for number in norm.factors]
+
+    def momentum(self, norm: Norm) -> float:
+        """Returns the weight of the old running statistics in the new ones; or raises Unknown."""
+        layer = next(iter(self.running(norm)))
+        (leaf,) = (leaf for leaf, name in self.leaves.items() if name == layer)
+        old = self.graph.nodes[leaf].aval
+        measured = {number: jnp.zeros_like(self.graph.nodes[number].aval) for number in norm.inside}
+        zero, one = (
+            self.graph.value(self.updates[layer], self._values | measured | {leaf: make(old)})
+            for make in (jnp.zeros_like, jnp.ones_like)
+        )
+        return float(jnp.max(one - zero))
+
+    def _find_running(self) -> dict[int, list[Leaf]]:
+        """Goes back from new statistics to the normalizations that measured them."""
+        found: dict[int, list[Leaf]] = {}
+        for layer, number in self.updates.items():
+            while layer.name in STATISTICS and number != ROOT:
+                owner = next((norm.y for norm in self.norms if number in norm.inside), None)
+                if owner is not None:
+                    found.setdefault(owner, []).append(layer)
+                    break
+                number = self.graph.above(number)
+        return found
