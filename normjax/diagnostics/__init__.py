@@ -7,11 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from normjax.diagnostics._findings import Finding
+from normjax.diagnostics.lint import Lint, lint
 
 if TYPE_CHECKING:
     from normjax.diagnostics import plot as plot
 
-__all__ = ["Finding"]
+__all__ = ["Finding", "Lint", "lint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -31,8 +31,8 @@ def cancelled_biases(network: Network) -> Iterator[Finding]:
                 name.path,
                 "cancelled-bias",
                 "note",
-                f"{name.name!r}, of shape {graph.nodes[leaf].shape}, is subtracted again with the mean by {norm}",
-                f"leave it out (use_bias=False): {norm} has a bias of its own",
+                f"{norm} subtracts the mean, and so cancels {name.name!r} of shape {graph.nodes[leaf].shape}",
+                "leave it out (use_bias=False); the normalization has a bias of its own",
             )
 
 

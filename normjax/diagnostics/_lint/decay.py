@@ -53,23 +53,24 @@ def decays(optimizer: Any, params: PyTree) -> PyTree[bool]:
         )
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         ones, twos = (jax.tree.map(lambda leaf, value=value: _filled(leaf, value), params) for value in (1.0, 2.0))
-        zeros = jax.tree.map(jnp.zeros_like, ones)
-        states = [optimizer.init(ones), optimizer.init(twos)]
-        step = jax.jit(lambda state, params: optimizer.update(zeros, state, params))
+        step = jax.jit(lambda state, params: optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params))
+        states = optimizer.init(ones), optimizer.init(twos)
         for _ in range(STEPS):
             (small, first), (large, second) = step(states[0], ones), step(states[1], twos)
             found = jax.tree.map(_differ, small, large)
             if any(jax.tree.leaves(found)):
                 break
-            states = [first, second]
+            states = first, second
         return found
 
 
 def _filled(leaf: Any, value: float) -> Any:
+    """Returns a leaf of the same rank, which masks may look at, with a single number."""
     dtype = jnp.result_type(leaf)
-    inexact = jnp.issubdtype(dtype, jnp.inexact)
-    return jnp.full(np.shape(leaf), value, jnp.promote_types(dtype, jnp.float64)) if inexact else leaf
+    wide = jnp.promote_types(dtype, jnp.float64) if jnp.issubdtype(dtype, jnp.inexact) else dtype
+    return jnp.full((1,) * jnp.ndim(leaf), value, wide)
 
 
 def _differ(small: Any, large: Any) -> bool:
-    return bool(jnp.any(jnp.isfinite(large - small) & (jnp.abs(large - small) > NOTHING)))
+    difference = np.asarray(large - small)
+    return bool(np.any(np.isfinite(difference) & (np.abs(difference) > NOTHING)))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 from jaxtyping import PyTree
 
@@ -167,11 +168,13 @@ class Graph:
                 index = self.value(condition, given)
             except Unknown:
                 return self.value(cases[-1], given)  # where something counts, say
-            if node.op == "branch" or not jnp.shape(index):
-                return self.value(cases[int(index)], given)
+            return lax.select_n(index, *(self.value(case, given) for case in cases))
         if node.op == "stack":
             return self.value(node.inputs[0], given)[None]
-        if node.eqn is None or len(node.eqn.outvars) > 1 or collective_axes(node):
+        if node.op == "optimization_barrier":
+            return self.value(node.inputs[0], given)
+        expensive = node.op in MIXING and node.kind == Kind.DATA
+        if node.eqn is None or node.eqn.primitive.multiple_results or collective_axes(node) or expensive:
             raise Unknown
         values = [self.value(each, given) for each in node.inputs]
         return node.eqn.primitive.bind(*values, **node.params)
@@ -246,7 +249,9 @@ class _Writer:
             return self.write(body, inputs)
         apart = name in ONE_BY_ONE and len(inputs) == len(eqn.outvars)
         each = [[number] for number in inputs] if apart else [inputs] * len(eqn.outvars)
-        return [self.graph.add(name, given, var.aval, params, eqn) for given, var in zip(each, eqn.outvars, strict=True)]
+        return [
+            self.graph.add(name, given, var.aval, params, eqn) for given, var in zip(each, eqn.outvars, strict=True)
+        ]
 
     def _scan(self, params: Mapping[str, Any], inputs: list[int]) -> list[int]:
         """Adds the body once: what it carries is unknown, or the variable that it starts from."""
@@ -257,7 +262,9 @@ class _Writer:
         taken = [self.graph.add("take", (number,), var.aval) for number, var in sliced]
         results = self.write(body, [*inputs[:consts], *carried, *taken])
         avals = [_stacked(self.graph.nodes[number].aval, params["length"]) for number in results[carries:]]
-        stacked = [self.graph.add("stack", (number,), aval) for number, aval in zip(results[carries:], avals, strict=True)]
+        stacked = [
+            self.graph.add("stack", (number,), aval) for number, aval in zip(results[carries:], avals, strict=True)
+        ]
         return [*results[:carries], *stacked]
 
     def _while(self, params: Mapping[str, Any], inputs: list[int]) -> list[int]:

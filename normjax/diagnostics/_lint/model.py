@@ -30,8 +30,8 @@ class Leaf(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The layer's path, as findings have it."""
-        return "/".join(self.layer) or "model"
+        """The layer's path, as findings have it; "/" where there is but one layer."""
+        return "/".join(self.layer) or "/"
 
 
 class Model(NamedTuple):

@@ -64,24 +64,33 @@ class Network:
             given |= {leaf: jnp.zeros_like(self.graph.nodes[leaf].aval) for leaf in norm.leaves}
         return [self.graph.value(number, given) for number in norm.factors]
 
-    def momentum(self, norm: Norm) -> float:
-        """Returns the weight of the old running statistics in the new ones; or raises Unknown."""
-        layer = next(iter(self.running(norm)))
+    def momenta(self) -> dict[int, float]:
+        """Returns the weight of the old running statistics in the new ones, by y, where it is known."""
+        found = jax.jit(lambda: {norm.y: self._momentum(norm) for norm in self.norms if self.running(norm)})()
+        return {y: float(momentum) for y, momentum in found.items() if not jnp.isnan(momentum)}
+
+    def _momentum(self, norm: Norm) -> Array:
+        """Returns by how much the new statistics move with the old, whatever is measured; NaN where that is unknown."""
+        layer = self.running(norm)[0]
         (leaf,) = (leaf for leaf, name in self.leaves.items() if name == layer)
-        old = self.graph.nodes[leaf].aval
-        measured = {number: jnp.zeros_like(self.graph.nodes[number].aval) for number in norm.inside}
-        zero, one = (
-            self.graph.value(self.updates[layer], self._values | measured | {leaf: make(old)})
-            for make in (jnp.zeros_like, jnp.ones_like)
-        )
-        return float(jnp.max(one - zero))
+        measured = {number: jnp.full_like(self.graph.nodes[number].aval, 2) for number in (norm.h, *norm.inside)}
+        try:
+            zero, one = (
+                self.graph.value(
+                    self.updates[layer], self._values | measured | {leaf: make(self.graph.nodes[leaf].aval)}
+                )
+                for make in (jnp.zeros_like, jnp.ones_like)
+            )
+        except Unknown:
+            return jnp.array(jnp.nan)
+        return jnp.max(one - zero)
 
     def _find_running(self) -> dict[int, list[Leaf]]:
         """Goes back from new statistics to the normalizations that measured them."""
         found: dict[int, list[Leaf]] = {}
-        for layer, number in self.updates.items():
+        for layer, number in sorted(self.updates.items(), key=lambda each: each[0].name):  # means before variances
             while layer.name in STATISTICS and number != ROOT:
-                owner = next((norm.y for norm in self.norms if number in norm.inside), None)
+                owner = next((norm.y for norm in self.norms if number == norm.h or number in norm.inside), None)
                 if owner is not None:
                     found.setdefault(owner, []).append(layer)
                     break

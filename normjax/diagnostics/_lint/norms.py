@@ -140,8 +140,11 @@ def _means(graph: Graph, h: int, region: set[int]) -> set[int]:
         product = node.op in ("mul", "dot_general") and len(data) > 1
         divisor = node.op == "div" and graph.nodes[node.inputs[1]].kind == Kind.DATA
         known = [given for given in data if given in linear]
-        if node.op in LINEAR | {"reduce_sum"} and known and not (product or divisor) and (
-            len(known) == len(data) or node.op == "branch"
+        if (
+            node.op in LINEAR | {"reduce_sum"}
+            and known
+            and not (product or divisor)
+            and (len(known) == len(data) or node.op == "branch")
         ):
             linear.add(number)
             if node.op in ("reduce_sum", "dot_general") or means & set(data):

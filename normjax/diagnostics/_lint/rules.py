@@ -57,37 +57,39 @@ def few_values(network: Network) -> Iterator[Finding]:
     """Yields batch norms whose statistics are over few values."""
     for norm in network.norms:
         if norm.values < FEWEST and network.over_examples(norm):
-            error = f"the variance is off by {math.sqrt(2 / (norm.values - 1)):.0%}" if norm.values > 1 else "it is 0"
+            off = (
+                f"off by {math.sqrt(2 / (norm.values - 1)):.0%} or so"
+                if norm.values > 1
+                else "0, whatever the input is"
+            )
             yield Finding(
                 network.path(norm),
                 "few-values",
                 "warning" if norm.values > 1 else "error",
-                f"a statistic is over {norm.values} value(s) of its input of shape {network.graph.nodes[norm.h].shape}"
-                f"{_devices(norm)}: {error}",
+                f"its input of shape {network.graph.nodes[norm.h].shape} has {norm.values} value{'s' * (norm.values > 1)} "
+                f"for each statistic{_devices(norm)}: variances are {off}",
                 "use a larger batch, share statistics over devices (axis_name), or take group norm or batch renorm",
             )
 
 
 def _devices(norm: Norm) -> str:
-    return f" and {', '.join(map(repr, norm.shared))}" if norm.shared else ""
+    return f", all over {', '.join(sorted(map(repr, norm.shared)))}" if norm.shared else ""
 
 
 def slow_momentum(network: Network, steps: int) -> Iterator[Finding]:
     """Yields running statistics that are still those of the initialization when training ends."""
+    momenta = network.momenta()
     for norm in network.norms:
-        try:
-            momentum = network.momentum(norm) if network.running(norm) else 0.0
-        except Unknown:
-            continue
+        momentum = momenta.get(norm.y, 0.0)
         if momentum < 1 and momentum**steps > REMAINDER:
             fast = math.floor(100 * REMAINDER ** (1 / steps)) / 100
             yield Finding(
                 network.path(norm),
                 "slow-momentum",
                 "warning",
-                f"after {steps} steps of momentum {momentum:.4g}, {momentum**steps:.0%} of its running statistics are "
-                "the initial mean 0 and variance 1",
-                f"use a momentum of at most {fast:g}, momentum=None (the mean over all batches), or nj.recalibrate",
+                f"{momentum**steps:.0%} of its running statistics will be initial values, by momentum {momentum:.4g} after "
+                f"{steps} steps",
+                f"use momentum={fast:g} or less, momentum=None (the mean over all batches), or nj.recalibrate at the end",
             )
 
 
@@ -103,11 +105,11 @@ def unsynced(network: Network) -> Iterator[Finding]:
                 "unsynced",
                 "warning",
                 f"the examples are split over the mapped axis {listed}, and its statistics are each device's own",
-                f"pass axis_name={listed} to it; or keep it so, and merge what devices have with nj.sync_batch_stats",
+                f"pass axis_name={listed} to it, or merge what each device has learned with nj.sync_batch_stats",
             )
 
 
-def residual_scale(network: Network) -> Iterator[Finding]:
+def residual_scales(network: Network) -> Iterator[Finding]:
     """Yields normalizations that end a residual branch, and start with a scale of 1."""
     for norm in network.norms:
         if _ends_a_branch(network.graph, norm) and _is_one(network, norm):
