@@ -60,8 +60,8 @@ def lint(
       sums, multiples, reshapes, casts and pooling. Batch norm cancels what is constant over examples and positions,
       instance norm what is constant over positions, layer and group norm what is constant over features, too; root mean
       square norms cancel nothing.
-    - `decayed-scale` (warning; asks for `optimizer`): a scale or bias of a normalization changes without a gradient, and
-      the more, the larger it is. Scales that are stored as what they differ from 1 by may decay.
+    - `decayed-scale` (warning; asks for `optimizer`): a scale or bias of a normalization changes without a gradient,
+      and the more, the larger it is. Scales that are stored as what they differ from 1 by may decay.
     - `dropout-before` (warning): the input of a batch norm was dropped out, directly or before the last linear layer.
       In training, the variance is larger by :math:`1 / \text{keep}` or so than at inference. Masks of whole examples,
       as of stochastic depth, and noise do not count.

@@ -74,7 +74,7 @@ def _reshaped(before: tuple[int, ...], after: tuple[int, ...], axes: Collection[
                 old.append(old[-1] + 1)
             else:
                 new.append(new[-1] + 1)
-        if set(old) & set(axes):
+        if any(axis in axes and (before[axis] != 1 or len(old) == 1) for axis in old):
             found |= {axis for axis in new if after[axis] != 1 or len(new) == 1}
         i, j = old[-1] + 1, new[-1] + 1
     return frozenset(found)

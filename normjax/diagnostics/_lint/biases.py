@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from normjax.diagnostics._findings import Finding
 from normjax.diagnostics._lint import flow
 from normjax.diagnostics._lint.axes import POOLING, Axes, spread
-from normjax.diagnostics._lint.graph import Graph, Kind
+from normjax.diagnostics._lint.graph import Kind
 from normjax.diagnostics._lint.network import Network
 from normjax.diagnostics._lint.norms import VIEWS, Norm
 

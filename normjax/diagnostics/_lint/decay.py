@@ -55,12 +55,12 @@ def decays(optimizer: Any, params: PyTree) -> PyTree[bool]:
         ones, twos = (jax.tree.map(lambda leaf, value=value: _filled(leaf, value), params) for value in (1.0, 2.0))
         step = jax.jit(lambda state, params: optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params))
         states = optimizer.init(ones), optimizer.init(twos)
+        found = jax.tree.map(lambda _: False, params)
         for _ in range(STEPS):
             (small, first), (large, second) = step(states[0], ones), step(states[1], twos)
-            found = jax.tree.map(_differ, small, large)
+            found, states = jax.tree.map(_differ, small, large), (first, second)
             if any(jax.tree.leaves(found)):
                 break
-            states = first, second
         return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -38,15 +39,14 @@ def devices(graph: Graph, names: frozenset[Hashable]) -> list[frozenset[Hashable
     for node in graph.nodes:
         own = names if node.op == "input" else frozenset()
         if node.op == "shard" and node.kind >= Kind.MASK:
-            own = frozenset(_flat(node.params["spec"]))
+            own = frozenset(_names(node.params["spec"]))
         summed = collective_axes(node) if node.op.startswith(SUMMING) else ()
         found.append(own.union(*(found[given] for given in node.inputs)) - frozenset(summed))
     return found
 
 
-def _flat(spec: object) -> list[Hashable]:
-    parts = spec if isinstance(spec, tuple) else (spec,)
-    return [name for part in parts for name in (_flat(part) if isinstance(part, tuple) else [part]) if name is not None]
+def _names(spec: Any) -> list[Hashable]:
+    return [name for part in spec if part is not None for name in (part if isinstance(part, tuple) else (part,))]
 
 
 def dropouts(graph: Graph, along: list[Axes]) -> set[int]:

@@ -104,7 +104,7 @@ def _collections(variables: Any) -> tuple[dict[str, PyTree], Callable[[dict[str,
         kind: Any = type(variables)  # Flax's FrozenDict, too
         return dict(variables), kind
     if isinstance(variables, tuple) and len(variables) == 2:
-        pair = dict(zip(("params", "batch_stats"), variables, strict=True))
+        pair = {"params": variables[0], "batch_stats": variables[1]}
         return pair, lambda collections: (collections["params"], collections["batch_stats"])
     alone = "batch_stats" if _is_updates(variables) else "params"
     return {alone: variables}, lambda collections: collections[alone]

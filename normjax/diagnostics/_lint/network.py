@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from normjax.diagnostics._lint import flow
-from normjax.diagnostics._lint.graph import ROOT, Unknown, trace
+from normjax.diagnostics._lint.graph import ROOT, Kind, Unknown
 from normjax.diagnostics._lint.model import STATISTICS, Leaf, Model, name_of
 from normjax.diagnostics._lint.norms import Norm, find_norms
+from normjax.diagnostics._lint.trace import trace
 
 
 class Network:
@@ -86,13 +87,30 @@ class Network:
         return jnp.max(one - zero)
 
     def _find_running(self) -> dict[int, list[Leaf]]:
-        """Goes back from new statistics to the normalizations that measured them."""
+        """Goes from old statistics to what they are put together with, and back to what measured that."""
         found: dict[int, list[Leaf]] = {}
-        for layer, number in sorted(self.updates.items(), key=lambda each: each[0].name):  # means before variances
-            while layer.name in STATISTICS and number != ROOT:
-                owner = next((norm.y for norm in self.norms if number == norm.h or number in norm.inside), None)
-                if owner is not None:
+        for leaf, layer in sorted(self.leaves.items(), key=lambda each: each[1].name):  # means before variances
+            if layer.name in STATISTICS and layer in self.updates:
+                owners = [owner for meeting in self._meetings(leaf) if (owner := self._measuring(meeting)) is not None]
+                for owner in dict.fromkeys(owners):
                     found.setdefault(owner, []).append(layer)
-                    break
-                number = self.graph.above(number)
         return found
+
+    def _meetings(self, leaf: int) -> list[int]:
+        """Returns the first activations that are made from a leaf."""
+        found, waiting = set(), [leaf]
+        while waiting:
+            for user in self.graph.users[waiting.pop()]:
+                if user not in found:
+                    found.add(user)
+                    waiting += [user] * (self.graph.nodes[user].kind != Kind.DATA)
+        return sorted(user for user in found if self.graph.nodes[user].kind == Kind.DATA)
+
+    def _measuring(self, number: int) -> int | None:
+        """Returns which normalization measured what a value is made from, by its y."""
+        while number != ROOT:
+            for norm in self.norms:
+                if number == norm.h or number in norm.inside:
+                    return norm.y
+            number = self.graph.above(number)
+        return None

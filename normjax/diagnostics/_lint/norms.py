@@ -11,12 +11,13 @@ from normjax.diagnostics._lint.graph import ROOT, Graph, Kind, collective_axes
 
 ROOTS = {"rsqrt": True, "sqrt": False, "pow": True}  # and whether what they make is an inverse
 VIEWS = {
-    "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "expand_dims", "name", "optimization_barrier", "pcast",
-    "pvary", "reduce_precision", "reshape", "shard", "sharding_constraint", "squeeze", "stop_gradient", "take", "transpose",
+    "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "expand_dims", "name", "optimization_barrier",
+    "pcast", "pvary", "reduce_precision", "reshape", "shard", "sharding_constraint", "squeeze", "stop_gradient",
+    "take", "transpose",
 }  # fmt: skip
 # What leaves a statistic one of the same thing, its scale apart.
 LINEAR = VIEWS | {"add", "sub", "neg", "mul", "div", "select_n", "branch", "psum", "psum_invariant", "dot_general"}
-ARITHMETIC = VIEWS | {"add", "sub", "mul", "div", "max", "neg", "select_n", "branch", "integer_pow", "mul"}
+ARITHMETIC = VIEWS | {"add", "sub", "mul", "div", "max", "neg", "select_n", "branch", "integer_pow"}
 
 
 class Norm(NamedTuple):
@@ -62,7 +63,7 @@ def find_norms(graph: Graph, sizes: dict[Hashable, int]) -> list[Norm]:
 def _from_root(graph: Graph, root: int, sizes: dict[Hashable, int]) -> Iterator[Norm]:
     """Follows the root of a variance to what is multiplied by its inverse."""
     (variance, *_) = graph.data(root)
-    waiting = [(root, ROOTS[graph.nodes[root].op], ())]
+    waiting: list[tuple[int, bool, tuple[int, ...]]] = [(root, ROOTS[graph.nodes[root].op], ())]
     seen = set()
     while waiting:
         number, inverse, scales = waiting.pop()

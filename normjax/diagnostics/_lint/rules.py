@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 
 from normjax.diagnostics._findings import Finding
 from normjax.diagnostics._lint import flow
-from normjax.diagnostics._lint.graph import ROOT, Graph, Kind, Unknown
+from normjax.diagnostics._lint.graph import ROOT, Graph, Unknown
 from normjax.diagnostics._lint.network import Network
 from normjax.diagnostics._lint.norms import VIEWS, Norm
 
@@ -56,7 +56,8 @@ def _layers_back_to(graph: Graph, start: int, wanted: set[int], ends: set[int]) 
 def few_values(network: Network) -> Iterator[Finding]:
     """Yields batch norms whose statistics are over few values."""
     for norm in network.norms:
-        if norm.values < FEWEST and network.over_examples(norm):
+        values, shape = norm.values, network.graph.nodes[norm.h].shape
+        if values < FEWEST and network.over_examples(norm):
             off = (
                 f"off by {math.sqrt(2 / (norm.values - 1)):.0%} or so"
                 if norm.values > 1
@@ -65,9 +66,9 @@ def few_values(network: Network) -> Iterator[Finding]:
             yield Finding(
                 network.path(norm),
                 "few-values",
-                "warning" if norm.values > 1 else "error",
-                f"its input of shape {network.graph.nodes[norm.h].shape} has {norm.values} value{'s' * (norm.values > 1)} "
-                f"for each statistic{_devices(norm)}: variances are {off}",
+                "warning" if values > 1 else "error",
+                f"its input of shape {shape} has {values} value{'s' * (values > 1)} for each statistic{_devices(norm)}:"
+                f" variances are {off}",
                 "use a larger batch, share statistics over devices (axis_name), or take group norm or batch renorm",
             )
 
@@ -87,9 +88,9 @@ def slow_momentum(network: Network, steps: int) -> Iterator[Finding]:
                 network.path(norm),
                 "slow-momentum",
                 "warning",
-                f"{momentum**steps:.0%} of its running statistics will be initial values, by momentum {momentum:.4g} after "
-                f"{steps} steps",
-                f"use momentum={fast:g} or less, momentum=None (the mean over all batches), or nj.recalibrate at the end",
+                f"after {steps} steps of momentum {momentum:.4g}, {momentum**steps:.0%} of its running statistics are "
+                "what they started from",
+                f"use momentum={fast:g} or less, momentum=None (the mean over all batches), or recalibrate in the end",
             )
 
 
