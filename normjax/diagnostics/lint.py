@@ -66,7 +66,8 @@ def lint(
       In training, the variance is larger by :math:`1 / \text{keep}` or so than at inference. Masks of whole examples,
       as of stochastic depth, and noise do not count.
     - `few-values` (warning; error for 1): a batch norm's statistics are over fewer than 16 values, ghost batches and
-      devices that share considered. Of n normal values the variance is off by :math:`\sqrt{2 / (n - 1)}`, 37% at 16.
+      devices that share considered (where groups of devices do, normjax's layers count as if all did). Of n normal
+      values the variance is off by :math:`\sqrt{2 / (n - 1)}`, 37% at 16.
     - `slow-momentum` (warning; asks for `steps`): :math:`\text{momentum}^\text{steps} > 0.01`, the part of the running
       statistics that is still their initial value at the end.
     - `unsynced` (warning; under a mapped axis): a batch norm's examples are split over the axis, and its statistics are

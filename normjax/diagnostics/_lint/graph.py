@@ -100,6 +100,15 @@ class Graph:
         self._constants[number] = value
         return number
 
+    def finish(self, outputs: list[int], updates: list[int]) -> None:
+        """Says what is returned, and forgets users that nothing of it is made from."""
+        self.outputs, self.updates = outputs, updates
+        needed = {*outputs, *updates}
+        for number in range(len(self.nodes) - 1, -1, -1):
+            if number in needed:
+                needed.update(self.nodes[number].inputs)
+        self.users = [[user for user in users if user in needed] for users in self.users]
+
     def data(self, number: int) -> list[int]:
         """Returns the activations that a value is made from."""
         return [given for given in self.nodes[number].inputs if self.nodes[given].kind == Kind.DATA]

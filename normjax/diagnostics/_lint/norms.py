@@ -16,7 +16,8 @@ VIEWS = {
     "take", "transpose",
 }  # fmt: skip
 # What leaves a statistic one of the same thing, its scale apart.
-LINEAR = VIEWS | {"add", "sub", "neg", "mul", "div", "select_n", "branch", "psum", "psum_invariant", "dot_general"}
+SHARED = {"psum", "psum_invariant", "all_gather"}
+LINEAR = VIEWS | SHARED | {"add", "sub", "neg", "mul", "div", "select_n", "branch", "dot_general"}
 ARITHMETIC = VIEWS | {"add", "sub", "mul", "div", "max", "neg", "select_n", "branch", "integer_pow"}
 
 
@@ -94,6 +95,7 @@ def _norm(
     if not _has_reduction(graph, graph.between(h, variance)):
         return None
     h = _uncentered(graph, h)
+    y = _shifted(graph, h, y)
     measuring = graph.between(h, variance)
     around = graph.between(h, y, avoiding=variance)
     end, more, biases = _affine(graph, y)
@@ -127,10 +129,24 @@ def _uncentered(graph: Graph, h: int) -> int:
     if not is_difference or above == ROOT or graph.nodes[above].size != graph.nodes[h].size:
         return h
     region = graph.between(above, h)
-    ops = {graph.nodes[number].op for number in region}
-    statistics = ops <= ARITHMETIC | LINEAR | REDUCING | {"square", "custom_jvp_call"} and bool(ops & REDUCING)
     means = _means(graph, above, region)
-    return above if statistics and any(number in means for number in graph.data(h)) else h
+    return above if _measures(graph, region) and any(number in means for number in graph.data(h)) else h
+
+
+def _shifted(graph: Graph, h: int, y: int) -> int:
+    """Goes on to where a multiple of the mean is subtracted, if it is behind the product."""
+    if len(users := graph.users[y]) != 1 or graph.nodes[users[0]].op not in ("add", "sub"):
+        return y
+    others = [number for number in graph.data(users[0]) if number != y]
+    if len(others) != 1 or graph.common(h, others[0]) != h:
+        return y
+    region = graph.between(h, others[0])
+    return users[0] if _measures(graph, region) and _means(graph, h, region) else y
+
+
+def _measures(graph: Graph, region: set[int]) -> bool:
+    """Whether nothing happens in a region but what makes statistics."""
+    return {graph.nodes[number].op for number in region} <= ARITHMETIC | REDUCING | {*ROOTS, *SHARED, "square"}
 
 
 def _means(graph: Graph, h: int, region: set[int]) -> set[int]:
