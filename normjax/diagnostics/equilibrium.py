@@ -134,7 +134,7 @@ def equilibrium(
 
 
 def _compared(predicted: np.ndarray, observed: np.ndarray) -> Compared:
-    return Compared(predicted, observed, observed / predicted)
+    return Compared(*map(np.asarray, (predicted, observed, observed / predicted)))
 
 
 def _steps(path: str, name: str, field: object) -> np.ndarray:
