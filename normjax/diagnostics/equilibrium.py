@@ -24,7 +24,7 @@ class Compared(NamedTuple):
     Attributes:
       predicted: by learning rate and weight decay.
       observed: over the history.
-      ratio: the observed by the predicted one.
+      ratio: the observed by the predicted one; infinite where zero is predicted, without gradients.
     """
 
     predicted: Float[np.ndarray, "..."]
@@ -134,7 +134,10 @@ def equilibrium(
 
 
 def _compared(predicted: np.ndarray, observed: np.ndarray) -> Compared:
-    return Compared(*map(np.asarray, (predicted, observed, observed / predicted)))
+    predicted, observed = np.asarray(predicted), np.asarray(observed)
+    # Nothing is predicted for a kernel without gradients but that it vanishes.
+    ratio = np.divide(observed, predicted, out=np.full_like(observed, np.inf), where=predicted > 0)
+    return Compared(predicted, observed, ratio)
 
 
 def _steps(path: str, name: str, field: object) -> np.ndarray:
