@@ -16,7 +16,7 @@ from rich.table import Table
 import normjax as nj
 from common import data, scaling_plot, training
 from common.interrupt import Interrupt
-from common.rotations import Recorded, Setting, Trainer
+from common.rotations import Recorded, Setting, Turning
 from common.study import Advance, Claim, Part, Study, conduct
 from common.units import UNITS, batch
 from common.vgg import vgg
@@ -58,9 +58,9 @@ class Scaling(Study):
         rate = options.learning_rate
 
         @cache
-        def trainer(kind: str) -> Trainer:
+        def trainer(kind: str) -> Turning:
             unit = batch(epsilon=TINY) if kind == "exact" else UNITS[kind]
-            return Trainer(vgg(unit, WIDTHS[options.data]), examples, options.batch_size, rate)
+            return Turning(vgg(unit, WIDTHS[options.data]), examples, options.batch_size, rate)
 
         def part(kind: str, setting: Setting, more: Callable[[Setting, Recorded], Run]) -> Part:
             return Part(options.steps, partial(self._train, lambda: trainer(kind), setting, more))
@@ -75,13 +75,13 @@ class Scaling(Study):
 
     def _train(
         self,
-        trainer: Callable[[], Trainer],
+        trainer: Callable[[], Turning],
         setting: Setting,
         more: Callable[[Setting, Recorded], Run],
         advance: Advance,
     ) -> Run:
         every = self.options.eval_every
-        recorded = trainer().run(
+        recorded = trainer().turn(
             setting, self.options.steps, every, lambda steps, accuracy: advance(steps, f"{accuracy:.1%}")
         )
         return setting._asdict() | curves(setting, recorded, every) | more(setting, recorded)
@@ -102,7 +102,7 @@ class Scaling(Study):
         """Returns the runs with decay, one by one."""
         title = "Angle of a step, observed by predicted: least and most of all kernels"
         table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
-        for heading in ("network", "lr", "wd", "predicted", "ratio", "loss", "test accuracy"):
+        for heading in ("network", "lr", "wd", "predicted", "ratio", "loss", "accuracy"):
             table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
         for name, found in self.named("rotation/").items():
             kernels = list(found["kernels"].values())
@@ -131,7 +131,7 @@ def settings(rate: float, kind: str) -> Iterator[Setting]:
             yield Setting(rate * factor, product / (rate * factor))
 
 
-def test(trainer: Trainer, advance: Advance) -> Run:
+def test(trainer: Turning, advance: Advance) -> Run:
     """Returns the numbers of the test for invariance, by kernel."""
     found = {path: numbers._asdict() for path, numbers in trainer.invariance().items()}
     advance(1, f"{sum(numbers['invariant'] for numbers in found.values())} of {len(found)} invariant")
@@ -211,7 +211,7 @@ def _test_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
 def _growth_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
     radial = [f"{kind} {found['radial']:.1g}" for kind, found in runs.items()]
     yield Claim("cosine of kernel and gradient, by that of chance", "0", "at most: " + ", ".join(radial))
-    excess = [f"{kind} {_excess(found):.1%}" for kind, found in runs.items()]
+    excess = [f"{kind} {100 * _excess(found):.1g}%" for kind, found in runs.items()]
     yield Claim("norms without decay, off the sum of squared steps", "0", "at most: " + ", ".join(excess))
     rates = {kind: found["effective_learning_rate"] for kind, found in runs.items() if kind in NORMALIZED}
     falls = [f"{kind} {rate[0] / rate[-1]:.1f} times" for kind, rate in rates.items()]

@@ -14,6 +14,7 @@ from common import report
 Runs = Mapping[str, Mapping[str, Any]]
 COLORS = {"batch": "C0", "layer": "C1", "weight norm": "C2", "none": "C7"}
 MARKERS = {"batch": "o", "layer": "s", "weight norm": "^", "none": "x"}
+GREYS = ("darkgrey", "dimgrey")
 LEAST = 0.02  # the smallest angle by the predicted one that is drawn
 
 
@@ -29,8 +30,9 @@ def draw(path: Path, title: str, caption: str, named: Callable[[str], Runs]) -> 
 def _growth(norms: Axes, rates: Axes, runs: Runs) -> None:
     for kind, found in runs.items():
         norms.plot([0, *found["steps"]], found["norm"], color=COLORS[kind], label=kind)
+        dots = "C7" if kind == "none" else "black"
+        norms.plot([0, *found["steps"]], found["explained"], color=dots, linestyle=":", linewidth=1.2)
         if kind != "none":
-            norms.plot([0, *found["steps"]], found["explained"], color="black", linestyle=":", linewidth=1.2)
             rates.plot([0, *found["steps"]], found["effective_learning_rate"], color=COLORS[kind], label=kind)
     _dress(norms, "without decay, kernels grow ...", "norm, by that at the start", log=False)
     _dress(rates, "... so their learning rate falls", "effective learning rate lr / norm²")
@@ -50,7 +52,7 @@ def _pairs(angles: Axes, losses: Axes, runs: Runs) -> None:
         if math.isclose(product, products[0]):
             color, width = f"C{i}", 1.5
         else:
-            color, width, label = "darkgrey", 1.0, f"{label} ({product / products[0]:.0f}x)"
+            color, width, label = GREYS[i % len(GREYS)], 1.0, f"{label} ({product / products[0]:.0f}x)"
         for axes, name in ((angles, "angle"), (losses, "loss")):
             axes.plot(found["steps"], found[name], color=color, linewidth=width, label=label, zorder=1 + width)
     for product in products:

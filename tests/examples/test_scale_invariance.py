@@ -10,7 +10,7 @@ import pytest
 from common import scaling
 from common.data import CLASSES
 from common.networks import Network
-from common.rotations import Recorded, Setting, Trainer, hidden_kernels
+from common.rotations import Recorded, Setting, Turning, hidden_kernels
 from common.training import Examples
 from common.units import UNITS
 from common.vgg import vgg
@@ -48,7 +48,7 @@ def dense(epsilon):
 def run(trainer, setting, steps=4, every=4):
     seen = []
     with jax.numpy_dtype_promotion("standard"):  # optax's
-        recorded = trainer.run(setting, steps, every, lambda steps, accuracy: seen.append(steps))
+        recorded = trainer.turn(setting, steps, every, lambda steps, accuracy: seen.append(steps))
     return recorded, seen
 
 
@@ -61,7 +61,7 @@ def test_hidden_kernels_are_all_but_the_last():
 
 
 def test_scaled_kernels_take_the_same_path_bit_for_bit(examples):
-    trainer = Trainer(dense(epsilon=scaling.TINY), (examples, examples), 8, 0.1)
+    trainer = Turning(dense(epsilon=scaling.TINY), (examples, examples), 8, 0.1)
     one, other = (run(trainer, scaling.scaled(0.1, c))[0] for c in (1, 4))
     assert_identical(other.losses, one.losses)
     assert_identical(other.history["hidden/kernel"].norm, 4 * one.history["hidden/kernel"].norm)
@@ -70,7 +70,7 @@ def test_scaled_kernels_take_the_same_path_bit_for_bit(examples):
 
 
 def test_kernels_have_a_rate_and_decay_of_their_own(examples):
-    trainer = Trainer(dense(epsilon=1e-5), (examples, examples), 8, 0.0)
+    trainer = Turning(dense(epsilon=1e-5), (examples, examples), 8, 0.0)
     recorded, seen = run(trainer, Setting(0.0, 3.0), steps=6)
     assert seen == [4, 2] and len(recorded.losses) == 6 and len(recorded.accuracies) == 2
     assert_identical(
