@@ -7,11 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from normjax.diagnostics._findings import Finding
+from normjax.diagnostics.report import LayerReport, Range, Report, report
 
 if TYPE_CHECKING:
     from normjax.diagnostics import plot as plot
 
-__all__ = ["Finding"]
+__all__ = ["Finding", "LayerReport", "Range", "Report", "report"]
 
 
 def __getattr__(name: str) -> Any:
