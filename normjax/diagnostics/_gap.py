@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _checks
-from normjax.diagnostics._findings import Finding
+from normjax.diagnostics._findings import Finding, Severity
 from normjax.diagnostics._layers import Layer, Values
 from normjax.diagnostics._rules import at_the_start, channels
 from normjax.statistics.models import STATISTICS, Layers, Model, open_model
@@ -112,7 +112,7 @@ def finding(layer: Layer, running: Values, batch: Values, gaps: np.ndarray, exam
     if at_the_start(running):
         advice = "Statistics are as at the start: train, or call nj.recalibrate, before inference"
         return Finding(layer.path, "train-eval-gap", "note", message, advice)
-    severity = "error" if gap >= max(ERROR, 2 * limit) else "warning"
+    severity: Severity = "error" if gap >= max(ERROR, 2 * limit) else "warning"
     return Finding(layer.path, "train-eval-gap", severity, message, _advice(running, batch))
 
 

@@ -138,7 +138,7 @@ def _place(path: Path) -> tuple[Path, str]:
 
 def _as_in_flax(node: dict[str, Any], labels: list[str]) -> dict[str, Any]:
     """The node with `scale` for a vector that PyTorch calls `weight`."""
-    if np.ndim(node.get("weight")) == 1 and ("mean" in node or _said(labels[:1])):
+    if "weight" in node and np.ndim(node["weight"]) == 1 and ("mean" in node or _said(labels[:1])):
         node["scale"] = node.pop("weight")
     return node
 

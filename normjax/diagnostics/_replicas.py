@@ -116,8 +116,10 @@ def _distances(stack: np.ndarray, name: str, stacks: Values, epsilon: float) -> 
     """How far each copy is from the median, at most: means in deviations, the rest in parts of the largest value."""
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # of medians of nothing but NaN
-        middle = np.nanmedian(stack.real, 0) + (1j * np.nanmedian(stack.imag, 0) if np.iscomplexobj(stack) else 0)
-        if name == "mean" and np.shape(stacks.get("var")) == stack.shape:
+        middle = np.nanmedian(np.real(stack), 0) + (
+            1j * np.nanmedian(np.imag(stack), 0) if np.iscomplexobj(stack) else 0
+        )
+        if name == "mean" and "var" in stacks and stacks["var"].shape == stack.shape:
             unit = np.sqrt(np.maximum(np.nanmedian(stacks["var"], 0), 0) + epsilon)
         else:
             unit = np.nanmax(np.abs(middle), initial=0.0) or 1.0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from normjax.diagnostics._findings import Finding
+from normjax.diagnostics._findings import Finding, Severity
 from normjax.diagnostics._layers import Layer, Values
 
 DEAD = 1e-2  # of epsilon: the layer's output varies by a tenth of what its scale says, and less
@@ -52,8 +52,13 @@ def _dead(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
         against = "" if dead.all() else f" against a median of {np.nanmedian(var[~dead]):.3g}"
         message = f"the input of {dead.sum()} of {dead.size} channels hardly varies: var up to {var[dead].max():.3g}"
         advice = "Look at what feeds them: dead ReLUs, kernels decayed to 0, constant inputs; revive or prune them"
-        severity = "error" if dead.all() else "warning"
-        yield Finding(layer.path, "dead-channels", severity, message + against + channels(dead), advice)
+        yield Finding(
+            layer.path,
+            "dead-channels",
+            "error" if dead.all() else "warning",
+            message + against + channels(dead),
+            advice,
+        )
 
 
 def _deaf(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
@@ -100,8 +105,8 @@ def _near_zero(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding
         return
     near = size <= NEAR_ZERO * _median(np.where(size > 0, size, np.nan))
     if near.any():
-        crossed = np.mean(scale.real < 0) >= BOTH_SIDES
-        severity = "note" if crossed or near.mean() < SHARE else "warning"
+        crossed = np.mean(np.real(scale) < 0) >= BOTH_SIDES
+        severity: Severity = "note" if crossed or near.mean() < SHARE else "warning"
         message = f"scale of {near.sum()} of {near.size} channels is near 0, up to {size[near].max():.3g} against "
         message += f"a median of {np.median(size[~near]):.3g}{channels(near)}"
         advice = "These channels add nothing: prune them; if that was not meant, leave scale out of weight decay"

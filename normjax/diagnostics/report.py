@@ -213,10 +213,10 @@ def _compared(
 def _row(layer: Layer, gaps: np.ndarray | None, found: list[Finding]) -> LayerReport:
     values = layer.values
     mean, var, scale = (_range(values[name]) if name in values else None for name in _RANGES)
-    own = [finding.severity for finding in found if finding.path == layer.path]
+    worst: Severity | None = next((finding.severity for finding in found if finding.path == layer.path), None)
     shape = next((values[name].shape for name in (*_RANGES, "bias") if name in values), ())
     gap = None if gaps is None else _gap.rms(gaps)
-    return LayerReport(layer.path, layer.kind, shape, mean, var, scale, gap, own[0] if own else None, values)
+    return LayerReport(layer.path, layer.kind, shape, mean, var, scale, gap, worst, values)
 
 
 def _range(values: np.ndarray) -> Range:
