@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import jax
 import numpy as np
 
 _OPTIMIZER = "opt_state"  # which may be twice as large as all else
+_LEFT_BEHIND = 0.3  # seconds, for reads of small files that fail after the first did
 _FOREIGN = {b"PK\x03\x04": "a zip archive, as of PyTorch or NumPy", b"\x89HDF": "HDF5, as of Keras"}
 
 
@@ -85,46 +89,42 @@ def _read_orbax(items: dict[str, Path]) -> Any:
     return trees.get("", trees)
 
 
-def _restore(folder: Path) -> dict[tuple[str, ...], np.ndarray]:
+def _restore(folder: Path) -> Any:
     """Returns the arrays of a tree as NumPy's, on whatever devices they were; the optimizer's are not read."""
     import orbax.checkpoint as ocp
 
     json.loads((folder / "_METADATA").read_text())  # whose error says more than Orbax's
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata: Any = checkpointer.metadata(folder.absolute())
+        if metadata.item_metadata is None:
+            raise UnreadableError(f"it is cut off or damaged: Orbax finds no arrays in {folder.name}")
         tree = metadata.item_metadata.tree
-        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
-        wanted = {path: leaf for path, leaf in leaves if _OPTIMIZER not in jax.tree_util.keystr(path[:1])}
-        part = _nested({tuple(_key(key) for key in path): leaf for path, leaf in wanted.items()})
-        restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
-        arguments = ocp.args.PyTreeRestore(item=part, restore_args=restore, partial_restore=True)
+        if isinstance(tree, Mapping):
+            tree = {name: inner for name, inner in tree.items() if name != _OPTIMIZER}
+        restore = jax.tree.map(
+            lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray if hasattr(leaf, "shape") else None), tree
+        )
+        arguments = ocp.args.PyTreeRestore(item=tree, restore_args=restore, partial_restore=True)
         return checkpointer.restore(folder.absolute(), args=arguments)
-
-
-def _nested(leaves: dict[tuple[Any, ...], Any]) -> Any:
-    tree: dict[Any, Any] = {}
-    for path, leaf in leaves.items():
-        inner = tree
-        for key in path[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[path[-1]] = leaf
-    return tree
-
-
-def _key(key: Any) -> Any:
-    return getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what Orbax logs about devices off the terminal: nothing goes to one."""
-    logger = logging.getLogger("absl")
+    """Keeps what Orbax says off the terminal: about devices, and, once it fails, about reads that it leaves behind."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception:
+        time.sleep(_LEFT_BEHIND)
+        raise
     finally:
         logger.setLevel(level)
+        sys.unraisablehook = hook
 
 
 def _first_line(error: Exception) -> str:

@@ -123,9 +123,11 @@ def _advice(running: Values, batch: Values) -> str:
     def position(mean: Any, var: Any) -> np.ndarray:
         return np.concatenate([np.ravel((mean - batch["mean"]) / np.sqrt(spread)), np.ravel(var / spread - 1)])
 
-    start, now = (np.nan_to_num(position(mean, var)) for mean, var in ((0, 1), (running["mean"], running["var"])))
-    left = np.vdot(start, now).real / max(np.vdot(start, start).real, np.finfo(float).tiny)
-    if 0.02 < left < 1 and np.linalg.norm(now - left * start) < 0.2 * np.linalg.norm(now):
+    start, now = position(0, 1), position(running["mean"], running["var"])
+    with np.errstate(all="ignore"):
+        left = np.real(np.vdot(start, now) / np.vdot(start, start))
+        between = np.linalg.norm(now - left * start) < 0.2 * np.linalg.norm(now)
+    if between and 0.02 < left < 1:
         return f"{left:.0%} of the start is left in them: train for longer, lower the momentum, or call nj.recalibrate"
     return "Call nj.recalibrate before inference; in training, lower the momentum or use larger batches"
 

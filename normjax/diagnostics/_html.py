@@ -104,10 +104,9 @@ def _axis(report: Report, name: str) -> tuple[float, float] | None:
     values = np.concatenate([_sizes(layer, name) for layer in report.layers])
     if not values.size:
         return None
-    values = np.clip(values, FLOOR, None)
-    return math.floor(np.log10(values.min())), max(
-        math.ceil(np.log10(values.max())), math.floor(np.log10(values.min())) + 1
-    )
+    powers = np.log10(np.clip(values, FLOOR, None))
+    low = math.floor(powers.min())
+    return low, max(math.ceil(powers.max()), low + 1)
 
 
 def _ticks(axis: tuple[float, float]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from normjax import _checks
 from normjax.diagnostics._findings import Finding
-from normjax.diagnostics._layers import Layer, Leaves, Values, of_models, to_numpy
+from normjax.diagnostics._layers import Layer, Leaves, of_models, to_numpy
 
 ROUNDING = 1e-6  # in deviations, or parts of the value: what float32 loses in sums of another order, no more
 _ALIKE = 0.5  # cosine of two copies' kernels: 0 for those of two layers, or two seeds
@@ -52,11 +52,13 @@ def replica(tree: Any, index: int = 0) -> Any:
 
 def diverged(layer: Layer, copies: int, epsilon: float) -> Finding | None:
     """Returns what there is to say about the copies of a layer, on the leading axis or on devices."""
+    stacks, var = layer.values, layer.values.get("var", np.ones(()))
     if copies:
-        stacks = layer.values
+        var = _median(var)
     else:
         stacks = {name: stack for name, leaf in layer.leaves.items() if (stack := _on_devices(leaf)) is not None}
-    apart = {name: _distances(stack, name, stacks, epsilon) for name, stack in stacks.items()}
+    deviation = np.sqrt(np.maximum(var, 0) + epsilon)
+    apart = {name: _distances(stack, deviation if name == "mean" else None) for name, stack in stacks.items()}
     apart = {name: distances for name, distances in apart.items() if distances.max() > ROUNDING}
     if not apart:
         return None
@@ -112,20 +114,23 @@ def _on_devices(leaf: Any) -> np.ndarray | None:
     return stack if len(whole) > 1 else None
 
 
-def _distances(stack: np.ndarray, name: str, stacks: Values, epsilon: float) -> np.ndarray:
-    """How far each copy is from the median, at most: means in deviations, the rest in parts of the largest value."""
-    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)  # of medians of nothing but NaN
-        middle = np.nanmedian(np.real(stack), 0) + (
-            1j * np.nanmedian(np.imag(stack), 0) if np.iscomplexobj(stack) else 0
-        )
-        if name == "mean" and "var" in stacks and stacks["var"].shape == stack.shape:
-            unit = np.sqrt(np.maximum(np.nanmedian(stacks["var"], 0), 0) + epsilon)
-        else:
-            unit = np.nanmax(np.abs(middle), initial=0.0) or 1.0
+def _distances(stack: np.ndarray, unit: np.ndarray | None) -> np.ndarray:
+    """How far each copy is from the median, at most, in this unit; None: in parts of the median's largest value."""
+    middle = _median(stack)
+    if unit is None:
+        unit = np.nanmax(np.abs(middle), initial=0.0) or np.ones(())
+    with np.errstate(invalid="ignore"):
         distance = np.abs(stack - middle) / unit
     distance = np.where(np.isnan(distance), np.where(np.isnan(stack) == np.isnan(middle), 0, np.inf), distance)
     return distance.reshape(len(stack), -1).max(1, initial=0.0)
+
+
+def _median(stack: np.ndarray) -> np.ndarray:
+    """The median of the copies, of real and imaginary parts alone; NaN where all are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of medians of nothing but NaN
+        real = np.nanmedian(np.real(stack), 0)
+        return real + 1j * np.nanmedian(np.imag(stack), 0) if np.iscomplexobj(stack) else real
 
 
 def _padded(distances: np.ndarray, apart: dict[str, np.ndarray]) -> np.ndarray:

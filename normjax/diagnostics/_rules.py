@@ -68,7 +68,8 @@ def _deaf(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
         yield Finding(layer.path, "dead-channels", "error", "alpha is 0: the output is the bias, whatever x is", advice)
     if "threshold" in values:
         scale, bias = values.get("scale", np.ones(1)), values.get("bias", np.zeros(1))
-        dead = np.atleast_1d(values["threshold"] > bias + 6 * np.abs(scale))  # mean squares are 1: so at most 1 in 36
+        # Mean squares are 1: above 6 is at most 1 in 36. Scales on their way from 0 are no concern of this rule.
+        dead = np.atleast_1d(values["threshold"] > bias + 6 * np.maximum(np.abs(scale), 0.1))
         if dead.any():
             message = f"{dead.sum()} of {dead.size} channels hardly ever exceed their threshold{channels(dead)}"
             yield Finding(layer.path, "dead-channels", "error" if dead.all() else "warning", message, advice)
@@ -100,7 +101,7 @@ def _near_zero(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding
     size = np.abs(scale)
     if size.size and (size.max() <= NEAR_ZERO):
         message = f"all {size.size} scales are 0" if size.max() == 0 else f"no scale is above {size.max():.3g}"
-        advice = "Right for the last of a residual branch at the start; after training, the branch does nothing"
+        advice = "Right at the start of a residual branch's last layer, or where 1 is added; else the layer is silent"
         yield Finding(layer.path, "zero-scale", "note", message, advice)
         return
     near = size <= NEAR_ZERO * _median(np.where(size > 0, size, np.nan))
@@ -108,13 +109,13 @@ def _near_zero(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding
         crossed = np.mean(np.real(scale) < 0) >= BOTH_SIDES
         severity: Severity = "note" if crossed or near.mean() < SHARE else "warning"
         message = f"scale of {near.sum()} of {near.size} channels is near 0, up to {size[near].max():.3g} against "
-        message += f"a median of {np.median(size[~near]):.3g}{channels(near)}"
+        message += f"a median of {np.nanmedian(size[~near]):.3g}{channels(near)}"
         advice = "These channels add nothing: prune them; if that was not meant, leave scale out of weight decay"
         yield Finding(layer.path, "near-zero-scale", severity, message, advice)
 
 
 def _not_stored(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
-    learned = [name for name in ("scale", "bias") if name in values and np.ptp(np.abs(values[name])) > 0]
+    learned = [name for name in ("scale", "bias") if name in values and len(np.unique(values[name])) > 1]
     if learned and at_the_start(values):
         message = f"mean is 0 and var is 1 as at the start, and {' and '.join(learned)} has been trained"
         advice = "Keep the batch_stats that each step returns; nj.recalibrate finds them for these weights"
