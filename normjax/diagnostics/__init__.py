@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from normjax.diagnostics._findings import Finding
 from normjax.diagnostics.equilibrium import Compared, Equilibrium, equilibrium
+from normjax.diagnostics.report import LayerReport, Range, Report, report
 from normjax.diagnostics.rotation import Rotation, rotation
 from normjax.diagnostics.scale_invariance import ScaleInvariance, scale_invariance
 
@@ -18,9 +19,13 @@ __all__ = [
     "Compared",
     "Equilibrium",
     "Finding",
+    "LayerReport",
+    "Range",
+    "Report",
     "Rotation",
     "ScaleInvariance",
     "equilibrium",
+    "report",
     "rotation",
     "scale_invariance",
 ]
