@@ -33,6 +33,7 @@ THOROUGH = {
     "test_checkpoints.py",
     "test_conditional.py",
     "test_domains.py",
+    "test_equilibrium.py",
     "test_export.py",
     "test_family.py",
     "test_family_reference.py",
@@ -58,6 +59,8 @@ THOROUGH = {
     "test_recalibrate_networks.py",
     "test_recurrent.py",
     "test_renormalize.py",
+    "test_rotation.py",
+    "test_scale_invariance.py",
     "test_speedup.py",
     "test_sync_per_example.py",
     "test_torch.py",
@@ -65,6 +68,7 @@ THOROUGH = {
     "test_train_resnet_parts.py",
     "test_transformations.py",
     "test_types.py",
+    "test_units.py",
     "test_weights.py",
 }
 
