@@ -7,11 +7,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from normjax.diagnostics._findings import Finding
+from normjax.diagnostics.batch_variance import BatchVariance, batch_variance
+from normjax.diagnostics.interactions import Interactions, interactions
+from normjax.diagnostics.leakage import Leakage, leakage
 
 if TYPE_CHECKING:
     from normjax.diagnostics import plot as plot
 
-__all__ = ["Finding"]
+__all__ = [
+    "BatchVariance",
+    "Finding",
+    "Interactions",
+    "Leakage",
+    "batch_variance",
+    "interactions",
+    "leakage",
+]
 
 
 def __getattr__(name: str) -> Any:

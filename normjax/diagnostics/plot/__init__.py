@@ -3,4 +3,6 @@
 Each function draws on `axes`, a new figure's if None is given, and returns the figure.
 """
 
-__all__: list[str] = []
+from normjax.diagnostics.plot.interactions import interactions
+
+__all__ = ["interactions"]
