@@ -65,6 +65,7 @@ THOROUGH = {
     "test_train_resnet_parts.py",
     "test_transformations.py",
     "test_types.py",
+    "test_units.py",
     "test_weights.py",
 }
 
