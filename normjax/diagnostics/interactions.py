@@ -27,7 +27,7 @@ class Interactions(NamedTuple):
     """
 
     matrix: Float[Array, "batch batch"]
-    per_example: Float[Array, "batch"]
+    per_example: Float[Array, " batch"]
     off_diagonal: Float[Array, ""]
     standard_error: Float[Array, ""]
 
@@ -45,9 +45,8 @@ def interactions(
               \text{off-diagonal} = \frac{\sum_{i \ne j} M_{ij}}{\sum_{ij} M_{ij}}
 
     It is exactly 0 for a network without batch statistics. Of one batch norm behind a linear map, whose Jacobian is
-    :math:`(\delta_{ij} - \frac1n - \frac1n \hat x_i \hat x_j) / \sigma` for each feature, it is about 2/n: nearly nothing
-    between any two of n examples, but something for all. Layers add up, and an attention over the batch, or a
-    contrastive head, shows as what it is.
+    :math:`(\delta_{ij} - \frac1n - \frac1n \hat x_i \hat x_j) / \sigma` for each feature, it is about 2/n: nearly
+    nothing between any two of n examples, but something for all. Layers add up.
 
     Exactly, by `batch * min(features of y_i, features of x_j)` derivatives. With `probes`, estimated without bias by
     `batch * probes` of them, with random signs v (Hutchinson's estimator):
@@ -77,7 +76,7 @@ def interactions(
       >>> params, batch_stats = nj.batch_norm_init(4)
       >>> found = nj.diagnostics.interactions(lambda x: nj.batch_norm(params, batch_stats, x, True)[0], x)
       >>> print(f"{found.off_diagonal:.2f}")  # about 2 / 16
-      0.13
+      0.12
       >>> print(nj.diagnostics.interactions(lambda x: nj.layer_norm({}, {}, x, True)[0], x).off_diagonal)
       0.0
 
@@ -86,13 +85,12 @@ def interactions(
       Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1990).
     """
     x = check_examples("interactions", "x", x)
-    _check_probes(probes, key)
     apply = compiled(function)
     y = jax.eval_shape(apply, x)
     check_rows("interactions", "function", y, len(x))
     check_finite("interactions", "function(x)", apply(x))
     if probes is not None:
-        samples = _sampled(apply, x, y, probes, key)
+        samples = _sampled(apply, x, y, probes, _checked(probes, key))
     elif math.prod(y.shape) <= x.size:
         samples = _by_outputs(apply, x, y)[None]
     else:
@@ -122,9 +120,7 @@ def _by_inputs(apply: Callable[[Array], Array], x: Array) -> Array:
     return jnp.stack([push(j, directions) for j in range(len(x))], axis=1)
 
 
-def _sampled(
-    apply: Callable[[Array], Array], x: Array, y: jax.ShapeDtypeStruct, probes: int, key: PRNGKey | None
-) -> Array:
+def _sampled(apply: Callable[[Array], Array], x: Array, y: jax.ShapeDtypeStruct, probes: int, key: PRNGKey) -> Array:
     """An estimate of the matrix for each probe, `(probes, batch, batch)`."""
     signs = jax.random.rademacher(key, (len(x), probes, math.prod(y.shape[1:])), y.dtype)
     pull = _pull(apply, x, y)
@@ -151,6 +147,7 @@ def _masses(derivative: Array) -> Array:
     return (wide(derivative).reshape(len(derivative), -1) ** 2).sum(-1)
 
 
+@jax.jit
 def _summary(samples: Array) -> Interactions:
     others = jnp.where(jnp.eye(samples.shape[-1], dtype=bool), 0, samples)
     matrix, rows = samples.mean(0), samples.sum(-1).mean(0)
@@ -168,9 +165,8 @@ def _share(part: Array, whole: Array) -> Array:
     return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 
 
-def _check_probes(probes: int | None, key: PRNGKey | None) -> None:
-    if probes is None:
-        return
+def _checked(probes: int, key: PRNGKey | None) -> PRNGKey:
+    """Returns the key; refuses too few probes, and none to draw them with."""
     if (_checks.positive_int(probes) or 0) < 2:
         _checks.refuse(
             "interactions",
@@ -187,3 +183,4 @@ def _check_probes(probes: int | None, key: PRNGKey | None) -> None:
             got=f"key=None for probes={probes}",
             fix="Pass a key, or leave probes out for the exact matrix",
         )
+    return key

@@ -25,7 +25,7 @@ class Leakage(NamedTuple):
       together: share of queries whose most similar key of all is their own, each key on its query's device.
       apart: that share with the keys dealt to devices at random.
       same_device: with keys together, share of queries whose most similar key *but their own* is of their device.
-      chance: that share where devices cannot be told: `(n - 1) / (batch - 1)` for n queries a device.
+      chance: that share where devices leave no trace: `(n - 1) / (batch - 1)` for n queries a device.
     """
 
     leak: Float[Array, ""]
@@ -56,14 +56,15 @@ def leakage(
     .. math:: \text{leak} = \Pr\Bigl[\arg\max_j \cos(q_i, k_j) = i \Bigr]_\text{together}
                           - \Pr\Bigl[\arg\max_j \cos(q_i, k_j) = i \Bigr]_\text{keys shuffled over devices}
 
-    Positive where statistics help. A network need not have been trained for it: small batches give themselves away. But
-    what training makes of it is what costs accuracy: compare before and after. Beside it, whether devices can be told
-    at all: `same_device` above `chance`.
+    Positive where statistics help. In small batches they may without any training: a query and its key are distorted
+    alike. What training makes of it is what costs accuracy: compare before and after. Negative where statistics hide
+    more than they give away. Beside it, whether devices leave a trace at all: `same_device` off `chance`, above it
+    where they share a shift, below it where the removal of their mean pushes examples apart.
 
     Args:
-      function: `function(queries, keys) -> (q, k)`, of what one device holds to their embeddings `(n, features)` each, in
-        *training* mode and without the new statistics: with one batch of both views as in SimCLR, with one each and two
-        encoders as in MoCo. It runs under `jax.vmap` over the devices, and may share statistics over `axis_name`.
+      function: `function(queries, keys) -> (q, k)`, from what one device holds to embeddings `(n, features)` of each,
+        in *training* mode and without the new statistics: one batch of both views as in SimCLR, or two encoders with
+        one each as in MoCo. It runs under `jax.vmap` over the devices, and may share statistics over `axis_name`.
       queries: the first views, floating-point; devices hold them in turn, `batch / devices` each.
       keys: the second views, of the same images in the same order.
       devices: how many; they are simulated.
@@ -79,17 +80,18 @@ def leakage(
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
-      >>> queries = jax.random.normal(jax.random.key(0), (64, 8))
-      >>> keys = queries + 0.5 * jax.random.normal(jax.random.key(1), queries.shape)  # two views
+      >>> queries = jax.random.normal(jax.random.key(0), (128, 8))
+      >>> keys = queries + 0.3 * jax.random.normal(jax.random.key(1), queries.shape)  # two views
       >>> def function(queries, keys, axis_name=None):
-      ...     x = jnp.concatenate([queries, keys])
-      ...     y, _ = nj.batch_norm(*nj.batch_norm_init(8), x, True, axis_name=axis_name)
-      ...     return jnp.split(y, 2)
-      >>> of_devices = nj.diagnostics.leakage(function, queries, keys, devices=16, key=jax.random.key(2))
-      >>> print(of_devices.leak > 2 * of_devices.standard_error)
+      ...     params, batch_stats = nj.batch_norm_init(8)
+      ...     q, _ = nj.batch_norm(params, batch_stats, queries, True, axis_name=axis_name)
+      ...     k, _ = nj.batch_norm(params, batch_stats, keys, True, axis_name=axis_name)
+      ...     return q, k
+      >>> alone = nj.diagnostics.leakage(function, queries, keys, devices=32, key=jax.random.key(2))
+      >>> print(bool(alone.leak > 4 * alone.standard_error))
       True
       >>> synced = lambda queries, keys: function(queries, keys, "devices")
-      >>> print(nj.diagnostics.leakage(synced, queries, keys, devices=16, key=jax.random.key(2)).leak)
+      >>> print(nj.diagnostics.leakage(synced, queries, keys, devices=32, key=jax.random.key(2)).leak)
       0.0
 
     References:
