@@ -30,7 +30,7 @@ from common.arguments import Parser, number
 from common.interrupt import run
 
 DEFAULTS = {
-    "digits": {"seeds": 1, "steps": 600, "eval_every": 100, "batch_size": 32, "learning_rate": 0.003},
+    "digits": {"seeds": 1, "steps": 400, "eval_every": 50, "batch_size": 32, "learning_rate": 0.003},
     "mnist": {"seeds": 1, "steps": 2000, "eval_every": 200, "batch_size": 64, "learning_rate": 0.003},
     "cifar10": {"seeds": 1, "steps": 20000, "eval_every": 1000, "batch_size": 256, "learning_rate": 0.002},
 }

@@ -87,7 +87,7 @@ class Encoder(NamedTuple):
 
 
 def augment(key: Array, images: Array) -> Array:
-    """Returns a view of each image, pixels from 0 to 1: another crop, contrast and noise; of colour ones, hue and side."""
+    """Returns a view of each image, pixels from 0 to 1: another crop, contrast and noise; in colour, hue and side."""
     return jax.vmap(_view)(jax.random.split(key, len(images)), images)
 
 

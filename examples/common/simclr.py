@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import rich.box
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.axes import Axes
 from rich.table import Table
 
@@ -47,10 +47,12 @@ class Trainer:
         self.labels = tuple(jnp.asarray(labels, jnp.int32) for labels in (images.train_labels, images.test_labels))
         self.optimizer = optax.adam(optax.cosine_decay_schedule(options.learning_rate, options.steps))
         mesh = Mesh(np.array(jax.devices()[: options.devices]), (AXIS,))
+        self.everywhere = NamedSharding(mesh, WHOLE)
         self._steps = jax.jit(
             jax.shard_map(self._take_steps, mesh=mesh, in_specs=(WHOLE, WHOLE, SPLIT, WHOLE), out_specs=(WHOLE, WHOLE))
         )
         self._features = jax.jit(lambda params, stats, x: self.encoder.features(params, stats, x, False)[0])
+        self._leakage = jax.jit(self.leakage)
 
     def run(self, seed: int, advance: Advance) -> dict[str, Any]:
         """Trains, and evaluates before, every so many steps, and after the last."""
@@ -58,9 +60,10 @@ class Trainer:
         curves: dict[str, list[float]] = {}
 
         def evaluate(found: float) -> None:
-            leakage = self.leakage(state)
-            values = {"step": done, "found in training": found, "probe": self.probe(state)}
-            for name, value in (values | {name: float(of) for name, of in leakage._asdict().items()}).items():
+            on_one = jax.device_put(state, jax.devices()[0])
+            values = {"step": done, "found in training": found, "probe": self.probe(on_one)}
+            leakage = {name: float(value) for name, value in self._leakage(on_one, self.test)._asdict().items()}
+            for name, value in (values | leakage).items():
                 curves.setdefault(name, []).append(value)
 
         evaluate(0.0)
@@ -74,7 +77,7 @@ class Trainer:
     def init(self, seed: int) -> State:
         """Returns the state that training starts from: the same kernels for each way."""
         params, batch_stats = self.encoder.init(jax.random.key(seed), self.train.shape[-1])
-        return State(params, batch_stats, self.optimizer.init(params))
+        return jax.device_put(State(params, batch_stats, self.optimizer.init(params)), self.everywhere)
 
     def _batches(self, seed: int) -> Iterator[tuple[np.ndarray, Array]]:
         """Yields rows `(steps, batch)`, the same for each way, and a key for the views."""
@@ -119,17 +122,18 @@ class Trainer:
         keys, batch_stats = self.encoder.embed(params, batch_stats, second, True)
         return queries, keys, batch_stats
 
-    def leakage(self, state: State) -> nj.diagnostics.Leakage:
+    def leakage(self, state: State, images: Array) -> nj.diagnostics.Leakage:
         """Returns what a device's statistics give away, with as many examples a device as in training."""
         of_device = self.options.batch_size // self.options.devices
-        count = min(LEAKAGE_EXAMPLES, len(self.test)) // of_device * of_device
-        queries, keys = (augment(jax.random.key(view), self.test[:count]) for view in range(2))
+        count = min(LEAKAGE_EXAMPLES, len(images)) // of_device * of_device
+        queries, keys = (augment(jax.random.key(view), images[:count]) for view in range(2))
         return nj.diagnostics.leakage(
             lambda *views: self._embed(state.params, state.batch_stats, *views)[:2],
             queries,
             keys,
             devices=count // of_device,
             key=jax.random.key(0),
+            shuffles=2,
             axis_name=AXIS,
         )
 
@@ -158,9 +162,9 @@ class Contrast(Study):
     name = "contrastive"
     source = "Chen et al. 2020 (SimCLR) and He et al. 2020 (MoCo)"
     caption = (
-        "What to see: left, a solid line far above the dashed one of its colour: the network finds keys by their devices'"
-        " statistics, and no longer does when keys are dealt to other devices. Synced, the two are one line. Right, what"
-        " that costs: the accuracy of a linear classifier on the features."
+        "What to see: left, a solid line far above the dashed one of its colour: keys are found by the statistics of"
+        " their devices, and no longer are when dealt to other devices. Synced, the two lines are one. Right, what that"
+        " costs: the accuracy of a linear classifier on the features."
     )
     pixels = 0.0
 
@@ -217,8 +221,8 @@ class Contrast(Study):
         return [
             Claim(
                 "leak: keys found beside their queries, less those found when dealt to other devices",
-                "per-device statistics let the network find keys without better features; shuffled keys (MoCo) or shared"
-                " statistics (SimCLR) do not",
+                "per-device statistics let the network find keys without better features; shuffled keys (MoCo) or"
+                " shared statistics (SimCLR) do not",
                 of_all("leak"),
             ),
             Claim(
@@ -255,7 +259,7 @@ class Contrast(Study):
 
 
 def simulate(devices: int) -> None:
-    """Asks for so many CPU devices, where JAX has not started yet; raises DataError where there are fewer in the end."""
+    """Asks for so many CPU devices, where JAX has not started yet; refuses to go on with fewer."""
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", devices)
     if len(jax.devices()) < devices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -103,45 +104,43 @@ def leakage(
     batch = len(queries)
     apply = jax.jit(jax.vmap(compiled(function), axis_name=axis_name))
 
-    def similarities(order: Array) -> Array:
-        """Cosines of each query with each key, where the keys were dealt to the devices in this order."""
-        q, k = apply(_dealt(queries, devices), _dealt(keys[order], devices))
-        return _unit(q, "q") @ _unit(k, "k")[jnp.argsort(order)].T
+    def dealt(views: Array) -> Array:
+        return views.reshape(devices, -1, *views.shape[1:])
 
-    order = jnp.arange(batch)
-    _check_embeddings(jax.eval_shape(apply, _dealt(queries, devices), _dealt(keys, devices)), batch // devices)
-    cosines = similarities(order)
-    orders = [jax.random.permutation(own, batch) for own in jax.random.split(key, shuffles)]
-    together = _found(cosines)
-    apart = jnp.stack([_found(similarities(order)) for order in orders]).mean(0)
-    others = jnp.where(jnp.eye(batch, dtype=bool), -jnp.inf, cosines).argmax(-1)
-    n = batch // devices
+    _check_embeddings(jax.eval_shape(apply, dealt(queries), dealt(keys)), batch // devices)
+    shuffled = [jax.random.permutation(own, batch) for own in jax.random.split(key, shuffles)]
+    orders = jnp.stack([jnp.arange(batch), *shuffled])
+    q, k = jax.vmap(lambda order: apply(dealt(queries), dealt(keys[order])))(orders)
+    check_finite("leakage", "q", q)
+    check_finite("leakage", "k", k)
+    return _summary(q, k, orders, batch // devices)
+
+
+@partial(jax.jit, static_argnames="n")
+def _summary(q: Array, k: Array, orders: Array, n: int) -> Leakage:
+    """Of embeddings `(orders, devices, n, ...)`, where the keys were dealt to the devices in these orders."""
+    _, batch = orders.shape
+    cosines = jax.vmap(lambda q, k, order: _unit(q, batch) @ _unit(k, batch)[jnp.argsort(order)].T)(q, k, orders)
+    rows = jnp.arange(batch)
+    found = (cosines.argmax(-1) == rows).astype(cosines.dtype)
+    together, apart = found[0], found[1:].mean(0)
+    others = jnp.where(jnp.eye(batch, dtype=bool), -jnp.inf, cosines[0]).argmax(-1)
     leak = together - apart
     return Leakage(
         leak=leak.mean(),
         standard_error=leak.std(ddof=1) / math.sqrt(batch),
         together=together.mean(),
         apart=apart.mean(),
-        same_device=(others // n == order // n).astype(leak.dtype).mean(),
+        same_device=(others // n == rows // n).astype(leak.dtype).mean(),
         chance=jnp.asarray((n - 1) / (batch - 1), leak.dtype),
     )
 
 
-def _dealt(views: Array, devices: int) -> Array:
-    return views.reshape(devices, -1, *views.shape[1:])
-
-
-def _unit(embedded: Array, name: str) -> Array:
-    """Embeddings of all devices `(batch, features)`, of length 1."""
-    check_finite("leakage", name, embedded)
-    rows = wide(embedded).reshape(embedded.shape[0] * embedded.shape[1], -1)
+def _unit(embedded: Array, batch: int) -> Array:
+    """Embeddings of all devices as rows of length 1."""
+    rows = wide(embedded).reshape(batch, -1)
     length = jnp.linalg.norm(rows, axis=-1, keepdims=True)
     return rows / jnp.where(length > 0, length, 1)
-
-
-def _found(cosines: Array) -> Array:
-    """1 for each query whose most similar key is its own, else 0."""
-    return (cosines.argmax(-1) == jnp.arange(len(cosines))).astype(cosines.dtype)
 
 
 def _check_embeddings(embedded: object, n: int) -> None:

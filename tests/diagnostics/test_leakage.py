@@ -142,7 +142,7 @@ def test_nnx(views, promotion_as_in_flax):
         ({"function": lambda queries, keys: queries}, TypeError, "got a ShapeDtypeStruct"),
         ({"function": lambda queries, keys: (queries, keys, {})}, TypeError, "got a tuple of 3"),
         ({"function": lambda queries, keys: (queries, keys[:1])}, ValueError, "got shape (1, 8)"),
-        ({"function": lambda queries, keys: (queries, keys * jnp.nan)}, ValueError, "512 NaN or infinite of 512 in k"),
+        ({"function": lambda queries, keys: (queries, keys * jnp.nan)}, ValueError, "2560 NaN or infinite of 2560 in k"),
         ({"queries": jnp.ones((64, 8), int)}, TypeError, "queries.dtype=int32"),
     ],
 )
