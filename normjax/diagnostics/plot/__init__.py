@@ -4,5 +4,7 @@ Each function draws on `axes`, a new figure's if None is given, and returns the 
 """
 
 from normjax.diagnostics.plot.interactions import interactions
+from normjax.diagnostics.plot.rotation import rotation
+from normjax.diagnostics.plot.scale_invariance import scale_invariance
 
-__all__ = ["interactions"]
+__all__ = ["interactions", "rotation", "scale_invariance"]
