@@ -25,13 +25,11 @@ class Way(NamedTuple):
     """What clean and adversarial images have of their own in a network.
 
     Attributes:
-      description: for the table.
       attacked: whether there are adversarial images in training at all.
       own_statistics: whether each kind is normalized by itself, and has its batch_stats.
       own_scale: whether each kind has its scales and biases.
     """
 
-    description: str
     attacked: bool = True
     own_statistics: bool = False
     own_scale: bool = False
@@ -64,10 +62,10 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "clean only": Way("no adversarial images", attacked=False),
-    "shared": Way("one set, batches of both"),
-    "two sets": Way("a batch_stats each", own_statistics=True),
-    "two sets, two scales": Way("a batch_stats, scale and bias each", own_statistics=True, own_scale=True),
+    "clean only": Way(attacked=False),
+    "shared": Way(),
+    "two sets": Way(own_statistics=True),  # Xie & Yuille 2020
+    "two sets, two scales": Way(own_statistics=True, own_scale=True),  # Xie et al. 2020
 }
 
 

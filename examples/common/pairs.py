@@ -164,18 +164,14 @@ class Pairs(Study):
         """Returns accuracies by way and set."""
         shown = Table(title=f"Test accuracy, median of {self.options.seeds} seed(s)", title_justify="left")
         shown.box, shown.pad_edge = rich.box.SIMPLE_HEAD, False
-        for heading in ("trained with", "own", "statistics at inference"):
+        for heading in ("trained with", "inference with"):
             shown.add_column(heading, no_wrap=True)
         for heading in ("clean images", "attacked images"):
             shown.add_column(heading, justify="right")
         for name in self.results:
             for kind, of_set in self._sets(name):
-                shown.add_row(
-                    name,
-                    WAYS[name].description,
-                    of_set,
-                    *(f"{self.accuracy(name, kind, attacked):.1%}" for attacked in (False, True)),
-                )
+                accuracies = (self.accuracy(name, kind, attacked) for attacked in (False, True))
+                shown.add_row(name, of_set, *(f"{accuracy:.1%}" for accuracy in accuracies))
         return [shown]
 
     def _sets(self, name: str) -> list[tuple[int, str]]:
@@ -243,10 +239,11 @@ class Pairs(Study):
             if WAYS[name].own_statistics:
                 layers = list(runs[0]["gaps"])
                 values = [median(run["gaps"][layer] for run in runs) for layer in layers]
-                axes.plot(layers, values, "o-", color=f"C{i}", label=name)
+                axes.plot(range(1, len(layers) + 1), values, "o-", color=f"C{i}", label=name)
         axes.set(ylabel="standard deviations", title="How far apart the two running means are", ylim=(0, None))
+        axes.set_xlabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.tick_params("x", rotation=30)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
 

@@ -163,8 +163,8 @@ class Contrast(Study):
     source = "Chen et al. 2020 (SimCLR) and He et al. 2020 (MoCo)"
     caption = (
         "What to see: left, a solid line far above the dashed one of its colour: keys are found by the statistics of"
-        " their devices, and no longer are when dealt to other devices. Synced, the two lines are one. Right, what that"
-        " costs: the accuracy of a linear classifier on the features."
+        " their devices, and no longer are when dealt to other devices. Synced, the two lines are one. Right, what the"
+        " features are worth to a linear classifier."
     )
     pixels = 0.0
 
@@ -242,17 +242,19 @@ class Contrast(Study):
             found, accuracy = grid[0]
             for name in self.results:
                 steps = self.curve(name, "step")
-                self._draw(found, name, steps, "together", linestyle="-", label=name)
+                self._draw(found, name, steps, "together", linestyle="-")
                 self._draw(found, name, steps, "apart", linestyle="--")
                 self._draw(accuracy, name, steps, "probe", label=name)
-            found.plot([], [], "k--", label="keys dealt to\nother devices")
+            found.plot([], [], "k-", label="beside their queries")
+            found.plot([], [], "k--", label="dealt to other devices")
+            found.legend(title="keys", fontsize="small", loc=(0.5, 0.27))
             found.set(title="Keys found", ylabel="queries whose key is the nearest (%)", ylim=(0, None))
             accuracy.axhline(100 * self.pixels, color="gray", linewidth=1, linestyle=":", label="pixels")
             accuracy.set(title=f"Linear probe, {options.labels:,} labels", ylabel="test accuracy (%)")
             for axes in grid[0]:
                 axes.set(xlabel="training steps")
                 axes.grid(alpha=0.3)
-                axes.legend(fontsize="small")
+            accuracy.legend(title="statistics", fontsize="small")
 
     def _draw(self, axes: Axes, name: str, steps: Sequence[float], of: str, **style: Any) -> None:
         axes.plot(steps, [100 * value for value in self.curve(name, of)], color=COLORS[name], **style)
