@@ -30,7 +30,7 @@ from common.interrupt import run
 
 _RUN = {"seeds": 1, "eval_every": 50, "batch_size": 64}
 DEFAULTS = {
-    "digits": {"seeds": 3, "steps": 250, "eval_every": 50, "batch_size": 64, "learning_rate": 0.05, "radius": 0.15},
+    "digits": {"seeds": 3, "steps": 300, "eval_every": 50, "batch_size": 64, "learning_rate": 0.05, "radius": 0.15},
     "mnist": _RUN | {"steps": 1000, "learning_rate": 0.05, "radius": 0.2},
     "cifar10": _RUN | {"steps": 5000, "learning_rate": 0.05, "radius": 8 / 255},
 }

@@ -16,6 +16,7 @@ import optax
 import rich.box
 from jax import Array, lax
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from common import data, report
@@ -27,7 +28,11 @@ from common.training import State
 from common.units import UNITS
 from common.vgg import vgg
 
-WIDTHS = {"digits": ((16,), (32,)), "mnist": ((16,), (32,), (32,)), "cifar10": ((32, 32), (64, 64), (128, 128))}
+WIDTHS = {
+    "digits": ((16,), (16, 16), (32,)),
+    "mnist": ((16,), (16, 16), (32,)),
+    "cifar10": ((32, 32), (64, 64), (128, 128)),
+}
 MOMENTUM = 0.9  # of SGD
 TEST_ATTACK = 2  # times as many steps as in training
 CHUNK = 250  # test images at once
@@ -242,7 +247,7 @@ class Pairs(Study):
                 axes.plot(range(1, len(layers) + 1), values, "o-", color=f"C{i}", label=name)
         axes.set(ylabel="standard deviations", title="How far apart the two running means are", ylim=(0, None))
         axes.set_xlabel("layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
