@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 SHIFTS = ("faint", "inverted", "noisy")  # what happens to images, see common/domains.py, which needs JAX
 
@@ -32,6 +32,34 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--train-examples", type=count, metavar="N", help="use only the first N training images")
         self.add_argument("--test-examples", type=count, metavar="N", help="use only the first N test images")
 
+    def add_runs(self, name: str, defaults: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adds the flags of a study: its data, and those that its defaults have, which differ from data to data.
+
+        Args:
+          name: of the study, and of the folder that it leaves its files in.
+          defaults: by data, the values of some of `RUNS`.
+        """
+        self.defaults = defaults
+        self.add_data(tuple(defaults))
+        for flag in next(iter(defaults.values())):
+            kind, metavar, description = RUNS[flag]
+            values = ", ".join(f"{data} {given[flag]}" for data, given in defaults.items())
+            self.add_argument(
+                "--" + flag.replace("_", "-"), type=kind, metavar=metavar, help=f"{description} ({values})"
+            )
+        self.add_argument(
+            "--out", type=Path, metavar="DIR", default=Path("results", name), help="(default: %(default)s)"
+        )
+
+    def parse_runs(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """Returns the options of a study, with the defaults of its data for those that were not given."""
+        options = self.parse_args(arguments)
+        self.check_data(options)
+        for flag, value in self.defaults[options.data].items():
+            if getattr(options, flag) is None:
+                setattr(options, flag, value)
+        return options
+
     def check_data(self, options: argparse.Namespace) -> None:
         """Exits unless there is a folder for data that are read from one."""
         if options.data != "digits" and options.data_dir is None:
@@ -51,3 +79,14 @@ def number(kind: Callable[[str], float], expected: str, least: float = 0) -> Cal
         return value
 
     return convert
+
+
+_COUNT, _RATE = number(int, "a positive integer"), number(float, "a positive number")
+RUNS: Mapping[str, tuple[Callable[[str], float], str, str]] = {
+    "seeds": (_COUNT, "N", "how often to run each; medians show"),
+    "steps": (_COUNT, "N", "budget of each run"),
+    "eval_every": (_COUNT, "N", "steps between two evaluations"),
+    "batch_size": (number(int, "an integer above 1", 2), "N", "examples a step"),
+    "learning_rate": (_RATE, "RATE", "of the optimizer"),
+    "radius": (_RATE, "R", "of the attack: largest change of a pixel, from 0 to 1"),
+}

@@ -61,7 +61,7 @@ def mlp(style: Style, depth: int = 3, width: int = 100) -> Network:
         x = images.reshape(len(images), -1)
         for i in range(depth):
             x = layers(f"hidden_{i}", x)
-        return _linear(params["logits"], x), layers.new_stats
+        return linear(params["logits"], x), layers.new_stats
 
     return Network(init, apply)
 
@@ -89,9 +89,9 @@ def inception(style: Style, stem: int = 24, widths: Sequence[int] = (16, 32, 32)
         x = layers("stem", images, stride=2 if large else 1)
         for i, width in enumerate(widths):
             if large if i == 0 else width > widths[i - 1]:
-                x = _max_pool(x)
+                x = max_pool(x)
             x = _module(layers, f"module_{i}", x)
-        return _linear(params["logits"], x.mean((1, 2))), layers.new_stats
+        return linear(params["logits"], x.mean((1, 2))), layers.new_stats
 
     return Network(init, apply)
 
@@ -127,7 +127,7 @@ class _Layers:
 
     def __call__(self, name: str, x: Array, stride: int = 1) -> Array:
         params, (activation, _) = self.params[name], ACTIVATIONS[self.style.activation]
-        x = _linear(params, x, stride)
+        x = linear(params, x, stride)
         if self.style.normalize:
             x, self.new_stats[name] = nj.batch_norm(
                 params["norm"], self.batch_stats[name], x, self.train, momentum=BATCH_NORM_MOMENTUM
@@ -152,16 +152,16 @@ def _init(key: Array, shapes: dict[str, tuple[int, ...]], logits: tuple[int, int
     return params, batch_stats
 
 
-def _linear(params: Tree, x: Array, stride: int = 1) -> Array:
+def linear(params: Tree, x: Array, stride: int = 1) -> Array:
     """Returns `x` times the kernel, a matrix or a 1x1 or 3x3 convolution, plus the bias if there is one."""
     kernel = params["kernel"]
     if kernel.shape[:-2] == (3, 3):
-        x = _neighbours(x, stride)
+        x = neighbours(x, stride)
     x = x @ kernel.reshape(-1, kernel.shape[-1])
     return x + params["bias"] if "bias" in params else x
 
 
-def _neighbours(x: Array, stride: int) -> Array:
+def neighbours(x: Array, stride: int) -> Array:
     """Returns the 3x3 surroundings of each pixel as channels, so that a convolution is a matrix product.
 
     On the CPU, XLA's own convolutions are about 12 times slower inside `lax.scan` than outside of it (JAX 0.10.2).
@@ -176,7 +176,8 @@ def _average_3x3(x: Array) -> Array:
     return lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME") / 9
 
 
-def _max_pool(x: Array) -> Array:
+def max_pool(x: Array) -> Array:
+    """Returns the largest of each 2x2 pixels; an odd row or column at the end is left out."""
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))

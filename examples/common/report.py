@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
+import numpy as np
 import rich.box
 from matplotlib.axes import Axes
 from rich.table import Table as RichTable
@@ -131,6 +133,32 @@ def write_panels(
     figure.supxlabel(f"training steps\n\n{textwrap.fill(caption, 115)}", fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+@contextlib.contextmanager
+def figure(
+    path: Path, title: str, caption: str, shape: tuple[int, int] = (1, 2), size: tuple[float, float] | None = None
+) -> Iterator[np.ndarray]:
+    """Context with a grid of axes of the given shape, written as a picture with its caption when it is left.
+
+    Args:
+      path: of the picture.
+      title: above all panels.
+      caption: below them: what to see.
+      shape: rows and columns of panels.
+      size: inches, width and height; by default 4.5 by 3.2 a panel.
+    """
+    rows, columns = shape
+    figure, grid = plt.subplots(
+        rows, columns, figsize=size or (4.5 * columns, 1 + 3.2 * rows), squeeze=False, layout="constrained"
+    )
+    try:
+        yield grid
+        figure.suptitle(title)
+        figure.supxlabel(textwrap.fill(caption, int(13 * figure.get_figwidth())), fontsize="small")
+        figure.savefig(path, dpi=150)
+    finally:
+        plt.close(figure)
 
 
 def _dress(axes: Axes, heading: str, xscale: Literal["linear", "log"]) -> None:

@@ -7,12 +7,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from normjax.diagnostics._findings import Finding
+from normjax.diagnostics.batch_variance import BatchVariance, batch_variance
+from normjax.diagnostics.equilibrium import Compared, Equilibrium, equilibrium
+from normjax.diagnostics.interactions import Interactions, interactions
+from normjax.diagnostics.leakage import Leakage, leakage
 from normjax.diagnostics.lint import Lint, lint
+from normjax.diagnostics.report import LayerReport, Range, Report, report
+from normjax.diagnostics.rotation import Rotation, rotation
+from normjax.diagnostics.scale_invariance import ScaleInvariance, scale_invariance
 
 if TYPE_CHECKING:
     from normjax.diagnostics import plot as plot
 
-__all__ = ["Finding", "Lint", "lint"]
+__all__ = [
+    "BatchVariance",
+    "Compared",
+    "Equilibrium",
+    "Finding",
+    "Interactions",
+    "LayerReport",
+    "Leakage",
+    "Lint",
+    "Range",
+    "Report",
+    "Rotation",
+    "ScaleInvariance",
+    "batch_variance",
+    "equilibrium",
+    "interactions",
+    "leakage",
+    "lint",
+    "report",
+    "rotation",
+    "scale_invariance",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 Severity = Literal["error", "warning", "note"]
@@ -27,16 +27,27 @@ class Finding(NamedTuple):
     advice: str
 
 
-def show_findings(findings: Iterable[Finding]) -> str:
-    """Returns the findings as text, those together that have their advice in common, and how many there are."""
-    findings = tuple(findings)
+def show_findings(findings: Collection[Finding]) -> str:
+    """Returns the findings as text, and how many there are."""
+    said = [line for group in grouped(findings) for line in lines_of(group)]
+    return "\n".join([*said, counted(findings) or "nothing found"])
+
+
+def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Returns the findings, those together that have their advice in common."""
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.rule, finding.advice), []).append(finding)
-    lines = []
-    for (severity, rule, advice), group in groups.items():
-        said = [f"  {finding.path}: {finding.message}" for finding in group]
-        lines += [f"{severity}: {rule}", *said, f"  -> {advice}", ""]
+    return list(groups.values())
+
+
+def lines_of(group: Sequence[Finding]) -> list[str]:
+    """Returns the lines about findings with one advice, the last of them empty."""
+    heading = f"{group[0].severity}: {group[0].rule}"
+    return [heading, *(f"  {finding.path}: {finding.message}" for finding in group), f"  -> {group[0].advice}", ""]
+
+
+def counted(findings: Collection[Finding]) -> str:
+    """Returns how many findings there are of each severity; nothing for none."""
     counts = [(sum(finding.severity == severity for finding in findings), severity) for severity in SEVERITIES]
-    summary = ", ".join(f"{count} {severity}{'s' * (count > 1)}" for count, severity in counts if count)
-    return "\n".join([*lines, summary or "nothing found"])
+    return ", ".join(f"{count} {severity}{'s' * (count > 1)}" for count, severity in counts if count)

@@ -11,7 +11,7 @@ from flax import nnx
 
 import normjax as nj
 from normjax.diagnostics import Lint, lint
-from tests.diagnostics.networks import ROWS, Dense, dense, linear, rules
+from tests.diagnostics.lint_networks import ROWS, Dense, dense, linear, rules
 
 BOTH = pytest.mark.parametrize("norm", [nn.BatchNorm, nj.linen.BatchNorm], ids=["flax", "normjax"])
 

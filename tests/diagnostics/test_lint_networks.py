@@ -13,7 +13,7 @@ from jax import lax
 
 import normjax as nj
 from normjax.diagnostics import Finding, Lint, lint
-from tests.diagnostics.networks import FEATURES, ROWS, Dense, dense, linear, rules
+from tests.diagnostics.lint_networks import FEATURES, ROWS, Dense, dense, linear, rules
 
 IMAGES = jax.random.normal(jax.random.key(2), (4, 6, 6, 3))
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common.data import load
-from common.networks import Style, _linear, inception, mlp
+from common.networks import Style, inception, linear, mlp
 from common.training import Trainer, _orders, examples
 from jax import lax
 
@@ -43,7 +43,7 @@ def test_a_convolution_is_a_convolution(size, stride):
     expected = lax.conv_general_dilated(
         x, kernel, (stride, stride), [(size // 2, size // 2)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    np.testing.assert_allclose(_linear({"kernel": kernel}, x, stride), expected, atol=1e-5)
+    np.testing.assert_allclose(linear({"kernel": kernel}, x, stride), expected, atol=1e-5)
 
 
 @pytest.mark.slow

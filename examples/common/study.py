@@ -1,0 +1,145 @@
+"""A study: runs behind a progress bar, JSON after each, then a plot, and what was measured beside what was reported.
+
+    class Landscape(Study):
+        name, caption = "landscape", "What to see: ..."
+
+        def parts(self):
+            return {"batch": Part(steps, self.train_one), ...}
+
+        def claims(self):
+            return [Claim("loss along the gradient", "varies less with batch norm", f"{ratio:.1f} times less")]
+
+        def draw(self, path): ...
+
+    def run(options, interrupt):
+        return conduct(Landscape(options), interrupt)
+
+What is finished is never lost: Ctrl-C ends the study after the current evaluation, shows what there is, and leaves it
+in `--out`, as NAME.json and NAME.png.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from common import report, session
+from common.interrupt import Interrupt, Interrupted
+
+Advance = Callable[[int, str], None]  # called with the steps since the last time, and a remark for the progress bar
+
+
+class Part(NamedTuple):
+    """One run of a study: of how many steps, and what does them and returns its results as JSON can hold them."""
+
+    steps: int
+    work: Callable[[Advance], Any]
+
+
+class Claim(NamedTuple):
+    """A finding, as its source reports it and as it came out here."""
+
+    what: str
+    reported: str
+    measured: str
+
+
+class Study:
+    """What an example does. `results` holds those of the parts that are finished, by name.
+
+    Attributes:
+      name: of the program, and of the files that it leaves.
+      source: whose findings these are.
+      caption: what to see in the plot.
+    """
+
+    name: str
+    source: str
+    caption: str
+
+    def __init__(self, options: Namespace):
+        self.options = options
+        self.results: dict[str, Any] = {}
+
+    def parts(self) -> Mapping[str, Part]:
+        """Returns what there is to run, in turn; reads the data first."""
+        raise NotImplementedError
+
+    def claims(self) -> Sequence[Claim]:
+        """Returns what can be said so far: `results` may lack any part."""
+        raise NotImplementedError
+
+    def tables(self) -> Sequence[Table]:
+        """Returns tables for the terminal beside that of the claims; `results` may lack any part."""
+        return []
+
+    def draw(self, path: Path) -> None:
+        """Writes the plot of what there is."""
+        raise NotImplementedError
+
+    def content(self, status: str) -> dict[str, Any]:
+        """Returns what JSON is to hold."""
+        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.options).items()}
+        content = {"status": status, "config": config, **session.environment(), "results": self.results}
+        claims = self.claims() if self.results else []
+        return content | {"source": self.source, "claims": [claim._asdict() for claim in claims]}
+
+
+def conduct(study: Study, interrupt: Interrupt) -> int:
+    """Runs all parts and reports; returns the exit status."""
+    return session.guard(f"{study.name}.py", study.options.out, lambda: _conduct(study, interrupt, Console()))
+
+
+def _conduct(study: Study, interrupt: Interrupt, console: Console) -> bool:
+    out = study.options.out
+    parts = study.parts()
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / f"{study.name}.json"
+    report.write_json(results, study.content("running"))
+    finished = _run_all(study, parts, interrupt, console, results)
+    report.write_json(results, study.content("finished" if finished else "interrupted"))
+    if study.results:
+        for table in (*study.tables(), claims_table(study)):
+            console.print(table)
+        plot = out / f"{study.name}.png"
+        study.draw(plot)
+        console.print(f"Plot: {plot.resolve()}", soft_wrap=True)
+    if not finished:
+        console.print(f"Interrupted: {len(study.results)} of {len(parts)} runs are finished.")
+    console.print(f"Results: {results.resolve()}", soft_wrap=True)
+    return finished
+
+
+def _run_all(study: Study, parts: Mapping[str, Part], interrupt: Interrupt, console: Console, results: Path) -> bool:
+    width = max(map(len, parts))
+    with session.progress_bar(console) as progress:
+        try:
+            for name, part in parts.items():
+                task = progress.add_task(f"{name:<{width}}", total=part.steps, accuracy="compiling")
+
+                def advance(steps: int, remark: str, task: Any = task) -> None:
+                    progress.update(task, advance=steps, accuracy=remark)
+                    interrupt.check()
+
+                study.results[name] = part.work(advance)
+                report.write_json(results, study.content("running"))
+        except (Interrupted, KeyboardInterrupt):
+            return False
+    return True
+
+
+def claims_table(study: Study) -> Table:
+    """Returns what the source reports beside what was measured."""
+    table = Table(title=f"Reported by {study.source}, and measured here", title_justify="left")
+    table.box, table.pad_edge = rich.box.SIMPLE_HEAD, False
+    for heading in ("", "reported", "measured"):
+        table.add_column(heading)
+    for claim in study.claims():
+        table.add_row(*claim)
+    return table

@@ -1,0 +1,31 @@
+"""Units and the VGG made of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common.units import UNITS
+from common.vgg import vgg
+
+IMAGES = (8, 8, 1)
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_network_of_any_unit_learns_from_every_parameter(name, rng):
+    network = vgg(UNITS[name], ((8,), (16,)))
+    params, batch_stats = network.init(jax.random.key(0), IMAGES, 10)
+    images = jnp.asarray(rng.normal(size=(6, *IMAGES)), jnp.float32)
+
+    def loss(params):
+        logits, new = network.apply(params, batch_stats, images, True)
+        return (logits * jnp.arange(10.0)).sum(), new
+
+    gradients, new_stats = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert jax.tree.structure(new_stats) == jax.tree.structure(batch_stats)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0, path
+
+
+def test_all_units_start_from_the_same_kernels():
+    kernels = [np.asarray(unit.init(jax.random.key(1), (3, 3, 2, 8))[0]["kernel"]) for unit in UNITS.values()]
+    assert all(np.array_equal(kernels[0], kernel) for kernel in kernels)
