@@ -12,6 +12,10 @@ from normjax.diagnostics import lint
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 KEY = jax.random.key(0)
+UNITS = (
+    "none", "batch", "renorm", "group", "layer", "filter response", "dynamic tanh", "weight norm",
+    "weight standardization",
+)  # fmt: skip
 
 
 def shapes(function, *args):
@@ -116,3 +120,44 @@ def test_the_network_of_from_torch():
 
     assert lint(apply, variables, x, steps=300) == ()
     assert lint(apply, model.init(KEY, x[:1], False), x, steps=300) == ()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_units_and_the_vgg(unit):
+    from common import units, vgg
+
+    assert set(units.UNITS) == set(UNITS)
+    network = vgg.vgg(units.UNITS[unit])
+    variables = shapes(network.init, KEY, (8, 8, 1), 10)
+    x = jax.ShapeDtypeStruct((64, 8, 8, 1), jnp.float32)
+    assert lint(lambda v, x: network.apply(*v, x, True), variables, x, steps=300, optimizer=optimizer(300)) == ()
+
+
+def test_the_encoders_of_contrastive():
+    from common import contrastive
+
+    for way in contrastive.WAYS.values():
+        encoder = contrastive.Encoder(way.unit, (16, 32))
+        variables = shapes(encoder.init, KEY, 1)
+
+        def apply(variables, x, encoder=encoder, way=way):
+            params, batch_stats = variables
+            first, second = (contrastive.augment(key, x) for key in jax.random.split(KEY))
+            queries, batch_stats = encoder.embed(params, batch_stats, first, True)
+            keys, batch_stats = encoder.embed(params, batch_stats, second, True)
+            if way.own_statistics:
+                batch_stats = nj.sync_batch_stats(batch_stats, contrastive.AXIS)
+            return (queries, keys), batch_stats
+
+        x = jax.ShapeDtypeStruct((32, 8, 8, 1), jnp.float32)
+        assert lint(apply, variables, x, steps=300, axis_name=contrastive.AXIS, axis_size=4) == ()
+
+
+def test_the_ways_of_adversarial_pairs():
+    from common import adversarial, networks
+
+    network = networks.inception(networks.Style(True, "relu"))
+    x = jnp.ones((32, 8, 8, 1))
+    for way in adversarial.WAYS.values():
+        variables = way.init(network, KEY, (8, 8, 1))
+        assert lint(lambda v, x, train=way.train: train(network, *v, x, x), variables, x, steps=300) == ()

@@ -204,6 +204,16 @@ class TestTransformations:
         expected = [("decayed-scale", "norm"), ("slow-momentum", "norm"), ("cancelled-bias", "dense")]
         assert rules(found) == expected
 
+    def test_passes_one_after_the_other(self):
+        def apply(variables, x):
+            params, batch_stats = variables
+            first, batch_stats = network((params, batch_stats), x)
+            second, batch_stats = network((params, batch_stats), 2.0 * x)
+            return (first, second), batch_stats
+
+        network = Dense(bias=True, hidden=2)
+        assert rules(lint(apply, network.variables, ROWS)) == rules(lint(network, network.variables, ROWS))
+
     def test_shapes_are_enough(self):
         network = Dense(bias=True, hidden=1)
         shapes = jax.eval_shape(lambda: network.variables)

@@ -62,6 +62,7 @@ class Graph:
     """The values of a function `(variables, x) -> (outputs, updates)`, in the order in which they are made.
 
     Attributes:
+      statistics: the leaves that are running statistics.
       nodes: the values.
       leaves: those that are leaves of the variables.
       inputs: those that are leaves of x.
@@ -70,7 +71,8 @@ class Graph:
       users: by value, those that are made from it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, statistics: frozenset[int] = frozenset()) -> None:
+        self.statistics = statistics
         self.nodes: list[Node] = []
         self.leaves: list[int] = []
         self.inputs: list[int] = []
@@ -193,9 +195,16 @@ class Graph:
         kind = max(kinds, default=Kind.CONSTANT)
         if op.startswith("random") or (kind == Kind.DATA and not inexact):
             return Kind.MASK
+        if kind == Kind.DATA and op == "add" and any(map(self._is_old, inputs)):
+            return Kind.MASK  # new running statistics, which no activation of a later call owes itself to
         if kind == Kind.MASK and op in MIXING and inexact and Kind.PARAM in kinds:
             return Kind.DATA  # of an embedding
         return kind
+
+    def _is_old(self, number: int) -> bool:
+        """Whether that is a multiple of old running statistics."""
+        node = self.nodes[number]
+        return node.op == "mul" and node.kind == Kind.PARAM and self.sources(number) <= self.statistics
 
 
 def collective_axes(node: Node) -> tuple[Hashable, ...]:

@@ -33,6 +33,11 @@ class Leaf(NamedTuple):
         """The layer's path, as findings have it; "/" where there is but one layer."""
         return "/".join(self.layer) or "/"
 
+    @property
+    def is_statistic(self) -> bool:
+        """Whether it is a running mean or variance."""
+        return self.collection == "batch_stats" and self.name in STATISTICS
+
 
 class Model(NamedTuple):
     """A model.
@@ -64,7 +69,7 @@ def open_model(apply_fn: Callable[[Any, Any], Any], variables: Any) -> Model:
         return _of_nnx(apply_fn, variables)
     collections, pack = _collections(variables)
     names = _names(collections)
-    has_statistics = any(name.collection == "batch_stats" and name.name in STATISTICS for name in names)
+    has_statistics = any(name.is_statistic for name in names)
 
     def function(collections: dict[str, PyTree], x: PyTree) -> tuple[PyTree, PyTree]:
         result = apply_fn(pack(collections), x)

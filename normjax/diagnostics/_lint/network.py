@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from normjax.diagnostics._lint import flow
-from normjax.diagnostics._lint.graph import ROOT, Kind, Unknown
-from normjax.diagnostics._lint.model import STATISTICS, Leaf, Model, name_of
+from normjax.diagnostics._lint.graph import ROOT, Unknown
+from normjax.diagnostics._lint.model import Leaf, Model, name_of
 from normjax.diagnostics._lint.norms import Norm, find_norms
 from normjax.diagnostics._lint.trace import trace
 
@@ -30,7 +30,8 @@ class Network:
 
     def __init__(self, model: Model, x: Any, sizes: Mapping[Hashable, int]):
         self.sizes = dict(sizes)
-        self.graph, made = trace(model.function, model.variables, x, tuple(sizes.items()))
+        statistics = [i for i, leaf in enumerate(model.names) if leaf.is_statistic]
+        self.graph, made = trace(model.function, model.variables, x, axes=tuple(sizes.items()), statistics=statistics)
         self.leaves = dict(zip(self.graph.leaves, model.names, strict=True))
         self.norms = find_norms(self.graph, self.sizes)
         self.examples = flow.examples(self.graph)
@@ -90,21 +91,21 @@ class Network:
         """Goes from old statistics to what they are put together with, and back to what measured that."""
         found: dict[int, list[Leaf]] = {}
         for leaf, layer in sorted(self.leaves.items(), key=lambda each: each[1].name):  # means before variances
-            if layer.name in STATISTICS and layer in self.updates:
+            if layer.is_statistic and layer in self.updates:
                 owners = [owner for meeting in self._meetings(leaf) if (owner := self._measuring(meeting)) is not None]
                 for owner in dict.fromkeys(owners):
                     found.setdefault(owner, []).append(layer)
         return found
 
     def _meetings(self, leaf: int) -> list[int]:
-        """Returns the first activations that are made from a leaf."""
+        """Returns what is made from a leaf and from activations at once."""
         found, waiting = set(), [leaf]
         while waiting:
             for user in self.graph.users[waiting.pop()]:
                 if user not in found:
                     found.add(user)
-                    waiting += [user] * (self.graph.nodes[user].kind != Kind.DATA)
-        return sorted(user for user in found if self.graph.nodes[user].kind == Kind.DATA)
+                    waiting += [user] * (not self.graph.data(user))
+        return sorted(user for user in found if self.graph.data(user))
 
     def _measuring(self, number: int) -> int | None:
         """Returns which normalization measured what a value is made from, by its y."""

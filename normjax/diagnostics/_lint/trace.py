@@ -16,11 +16,27 @@ ONE_BY_ONE = {"psum", "psum_invariant", "pmax", "pmin", "optimization_barrier", 
 
 
 def trace(
-    function: Callable[..., Any], variables: PyTree, x: PyTree, axes: Sequence[tuple[Hashable, int]] = ()
+    function: Callable[..., Any],
+    variables: PyTree,
+    x: PyTree,
+    *,
+    axes: Sequence[tuple[Hashable, int]] = (),
+    statistics: Iterable[int] = (),
 ) -> tuple[Graph, Any]:
-    """Traces a function `(variables, x) -> (outputs, updates)` under mapped axes; returns what it made, too."""
+    """Traces a function `(variables, x) -> (outputs, updates)`.
+
+    Args:
+      function: to be traced.
+      variables: its first argument.
+      x: its second.
+      axes: the mapped axes that it is traced under, and their sizes.
+      statistics: which of the leaves of the variables are running statistics, by their number.
+
+    Returns:
+      The graph, and what the function returns, as shapes.
+    """
     closed, made = jax.make_jaxpr(function, axis_env=list(axes), return_shape=True)(variables, x)
-    graph, count = Graph(), len(jax.tree.leaves(variables))
+    graph, count = Graph(frozenset(statistics)), len(jax.tree.leaves(variables))
     avals = [var.aval for var in closed.jaxpr.invars]
     graph.leaves = [graph.add("leaf", (), aval) for aval in avals[:count]]
     graph.inputs = [graph.add("input", (), aval) for aval in avals[count:]]
