@@ -73,7 +73,8 @@ def test_the_ways_of_domains_to_share():
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_network_of_quantize(normalize):
-    quantize = pytest.importorskip("common.quantize")
+    from common import quantize
+
     model = quantize.Network(8, normalize)
     x = jnp.ones((32, 8, 8, 1))
     variables = shapes(model.init, KEY, x)
@@ -111,7 +112,8 @@ def test_the_networks_of_train_resnet(network, sharing):
 
 
 def test_the_network_of_from_torch():
-    from_torch = pytest.importorskip("from_torch")
+    import from_torch
+
     x = jnp.ones((8, 64, 64, 3))
     model, variables = from_torch.load(from_torch.trained(10), 10)
 
