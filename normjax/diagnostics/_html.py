@@ -30,7 +30,8 @@ h1 { font-size: 1.35rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1r
 .none { --tone: var(--none) }
 section { background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--tone);
   border-radius: 6px; padding: .7rem 1rem; margin: .6rem 0 }
-summary { cursor: pointer; color: var(--soft) } section b, td.mark { color: var(--tone) } section ul { margin: .3rem 0; padding-left: 1.1rem }
+summary { cursor: pointer; color: var(--soft) }
+section b, td.mark { color: var(--tone) } section ul { margin: .3rem 0; padding-left: 1.1rem }
 section p { margin: .3rem 0 0; font-weight: 600 }
 .wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; background: var(--card) }
 th { text-align: left; font-weight: 600; font-size: .82rem; color: var(--soft); vertical-align: bottom }
