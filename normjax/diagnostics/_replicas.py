@@ -91,7 +91,7 @@ def _are_copies(leaves: list[Any], kernels: list[Any]) -> bool:
     if any(all(_same(stack[i], stack[j]) for stack in stacks) for i, j in pairs):
         return True
     telling = [stack for stack in stacks if not (stack[0] == stack[0].flat[0]).all()]  # zeros and ones may be anyone's
-    return bool(telling) and np.mean([all(_same(stack[i], stack[j]) for i, j in pairs) for stack in telling]) >= 0.5
+    return bool(telling and np.mean([all(_same(stack[i], stack[j]) for i, j in pairs) for stack in telling]) >= 0.5)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
