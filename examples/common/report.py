@@ -70,8 +70,8 @@ def table_content(table: Table) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the file whole or not at all, whatever happens meanwhile."""
-    text = json.dumps(content, indent=1, allow_nan=False)
+    """Writes the file whole or not at all, whatever happens meanwhile; null for NaN, as of a run that diverged."""
+    text = json.dumps(_without_nan(content), indent=1, allow_nan=False)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
         try:
             file.write(text + "\n")
@@ -80,6 +80,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
             raise
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
+
+
+def _without_nan(value: Any) -> Any:
+    """Returns the value as JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_plot(path: Path, title: str, results: Sequence[Result]) -> None:
