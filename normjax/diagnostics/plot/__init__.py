@@ -3,4 +3,7 @@
 Each function draws on `axes`, a new figure's if None is given, and returns the figure.
 """
 
-__all__: list[str] = []
+from normjax.diagnostics.plot.landscape import landscape
+from normjax.diagnostics.plot.percentiles import percentiles
+
+__all__ = ["landscape", "percentiles"]
