@@ -35,8 +35,8 @@ def checked(function: str, loss: Loss, params: PyTree) -> PyTree[Array]:
         )
     params = differentiable(function, "params", params)
     shape = jax.eval_shape(loss, params)
-    leaves = jax.tree.leaves(shape)
-    if len(leaves) != 1 or leaves[0].shape or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
+    number = isinstance(shape, jax.ShapeDtypeStruct) and shape.shape == ()
+    if not (number and jnp.issubdtype(shape.dtype, jnp.floating)):
         _checks.refuse(
             function,
             "loss does not return one real number",

@@ -46,7 +46,8 @@ def internal_covariate_shift(
     .. math:: \text{distance}_i = \lVert G_i - G'_i \rVert_2, \qquad
               \text{cosine}_i = \frac{\langle G_i, G'_i \rangle}{\lVert G_i \rVert_2 \lVert G'_i \rVert_2}
 
-    It costs a gradient for each layer and one more; compile it, as in the example.
+    It costs a gradient for each layer, and one more. It compiles itself, each time that it is called; in a training
+    loop, call it inside of `jax.jit`.
 
     Args:
       loss: from parameters to the loss, a scalar, on the batch of this step, with its random numbers, and in training
@@ -81,17 +82,21 @@ def internal_covariate_shift(
     check_alike(_FUNCTION, ("updated", updated), ("params", params))
     updated = differentiable(_FUNCTION, "updated", updated)
     layer_of = _layers(params, layers)
-    gradient = jax.grad(loss)
-    before = gradient(params)
 
-    def shift(i: Array) -> CovariateShift:
-        def of_layer(tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda leaf, j: jnp.where(j == i, leaf, 0), tree, layer_of)
+    @jax.jit
+    def measure(params: PyTree, updated: PyTree) -> CovariateShift:
+        before = jax.grad(loss)(params)
 
-        after = gradient(jax.tree.map(lambda old, new, j: jnp.where(j < i, new, old), params, updated, layer_of))
-        return _compare(of_layer(before), of_layer(after))
+        def shift(i: Array) -> CovariateShift:
+            def of_layer(tree: PyTree) -> PyTree:
+                return jax.tree.map(lambda leaf, j: jnp.where(j == i, leaf, 0), tree, layer_of)
 
-    return lax.map(shift, jnp.arange(len(layers)))
+            partly = jax.tree.map(lambda old, new, j: jnp.where(j < i, new, old), params, updated, layer_of)
+            return _compare(of_layer(before), of_layer(jax.grad(loss)(partly)))
+
+        return lax.map(shift, jnp.arange(len(layers)))
+
+    return measure(params, updated)
 
 
 def _compare(before: PyTree, after: PyTree) -> CovariateShift:

@@ -58,7 +58,8 @@ def hessian_eigenvalue(
 
     *Largest* is algebraic: `"smallest"` finds the most negative curvature, and the larger in magnitude of the two is
     the norm of H. Each new vector is made orthogonal to all earlier ones, twice, so that rounding makes no copies of
-    eigenvalues; it costs memory for `iterations` copies of the parameters. Compile it, as in the example.
+    eigenvalues; it costs memory for `iterations` copies of the parameters. It compiles itself, each time that it is
+    called; in a loop, compile it once, as in the example.
 
     Args:
       loss: from parameters to the loss, a scalar, twice differentiable. ReLUs count as linear on either side. With
@@ -104,15 +105,19 @@ def hessian_eigenvalue(
         )
     params = checked(_FUNCTION, loss, params)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    _, product = jax.linearize(jax.grad(loss), params)
-    start = _random(jax.random.key(0) if key is None else key, params)
-    krylov, ritz = _lanczos(product, start, min(iterations, size), tolerance, which)
-    vector = _combined(ritz.weights, krylov.basis)
-    vector = _scaled(1 / norm(vector), vector)
-    image = product(vector)
-    value = inner(vector, image)
-    residual = norm(jax.tree.map(lambda a, b: a - value.astype(a.dtype) * b, image, vector))
-    return Eigenvalue(value, vector, residual, krylov.used, residual <= _bound(tolerance, ritz.largest))
+
+    @jax.jit
+    def find(params: PyTree, key: PRNGKey) -> Eigenvalue:
+        _, product = jax.linearize(jax.grad(loss), params)
+        krylov, ritz = _lanczos(product, _random(key, params), min(iterations, size), tolerance, which)
+        vector = _combined(ritz.weights, krylov.basis)
+        vector = _scaled(1 / norm(vector), vector)
+        image = product(vector)
+        value = inner(vector, image)
+        residual = norm(jax.tree.map(lambda a, b: a - value.astype(a.dtype) * b, image, vector))
+        return Eigenvalue(value, vector, residual, krylov.used, residual <= _bound(tolerance, ritz.largest))
+
+    return find(params, jax.random.key(0) if key is None else key)
 
 
 class _Krylov(NamedTuple):
@@ -170,7 +175,7 @@ def _ritz(krylov: _Krylov, which: str) -> _Ritz:
     """Solves for the eigenvalues of T, whose rows beyond those that are used are moved to the low end."""
     _, diagonal, beside, used = krylov
     rows = len(diagonal)
-    index = jnp.arange(rows)
+    index = jnp.arange(rows, dtype=jnp.int32)
     coupling = jnp.where(index < used - 1, beside, 0)
     bound = jnp.abs(diagonal).max() + 2 * coupling.max()
     outside = jnp.where(bound > 0, -2 * bound, -1)

@@ -70,8 +70,8 @@ def landscape(
     The range of the first is the *variation of the loss*, that of the second the *gradient predictiveness*, and beta
     the *effective smoothness*, never more than the largest |eigenvalue| of the Hessian on the way.
 
-    It costs a gradient for each step size, and one more; compile it, and record it in a training loop, as in the
-    example. Stacked, as by `lax.scan`, or by `jax.tree.map(lambda *x: jnp.stack(x), *history)`, it is what
+    It costs a gradient for each step size, and one more. It compiles itself, each time that it is called; in a training
+    loop, compile it once, as in the example. Stacked, as by `lax.scan`, or by `jax.tree.map(lambda *x: jnp.stack(x), *history)`, it is what
     `normjax.diagnostics.plot.landscape` draws.
 
     Args:
@@ -103,20 +103,24 @@ def landscape(
     """
     params = checked("landscape", loss, params)
     sizes = _sizes(step_sizes)
-    start, gradient = jax.value_and_grad(loss)(params)
-    if direction is None:
-        direction = jax.tree.map(jnp.negative, gradient)
-    else:
+    if direction is not None:
         check_alike("landscape", ("direction", direction), ("params", params))
         direction = differentiable("landscape", "direction", direction)
 
-    def point(size: Array) -> tuple[Array, Array, Array]:
-        there = moved(params, direction, size)
-        value, slope = jax.value_and_grad(loss)(there)
-        return value, norm(difference(slope, gradient)), norm(difference(there, params))
+    @jax.jit
+    def walk(params: PyTree, direction: PyTree | None, sizes: Array) -> Landscape:
+        start, gradient = jax.value_and_grad(loss)(params)
+        way = jax.tree.map(jnp.negative, gradient) if direction is None else direction
 
-    losses, gradient_distances, distances = lax.map(point, sizes)
-    return Landscape(start, losses, gradient_distances, distances)
+        def point(size: Array) -> tuple[Array, Array, Array]:
+            there = moved(params, way, size)
+            value, slope = jax.value_and_grad(loss)(there)
+            return value, norm(difference(slope, gradient)), norm(difference(there, params))
+
+        losses, gradient_distances, distances = lax.map(point, sizes)
+        return Landscape(start, losses, gradient_distances, distances)
+
+    return walk(params, direction, sizes)
 
 
 def _sizes(step_sizes: Sequence[float] | Array) -> Float[Array, " points"]:
@@ -127,7 +131,7 @@ def _sizes(step_sizes: Sequence[float] | Array) -> Float[Array, " points"]:
         step_sizes = jnp.asarray(step_sizes, float)
     got = f"step_sizes of shape {step_sizes.shape}"
     empty = step_sizes.ndim != 1 or step_sizes.size == 0
-    if empty or not isinstance(step_sizes, Tracer) and bool((step_sizes == 0).any()):
+    if empty or not isinstance(step_sizes, Tracer) and (np.asarray(step_sizes) == 0).any():
         _checks.refuse(
             "landscape",
             "step_sizes are no points on a line",
