@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,8 +21,8 @@ class CovariateShift(NamedTuple):
     """How much the gradient of each layer changes; with leading axes of steps, where it was recorded over them.
 
     Attributes:
-      distance: the Euclidean distance of the two gradients, `(*steps, layers)`, in the order of `layers`; 0 for the
-        first of them.
+      distance: the Euclidean distance of the two gradients, `(*steps, layers)`, in the order of `layers`; 0, up to
+        rounding, for the first of them.
       cosine: the cosine of the angle between them, `(*steps, layers)`; 1 without a shift.
       gradient_norm: the length of the gradient before, `(*steps, layers)`; `distance / gradient_norm` compares
         networks.
@@ -109,19 +109,23 @@ def _compare(before: PyTree, after: PyTree) -> CovariateShift:
 def _layers(params: PyTree, layers: Sequence[str | Sequence[str]]) -> PyTree[int]:
     """Returns the number of each leaf's layer; refuses leaves and layers that do not belong to each other once."""
     groups = [(group,) if isinstance(group, str) else tuple(group) for group in layers]
-    paths = {path: i for i, group in enumerate(groups) for path in group}
+    paths = [path for group in groups for path in group]
+    layer_of = {path: i for i, group in enumerate(groups) for path in group}
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
     leaves = ["/".join(path_names(path)) for path, _ in flat]
-    owners = [[path for path in paths if f"{leaf}/".startswith(f"{path}/")] for leaf in leaves]
-    idle = [path for path in paths if not any(path in owner for owner in owners)]
-    wrong = [leaf for leaf, owner in zip(leaves, owners, strict=True) if len(owner) != 1]
-    if isinstance(layers, str) or idle or wrong or len(paths) < sum(map(len, groups)):
-        got = f"{leaves}" if idle else f"layers={layers!r}, {len(owners[leaves.index(wrong[0])])} of which hold it"
+    owners = {leaf: [path for path in paths if f"{leaf}/".startswith(f"{path}/")] for leaf in leaves}
+    problems = [f"{path!r} of layers is no path in params" for path in paths if not _holds(path, owners)]
+    problems += [f"{leaf!r} is in {len(held)} layers" for leaf, held in owners.items() if len(held) != 1]
+    if problems:
         _checks.refuse(
             _FUNCTION,
-            f"{idle[0]!r} of layers is no path in params" if idle else f"{wrong[0]!r} is not in one layer",
+            problems[0],
             expected="layers that hold each leaf of params once",
-            got=got,
+            got=f"layers={layers!r} for the leaves {leaves}",
             fix="Name the layers in the order that data passes them: ('Dense_0', ('Dense_1', 'BatchNorm_0'))",
         )
-    return jax.tree.unflatten(structure, [paths[owner[0]] for owner in owners])
+    return jax.tree.unflatten(structure, [layer_of[owners[leaf][0]] for leaf in leaves])
+
+
+def _holds(path: str, owners: Mapping[str, list[str]]) -> bool:
+    return any(path in held for held in owners.values())

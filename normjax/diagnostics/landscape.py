@@ -71,8 +71,8 @@ def landscape(
     the *effective smoothness*, never more than the largest |eigenvalue| of the Hessian on the way.
 
     It costs a gradient for each step size, and one more. It compiles itself, each time that it is called; in a training
-    loop, compile it once, as in the example. Stacked, as by `lax.scan`, or by `jax.tree.map(lambda *x: jnp.stack(x), *history)`, it is what
-    `normjax.diagnostics.plot.landscape` draws.
+    loop, compile it once, as in the example. Stacked, as by `lax.scan`, or by
+    `jax.tree.map(lambda *x: jnp.stack(x), *history)`, it is what `normjax.diagnostics.plot.landscape` draws.
 
     Args:
       loss: from parameters to the loss, a scalar, on *one* batch and in training mode; new statistics are left out.

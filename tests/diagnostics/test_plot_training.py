@@ -60,6 +60,8 @@ def test_refusals(distributions):
         plot.percentiles(single)
     with pytest.raises(ValueError, match=r"Expected 5 steps; got steps of shape \(2,\)"):
         plot.percentiles(distributions, steps=(1, 2))
+    with pytest.raises(ValueError, match="Expected from 0 to 2; got feature=3"):
+        plot.percentiles(distributions, feature=3)
     with pytest.raises(ValueError, match="Expected 2 matplotlib Axes; got 1 of type Axes"):
         plot.percentiles(distributions, axes=Figure().subplots())
     with pytest.raises(ValueError, match=r"plot.landscape: there are no steps.*loss of shape \(\)"):

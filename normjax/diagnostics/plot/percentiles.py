@@ -34,7 +34,7 @@ def percentiles(
       The figure.
 
     Raises:
-      ValueError: for a history of a single step, or steps or axes that do not fit it.
+      ValueError: for a history of a single step, or a feature, steps or axes that do not fit it.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -58,11 +58,26 @@ def percentiles(
     figure, grid = panels("percentiles", axes, len(layers))
     for panel, (path, values) in zip(grid, layers, strict=True):
         flat = np.asarray(values).reshape(*q.shape, -1)
-        index = _typical(flat) if feature is None else feature
+        index = _typical(flat) if feature is None else _feature(feature, flat.shape[-1])
         _draw(panel, at, q[0], flat[:, :, index])
         of = f", feature {index} of {flat.shape[-1]}" if values.ndim > 2 else ""
         panel.set_title("/".join(path_names(path)) + of, fontsize="medium")
     return figure
+
+
+def _feature(feature: int, count: int) -> int:
+    """Returns the feature where a layer has features of its own; refuses one that it does not have."""
+    if count == 1:
+        return 0
+    if not -count <= feature < count:
+        _checks.refuse(
+            "plot.percentiles",
+            "feature is out of range",
+            expected=f"from 0 to {count - 1}",
+            got=f"feature={feature}",
+            fix="Choose one of them, or None for a typical one",
+        )
+    return feature
 
 
 def _typical(values: np.ndarray) -> int:
@@ -74,9 +89,11 @@ def _typical(values: np.ndarray) -> int:
 
 def _draw(panel: Axes, steps: np.ndarray, q: np.ndarray, values: np.ndarray) -> None:
     """Draws values `(steps, q)`."""
-    panel.fill_between(steps, values.min(1), values.max(1), alpha=0.2, linewidth=0)
-    for i, percentile in enumerate(q):
+    (first,) = panel.plot(steps, values[:, 0], linewidth=0.8, label=f"{q[0]:g}%")
+    color = first.get_color()  # the next of the axes' own
+    panel.fill_between(steps, values.min(1), values.max(1), color=color, alpha=0.2, linewidth=0)
+    for i, percentile in enumerate(q[1:], 1):
         middle = i == len(q) // 2
-        panel.plot(steps, values[:, i], color="C0", linewidth=1.8 if middle else 0.8, label=f"{percentile:g}%")
+        panel.plot(steps, values[:, i], color=color, linewidth=1.8 if middle else 0.8, label=f"{percentile:g}%")
     panel.set_xlabel("step")
     panel.grid(alpha=0.3)
