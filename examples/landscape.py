@@ -28,8 +28,8 @@ from common.arguments import Parser, number
 from common.interrupt import run
 
 DEFAULTS = {
-    "digits": {"seeds": 2, "steps": 400, "eval_every": 10, "batch_size": 64},
-    "mnist": {"seeds": 1, "steps": 400, "eval_every": 10, "batch_size": 64},
+    "digits": {"seeds": 2, "steps": 300, "eval_every": 10, "batch_size": 32},
+    "mnist": {"seeds": 1, "steps": 300, "eval_every": 10, "batch_size": 32},
     "cifar10": {"seeds": 1, "steps": 1000, "eval_every": 25, "batch_size": 128},
 }
 
@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     rate, count = number(float, "a positive number"), number(int, "a positive integer")
     add = parser.add_argument
     add("--learning-rates", type=rate, nargs="+", metavar="RATE", default=[0.1, 0.5], help="(default: %(default)s)")
-    add("--checkpoints", type=count, default=5, metavar="N", help="at which the Hessian is looked at (%(default)s)")
+    add("--checkpoints", type=count, default=4, metavar="N", help="at which the Hessian is looked at (%(default)s)")
     parser.add_runs("landscape", DEFAULTS)
     return parser.parse_runs(arguments)
 

@@ -20,7 +20,8 @@ from common import data, report
 from common.interrupt import Interrupt
 from common.noise import LAYERS, Sigmoids
 from common.study import Advance, Claim, Part, Study, conduct
-from common.training import Examples, State, Trainer, examples
+from common.training import Examples, State, examples
+from common.watching import Watched
 
 VARIANTS = {
     "no normalization": Sigmoids(normalize=False),
@@ -81,19 +82,19 @@ class Shift(Study):
 
     def _train(self, name: str, advance: Advance) -> list[dict[str, Any]]:
         options = self.options
-        trainer = Trainer(VARIANTS[name].network, self.data, options.batch_size)
+        trainer = Watched(VARIANTS[name].network, self.data, options.batch_size)
         instruments = Instruments(VARIANTS[name], trainer.train, options.learning_rate)
         return [self._run(trainer, instruments, seed, advance) for seed in range(options.seeds)]
 
-    def _run(self, trainer: Trainer, instruments: Instruments, seed: int, advance: Advance) -> dict[str, Any]:
-        options, seen, accuracies = self.options, [], []
-        for state, order in trainer.states(seed, options.learning_rate, options.steps, options.eval_every):
-            seen.append(jax.device_get(instruments.look(state, trainer.train, order[-1])))
+    def _run(self, trainer: Watched, instruments: Instruments, seed: int, advance: Advance) -> dict[str, Any]:
+        options, seen, accuracies, steps = self.options, [], [], [0]
+        for step, state, rows in trainer.states(seed, options.learning_rate, options.steps, options.eval_every):
+            seen.append(jax.device_get(instruments.look(state, trainer.train, rows)))
             accuracies.append(trainer.accuracy(state))
-            advance(len(order), f"{accuracies[-1]:.1%}")
+            advance(step - steps[-1], f"{accuracies[-1]:.1%}")
+            steps.append(step)
         history, shift = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
-        steps = np.minimum(options.eval_every * np.arange(1, len(seen) + 1), options.steps)
-        return {"seed": seed, "steps": steps.tolist(), "accuracy": accuracies, **summary(history.values, shift)}
+        return {"seed": seed, "steps": steps[1:], "accuracy": accuracies, **summary(history.values, shift)}
 
     def claims(self) -> list[Claim]:
         """Returns what the two papers say, and the medians over the seeds."""

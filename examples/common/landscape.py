@@ -18,9 +18,10 @@ import normjax as nj
 from common import data, report
 from common.interrupt import Interrupt
 from common.study import Advance, Claim, Part, Study, conduct
-from common.training import Examples, State, Trainer, examples
+from common.training import Examples, State, examples
 from common.units import UNITS
 from common.vgg import vgg
+from common.watching import Watched
 
 WIDTHS = ((16, 16), (32, 32), (32, 32))
 NORMS = {"no normalization": "none", "batch norm": "batch"}
@@ -40,10 +41,11 @@ class Landscapes(Study):
     name = "landscape"
     source = "Santurkar et al. (2018)"
     caption = (
-        "What to see: at each step, the range of the loss along the gradient of a training batch, up to 0.4 times it, and"
-        " how far the gradient there is from that at the start: with batch norm, bands are narrow, and gradients"
-        " predictable. Third, the largest ratio of that change to the distance moved; last, the largest eigenvalue of the"
-        " Hessian, over all directions; gradient descent on a quadratic is stable below the dashed line, 2 / rate."
+        "What to see: at each step, the range of the loss along the gradient of a training batch, up to 0.4 times it,"
+        " and of the distance of the gradients there from that at the start: with batch norm the bands are low, that of"
+        " the loss is narrow. Third, the largest ratio of that distance to the distance moved. Last, the largest"
+        " eigenvalue of the Hessian, over all directions: gradient descent on a quadratic is stable below the dashed"
+        " line, 2 / rate."
     )
 
     def parts(self) -> Mapping[str, Part]:
@@ -60,27 +62,28 @@ class Landscapes(Study):
 
     def _train(self, norm: str, rate: float, advance: Advance) -> list[dict[str, Any]]:
         network = vgg(UNITS[norm], WIDTHS)
-        trainer = Trainer(network, self.data, self.options.batch_size)
+        trainer = Watched(network, self.data, self.options.batch_size)
         walk, sharpness = instruments(network.apply)
         return [self._run(trainer, walk, sharpness, seed, rate, advance) for seed in range(self.options.seeds)]
 
     def _run(
-        self, trainer: Trainer, walk: Callable, sharpness: Callable, seed: int, rate: float, advance: Advance
+        self, trainer: Watched, walk: Callable, sharpness: Callable, seed: int, rate: float, advance: Advance
     ) -> dict[str, Any]:
         options, walks, eigenvalues, accuracies = self.options, [], {}, []
         evaluations = -(-options.steps // options.eval_every)
         checkpoints = set(np.linspace(0, evaluations - 1, options.checkpoints).astype(int).tolist())
-        steps = np.minimum(options.eval_every * np.arange(1, evaluations + 1), options.steps).tolist()
-        for i, (state, order) in enumerate(trainer.states(seed, rate, options.steps, options.eval_every)):
-            walks.append(jax.device_get(walk(state, trainer.train, order[-1])))
+        steps = [0]
+        for i, (step, state, rows) in enumerate(trainer.states(seed, rate, options.steps, options.eval_every)):
+            walks.append(jax.device_get(walk(state, trainer.train, rows)))
             if i in checkpoints:
-                eigenvalues[steps[i]] = jax.device_get(sharpness(state, trainer.train, order[-1]))
+                eigenvalues[step] = jax.device_get(sharpness(state, trainer.train, rows))
             accuracies.append(trainer.accuracy(state))
-            advance(len(order), f"{accuracies[-1]:.1%}")
+            advance(step - steps[-1], f"{accuracies[-1]:.1%}")
+            steps.append(step)
         history = jax.tree.map(lambda *leaves: np.stack(leaves), *walks)
         return {
             "seed": seed,
-            "steps": steps,
+            "steps": steps[1:],
             "accuracy": accuracies,
             "landscape": {field: listed(value) for field, value in history._asdict().items()},
             "checkpoints": list(eigenvalues),

@@ -100,29 +100,17 @@ class Trainer:
         Returns:
           The accuracies, and the seconds that training and evaluating took, compilation not included.
         """
-        done, points, accuracies = 0, [], []
+        state, done, points, accuracies = self.init(seed), 0, [], []
+        orders = _orders(seed, len(self.train.labels), self.batch_size, steps, eval_every)
         for size in {min(steps, eval_every), steps % eval_every} - {0}:
-            self._compile(self.init(seed), size)
+            self._compile(state, size)
         start = time.perf_counter()
-        for state, order in self.states(seed, learning_rate, steps, eval_every):
-            accuracies.append(self.accuracy(state))
+        for order in orders:
+            state = self._compiled[len(order)](state, self.train, order, jnp.float32(learning_rate))
+            accuracies.append(float(self._evaluate(state.params, state.batch_stats, self.test)))
             points.append(done := done + len(order))
             progress(len(order), accuracies[-1])
         return Run(seed, points, accuracies, time.perf_counter() - start)
-
-    def states(
-        self, seed: int, learning_rate: float, steps: int, eval_every: int
-    ) -> Iterator[tuple[State, np.ndarray]]:
-        """Yields the state after every `eval_every` steps, and after the last, with the rows of the batches since."""
-        state = self.init(seed)
-        for order in _orders(seed, len(self.train.labels), self.batch_size, steps, eval_every):
-            self._compile(state, len(order))
-            state = self._compiled[len(order)](state, self.train, order, jnp.float32(learning_rate))
-            yield state, order
-
-    def accuracy(self, state: State) -> float:
-        """Returns the share of test images that are named correctly."""
-        return float(self._evaluate(state.params, state.batch_stats, self.test))
 
     def _compile(self, state: State, steps: int) -> None:
         if steps not in self._compiled:
