@@ -30,7 +30,7 @@ VARIANTS = {
 }
 LAST = LAYERS[-2]  # the last hidden layer, whose sigmoids the paper's figure shows
 PROBE = 500  # training images whose distribution is followed
-COLORS = {name: f"C{i}" for i, name in enumerate(VARIANTS)}
+COLORS = dict(zip(VARIANTS, ("#1f77b4", "#ff7f0e", "#2ca02c"), strict=True))
 
 
 def run(options: Namespace, interrupt: Interrupt) -> int:
@@ -70,7 +70,7 @@ class Shift(Study):
         "What to see: below, the 15th, 50th and 85th percentile of what goes into a typical sigmoid of the last hidden"
         " layer. Without normalization it wanders far, as in the 2015 paper's figure 1; with batch norm it is quiet;"
         " with noise after it, it jumps at every step, and yet (above, left) trains as well as without the noise."
-        " Above, right: how much the update of the layers before it changes the last hidden layer's gradient."
+        " Above, right: the last hidden layer's gradient, G, and what an update of the layers before makes of it, G'."
     )
 
     def parts(self) -> Mapping[str, Part]:
