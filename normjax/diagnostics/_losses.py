@@ -76,8 +76,11 @@ def inner(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
 
 
 def norm(a: PyTree[Array]) -> Scalar:
-    """The Euclidean length of a tree as a vector."""
-    return jnp.sqrt(inner(a, a))
+    """The Euclidean length of a tree as a vector; safe from overflow and underflow."""
+    largest = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(a)]
+    widest = jnp.stack([one.astype(total(largest).dtype) for one in largest]).max()
+    unit = jnp.where(widest > 0, widest, 1)
+    return unit * jnp.sqrt(total([jnp.sum((leaf / unit.astype(leaf.dtype)) ** 2) for leaf in jax.tree.leaves(a)]))
 
 
 def total(values: list[Array]) -> Array:

@@ -81,6 +81,14 @@ def test_the_smoothness_is_that_of_the_sharpest_direction():
     assert 1.0 < float(anywhere) < float(sharpest)
 
 
+def test_lengths_neither_overflow_nor_vanish():
+    """Squares of what diverges, or of what has nearly converged, have no room in float32."""
+    for size in (1e-25, 1e25):
+        seen = landscape(lambda w: size * jnp.sum(w**2) / 2, jnp.ones(4), step_sizes=(1 / size,))
+        assert_close(seen.gradient_distances, np.asarray([2 * size]), rtol=1e-5)
+        assert_close(seen.smoothness, size, rtol=1e-5)
+
+
 def test_a_stationary_point_is_flat():
     seen = landscape(loss, params_at(np.zeros(3)), step_sizes=SIZES)
     assert (float(seen.variation), float(seen.smoothness)) == (0.0, 0.0)

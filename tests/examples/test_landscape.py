@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import landscape
-from common.landscape import STEP_SIZES, eigenvalues, history, instruments, listed, number, shown
+from common.landscape import STEP_SIZES, compared, eigenvalues, finite, history, instruments, listed, number, shown
 from common.training import Examples, State
 from landscape import main, parse
 
@@ -43,6 +43,9 @@ def test_what_diverged_is_no_number():
     assert listed(np.asarray([[1.0, np.nan], [np.inf, 2.0]])) == [[1.0, None], [None, 2.0]]
     assert number(np.float32(3)) == 3.0 and number(np.float32("nan")) is None
     assert shown(0.12345) == "0.123" and shown(np.nan) == "diverged"
+    assert finite(np.asarray([1.0, np.nan])).tolist() == [1.0]
+    assert finite(np.asarray([np.nan])).tolist() == [np.inf]
+    assert compared(6.0, 2.0) == "3 times less" and compared(2.0, 6.0) == "3 times more"
 
 
 def test_medians_over_the_seeds():
