@@ -144,9 +144,9 @@ class Shift(Study):
     def _draw_band(self, panel: Any, name: str) -> None:
         if name in self.results:
             run = self.results[name][0]
-            band = np.asarray(run["band"])
+            band = jnp.asarray(run["band"])
             panel.set_prop_cycle(color=[COLORS[name]])
-            q = np.tile([15.0, 50.0, 85.0], (len(band), 1))
+            q = jnp.tile(jnp.asarray([15.0, 50.0, 85.0]), (len(band), 1))
             nj.diagnostics.plot.percentiles(nj.diagnostics.Percentiles(q, band), run["steps"], axes=panel)
         panel.set_title(f"{name}: input of a typical sigmoid", fontsize="medium")
 

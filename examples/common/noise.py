@@ -8,7 +8,7 @@ The key of the noise is among the statistics, and another one after each step of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 from jax import Array
@@ -42,17 +42,18 @@ class Sigmoids:
     def forward(self, params: Tree, batch_stats: Tree, images: Array, train: bool) -> tuple[Array, Tree, Tree]:
         """Returns the logits, the new statistics, and what goes into each layer of sigmoids."""
         x, new_stats, inputs = images.reshape(len(images), -1), {}, {}
+        keys: Iterable[Array | None] = (None,) * DEPTH
         if self.noise:
             new_stats["noise"], key = jax.random.split(batch_stats["noise"])
             keys = jax.random.split(key, DEPTH)
-        for i, name in enumerate(LAYERS[:-1]):
+        for name, key in zip(LAYERS[:-1], keys, strict=True):
             x = linear(params[name], x)
             if self.normalize:
                 x, new_stats[name] = nj.batch_norm(
                     params[name]["norm"], batch_stats[name], x, train, momentum=BATCH_NORM_MOMENTUM
                 )
-            if self.noise and train:
-                x = disturbed(keys[i], x)
+            if key is not None and train:
+                x = disturbed(key, x)
             inputs[name] = x
             x = jax.nn.sigmoid(x)
         return linear(params["logits"], x), new_stats, inputs

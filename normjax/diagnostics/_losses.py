@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import reduce
 from operator import add
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from normjax import _checks
+from normjax._typing import promote
 from normjax.optim._trees import check_arrays, check_finite, show
 from normjax.statistics.reduction import widen
 
@@ -19,10 +21,10 @@ Loss = Callable[[Any], Float[Array, ""]]
 Scalar = Float[Array, ""]
 
 
-def checked(function: str, loss: Loss, params: PyTree) -> PyTree[Array]:
-    """Returns parameters in at least float32; refuses those without derivatives, and a loss that is no number of them.
+def checked(function: str, loss: Loss, params: PyTree) -> tuple[Loss, PyTree[Array]]:
+    """Returns a loss, and its parameters in at least float32; refuses those that it has no derivatives by.
 
-    In bfloat16, steps and differences would be those of rounding.
+    In bfloat16, steps and differences would be those of rounding. Of an nnx module, it is the loss of its state.
     """
     if not callable(loss):
         _checks.refuse(
@@ -33,6 +35,7 @@ def checked(function: str, loss: Loss, params: PyTree) -> PyTree[Array]:
             fix=f"The order is {function}(loss, params)",
             kind=TypeError,
         )
+    loss, params = _opened(loss, params)
     params = differentiable(function, "params", params)
     shape = jax.eval_shape(loss, params)
     number = isinstance(shape, jax.ShapeDtypeStruct) and shape.shape == ()
@@ -45,7 +48,21 @@ def checked(function: str, loss: Loss, params: PyTree) -> PyTree[Array]:
             fix="Return the mean over the batch alone, without new statistics: lambda params: loss(params)[0]",
             kind=TypeError,
         )
-    return params
+    return loss, params
+
+
+def opened(tree: PyTree) -> PyTree:
+    """Returns a tree of arrays: of an nnx module, the state of its parameters."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx.state(tree, nnx.Param) if nnx is not None and isinstance(tree, nnx.Module) else tree
+
+
+def _opened(loss: Loss, params: PyTree) -> tuple[Loss, PyTree]:
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None or not isinstance(params, nnx.Module):
+        return loss, params
+    graphdef, state, others = nnx.split(params, nnx.Param, ...)
+    return lambda state: loss(nnx.merge(graphdef, state, others, copy=True)), state
 
 
 def differentiable(function: str, name: str, tree: PyTree) -> PyTree[Array]:
@@ -77,16 +94,20 @@ def inner(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
 
 def norm(a: PyTree[Array]) -> Scalar:
     """The Euclidean length of a tree as a vector; safe from overflow and underflow."""
-    largest = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(a)]
-    widest = jnp.stack([one.astype(total(largest).dtype) for one in largest]).max()
-    unit = jnp.where(widest > 0, widest, 1)
-    return unit * jnp.sqrt(total([jnp.sum((leaf / unit.astype(leaf.dtype)) ** 2) for leaf in jax.tree.leaves(a)]))
+    leaves = jax.tree.leaves(a)
+    largest = reduce(jnp.maximum, _alike([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]))
+    unit = jnp.where(largest > 0, largest, 1)
+    return unit * jnp.sqrt(total([jnp.sum((leaf / unit.astype(leaf.dtype)) ** 2) for leaf in leaves]))
 
 
 def total(values: list[Array]) -> Array:
     """The sum of arrays, whose precisions may differ."""
-    widest = jnp.result_type(*{value.dtype for value in values}) if len({v.dtype for v in values}) > 1 else None
-    return reduce(add, values if widest is None else [value.astype(widest) for value in values])
+    return reduce(add, _alike(values))
+
+
+def _alike(values: list[Array]) -> list[Array]:
+    dtype = promote(*(value.dtype for value in values))
+    return [value.astype(dtype) for value in values]
 
 
 def moved(params: PyTree[Array], direction: PyTree[Array], size: Array) -> PyTree[Array]:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from normjax import _checks
-from normjax.diagnostics._losses import Loss, checked, difference, differentiable, inner, norm
+from normjax.diagnostics._losses import Loss, checked, difference, differentiable, inner, norm, opened
 from normjax.optim._trees import check_alike, path_names
 
 _FUNCTION = "internal_covariate_shift"
@@ -50,10 +50,10 @@ def internal_covariate_shift(
     loop, call it inside of `jax.jit`.
 
     Args:
-      loss: from parameters to the loss, a scalar, on the batch of this step, with its random numbers, and in training
-        mode; new statistics are left out.
-      params: those of step t, any tree of arrays, nnx's `State` among them. Read in at least float32.
-      updated: those of step t + 1, in a tree like `params`.
+      loss: from parameters (or the module) to the loss, a scalar, on the batch of this step, with its random numbers,
+        and in training mode; new statistics are left out.
+      params: those of step t, any tree of arrays, or an nnx module. Read in at least float32.
+      updated: those of step t + 1, in a tree like `params`, or a module like it.
       layers: the paths of the layers in the order that data passes them, as `"encoder/Dense_0"`; a tuple of paths is
         one layer, such as `("Dense_0", "BatchNorm_0")`. Each leaf of `params` belongs to one of them.
 
@@ -78,7 +78,8 @@ def internal_covariate_shift(
       Santurkar, Tsipras, Ilyas & Madry, "How Does Batch Normalization Help Optimization?" (NeurIPS 2018),
       definition 2.1 and figure 3.
     """
-    params = checked(_FUNCTION, loss, params)
+    loss, params = checked(_FUNCTION, loss, params)
+    updated = opened(updated)
     check_alike(_FUNCTION, ("updated", updated), ("params", params))
     updated = differentiable(_FUNCTION, "updated", updated)
     layer_of = _layers(params, layers)

@@ -62,9 +62,9 @@ def hessian_eigenvalue(
     called; in a loop, compile it once, as in the example.
 
     Args:
-      loss: from parameters to the loss, a scalar, twice differentiable. ReLUs count as linear on either side. With
-        batch norm, in training mode, on a batch like those of training; new statistics are left out.
-      params: any tree of arrays, nnx's `State` among them. Read in at least float32.
+      loss: from parameters (or the module) to the loss, a scalar, twice differentiable. ReLUs count as linear on either
+        side. With batch norm, in training mode, on a batch like those of training; new statistics are left out.
+      params: any tree of arrays, or an nnx module, of which its `nnx.Param`s count. Read in at least float32.
       which: the end of the spectrum.
       iterations: at most so many products with H; never more than there are parameters.
       tolerance: of the residual, relative to the largest |eigenvalue| found. The error of the value is at most the
@@ -103,7 +103,7 @@ def hessian_eigenvalue(
             got=f"iterations={iterations!r}",
             fix="Pass some 50",
         )
-    params = checked(_FUNCTION, loss, params)
+    loss, params = checked(_FUNCTION, loss, params)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
 
     @jax.jit

@@ -75,8 +75,9 @@ def landscape(
     `jax.tree.map(lambda *x: jnp.stack(x), *history)`, it is what `normjax.diagnostics.plot.landscape` draws.
 
     Args:
-      loss: from parameters to the loss, a scalar, on *one* batch and in training mode; new statistics are left out.
-      params: any tree of arrays, nnx's `State` among them. It is read in at least float32.
+      loss: from parameters (or the module) to the loss, a scalar, on *one* batch and in training mode; new statistics
+        are left out.
+      params: any tree of arrays, or an nnx module, of which its `nnx.Param`s count. Read in at least float32.
       step_sizes: s, finite and not 0, such as the learning rates in question; negative ones walk uphill.
       direction: d, a tree like `params`, such as what an optimizer would add to them at a learning rate of 1; None for
         the negative gradient.
@@ -101,7 +102,7 @@ def landscape(
       Santurkar, Tsipras, Ilyas & Madry, "How Does Batch Normalization Help Optimization?" (NeurIPS 2018), section 3.2,
       figures 4 and 9.
     """
-    params = checked("landscape", loss, params)
+    loss, params = checked("landscape", loss, params)
     sizes = _sizes(step_sizes)
     if direction is not None:
         check_alike("landscape", ("direction", direction), ("params", params))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from normjax import _checks
 from normjax._typing import Axes
-from normjax.optim._trees import Path, show
+from normjax.optim._trees import Path, check_arrays, show
 from normjax.statistics.reduction import widen
 
 
@@ -69,6 +69,8 @@ def percentiles(inputs: PyTree, q: Sequence[float] = (15, 50, 85), *, feature_ax
         _checks.between("percentiles", "q", one, 0.0, 100.0)
     if not wanted:
         _checks.refuse("percentiles", "q is empty", expected="percentiles", got=f"q={q!r}", fix="Pass (15, 50, 85)")
+
+    check_arrays("percentiles", "inputs", inputs)
 
     def of_layer(path: Path, x: Any) -> Array:
         name = f"percentiles at {show('inputs', path)}"

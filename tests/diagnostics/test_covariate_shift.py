@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import normjax as nj
 from normjax.diagnostics import internal_covariate_shift
-from tests.compare import assert_close
+from tests.compare import assert_close, assert_identical, assert_trees_close
 
 DEPTH = 3
 
@@ -117,6 +118,31 @@ def test_a_linen_model_in_a_jitted_step():
     before, after = (jax.grad(loss)(tree)["Dense_1"] for tree in (params, partly))
     expected = np.sqrt(sum(np.sum(np.square(before[leaf] - after[leaf])) for leaf in before))
     assert_close(shift.distance, np.asarray([0.0, expected]), rtol=1e-4, atol=1e-6)
+
+
+def test_nnx_modules_stay_as_they_are():
+    """As the tree of their parameters does; new statistics are left out."""
+    x = jax.random.normal(jax.random.key(0), (16, 5))
+    layers = (("layers/0", "layers/1"), "layers/2")
+
+    def network(seed):
+        rngs = nnx.Rngs(seed)
+        norm = nj.nnx.BatchNorm(4, rngs=rngs)
+        return nnx.Sequential(nnx.Linear(5, 4, rngs=rngs), norm, nnx.Linear(4, 3, rngs=rngs))
+
+    def loss(model):
+        return jnp.mean(model(x) ** 2)
+
+    old, new = network(0), network(1)
+    before = jax.tree.map(jnp.copy, nnx.state(old))
+    shift = internal_covariate_shift(loss, old, new, layers=layers)
+    assert_identical(nnx.state(old), before)
+    graphdef, params, others = nnx.split(old, nnx.Param, ...)
+    expected = internal_covariate_shift(
+        lambda params: loss(nnx.merge(graphdef, params, others)), params, nnx.state(new, nnx.Param), layers=layers
+    )
+    assert_trees_close(shift, expected, rtol=1e-5, atol=1e-6)
+    assert float(shift.distance[1]) > 0.01
 
 
 @pytest.mark.parametrize(

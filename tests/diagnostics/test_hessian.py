@@ -139,11 +139,10 @@ def test_half_precision_is_read_in_single():
     assert_close(found.value, 1.001, atol=1e-6, dtype=np.float32)
 
 
-def test_an_nnx_state():
-    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model, nnx.Param)
-    x = np.asarray([[1.0, 0, 0], [0, 2, 0], [0, 0, 3]], np.float32)
-    found = hessian_eigenvalue(lambda params: 0.5 * jnp.sum(nnx.merge(graphdef, params)(jnp.asarray(x)) ** 2), params)
+def test_an_nnx_module():
+    model, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), np.asarray([[1.0, 0, 0], [0, 2, 0], [0, 0, 3]], np.float32)
+    found = hessian_eigenvalue(lambda model: 0.5 * jnp.sum(model(jnp.asarray(x)) ** 2), model)
+    assert jax.tree.structure(found.vector) == jax.tree.structure(nnx.state(model, nnx.Param))
     inputs = np.concatenate([x, np.ones((3, 1))], 1)
     assert_close(found.value, np.linalg.eigvalsh(inputs.T @ inputs)[-1], rtol=1e-5)
 
