@@ -84,7 +84,7 @@ class Trainer:
         tested = np.array([[self._test(params, key, count) for key in keys] for count in memories(self.options)])
         return tuple(tested.mean(1).T.tolist())
 
-    def _take_steps(self, state: tuple[Tree, Any], keys: Array, count: Array) -> tuple[tuple[Tree, Any], Array]:
+    def _take_steps(self, state: tuple[Any, Any], keys: Array, count: Array) -> tuple[tuple[Any, Any], Array]:
         """Takes a step for each key, and returns the mean of their accuracies."""
 
         def loss(params: Tree, key: Array) -> tuple[Array, Array]:
@@ -97,7 +97,7 @@ class Trainer:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, documents.answers)
             return losses.mean(), (logits.argmax(-1) == documents.answers).mean()
 
-        def step(state: tuple[Tree, Any], key: Array) -> tuple[tuple[Tree, Any], Array]:
+        def step(state: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], Array]:
             params, optimizer = state
             gradients, accuracy = jax.grad(loss, has_aux=True)(params, key)
             updates, optimizer = self.optimizer.update(gradients, optimizer)
@@ -141,7 +141,7 @@ class CrossBatch(Study):
     source = "Tworkowski et al. 2023 (Focused Transformer)"
     caption = (
         "What to see: at the left edge, where the memory holds nothing but the own context, all models find the value."
-        " To the right contexts of other documents are added. Without negatives in training, attention spreads over them"
+        " To the right contexts of others are added. Without negatives in training, attention spreads over all of them"
         " and the value is lost; with them it is still found among many more than were seen in training (dotted)."
         " Bands span the seeds."
     )
@@ -164,17 +164,17 @@ class CrossBatch(Study):
     def tables(self) -> Sequence[Table]:
         """Returns the accuracy by model and number of contexts."""
         counts = memories(self.options)
+        chosen = sorted({*range(0, len(counts), 2), len(counts) - 1})
         shown = Table(
             title=f"Accuracy by contexts in memory, median of {self.options.seeds} seed(s)", title_justify="left"
         )
         shown.box, shown.pad_edge = rich.box.SIMPLE_HEAD, False
-        for heading in ("model", "negatives from step", *map(str, counts), f"focus at {counts[-1]}"):
-            shown.add_column(heading, justify="left" if heading == "model" else "right")
+        shown.add_column("model", no_wrap=True)
+        for heading in (*(str(counts[i]) for i in chosen), f"focus at {counts[-1]}"):
+            shown.add_column(heading, justify="right", no_wrap=True)
         for name, result in self.results.items():
-            runs = result["runs"]
-            switched = ", ".join(str(run["switched"] or "-") for run in runs)
-            accuracies = [f"{value:.1%}" for value in _medians(runs, "accuracies")]
-            shown.add_row(name, switched, *accuracies, f"{_medians(runs, 'focus')[-1]:.2f}")
+            accuracies, focus = (_medians(result["runs"], of) for of in ("accuracies", "focus"))
+            shown.add_row(name, *(f"{accuracies[i]:.1%}" for i in chosen), f"{focus[-1]:.2f}")
         return [shown]
 
     def claims(self) -> Sequence[Claim]:
@@ -186,7 +186,7 @@ class CrossBatch(Study):
         focus = self._by_training("focus", "{:.2f}")
         return [
             Claim(
-                "accuracy with a memory far larger than documents in training",
+                "accuracy in a memory far larger than documents in training",
                 "above 92% of 16M tokens, after training on documents of 512",
                 f"{accuracy['crossbatch']} of {largest}, after training on documents of {trained}",
             ),
@@ -226,7 +226,6 @@ class CrossBatch(Study):
                     values = scale * np.array([run[of] for run in result["runs"]])
                     axes.plot(counts, np.median(values, 0), marker="o", markersize=3, label=name, **style)
                     axes.fill_between(counts, values.min(0), values.max(0), color=style["color"], alpha=0.12)
-            focus.plot(counts, [1 / count for count in counts], color="0.5", linewidth=1, label="1/n: evenly spread")
             accuracy.set(ylabel="questions answered (%)", ylim=(0, 103))
             focus.set(ylabel="attention to the own context,\nof that to the memory", ylim=(0, 1.03))
             for axes in (accuracy, focus):
@@ -235,8 +234,9 @@ class CrossBatch(Study):
                 axes.set_xticks(counts, map(str, counts))
                 axes.set_xlabel("contexts in memory, one of them the document's own")
                 axes.grid(alpha=0.3)
+            focus.plot(counts, [1 / count for count in counts], color="0.5", linewidth=1, label="1/n: evenly spread")
             accuracy.legend(fontsize="small", loc="lower left")
-            focus.legend(*focus.get_legend_handles_labels(), fontsize="small")
+            focus.legend(handles=focus.get_lines()[-1:], fontsize="small")
 
 
 def _medians(runs: Sequence[Mapping[str, Any]], of: str) -> list[float]:
