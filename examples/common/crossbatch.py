@@ -168,9 +168,9 @@ class CrossBatch(Study):
         shown = Table(
             title=f"Accuracy by contexts in memory, median of {self.options.seeds} seed(s)", title_justify="left"
         )
-        shown.box, shown.pad_edge = rich.box.SIMPLE_HEAD, False
+        shown.box, shown.pad_edge, shown.collapse_padding = rich.box.SIMPLE_HEAD, False, True
         shown.add_column("model", no_wrap=True)
-        for heading in (*(str(counts[i]) for i in chosen), f"focus at {counts[-1]}"):
+        for heading in (*(str(counts[i]) for i in chosen), "focus"):
             shown.add_column(heading, justify="right", no_wrap=True)
         for name, result in self.results.items():
             accuracies, focus = (_medians(result["runs"], of) for of in ("accuracies", "focus"))

@@ -161,7 +161,7 @@ class Reading(Study):
             if name in best and "LSTM" in best:
                 others = [best[other] for other in ("LSTM", "LN-LSTM", "BN-LSTM") if other in best]
                 steps = ", ".join(f"{_steps(other, GOALS[0])} ({other.name})" for other in others)
-                claims.append(Claim(f"steps to {GOALS[0]:.0%}, {name}", reported, steps))
+                claims.append(Claim(f"steps to {GOALS[0]:.0%} at the best rate, {name}", reported, steps))
         return claims
 
     def tables(self) -> Sequence[Table]:
