@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--norms", nargs="+", choices=NORMS, default=NORMS, metavar="NORM", help="'layer norm', 'RMS norm' (both)")
     add("--blocks", nargs="+", choices=BLOCKS, default=BLOCKS, metavar="BLOCK", help="of the model (local memory)")
     add("--text", type=Path, metavar="FILE", help="to hide definitions and questions in")
-    add("--gap", type=count, default=8, metavar="N", help="bytes of it before each of them (default: %(default)s)")
+    add("--gap", type=count, default=4, metavar="N", help="bytes of it before each of them (default: %(default)s)")
     add("--pairs", type=count, default=8, metavar="N", help="keys that a document defines (default: %(default)s)")
     add(
         "--contexts",

@@ -32,6 +32,7 @@ THOROUGH = {
     "test_batch_norm_torch.py",
     "test_checkpoints.py",
     "test_conditional.py",
+    "test_cross_batch_attention.py",
     "test_domains.py",
     "test_equilibrium.py",
     "test_export.py",

@@ -1,4 +1,4 @@
-"""Documents made of a dictionary and questions about it: the lookup task of Tworkowski et al. 2023, section 5.1."""
+"""Documents made of a dictionary and questions about it: the lookup task of Tworkowski et al. 2023."""
 
 from __future__ import annotations
 
