@@ -27,6 +27,11 @@ hypothesis.settings.load_profile("normjax")
 # Beside the tests that are marked, `make test-fast` leaves out those that check against others, or train, and examples.
 THOROUGH = {
     "test_accumulate.py",
+    "test_adversarial_pairs.py",
+    "test_batch_variance.py",
+    "test_contrastive.py",
+    "test_interactions.py",
+    "test_leakage.py",
     "test_batch_norm_ghosts.py",
     "test_batch_norm_gradients.py",
     "test_batch_norm_torch.py",
@@ -60,6 +65,10 @@ THOROUGH = {
     "test_recalibrate_networks.py",
     "test_recurrent.py",
     "test_renormalize.py",
+    "test_report.py",
+    "test_report_command.py",
+    "test_report_gap.py",
+    "test_report_replicas.py",
     "test_rotation.py",
     "test_scale_invariance.py",
     "test_speedup.py",

@@ -209,9 +209,9 @@ def _test_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
 
 
 def _growth_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
-    radial = [f"{kind} {found['radial']:.1g}" for kind, found in runs.items()]
+    radial = [f"{kind} {found['radial']:.2g}" for kind, found in runs.items()]
     yield Claim("cosine of kernel and gradient, by that of chance", "0", "at most: " + ", ".join(radial))
-    excess = [f"{kind} {100 * _excess(found):.1g}%" for kind, found in runs.items()]
+    excess = [f"{kind} {100 * _excess(found):.2g}%" for kind, found in runs.items()]
     yield Claim("norms without decay, off the sum of squared steps", "0", "at most: " + ", ".join(excess))
     rates = {kind: found["effective_learning_rate"] for kind, found in runs.items() if kind in NORMALIZED}
     falls = [f"{kind} {rate[0] / rate[-1]:.1f} times" for kind, rate in rates.items()]

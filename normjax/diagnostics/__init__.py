@@ -7,7 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from normjax.diagnostics._findings import Finding
+from normjax.diagnostics.batch_variance import BatchVariance, batch_variance
 from normjax.diagnostics.equilibrium import Compared, Equilibrium, equilibrium
+from normjax.diagnostics.interactions import Interactions, interactions
+from normjax.diagnostics.leakage import Leakage, leakage
 from normjax.diagnostics.report import LayerReport, Range, Report, report
 from normjax.diagnostics.rotation import Rotation, rotation
 from normjax.diagnostics.scale_invariance import ScaleInvariance, scale_invariance
@@ -16,15 +19,21 @@ if TYPE_CHECKING:
     from normjax.diagnostics import plot as plot
 
 __all__ = [
+    "BatchVariance",
     "Compared",
     "Equilibrium",
     "Finding",
+    "Interactions",
     "LayerReport",
+    "Leakage",
     "Range",
     "Report",
     "Rotation",
     "ScaleInvariance",
+    "batch_variance",
     "equilibrium",
+    "interactions",
+    "leakage",
     "report",
     "rotation",
     "scale_invariance",

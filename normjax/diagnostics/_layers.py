@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from normjax import _checks
+from normjax.optim._trees import path_names, plain
 
 Path = tuple[str, ...]
 Leaves = dict[Path, Any]
@@ -62,8 +63,6 @@ class Layer(NamedTuple):
 
 def leaves_of(variables: Any) -> Leaves:
     """Returns the arrays of variables by the names on their paths; nnx's variables and Flax's boxes opened."""
-    from normjax.optim._trees import path_names, plain
-
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(variables, nnx.Module):
         variables = nnx.state(variables)

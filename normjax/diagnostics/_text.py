@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def span(found: Range | None) -> str:
     """Returns the ends of a range."""
     if found is None:
         return ""
+    if math.isnan(found.median):
+        return "NaN"
     low, high = f"{found.low:.3g}", f"{found.high:.3g}"
     return low if low == high else f"{low} to {high}"
 

@@ -255,6 +255,6 @@ def test_as_a_process(tmp_path):
     assert "CHECKPOINT [--json [FILE]]" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "normjax.diagnostics" in imported
-    assert not {"orbax.checkpoint", "rich", "safetensors", "matplotlib", "flax", "optax"} & imported
+    assert not {"orbax.checkpoint", "rich", "safetensors", "matplotlib", "flax"} & imported
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "CHECKPOINT is missing" in done.stderr
