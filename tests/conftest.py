@@ -38,6 +38,7 @@ THOROUGH = {
     "test_checkpoints.py",
     "test_conditional.py",
     "test_covariate_shift.py",
+    "test_cross_batch_attention.py",
     "test_domains.py",
     "test_equilibrium.py",
     "test_export.py",
