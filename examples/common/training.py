@@ -77,7 +77,8 @@ class Trainer:
         self.optimizer = optimizer or partial(optax.sgd, momentum=momentum)
         self.train, self.test = data
         self._compiled: dict[tuple[int, ...], Callable] = {}
-        self._evaluate = jax.jit(self._accuracy).lower(*self.init(0)[:2], self.test).compile()
+        self._measure = jax.jit(self._accuracy)
+        self._evaluate = self._measure.lower(*self.init(0)[:2], self.test).compile()
 
     def init(self, seed: int) -> State:
         """Returns the state that training starts from: the same kernels for each variant."""
@@ -124,6 +125,10 @@ class Trainer:
             points.append(done := done + len(order))
             progress(len(order), accuracies[-1])
         return Run(seed, points, accuracies, time.perf_counter() - start), state
+
+    def accuracy(self, state: State, data: Examples) -> float:
+        """Returns the share of correct answers, with the running statistics."""
+        return float(self._measure(state.params, state.batch_stats, data))
 
     def _compile(self, state: State, shape: tuple[int, int]) -> None:
         if shape not in self._compiled:
