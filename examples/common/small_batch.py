@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -202,7 +202,7 @@ def _title(name: str, size: int) -> str:
     return f"{name} norm, {size} images a device"
 
 
-def _line(axes: Axes, errors: Mapping[int, float], **style: str) -> None:
+def _line(axes: Axes, errors: Mapping[int, float], **style: Any) -> None:
     axes.plot(list(errors), list(errors.values()), marker="o", **style)
 
 
