@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import optax
 import rich.box
 from jax import Array
 from matplotlib.axes import Axes
@@ -50,11 +50,9 @@ class Method(NamedTuple):
 
 def methods(steps: int) -> dict[str, Method]:
     """Returns the methods; batch renorm's limits rise as in its paper, with `steps` in place of its 40,000."""
-
-    def ramp(start: float, end: float, until: float) -> Callable[[Array], Array]:
-        begin = steps / 8  # the paper: 5,000 steps as batch norm
-        return lambda count: start + (end - start) * jnp.clip((count - begin) / (until * steps - begin), 0, 1)
-
+    begin = steps // 8  # the paper: 5,000 steps as batch norm
+    r_max = optax.linear_schedule(1.0, 3.0, steps - begin, begin)
+    d_max = optax.linear_schedule(0.0, 5.0, steps * 5 // 8 - begin, begin)
     # One value a channel and example, as in maps of one pixel, wants a learned epsilon (Singh & Krishnan 2020).
     response = UNITS["filter response"]._replace(
         make=lambda kernel: nj.filter_response_norm_init(kernel.shape[-1], learn_epsilon=True)
@@ -62,7 +60,7 @@ def methods(steps: int) -> dict[str, Method]:
     return {
         "batch": Method(batch()),
         "ghost": Method(batch(virtual_batch_size=GHOST), on_devices=False),
-        "renorm": Method(renorm(r_max=ramp(1, 3, 1), d_max=ramp(0, 5, 5 / 8))),
+        "renorm": Method(renorm(r_max=r_max, d_max=d_max)),
         "sync": Method(batch(axis_name=AXIS)),
         "group": Method(UNITS["group"]),
         "layer": Method(UNITS["layer"]),

@@ -78,7 +78,7 @@ def initialized_from(images: Array, make: Callable[[Unit], Network]) -> Network:
 
     def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
         params, batch_stats = network.init(key, image_shape, num_classes)
-        _, found = initializing.apply(params, batch_stats, images, True)
+        _, found = jax.jit(initializing.apply, static_argnums=3)(params, batch_stats, images, True)
         return params | found, batch_stats
 
     return Network(init, network.apply)
