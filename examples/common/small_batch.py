@@ -100,9 +100,9 @@ class SmallBatch(Study):
 
     name, source = "small_batch", "Wu & He (2018), ResNet-50 on ImageNet"
     caption = (
-        "What to see: batch norm with statistics of each device (batch) gets worse from left to right, as in the paper,"
-        " while what shares statistics over more examples (ghost, sync) or over none (group, layer, filter response)"
-        " stays where it is. Learning rates are linear in the batch size, and all points have seen as many examples."
+        "What to see: where a device has few images, batch norm with statistics of each device (batch) fails, as in the"
+        " paper; renorm fails less. What shares statistics over more examples (ghost, sync) or over none (group, layer,"
+        " filter response) does not. Learning rates are linear in the batch size; all points have seen as many examples."
     )
 
     def parts(self) -> Mapping[str, Part]:
@@ -156,7 +156,7 @@ class SmallBatch(Study):
         claims = []
         for name, reported in REPORTED.items():
             measured = self.curve(name)
-            for size in measured.keys() & reported.keys():
+            for size in [size for size in measured if size in reported]:
                 claims.append(Claim(_title(name, size), f"{reported[size]:.1f}%", f"{measured[size]:.1f}%"))
             if {2, 32} <= measured.keys():
                 rises = (f"{errors[2] - errors[32]:+.1f} points" for errors in (reported, measured))
@@ -185,10 +185,8 @@ class SmallBatch(Study):
                 if name in REPORTED:
                     _line(reported, REPORTED[name], label=name, color=f"C{i}")
             _dress(measured, f"measured: VGG, {DEVICES} devices", self.options.sizes)
-            measured.set_yscale("log")
-            measured.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+            measured.set_ylim(bottom=0)
             _dress(reported, "reported: ResNet-50, ImageNet, 8 GPUs", list(REPORTED["batch"]))
-            reported.yaxis.set_major_formatter(PercentFormatter(decimals=0))
 
 
 def key(name: str, size: int) -> str:
@@ -208,6 +206,7 @@ def _dress(axes: Axes, title: str, sizes: Sequence[int]) -> None:
     axes.set(xscale="log", xlabel="images a device", ylabel="error", title=title)
     axes.set_xticks(list(sizes), map(str, sizes))
     axes.minorticks_off()
+    axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     axes.invert_xaxis()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

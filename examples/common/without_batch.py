@@ -53,11 +53,17 @@ class Summary(NamedTuple):
 
 
 def units() -> dict[str, Unit]:
-    """Returns the units, weight standardization with ReLU's gain."""
+    """Returns the units: weight standardization with ReLU's gain, dynamic tanh with a slope that keeps signals alive.
+
+    Its paper's 0.5 is for residual branches. Here, one layer behind the other, it halves what goes through each.
+    """
+    squashed = UNITS["dynamic tanh"]._replace(
+        make=lambda kernel: nj.dynamic_tanh_init(kernel.shape[-1], alpha=1.0),
+    )
     standardized = UNITS["weight standardization"]._replace(
         make=lambda kernel: nj.weights.weight_standardization_init(kernel.shape[-1], scale_init=constant(GAIN))
     )
-    return UNITS | {"weight standardization": standardized}
+    return UNITS | {"weight standardization": standardized, "dynamic tanh": squashed}
 
 
 class InitializingUnit(Unit):
@@ -106,9 +112,9 @@ class WithoutBatch(Study):
 
     name, source = "without_batch", "the sources"
     caption = (
-        "What to see: how high each curve gets, and how wide it is. Without normalization the rates that train are few;"
-        " batch norm trains at most of them; which of the others, whose output for an example depends on that"
-        " example alone, come near it, and over which rates?"
+        "What to see: how high each curve is, and how far to the right it stays there. Of all but batch norm the output for"
+        " an example depends on that example alone: the question is which of them come near batch norm's accuracy, and"
+        " near the learning rates that it allows."
     )
 
     def parts(self) -> Mapping[str, Part]:
@@ -203,6 +209,9 @@ class WithoutBatch(Study):
                         )
                 axes.set(xscale="log", xlabel="learning rate", title=f"{which} accuracy")
                 axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+                axes.set_xticks(sorted(self.options.learning_rates), minor=False)
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.minorticks_off()
                 axes.grid(alpha=0.3)
             panels[0].legend(fontsize="small")
 
