@@ -3,4 +3,8 @@
 Each function draws on `axes`, a new figure's if None is given, and returns the figure.
 """
 
-__all__: list[str] = []
+from normjax.diagnostics.plot.report import report
+from normjax.diagnostics.plot.rotation import rotation
+from normjax.diagnostics.plot.scale_invariance import scale_invariance
+
+__all__ = ["report", "rotation", "scale_invariance"]

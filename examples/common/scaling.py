@@ -1,0 +1,247 @@
+"""Kernels that grow without weight decay, and settle with it: the study of `scale_invariance.py`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rich.box
+from rich.table import Table
+
+import normjax as nj
+from common import data, scaling_plot, training
+from common.interrupt import Interrupt
+from common.rotations import Recorded, Setting, Turning
+from common.study import Advance, Claim, Part, Study, conduct
+from common.units import UNITS, batch
+from common.vgg import vgg
+
+Run = dict[str, Any]
+
+NORMALIZED = ("batch", "layer", "weight norm")
+KINDS = (*NORMALIZED, "none")
+WIDTHS = {"digits": ((8,), (16,), (32,)), "mnist": ((8,), (16,), (32,)), "cifar10": ((16, 16), (32, 32), (64,))}
+GROWTH = 30  # times --learning-rate, without decay: a rate at which kernels grow before there is nothing to learn
+PRODUCTS = (0.002, 0.004, 0.008)  # of learning rate and weight decay
+FACTORS = (1 / 4, 1, 4)  # times --learning-rate, for batch norm and the first of the products
+SCALES = (1 / 4, 1, 4)  # c: powers of two, by which floats are scaled without rounding
+TINY = 1e-30  # an epsilon that changes no variance
+
+
+def run(options: Namespace, interrupt: Interrupt) -> int:
+    """Runs the study and returns the exit status."""
+    return conduct(Scaling(options), interrupt)
+
+
+class Scaling(Study):
+    """Runs without decay (`growth`), from scaled kernels (`scaled`), with decay (`rotation`), and a `test` of each."""
+
+    name = "scale_invariance"
+    source = "van Laarhoven (2017), Li & Arora (2020), Kosson et al. (2024)"
+    caption = (
+        "What to see. Above: without decay normalized kernels grow, by as much as gradients orthogonal to them make"
+        " them (dotted), and the learning rate of their direction falls. Kernels times c, with lr c² and wd / c², train"
+        " alike, bit for bit. Below: runs of one product lr wd come to one angle a step, sqrt(2 lr wd) (dashed), and to"
+        " one loss, another product to others; so do all normalizations (on the diagonal), but not the plain network."
+    )
+
+    def parts(self) -> Mapping[str, Part]:
+        """Returns the runs, those of a network one after the other."""
+        options = self.options
+        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        examples = training.examples(images, standardize=options.data == "cifar10")
+        rate = options.learning_rate
+
+        @cache
+        def trainer(kind: str) -> Turning:
+            unit = batch(epsilon=TINY) if kind == "exact" else UNITS[kind]
+            return Turning(vgg(unit, WIDTHS[options.data]), examples, options.batch_size, rate)
+
+        def part(kind: str, setting: Setting, more: Callable[[Setting, Recorded], Run]) -> Part:
+            return Part(options.steps, partial(self._train, lambda: trainer(kind), setting, more))
+
+        parts = {f"scaled/{c:g}": part("exact", scaled(rate, c), losses) for c in SCALES}
+        for kind in KINDS:
+            parts[f"test/{kind}"] = Part(1, lambda advance, kind=kind: test(trainer(kind), advance))
+            parts[f"growth/{kind}"] = part(kind, Setting(GROWTH * rate, 0.0), growth)
+            for setting in settings(rate, kind):
+                parts[f"rotation/{kind}/{setting.rate:g} x {setting.decay:g}"] = part(kind, setting, rotation)
+        return parts
+
+    def _train(
+        self,
+        trainer: Callable[[], Turning],
+        setting: Setting,
+        more: Callable[[Setting, Recorded], Run],
+        advance: Advance,
+    ) -> Run:
+        every = self.options.eval_every
+        recorded = trainer().turn(
+            setting, self.options.steps, every, lambda steps, accuracy: advance(steps, f"{accuracy:.1%}")
+        )
+        return setting._asdict() | curves(setting, recorded, every) | more(setting, recorded)
+
+    def named(self, beginning: str) -> dict[str, Any]:
+        """Returns the finished parts whose name begins so, by the rest of it."""
+        return {
+            name.removeprefix(beginning): result for name, result in self.results.items() if name.startswith(beginning)
+        }
+
+    def claims(self) -> Sequence[Claim]:
+        """Returns what the sources report beside what the finished runs show."""
+        runs = map(self.named, ("test/", "growth/", "scaled/", "rotation/"))
+        makers = (_test_claims, _growth_claims, _scaled_claims, _rotation_claims)
+        return [claim for make, found in zip(makers, runs, strict=True) if found for claim in make(found)]
+
+    def tables(self) -> Sequence[Table]:
+        """Returns the runs with decay, one by one."""
+        title = "Angle of a step, observed by predicted: least and most of all kernels"
+        table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+        for heading in ("network", "lr", "wd", "predicted", "ratio", "loss", "accuracy"):
+            table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
+        for name, found in self.named("rotation/").items():
+            kernels = list(found["kernels"].values())
+            ratios = [kernel["ratio"] for kernel in kernels]
+            numbers = found["rate"], found["decay"], kernels[0]["predicted"]
+            last = f"{late(found['loss']):.3f}", f"{late(found['accuracy']):.1%}"
+            spread = f"{min(ratios):.3f} - {max(ratios):.3f}"
+            table.add_row(name.split("/")[0], *(f"{number:.3g}" for number in numbers), spread, *last)
+        return [table] if table.rows else []
+
+    def draw(self, path: Path) -> None:
+        """Writes the plot."""
+        title = f"{data.TITLES[self.options.data]}: kernels of which only the direction counts"
+        scaling_plot.draw(path, title, self.caption, self.named)
+
+
+def scaled(rate: float, c: float) -> Setting:
+    """Returns the setting that takes kernels times c along the path of c = 1."""
+    return Setting(rate * c**2, PRODUCTS[0] / rate / c**2, c)
+
+
+def settings(rate: float, kind: str) -> Iterator[Setting]:
+    """Yields pairs of rate and decay: with batch norm, several of the first product."""
+    for product in PRODUCTS:
+        for factor in FACTORS if kind == "batch" and product == PRODUCTS[0] else (1,):
+            yield Setting(rate * factor, product / (rate * factor))
+
+
+def test(trainer: Turning, advance: Advance) -> Run:
+    """Returns the numbers of the test for invariance, by kernel."""
+    found = {path: numbers._asdict() for path, numbers in trainer.invariance().items()}
+    advance(1, f"{sum(numbers['invariant'] for numbers in found.values())} of {len(found)} invariant")
+    return found
+
+
+def curves(setting: Setting, recorded: Recorded, every: int) -> Run:
+    """Returns what is drawn: after every so many steps, or over them; over kernels, (geometric or square) means."""
+    history = recorded.history.values()
+    starts = np.arange(0, len(recorded.losses), every)
+    ends = np.append(starts[1:], len(recorded.losses))
+
+    def blocks(values: Any) -> np.ndarray:
+        return np.add.reduceat(np.asarray(values, np.float64), starts) / (ends - starts)
+
+    def geometric(values: Sequence[Any]) -> list[float]:
+        return np.exp(np.mean([np.log(each[np.append(0, ends - 1)]) for each in values], axis=0)).tolist()
+
+    return {
+        "steps": ends.tolist(),
+        "loss": blocks(recorded.losses).tolist(),
+        "accuracy": recorded.accuracies,
+        "norm": geometric([found.norm / found.norm[0] for found in history]),
+        "effective_learning_rate": geometric([found.effective_learning_rate for found in history]),
+        "angle": np.sqrt(np.mean([blocks(found.angle**2) for found in history], axis=0)).tolist(),
+        "radial": float(max(np.abs(found.cosine / found.chance).max() for found in history)),
+        "explained": geometric([explained(found, setting.rate) for found in history]),
+    }
+
+
+def explained(found: nj.diagnostics.Rotation, rate: float) -> np.ndarray:
+    """The norms, by the first, to which gradients orthogonal to the kernel lead without decay: by Pythagoras."""
+    steps = rate**2 * np.asarray(found.gradient_norm, np.float64) ** 2
+    return np.sqrt(1 + np.append(0, np.cumsum(steps[:-1])) / np.float64(found.norm[0]) ** 2)
+
+
+def losses(setting: Setting, recorded: Recorded) -> Run:
+    """Returns the loss of each step, to be compared bit for bit."""
+    return {"losses": recorded.losses.tolist()}
+
+
+def growth(setting: Setting, recorded: Recorded) -> Run:
+    """Returns for each kernel how much longer it became than its orthogonal gradients explain."""
+    return {
+        "kernels": {
+            path: {
+                "grown": float(found.norm[-1] / found.norm[0]),
+                "explained": float(explained(found, setting.rate)[-1]),
+            }
+            for path, found in recorded.history.items()
+        }
+    }
+
+
+def rotation(setting: Setting, recorded: Recorded) -> Run:
+    """Returns the angle of each kernel over the second half of the run, beside the predicted one."""
+    second = jax.tree.map(lambda field: field[len(field) // 2 :], recorded.history)
+    found = nj.diagnostics.equilibrium(second, learning_rate=setting.rate, weight_decay=setting.decay)
+    return {
+        "kernels": {
+            path: {name: float(value) for name, value in each.angle._asdict().items()} for path, each in found.items()
+        }
+    }
+
+
+def late(curve: Sequence[float]) -> float:
+    """The mean over the second half."""
+    return float(np.mean(curve[len(curve) // 2 :]))
+
+
+def _test_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
+    counts = [f"{kind} {sum(each['invariant'] for each in found.values())} of {len(found)}"
+              for kind, found in runs.items()]  # fmt: skip
+    yield Claim("kernels whose scale has no effect", "all before normalization", ", ".join(counts))
+
+
+def _growth_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
+    radial = [f"{kind} {found['radial']:.1g}" for kind, found in runs.items()]
+    yield Claim("cosine of kernel and gradient, by that of chance", "0", "at most: " + ", ".join(radial))
+    excess = [f"{kind} {100 * _excess(found):.1g}%" for kind, found in runs.items()]
+    yield Claim("norms without decay, off the sum of squared steps", "0", "at most: " + ", ".join(excess))
+    rates = {kind: found["effective_learning_rate"] for kind, found in runs.items() if kind in NORMALIZED}
+    falls = [f"{kind} {rate[0] / rate[-1]:.1f} times" for kind, rate in rates.items()]
+    yield Claim("effective learning rate without decay", "falls", ", ".join(falls))
+
+
+def _excess(found: Run) -> float:
+    """The largest relative difference between how kernels grew and what explains it."""
+    return max(abs(kernel["grown"] / kernel["explained"] - 1) for kernel in found["kernels"].values())
+
+
+def _scaled_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
+    first, *others = (np.asarray(found["losses"]) for found in runs.values())
+    if others:
+        apart = max(float(np.abs(other - first).max()) for other in others)
+        yield Claim("loss with kernels times c, lr c², wd / c²", "the same", f"{apart:g} apart in {len(first):,} steps")
+
+
+def _rotation_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
+    for kind in KINDS:
+        found = [run for name, run in runs.items() if name.startswith(f"{kind}/")]
+        ratios = [kernel["ratio"] for run in found for kernel in run["kernels"].values()]
+        if ratios:
+            reported = "1" if kind in NORMALIZED else "-"
+            yield Claim(
+                f"angle of a step by sqrt(2 lr wd), {kind}", reported, f"{min(ratios):.2f} to {max(ratios):.2f}"
+            )
+    by_product: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        if name.startswith("batch/"):
+            by_product.setdefault(f"{run['rate'] * run['decay']:.3g}", []).append(f"{late(run['loss']):.3f}")
+    shown = "; ".join(f"{product}: {' '.join(each)}" for product, each in by_product.items())
+    yield Claim("loss by the product of lr and wd, batch", "one for each", shown)

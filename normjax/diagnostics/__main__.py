@@ -1,0 +1,111 @@
+"""Reports on the normalization layers of a checkpoint: Orbax, Flax's msgpack or safetensors.
+
+    python -m normjax.diagnostics CHECKPOINT [--json [FILE]] [--html FILE]
+
+Exit status: 0 without errors among the findings, 1 with one, 2 for a checkpoint that cannot be read, 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from normjax.diagnostics.report import Report
+
+PROGRAM = "normjax.diagnostics"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line, and returns its exit status."""
+    options = _parse(arguments)
+    try:
+        status = _run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {PROGRAM}",
+        usage="%(prog)s [-h] CHECKPOINT [--json [FILE]] [--html FILE] [--epsilon E]",
+        description="Reports on the normalization layers of a checkpoint: which are sick, and what to do about it.",
+        epilog="Exit status: 0 without errors among the findings, 1 with one, 2 for a checkpoint that cannot be read.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        nargs="?",
+        help="a folder of Orbax (of several steps, the newest), a file of Flax's msgpack, or one of safetensors",
+    )
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write JSON, to standard output unless FILE"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures of every layer")
+    parser.add_argument("--epsilon", type=float, default=1e-5, metavar="E", help="of the layers (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.checkpoint is None and options.json not in (None, "-"):  # `--json CHECKPOINT`
+        options.checkpoint, options.json = Path(options.json), "-"
+    if options.checkpoint is None:
+        parser.error("CHECKPOINT is missing")
+    return options
+
+
+def _run(options: argparse.Namespace) -> int:
+    from normjax.diagnostics._checkpoints import UnreadableError, read_checkpoint
+    from normjax.diagnostics.report import report
+
+    try:
+        found = report(read_checkpoint(options.checkpoint), epsilon=options.epsilon)
+    except (UnreadableError, ValueError, TypeError) as error:
+        return _fail(options.checkpoint, str(error).removeprefix("report: "))
+    try:
+        _write(found, options)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _fail(error.filename, error.strerror)
+    return 1 if found.count("error") else 0
+
+
+def _write(found: Report, options: argparse.Namespace) -> None:
+    if options.html is not None:
+        from normjax.diagnostics._html import page
+
+        options.html.write_text(page(found, options.checkpoint.absolute().name), encoding="utf-8")
+    if options.json == "-":
+        print(found.to_json())
+        return
+    if options.json is not None:
+        Path(options.json).write_text(found.to_json() + "\n", encoding="utf-8")
+    _print(found)
+
+
+def _print(found: Report) -> None:
+    """In color on a terminal; as plain text, whose lines nothing breaks, elsewhere and without rich."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        print(found)
+        return
+    console = Console()
+    console.print(found) if console.is_terminal else print(found)
+
+
+def _fail(path: object, problem: object) -> int:
+    print(f"{PROGRAM}: {path}: {problem}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Reads checkpoints of any format, which it knows by what is in them; whatever is wrong is one line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+_OPTIMIZER = "opt_state"  # which may be twice as large as all else
+_LEFT_BEHIND = 0.3  # seconds, for reads of small files that fail after the first did
+_FOREIGN = {b"PK\x03\x04": "a zip archive, as of PyTorch or NumPy", b"\x89HDF": "HDF5, as of Keras"}
+
+
+class UnreadableError(Exception):
+    """Why a checkpoint cannot be read, in one line."""
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Returns the arrays of a checkpoint of Orbax, Flax's msgpack or safetensors, as a tree of NumPy arrays."""
+    if not path.exists():
+        raise UnreadableError("there is no such file or folder")
+    try:
+        return _read_orbax(_item(path)) if path.is_dir() else _reader(path)(path)
+    except (UnreadableError, KeyboardInterrupt):
+        raise
+    except ImportError as error:
+        extra = "pip install 'normjax[diagnostics]'"
+        raise UnreadableError(f"reading it takes the package {error.name}: {extra}") from error
+    except Exception as error:  # of many kinds: whatever is wrong with the files
+        raise UnreadableError(f"it is cut off or damaged ({type(error).__name__}: {_first_line(error)})") from error
+
+
+def _reader(path: Path) -> Callable[[Path], Any]:
+    """Returns what reads a file, by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if not start:
+        raise UnreadableError("it is empty")
+    if start[8:] == b"{" or path.suffix == ".safetensors":
+        return _read_safetensors
+    if 0x80 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF):
+        return _read_msgpack
+    kind = next((f": it is {kind}" for begin, kind in _FOREIGN.items() if start.startswith(begin)), "")
+    raise UnreadableError(f"its format is none of Orbax, Flax's msgpack and safetensors{kind}")
+
+
+def _read_msgpack(path: Path) -> Any:
+    from flax import serialization
+
+    return serialization.msgpack_restore(path.read_bytes())
+
+
+def _read_safetensors(path: Path) -> dict[tuple[str, ...], np.ndarray]:
+    """Returns arrays by their paths: what slashes, bars or dots divide in their names."""
+    from safetensors.numpy import load_file
+
+    arrays = load_file(path)
+    divider = next((mark for mark in "|/." if any(mark in name for name in arrays)), "/")
+    return {tuple(name.split(divider)): array for name, array in arrays.items()}
+
+
+def _item(folder: Path) -> dict[str, Path]:
+    """Returns the folders with trees of a checkpoint; of a folder of steps, those of the newest step."""
+    if (folder / "_METADATA").exists():
+        return {"": folder}
+    inside = [child for child in folder.iterdir() if child.is_dir() and ".orbax-checkpoint-tmp" not in child.name]
+    items = {child.name: child for child in inside if (child / "_METADATA").exists()}
+    steps = {child: int(found[1]) for child in inside if (found := re.search(r"(\d+)$", child.name))}
+    if items and not set(items.values()) <= set(steps):
+        return items if len(items) > 1 else {"": next(iter(items.values()))}
+    if not steps:
+        raise UnreadableError("the folder is no checkpoint of Orbax: it has neither _METADATA nor folders of steps")
+    return _item(max(steps, key=lambda child: steps[child]))
+
+
+def _read_orbax(items: dict[str, Path]) -> Any:
+    with _quiet():
+        trees = {name: _restore(folder) for name, folder in items.items()}
+    return trees.get("", trees)
+
+
+def _restore(folder: Path) -> Any:
+    """Returns the arrays of a tree as NumPy's, on whatever devices they were; the optimizer's are not read."""
+    import orbax.checkpoint as ocp
+
+    json.loads((folder / "_METADATA").read_text())  # whose error says more than Orbax's
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata: Any = checkpointer.metadata(folder.absolute())
+        if metadata.item_metadata is None:
+            raise UnreadableError(f"it is cut off or damaged: Orbax finds no arrays in {folder.name}")
+        tree = metadata.item_metadata.tree
+        if isinstance(tree, Mapping):
+            tree = {name: inner for name, inner in tree.items() if name != _OPTIMIZER}
+        restore = jax.tree.map(
+            lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray if hasattr(leaf, "shape") else None), tree
+        )
+        arguments = ocp.args.PyTreeRestore(item=tree, restore_args=restore, partial_restore=True)
+        return checkpointer.restore(folder.absolute(), args=arguments)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what Orbax says off the terminal: about devices, and, once it fails, about reads that it leaves behind."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception:
+        time.sleep(_LEFT_BEHIND)
+        raise
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:160]

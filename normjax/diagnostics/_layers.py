@@ -1,0 +1,186 @@
+"""Finds the normalization layers among variables of any kind, by the names of their leaves."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from normjax import _checks
+
+Path = tuple[str, ...]
+Leaves = dict[Path, Any]
+Values = dict[str, np.ndarray]
+
+COLLECTIONS = {"params", "batch_stats"}
+_COPY = re.compile(r"(\w+)_(?:params|batch_stats)")  # such as ema_params
+_OPTIMIZERS = {"opt_state", "optimizer", "optimizer_state", "opt"}  # whose moments have the names of parameters
+_ALIASES = {
+    **dict.fromkeys(("gamma", "gain"), "scale"),
+    **dict.fromkeys(("beta", "offset"), "bias"),
+    **dict.fromkeys(("running_mean", "moving_mean"), "mean"),
+    **dict.fromkeys(("running_var", "moving_variance"), "var"),
+    "num_batches_tracked": "count",
+}
+_KNOWN = ("mean", "var", "count", "scale", "bias", "threshold", "epsilon", "alpha", "u", "sigma")
+_NAMED = {
+    "batch renorm": r"batch_?re_?norm",
+    "batch norm": r"batch_?norm|(^|_)bn(_|\d|$)",
+    "layer norm": r"layer_?norm|(^|_)ln(_|\d|$)",
+    "RMS norm": r"rms_?norm",
+    "group norm": r"group_?norm|(^|_)gn(_|\d|$)",
+    "instance norm": r"instance_?norm",
+    "filter response norm": r"filter_?response|(^|_)frn(_|\d|$)",
+    "local response norm": r"local_?response|(^|_)lrn(_|\d|$)",
+    "dynamic tanh": r"dynamic_?tanh|(^|_)dyt(_|\d|$)",
+    "weight standardization": r"weight_?standard",
+    "weight norm": r"weight_?norm",
+    "spectral norm": r"spectral_?norm",
+    "norm": r"norm",
+}
+
+
+class Layer(NamedTuple):
+    """A normalization layer: its path, what it is, and its leaves as they were found."""
+
+    path: str
+    kind: str
+    leaves: dict[str, Any]
+
+    @property
+    def values(self) -> Values:
+        """The leaves as NumPy has them, in float64 (or complex128)."""
+        return {name: to_numpy(leaf) for name, leaf in self.leaves.items()}
+
+
+def leaves_of(variables: Any) -> Leaves:
+    """Returns the arrays of variables by the names on their paths; nnx's variables and Flax's boxes opened."""
+    from normjax.optim._trees import path_names, plain
+
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(variables, nnx.Module):
+        variables = nnx.state(variables)
+    if type(variables) is tuple and len(variables) == 2:
+        variables = {"params": variables[0], "batch_stats": variables[1]}
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(plain(variables)):
+        names = _single(path_names(path))
+        if isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
+            _checks.refuse(
+                "report",
+                "a leaf has no values",
+                expected="arrays, outside of jax.jit and the like",
+                got=f"{'/'.join(names)} of type {type(leaf).__name__}",
+                fix="Pass the variables themselves",
+                kind=TypeError,
+            )
+        if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            leaves[names] = leaf
+    return leaves
+
+
+def find_layers(leaves: Leaves, classes: Mapping[Path, str] | None = None) -> list[Layer]:
+    """Returns the normalization layers in natural order; `classes` names modules, where that is known."""
+    nodes: dict[Path, dict[str, Any]] = {}
+    for path in of_models(leaves):
+        above, name = _place(path)
+        nodes.setdefault(above, {})[name] = leaves[path]
+    layers = []
+    for path in sorted(nodes, key=_natural):
+        labels = [(classes or {}).get(path[:end], path[end - 1] if end else "") for end in range(len(path), -1, -1)]
+        labels = [label for label in labels if re.search("[a-zA-Z]", label)]
+        node = _as_in_flax(nodes[path], labels)
+        if kind := _kind(path, node, labels):
+            known = {name: node[name] for name in _KNOWN if name in node}
+            layers.append(Layer("/".join(path) or "/", kind, known))
+    return layers
+
+
+def to_numpy(leaf: Any) -> np.ndarray:
+    """Returns an array in float64 or complex128; of one that lies on several hosts, what this one has."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = leaf.addressable_data(0)
+    return np.asarray(leaf).astype(np.complex128 if jnp.iscomplexobj(leaf) else np.float64)
+
+
+def classes_of(variables: Any) -> dict[Path, str]:
+    """Returns the class names of an nnx module's modules by path; of other variables, nothing."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None or not isinstance(variables, nnx.Module):
+        return {}
+    return {tuple(map(str, path)): type(module).__name__ for path, module in nnx.iter_modules(variables)}
+
+
+def of_models(leaves: Iterable[Path]) -> list[Path]:
+    """Leaves out the optimizer's, and in a state of training all that is no collection."""
+    paths = [path for path in leaves if set(path) - COLLECTIONS and not set(path) & _OPTIMIZERS]
+    if any("params" in path for path in paths):
+        return [path for path in paths if set(path) & COLLECTIONS or _COPY.fullmatch(path[0])]
+    return paths
+
+
+def _place(path: Path) -> tuple[Path, str]:
+    """Returns the path of the layer and the name of the leaf, without collections; copies keep their name in front."""
+    if copy := _COPY.fullmatch(path[0]):
+        path = (copy[1], *path[1:])
+    if "scales" in path[:-1]:  # of nnx's wrappers: a dict by kernel
+        path = (*(part for part in path if part != "scales"), "scale")
+    *above, name = (part for part in path if part not in COLLECTIONS)
+    return tuple(above), _ALIASES.get(name, name)
+
+
+def _as_in_flax(node: dict[str, Any], labels: list[str]) -> dict[str, Any]:
+    """The node with `scale` for a vector that PyTorch calls `weight`."""
+    if "weight" in node and np.ndim(node["weight"]) == 1 and ("mean" in node or _said(labels[:1])):
+        node["scale"] = node.pop("weight")
+    return node
+
+
+def _kind(path: Path, node: Mapping[str, Any], labels: list[str]) -> str | None:
+    """What layer a node is, by its leaves, and by names where leaves are alike; None for what is none."""
+    said = _said(labels[:1])
+    if {"mean", "var"} <= set(node):
+        return "batch renorm" if said == "batch renorm" else "batch norm"
+    if {"u", "sigma"} <= set(node):
+        return "spectral norm"
+    if "threshold" in node:
+        return "filter response norm"
+    if "alpha" in node and np.ndim(node["alpha"]) == 0 and (said or {"scale", "bias"} & set(node)):
+        return "dynamic tanh"
+    if "scale" in node and ("kernel" in node or path[-1:] == ("kernel",)):
+        return (
+            "weight standardization"
+            if any(_said([label]) == "weight standardization" for label in labels)
+            else ("weight norm")
+        )
+    if "scale" in node or (set(node) == {"bias"} and said):
+        return said or "norm"
+    return None
+
+
+def _said(labels: list[str]) -> str | None:
+    """What a name says that a module is."""
+    return next((kind for label in labels for kind, name in _NAMED.items() if re.search(name, label.lower())), None)
+
+
+def _single(names: Iterable[str]) -> Path:
+    """Names one by one, of tuples that Orbax writes as strings too, and without the box around a value."""
+    parts: list[str] = []
+    for name in names:
+        parts += map(str, ast.literal_eval(name)) if name.startswith("('") and name.endswith(")") else [name]
+    return tuple(parts[:-1] if len(parts) > 1 and parts[-1] == "value" else parts)
+
+
+def _natural(path: Path) -> list[Any]:
+    """Sorts BatchNorm_2 before BatchNorm_10."""
+    return [
+        [(not part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
+        for name in path
+    ]

@@ -1,0 +1,79 @@
+"""A report as text: a plain table, and one of rich."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normjax.diagnostics._findings import Finding
+    from normjax.diagnostics.report import LayerReport, Range, Report
+
+HEADINGS = ("", "layer", "kind", "features", "mean", "var", "scale", "gap")
+MARKS = {"error": "x", "warning": "!", "note": "-", None: ""}
+COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan", None: ""}
+
+
+def plain(report: Report) -> str:
+    """Returns the table, the findings below it, and a line that sums up."""
+    rows = [HEADINGS, *[(MARKS[layer.severity], *cells(layer)) for layer in report.layers]]
+    kept = [i for i, heading in enumerate(HEADINGS) if heading != "gap" or any(row[i] for row in rows[1:])]
+    widths = [max(len(row[i]) for row in rows) for i in kept]
+    table = ["  ".join(row[i].ljust(width) for i, width in zip(kept, widths, strict=True)).rstrip() for row in rows]
+    said = [line for group in grouped(report) for line in _lines(group)]
+    return "\n".join([*table, "", *said, summary(report)])
+
+
+def colored(report: Report) -> Any:
+    """Returns the same for a terminal, by rich."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    rows = [(layer.severity, cells(layer)) for layer in report.layers]
+    kept = [i for i, heading in enumerate(HEADINGS[1:]) if heading != "gap" or any(row[i] for _, row in rows)]
+    table.add_column("")
+    for i in kept:
+        table.add_column(HEADINGS[1:][i], overflow="fold")
+    for severity, row in rows:
+        table.add_row(Text(MARKS[severity]), *(Text(row[i]) for i in kept), style=COLORS[severity])
+    said = [Text()]
+    for group in grouped(report):
+        first, *others = _lines(group)
+        said += [Text(first, style=COLORS[group[0].severity]), *map(Text, others)]
+    return Group(table, *said, Text(summary(report), style="bold"))
+
+
+def cells(layer: LayerReport) -> tuple[str, ...]:
+    """Returns the layer's row of the table, without the mark."""
+    features = "x".join(map(str, layer.shape)) or "1"
+    ranges = map(span, (layer.mean, layer.var, layer.scale))
+    return layer.path, layer.kind, features, *ranges, "" if layer.gap is None else f"{layer.gap:.2g}"
+
+
+def span(found: Range | None) -> str:
+    """Returns the ends of a range."""
+    if found is None:
+        return ""
+    low, high = f"{found.low:.3g}", f"{found.high:.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def summary(report: Report) -> str:
+    """Returns how many layers there are, and findings of each severity."""
+    counts = [(report.count(severity), severity) for severity in ("error", "warning", "note")]
+    said = ", ".join(f"{count} {severity}{'s' * (count > 1)}" for count, severity in counts if count)
+    return f"{len(report.layers)} normalization layer{'s' * (len(report.layers) > 1)}: {said or 'nothing wrong'}"
+
+
+def grouped(report: Report) -> list[list[Finding]]:
+    """Returns the findings, those together that have their advice in common."""
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in report.findings:
+        groups.setdefault((finding.severity, finding.rule, finding.advice), []).append(finding)
+    return list(groups.values())
+
+
+def _lines(group: list[Finding]) -> list[str]:
+    heading = f"{group[0].severity}: {group[0].rule}"
+    return [heading, *(f"  {finding.path}: {finding.message}" for finding in group), f"  -> {group[0].advice}", ""]

@@ -1,0 +1,154 @@
+"""The rotation at which weight decay and learning rate balance: as they predict it, and as it was."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from normjax import _checks
+from normjax.diagnostics.rotation import Rotation
+from normjax.optim import rotational_equilibrium
+from normjax.optim.effective import OPTIMIZERS, Optimizer
+
+FUNCTION = "equilibrium"
+
+
+class Compared(NamedTuple):
+    """A quantity as theory has it, and as it was; each has the shape of the kernel's features, in float64.
+
+    Attributes:
+      predicted: by learning rate and weight decay.
+      observed: over the history.
+      ratio: the observed by the predicted one; infinite where zero is predicted, without gradients.
+    """
+
+    predicted: Float[np.ndarray, "..."]
+    observed: Float[np.ndarray, "..."]
+    ratio: Float[np.ndarray, "..."]
+
+
+class Equilibrium(NamedTuple):
+    """Whether a kernel is in rotational equilibrium: both ratios are near 1.
+
+    Attributes:
+      angle: root mean square angle of a step, in radians.
+      norm: of the kernel: the fourth root of the mean fourth power for SGD, the root mean square for Adam.
+      time_constant: steps in which the distance from the equilibrium (of the power of the norm) falls to 1/e. A history
+        that starts sooner than a few of them after a change of learning rate or decay is too early.
+    """
+
+    angle: Compared
+    norm: Compared
+    time_constant: float
+
+
+def equilibrium(
+    history: Mapping[str, Rotation],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    momentum: float = 0.0,
+    optimizer: Optimizer = "sgd",
+) -> dict[str, Equilibrium]:
+    r"""Compares how kernels turned with how learning rate and weight decay make them turn in the long run.
+
+    .. math:: \hat\eta_{\mathrm{sgd}} = \sqrt{\frac{2 \eta \lambda}{1 + \alpha}}, \quad
+              \lVert w \rVert^4_{\mathrm{sgd}} = \frac{\eta \, E[\lVert w \rVert^2 \lVert g \rVert^2]}
+                                                      {2 \lambda (1 - \alpha)}, \qquad
+              \hat\eta_{\mathrm{adam}} = \sqrt{2 \eta \lambda \frac{1 - \beta_1}{1 + \beta_1}}, \quad
+              \lVert w \rVert^2_{\mathrm{adam}} = \frac{\eta \dim w}{2 \lambda}
+
+    Gradients lengthen a kernel that they are orthogonal to, and turn it the less the longer it is; decay shortens it.
+    In balance the angle depends on neither gradients nor architecture, and the product :math:`\eta \lambda` alone is a
+    learning rate. Distances from the balance decay as exp(-t / tau), with tau = (1 - alpha) / (4 eta lambda) for SGD
+    and 1 / (2 eta lambda) for AdamW.
+
+    A ratio away from 1, after several tau, has a reason: the kernel is not invariant to its scale (`scale_invariance`);
+    gradients shrink or grow within tau; or, with momentum, gradients of successive steps are alike, where the
+    prediction takes them for random: they add up, to longer steps and longer kernels.
+
+    Args:
+      history: what `rotation` returned, stacked over steps of one learning rate: each field `(steps, *features)`, as
+        from `lax.scan`. Cut off the beginning: `jax.tree.map(lambda field: field[1000:], history)`.
+      learning_rate: eta.
+      weight_decay: lambda; for "sgd", the factor of the kernel that is added to the gradient; for "adam", decoupled
+        (AdamW, where the learning rate multiplies it).
+      momentum: alpha of SGD as in `optax.sgd`, or beta1 of Adam.
+      optimizer: "sgd" or "adam".
+
+    Returns:
+      An `Equilibrium` for each kernel of the history.
+
+    Raises:
+      ValueError: for a history without steps, and without weight decay or learning rate, where there is no equilibrium.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> lr, wd = 0.1, 0.05
+      >>> def step(w, key):  # gradients of a random loss that depends on the direction of w alone
+      ...     g = jax.grad(lambda w: jnp.vdot(jax.random.normal(key, w.shape), w) / jnp.linalg.norm(w))(w)
+      ...     new = w - lr * (g + wd * w)
+      ...     return new, nj.diagnostics.rotation(w, g, new, learning_rate=lr)
+      >>> _, history = jax.lax.scan(step, jnp.ones(50), jax.random.split(jax.random.key(0), 3000))
+      >>> late = jax.tree.map(lambda field: field[1000:], history)
+      >>> (found,) = nj.diagnostics.equilibrium(late, learning_rate=lr, weight_decay=wd).values()
+      >>> print(f"{found.angle.predicted:.3f} {found.angle.observed:.3f} {found.norm.ratio:.2f}")
+      0.100 0.100 1.00
+
+    References:
+      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017).
+      Li, Lyu & Arora, "Reconciling Modern Deep Learning with Traditional Optimization Analyses: The Intrinsic Learning
+      Rate" (NeurIPS 2020): eta lambda, and equilibrium after some 1 / (eta lambda) steps.
+      Kosson, Messmer & Jaggi, "Rotational Equilibrium: How Weight Decay Balances Learning Across Neural Networks" (ICML
+      2024), Table 1.
+    """
+    _checks.choice(FUNCTION, "optimizer", optimizer, OPTIMIZERS)
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        _checks.between(FUNCTION, name, value, sys.float_info.min, math.inf)
+    _checks.between(FUNCTION, "momentum", momentum, 0.0, 1 - sys.float_info.epsilon)
+    angle = rotational_equilibrium(learning_rate, weight_decay, momentum=momentum, optimizer=optimizer)
+    rate, decay = learning_rate, weight_decay
+    found = {}
+    for path, rotations in history.items():
+        norm, gradient_norm, chance, angles = (
+            _steps(path, name, getattr(rotations, name)) for name in ("norm", "gradient_norm", "chance", "angle")
+        )
+        if optimizer == "sgd":
+            power, tau = 4, (1 - momentum) / (4 * rate * decay)
+            target = rate * np.mean(norm**2 * gradient_norm**2, 0) / (2 * decay * (1 - momentum))
+        else:
+            power, tau = 2, 1 / (2 * rate * decay)
+            target = rate * np.mean(1 / chance**2, 0) / (2 * decay)
+        observed = np.sqrt(np.mean(angles**2, 0))
+        found[path] = Equilibrium(
+            angle=_compared(np.full_like(observed, angle), observed),
+            norm=_compared(target ** (1 / power), np.mean(norm**power, 0) ** (1 / power)),
+            time_constant=tau,
+        )
+    return found
+
+
+def _compared(predicted: np.ndarray, observed: np.ndarray) -> Compared:
+    predicted, observed = np.asarray(predicted), np.asarray(observed)
+    # Nothing is predicted for a kernel without gradients but that it vanishes.
+    ratio = np.divide(observed, predicted, out=np.full_like(observed, np.inf), where=predicted > 0)
+    return Compared(predicted, observed, ratio)
+
+
+def _steps(path: str, name: str, field: object) -> np.ndarray:
+    """Returns a field with its axis of steps."""
+    values = np.asarray(field, np.float64)
+    if values.ndim == 0 or len(values) == 0:
+        _checks.refuse(
+            FUNCTION,
+            "history has no steps",
+            expected="each field with an axis of steps, the first",
+            got=f"{name} of shape {values.shape} for {path!r}",
+            fix="Stack what rotation returned: jax.tree.map(lambda *steps: jnp.stack(steps), *measured)",
+        )
+    return values

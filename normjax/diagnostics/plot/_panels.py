@@ -1,0 +1,46 @@
+"""Axes to draw on: the caller's, or those of a new figure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from normjax import _checks
+
+
+def panels(function: str, axes: Any, count: int, columns: int = 4) -> tuple[Figure, list[Axes]]:
+    """Returns a figure and `count` axes of it; refuses another number of them."""
+    if axes is None:
+        rows, columns = -(-count // columns), min(count, columns)
+        figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for unused in grid[count:]:
+            unused.set_visible(False)
+        return figure, grid[:count]
+    given = list(np.asarray(axes, object).flat)
+    if len(given) != count or not all(isinstance(one, Axes) for one in given):
+        _checks.refuse(
+            f"plot.{function}",
+            "axes are not one for each panel",
+            expected=f"{count} matplotlib Axes",
+            got=f"{len(given)} of type {type(given[0]).__name__}" if given else "none",
+            fix="Pass figure.subplots(...), or None for a new figure",
+        )
+    return given[0].get_figure(root=True), given
+
+
+def steps_of(function: str, steps: Any, count: int) -> np.ndarray:
+    """Returns the steps to draw over, from 0 unless given; refuses another number of them."""
+    found = np.arange(count) if steps is None else np.asarray(steps)
+    if found.shape != (count,):
+        _checks.refuse(
+            f"plot.{function}",
+            "steps do not fit the history",
+            expected=f"{count} steps",
+            got=f"steps of shape {found.shape}",
+            fix="Pass the steps at which it was recorded",
+        )
+    return found

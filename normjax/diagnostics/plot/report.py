@@ -1,0 +1,99 @@
+"""A report as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from normjax import _checks
+from normjax.diagnostics.report import LayerReport, Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = {"error": "#c62f2f", "warning": "#d98c0a", "note": "#2f7f9e", None: "#7d8894"}
+PANELS = {"var": "running variance", "scale": "|scale|", "gap": "gap, training to inference\n(standard deviations)"}
+FLOOR = 1e-8  # stands for 0 on logarithmic axes
+
+
+def report(report: Report, axes: Sequence[Axes] | None = None) -> Figure:
+    """Draws all layers at a glance: a row each, a mark for each channel, in the color of the worst finding.
+
+    The panels are the running variance, the size of scale, and the gap between training and inference; one that no
+    layer has anything for is left out. A sick channel lies apart from the others of its row, a sick layer from other
+    rows; 0 is at the left edge.
+
+    Args:
+      report: of `normjax.diagnostics.report`.
+      axes: to draw on, one for each panel that there is something for; None for those of a new figure.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: for axes that are not as many as the panels.
+
+    Example:
+      >>> import normjax as nj
+      >>> found = nj.diagnostics.report(nj.batch_norm_init(16))
+      >>> figure = nj.diagnostics.plot.report(found)
+      >>> print([axes.get_xlabel() for axes in figure.axes])
+      ['running variance', '|scale|']
+    """
+    panels = [name for name in PANELS if any(_values(layer, name).size for layer in report.layers)]
+    axes = _new_axes(len(panels), len(report.layers)) if axes is None else list(np.ravel(np.asarray(axes)))
+    if len(axes) != len(panels):
+        _checks.refuse(
+            "plot.report",
+            "axes do not fit the panels",
+            expected=f"{len(panels)} of them, for {', '.join(panels)}",
+            got=f"{len(axes)}",
+            fix="Pass axes=None, or as many",
+        )
+    for name, own in zip(panels, axes, strict=True):
+        _panel(own, report, name)
+    _label_rows(axes[0], report)
+    figure: Any = axes[0].get_figure()
+    return figure
+
+
+def _new_axes(panels: int, layers: int) -> list[Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.2 + 3.0 * panels, 1.2 + 0.24 * layers), layout="constrained")
+    return list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+
+
+def _values(layer: LayerReport, name: str) -> np.ndarray:
+    """What a panel shows of a layer, at 1e-8 where it is 0."""
+    values = np.array([np.nan if layer.gap is None else layer.gap]) if name == "gap" else layer.leaves.get(name)
+    values = np.zeros(0) if values is None else np.abs(values).ravel()
+    return np.maximum(values[np.isfinite(values)], 0 if name == "gap" else FLOOR)
+
+
+def _panel(axes: Axes, report: Report, name: str) -> None:
+    for row, layer in enumerate(report.layers):
+        values = _values(layer, name)
+        color = COLORS[layer.severity]
+        if name == "gap":
+            axes.barh(row, values.sum(), 0.6, color=color)
+        elif values.size:
+            axes.hlines(row, values.min(), values.max(), color=color, linewidth=1, alpha=0.5)
+            axes.plot(values, np.full(values.size, row), "|", color=color, markersize=8, alpha=0.8)
+            axes.plot(np.median(values), row, "o", color=color, markersize=3.5)
+    if name != "gap":
+        axes.set_xscale("log")
+    axes.set_xlabel(PANELS[name])
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _label_rows(axes: Axes, report: Report) -> None:
+    axes.set_yticks(range(len(report.layers)), [layer.path for layer in report.layers], fontsize=8)
+    for label, layer in zip(axes.get_yticklabels(), report.layers, strict=True):
+        label.set_color(COLORS[layer.severity] if layer.severity else "black")
+    axes.set_ylim(len(report.layers) - 0.4, -0.6)

@@ -1,0 +1,92 @@
+"""Norms, effective learning rates and angular updates over the steps of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from normjax import _checks
+from normjax.diagnostics.equilibrium import Equilibrium
+from normjax.diagnostics.plot._panels import panels, steps_of
+from normjax.diagnostics.rotation import Rotation
+
+_POINTS = 200  # of a line; more steps are averaged in blocks
+_PANELS = {
+    "norm": "norm",
+    "effective_learning_rate": "effective learning rate",
+    "angle": "angular update (radians a step)",
+}
+
+
+def rotation(
+    history: Mapping[str, Rotation],
+    equilibria: Mapping[str, Equilibrium] | None = None,
+    *,
+    steps: Sequence[int] | None = None,
+    axes: Any = None,
+) -> Figure:
+    """Draws how long kernels are, the learning rate that acts on their direction, and how far each step turns them.
+
+    What to see: without weight decay, kernels before normalization grow, and turn less and less. With it, all of them
+    come to the dashed line, whatever their gradients: rotational equilibrium. The axes are logarithmic.
+
+    Args:
+      history: what `rotation` returned, stacked over steps: each field `(steps, *features)`. Lines are root mean
+        squares over features, and over blocks of steps where there are more than 200.
+      equilibria: what `equilibrium` returned; its predicted angles are the dashed lines.
+      steps: the steps at which the history was recorded; None for 0, 1, 2, ...
+      axes: three matplotlib axes; None for those of a new figure.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: for a history of a single step, or steps or axes that do not fit it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> def step(w, key):
+      ...     g, new = w, {"kernel": w["kernel"] + jax.random.normal(key, (50,))}
+      ...     return new, nj.diagnostics.rotation(w, g, new, learning_rate=0.1)
+      >>> _, history = jax.lax.scan(step, {"kernel": jnp.ones(50)}, jax.random.split(jax.random.key(0), 20))
+      >>> figure = nj.diagnostics.plot.rotation(history)
+      >>> print([panel.get_title() for panel in figure.axes])
+      ['norm', 'effective learning rate', 'angular update (radians a step)']
+    """
+    figure, grid = panels("rotation", axes, len(_PANELS))
+    for i, (path, rotations) in enumerate(history.items()):
+        for panel, name in zip(grid, _PANELS, strict=True):
+            values = np.asarray(getattr(rotations, name), np.float64)
+            if values.ndim == 0:
+                _refuse_single(path, name)
+            at = steps_of("rotation", steps, len(values))
+            panel.plot(_blocks(at), np.sqrt(_blocks(values**2)), color=f"C{i}", linewidth=1.4, label=path)
+    for height in sorted({float(np.mean(found.angle.predicted)) for found in (equilibria or {}).values()}):
+        grid[-1].axhline(height, color="black", linestyle="--", linewidth=1, label="predicted")
+    for panel, title in zip(grid, _PANELS.values(), strict=True):
+        drawn = any((np.asarray(line.get_ydata()) > 0).any() for line in panel.lines)
+        panel.set(yscale="log" if drawn else "linear", xlabel="step")
+        panel.set_title(title, fontsize="medium")
+        panel.grid(alpha=0.3, which="both")
+    grid[-1].legend(fontsize="small")
+    return figure
+
+
+def _blocks(values: np.ndarray) -> np.ndarray:
+    """Returns the means over features and over blocks of steps, of one size but for the last."""
+    flat = values.reshape(len(values), -1).mean(1)
+    starts = np.arange(0, len(flat), max(1, -(-len(flat) // _POINTS)))
+    return np.add.reduceat(flat, starts) / np.diff(np.append(starts, len(flat)))
+
+
+def _refuse_single(path: str, name: str) -> None:
+    _checks.refuse(
+        "plot.rotation",
+        "there are no steps to draw over",
+        expected="one leading axis of steps",
+        got=f"{name} of shape () for {path!r}",
+        fix="Stack what rotation returned: jax.tree.map(lambda *steps: jnp.stack(steps), *measured)",
+    )
