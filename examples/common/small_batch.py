@@ -102,7 +102,7 @@ class SmallBatch(Study):
     caption = (
         "What to see: where a device has few images, batch norm with statistics of each device (batch) fails, as in the"
         " paper; renorm fails less. What shares statistics over more examples (ghost, sync) or over none (group, layer,"
-        " filter response) does not. Learning rates are linear in the batch size; all points have seen as many examples."
+        " filter response) does not. Rates are linear in the batch size, and all points have seen as many examples."
     )
 
     def parts(self) -> Mapping[str, Part]:

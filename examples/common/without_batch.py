@@ -112,8 +112,8 @@ class WithoutBatch(Study):
 
     name, source = "without_batch", "the sources"
     caption = (
-        "What to see: how high each curve is, and how far to the right it stays there. Of all but batch norm the output for"
-        " an example depends on that example alone: the question is which of them come near batch norm's accuracy, and"
+        "What to see: how high each curve is, and how far to the right it stays there. Batch norm's is the only network"
+        " whose output for an example depends on others. The question is which of the rest come near its accuracy, and"
         " near the learning rates that it allows."
     )
 
