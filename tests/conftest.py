@@ -61,6 +61,7 @@ THOROUGH = {
     "test_renormalize.py",
     "test_rotation.py",
     "test_scale_invariance.py",
+    "test_small_batch.py",
     "test_speedup.py",
     "test_sync_per_example.py",
     "test_torch.py",
@@ -70,6 +71,7 @@ THOROUGH = {
     "test_types.py",
     "test_units.py",
     "test_weights.py",
+    "test_without_batch.py",
 }
 
 
