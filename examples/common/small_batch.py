@@ -48,11 +48,16 @@ class Method(NamedTuple):
     on_devices: bool = True
 
 
-def methods(steps: int) -> dict[str, Method]:
-    """Returns the methods; batch renorm's limits rise as in its paper, with `steps` in place of its 40,000."""
+def limits(steps: int) -> dict[str, optax.Schedule]:
+    """Returns batch renorm's limits, which rise as in its paper (Ioffe 2017), with `steps` in place of its 40,000."""
     begin = steps // 8  # the paper: 5,000 steps as batch norm
     r_max = optax.linear_schedule(1.0, 3.0, steps - begin, begin)
-    d_max = optax.linear_schedule(0.0, 5.0, steps * 5 // 8 - begin, begin)
+    d_max = optax.linear_schedule(0.0, 5.0, steps * 5 // 8 - begin, begin)  # the paper: by step 25,000
+    return {"r_max": r_max, "d_max": d_max}
+
+
+def methods(steps: int) -> dict[str, Method]:
+    """Returns the methods by name."""
     # One value a channel and example, as in maps of one pixel, wants a learned epsilon (Singh & Krishnan 2020).
     response = UNITS["filter response"]._replace(
         make=lambda kernel: nj.filter_response_norm_init(kernel.shape[-1], learn_epsilon=True)
@@ -60,7 +65,7 @@ def methods(steps: int) -> dict[str, Method]:
     return {
         "batch": Method(batch()),
         "ghost": Method(batch(virtual_batch_size=GHOST), on_devices=False),
-        "renorm": Method(renorm(r_max=r_max, d_max=d_max)),
+        "renorm": Method(renorm(**limits(steps))),
         "sync": Method(batch(axis_name=AXIS)),
         "group": Method(UNITS["group"]),
         "layer": Method(UNITS["layer"]),

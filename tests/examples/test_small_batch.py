@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common.networks import BATCH_NORM_MOMENTUM
-from common.small_batch import DEVICES, SmallBatch, methods, on_devices
+from common.small_batch import DEVICES, SmallBatch, limits, methods, on_devices
 from common.units import UNITS, batch
 from common.vgg import vgg
 from small_batch import main, parse
@@ -59,10 +58,9 @@ def test_inference_needs_no_devices(images):
 
 def test_the_limits_of_renorm_rise_as_in_its_paper():
     """5,000, 25,000 and 40,000 of its steps are 10, 50 and 80 of 80."""
-    settings = methods(80)["renorm"].unit.of_output.keywords
-    assert [float(settings["r_max"](count)) for count in (0, 10, 45, 80, 99)] == [1, 1, 2, 3, 3]
-    assert [float(settings["d_max"](count)) for count in (0, 10, 30, 50, 99)] == [0, 0, 2.5, 5, 5]
-    assert settings["momentum"] == BATCH_NORM_MOMENTUM
+    rising = limits(80)
+    assert [float(rising["r_max"](count)) for count in (0, 10, 45, 80, 99)] == [1, 1, 2, 3, 3]
+    assert [float(rising["d_max"](count)) for count in (0, 10, 30, 50, 99)] == [0, 0, 2.5, 5, 5]
 
 
 def test_every_batch_size_sees_as_many_examples():

@@ -52,6 +52,7 @@ def test_the_gain_is_what_relu_takes_from_the_variance(rng):
     assert abs(np.maximum(rng.normal(size=1_000_000), 0).var() * GAIN**2 - 1) < 0.01
     unit, kernel = units()["weight standardization"], jnp.asarray(rng.normal(size=(3, 3, 8, 4)), jnp.float32)
     norm, _ = unit.make(kernel)
+    assert unit.of_kernel is not None
     standardized, _ = unit.of_kernel(norm, {}, kernel, True)
     np.testing.assert_allclose(standardized.reshape(-1, 4).var(0) * 72, GAIN**2, rtol=1e-4)
 
