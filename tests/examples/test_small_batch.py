@@ -59,8 +59,11 @@ def test_inference_needs_no_devices(images):
 def test_the_limits_of_renorm_rise_as_in_its_paper():
     """5,000, 25,000 and 40,000 of its steps are 10, 50 and 80 of 80."""
     rising = limits(80)
-    assert [float(rising["r_max"](count)) for count in (0, 10, 45, 80, 99)] == [1, 1, 2, 3, 3]
-    assert [float(rising["d_max"](count)) for count in (0, 10, 30, 50, 99)] == [0, 0, 2.5, 5, 5]
+    for name, counts, expected in (
+        ("r_max", (0, 10, 45, 80, 99), (1, 1, 2, 3, 3)),
+        ("d_max", (0, 10, 30, 50, 99), (0, 0, 2.5, 5, 5)),
+    ):
+        assert tuple(float(jnp.asarray(rising[name](count))) for count in counts) == expected
 
 
 def test_every_batch_size_sees_as_many_examples():
