@@ -46,7 +46,10 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     parser.add_argument(
         "--sizes", nargs="+", type=size, default=SIZES, metavar="N", help=f"images a device (default: {sizes})"
     )
-    return parser.parse_runs(arguments)
+    options = parser.parse_runs(arguments)
+    if "ghost" in options.norms and (odd := [size for size in options.sizes if size % 2]):
+        parser.error(f"--sizes {odd[0]}: 8 times as many do not divide into ghost batches of 16; take even sizes")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -86,7 +86,7 @@ class Trainer:
         return State(params, batch_stats, self.optimizer(0.0).init(params))
 
     def run(self, *arguments: Any, **keywords: Any) -> Run:
-        """Returns what `finish` does, without the state."""
+        """Trains as `finish` does, and returns the accuracies alone."""
         return self.finish(*arguments, **keywords)[0]
 
     def finish(

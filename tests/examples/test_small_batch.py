@@ -96,7 +96,12 @@ def test_end_to_end(tmp_path, capsys):
 def test_mistakes_get_one_line(tmp_path, capsys):
     assert main(["--train-examples", "100", "--out", str(tmp_path)]) == 1
     assert "--sizes 32: 256 examples on 8 devices, and there are 100\n" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        parse(["--sizes", "1"])
-    error = capsys.readouterr().err
-    assert "--sizes: expected an integer above 1" in error and error.count("\n") == 1
+    for size, says in (
+        ("1", "--sizes: expected an integer above 1"),
+        ("3", "--sizes 3: 8 times as many do not divide"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(["--sizes", size])
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+    assert parse(["--norms", "batch", "--sizes", "3"]).sizes == [3]
