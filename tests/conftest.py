@@ -77,6 +77,7 @@ THOROUGH = {
     "test_report_replicas.py",
     "test_rotation.py",
     "test_scale_invariance.py",
+    "test_small_batch.py",
     "test_speedup.py",
     "test_sync_per_example.py",
     "test_torch.py",
@@ -86,6 +87,7 @@ THOROUGH = {
     "test_types.py",
     "test_units.py",
     "test_weights.py",
+    "test_without_batch.py",
 }
 
 
