@@ -86,7 +86,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(file.name, path)
 
 
-<<<<<<< HEAD
 def _without_nan(value: Any) -> Any:
     """Returns the value as JSON can hold it."""
     if isinstance(value, Mapping):
@@ -96,10 +95,7 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_plot(path: Path, title: str, results: Sequence[Result]) -> None:
-=======
 def draw_curves(axes: Axes, results: Sequence[Result]) -> None:
->>>>>>> d6
     """Draws accuracy against steps, a line for each result; the first one's best accuracy is dashed."""
     for result in results:
         steps, accuracies = result.curve

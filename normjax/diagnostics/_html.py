@@ -63,13 +63,8 @@ shows. Red: channels at 0, or below {FLOOR:g}.</p>
 
 def _findings(report: Report) -> list[str]:
     sections = []
-<<<<<<< HEAD
-    for group in grouped(report):
-        seen = [
-=======
     for group in grouped(report.findings):
-        seen = "".join(
->>>>>>> d2
+        seen = [
             f'<li><a href="#{escape(finding.path)}"><code>{escape(finding.path)}</code></a>: '
             f"{escape(finding.message)}</li>"
             for finding in group
