@@ -165,9 +165,8 @@ class CrossBatch(Study):
         """Returns the accuracy by model and number of contexts."""
         counts = memories(self.options)
         chosen = sorted({*range(0, len(counts), 2), len(counts) - 1})
-        shown = Table(
-            title=f"Accuracy by contexts in memory, median of {self.options.seeds} seed(s)", title_justify="left"
-        )
+        title = f"Accuracy by contexts in memory, and focus in the largest, median of {self.options.seeds} seed(s)"
+        shown = Table(title=title, title_justify="left")
         shown.box, shown.pad_edge, shown.collapse_padding = rich.box.SIMPLE_HEAD, False, True
         shown.add_column("model", no_wrap=True)
         for heading in (*(str(counts[i]) for i in chosen), "focus"):
@@ -184,7 +183,7 @@ class CrossBatch(Study):
         largest = f"{_lookup(options).length * most:,} tokens"
         accuracy = self._by_training("accuracies", "{:.1%}")
         focus = self._by_training("focus", "{:.2f}")
-        return [
+        claims = [
             Claim(
                 "accuracy in a memory far larger than documents in training",
                 "above 92% of 16M tokens, after training on documents of 512",
@@ -201,8 +200,10 @@ class CrossBatch(Study):
                 focus["own context only"],
             ),
             Claim("the same, with negatives", "the distraction is mostly alleviated", focus["crossbatch"]),
-            Claim("layer norm or RMS norm", "not compared", f"with negatives {accuracy['crossbatch']}"),
         ]
+        if len(options.norms) > 1:
+            claims.append(Claim("layer norm or RMS norm", "not compared", f"with negatives {accuracy['crossbatch']}"))
+        return claims
 
     def _by_training(self, of: str, form: str) -> dict[str, str]:
         """Returns, with the largest memory, the medians of each normalization in words."""

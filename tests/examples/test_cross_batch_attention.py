@@ -168,7 +168,7 @@ def test_negatives_help_among_distractors(tmp_path, capsys):
     assert crossbatch["accuracies"][-1] > own["accuracies"][-1] + 0.2
     assert crossbatch["focus"][-1] > own["focus"][-1] > 1 / 32
     assert 0 < crossbatch["switched"] < 240 and own["switched"] is None
-    assert len(content["claims"]) == 5
+    assert len(content["claims"]) == 4
     assert (tmp_path / "cross_batch_attention.png").read_bytes().startswith(b"\x89PNG")
     assert "Reported by Tworkowski et al. 2023" in capsys.readouterr().out
 
