@@ -14,7 +14,8 @@ the test accuracy in each, with batch normalization's statistics handled in four
 The network is a pure function `apply(params, batch_stats, x, train)` that returns its new statistics, so that a second
 set of them is a second variable (examples/common/sharing.py). The same lines serve
 
-adversarial examples (Xie et al. 2020, AdvProp), whose statistics are not those of clean images:
+adversarial examples (Xie et al. 2020, AdvProp; adversarial_pairs.py trains so), whose statistics are not those of
+clean images:
 
     clean, stats["clean"] = apply(params, stats["clean"], x, True)
     attacked, stats["attacked"] = apply(params, stats["attacked"], attack(params, x), True)

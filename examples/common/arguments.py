@@ -88,4 +88,5 @@ RUNS: Mapping[str, tuple[Callable[[str], float], str, str]] = {
     "eval_every": (_COUNT, "N", "steps between two evaluations"),
     "batch_size": (number(int, "an integer above 1", 2), "N", "examples a step"),
     "learning_rate": (_RATE, "RATE", "of the optimizer"),
+    "radius": (_RATE, "R", "of the attack: largest change of a pixel, from 0 to 1"),
 }

@@ -74,8 +74,8 @@ def table_content(table: Table) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the file whole or not at all, whatever happens meanwhile."""
-    text = json.dumps(content, indent=1, allow_nan=False)
+    """Writes the file whole or not at all, whatever happens meanwhile; null for NaN, as of a run that diverged."""
+    text = json.dumps(_without_nan(content), indent=1, allow_nan=False)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
         try:
             file.write(text + "\n")
@@ -86,7 +86,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(file.name, path)
 
 
+<<<<<<< HEAD
+def _without_nan(value: Any) -> Any:
+    """Returns the value as JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_plot(path: Path, title: str, results: Sequence[Result]) -> None:
+=======
 def draw_curves(axes: Axes, results: Sequence[Result]) -> None:
+>>>>>>> d6
     """Draws accuracy against steps, a line for each result; the first one's best accuracy is dashed."""
     for result in results:
         steps, accuracies = result.curve

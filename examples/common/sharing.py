@@ -92,7 +92,10 @@ def _infer_own(params: Tree, batch_stats: list[Tree], images: Array, domain: int
 
 
 def condition(params: Tree, domains: Array) -> Tree:
-    """Returns params whose scales and biases, `(domains, features)`, are those of each example: `(batch, features)`."""
+    """Returns params whose scales and biases, `(domains, features)`, are those of each example: `(batch, features)`.
+
+    For a single number in place of `domains`, those of that domain: `(features,)`.
+    """
 
     def rows(layer: Tree) -> Tree:
         return layer | {"norm": {leaf: table[domains] for leaf, table in layer["norm"].items()}}
@@ -100,12 +103,18 @@ def condition(params: Tree, domains: Array) -> Tree:
     return {name: rows(layer) if "norm" in layer else layer for name, layer in params.items()}
 
 
+def spread(params: Tree, domains: int) -> Tree:
+    """Returns params with scales and biases for each domain, `(domains, features)`, alike to start with."""
+
+    def tables(layer: Tree) -> Tree:
+        return layer | {"norm": {leaf: jnp.tile(value, (domains, 1)) for leaf, value in layer["norm"].items()}}
+
+    return {name: tables(layer) if "norm" in layer else layer for name, layer in params.items()}
+
+
 def _init_conditional(key: Array, pixels: int, domains: int) -> tuple[Tree, Tree]:
     params, batch_stats = init(key, pixels)
-    for layer in params.values():
-        if "norm" in layer:
-            layer["norm"] = {leaf: jnp.tile(value, (domains, 1)) for leaf, value in layer["norm"].items()}
-    return params, batch_stats
+    return spread(params, domains), batch_stats
 
 
 def _train_conditional(params: Tree, batch_stats: Tree, images: Array) -> tuple[Array, Tree]:

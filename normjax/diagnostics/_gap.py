@@ -53,7 +53,7 @@ def _collect(step: Step, model: Model, batch: Any) -> Layers:
         population = low[path][POPULATION]
         for leaf, collected in zip(STATISTICS, population.statistics(), strict=True):
             moved = 1 - (high[path][leaf] - low[path][leaf])
-            seen = jnp.where(population.seen[0], collected, low[path][leaf] / moved)
+            seen = jnp.where(population.seen[0], collected, (low[path][leaf] / moved).astype(collected.dtype))
             there = population.seen[0] | ~(jnp.abs(moved) < 1e-6)
             found[path][leaf] = jnp.where(there, jnp.where(jnp.isfinite(seen), seen, jnp.inf), jnp.nan)
             saw |= bool(there.any())
@@ -112,24 +112,9 @@ def finding(layer: Layer, running: Values, batch: Values, gaps: np.ndarray, exam
     if at_the_start(running):
         advice = "Statistics are as at the start: train, or call nj.recalibrate, before inference"
         return Finding(layer.path, "train-eval-gap", "note", message, advice)
+    advice = "Call nj.recalibrate before inference; where training left it: larger batches, less momentum, more steps"
     severity: Severity = "error" if gap >= max(ERROR, 2 * limit) else "warning"
-    return Finding(layer.path, "train-eval-gap", severity, message, _advice(running, batch))
-
-
-def _advice(running: Values, batch: Values) -> str:
-    """What to do depends on whether the statistics lie between those of the start and the batch's, or elsewhere."""
-    spread = np.maximum(batch["var"], np.finfo(np.float32).tiny)
-
-    def position(mean: Any, var: Any) -> np.ndarray:
-        return np.concatenate([np.ravel((mean - batch["mean"]) / np.sqrt(spread)), np.ravel(var / spread - 1)])
-
-    start, now = position(0, 1), position(running["mean"], running["var"])
-    with np.errstate(all="ignore"):
-        left = np.real(np.vdot(start, now) / np.vdot(start, start))
-        between = np.linalg.norm(now - left * start) < 0.2 * np.linalg.norm(now)
-    if between and 0.02 < left < 1:
-        return f"{left:.0%} of the start is left in them: train for longer, lower the momentum, or call nj.recalibrate"
-    return "Call nj.recalibrate before inference; in training, lower the momentum or use larger batches"
+    return Finding(layer.path, "train-eval-gap", severity, message, advice)
 
 
 def rms(gaps: np.ndarray) -> float | None:

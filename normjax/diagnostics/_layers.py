@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from normjax import _checks
+from normjax.optim._trees import path_names, plain
 
 Path = tuple[str, ...]
 Leaves = dict[Path, Any]
@@ -62,8 +63,6 @@ class Layer(NamedTuple):
 
 def leaves_of(variables: Any) -> Leaves:
     """Returns the arrays of variables by the names on their paths; nnx's variables and Flax's boxes opened."""
-    from normjax.optim._trees import path_names, plain
-
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(variables, nnx.Module):
         variables = nnx.state(variables)
@@ -137,9 +136,11 @@ def _place(path: Path) -> tuple[Path, str]:
 
 
 def _as_in_flax(node: dict[str, Any], labels: list[str]) -> dict[str, Any]:
-    """The node with `scale` for a vector that PyTorch calls `weight`."""
-    if "weight" in node and np.ndim(node["weight"]) == 1 and ("mean" in node or _said(labels[:1])):
-        node["scale"] = node.pop("weight")
+    """The node with `scale` for PyTorch's `weight`: that of other layers has more axes, or no bias beside it."""
+    if "weight" in node and np.ndim(node["weight"]) == 1:
+        beside = node.get("mean", node.get("bias", np.ones(())))
+        if np.shape(beside) == np.shape(node["weight"]) or _said(labels[:1]):
+            node["scale"] = node.pop("weight")
     return node
 
 

@@ -13,6 +13,7 @@ from normjax.diagnostics._layers import Layer, Values
 DEAD = 1e-2  # of epsilon: the layer's output varies by a tenth of what its scale says, and less
 FAR = 1e2  # times the layer's median: of healthy layers, channels lie within a factor of some 10
 LARGE, HUGE = 1e1, 1e4  # nothing smaller explodes; 6 deviations of 1e4 are where float16 ends
+LOST = 1e8  # float32 goes in steps of 8 there: what other channels add to these is lost
 NEAR_ZERO = 1e-3  # times the layer's median: a channel that the next layer does not hear
 SHARE = 1e-2  # of the channels: fewer are for pruning rather than for worry
 BOTH_SIDES = 0.1  # of the scales are negative: they have crossed 0, or spread from it, and some are on their way
@@ -88,10 +89,11 @@ def _exploding(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding
         usual = _median(np.where(size > 0, size, np.nan))
         bad = ((size >= FAR * usual) & (size >= LARGE)) | (size >= HUGE)
         if bad.any():
-            message = f"{name} of {bad.sum()} of {bad.size} channels is of size {np.nanmax(size):.3g}, "
-            message += f"against the layer's median of {np.nanmedian(size):.3g}{channels(bad)}"
+            against = f", against a median of {np.nanmedian(size[~bad]):.3g}" if bad.mean() < 0.5 else ""
+            message = f"{name} of {bad.sum()} of {bad.size} channels is as large as {np.nanmax(size):.3g}{against}"
             advice = "Lower the learning rate or clip gradients; scale the inputs; go on from a checkpoint before it"
-            yield Finding(layer.path, "exploding-channels", "warning", message, advice)
+            severity: Severity = "error" if np.nanmax(size) >= LOST else "warning"
+            yield Finding(layer.path, "exploding-channels", severity, message + channels(bad), advice)
 
 
 def _near_zero(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:

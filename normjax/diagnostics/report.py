@@ -11,12 +11,10 @@ import numpy as np
 
 from normjax import _checks
 from normjax.diagnostics import _gap, _text
-from normjax.diagnostics._findings import Finding, Severity
+from normjax.diagnostics._findings import SEVERITIES, Finding, Severity
 from normjax.diagnostics._layers import Layer, Leaves, classes_of, find_layers, leaves_of
 from normjax.diagnostics._replicas import count_replicas, diverged, replica
 from normjax.diagnostics._rules import findings
-
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 class Range(NamedTuple):
@@ -76,23 +74,22 @@ class Report(NamedTuple):
 
     def to_json(self) -> str:
         """Returns the report as strict JSON, with null for what is not there or not finite; without `leaves`."""
-        layers = [
-            layer._asdict()
-            | {name: None if (found := getattr(layer, name)) is None else found._asdict() for name in _RANGES}
-            | {"gap": layer.gap if layer.gap is not None and math.isfinite(layer.gap) else None}
-            for layer in self.layers
-        ]
-        for layer in layers:
-            del layer["leaves"]
         contents = {
             "counts": {severity: self.count(severity) for severity in SEVERITIES},
             "findings": [finding._asdict() for finding in self.findings],
-            "layers": layers,
+            "layers": [_json(layer._replace(leaves={})) for layer in self.layers],
         }
         return json.dumps(contents, indent=2, allow_nan=False)
 
 
 _RANGES = ("mean", "var", "scale")
+
+
+def _json(value: Any) -> Any:
+    """A layer, or a part of it, as JSON has it."""
+    if isinstance(value, LayerReport | Range):
+        return {name: _json(inner) for name, inner in value._asdict().items() if name != "leaves"}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report(
@@ -120,8 +117,8 @@ def report(
     - `dead-channels` (warning; error if all are): var is at most epsilon / 100, so that the output varies by a tenth of
       its scale, or at most 1e-6 of the median. Filter response norm: a threshold 6 deviations above the bias. Dynamic
       tanh: alpha = 0.
-    - `exploding-channels` (warning): the input's root mean square, or scale, is 100 times the median and at least 10,
-      or at least 1e4: 6 deviations of that are where float16 ends.
+    - `exploding-channels` (warning; error from 1e8, where float32 goes in steps of 8): the input's root mean square, or
+      scale, is 100 times the median and at least 10, or at least 1e4, 6 deviations of which are where float16 ends.
     - `near-zero-scale` (warning): a scale is at most 1e-3 of the median. A note where that is below 1% of the channels,
       or 10% of the scales are negative: having spread from 0, some are on their way through it.
     - `zero-scale` (note): no scale of the layer is above 1e-3, as the last of a residual branch starts.
@@ -168,7 +165,7 @@ def report(
     leaves, classes = leaves_of(variables), classes_of(variables)
     layers = find_layers(leaves, classes)
     if not layers:
-        _refuse_none(leaves)
+        _refuse_none(variables, leaves)
     copies = count_replicas(leaves, layers, replicated)
     found = [apart for layer in layers if (apart := diverged(layer, copies, epsilon))]
     if copies:
@@ -247,12 +244,13 @@ def _check_arguments(apply_fn: Any, batch: Any, measured: Any, epsilon: float) -
         )
 
 
-def _refuse_none(leaves: Leaves) -> None:
+def _refuse_none(variables: Any, leaves: Leaves) -> None:
     names = ["/".join(path) for path in leaves]
+    listed = f": {', '.join(names[:4])}{', ...' * (len(names) > 4)}" if any(names) else ""
     _checks.refuse(
         "report",
         "there is no normalization layer",
         expected="leaves such as 'mean' beside 'var', or 'scale'",
-        got=f"{len(names)} arrays: {', '.join(names[:4])}{', ...' * (len(names) > 4)}",
+        got=f"{type(variables).__name__} with {len(names)} arrays{listed}",
         fix="Pass the variables of a model that normalizes: {'params': ..., 'batch_stats': ...}",
     )

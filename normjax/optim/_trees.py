@@ -151,11 +151,13 @@ def check_finite(function: str, name: str, tree: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
-        if not bool(jnp.isfinite(leaf).all()):
+        with jax.ensure_compile_time_eval():  # also of constants in a program that is being traced
+            bad = int((~jnp.isfinite(leaf)).sum())
+        if bad:
             _checks.refuse(
                 function,
                 f"{name} is not finite",
                 expected="finite numbers",
-                got=f"{int((~jnp.isfinite(leaf)).sum())} NaN or infinite of {np.size(leaf)} in {show(name, path)}",
+                got=f"{bad} NaN or infinite of {np.size(leaf)} in {show(name, path)}",
                 fix="Look for the step that made them: jax.config.update('jax_debug_nans', True)",
             )

@@ -36,6 +36,6 @@ def test_the_gap_where_there_is_one_and_axes_of_one_s_own():
     assert plot.report(found, axes) is figure
     (bar, empty) = axes[2].patches
     assert bar.get_width() == pytest.approx(found.layers[0].gap) and empty.get_width() == 0
-    with pytest.raises(ValueError, match="axes do not fit.*3 of them, for var, scale, gap; got 2"):
+    with pytest.raises(ValueError, match="plot.report: axes are not one for each panel.*3 matplotlib Axes; got 2"):
         plot.report(found, axes[:2])
     assert len(plot.report(report(nj.layer_norm_init(4))).axes) == 1

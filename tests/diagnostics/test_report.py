@@ -12,7 +12,8 @@ from flax import nnx
 from flax.training import train_state
 
 import normjax as nj
-from normjax.diagnostics import report
+from normjax.diagnostics import plot, report
+from normjax.diagnostics._html import page
 from tests.diagnostics.networks import CLASSES, NNX, Residual, healthy, init, trained
 
 FAMILY = {
@@ -66,9 +67,14 @@ def test_channels_far_larger_than_the_layer_s_explode():
     for leaf, value in (("var", 1e6), ("mean", -1e3)):
         finding = sick("batch_stats", leaf, [5], value)
         assert (finding.rule, finding.severity) == ("exploding-channels", "warning")
-        assert "1 of 32" in finding.message and "of size 1e+03" in finding.message and "(channel 5)" in finding.message
+        assert (
+            "1 of 32" in finding.message
+            and "as large as 1e+03, against a median" in finding.message
+            and "(channel 5)" in finding.message
+        )
     assert sick("params", "scale", [5], -300).rule == "exploding-channels"
-    assert "all" not in sick("batch_stats", "var", slice(None), 1e9).advice  # float16 would end
+    assert "32 of 32 channels is as large as 3.16e+04" in sick("batch_stats", "var", slice(None), 1e9).message
+    assert sick("batch_stats", "mean", [5], 1e9).severity == "error"
     tree = healthy()
     tree["batch_stats"]["norm"]["mean"][5] = 50
     tree["batch_stats"]["norm"]["var"][6] = 1000
@@ -107,6 +113,17 @@ def test_what_is_not_finite_is_an_error(place, value):
     assert f"7 of 32 in {place[1]} (channels 1, 2, 3, 4, 5 and 2 more)" in finding.message
     assert found.layers[0].severity == "error"
     json.loads(found.to_json(), parse_constant=pytest.fail)  # no NaN in it
+
+
+def test_a_leaf_of_nothing_but_nan():
+    tree = healthy()
+    tree["batch_stats"]["norm"]["var"][:] = np.nan
+    found = report(tree)
+    assert "NaN" in str(found) and np.isnan(found.layers[0].var.median)
+    written = json.loads(found.to_json(), parse_constant=pytest.fail)
+    assert written["layers"][0]["var"] == {"low": None, "median": None, "high": None}
+    assert page(found, "a").count("<svg") == 2  # of scale: the axis and the layer
+    assert len(plot.report(found).axes) == 1
 
 
 def test_a_variance_below_0_is_an_error():
@@ -194,9 +211,11 @@ def test_a_state_of_training_is_reported_without_its_optimizer_and_copies_by_the
 
 def test_names_of_pytorch_and_keras():
     torch = {"bn1.running_mean": np.zeros(4), "bn1.running_var": np.ones(4), "bn1.weight": np.ones(4),
-             "bn1.num_batches_tracked": np.array(3), "fc.weight": np.ones((4, 4)), "ln.weight": np.ones(4)}  # fmt: skip
+             "bn1.num_batches_tracked": np.array(3), "fc.weight": np.ones((4, 4)), "ln.weight": np.ones(4),
+             "4.weight": np.ones(4), "4.bias": np.ones(4), "5.weight": np.ones(1)}  # fmt: skip
     tree = {tuple(name.split(".")): value for name, value in torch.items()}
     assert [(layer.path, layer.kind, sorted(layer.leaves)) for layer in report(tree).layers] == [
+        ("4", "norm", ["bias", "scale"]),
         ("bn1", "batch norm", ["count", "mean", "scale", "var"]),
         ("ln", "layer norm", ["scale"]),
     ]

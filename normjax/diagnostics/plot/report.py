@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from normjax import _checks
+from normjax.diagnostics.plot._panels import panels
 from normjax.diagnostics.report import LayerReport, Report
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLORS = {"error": "#c62f2f", "warning": "#d98c0a", "note": "#2f7f9e", None: "#7d8894"}
 PANELS = {"var": "running variance", "scale": "|scale|", "gap": "gap, training to inference\n(standard deviations)"}
@@ -43,28 +40,20 @@ def report(report: Report, axes: Sequence[Axes] | None = None) -> Figure:
       >>> print([axes.get_xlabel() for axes in figure.axes])
       ['running variance', '|scale|']
     """
-    panels = [name for name in PANELS if any(_values(layer, name).size for layer in report.layers)]
-    axes = _new_axes(len(panels), len(report.layers)) if axes is None else list(np.ravel(np.asarray(axes)))
-    if len(axes) != len(panels):
-        _checks.refuse(
-            "plot.report",
-            "axes do not fit the panels",
-            expected=f"{len(panels)} of them, for {', '.join(panels)}",
-            got=f"{len(axes)}",
-            fix="Pass axes=None, or as many",
-        )
-    for name, own in zip(panels, axes, strict=True):
-        _panel(own, report, name)
-    _label_rows(axes[0], report)
-    figure: Any = axes[0].get_figure()
+    names = [name for name in PANELS if any(_values(layer, name).size for layer in report.layers)]
+    if axes is None:
+        figure, own = _new_figure(len(names), len(report.layers))
+    else:
+        figure, own = panels("report", axes, len(names))
+    for name, panel in zip(names, own, strict=True):
+        _panel(panel, report, name)
+    _label_rows(own[0], report)
     return figure
 
 
-def _new_axes(panels: int, layers: int) -> list[Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.2 + 3.0 * panels, 1.2 + 0.24 * layers), layout="constrained")
-    return list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+def _new_figure(columns: int, layers: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(2.2 + 3.0 * columns, 1.2 + 0.24 * layers), layout="constrained")
+    return figure, list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
 
 
 def _values(layer: LayerReport, name: str) -> np.ndarray:

@@ -1,0 +1,60 @@
+"""One network, two sets of statistics: clean and adversarial images in one training.
+
+Adversarial images are training images that an adversary has changed, each pixel by at most --radius, until the network
+of the moment errs on them. A network is trained in four ways:
+
+    clean only            no adversarial images
+    shared                one batch_stats; every batch holds clean images and adversarial ones
+    two sets              a batch_stats for each kind; batches of one kind
+    two sets, two scales  and a scale and a bias for each kind: AdvProp's auxiliary batch norm
+
+and evaluated on clean test images and on attacked ones, with either set at inference. The adversary knows the network
+and the set that it answers with.
+
+    python examples/adversarial_pairs.py                                # scikit-learn's digits: nothing to download
+    python examples/adversarial_pairs.py --data mnist --data-dir DIR
+    python examples/adversarial_pairs.py --data cifar10 --data-dir DIR
+
+A table, JSON and a plot come out, the files in --out. Ctrl-C stops, and keeps what is finished. With the same seed all
+ways start from the same kernels and see the same images. See examples/README.md for what to expect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from common.arguments import Parser, number
+from common.interrupt import run
+
+_RUN = {"seeds": 1, "eval_every": 50, "batch_size": 64}
+DEFAULTS = {
+    "digits": {"seeds": 3, "steps": 300, "eval_every": 50, "batch_size": 64, "learning_rate": 0.05, "radius": 0.15},
+    "mnist": _RUN | {"steps": 1000, "learning_rate": 0.05, "radius": 0.2},
+    "cifar10": _RUN | {"steps": 5000, "learning_rate": 0.05, "radius": 8 / 255},
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    parser = Parser(__doc__)
+    parser.add_runs("adversarial_pairs", DEFAULTS)
+    count = number(int, "a positive integer")
+    parser.add_argument(
+        "--attack-steps",
+        type=count,
+        default=4,
+        metavar="N",
+        help="of the adversary in training; twice that in the test",
+    )
+    return parser.parse_runs(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what the command line asks for and returns the exit status."""
+    return run("pairs", parse(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

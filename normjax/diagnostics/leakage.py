@@ -1,0 +1,178 @@
+"""How far the statistics of a device give away which key belongs to a query, in contrastive training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from normjax import _checks
+from normjax._typing import PRNGKey
+from normjax.diagnostics._batches import check_examples, check_rows, compiled, wide
+from normjax.optim._trees import check_finite
+
+
+class Leakage(NamedTuple):
+    """How well queries find their keys, with the keys beside them and elsewhere.
+
+    Attributes:
+      leak: `together - apart`: what is found by the statistics. 0 for a network that does not use them.
+      standard_error: of `leak`, over queries.
+      together: share of queries whose most similar key of all is their own, each key on its query's device.
+      apart: that share with the keys dealt to devices at random.
+      same_device: with keys together, share of queries whose most similar key *but their own* is of their device.
+      chance: that share where devices leave no trace: `(n - 1) / (batch - 1)` for n queries a device.
+    """
+
+    leak: Float[Array, ""]
+    standard_error: Float[Array, ""]
+    together: Float[Array, ""]
+    apart: Float[Array, ""]
+    same_device: Float[Array, ""]
+    chance: Float[Array, ""]
+
+
+def leakage(
+    function: Callable[[Array, Array], tuple[Array, Array]],
+    queries: Float[Array, "batch ..."],
+    keys: Float[Array, "batch ..."],
+    *,
+    devices: int,
+    key: PRNGKey,
+    shuffles: int = 4,
+    axis_name: Hashable = "devices",
+) -> Leakage:
+    r"""Measures what batch norm leaks in contrastive training, where a query and its key are normalized together.
+
+    Of two views of an image, the one is to be found by the other among all keys of the batch. Where each device
+    normalizes by its own statistics, and both views are on one device, their statistics are a signature: the network
+    finds the key without looking at the image. MoCo therefore shuffles the keys over devices, SimCLR shares the
+    statistics of all. Here the network is asked both ways, with the weights as they are:
+
+    .. math:: \text{leak} = \Pr\Bigl[\arg\max_j \cos(q_i, k_j) = i \Bigr]_\text{together}
+                          - \Pr\Bigl[\arg\max_j \cos(q_i, k_j) = i \Bigr]_\text{keys shuffled over devices}
+
+    Positive where statistics help. In small batches they may without any training: a query and its key are distorted
+    alike. What training makes of it is what costs accuracy: compare before and after. Negative where statistics hide
+    more than they give away. Beside it, whether devices leave a trace at all: `same_device` off `chance`, above it
+    where they share a shift, below it where the removal of their mean pushes examples apart.
+
+    Args:
+      function: `function(queries, keys) -> (q, k)`, from what one device holds to embeddings `(n, features)` of each,
+        in *training* mode and without the new statistics: one batch of both views as in SimCLR, or two encoders with
+        one each as in MoCo. It runs under `jax.vmap` over the devices, and may share statistics over `axis_name`.
+      queries: the first views, floating-point; devices hold them in turn, `batch / devices` each.
+      keys: the second views, of the same images in the same order.
+      devices: how many; they are simulated.
+      key: of the shuffles.
+      shuffles: over how many of them `apart` is averaged.
+      axis_name: of the devices.
+
+    Returns:
+      `Leakage`, shares from 0 to 1 in float32.
+
+    Raises:
+      ValueError: for a batch that cannot be dealt to the devices evenly, and embeddings that are no rows or not finite.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> queries = jax.random.normal(jax.random.key(0), (128, 8))
+      >>> keys = queries + 0.3 * jax.random.normal(jax.random.key(1), queries.shape)  # two views
+      >>> def function(queries, keys, axis_name=None):
+      ...     params, batch_stats = nj.batch_norm_init(8)
+      ...     q, _ = nj.batch_norm(params, batch_stats, queries, True, axis_name=axis_name)
+      ...     k, _ = nj.batch_norm(params, batch_stats, keys, True, axis_name=axis_name)
+      ...     return q, k
+      >>> alone = nj.diagnostics.leakage(function, queries, keys, devices=32, key=jax.random.key(2))
+      >>> print(bool(alone.leak > 4 * alone.standard_error))
+      True
+      >>> synced = lambda queries, keys: function(queries, keys, "devices")
+      >>> print(nj.diagnostics.leakage(synced, queries, keys, devices=32, key=jax.random.key(2)).leak)
+      0.0
+
+    References:
+      He et al., "Momentum Contrast for Unsupervised Visual Representation Learning" (CVPR 2020), section 3.3.
+      Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (ICML 2020), section 2.2.
+    """
+    queries, keys = check_examples("leakage", "queries", queries), check_examples("leakage", "keys", keys)
+    _check_devices(queries, keys, devices, shuffles)
+    batch = len(queries)
+    apply = jax.jit(jax.vmap(compiled(function), axis_name=axis_name))
+
+    def dealt(views: Array) -> Array:
+        return views.reshape(devices, -1, *views.shape[1:])
+
+    _check_embeddings(jax.eval_shape(apply, dealt(queries), dealt(keys)), batch // devices)
+    shuffled = [jax.random.permutation(own, batch) for own in jax.random.split(key, shuffles)]
+    orders = jnp.stack([jnp.arange(batch), *shuffled])
+    q, k = jax.vmap(lambda order: apply(dealt(queries), dealt(keys[order])))(orders)
+    check_finite("leakage", "q", q)
+    check_finite("leakage", "k", k)
+    return _summary(q, k, orders, batch // devices)
+
+
+@partial(jax.jit, static_argnames="n")
+def _summary(q: Array, k: Array, orders: Array, n: int) -> Leakage:
+    """Of embeddings `(orders, devices, n, ...)`, where the keys were dealt to the devices in these orders."""
+    _, batch = orders.shape
+    cosines = jax.vmap(lambda q, k, order: _unit(q, batch) @ _unit(k, batch)[jnp.argsort(order)].T)(q, k, orders)
+    rows = jnp.arange(batch)
+    found = (cosines.argmax(-1) == rows).astype(cosines.dtype)
+    together, apart = found[0], found[1:].mean(0)
+    others = jnp.where(jnp.eye(batch, dtype=bool), -jnp.inf, cosines[0]).argmax(-1)
+    leak = together - apart
+    return Leakage(
+        leak=leak.mean(),
+        standard_error=leak.std(ddof=1) / math.sqrt(batch),
+        together=together.mean(),
+        apart=apart.mean(),
+        same_device=(others // n == rows // n).astype(leak.dtype).mean(),
+        chance=jnp.asarray((n - 1) / (batch - 1), leak.dtype),
+    )
+
+
+def _unit(embedded: Array, batch: int) -> Array:
+    """Embeddings of all devices as rows of length 1."""
+    rows = wide(embedded).reshape(batch, -1)
+    length = jnp.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / jnp.where(length > 0, length, 1)
+
+
+def _check_embeddings(embedded: object, n: int) -> None:
+    if not (isinstance(embedded, (tuple, list)) and len(embedded) == 2):
+        _checks.refuse(
+            "leakage",
+            "function does not return a pair",
+            expected="(q, k), the embeddings of queries and keys",
+            got=f"a {type(embedded).__name__}" + (f" of {len(embedded)}" if isinstance(embedded, Sequence) else ""),
+            fix="Split the outputs of a common batch: jnp.split(embeddings, 2)",
+            kind=TypeError,
+        )
+    for name, rows in zip(("function(...)[0]", "function(...)[1]"), embedded, strict=True):
+        of_device = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows)
+        check_rows("leakage", name, of_device, n)
+
+
+def _check_devices(queries: Array, keys: Array, devices: int, shuffles: int) -> None:
+    for name, given, least in (("devices", devices, 2), ("shuffles", shuffles, 1)):
+        if (_checks.positive_int(given) or 0) < least:
+            _checks.refuse(
+                "leakage",
+                f"too few {name}",
+                expected=f"an int of {least} or more",
+                got=f"{name}={given!r}",
+                fix=f"Pass the {name} of your training" if name == "devices" else "Leave shuffles out for 4",
+            )
+    if queries.shape != keys.shape or len(queries) % devices:
+        _checks.refuse(
+            "leakage",
+            "queries and keys cannot be dealt to the devices",
+            expected=f"as many keys as queries, of one shape, a multiple of {devices}",
+            got=f"queries.shape={queries.shape}, keys.shape={keys.shape} for devices={devices}",
+            fix=f"Pass {len(queries) // devices * devices or devices} of each",
+        )

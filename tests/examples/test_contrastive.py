@@ -1,0 +1,129 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import data, simclr
+from common.contrastive import AXIS, TEMPERATURE, Encoder, Way, augment, contrast, probe
+from common.units import UNITS, batch
+from contrastive import main, parse
+
+from tests.compare import assert_close, assert_trees_close
+
+OPTIONS = ["--steps", "2", "--eval-every", "1", "--train-examples", "96", "--test-examples", "64", "--labels", "48"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(simclr.WIDTHS, "digits", (4, 4))
+
+
+def trainer(way):
+    return simclr.Trainer(way, data.load("digits").limit(96, 64), parse(OPTIONS))
+
+
+def unit_rows(rng, *shape):
+    rows = rng.normal(size=shape)
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def test_the_loss_is_nt_xent(rng):
+    """Equation 1 of Chen et al. 2020, over the 2N embeddings in turn; the devices' shares are of their own rows."""
+    q, k = (unit_rows(rng, 6, 3) for _ in range(2))
+    z = np.stack([q, k], 1).reshape(12, 3)
+    similarity = np.exp(z @ z.T / TEMPERATURE)
+    losses = [-np.log(similarity[i, i ^ 1] / (similarity[i].sum() - similarity[i, i])) for i in range(12)]
+    with jax.enable_x64(True):
+        shares = [contrast(jnp.asarray(q), jnp.asarray(k), jnp.arange(first, first + 2)) for first in (0, 2, 4)]
+    for share, first in zip(shares, (0, 4, 8), strict=True):
+        assert_close(share[0], np.mean(losses[first : first + 4]), rtol=1e-9)
+    found = ((q @ k.T).argmax(1) == np.arange(6)).reshape(3, 2).mean(1)
+    assert_close([share[1] for share in shares], found)
+
+
+def gradients(way, key):
+    """Of the whole batch's loss, as the devices add them up, and the first trainer's state."""
+    own = trainer(way)
+    state = own.init(0)
+    specs = (simclr.WHOLE, simclr.WHOLE, jax.sharding.PartitionSpec(AXIS), simclr.WHOLE)
+    mapped = jax.shard_map(
+        lambda params, stats, images, key: jax.grad(own._loss, has_aux=True)(params, stats, images, key)[0],
+        mesh=own.everywhere.mesh,
+        in_specs=specs,
+        out_specs=simclr.WHOLE,
+    )
+    return own, state, jax.jit(mapped)(state.params, state.batch_stats, own.train[:32], key)
+
+
+def test_synced_devices_train_as_one_does_on_the_whole_batch(small):
+    key = jax.random.key(3)
+    own, state, found = gradients(Way(batch(axis_name=AXIS)), key)
+    encoder = Encoder(batch(), (4, 4))
+    views = [
+        [augment(view, images) for view in jax.random.split(jax.random.fold_in(key, device))]
+        for device, images in enumerate(own.train[:32].reshape(8, 4, 8, 8, 1))
+    ]
+    first, second = (jnp.concatenate(of) for of in zip(*views, strict=True))
+
+    def loss(params):
+        q, _ = encoder.embed(params, state.batch_stats, first, True)
+        k, _ = encoder.embed(params, state.batch_stats, second, True)
+        return contrast(q, k, jnp.arange(32))[0]
+
+    expected = jax.jit(jax.grad(loss))(jax.device_put(state.params, jax.devices()[0]))
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    assert largest > 0.01
+    assert_trees_close(found, expected, atol=1e-4 * largest)
+
+
+def test_shuffled_keys_come_back_in_order(small):
+    """Without batch statistics it makes no difference where a key is embedded."""
+    key = jax.random.key(3)
+    _, _, found = gradients(Way(UNITS["layer"], shuffled=True), key)
+    _, _, expected = gradients(Way(UNITS["layer"]), key)
+    assert_trees_close(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views_are_crops_of_the_image(rng, channels):
+    flat = jnp.full((5, 8, 8, channels), 0.5)
+    views = augment(jax.random.key(0), flat)
+    assert views.shape == flat.shape
+    means = np.asarray(views.mean((1, 2)))
+    assert (np.abs(means - 0.5) < 0.2 + 0.06).all() and means.std() > 0.02
+    assert_close(np.asarray(views - views.mean((1, 2), keepdims=True)).std(), 0.1, rtol=0.1)
+
+
+def test_probe_separates_what_is_separable(rng):
+    labels = jnp.asarray(rng.integers(3, size=60))
+    features = jnp.asarray(rng.normal(size=(60, 4)), jnp.float32) * 0.1 + jax.nn.one_hot(labels, 4)
+    assert probe((features[:30], labels[:30]), (features[30:], labels[30:]), 3) == 1
+    assert probe((features[:30], labels[:30]), (features[30:], (labels[30:] + 1) % 3), 3) == 0
+
+
+def test_end_to_end(tmp_path, capsys, small, monkeypatch):
+    monkeypatch.setattr(simclr, "WAYS", {name: simclr.WAYS[name] for name in ("per device", "synced")})
+    assert main([*OPTIONS, "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "contrastive.json").read_text())
+    assert content["status"] == "finished" and list(content["results"]) == ["per device", "synced"]
+    for runs in content["results"].values():
+        assert runs[0]["step"] == [0, 1, 2]
+        assert_close(runs[0]["leak"], np.subtract(runs[0]["together"], runs[0]["apart"]), atol=1e-6)
+    assert not any(content["results"]["synced"][0]["leak"])
+    assert any(content["results"]["per device"][0]["leak"]) and 0.2 < content["probe_of_pixels"] < 1
+    assert (tmp_path / "contrastive.png").read_bytes().startswith(b"\x89PNG")
+    assert "Reported by Chen et al. 2020" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "30"], "--batch-size 30: expected a multiple of 8 devices"),
+        (["--devices", "9"], "--devices 9: there are 8"),
+    ],
+)
+def test_what_devices_cannot_do_gets_one_line(tmp_path, capsys, arguments, message):
+    assert main([*arguments, "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
