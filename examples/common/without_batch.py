@@ -196,7 +196,7 @@ class WithoutBatch(Study):
     def draw(self, path: Path) -> None:
         """Draws training and test accuracy against the learning rate."""
         title = f"{data.TITLES[self.options.data]}: accuracy after {self.options.steps} steps, by learning rate"
-        with report.figure(path, title, self.caption, size=(10, 4.8)) as (panels,):
+        with report.figure(path, title, self.caption, size=(11, 4.8)) as (panels,):
             for axes, which in zip(panels, ("training", "test"), strict=True):
                 for i, name in enumerate(self.options.norms):
                     if curve := self.curve(name, which):
@@ -213,7 +213,8 @@ class WithoutBatch(Study):
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()
                 axes.grid(alpha=0.3)
-            panels[0].legend(fontsize="small")
+            lines = panels[0].get_legend_handles_labels()
+            panels[0].figure.legend(*lines, loc="outside right center", fontsize="small")
 
 
 def key(name: str, rate: float) -> str:
