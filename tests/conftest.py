@@ -37,6 +37,8 @@ THOROUGH = {
     "test_batch_norm_torch.py",
     "test_checkpoints.py",
     "test_conditional.py",
+    "test_covariate_shift.py",
+    "test_cross_batch_attention.py",
     "test_domains.py",
     "test_equilibrium.py",
     "test_export.py",
@@ -49,10 +51,12 @@ THOROUGH = {
     "test_fold_kept.py",
     "test_freezing.py",
     "test_haiku.py",
+    "test_hessian.py",
     "test_identities.py",
     "test_invariance.py",
     "test_keras.py",
     "test_kinds.py",
+    "test_landscape.py",
     "test_lint_examples.py",
     "test_lint_networks.py",
     "test_lint.py",
@@ -73,6 +77,7 @@ THOROUGH = {
     "test_report_replicas.py",
     "test_rotation.py",
     "test_scale_invariance.py",
+    "test_small_batch.py",
     "test_speedup.py",
     "test_sync_per_example.py",
     "test_torch.py",
@@ -82,6 +87,7 @@ THOROUGH = {
     "test_types.py",
     "test_units.py",
     "test_weights.py",
+    "test_without_batch.py",
 }
 
 
