@@ -163,3 +163,39 @@ def test_the_ways_of_adversarial_pairs():
     for way in adversarial.WAYS.values():
         variables = way.init(network, KEY, (8, 8, 1))
         assert lint(lambda v, x, train=way.train: train(network, *v, x, x), variables, x, steps=300) == ()
+
+
+def test_the_methods_of_small_batch():
+    from common import small_batch
+    from common.vgg import vgg
+
+    for method in small_batch.methods(300).values():
+        network = vgg(method.unit, [[8], [8], [8]], stride=2)
+        if method.on_devices:
+            network = small_batch.on_devices(network)
+        variables = shapes(network.init, KEY, (8, 8, 1), 10)
+        x = jax.ShapeDtypeStruct((small_batch.DEVICES * small_batch.REFERENCE, 8, 8, 1), jnp.float32)
+        assert lint(lambda v, x, apply=network.apply: apply(*v, x, True), variables, x, steps=300) == ()
+
+
+def test_the_networks_of_covariate_shift():
+    from common import noise
+
+    for normalize, disturbed in ((False, False), (True, False), (True, True)):
+        network = noise.Sigmoids(normalize, disturbed).network
+        variables = network.init(KEY, (8, 8, 1), 10)
+        x = jax.ShapeDtypeStruct((60, 8, 8, 1), jnp.float32)
+        assert lint(lambda v, x, apply=network.apply: apply(*v, x, True), variables, x, steps=300) == ()
+
+
+@pytest.mark.parametrize("norm", ["layer norm", "RMS norm"])
+def test_the_language_model_of_cross_batch_attention(norm):
+    from common import memory
+
+    model = memory.LanguageModel(memory.NORMS[norm], vocabulary=20, length=12)
+    tokens = jax.ShapeDtypeStruct((4, 12), jnp.int32)
+
+    def apply(params, tokens):
+        return model.answer(params, tokens, model.remember(params, tokens), jnp.eye(4, dtype=bool))
+
+    assert lint(apply, shapes(model.init, KEY), tokens, steps=300) == ()
