@@ -221,6 +221,8 @@ class TestFewValues:
             return nj.layer_norm(params, {}, x, train=True)[0]
 
         assert lint(apply, nj.layer_norm_init(5)[0], ROWS[:1]) == ()
+        each = jax.vmap(apply, in_axes=(None, 0))
+        assert lint(each, nj.layer_norm_init(5)[0], jnp.ones((2, 1, 5))) == ()
 
 
 class TestSlowMomentum:
