@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normjax.diagnostics._text import grouped, span, summary
+from normjax.diagnostics._findings import grouped
+from normjax.diagnostics._text import span, summary
 
 if TYPE_CHECKING:
     from normjax.diagnostics.report import LayerReport, Report
@@ -62,7 +63,7 @@ shows. Red: channels at 0, or below {FLOOR:g}.</p>
 
 def _findings(report: Report) -> list[str]:
     sections = []
-    for group in grouped(report):
+    for group in grouped(report.findings):
         seen = [
             f'<li><a href="#{escape(finding.path)}"><code>{escape(finding.path)}</code></a>: '
             f"{escape(finding.message)}</li>"

@@ -11,12 +11,10 @@ import numpy as np
 
 from normjax import _checks
 from normjax.diagnostics import _gap, _text
-from normjax.diagnostics._findings import Finding, Severity
+from normjax.diagnostics._findings import SEVERITIES, Finding, Severity
 from normjax.diagnostics._layers import Layer, Leaves, classes_of, find_layers, leaves_of
 from normjax.diagnostics._replicas import count_replicas, diverged, replica
 from normjax.diagnostics._rules import findings
-
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 class Range(NamedTuple):
