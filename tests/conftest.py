@@ -38,6 +38,7 @@ THOROUGH = {
     "test_checkpoints.py",
     "test_conditional.py",
     "test_covariate_shift.py",
+    "test_cross_batch_attention.py",
     "test_domains.py",
     "test_equilibrium.py",
     "test_export.py",
@@ -56,6 +57,9 @@ THOROUGH = {
     "test_keras.py",
     "test_kinds.py",
     "test_landscape.py",
+    "test_lint_examples.py",
+    "test_lint_networks.py",
+    "test_lint.py",
     "test_networks.py",
     "test_new_layers.py",
     "test_onnx_conformance.py",
@@ -73,6 +77,7 @@ THOROUGH = {
     "test_report_replicas.py",
     "test_rotation.py",
     "test_scale_invariance.py",
+    "test_small_batch.py",
     "test_speedup.py",
     "test_sync_per_example.py",
     "test_torch.py",
@@ -82,6 +87,7 @@ THOROUGH = {
     "test_types.py",
     "test_units.py",
     "test_weights.py",
+    "test_without_batch.py",
 }
 
 

@@ -15,6 +15,7 @@ from normjax.diagnostics.inputs import layer_inputs
 from normjax.diagnostics.interactions import Interactions, interactions
 from normjax.diagnostics.landscape import Landscape, landscape
 from normjax.diagnostics.leakage import Leakage, leakage
+from normjax.diagnostics.lint import Lint, lint
 from normjax.diagnostics.percentiles import Percentiles, percentiles
 from normjax.diagnostics.report import LayerReport, Range, Report, report
 from normjax.diagnostics.rotation import Rotation, rotation
@@ -34,6 +35,7 @@ __all__ = [
     "Landscape",
     "LayerReport",
     "Leakage",
+    "Lint",
     "Percentiles",
     "Range",
     "Report",
@@ -47,6 +49,7 @@ __all__ = [
     "landscape",
     "layer_inputs",
     "leakage",
+    "lint",
     "percentiles",
     "report",
     "rotation",
