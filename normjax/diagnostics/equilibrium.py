@@ -145,7 +145,7 @@ def _mean(values: np.ndarray, power: int) -> np.ndarray:
 
 
 def _compared(predicted: ArrayLike, observed: np.ndarray) -> Compared:
-    predicted = np.broadcast_to(np.asarray(predicted, np.float64), observed.shape)
+    predicted = np.full_like(observed, predicted)
     # Nothing is predicted for a kernel without gradients but that it vanishes.
     ratio = np.divide(observed, predicted, out=np.full_like(observed, np.inf), where=predicted != 0)
     return Compared(predicted, observed, ratio)
