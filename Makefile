@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-tpu test-oldest lint format docs bench bench-gpu bench-tpu clean
+.PHONY: demo gallery test test-fast test-tpu test-oldest lint format docs bench bench-gpu bench-tpu clean
 
 demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them, in under 2 minutes
 	$(BIN)/python examples/speedup.py
+
+gallery: $(VENV)/.examples ## the pictures of docs/pages/gallery.md: its ten examples, 20 minutes on two idle cores
+	$(BIN)/python docs/gallery.py
 
 test: $(VENV)/.test ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -52,7 +52,8 @@ class Block(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Returns the block's output."""
         y = self.norm(name="bn1")(conv(self.features, 3, self.stride, "conv1")(x))
-        y = self.norm(name="bn2")(conv(self.features, 3, 1, "conv2")(nn.relu(y)))
+        y = conv(self.features, 3, 1, "conv2")(nn.relu(y))
+        y = self.norm(name="bn2", scale_init=nn.initializers.zeros)(y)  # for training from the start
         if x.shape != y.shape:
             x = Downsample(self.features, self.stride, self.norm, name="downsample")(x)
         return nn.relu(x + y)

@@ -9,11 +9,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from common import data, networks, report, training
+from common import data, depths, networks, report, training
+from common.depths import Depth
 from common.interrupt import Interrupt, Interrupted
 from common.options import Options, Variant
 from common.session import environment, guard, progress_bar
-from common.tables import Result, Table, best_of_sweep, compare
+from common.tables import PAPER, Result, Table, best_of_sweep, compare
+
+CAPTION = (
+    "What to see: how far to the left of the baseline the others cross the dashed line, its best accuracy. Where there"
+    " are networks of growing depth: plain sigmoids stop training as layers are added, normalized ones do not."
+)
 
 
 def run(options: Options, variants: Sequence[Variant], interrupt: Interrupt) -> int:
@@ -42,7 +48,8 @@ class Experiment:
         self.options, self.variants, self.interrupt = options, variants, interrupt
         self.results: list[Result] = []
         self.swept: list[Result] = []
-        self.trainers: dict[networks.Style, training.Trainer] = {}
+        self.depths: list[Depth] = []
+        self.trainers: dict[tuple[networks.Style, int | None], training.Trainer] = {}
         dataset = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
         self.train_count, self.test_count = len(dataset.train_labels), len(dataset.test_labels)
         if options.batch_size > self.train_count:
@@ -57,6 +64,11 @@ class Experiment:
         """The factors that are not trained as a variant anyway."""
         return [factor for factor in self.options.sweep if factor != 1]
 
+    @property
+    def depth_steps(self) -> int:
+        """The budget of each network of the growing ones."""
+        return max(1, self.options.steps // depths.SHARE)
+
     def train(self, console: Console) -> bool:
         """Trains all there is to train and returns whether it got to the end."""
         with progress_bar(console) as progress:
@@ -67,34 +79,49 @@ class Experiment:
                 for factor in self.sweep_factors:
                     self.swept.append(self._train(self.variants[0], factor, progress))
                     self.save("running")
+                for layers in self.options.depths:
+                    self.depths.append(self._train_depth(layers, progress))
+                    self.save("running")
             except (Interrupted, KeyboardInterrupt):
                 self.save("interrupted")
                 return False
         self.save("finished")
         return True
 
-    def _train(self, variant: Variant, factor: float, progress: Progress) -> Result:
+    def _train_depth(self, layers: int, progress: Progress) -> Depth:
+        def results(normalize: bool) -> list[Result]:
+            variant = Variant(f"{layers} layers{', BN' * normalize}", normalize, 1, "sigmoid")
+            return [
+                self._train(variant, factor, progress, depth=layers, steps=self.depth_steps)
+                for factor in depths.FACTORS
+            ]
+
+        return Depth(layers, results(False), results(True))
+
+    def _train(
+        self, variant: Variant, factor: float, progress: Progress, *, depth: int | None = None, steps: int | None = None
+    ) -> Result:
         options, rate = self.options, self.options.learning_rate * factor
+        steps, depth = steps or options.steps, depth or options.depth
         label = f"{variant.name:<16} rate {rate:<7.3g}"
-        task = progress.add_task(label, total=options.seeds * options.steps, accuracy="compiling")
-        trainer = self._trainer(networks.Style(variant.normalize, variant.activation))
+        task = progress.add_task(label, total=options.seeds * steps, accuracy="compiling")
+        trainer = self._trainer(networks.Style(variant.normalize, variant.activation), depth)
 
         def evaluated(steps: int, accuracy: float) -> None:
             progress.update(task, advance=steps, accuracy=f"{accuracy:.1%}")
             self.interrupt.check()
 
-        runs = [trainer.run(seed, rate, options.steps, options.eval_every, evaluated) for seed in range(options.seeds)]
+        runs = [trainer.run(seed, rate, steps, options.eval_every, evaluated) for seed in range(options.seeds)]
         return Result(variant.name, rate, runs)
 
-    def _trainer(self, style: networks.Style) -> training.Trainer:
-        """Returns the trainer of a style, compiled once for all learning rates and seeds."""
-        if style not in self.trainers:
-            depth = self.options.depth
+    def _trainer(self, style: networks.Style, depth: int | None) -> training.Trainer:
+        """Returns the trainer of a style and depth, compiled once for all learning rates and seeds."""
+        if (style, depth) not in self.trainers:
             network = networks.inception(style) if depth is None else networks.mlp(style, depth)
-            self.trainers[style] = training.Trainer(
+            self.trainers[style, depth] = training.Trainer(
                 network, self.examples, self.options.batch_size, self.options.momentum
             )
-        return self.trainers[style]
+        return self.trainers[style, depth]
 
     @property
     def best_baseline(self) -> Result | None:
@@ -108,7 +135,8 @@ class Experiment:
         if not self.results:
             return []
         baseline, *others = self.results
-        tables = [compare("As in the paper: relative to the baseline's learning rate", baseline, others, data.CLASSES)]
+        title = "As in the paper: relative to the baseline's learning rate"
+        tables = [compare(title, baseline, others, data.CLASSES, PAPER)]
         if best := self.best_baseline:
             title = "Stricter than the paper: relative to the baseline at its best learning rate"
             tables.append(compare(title, best._replace(name="Baseline, best"), others, data.CLASSES))
@@ -126,6 +154,7 @@ class Experiment:
             "variants": [report.result_content(result) for result in self.results],
             "sweep": [report.result_content(result) for result in self.swept],
             "tables": [report.table_content(table) for table in self.tables()],
+            "depths": depths.content(self.depths),
         }
         report.write_json(self.options.out / "speedup.json", content)
 
@@ -135,17 +164,25 @@ class Experiment:
             console.print(report.rich_table(table))
         if best := self.best_baseline:
             self._remark(console, best)
+        if self.depths:
+            console.print(depths.table(self.depths, self.depth_steps))
         if not finished:
             console.print(
                 f"Interrupted: {len(self.results)} of {len(self.variants)} variants are finished"
-                f" and {len(self.swept)} of {len(self.sweep_factors)} other rates of the baseline's sweep."
+                f", {len(self.swept)} of {len(self.sweep_factors)} other rates of the baseline's sweep"
+                f" and {len(self.depths)} of {len(self.options.depths)} depths."
             )
         if self.results:
             path = self.options.out / "speedup.png"
             curves = [*self.results]
             if (best := self.best_baseline) and best is not self.results[0]:
                 curves.insert(1, best._replace(name="Baseline, best"))
-            report.write_plot(path, f"{self.options.network} on {self.options.data}", curves)
+            panels = 2 if self.depths else 1
+            title = f"{self.options.network} on {self.options.data}"
+            with report.figure(path, title, CAPTION, (1, panels), (2 + 5 * panels, 5.5)) as ((axes, *further),):
+                report.draw_curves(axes, curves)
+                if self.depths:
+                    depths.draw(further[0], self.depths, self.depth_steps)
             console.print(f"Plot: {path.resolve()}", soft_wrap=True)
         console.print(f"Results: {(self.options.out / 'speedup.json').resolve()}", soft_wrap=True)
 

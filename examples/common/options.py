@@ -40,6 +40,7 @@ DEFAULTS = {
 }
 
 # Wide enough for the best to lie inside.
+DEPTHS = {"mlp": (2, 3, 4, 6, 12), "inception": ()}
 SWEEP = {"mlp": (1 / 3, 1, 3, 10, 30, 100), "inception": (1, 3, 10, 30, 100)}
 MOMENTUM = {"mlp": None, "inception": 0.9}
 
@@ -58,6 +59,7 @@ class Options:
     learning_rate: float
     eval_every: int
     sweep: tuple[float, ...]
+    depths: tuple[int, ...]
     train_examples: int | None
     test_examples: int | None
     out: Path
@@ -76,8 +78,11 @@ def parse(arguments: Sequence[str] | None, description: str | None) -> Options:
     given = vars(namespace)
     if given["network"] == "inception" and given["depth"] is not None:
         parser.error("--depth is for --network mlp")
+    if given["network"] == "inception" and given["depths"]:
+        parser.error("--depths is for --network mlp")
     if given["network"] == "mlp" and given["depth"] is None:
         given["depth"] = 3
+    given["depths"] = tuple(sorted(set(DEPTHS[given["network"]] if given["depths"] is None else given["depths"])))
     defaults = DEFAULTS[given["network"], given["data"]]._asdict()
     if given["steps"] is not None:
         # As many evaluations as there would have been.
@@ -103,6 +108,8 @@ def _parser(description: str | None) -> Parser:
     add("--eval-every", type=count, metavar="N", help="steps between two evaluations")
     add("--sweep", type=_numbers, nargs="+", metavar="FACTORS", help="of the baseline's learning rate,"
         " for the stricter table (default: 1,3,10,30,100, for the mlp also 1/3); 1 to go without")  # fmt: skip
+    add("--depths", type=count, nargs="*", metavar="N", help="hidden layers of the mlps of growing depth, each trained"
+        " for an eighth of the steps (default: 2 3 4 6 12); without a number, none are")  # fmt: skip
     add("--out", type=Path, metavar="DIR", default=Path("results/speedup"), help="(default: %(default)s)")
     return parser
 

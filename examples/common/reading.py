@@ -1,65 +1,77 @@
-"""Trains recurrent cells to read images row by row, for `recurrent.py`."""
+"""Trains recurrent cells to read images in pieces, for `recurrent.py`."""
 
 from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import rich.box
-import rich.table
 from jax import Array, lax
 from jax.nn import initializers
-from rich.console import Console
+from rich.table import Table
 
-from common import data, report, session, training
+from common import data, report, training
 from common.cells import BATCH, LAYER, PLAIN, Cell, Tree, gru, lstm, unroll
 from common.interrupt import Interrupt
 from common.networks import Network
+from common.study import Advance, Claim, Part, Study, conduct
 from common.tables import Result, Run
 
 CELLS = {"lstm": lstm, "gru": gru}
 NORMS = {"": ("plain", PLAIN), "ln": ("layer norm", LAYER), "bn": ("batch norm", BATCH)}  # by prefix
+READ = {"rows": "row by row", "pixels": "pixel by pixel", "permuted": "pixel by pixel, permuted"}
 GOALS = (0.9, 0.97)  # accuracies to which the table counts the steps
 CLIP = 1.0  # of the gradient's norm, as Cooijmans et al. have it
-CAPTION = (
-    "What to see: how far left a curve rises, and whether it does at both learning rates. What a normalized cell saves"
-    " at the low one, the plain cell may save by the high one. Batch norm starts late: its running statistics have to"
-    " forget their start first."
-)
 
 
-def classifier(cell: Cell, units: int, max_steps: int | None) -> Network:
-    """Returns a network that reads an image row by row, without the blank rows around it, and names what it shows."""
+def pieces(images: Array, sequence: str) -> Array:
+    """Returns images `(batch, height, width, channels)` as sequences `(batch, time, inputs)`.
+
+    A step has a row, or a pixel; "permuted" brings the pixels of all images in one random order.
+    """
+    batch, height, width, channels = images.shape
+    if sequence == "rows":
+        return images.reshape(batch, height, width * channels)
+    pixels = images.reshape(batch, height * width, channels)
+    if sequence == "permuted":
+        pixels = pixels[:, np.random.default_rng(0).permutation(height * width)]
+    return pixels
+
+
+def classifier(cell: Cell, units: int, max_steps: int | None, sequence: str = "rows") -> Network:
+    """Returns a network that reads an image, without what is blank at both ends, and names what it shows."""
 
     def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
-        height, width, channels = image_shape
+        _, time, inputs = jax.eval_shape(partial(pieces, sequence=sequence), jnp.zeros((1, *image_shape))).shape
         cell_key, key = jax.random.split(key)
-        params, batch_stats = cell.init(cell_key, width * channels, units, max_steps or height)
+        params, batch_stats = cell.init(cell_key, inputs, units, max_steps or time)
         kernel = initializers.glorot_normal()(key, (units, num_classes), jnp.float32)
         return {"cell": params, "logits": {"kernel": kernel, "bias": jnp.zeros(num_classes)}}, batch_stats
 
     def apply(params: Tree, batch_stats: Tree, images: Array, train: bool) -> tuple[Array, Tree]:
-        rows = images.reshape(*images.shape[:2], -1)
-        _, state, batch_stats = unroll(cell, params["cell"], batch_stats, rows, train, mask=with_ink(rows))
+        x = pieces(images, sequence)
+        _, state, batch_stats = unroll(cell, params["cell"], batch_stats, x, train, mask=with_ink(x))
         return state[0] @ params["logits"]["kernel"] + params["logits"]["bias"], batch_stats
 
     return Network(init, apply)
 
 
-def with_ink(rows: Array) -> Array:
-    """Returns `(batch, rows)`: True from the first row of an image that is not blank to the last.
+def with_ink(steps: Array) -> Array:
+    """Returns `(batch, time)`: True from the first row, or pixel, of an image that is not blank to the last.
 
     The blank ones at the end do no more than take time. Those at the start would do harm: the state stays zero, so that
     what is normalized has variance 0, and the gradient grows by `scale / sqrt(epsilon)`, some 300, at each of them.
     """
-    ink = (rows > 0).any(-1).astype(jnp.int8)
+    ink = (steps > 0).any(-1).astype(jnp.int8)
     return (lax.cummax(ink, axis=1) & lax.cummax(ink, axis=1, reverse=True)) > 0
 
 
@@ -70,100 +82,114 @@ def optimizer(learning_rate: Array | float) -> optax.GradientTransformation:
 
 def run(options: Namespace, interrupt: Interrupt) -> int:
     """Trains the cells of the command line and reports; returns the exit status."""
-    return session.guard("recurrent.py", options.out, lambda: Reading(options).run(interrupt, Console()))
+    return conduct(Reading(options), interrupt)
 
 
-class Reading:
-    """The cells of one command line, and what is finished of them."""
+class Reading(Study):
+    """Cells, each at each learning rate: how soon they read well, and how well."""
 
-    def __init__(self, options: Namespace):
-        self.options = options
+    name = "recurrent"
+    source = "Cooijmans et al. 2016 (batch norm) and Ba et al. 2016 (layer norm)"
+    caption = (
+        "What to see: how far left a curve rises, and whether it does at both learning rates. What a normalized cell"
+        " saves at the low one, the plain cell may save by the high one. Batch norm starts late: its running statistics"
+        " have to forget their start first."
+    )
+
+    def parts(self) -> Mapping[str, Part]:
+        """Returns a run of all seeds for each cell and learning rate."""
+        options = self.options
         images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
         if options.batch_size > len(images.train_labels):
             raise data.DataError(f"--batch-size {options.batch_size}: there are {len(images.train_labels)} examples")
         # Pixels from 0 to 1, where blank is 0.
-        self.examples = training.examples(images, standardize=False)
-        self.runs: dict[str, list[Run]] = {}
-        options.out.mkdir(parents=True, exist_ok=True)
-
-    def run(self, interrupt: Interrupt, console: Console) -> bool:
-        """Trains, shows and returns whether all is trained."""
-        options, variants = self.options, {}
+        examples = training.examples(images, standardize=False)
+        parts = {}
         for cell in options.cells:
-            trainer = cache(partial(self._trainer, cell))
+            trainer = cache(partial(self._trainer, cell, examples))
             for rate in options.learning_rates:
-                variants[_name(cell, rate)] = partial(self._train, trainer, rate)
-        self.save("running")
-        finished = session.train_all(variants, options.seeds, options.steps, interrupt, console, self._finished)
-        self.save("finished" if finished else "interrupted")
-        self.show(console, finished)
-        return finished
+                work = partial(self._train, cell, rate, trainer)
+                parts[f"{cell.upper():<7} rate {rate:<6.3g}"] = Part(options.seeds * options.steps, work)
+        return parts
 
-    def _trainer(self, cell: str) -> training.Trainer:
-        prefix, _, kind = cell.rpartition("-")
-        network = classifier(CELLS[kind](NORMS[prefix][1]), self.options.units, self.options.max_steps)
-        return training.Trainer(network, self.examples, self.options.batch_size, optimizer=optimizer)
+    def _trainer(self, cell: str, examples: tuple[training.Examples, training.Examples]) -> training.Trainer:
+        options, (prefix, _, kind) = self.options, cell.rpartition("-")
+        network = classifier(CELLS[kind](NORMS[prefix][1]), options.units, options.max_steps, options.sequence)
+        return training.Trainer(network, examples, options.batch_size, optimizer=optimizer)
 
     def _train(
-        self, trainer: Callable[[], training.Trainer], rate: float, seed: int, evaluated: session.Evaluated
-    ) -> Run:
-        return trainer().run(seed, rate, self.options.steps, self.options.eval_every, evaluated)
+        self, cell: str, rate: float, trainer: Callable[[], training.Trainer], advance: Advance
+    ) -> dict[str, Any]:
+        def evaluated(steps: int, accuracy: float) -> None:
+            advance(steps, f"{accuracy:.1%}")
 
-    def _finished(self, name: str, runs: list[Run]) -> None:
-        self.runs[name] = runs
-        self.save("running")
+        options = self.options
+        runs = [
+            trainer().run(seed, rate, options.steps, options.eval_every, evaluated) for seed in range(options.seeds)
+        ]
+        return report.result_content(Result(cell.upper(), rate, runs))
 
     @property
-    def results(self) -> dict[tuple[str, float], Result]:
+    def finished(self) -> list[Result]:
         """What is finished, by cell and learning rate."""
-        asked = [(cell, rate) for cell in self.options.cells for rate in self.options.learning_rates]
-        runs = {(cell, rate): self.runs.get(_name(cell, rate)) for cell, rate in asked}
-        return {(cell, rate): Result(cell.upper(), rate, of) for (cell, rate), of in runs.items() if of}
+        return [
+            Result(cell["variant"], cell["learning_rate"], [Run(**run) for run in cell["seeds"]])
+            for cell in self.results.values()
+        ]
 
-    def save(self, status: str) -> None:
-        """Writes all there is so far as JSON."""
-        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.options).items()}
-        content = {"status": status, "config": config, **session.environment()}
-        content["cells"] = [report.result_content(result) for result in self.results.values()]
-        report.write_json(self.options.out / "recurrent.json", content)
+    def content(self, status: str) -> dict[str, Any]:
+        """Returns what JSON is to hold."""
+        content = super().content(status)
+        return content | {"cells": list(content.pop("results").values())}
 
-    def show(self, console: Console, finished: bool) -> None:
-        """Prints the tables and writes the plot."""
-        console.print(_table(list(self.results.values())))
-        if not finished:
-            asked = len(self.options.cells) * len(self.options.learning_rates)
-            console.print(f"Interrupted: {len(self.runs)} of {asked} lines are finished.")
-        if self.runs:
-            path, seeds = self.options.out / "recurrent.png", self.options.seeds
-            title = f"{data.TITLES[self.options.data]} read row by row" + (
-                f", median of {seeds} seeds" if seeds > 1 else ""
-            )
-            report.write_panels(path, title, "validation accuracy (%)", self._panels(), CAPTION, "log")
-            console.print(f"Plot: {path.resolve()}", soft_wrap=True)
-        console.print(f"Results: {(self.options.out / 'recurrent.json').resolve()}", soft_wrap=True)
+    def claims(self) -> Sequence[Claim]:
+        """Returns what can be said of the LSTMs that are finished, each at the learning rate that suits it best."""
+        best: dict[str, Result] = {}
+        for result in self.finished:
+            if result.name not in best or result.best > best[result.name].best:
+                best[result.name] = result
+        what = f"{data.TITLES[self.options.data]} {READ[self.options.sequence]}"
+        claims = []
+        for name, reported in {"LSTM": ("98.9%", "90.2%"), "BN-LSTM": ("99.0%", "95.4%")}.items():
+            if name in best:
+                text = "{} of MNIST pixel by pixel, {} permuted".format(*reported)
+                claims.append(Claim(f"best accuracy, {name}", text, f"{best[name].best:.1%} of {what}"))
+        for name, reported in {
+            "BN-LSTM": "needs fewer steps than LSTM",
+            "LN-LSTM": "needs fewer steps than LSTM and BN-LSTM (other tasks)",
+        }.items():
+            if name in best and "LSTM" in best:
+                others = [best[other] for other in ("LSTM", "LN-LSTM", "BN-LSTM") if other in best]
+                steps = ", ".join(f"{_steps(other, GOALS[0])} ({other.name})" for other in others)
+                claims.append(Claim(f"steps to {GOALS[0]:.0%} at the best rate, {name}", reported, steps))
+        return claims
 
-    def _panels(self) -> dict[str, dict[str, report.Curve]]:
-        """Returns the curves by normalization, for each cell and learning rate."""
+    def tables(self) -> Sequence[Table]:
+        """Returns steps and accuracies."""
+        shown = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+        shown.add_column("cell", no_wrap=True)
+        for heading in ("rate", *(f"steps to {goal:.0%}" for goal in GOALS), "best accuracy", "seconds"):
+            shown.add_column(heading, justify="right")
+        for result in self.finished:
+            steps = [_steps(result, goal) for goal in GOALS]
+            rate, best, seconds = f"{result.learning_rate:.3g}", f"{result.best:.1%}", f"{result.seconds:.1f}"
+            shown.add_row(result.name, rate, *steps, best, seconds)
+        return [shown]
+
+    def draw(self, path: Path) -> None:
+        """Draws accuracy against steps, a panel for each kind of cell and learning rate."""
+        seeds = self.options.seeds
+        title = f"{data.TITLES[self.options.data]} read {READ[self.options.sequence]}"
+        title += f", median of {seeds} seeds" if seeds > 1 else ""
         panels: dict[str, dict[str, report.Curve]] = {}
-        for (cell, rate), result in self.results.items():
-            prefix, _, kind = cell.rpartition("-")
-            panels.setdefault(f"{kind.upper()}, learning rate {rate:.3g}", {})[NORMS[prefix][0]] = result.curve
-        return panels
+        for result in self.finished:
+            prefix, _, kind = result.name.rpartition("-")
+            panel = panels.setdefault(f"{kind}, learning rate {result.learning_rate:.3g}", {})
+            panel[NORMS[prefix.lower()][0]] = result.curve
+        report.write_panels(path, title, "validation accuracy (%)", panels, self.caption, "log")
 
 
-def _table(results: Sequence[Result]) -> rich.table.Table:
-    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("cell", no_wrap=True)
-    for heading in ("rate", *(f"steps to {goal:.0%}" for goal in GOALS), "best accuracy", "seconds"):
-        shown.add_column(heading, justify="right")
-    for result in results:
-        steps = [median(run.steps_to(goal) for run in result.runs) for goal in GOALS]
-        reached = [f"{value:,.0f}" if math.isfinite(value) else "not reached" for value in steps]
-        shown.add_row(
-            result.name, f"{result.learning_rate:.3g}", *reached, f"{result.best:.1%}", f"{result.seconds:.1f}"
-        )
-    return shown
-
-
-def _name(cell: str, rate: float) -> str:
-    return f"{cell.upper():<7} rate {rate:<6.3g}"
+def _steps(result: Result, goal: float) -> str:
+    """Returns the median of the steps to an accuracy, in words."""
+    steps = median(run.steps_to(goal) for run in result.runs)
+    return f"{steps:,.0f}" if math.isfinite(steps) else "not reached"

@@ -33,13 +33,16 @@ def rich_table(table: Table) -> RichTable:
     target = f"steps to {table.target:.1%}" if table.trained else "steps"
     for heading in ("learning rate", target, "ratio", "best accuracy", "seconds"):
         shown.add_column(heading, justify="right")
+    if table.reported:
+        shown.add_column("the paper's", justify="right", no_wrap=True)
     if not table.trained:
         shown.caption = (
             f"'did not train': the baseline's best accuracy, {table.target:.1%}, is less than twice chance.\n"
             "Steps to it, and ratios, would mean nothing."
         )
     for row in table.rows:
-        shown.add_row(*_cells(table, row))
+        reported = [table.reported.get(row.variant, "-")] if table.reported else []
+        shown.add_row(*_cells(table, row), *reported)
     return shown
 
 
@@ -66,12 +69,13 @@ def table_content(table: Table) -> dict[str, Any]:
         "baseline_best_accuracy": table.target,
         "baseline_trained": table.trained,
         "rows": rows,
+        "reported": dict(table.reported),
     }
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the file whole or not at all, whatever happens meanwhile."""
-    text = json.dumps(content, indent=1, allow_nan=False)
+    """Writes the file whole or not at all, whatever happens meanwhile; null for NaN, as of a run that diverged."""
+    text = json.dumps(_without_nan(content), indent=1, allow_nan=False)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
         try:
             file.write(text + "\n")
@@ -82,19 +86,26 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(file.name, path)
 
 
-def write_plot(path: Path, title: str, results: Sequence[Result]) -> None:
+def _without_nan(value: Any) -> Any:
+    """Returns the value as JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def draw_curves(axes: Axes, results: Sequence[Result]) -> None:
     """Draws accuracy against steps, a line for each result; the first one's best accuracy is dashed."""
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     for result in results:
         steps, accuracies = result.curve
         axes.plot(steps, [100 * value for value in accuracies], label=f"{result.name} ({result.learning_rate:.3g})")
     best = 100 * results[0].best
     axes.axhline(best, color="C0", linestyle="--", linewidth=1, label=f"the baseline's best: {best:.1f}%")
-    axes.set(xscale="log", xlabel="training steps", ylabel="test accuracy (%)", title=title)
+    axes.set(xscale="log", xlabel="training steps", ylabel="test accuracy (%)", ylim=(0, 103))
+    axes.set_title("variants (learning rate)")
     axes.grid(alpha=0.3, which="both")
-    figure.legend(title="variant (learning rate)", loc="outside lower center", ncols=4, fontsize="small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes.legend(fontsize="small")
 
 
 DASHES = ("-", "--", "-.", ":")  # so that colours are not the only difference

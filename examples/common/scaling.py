@@ -109,7 +109,7 @@ class Scaling(Study):
             ratios = [kernel["ratio"] for kernel in kernels]
             numbers = found["rate"], found["decay"], kernels[0]["predicted"]
             last = f"{late(found['loss']):.3f}", f"{late(found['accuracy']):.1%}"
-            spread = f"{min(ratios):.3f} - {max(ratios):.3f}"
+            spread = between(ratios, "{:.3f} - {:.3f}")
             table.add_row(name.split("/")[0], *(f"{number:.3g}" for number in numbers), spread, *last)
         return [table] if table.rows else []
 
@@ -202,6 +202,11 @@ def late(curve: Sequence[float]) -> float:
     return float(np.mean(curve[len(curve) // 2 :]))
 
 
+def between(values: Sequence[float], form: str) -> str:
+    """Writes the least and the largest into a form, in which a single value is both; says it where a run diverged."""
+    return form.format(min(values), max(values)) if np.isfinite(values).all() else "diverged"
+
+
 def _test_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
     counts = [f"{kind} {sum(each['invariant'] for each in found.values())} of {len(found)}"
               for kind, found in runs.items()]  # fmt: skip
@@ -209,12 +214,12 @@ def _test_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
 
 
 def _growth_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
-    radial = [f"{kind} {found['radial']:.2g}" for kind, found in runs.items()]
+    radial = [f"{kind} {between([found['radial']], '{:.2g}')}" for kind, found in runs.items()]
     yield Claim("cosine of kernel and gradient, by that of chance", "0", "at most: " + ", ".join(radial))
-    excess = [f"{kind} {100 * _excess(found):.2g}%" for kind, found in runs.items()]
+    excess = [f"{kind} {between([100 * _excess(found)], '{:.2g}%')}" for kind, found in runs.items()]
     yield Claim("norms without decay, off the sum of squared steps", "0", "at most: " + ", ".join(excess))
     rates = {kind: found["effective_learning_rate"] for kind, found in runs.items() if kind in NORMALIZED}
-    falls = [f"{kind} {rate[0] / rate[-1]:.1f} times" for kind, rate in rates.items()]
+    falls = [f"{kind} {between([rate[0] / rate[-1]], '{:.1f} times')}" for kind, rate in rates.items()]
     yield Claim("effective learning rate without decay", "falls", ", ".join(falls))
 
 
@@ -236,9 +241,8 @@ def _rotation_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
         ratios = [kernel["ratio"] for run in found for kernel in run["kernels"].values()]
         if ratios:
             reported = "1" if kind in NORMALIZED else "-"
-            yield Claim(
-                f"angle of a step by sqrt(2 lr wd), {kind}", reported, f"{min(ratios):.2f} to {max(ratios):.2f}"
-            )
+            measured = between(ratios, "{:.2f} to {:.2f}")
+            yield Claim(f"angle of a step by sqrt(2 lr wd), {kind}", reported, measured)
     by_product: dict[str, list[str]] = {}
     for name, run in runs.items():
         if name.startswith("batch/"):

@@ -67,6 +67,8 @@ def _predicted(axes: Axes, runs: Runs) -> None:
     for name, found in runs.items():
         kind = name.split("/")[0]
         for kernel in found["kernels"].values():
+            if not math.isfinite(kernel["observed"]):
+                continue  # a run that diverged
             height = max(kernel["observed"], LEAST * kernel["predicted"])
             label = "_" * (kind in drawn) + kind  # one entry for each in the legend
             axes.scatter(kernel["predicted"], height, marker=MARKERS[kind], color=COLORS[kind], s=28, label=label)

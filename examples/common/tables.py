@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -63,15 +64,35 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Variants relative to a baseline. `target` is its best accuracy; `trained` is False if it is about chance."""
+    """Variants relative to a baseline. `target` is its best accuracy; `trained` is False if it is about chance.
+
+    `reported` has what the source says of variants, by name.
+    """
 
     title: str
     target: float
     trained: bool
     rows: list[Row]
+    reported: Mapping[str, str] = MappingProxyType({})
 
 
-def compare(title: str, baseline: Result, variants: Sequence[Result], num_classes: int) -> Table:
+# Ioffe & Szegedy 2015, figure 3: steps to the baseline's 72.2% on ImageNet, as a ratio, and best accuracy.
+PAPER = {
+    "Baseline": "1.0x 72.2%",
+    "BN-Baseline": "2.3x 72.7%",
+    "BN-x5": "14.8x 73.0%",
+    "BN-x30": "11.5x 74.8%",
+    "BN-x5-Sigmoid": "- 69.8%",
+}
+
+
+def compare(
+    title: str,
+    baseline: Result,
+    variants: Sequence[Result],
+    num_classes: int,
+    reported: Mapping[str, str] = MappingProxyType({}),
+) -> Table:
     """Returns the table of the baseline and the variants.
 
     A variant's target is, seed by seed, the baseline's best accuracy; its steps are the median over the seeds, where
@@ -85,7 +106,7 @@ def compare(title: str, baseline: Result, variants: Sequence[Result], num_classe
         steps = _median_steps(result, baseline)
         ratio = needed / steps if trained and math.isfinite(steps) else None
         rows.append(Row(result.name, result.learning_rate, steps, ratio, result.best, result.seconds))
-    return Table(title, baseline.best, trained, rows)
+    return Table(title, baseline.best, trained, rows, reported)
 
 
 def best_of_sweep(results: Sequence[Result]) -> Result:

@@ -76,17 +76,28 @@ class Trainer:
         self.network, self.batch_size = network, batch_size
         self.optimizer = optimizer or partial(optax.sgd, momentum=momentum)
         self.train, self.test = data
-        self._compiled: dict[int, Callable] = {}
-        self._evaluate = jax.jit(self._accuracy).lower(*self.init(0)[:2], self.test).compile()
+        self._compiled: dict[tuple[int, ...], Callable] = {}
+        self._measure = jax.jit(self._accuracy)
+        self._evaluate = self._measure.lower(*self.init(0)[:2], self.test).compile()
 
     def init(self, seed: int) -> State:
         """Returns the state that training starts from: the same kernels for each variant."""
         params, batch_stats = self.network.init(jax.random.key(seed), self.train.images.shape[1:], CLASSES)
         return State(params, batch_stats, self.optimizer(0.0).init(params))
 
-    def run(
-        self, seed: int, learning_rate: float, steps: int, eval_every: int, progress: Callable[[int, float], None]
-    ) -> Run:
+    def run(self, *arguments: Any, **keywords: Any) -> Run:
+        """Trains as `finish` does, and returns the accuracies alone."""
+        return self.finish(*arguments, **keywords)[0]
+
+    def finish(
+        self,
+        seed: int,
+        learning_rate: float,
+        steps: int,
+        eval_every: int,
+        progress: Callable[[int, float], None],
+        batch_size: int | None = None,
+    ) -> tuple[Run, State]:
         """Trains for `steps` steps and evaluates after every `eval_every`, and after the last.
 
         Args:
@@ -96,27 +107,34 @@ class Trainer:
           eval_every: how many steps are compiled into one.
           progress: called after each evaluation with the steps since the last one and the accuracy. What it raises
             ends the run.
+          batch_size: examples a step; None for the trainer's.
 
         Returns:
-          The accuracies, and the seconds that training and evaluating took, compilation not included.
+          The accuracies, and the seconds that training and evaluating took, compilation not included; and the state
+          after the last step.
         """
         state, done, points, accuracies = self.init(seed), 0, [], []
-        orders = _orders(seed, len(self.train.labels), self.batch_size, steps, eval_every)
+        batch_size = batch_size or self.batch_size
+        orders = _orders(seed, len(self.train.labels), batch_size, steps, eval_every)
         for size in {min(steps, eval_every), steps % eval_every} - {0}:
-            self._compile(state, size)
+            self._compile(state, (size, batch_size))
         start = time.perf_counter()
         for order in orders:
-            state = self._compiled[len(order)](state, self.train, order, jnp.float32(learning_rate))
+            state = self._compiled[order.shape](state, self.train, order, jnp.float32(learning_rate))
             accuracies.append(float(self._evaluate(state.params, state.batch_stats, self.test)))
             points.append(done := done + len(order))
             progress(len(order), accuracies[-1])
-        return Run(seed, points, accuracies, time.perf_counter() - start)
+        return Run(seed, points, accuracies, time.perf_counter() - start), state
 
-    def _compile(self, state: State, steps: int) -> None:
-        if steps not in self._compiled:
-            order = jnp.zeros((steps, self.batch_size), jnp.int32)
+    def accuracy(self, state: State, data: Examples) -> float:
+        """Returns the share of correct answers, with the running statistics."""
+        return float(self._measure(state.params, state.batch_stats, data))
+
+    def _compile(self, state: State, shape: tuple[int, int]) -> None:
+        if shape not in self._compiled:
+            order = jnp.zeros(shape, jnp.int32)
             lowered = jax.jit(self._steps).lower(state, self.train, order, jnp.float32(0))
-            self._compiled[steps] = lowered.compile()
+            self._compiled[shape] = lowered.compile()
 
     def _steps(self, state: State, data: Examples, order: Array, learning_rate: Array) -> State:
         """Takes one step per row of `order`, which holds the examples of its batch."""

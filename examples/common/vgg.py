@@ -12,8 +12,11 @@ from common.networks import Network, Tree, linear, max_pool
 from common.units import Unit
 
 
-def vgg(unit: Unit, widths: Sequence[Sequence[int]] = ((16, 16), (32, 32))) -> Network:
-    """Returns the network: a group of convolutions for each of `widths`, and the mean over pixels at the end."""
+def vgg(unit: Unit, widths: Sequence[Sequence[int]] = ((16, 16), (32, 32)), stride: int = 1) -> Network:
+    """Returns the network: a group of convolutions for each of `widths`, and the mean over pixels at the end.
+
+    `stride` is that of the first convolution.
+    """
     names = [[f"conv_{group}_{i}" for i in range(len(group_widths))] for group, group_widths in enumerate(widths)]
 
     def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
@@ -33,7 +36,8 @@ def vgg(unit: Unit, widths: Sequence[Sequence[int]] = ((16, 16), (32, 32))) -> N
         for group, layers in enumerate(names):
             x = x if group == 0 else max_pool(x)
             for name in layers:
-                y, new_stats[name] = unit.apply(params[name], batch_stats[name], x, train)
+                own = stride if x is images else 1
+                y, new_stats[name] = unit.apply(params[name], batch_stats[name], x, train, stride=own)
                 x = unit.activation(y)
         return linear(params["logits"], x.mean((1, 2))), new_stats
 

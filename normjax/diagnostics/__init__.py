@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from normjax.diagnostics._findings import Finding
 from normjax.diagnostics.batch_variance import BatchVariance, batch_variance
+from normjax.diagnostics.covariate_shift import CovariateShift, internal_covariate_shift
 from normjax.diagnostics.equilibrium import Compared, Equilibrium, equilibrium
+from normjax.diagnostics.hessian import Eigenvalue, hessian_eigenvalue
+from normjax.diagnostics.inputs import layer_inputs
 from normjax.diagnostics.interactions import Interactions, interactions
+from normjax.diagnostics.landscape import Landscape, landscape
 from normjax.diagnostics.leakage import Leakage, leakage
+from normjax.diagnostics.lint import Lint, lint
+from normjax.diagnostics.percentiles import Percentiles, percentiles
 from normjax.diagnostics.report import LayerReport, Range, Report, report
 from normjax.diagnostics.rotation import Rotation, rotation
 from normjax.diagnostics.scale_invariance import ScaleInvariance, scale_invariance
@@ -21,19 +27,30 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchVariance",
     "Compared",
+    "CovariateShift",
+    "Eigenvalue",
     "Equilibrium",
     "Finding",
     "Interactions",
+    "Landscape",
     "LayerReport",
     "Leakage",
+    "Lint",
+    "Percentiles",
     "Range",
     "Report",
     "Rotation",
     "ScaleInvariance",
     "batch_variance",
     "equilibrium",
+    "hessian_eigenvalue",
     "interactions",
+    "internal_covariate_shift",
+    "landscape",
+    "layer_inputs",
     "leakage",
+    "lint",
+    "percentiles",
     "report",
     "rotation",
     "scale_invariance",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,4 +109,5 @@ def _fail(path: object, problem: object) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # at once: KeyboardInterrupt may be lost in a callback of C
     sys.exit(main())

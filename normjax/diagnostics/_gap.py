@@ -53,7 +53,7 @@ def _collect(step: Step, model: Model, batch: Any) -> Layers:
         population = low[path][POPULATION]
         for leaf, collected in zip(STATISTICS, population.statistics(), strict=True):
             moved = 1 - (high[path][leaf] - low[path][leaf])
-            seen = jnp.where(population.seen[0], collected, low[path][leaf] / moved)
+            seen = jnp.where(population.seen[0], collected, (low[path][leaf] / moved).astype(collected.dtype))
             there = population.seen[0] | ~(jnp.abs(moved) < 1e-6)
             found[path][leaf] = jnp.where(there, jnp.where(jnp.isfinite(seen), seen, jnp.inf), jnp.nan)
             saw |= bool(there.any())

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normjax.diagnostics._text import grouped, span, summary
+from normjax.diagnostics._findings import grouped
+from normjax.diagnostics._text import span, summary
 
 if TYPE_CHECKING:
     from normjax.diagnostics.report import LayerReport, Report
 
 BINS, WIDTH, HEIGHT = 24, 168, 34
+SHOWN = 6  # findings of a kind; others are folded away
 FLOOR = 1e-8  # values below it are all 0 to the eye
 
 _STYLE = """
@@ -29,6 +31,7 @@ h1 { font-size: 1.35rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1r
 .none { --tone: var(--none) }
 section { background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--tone);
   border-radius: 6px; padding: .7rem 1rem; margin: .6rem 0 }
+summary { cursor: pointer; color: var(--soft) }
 section b, td.mark { color: var(--tone) } section ul { margin: .3rem 0; padding-left: 1.1rem }
 section p { margin: .3rem 0 0; font-weight: 600 }
 .wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; background: var(--card) }
@@ -60,15 +63,17 @@ shows. Red: channels at 0, or below {FLOOR:g}.</p>
 
 def _findings(report: Report) -> list[str]:
     sections = []
-    for group in grouped(report):
-        seen = "".join(
+    for group in grouped(report.findings):
+        seen = [
             f'<li><a href="#{escape(finding.path)}"><code>{escape(finding.path)}</code></a>: '
             f"{escape(finding.message)}</li>"
             for finding in group
-        )
+        ]
+        shown, folded = "".join(seen[:SHOWN]), "".join(seen[SHOWN:])
+        more = f"<details><summary>{len(seen) - SHOWN} more</summary><ul>{folded}</ul></details>" if folded else ""
         first = group[0]
         sections.append(
-            f'<section class="{first.severity}"><b>{first.severity}: {first.rule}</b><ul>{seen}</ul>'
+            f'<section class="{first.severity}"><b>{first.severity}: {first.rule}</b><ul>{shown}</ul>{more}'
             f"<p>{escape(first.advice)}</p></section>\n"
         )
     return sections

@@ -136,9 +136,11 @@ def _place(path: Path) -> tuple[Path, str]:
 
 
 def _as_in_flax(node: dict[str, Any], labels: list[str]) -> dict[str, Any]:
-    """The node with `scale` for a vector that PyTorch calls `weight`."""
-    if "weight" in node and np.ndim(node["weight"]) == 1 and ("mean" in node or _said(labels[:1])):
-        node["scale"] = node.pop("weight")
+    """The node with `scale` for PyTorch's `weight`: that of other layers has more axes, or no bias beside it."""
+    if "weight" in node and np.ndim(node["weight"]) == 1:
+        beside = node.get("mean", node.get("bias", np.ones(())))
+        if np.shape(beside) == np.shape(node["weight"]) or _said(labels[:1]):
+            node["scale"] = node.pop("weight")
     return node
 
 

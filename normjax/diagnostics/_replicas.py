@@ -62,7 +62,7 @@ def diverged(layer: Layer, copies: int, epsilon: float) -> Finding | None:
     apart = {name: distances for name, distances in apart.items() if distances.max() > ROUNDING}
     if not apart:
         return None
-    away = np.flatnonzero(np.max([_padded(d, apart) for d in apart.values()], 0) > ROUNDING)
+    away = sorted({int(i) for distances in apart.values() for i in np.flatnonzero(distances > ROUNDING)})
     size = max(map(len, apart.values()))
     seen = ", ".join(f"{name} by up to {d.max():.2g}{' deviations' * (name == 'mean')}" for name, d in apart.items())
     message = f"{len(away)} of {size} replicas ({', '.join(map(str, away[:8]))}) differ from their median: {seen}"
@@ -86,8 +86,12 @@ def _are_copies(leaves: list[Any], kernels: list[Any]) -> bool:
     """Whether rows are copies of one another, rather than the layers of a scan or the members of an ensemble."""
     if kernels:
         return all(_cosine(*map(to_numpy, kernel[:2])) > _ALIKE for kernel in kernels)
-    same = np.array([[_same(leaf[i], leaf[j]) for leaf in leaves] for i, j in combinations(range(len(leaves[0])), 2)])
-    return bool(same.all(1).any() or same.all(0).mean() >= 0.5)
+    stacks = [to_numpy(leaf) for leaf in leaves]
+    pairs = list(combinations(range(len(stacks[0])), 2))
+    if any(all(_same(stack[i], stack[j]) for stack in stacks) for i, j in pairs):
+        return True
+    telling = [stack for stack in stacks if not (stack[0] == stack[0].flat[0]).all()]  # zeros and ones may be anyone's
+    return bool(telling and np.mean([all(_same(stack[i], stack[j]) for i, j in pairs) for stack in telling]) >= 0.5)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -95,8 +99,8 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     return 1.0 if lengths == 0 or not np.isfinite(lengths) else float(abs(np.vdot(a, b)) / lengths)
 
 
-def _same(a: Any, b: Any) -> bool:
-    return np.array_equal(to_numpy(a), to_numpy(b), equal_nan=True)
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a, b, equal_nan=True)
 
 
 def _on_devices(leaf: Any) -> np.ndarray | None:
@@ -131,7 +135,3 @@ def _median(stack: np.ndarray) -> np.ndarray:
         warnings.simplefilter("ignore", RuntimeWarning)  # of medians of nothing but NaN
         real = np.nanmedian(np.real(stack), 0)
         return real + 1j * np.nanmedian(np.imag(stack), 0) if np.iscomplexobj(stack) else real
-
-
-def _padded(distances: np.ndarray, apart: dict[str, np.ndarray]) -> np.ndarray:
-    return np.resize(distances, max(map(len, apart.values())))

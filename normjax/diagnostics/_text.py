@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from normjax.diagnostics._findings import counted, grouped, lines_of
+
 if TYPE_CHECKING:
-    from normjax.diagnostics._findings import Finding
     from normjax.diagnostics.report import LayerReport, Range, Report
 
 HEADINGS = ("", "layer", "kind", "features", "mean", "var", "scale", "gap")
@@ -20,7 +21,7 @@ def plain(report: Report) -> str:
     kept = [i for i, heading in enumerate(HEADINGS) if heading != "gap" or any(row[i] for row in rows[1:])]
     widths = [max(len(row[i]) for row in rows) for i in kept]
     table = ["  ".join(row[i].ljust(width) for i, width in zip(kept, widths, strict=True)).rstrip() for row in rows]
-    said = [line for group in grouped(report) for line in _lines(group)]
+    said = [line for group in grouped(report.findings) for line in lines_of(group)]
     return "\n".join([*table, "", *said, summary(report)])
 
 
@@ -39,8 +40,8 @@ def colored(report: Report) -> Any:
     for severity, row in rows:
         table.add_row(Text(MARKS[severity]), *(Text(row[i]) for i in kept), style=COLORS[severity])
     said = [Text()]
-    for group in grouped(report):
-        first, *others = _lines(group)
+    for group in grouped(report.findings):
+        first, *others = lines_of(group)
         said += [Text(first, style=COLORS[group[0].severity]), *map(Text, others)]
     return Group(table, *said, Text(summary(report), style="bold"))
 
@@ -64,19 +65,5 @@ def span(found: Range | None) -> str:
 
 def summary(report: Report) -> str:
     """Returns how many layers there are, and findings of each severity."""
-    counts = [(report.count(severity), severity) for severity in ("error", "warning", "note")]
-    said = ", ".join(f"{count} {severity}{'s' * (count > 1)}" for count, severity in counts if count)
-    return f"{len(report.layers)} normalization layer{'s' * (len(report.layers) > 1)}: {said or 'nothing wrong'}"
-
-
-def grouped(report: Report) -> list[list[Finding]]:
-    """Returns the findings, those together that have their advice in common."""
-    groups: dict[tuple[str, ...], list[Finding]] = {}
-    for finding in report.findings:
-        groups.setdefault((finding.severity, finding.rule, finding.advice), []).append(finding)
-    return list(groups.values())
-
-
-def _lines(group: list[Finding]) -> list[str]:
-    heading = f"{group[0].severity}: {group[0].rule}"
-    return [heading, *(f"  {finding.path}: {finding.message}" for finding in group), f"  -> {group[0].advice}", ""]
+    layers = f"{len(report.layers)} normalization layer{'s' * (len(report.layers) > 1)}"
+    return f"{layers}: {counted(report.findings) or 'nothing wrong'}"

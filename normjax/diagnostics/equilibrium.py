@@ -136,7 +136,7 @@ def equilibrium(
 def _compared(predicted: np.ndarray, observed: np.ndarray) -> Compared:
     predicted, observed = np.asarray(predicted), np.asarray(observed)
     # Nothing is predicted for a kernel without gradients but that it vanishes.
-    ratio = np.divide(observed, predicted, out=np.full_like(observed, np.inf), where=predicted > 0)
+    ratio = np.divide(observed, predicted, out=np.full_like(observed, np.inf), where=predicted != 0)
     return Compared(predicted, observed, ratio)
 
 

@@ -11,12 +11,10 @@ import numpy as np
 
 from normjax import _checks
 from normjax.diagnostics import _gap, _text
-from normjax.diagnostics._findings import Finding, Severity
+from normjax.diagnostics._findings import SEVERITIES, Finding, Severity
 from normjax.diagnostics._layers import Layer, Leaves, classes_of, find_layers, leaves_of
 from normjax.diagnostics._replicas import count_replicas, diverged, replica
 from normjax.diagnostics._rules import findings
-
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 class Range(NamedTuple):
@@ -167,7 +165,7 @@ def report(
     leaves, classes = leaves_of(variables), classes_of(variables)
     layers = find_layers(leaves, classes)
     if not layers:
-        _refuse_none(leaves)
+        _refuse_none(variables, leaves)
     copies = count_replicas(leaves, layers, replicated)
     found = [apart for layer in layers if (apart := diverged(layer, copies, epsilon))]
     if copies:
@@ -246,12 +244,13 @@ def _check_arguments(apply_fn: Any, batch: Any, measured: Any, epsilon: float) -
         )
 
 
-def _refuse_none(leaves: Leaves) -> None:
+def _refuse_none(variables: Any, leaves: Leaves) -> None:
     names = ["/".join(path) for path in leaves]
+    listed = f": {', '.join(names[:4])}{', ...' * (len(names) > 4)}" if any(names) else ""
     _checks.refuse(
         "report",
         "there is no normalization layer",
         expected="leaves such as 'mean' beside 'var', or 'scale'",
-        got=f"{len(names)} arrays: {', '.join(names[:4])}{', ...' * (len(names) > 4)}",
+        got=f"{type(variables).__name__} with {len(names)} arrays{listed}",
         fix="Pass the variables of a model that normalizes: {'params': ..., 'batch_stats': ...}",
     )

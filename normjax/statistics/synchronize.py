@@ -88,6 +88,8 @@ def _below_one(momentum: float) -> float:
 
 def _averaged(leaves: dict[Any, Array], sharing: Sharing) -> dict[Any, Array]:
     """The devices' mean of each leaf, in the leaf's dtype, by one collective."""
+    if not leaves:  # of layers without statistics, there is nothing to send
+        return {}
     means = (total / sharing.size for total in sharing.sum(*map(_wide, leaves.values())))
     return {
         path: (jnp.round(mean) if jnp.issubdtype(leaf.dtype, jnp.integer) else mean).astype(leaf.dtype)

@@ -211,9 +211,11 @@ def test_a_state_of_training_is_reported_without_its_optimizer_and_copies_by_the
 
 def test_names_of_pytorch_and_keras():
     torch = {"bn1.running_mean": np.zeros(4), "bn1.running_var": np.ones(4), "bn1.weight": np.ones(4),
-             "bn1.num_batches_tracked": np.array(3), "fc.weight": np.ones((4, 4)), "ln.weight": np.ones(4)}  # fmt: skip
+             "bn1.num_batches_tracked": np.array(3), "fc.weight": np.ones((4, 4)), "ln.weight": np.ones(4),
+             "4.weight": np.ones(4), "4.bias": np.ones(4), "5.weight": np.ones(1)}  # fmt: skip
     tree = {tuple(name.split(".")): value for name, value in torch.items()}
     assert [(layer.path, layer.kind, sorted(layer.leaves)) for layer in report(tree).layers] == [
+        ("4", "norm", ["bias", "scale"]),
         ("bn1", "batch norm", ["count", "mean", "scale", "var"]),
         ("ln", "layer norm", ["scale"]),
     ]

@@ -15,7 +15,9 @@ import pytest
 from flax import nnx, serialization, traverse_util
 from safetensors.numpy import save_file
 
+from normjax.diagnostics import report
 from normjax.diagnostics.__main__ import main
+from normjax.diagnostics._html import page
 from tests.checkpoints.write import HERE as CHECKPOINTS
 from tests.diagnostics.networks import NNX, Residual, healthy, init
 
@@ -131,10 +133,16 @@ def test_the_table_the_page_and_the_status(capsys, tmp_path):
     table = capsys.readouterr().out
     assert "x  <norm>  batch norm  32" in table and "1 error, 1 warning" in table
     assert json.loads((tmp_path / "a.json").read_text())["counts"] == {"error": 1, "warning": 1, "note": 0}
-    page = Page((tmp_path / "a.html").read_text())
-    assert page.balanced and page.count["svg"] >= 2 and page.count["section"] == 2
-    assert not page.links and "(channel 3)" in page.text and "prune" in page.text and "<norm>" in page.text
-    assert page.text.index("non-finite") < page.text.index("near-zero-scale") < page.text.index("Histograms")
+    shown = Page((tmp_path / "a.html").read_text())
+    assert shown.balanced and shown.count["svg"] >= 2 and shown.count["section"] == 2
+    assert not shown.links and "(channel 3)" in shown.text and "prune" in shown.text and "<norm>" in shown.text
+    assert shown.text.index("non-finite") < shown.text.index("near-zero-scale") < shown.text.index("Histograms")
+
+
+def test_a_page_folds_what_many_layers_have_in_common(tmp_path):
+    silent = {"params": {f"norm{i}": {"scale": np.zeros(4)} for i in range(12)}}
+    found = Page(page(report(silent), "silent"))
+    assert found.balanced and found.count["section"] == found.count["details"] == 1 and found.count["li"] == 12
 
 
 class Page(HTMLParser):

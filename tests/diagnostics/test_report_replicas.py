@@ -67,6 +67,8 @@ def test_layers_of_a_scan_members_of_an_ensemble_and_conditional_scales_are_no_c
     assert len(diverged(ensemble, replicated=True)) == 3
     conditional = ({"scale": rng.normal(size=(5, 3)), "bias": np.zeros((5, 3))}, nj.batch_norm_init(3)[1])
     assert diverged(conditional) == []
+    scan = {"norms": {"scale": rng.uniform(1, 2, (4, 6)), "bias": np.zeros((4, 6))}}
+    assert diverged(scan) == []
     by_place = {"mean": rng.normal(size=(4, 6)), "var": rng.uniform(1, 2, (4, 6))}  # feature_axes=(1, -1)
     assert diverged(({"scale": rng.uniform(1, 2, (4, 6))}, by_place)) == []
 

@@ -97,6 +97,11 @@ def test_under_pmap_and_vmap(rng, transform):
         assert_trees_close(row, expected(tree["first"]), rtol=1e-6)
 
 
+def test_layers_without_statistics_have_nothing_to_merge():
+    tree: dict = {"group_norm": {}, "layer_norm": {}}
+    assert jax.vmap(partial(nj.sync_batch_stats, axis_name="data"), axis_name="data", axis_size=2)(tree) == tree
+
+
 def test_groups_merge_among_themselves(rng):
     tree = model(rng)["block"]["second"]
     groups = [[0, 2, 4, 6], [1, 3, 5, 7]]

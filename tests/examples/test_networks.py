@@ -58,6 +58,17 @@ def test_training_of_a_small_inception():
     assert round(run.accuracies[-1] * 101, 3).is_integer()
 
 
+def test_a_trainer_takes_batches_of_several_sizes_and_hands_out_its_state():
+    data = examples(load("digits").limit(60, 20), standardize=True)
+    trainers = [Trainer(SMALL["mlp"](Style(True, "relu")), data, size, 0.9) for size in (8, 4)]
+    silent = lambda steps, accuracy: None  # noqa: E731
+    run, state = trainers[0].finish(1, 0.1, 3, 2, silent, batch_size=4)
+    same = trainers[1].run(1, 0.1, 3, 2, silent)
+    assert (run.steps, run.accuracies) == (same.steps, same.accuracies) == ([2, 3], run.accuracies)
+    assert trainers[0].accuracy(state, trainers[0].test) == run.accuracies[-1]
+    assert trainers[0].run(1, 0.1, 3, 2, silent).steps == [2, 3]
+
+
 def test_orders_are_epochs_of_all_examples():
     orders = list(_orders(3, 10, 4, steps=12, eval_every=5))
     assert [order.shape for order in orders] == [(5, 4), (5, 4), (2, 4)]

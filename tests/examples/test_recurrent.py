@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common.cells import BATCH, LAYER, PLAIN, gru, lstm, unroll
-from common.reading import with_ink
+from common.reading import Reading, classifier, pieces, with_ink
+from common.report import result_content
+from common.tables import Result, Run
 from jax.test_util import check_grads
 from recurrent import main, parse
 
@@ -215,6 +217,41 @@ def test_one_program_serves_all_steps(rng):
 def test_ink():
     rows = jnp.zeros((2, 5, 3)).at[0, 1, 2].set(1).at[0, 3, 0].set(0.1)
     assert with_ink(rows).tolist() == [[False, True, True, True, False], [False] * 5]
+
+
+def test_pieces_of_an_image():
+    images = jnp.arange(2 * 3 * 4 * 2).reshape(2, 3, 4, 2)
+    assert_identical(pieces(images, "rows"), images.reshape(2, 3, 8))
+    assert_identical(pieces(images, "pixels"), images.reshape(2, 12, 2))
+    permuted = np.asarray(pieces(images, "permuted"))
+    order = permuted[0, :, 0] // 2
+    assert sorted(order) == list(range(12)) and order.tolist() != list(range(12))
+    assert_identical(permuted, np.asarray(images.reshape(2, 12, 2))[:, order])
+
+
+def test_statistics_of_each_pixel_s_step():
+    network = classifier(lstm(BATCH), 4, None, "pixels")
+    params, batch_stats = jax.eval_shape(lambda key: network.init(key, (8, 8, 1), 10), jax.random.key(0))
+    assert params["cell"]["input_kernel"].shape == (1, 16)
+    assert {len(leaf) for leaf in jax.tree.leaves(batch_stats)} == {64}
+
+
+@pytest.mark.parametrize(("sequence", "seeds"), [("rows", 3), ("pixels", 1), ("permuted", 1)])
+def test_seeds_are_those_of_the_sequence(sequence, seeds):
+    assert parse(["--sequence", sequence]).seeds == seeds
+    assert parse(["--sequence", sequence, "--seeds", "2"]).seeds == 2
+
+
+def test_claims_are_of_the_best_rate():
+    study = Reading(parse([]))
+    for name, rate, accuracies in (("LSTM", 0.1, [0.2, 0.8]), ("LSTM", 0.2, [0.5, 0.95]), ("BN-LSTM", 0.1, [0.9, 0.97]),
+                                   ("GRU", 0.1, [0.99, 0.99])):  # fmt: skip
+        study.results[f"{name} {rate}"] = result_content(Result(name, rate, [Run(0, [10, 20], accuracies, 1.0)]))
+    claims = {claim.what: claim for claim in study.claims()}
+    assert claims["best accuracy, LSTM"].measured == "95.0% of Digits row by row"
+    assert claims["best accuracy, BN-LSTM"].measured == "97.0% of Digits row by row"
+    assert claims["steps to 90% at the best rate, BN-LSTM"].measured == "20 (LSTM), 10 (BN-LSTM)"
+    assert len(claims) == 3, "none of cells that were not trained"
 
 
 @pytest.mark.slow

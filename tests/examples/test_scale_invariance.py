@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import scaling
+from common import report, scaling
 from common.data import CLASSES
 from common.networks import Network
 from common.rotations import Recorded, Setting, Turning, hidden_kernels
@@ -132,6 +132,21 @@ def test_claims_are_made_of_what_is_finished():
     }
     (table,) = study.tables()
     assert table.row_count == 1
+
+
+def test_runs_that_diverge_are_said_to(tmp_path):
+    study = scaling.Scaling(Namespace(data="digits"))
+    history = {"a": rotations([1.0, 2.0, np.nan, np.nan])}
+    setting, recorded = Setting(0.2, 0.01), Recorded(np.array([1.0, np.nan, np.nan, np.nan]), history, [0.1, 0.1])
+    curves = setting._asdict() | scaling.curves(setting, recorded, 2)
+    study.results["growth/none"] = curves | scaling.growth(setting, recorded)
+    study.results["rotation/none/0.2 x 0.01"] = curves | scaling.rotation(setting, recorded)
+    assert sum("diverged" in claim.measured for claim in study.claims()) == 3
+    (table,) = study.tables()
+    assert "diverged" in list(table.columns[4].cells)
+    study.draw(tmp_path / "plot.png")
+    report.write_json(tmp_path / "results.json", study.results)
+    assert json.loads((tmp_path / "results.json").read_text())["growth/none"]["loss"] == [None, None]
 
 
 @pytest.mark.slow

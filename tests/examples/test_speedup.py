@@ -30,11 +30,12 @@ def is_plot(folder):
 
 # Most of the time goes into compiling: a last part of another length would be one more program for each network.
 @pytest.mark.parametrize(
-    ("network", "seeds", "points", "variants"),
-    [("mlp", 2, [20, 40, 45], 4), pytest.param("inception", 1, [20, 40], 6, marks=pytest.mark.slow)],
+    ("network", "seeds", "points", "variants", "depths"),
+    [("mlp", 2, [20, 40, 45], 4, [2]), pytest.param("inception", 1, [20, 40], 6, [], marks=pytest.mark.slow)],
 )
-def test_end_to_end(tmp_path, network, seeds, points, variants):
-    process = start("--network", network, *TINY, "--steps", points[-1], "--seeds", seeds, "--out", tmp_path)
+def test_end_to_end(tmp_path, network, seeds, points, variants, depths):
+    arguments = [*TINY, "--depths", *depths, "--steps", points[-1], "--seeds", seeds, "--out", tmp_path]
+    process = start("--network", network, *arguments)
     out, error = process.communicate(timeout=400)
     assert process.returncode == 0, error
     assert "As in the paper" in out and "Stricter than the paper" in out
@@ -42,6 +43,12 @@ def test_end_to_end(tmp_path, network, seeds, points, variants):
     content = results(tmp_path)
     assert content["status"] == "finished" and content["config"]["train_examples"] == 200
     assert len(content["variants"]) == variants and len(content["sweep"]) == 1 and len(content["tables"]) == 2
+    assert content["tables"][0]["reported"]["BN-x5"] == "14.8x 73.0%" and content["tables"][1]["reported"] == {}
+    assert [depth["layers"] for depth in content["depths"]] == depths
+    for depth in content["depths"]:
+        for kind in ("plain", "normalized"):
+            assert [result["learning_rate"] for result in depth[kind]] == [0.5, 3.0]
+            assert all(run["steps"] == [points[-1] // 8] for result in depth[kind] for run in result["seeds"])
     for variant in content["variants"]:
         assert [run["seed"] for run in variant["seeds"]] == list(range(seeds))
         assert all(run["steps"] == points and len(run["accuracies"]) == len(points) for run in variant["seeds"])
@@ -62,7 +69,7 @@ def test_interrupt_keeps_what_is_finished(tmp_path):
         process.kill()
     assert process.returncode == 130, error
     assert "Traceback" not in error and "As in the paper" in out and "Stricter" not in out
-    assert "1 of 4 variants are finished" in out and is_plot(tmp_path)
+    assert "1 of 4 variants are finished" in out and "0 of 5 depths" in out.replace("\n", " ") and is_plot(tmp_path)
     content = results(tmp_path)
     assert content["status"] == "interrupted" and len(content["tables"]) == 1
     assert [variant["variant"] for variant in content["variants"]] == ["Baseline"]

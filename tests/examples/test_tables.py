@@ -2,9 +2,9 @@ import json
 import math
 
 import pytest
-from common import report
+from common import depths, report
 from common.options import parse
-from common.tables import Result, Run, best_of_sweep, compare
+from common.tables import PAPER, Result, Run, best_of_sweep, compare
 from rich.console import Console
 
 
@@ -71,6 +71,23 @@ def test_what_is_printed_and_written():
     assert len(lines) == 2 and all("did not train" in line and "x" not in line for line in lines)
 
 
+def test_the_paper_stands_beside_what_was_measured():
+    table = compare("title", BASELINE, [result("BN-x5", [0.9] * 4, [0.9] * 4, [0.9] * 4)], 10, PAPER)
+    (line,) = (line for line in printed(table).splitlines() if line.lstrip().startswith("BN-x5"))
+    assert line.rstrip().endswith("14.8x 73.0%") and "the paper's" in printed(table)
+    assert report.table_content(table)["reported"] == PAPER and "paper" not in printed(compare("", BASELINE, [], 10))
+
+
+def test_the_better_rate_of_each_depth_is_shown():
+    low, high = result("plain", [0.2, 0.5], rate=0.5), result("plain", [0.3, 0.9], rate=3.0)
+    best = depths.Depth(4, [low, high], [high, low]).best
+    assert best[False] is high and best[True] is high
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(depths.table([depths.Depth(4, [low], [low, high])], 20))
+    assert [cell for cell in capture.get().split() if "%" in cell][:2] == ["50.0%", "90.0%"]
+
+
 def test_json_is_replaced_whole(tmp_path):
     path = tmp_path / "results.json"
     report.write_json(path, {"a": 1})
@@ -83,6 +100,8 @@ def test_json_is_replaced_whole(tmp_path):
 def test_defaults_and_sweep():
     options = parse(["--sweep", "1/2,4", "8", "--steps", "80"], "")
     assert options.sweep == (0.5, 1, 4, 8) and options.depth == 3 and options.steps == 80
+    assert options.depths == (2, 3, 4, 6, 12) and parse(["--network", "inception"], "").depths == ()
+    assert parse(["--depths", "6", "2", "6"], "").depths == (2, 6) and parse(["--depths"], "").depths == ()
     # A fortieth of the default budget of 8,000, and as many evaluations.
     assert 1 <= options.eval_every <= 2
 
@@ -97,6 +116,8 @@ def test_defaults_and_sweep():
         (["--data", "cars"], "--data: invalid choice: 'cars'"),
         (["--data", "mnist"], "--data mnist needs --data-dir"),
         (["--network", "inception", "--depth", "3"], "--depth is for --network mlp"),
+        (["--network", "inception", "--depths", "3"], "--depths is for --network mlp"),
+        (["--depths", "0"], "--depths: expected a positive integer, got '0'"),
     ],
 )
 def test_bad_values_get_one_line(capsys, arguments, says):

@@ -4,8 +4,10 @@ Each function draws on `axes`, a new figure's if None is given, and returns the 
 """
 
 from normjax.diagnostics.plot.interactions import interactions
+from normjax.diagnostics.plot.landscape import landscape
+from normjax.diagnostics.plot.percentiles import percentiles
 from normjax.diagnostics.plot.report import report
 from normjax.diagnostics.plot.rotation import rotation
 from normjax.diagnostics.plot.scale_invariance import scale_invariance
 
-__all__ = ["interactions", "report", "rotation", "scale_invariance"]
+__all__ = ["interactions", "landscape", "percentiles", "report", "rotation", "scale_invariance"]

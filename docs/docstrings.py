@@ -1,0 +1,17 @@
+"""Lets mkdocstrings show docstrings as they are written here: `Example:`, where it knows only `Examples:`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+
+class Examples(griffe.Extension):
+    """Renames the section, without which its `>>>` would be read as Markdown, and arrays in its output as links."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Renames it in one docstring."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)

@@ -1,0 +1,183 @@
+"""The distributions of layers' inputs over training, for `covariate_shift.py`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+import normjax as nj
+from common import data, report
+from common.interrupt import Interrupt
+from common.noise import LAYERS, Sigmoids
+from common.study import Advance, Claim, Part, Study, conduct
+from common.training import Examples, State, examples
+from common.watching import Watched
+
+VARIANTS = {
+    "no normalization": Sigmoids(normalize=False),
+    "batch norm": Sigmoids(normalize=True),
+    "noisy batch norm": Sigmoids(normalize=True, noise=True),
+}
+LAST = LAYERS[-2]  # the last hidden layer, whose sigmoids the paper's figure shows
+PROBE = 500  # training images whose distribution is followed
+COLORS = dict(zip(VARIANTS, ("#1f77b4", "#ff7f0e", "#2ca02c"), strict=True))
+
+
+def run(options: Namespace, interrupt: Interrupt) -> int:
+    """Trains each network and reports; returns the exit status."""
+    return conduct(Shift(options), interrupt)
+
+
+class Instruments:
+    """What is looked at in a network between two steps of its training, compiled once for all seeds."""
+
+    def __init__(self, network: Sigmoids, train: Examples, learning_rate: float):
+        self.network, self.train, self.learning_rate = network, train, learning_rate
+        self.look = jax.jit(self._look)
+
+    def _look(self, state: State, train: Examples, rows: Array) -> tuple[nj.diagnostics.Percentiles, Any]:
+        """Returns percentiles of what goes into the last hidden layer's sigmoids, and the covariate shift."""
+        probe, _ = train.pick(jnp.arange(min(PROBE, len(train.labels))))
+        _, _, inputs = self.network.forward(state.params, state.batch_stats, probe, True)
+        images, labels = train.pick(rows)
+
+        def loss(params: Any) -> Array:
+            logits, _, _ = self.network.forward(params, state.batch_stats, images, True)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        gradients = jax.grad(loss)(state.params)
+        updated = jax.tree.map(lambda w, g: w - self.learning_rate * g, state.params, gradients)
+        shift = nj.diagnostics.internal_covariate_shift(loss, state.params, updated, layers=LAYERS)
+        return nj.diagnostics.percentiles(inputs[LAST], feature_axes=-1), shift
+
+
+class Shift(Study):
+    """The three networks, over several seeds."""
+
+    name = "covariate_shift"
+    source = "Ioffe & Szegedy (2015) and Santurkar et al. (2018)"
+    caption = (
+        "What to see: below, the 15th, 50th and 85th percentile of what goes into a typical sigmoid of the last hidden"
+        " layer. Without normalization it wanders far, as in the 2015 paper's figure 1; with batch norm it is quiet;"
+        " with noise after it, it jumps at every step, and yet (above, left) trains as well as without the noise."
+        " Above, right: the last hidden layer's gradient, G, and what an update of the layers before makes of it, G'."
+    )
+
+    def parts(self) -> Mapping[str, Part]:
+        """Returns a part for each network."""
+        options = self.options
+        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        self.data = examples(images, standardize=False)
+        return {name: Part(options.seeds * options.steps, partial(self._train, name)) for name in VARIANTS}
+
+    def _train(self, name: str, advance: Advance) -> list[dict[str, Any]]:
+        options = self.options
+        trainer = Watched(VARIANTS[name].network, self.data, options.batch_size)
+        instruments = Instruments(VARIANTS[name], trainer.train, options.learning_rate)
+        return [self._run(trainer, instruments, seed, advance) for seed in range(options.seeds)]
+
+    def _run(self, trainer: Watched, instruments: Instruments, seed: int, advance: Advance) -> dict[str, Any]:
+        options, seen, accuracies, steps = self.options, [], [], [0]
+        for step, state, rows in trainer.states(seed, options.learning_rate, options.steps, options.eval_every):
+            seen.append(jax.device_get(instruments.look(state, trainer.train, rows)))
+            accuracies.append(trainer.accuracy(state))
+            advance(step - steps[-1], f"{accuracies[-1]:.1%}")
+            steps.append(step)
+        history, shift = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
+        return {"seed": seed, "steps": steps[1:], "accuracy": accuracies, **summary(history.values, shift)}
+
+    def claims(self) -> list[Claim]:
+        """Returns what the two papers say, and the medians over the seeds."""
+
+        def measured(show: Any) -> str:
+            return "; ".join(f"{name}: {show(runs)}" for name, runs in self.results.items())
+
+        def middle(key: str, form: str) -> str:
+            return measured(lambda runs: format(median(run[key] for run in runs), form))
+
+        return [
+            Claim("best test accuracy", "higher with batch norm, in fewer steps; with noise as good",
+                  measured(lambda runs: f"{median(max(run['accuracy']) for run in runs):.1%}")),
+            Claim("steps to 90%", "fewer with batch norm", measured(lambda runs: steps_to(0.9, runs))),
+            Claim("how far the median of a unit's input wanders, in widths of its band",
+                  "more stable with batch norm (2015)", middle("wander", ".2f")),
+            Claim("how far it jumps from one evaluation to the next",
+                  "with noise, further than without any normalization (2018)", middle("jump", ".3f")),
+            Claim("change of the gradient, relative to it (median over the steps)",
+                  "as large with batch norm, or larger (2018)", middle("relative_distance", ".3f")),
+            Claim("cosine of the two gradients",
+                  "no closer to 1 with batch norm (2018)", middle("typical_cosine", ".3f")),
+        ]  # fmt: skip
+
+    def draw(self, path: Path) -> None:
+        """Draws accuracy and covariate shift above, distributions below."""
+        title = f"{data.TITLES[self.options.data]}: three layers of 100 sigmoids, and the distributions of their inputs"
+        with report.figure(path, title, self.caption, (2, 3), (12, 7.4)) as grid:
+            for name, runs in self.results.items():
+                steps = runs[0]["steps"]
+                for panel, key in zip(grid[0], ("accuracy", "distance", "cosine"), strict=True):
+                    values = np.median([run[key] for run in runs], axis=0)
+                    panel.plot(steps, 100 * values if key == "accuracy" else values, color=COLORS[name], label=name)
+            grid[0, 0].set(title="test accuracy (%)")
+            grid[0, 0].legend(fontsize="small")
+            grid[0, 1].set(title="covariate shift: ||G - G'|| / ||G||", yscale="log")
+            grid[0, 2].set(title="cosine of G and G'")
+            for panel, name in zip(grid[1], VARIANTS, strict=True):
+                self._draw_band(panel, name)
+            limits = [limit for panel in grid[1] if panel.lines for limit in panel.get_ylim()]
+            for panel in grid[1]:
+                panel.set_ylim(min(limits), max(limits))
+            for panel in grid.flat:
+                panel.set_xlabel("training steps", fontsize="small")
+                panel.grid(alpha=0.3)
+
+    def _draw_band(self, panel: Any, name: str) -> None:
+        if name in self.results:
+            run = self.results[name][0]
+            band = jnp.asarray(run["band"])
+            panel.set_prop_cycle(color=[COLORS[name]])
+            q = jnp.tile(jnp.asarray([15.0, 50.0, 85.0]), (len(band), 1))
+            nj.diagnostics.plot.percentiles(nj.diagnostics.Percentiles(q, band), run["steps"], axes=panel)
+        panel.set_title(f"{name}: input of a typical sigmoid", fontsize="medium")
+
+
+def summary(values: np.ndarray, shift: nj.diagnostics.CovariateShift) -> dict[str, Any]:
+    """Returns the numbers of one run: of percentiles `(steps, q, units)`, and of covariate shifts `(steps, layers)`.
+
+    `wander` is how far the median of a unit's input moves over all steps, `jump` how far it moves between two
+    evaluations, both in widths of the band from the 15th to the 85th percentile, and for the median unit.
+    """
+    middle, width = values[:, 1], (values[:, 2] - values[:, 0]).mean(0)
+    wander = np.ptp(middle, axis=0) / width
+    jump = np.abs(np.diff(middle, axis=0)).mean(0) / width if len(middle) > 1 else np.zeros_like(width)
+    typical = np.argsort(wander)[(len(wander) - 1) // 2]
+    layer = LAYERS.index(LAST)
+    distance = shift.distance[:, layer] / np.maximum(shift.gradient_norm[:, layer], 1e-30)
+    return {
+        "band": values[:, :, typical].tolist(),
+        "wander": float(np.median(wander)),
+        "jump": float(np.median(jump)),
+        "distance": distance.tolist(),
+        "cosine": shift.cosine[:, layer].tolist(),
+        "relative_distance": float(np.median(distance)),
+        "typical_cosine": float(np.median(shift.cosine[:, layer])),
+    }
+
+
+def steps_to(accuracy: float, runs: list[dict[str, Any]]) -> str:
+    """Returns the median number of steps after which runs reach an accuracy."""
+    reached = [
+        next((step for step, value in zip(run["steps"], run["accuracy"], strict=True) if value >= accuracy), np.inf)
+        for run in runs
+    ]
+    return f"{median(reached):,.0f}" if np.isfinite(median(reached)) else "not reached"

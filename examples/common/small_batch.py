@@ -1,0 +1,217 @@
+"""Trains a VGG on simulated devices with few examples each, for `small_batch.py`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import rich.box
+from jax import Array
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+from rich.table import Table
+
+import normjax as nj
+from common import data, report, training
+from common.interrupt import Interrupt
+from common.networks import BATCH_NORM_MOMENTUM, Network, Tree
+from common.study import Advance, Claim, Part, Study, conduct
+from common.units import UNITS, Unit, batch, renorm
+from common.vgg import vgg
+
+DEVICES = 8
+AXIS = "devices"
+REFERENCE = 32  # images a device, to which the learning rate belongs
+GHOST = 16  # examples that share statistics, whatever the batch: all there are at 2 a device
+MOMENTUM = 0.9  # of SGD
+EVALUATIONS = 10  # of each run; the error is the median of the last three (the paper: of the last five epochs)
+# Maps that end at 1x1 pixel (digits 4x4, 2x2, 1x1): in the last layer a channel has as many values as there are images.
+WIDTHS = {"digits": (16, 32, 64), "mnist": (16, 32, 64, 64), "cifar10": (16, 32, 64, 64, 64)}
+# Wu & He 2018, table 2: top-1 validation error of ResNet-50 on ImageNet, by images per GPU.
+REPORTED = {
+    "batch": {32: 23.6, 16: 23.7, 8: 24.8, 4: 27.3, 2: 34.7},
+    "group": {32: 24.1, 16: 24.2, 8: 24.0, 4: 24.2, 2: 24.1},
+}
+DASHED = {"sync": "--", "ghost": ":"}  # where several lie on each other
+
+
+class Method(NamedTuple):
+    """A normalization, and whether a device sees its own examples only or, as under `jit`, the whole batch."""
+
+    unit: Unit
+    on_devices: bool = True
+
+
+def limits(steps: int) -> dict[str, optax.Schedule]:
+    """Returns batch renorm's limits, which rise as in its paper (Ioffe 2017), with `steps` in place of its 40,000."""
+    begin = steps // 8  # the paper: 5,000 steps as batch norm
+    r_max = optax.linear_schedule(1.0, 3.0, steps - begin, begin)
+    d_max = optax.linear_schedule(0.0, 5.0, steps * 5 // 8 - begin, begin)  # the paper: by step 25,000
+    return {"r_max": r_max, "d_max": d_max}
+
+
+def methods(steps: int) -> dict[str, Method]:
+    """Returns the methods by name."""
+    # One value a channel and example, as in maps of one pixel, wants a learned epsilon (Singh & Krishnan 2020).
+    response = UNITS["filter response"]._replace(
+        make=lambda kernel: nj.filter_response_norm_init(kernel.shape[-1], learn_epsilon=True)
+    )
+    return {
+        "batch": Method(batch()),
+        "ghost": Method(batch(virtual_batch_size=GHOST), on_devices=False),
+        "renorm": Method(renorm(**limits(steps))),
+        "sync": Method(batch(axis_name=AXIS)),
+        "group": Method(UNITS["group"]),
+        "layer": Method(UNITS["layer"]),
+        "filter response": Method(response),
+    }
+
+
+def on_devices(network: Network) -> Network:
+    """Returns the network that trains on `DEVICES` equal parts of the batch, each on a device of its own.
+
+    Statistics are those of each device unless the network shares them over `AXIS`. The running ones are merged after
+    each step: to what they would be if one device had seen all.
+    """
+
+    def apply(params: Tree, batch_stats: Tree, images: Array, train: bool) -> tuple[Array, Tree]:
+        if not train:
+            return network.apply(params, batch_stats, images, train)
+
+        def device(images: Array) -> tuple[Array, Tree]:
+            logits, own = network.apply(params, batch_stats, images, train)
+            return logits, nj.sync_batch_stats(own, AXIS, momentum=BATCH_NORM_MOMENTUM)
+
+        parts = images.reshape(DEVICES, -1, *images.shape[1:])
+        logits, merged = jax.vmap(device, axis_name=AXIS, out_axes=(0, None))(parts)
+        return logits.reshape(len(images), -1), merged
+
+    return Network(network.init, apply)
+
+
+def run(options: Namespace, interrupt: Interrupt) -> int:
+    """Trains and reports; returns the exit status."""
+    return conduct(SmallBatch(options), interrupt)
+
+
+class SmallBatch(Study):
+    """Test errors by normalization and images a device."""
+
+    name, source = "small_batch", "Wu & He (2018), ResNet-50 on ImageNet"
+    caption = (
+        "What to see: where a device has few images, batch norm with statistics of each device (batch) fails, as in the"
+        " paper; renorm fails less. What shares statistics over more examples (ghost, sync) or over none (group, layer,"
+        " filter response) does not. Rates are linear in the batch size, and all points have seen as many examples."
+    )
+
+    def parts(self) -> Mapping[str, Part]:
+        """Returns a run for each normalization and batch size."""
+        options = self.options
+        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        if (largest := DEVICES * max(options.sizes)) > len(images.train_labels):
+            raise data.DataError(f"--sizes {max(options.sizes)}: {largest} examples on {DEVICES} devices,"
+                                 f" and there are {len(images.train_labels)}")  # fmt: skip
+        examples = training.examples(images, standardize=True)
+        known, widths = methods(options.steps), [(width,) for width in WIDTHS[options.data]]
+
+        @cache
+        def trainer(name: str) -> training.Trainer:
+            network = vgg(known[name].unit, widths, stride=2)
+            network = on_devices(network) if known[name].on_devices else network
+            return training.Trainer(network, examples, largest, MOMENTUM)
+
+        return {
+            key(name, size): Part(options.seeds * self.steps(size), partial(self.train, partial(trainer, name), size))
+            for name in options.norms
+            for size in options.sizes
+        }
+
+    def steps(self, size: int) -> int:
+        """Returns how many steps show as many examples as `options.steps` with the largest batch."""
+        return self.options.steps * max(self.options.sizes) // size
+
+    def train(self, trainer: Callable[[], training.Trainer], size: int, advance: Advance) -> dict[str, list[float]]:
+        """Returns the test error of each seed, in percent."""
+        steps, rate = self.steps(size), self.options.learning_rate * size / REFERENCE
+        errors = []
+        for seed in range(self.options.seeds):
+            progress = lambda done, accuracy: advance(done, f"{1 - accuracy:.1%} error")  # noqa: E731
+            run = trainer().run(seed, rate, steps, max(1, steps // EVALUATIONS), progress, batch_size=DEVICES * size)
+            errors.append(100 * (1 - median(run.accuracies[-3:])))
+        return {"errors": errors}
+
+    def error(self, name: str, size: int) -> float | None:
+        """The median error of the seeds, in percent; None for what is not finished."""
+        result = self.results.get(key(name, size))
+        return median(result["errors"]) if result else None
+
+    def curve(self, name: str) -> dict[int, float]:
+        """The errors by batch size, as far as they are finished."""
+        errors = {size: self.error(name, size) for size in sorted(self.options.sizes, reverse=True)}
+        return {size: error for size, error in errors.items() if error is not None}
+
+    def claims(self) -> Sequence[Claim]:
+        """Returns the paper's two curves beside those measured, and how much they rise."""
+        claims = []
+        for name, reported in REPORTED.items():
+            measured = self.curve(name)
+            for size in [size for size in measured if size in reported]:
+                claims.append(Claim(_title(name, size), f"{reported[size]:.1f}%", f"{measured[size]:.1f}%"))
+            if {2, 32} <= measured.keys():
+                rises = (f"{errors[2] - errors[32]:+.1f} points" for errors in (reported, measured))
+                claims.append(Claim(f"{name} norm, from 32 to 2", *rises))
+        return claims
+
+    def tables(self) -> Sequence[Table]:
+        """Returns the errors of all normalizations."""
+        options, sizes = self.options, sorted(self.options.sizes, reverse=True)
+        title = f"Test error (%) by images a device, {DEVICES} devices, median of {options.seeds} seed(s)"
+        table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("normalization", no_wrap=True)
+        for size in sizes:
+            table.add_column(str(size), justify="right")
+        for name in options.norms:
+            errors = self.curve(name)
+            table.add_row(name, *(f"{errors[size]:.1f}" if size in errors else "-" for size in sizes))
+        return [table]
+
+    def draw(self, path: Path) -> None:
+        """Draws error against batch size, measured and reported."""
+        title = f"{data.TITLES[self.options.data]}: images a device, and what they cost"
+        with report.figure(path, title, self.caption, size=(10, 5)) as ((measured, reported),):
+            for i, name in enumerate(self.options.norms):
+                _line(measured, self.curve(name), label=name, color=f"C{i}", linestyle=DASHED.get(name, "-"))
+                if name in REPORTED:
+                    _line(reported, REPORTED[name], label=name, color=f"C{i}")
+            _dress(measured, f"measured: VGG, {DEVICES} devices", self.options.sizes)
+            measured.set_ylim(bottom=0)
+            _dress(reported, "reported: ResNet-50, ImageNet, 8 GPUs", list(REPORTED["batch"]))
+
+
+def key(name: str, size: int) -> str:
+    """Returns the name of a part."""
+    return f"{name}, {size}"
+
+
+def _title(name: str, size: int) -> str:
+    return f"{name} norm, {size} images a device"
+
+
+def _line(axes: Axes, errors: Mapping[int, float], **style: Any) -> None:
+    axes.plot(list(errors), list(errors.values()), marker="o", **style)
+
+
+def _dress(axes: Axes, title: str, sizes: Sequence[int]) -> None:
+    axes.set(xscale="log", xlabel="images a device", ylabel="error", title=title)
+    axes.set_xticks(list(sizes), map(str, sizes))
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    axes.invert_xaxis()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")

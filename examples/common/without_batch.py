@@ -1,0 +1,222 @@
+"""Trains a VGG with substitutes for batch norm at several learning rates, for `without_batch.py`."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import rich.box
+from jax import Array
+from jax.nn.initializers import constant
+from matplotlib.ticker import PercentFormatter
+from rich.table import Table
+
+import normjax as nj
+from common import data, report, training
+from common.interrupt import Interrupt
+from common.networks import Network, Tree, linear
+from common.study import Advance, Claim, Part, Study, conduct
+from common.units import UNITS, Unit
+from common.vgg import vgg
+
+WIDTHS = ((16, 16), (32, 32), (64, 64))
+MOMENTUM = 0.9  # of SGD
+EVALUATIONS = 5  # of each run, for the progress bar
+INITIALIZING = 100  # images that a data-dependent initialization sees
+GAIN = math.sqrt(2 / (1 - 1 / math.pi))  # of ReLU: what it takes from the variance that standardized kernels see
+NEAR = 0.05  # rates whose accuracy is within so much of the best count as those that work
+# What each source reports of its substitute beside batch norm, or beside the normalization that it replaces.
+REPORTED = {
+    "none": ("Salimans & Kingma 2016, CIFAR-10", "learns more slowly than with batch norm, catches up late"),
+    "group": ("Wu & He 2018, ImageNet", "error 24.1%, batch norm's 23.6%"),
+    "weight norm": ("Salimans & Kingma 2016, CIFAR-10", "learns as fast as with batch norm, ends as well"),
+    "weight standardization": ("Brock et al. 2021, ImageNet", "competitive with the best with batch norm"),
+    "dynamic tanh": ("Zhu et al. 2025, ViT-B, ImageNet", "accuracy 82.5%, layer norm's 82.3%"),
+}
+
+
+class Summary(NamedTuple):
+    """A normalization at its best rate: accuracies, the rates that do nearly as well, the influence of others."""
+
+    rate: float
+    training: float
+    test: float
+    near: list[float]
+    others: float
+
+
+def units() -> dict[str, Unit]:
+    """Returns the units: weight standardization with ReLU's gain, dynamic tanh with a slope that keeps signals alive.
+
+    Its paper's 0.5 is for residual branches. Here, one layer behind the other, it halves what goes through each.
+    """
+    squashed = UNITS["dynamic tanh"]._replace(
+        make=lambda kernel: nj.dynamic_tanh_init(kernel.shape[-1], alpha=1.0),
+    )
+    standardized = UNITS["weight standardization"]._replace(
+        make=lambda kernel: nj.weights.weight_standardization_init(kernel.shape[-1], scale_init=constant(GAIN))
+    )
+    return UNITS | {"weight standardization": standardized, "dynamic tanh": squashed}
+
+
+class InitializingUnit(Unit):
+    """Weight norm that finds scale and bias while a first batch goes through, and returns them as its statistics."""
+
+    def apply(self, params: Tree, batch_stats: Tree, x: Array, train: bool, *, stride: int = 1) -> tuple[Array, Tree]:
+        """Returns the output, of mean 0 and variance 1, and the parameters that give it."""
+        at = lambda kernel: linear({"kernel": kernel}, x, stride)  # noqa: E731
+        norm, _, bias = nj.weights.weight_norm_init_from_data(at, params["kernel"])
+        params = params | {"norm": norm, "bias": bias}
+        y, _ = super().apply(params, batch_stats, x, train, stride=stride)
+        return y, params
+
+
+def initialized_from(images: Array, make: Callable[[Unit], Network]) -> Network:
+    """Returns a network with weight norm whose scales and biases fit the images when it starts."""
+    network, initializing = make(UNITS["weight norm"]), make(InitializingUnit(*UNITS["weight norm"]))
+
+    def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
+        params, batch_stats = network.init(key, image_shape, num_classes)
+        _, found = jax.jit(initializing.apply, static_argnums=3)(params, batch_stats, images, True)
+        return params | found, batch_stats
+
+    return Network(init, network.apply)
+
+
+def influence(network: Network, params: Tree, batch_stats: Tree, images: Array) -> float:
+    """Returns how far the logits of the first image move, in training, when all the others are replaced."""
+    half = len(images) // 2
+    replaced = jnp.concatenate([images[:1], images[half + 1 : 2 * half]])
+
+    @jax.jit
+    def logits(batch: Array) -> Array:
+        return network.apply(params, batch_stats, batch, True)[0][0]
+
+    return float(jnp.abs(logits(images[:half]) - logits(replaced)).max())
+
+
+def run(options: Namespace, interrupt: Interrupt) -> int:
+    """Trains and reports; returns the exit status."""
+    return conduct(WithoutBatch(options), interrupt)
+
+
+class WithoutBatch(Study):
+    """Accuracies by normalization and learning rate."""
+
+    name, source = "without_batch", "the sources"
+    caption = (
+        "What to see: how high each curve is, and how far to the right it stays there. Batch norm's is the only network"
+        " whose output for an example depends on others. The question is which of the rest come near its accuracy, and"
+        " near the learning rates that it allows."
+    )
+
+    def parts(self) -> Mapping[str, Part]:
+        """Returns a run for each normalization and learning rate."""
+        options = self.options
+        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        if options.batch_size > len(images.train_labels):
+            raise data.DataError(f"--batch-size {options.batch_size}: there are {len(images.train_labels)} examples")
+        examples, known = training.examples(images, standardize=True), units()
+        first, _ = examples[0].pick(jnp.arange(min(INITIALIZING, len(images.train_labels))))
+
+        @cache
+        def trainer(name: str) -> training.Trainer:
+            make = partial(vgg, widths=WIDTHS, stride=2)
+            network = initialized_from(first, make) if name == "weight norm" else make(known[name])
+            return training.Trainer(network, examples, options.batch_size, MOMENTUM)
+
+        @cache
+        def others(name: str) -> float:
+            start = trainer(name).init(0)
+            return influence(trainer(name).network, start.params, start.batch_stats, first)
+
+        def part(name: str, rate: float) -> Part:
+            work = lambda advance: self.train(trainer(name), rate, advance) | {"others": others(name)}  # noqa: E731
+            return Part(options.seeds * options.steps, work)
+
+        return {key(name, rate): part(name, rate) for name in options.norms for rate in options.learning_rates}
+
+    def train(self, trainer: training.Trainer, rate: float, advance: Advance) -> dict[str, Any]:
+        """Returns the accuracies of each seed after the last step."""
+        options, found = self.options, {"training": [], "test": []}
+        for seed in range(options.seeds):
+            progress = lambda done, accuracy: advance(done, f"{accuracy:.1%}")  # noqa: E731
+            run, state = trainer.finish(seed, rate, options.steps, max(1, options.steps // EVALUATIONS), progress)
+            found["training"].append(trainer.accuracy(state, trainer.train))
+            found["test"].append(run.accuracies[-1])
+        return found
+
+    def curve(self, name: str, which: str) -> dict[float, float]:
+        """The median accuracies, "training" or "test", by learning rate, as far as they are finished."""
+        results = {rate: self.results.get(key(name, rate)) for rate in sorted(self.options.learning_rates)}
+        return {rate: median(result[which]) for rate, result in results.items() if result}
+
+    def summaries(self) -> dict[str, Summary]:
+        """The finished normalizations, each at its best rate."""
+        found = {}
+        for name in self.options.norms:
+            if test := self.curve(name, "test"):
+                rate = max(test, key=test.__getitem__)
+                near = [rate for rate in test if test[rate] >= max(test.values()) - NEAR]
+                others = self.results[key(name, rate)]["others"]
+                found[name] = Summary(rate, self.curve(name, "training")[rate], test[rate], near, others)
+        return found
+
+    def claims(self) -> Sequence[Claim]:
+        """Returns what the sources say of each substitute, and how it compares with batch norm here."""
+        found = self.summaries()
+        if not (batch := found.get("batch")):
+            return []
+        return [
+            Claim(f"{name} ({source})", reported, f"{found[name].test:.1%}, batch norm's {batch.test:.1%}")
+            for name, (source, reported) in REPORTED.items()
+            if name in found
+        ]
+
+    def tables(self) -> Sequence[Table]:
+        """Returns each normalization at its best rate, over how many rates it works, and what others matter."""
+        title = f"After {self.options.steps} steps, median of {self.options.seeds} seed(s)"
+        table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("normalization", no_wrap=True)
+        for heading in ("best rate", "training", "test", f"rates within {NEAR:.0%}", "others"):
+            table.add_column(heading, justify="right")
+        for name, best in self.summaries().items():
+            span = f"{min(best.near):.3g} to {max(best.near):.3g}"
+            accuracies = f"{best.training:.1%}", f"{best.test:.1%}"
+            table.add_row(name, f"{best.rate:.3g}", *accuracies, span, f"{best.others:.1g}")
+        return [table]
+
+    def draw(self, path: Path) -> None:
+        """Draws training and test accuracy against the learning rate."""
+        title = f"{data.TITLES[self.options.data]}: accuracy after {self.options.steps} steps, by learning rate"
+        with report.figure(path, title, self.caption, size=(11, 4.8)) as (panels,):
+            for axes, which in zip(panels, ("training", "test"), strict=True):
+                for i, name in enumerate(self.options.norms):
+                    if curve := self.curve(name, which):
+                        axes.plot(
+                            list(curve),
+                            [100 * value for value in curve.values()],
+                            "o" + report.DASHES[i % len(report.DASHES)],
+                            color=f"C{i}",
+                            label=name,
+                        )
+                axes.set(xscale="log", xlabel="learning rate", title=f"{which} accuracy")
+                axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+                axes.set_xticks(sorted(self.options.learning_rates), minor=False)
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.minorticks_off()
+                axes.grid(alpha=0.3)
+            lines = panels[0].get_legend_handles_labels()
+            panels[0].figure.legend(*lines, loc="outside right center", fontsize="small")
+
+
+def key(name: str, rate: float) -> str:
+    """Returns the name of a part."""
+    return f"{name}, {rate:g}"

@@ -1,0 +1,54 @@
+"""The optimization landscape with batch normalization and without: how far the gradient can be trusted.
+
+Trains a small VGG, without normalization and with batch normalization, by plain SGD at several learning rates, and
+measures on the way, as Santurkar et al. (2018) do in their figure 4, along the gradient of a training batch
+
+    how much the loss varies,
+    how far the gradient is from what it was (gradient predictiveness), and
+    the largest ratio of that to the distance moved (effective beta-smoothness)
+
+with `nj.diagnostics.landscape`, and at some checkpoints the largest eigenvalue of the Hessian, over all directions,
+with `nj.diagnostics.hessian_eigenvalue`.
+
+    python examples/landscape.py                                          # scikit-learn's digits: nothing to download
+    python examples/landscape.py --learning-rates 0.05 0.2
+    python examples/landscape.py --data cifar10 --data-dir DIR            # the paper's images
+
+What the paper reports, beside what is measured here, is printed as a table; JSON and a plot go to --out. Ctrl-C stops,
+and keeps what is finished. See examples/README.md for what to expect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from common.arguments import Parser, number
+from common.interrupt import run
+
+DEFAULTS = {
+    "digits": {"seeds": 2, "steps": 300, "eval_every": 10, "batch_size": 32},
+    "mnist": {"seeds": 1, "steps": 300, "eval_every": 10, "batch_size": 32},
+    "cifar10": {"seeds": 1, "steps": 1000, "eval_every": 25, "batch_size": 128},
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    parser = Parser(__doc__)
+    rate, count = number(float, "a positive number"), number(int, "a positive integer")
+    add = parser.add_argument
+    add("--learning-rates", type=rate, nargs="+", metavar="RATE", default=[0.1, 0.5], help="(default: %(default)s)")
+    add("--checkpoints", type=count, default=4, metavar="N", help="at which the Hessian is looked at (%(default)s)")
+    parser.add_runs("landscape", DEFAULTS)
+    return parser.parse_runs(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what the command line asks for and returns the exit status."""
+    return run("landscape", parse(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

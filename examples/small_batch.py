@@ -1,0 +1,61 @@
+"""Accuracy against batch size, by normalization: figure 1 of the Group Norm paper (Wu & He 2018), for the whole family.
+
+Trains a small VGG on 8 simulated devices with 32, 16, 8, 4 and 2 images on each, and shows the test error with
+
+    batch            statistics of each device by itself, as data-parallel training has them
+    ghost            statistics over 16 examples (virtual_batch_size) of the whole batch, wherever they lie
+    renorm           as "batch", corrected towards the running statistics; limits rise from those of batch norm
+    sync             statistics over all devices (axis_name)
+    group, layer, filter response    no statistics over examples at all
+
+    python examples/small_batch.py                              # scikit-learn's digits: nothing to download
+    python examples/small_batch.py --data mnist --data-dir DIR
+    python examples/small_batch.py --data cifar10 --data-dir DIR --norms batch group --sizes 32 4 2
+
+The protocol is the paper's: 8 devices, a learning rate linear in the batch size (--learning-rate is that of 32 images a
+device), and the same number of examples seen at every batch size, so that --steps is the number of steps of the largest
+batch. All start from the same kernels. A table, JSON and a plot come out, the files in --out. Ctrl-C stops, and keeps
+what is finished. See examples/README.md for what to expect.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+from common.arguments import Parser, number
+from common.interrupt import run
+
+NORMS = ("batch", "ghost", "renorm", "sync", "group", "layer", "filter response")
+SIZES = (32, 16, 8, 4, 2)
+DEFAULTS = {
+    "digits": {"seeds": 1, "steps": 200, "learning_rate": 0.1},
+    "mnist": {"seeds": 1, "steps": 200, "learning_rate": 0.1},
+    "cifar10": {"seeds": 1, "steps": 200, "learning_rate": 0.1},
+}
+
+
+def parse(arguments: Sequence[str] | None) -> Namespace:
+    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    parser = Parser(__doc__)
+    parser.add_runs("small_batch", DEFAULTS)
+    parser.add_argument("--norms", nargs="+", choices=NORMS, default=NORMS, help="which to train (default: all)")
+    size = number(int, "an integer above 1: one image has no batch", 2)
+    sizes = " ".join(map(str, SIZES))
+    parser.add_argument(
+        "--sizes", nargs="+", type=size, default=SIZES, metavar="N", help=f"images a device (default: {sizes})"
+    )
+    options = parser.parse_runs(arguments)
+    if "ghost" in options.norms and (odd := [size for size in options.sizes if size % 2]):
+        parser.error(f"--sizes {odd[0]}: 8 times as many do not divide into ghost batches of 16; take even sizes")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what the command line asks for and returns the exit status."""
+    return run("small_batch", parse(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

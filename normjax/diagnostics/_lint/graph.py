@@ -1,0 +1,216 @@
+"""A traced function as one graph of values, what they depend on, and who dominates whom."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+MIXING = {"dot_general", "conv_general_dilated", "gather"}
+ROOT = -1
+
+
+class Kind(IntEnum):
+    """What a value depends on; of several, it is the last that counts."""
+
+    CONSTANT = 0
+    PARAM = 1  # variables
+    MASK = 2  # also on integers, bools or random bits: labels, masks, counters, noise
+    DATA = 3  # on activations
+
+
+class Node(NamedTuple):
+    """A value, and what makes it.
+
+    Attributes:
+      op: the primitive, or one of: leaf, input, constant; carry, take, stack, branch (of loops and conditions).
+      inputs: the values that it is made from.
+      aval: its shape and dtype.
+      params: of the primitive.
+      eqn: the equation; None where there is none.
+      kind: what it depends on.
+    """
+
+    op: str
+    inputs: tuple[int, ...]
+    aval: Any
+    params: Mapping[str, Any]
+    eqn: Any
+    kind: Kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the value."""
+        return self.aval.shape
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.aval.shape)
+
+
+class Unknown(Exception):
+    """A value that cannot be had without running the network."""
+
+
+class Graph:
+    """The values of a function `(variables, x) -> (outputs, updates)`, in the order in which they are made.
+
+    Attributes:
+      statistics: the leaves that are running statistics.
+      nodes: the values.
+      leaves: those that are leaves of the variables.
+      inputs: those that are leaves of x.
+      outputs: those that are returned as the network's outputs.
+      updates: those that are returned as new statistics.
+      users: by value, those that are made from it.
+    """
+
+    def __init__(self, statistics: frozenset[int] = frozenset()) -> None:
+        self.statistics = statistics
+        self.nodes: list[Node] = []
+        self.leaves: list[int] = []
+        self.inputs: list[int] = []
+        self.outputs: list[int] = []
+        self.updates: list[int] = []
+        self.users: list[list[int]] = []
+        self._constants: dict[int, Any] = {}
+        self._above: list[int] = []  # the immediate dominator among activations
+        self._depth: list[int] = []
+
+    def add(self, op: str, inputs: Sequence[int], aval: Any, params: Mapping[str, Any] = {}, eqn: Any = None) -> int:
+        """Adds a value and returns its number."""
+        number = len(self.nodes)
+        node = Node(op, tuple(inputs), aval, params, eqn, self._kind(op, inputs, aval))
+        self.nodes.append(node)
+        self.users.append([])
+        for given in dict.fromkeys(inputs):
+            self.users[given].append(number)
+        above = functools.reduce(self.common, self.data(number)) if self.data(number) and op != "carry" else ROOT
+        self._above.append(above)
+        self._depth.append(0 if above == ROOT else self._depth[above] + 1)
+        return number
+
+    def constant(self, value: Any, aval: Any) -> int:
+        """Adds a value that is known."""
+        number = self.add("constant", (), aval)
+        self._constants[number] = value
+        return number
+
+    def finish(self, outputs: list[int], updates: list[int]) -> None:
+        """Says what is returned, and forgets users that nothing of it is made from."""
+        self.outputs, self.updates = outputs, updates
+        needed = {*outputs, *updates}
+        for number in range(len(self.nodes) - 1, -1, -1):
+            if number in needed:
+                needed.update(self.nodes[number].inputs)
+        self.users = [[user for user in users if user in needed] for users in self.users]
+
+    def data(self, number: int) -> list[int]:
+        """Returns the activations that a value is made from."""
+        return [given for given in self.nodes[number].inputs if self.nodes[given].kind == Kind.DATA]
+
+    def is_param(self, number: int) -> bool:
+        """Whether a value is made from variables, and neither from activations nor at random."""
+        return self.nodes[number].kind in (Kind.PARAM, Kind.MASK) and bool(self.sources(number))
+
+    def above(self, number: int) -> int:
+        """Returns the last activation that all of the data passes on its way to this one; ROOT for none."""
+        return self._above[number]
+
+    def common(self, a: int, b: int) -> int:
+        """Returns the last activation that all of the data passes on its way to either."""
+        while a != b:
+            if a == ROOT or b == ROOT:
+                return ROOT
+            if self._depth[a] >= self._depth[b]:
+                a = self._above[a]
+            else:
+                b = self._above[b]
+        return a
+
+    def between(self, start: int, end: int, *, avoiding: int | None = None) -> set[int]:
+        """Returns the activations on the ways from one to the other, the latter included."""
+        found, waiting = set(), [end]
+        while waiting:
+            number = waiting.pop()
+            if number not in found and number != start and number != avoiding:
+                found.add(number)
+                waiting += self.data(number)
+        return found
+
+    def sources(self, number: int) -> frozenset[int]:
+        """Returns the leaves that a value is made from, other than by way of activations."""
+        found, waiting = set(), [number]
+        while waiting:
+            number = waiting.pop()
+            if number not in found and self.nodes[number].kind != Kind.DATA:
+                found.add(number)
+                waiting += self.nodes[number].inputs
+        return frozenset(found.intersection(self.leaves))
+
+    def value(self, number: int, given: dict[int, Any]) -> Any:
+        """Computes a value from those that are given, to which it adds what it had to compute; or raises Unknown."""
+        if number not in given:
+            given[number] = self._computed(number, given)
+        return given[number]
+
+    def _computed(self, number: int, given: dict[int, Any]) -> Any:
+        node = self.nodes[number]
+        if number in self._constants:
+            return self._constants[number]
+        if node.op == "carry":
+            return self.value(node.inputs[0], given)
+        if node.op == "take":
+            return self.value(node.inputs[0], given)[0]
+        if node.op in ("branch", "select_n"):
+            condition, *cases = node.inputs
+            try:
+                index = self.value(condition, given)
+            except Unknown:
+                return self.value(cases[-1], given)  # where something counts, say
+            return lax.select_n(index, *(self.value(case, given) for case in cases))
+        if node.op == "stack":
+            return self.value(node.inputs[0], given)[None]
+        if node.op == "optimization_barrier":
+            return self.value(node.inputs[0], given)
+        expensive = node.op in MIXING and node.kind == Kind.DATA
+        if node.eqn is None or node.eqn.primitive.multiple_results or collective_axes(node) or expensive:
+            raise Unknown
+        values = [self.value(each, given) for each in node.inputs]
+        return node.eqn.primitive.bind(*values, **node.params)
+
+    def _kind(self, op: str, inputs: Sequence[int], aval: Any) -> Kind:
+        inexact = hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.inexact)
+        if op in ("input", "carry") and not (op == "carry" and self.nodes[inputs[0]].kind == Kind.PARAM):
+            return Kind.DATA if inexact else Kind.MASK
+        if op == "leaf":
+            return Kind.PARAM
+        kinds = [self.nodes[given].kind for given in inputs]
+        kind = max(kinds, default=Kind.CONSTANT)
+        if op.startswith("random") or (kind == Kind.DATA and not inexact):
+            return Kind.MASK
+        if kind == Kind.DATA and op == "add" and any(map(self._is_old, inputs)):
+            return Kind.MASK  # new running statistics, which no activation of a later call owes itself to
+        if kind == Kind.MASK and op in MIXING and inexact and Kind.PARAM in kinds:
+            return Kind.DATA  # of an embedding
+        return kind
+
+    def _is_old(self, number: int) -> bool:
+        """Whether that is a multiple of old running statistics."""
+        node = self.nodes[number]
+        return node.op == "mul" and node.kind == Kind.PARAM and self.sources(number) <= self.statistics
+
+
+def collective_axes(node: Node) -> tuple[Hashable, ...]:
+    """Returns the mapped axes that an operation communicates over."""
+    if node.op in ("pvary", "pcast", "axis_index", "broadcast_in_dim"):
+        return ()
+    names = node.params.get("axis_name", node.params.get("axes", ()))
+    names = names if isinstance(names, (tuple, list)) else (names,)
+    return tuple(name for name in names if not isinstance(name, int))

@@ -1,0 +1,225 @@
+"""The normalizations of a graph, whoever wrote them: what is divided by the root of a statistic of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator
+from typing import NamedTuple
+
+from normjax.diagnostics._lint.axes import REDUCING, Axes, reduced, spread
+from normjax.diagnostics._lint.graph import ROOT, Graph, Kind, collective_axes
+
+ROOTS = {"rsqrt": True, "sqrt": False, "pow": True}  # and whether what they make is an inverse
+VIEWS = {
+    "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "expand_dims", "name", "optimization_barrier",
+    "pcast", "pvary", "reduce_precision", "reshape", "shard", "sharding_constraint", "squeeze", "stop_gradient",
+    "take", "transpose",
+}  # fmt: skip
+# What leaves a statistic one of the same thing, its scale apart.
+SHARED = {"psum", "psum_invariant", "all_gather"}
+LINEAR = VIEWS | SHARED | {"add", "sub", "neg", "mul", "div", "select_n", "branch", "dot_general"}
+ARITHMETIC = VIEWS | {"add", "sub", "mul", "div", "max", "neg", "select_n", "branch", "integer_pow"}
+
+
+class Norm(NamedTuple):
+    """A normalization.
+
+    Attributes:
+      h: its input.
+      variance: what the root is taken of.
+      y: the normalized value.
+      end: y behind scale and bias.
+      axes: those of h that statistics are taken over, wholly or in parts.
+      values: how many values there are in a statistic, over all devices that share it.
+      shared: the mapped axes that it is shared over.
+      centered: whether the mean is subtracted.
+      factors: what y is multiplied by that depends on variables alone.
+      leaves: the variables that go into it.
+      inside: the activations between h and y.
+    """
+
+    h: int
+    variance: int
+    y: int
+    end: int
+    axes: Axes
+    values: int
+    shared: frozenset[Hashable]
+    centered: bool
+    factors: tuple[int, ...]
+    leaves: frozenset[int]
+    inside: set[int]
+
+
+def find_norms(graph: Graph, sizes: dict[Hashable, int]) -> list[Norm]:
+    """Returns the normalizations in the order of the graph; `sizes` are those of the mapped axes."""
+    found: dict[int, Norm] = {}
+    for number, node in enumerate(graph.nodes):
+        if node.op in ROOTS and node.kind == Kind.DATA:
+            for norm in _from_root(graph, number, sizes):
+                found.setdefault(norm.y, norm)
+    return list(found.values())
+
+
+def _from_root(graph: Graph, root: int, sizes: dict[Hashable, int]) -> Iterator[Norm]:
+    """Follows the root of a variance to what is multiplied by its inverse."""
+    (variance, *_) = graph.data(root)
+    waiting: list[tuple[int, bool, tuple[int, ...]]] = [(root, ROOTS[graph.nodes[root].op], ())]
+    seen = set()
+    while waiting:
+        number, inverse, scales = waiting.pop()
+        for user in graph.users[number]:
+            op = graph.nodes[user].op
+            if user in seen or op not in ARITHMETIC or graph.nodes[user].kind != Kind.DATA:
+                continue
+            seen.add(user)
+            first, *others = graph.nodes[user].inputs
+            multiplies = (op == "mul" and inverse) or (op == "div" and not inverse and first != number)
+            others = [each for each in (first, *others) if each != number]
+            if multiplies and len(graph.data(user)) == 2 and len(others) == 1:
+                if (norm := _norm(graph, variance, user, others[0], scales, sizes)) is not None:
+                    yield norm
+                    continue
+            flips = (op == "div" and first != number) or (op == "integer_pow" and graph.nodes[user].params["y"] < 0)
+            factors = [each for each in others if graph.nodes[each].kind != Kind.CONSTANT] if op == "mul" else []
+            waiting.append((user, inverse ^ flips, (*scales, *factors)))
+
+
+def _norm(
+    graph: Graph, variance: int, y: int, centered: int, scales: tuple[int, ...], sizes: dict[Hashable, int]
+) -> Norm | None:
+    """Returns what makes y of two activations, a variance and what is divided by it; None for something else."""
+    h = graph.common(variance, centered)
+    if h == ROOT or h == variance or graph.nodes[h].size != graph.nodes[centered].size:
+        return None
+    if not _has_reduction(graph, graph.between(h, variance)):
+        return None
+    h = _uncentered(graph, h)
+    y = _shifted(graph, h, y)
+    measuring = graph.between(h, variance)
+    around = graph.between(h, y, avoiding=variance)
+    end, more, biases = _affine(graph, y)
+    shared, devices = _sharing(graph, measuring, sizes)
+    inside = measuring | around
+    params = [given for number in inside for given in graph.nodes[number].inputs if graph.is_param(given)]
+    factors = tuple(number for number in (*scales, *more) if graph.is_param(number))
+    return Norm(
+        h=h,
+        variance=variance,
+        y=y,
+        end=end,
+        axes=_measured_axes(graph, h, measuring),
+        values=devices * graph.nodes[h].size // max(1, min(graph.nodes[number].size for number in measuring)),
+        shared=shared,
+        centered=bool(_means(graph, h, inside) & around),
+        factors=factors,
+        leaves=frozenset().union(*(graph.sources(number) for number in (*params, *more, *biases))),
+        inside=inside,
+    )
+
+
+def _has_reduction(graph: Graph, region: set[int]) -> bool:
+    return any(graph.nodes[number].op in REDUCING or graph.nodes[number].op == "dot_general" for number in region)
+
+
+def _uncentered(graph: Graph, h: int) -> int:
+    """Goes back over the subtraction of a mean, where the variance is measured behind it."""
+    above = graph.above(h)
+    is_difference = graph.nodes[h].op in ("add", "sub") and len(graph.data(h)) == 2
+    if not is_difference or above == ROOT or graph.nodes[above].size != graph.nodes[h].size:
+        return h
+    region = graph.between(above, h)
+    means = _means(graph, above, region)
+    return above if _measures(graph, region) and any(number in means for number in graph.data(h)) else h
+
+
+def _shifted(graph: Graph, h: int, y: int) -> int:
+    """Goes on to where a multiple of the mean is subtracted, if it is behind the product."""
+    if len(users := graph.users[y]) != 1 or graph.nodes[users[0]].op not in ("add", "sub"):
+        return y
+    others = [number for number in graph.data(users[0]) if number != y]
+    if len(others) != 1 or graph.common(h, others[0]) != h:
+        return y
+    region = graph.between(h, others[0])
+    return users[0] if _measures(graph, region) and _means(graph, h, region) else y
+
+
+def _measures(graph: Graph, region: set[int]) -> bool:
+    """Whether nothing happens in a region but what makes statistics."""
+    return {graph.nodes[number].op for number in region} <= ARITHMETIC | REDUCING | {*ROOTS, *SHARED, "square"}
+
+
+def _means(graph: Graph, h: int, region: set[int]) -> set[int]:
+    """Returns the sums of h, their multiples, and what they are laid out as."""
+    linear, means = {h}, set()
+    for number in sorted(region):
+        node, data = graph.nodes[number], graph.data(number)
+        product = node.op in ("mul", "dot_general") and len(data) > 1
+        divisor = node.op == "div" and graph.nodes[node.inputs[1]].kind == Kind.DATA
+        known = [given for given in data if given in linear]
+        if (
+            node.op in LINEAR | {"reduce_sum"}
+            and known
+            and not (product or divisor)
+            and (len(known) == len(data) or node.op == "branch")
+        ):
+            linear.add(number)
+            if node.op in ("reduce_sum", "dot_general") or means & set(data):
+                means.add(number)
+    # The difference of an activation and its mean is no mean.
+    small = graph.nodes[h].size
+    return {number for number in means if graph.nodes[number].size < small or not _subtracts(graph, number)}
+
+
+def _subtracts(graph: Graph, number: int) -> bool:
+    return graph.nodes[number].op in ("add", "sub") and len(graph.data(number)) == 2
+
+
+def _measured_axes(graph: Graph, h: int, region: set[int]) -> Axes:
+    """Returns the axes of h that are summed over on the way to a variance."""
+    rank = len(graph.nodes[h].shape)
+    places = {h: [frozenset([axis]) for axis in range(rank)]}
+    measured = set()
+    for number in sorted(region):
+        node = graph.nodes[number]
+        places[number] = [frozenset()] * rank
+        for operand, given in enumerate(node.inputs):
+            if given not in places:
+                continue
+            shape = graph.nodes[given].shape
+            for axis, at in enumerate(places[given]):
+                if at & reduced(node, operand):
+                    measured.add(axis)
+                places[number][axis] |= (spread(node, operand, shape, at) if at else at) or frozenset()
+    return frozenset(measured)
+
+
+def _sharing(graph: Graph, region: set[int], sizes: dict[Hashable, int]) -> tuple[frozenset[Hashable], int]:
+    """Returns the mapped axes that statistics are shared over, and how many devices share one."""
+    shared: dict[Hashable, int] = {}
+    for number in region:
+        node = graph.nodes[number]
+        groups = node.params.get("axis_index_groups")
+        for name in collective_axes(node):
+            shared[name] = len(groups[0]) if groups else sizes.get(name, 1)
+    return frozenset(shared), math.prod(shared.values())
+
+
+def _affine(graph: Graph, y: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Follows scale and bias behind a normalized value; returns where they end, the factors, and what is added."""
+    scales, biases = [], []
+    while len(users := graph.users[y]) == 1 and y not in graph.outputs:
+        (user,) = users
+        node = graph.nodes[user]
+        others = [given for given in node.inputs if given != y]
+        params = [given for given in others if graph.is_param(given)]
+        if node.op in VIEWS:
+            pass
+        elif node.op == "mul" and params:
+            scales += params
+        elif node.op == "add" and params:
+            biases += params
+        else:
+            break
+        y = user
+    return y, tuple(scales), tuple(biases)

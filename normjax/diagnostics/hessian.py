@@ -1,0 +1,214 @@
+"""The sharpest direction of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from normjax import _checks
+from normjax._typing import PRNGKey
+from normjax.diagnostics._losses import Loss, Scalar, checked, inner, norm, total
+
+_FUNCTION = "hessian_eigenvalue"
+Product = Callable[[Any], Any]  # of the Hessian with a vector
+
+
+class Eigenvalue(NamedTuple):
+    """An eigenvalue of the Hessian, and how well it is known.
+
+    Attributes:
+      value: the eigenvalue.
+      vector: its eigenvector of length 1, a tree like the parameters.
+      residual: the length of `H vector - value vector`, measured: some eigenvalue is within it of `value`.
+      iterations: how many products with the Hessian it took.
+      converged: whether the residual is within the tolerance.
+    """
+
+    value: Float[Array, ""]
+    vector: PyTree[Float[Array, "..."]]
+    residual: Float[Array, ""]
+    iterations: Int[Array, ""]
+    converged: Bool[Array, ""]
+
+
+def hessian_eigenvalue(
+    loss: Loss,
+    params: PyTree,
+    *,
+    which: Literal["largest", "smallest"] = "largest",
+    iterations: int = 50,
+    tolerance: float = 1e-3,
+    key: PRNGKey | None = None,
+) -> Eigenvalue:
+    r"""Finds the largest eigenvalue of the loss's Hessian: its sharpness, which bounds the learning rate.
+
+    Lanczos' iteration projects the Hessian H on the Krylov space of a random vector, and takes an eigenvalue of the
+    small tridiagonal matrix T that results:
+
+    .. math:: Q^\top H Q = T, \qquad T s = \theta s, \qquad
+              \lVert H Q s - \theta Q s \rVert = \beta_k \lvert s_k \rvert
+
+    H is never made: its products with vectors are derivatives of the gradient along them (Pearlmutter 1994). Gradient
+    descent of rate lr is stable on a quadratic where `lr < 2 / value`.
+
+    *Largest* is algebraic: `"smallest"` finds the most negative curvature, and the larger in magnitude of the two is
+    the norm of H. Each new vector is made orthogonal to all earlier ones, twice, so that rounding makes no copies of
+    eigenvalues; it costs memory for `iterations` copies of the parameters. It compiles itself, each time that it is
+    called; in a loop, compile it once, as in the example.
+
+    Args:
+      loss: from parameters (or the module) to the loss, a scalar, twice differentiable. ReLUs count as linear on either
+        side. With batch norm, in training mode, on a batch like those of training; new statistics are left out.
+      params: any tree of arrays, or an nnx module, of which its `nnx.Param`s count. Read in at least float32.
+      which: the end of the spectrum.
+      iterations: at most so many products with H; never more than there are parameters.
+      tolerance: of the residual, relative to the largest |eigenvalue| found. The error of the value is at most the
+        residual, and usually about its square over the distance to the next eigenvalue.
+      key: of the random vector that the iteration starts from; None for `jax.random.key(0)`.
+
+    Returns:
+      An `Eigenvalue`, in at least float32. Look at `converged`: without it, the value is only a lower bound of the
+      largest (an upper one of the smallest).
+
+    Raises:
+      ValueError: for iterations below 1, a tolerance that is not from 0 to 1, or an unknown `which`.
+      TypeError: for parameters that are not real floating-point, or a loss that is no scalar.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> curvature = jnp.array([-4.0, 1.0, 3.0])
+      >>> loss = lambda params: 0.5 * jnp.sum(curvature * params["w"] ** 2)
+      >>> sharpness = jax.jit(lambda params: nj.diagnostics.hessian_eigenvalue(loss, params))
+      >>> found = sharpness({"w": jnp.ones(3)})
+      >>> print(round(float(found.value), 4), jnp.abs(found.vector["w"]).round(3), found.converged)
+      3.0 [0. 0. 1.] True
+
+    References:
+      Lanczos, "An Iteration Method for the Solution of the Eigenvalue Problem of Linear Differential and Integral
+      Operators" (1950). Parlett, "The Symmetric Eigenvalue Problem" (1980), chapter 13.
+      Pearlmutter, "Fast Exact Multiplication by the Hessian" (Neural Computation 1994).
+    """
+    _checks.choice(_FUNCTION, "which", which, ("largest", "smallest"))
+    _checks.between(_FUNCTION, "tolerance", tolerance, 0.0, 1.0)
+    if _checks.positive_int(iterations) is None:
+        _checks.refuse(
+            _FUNCTION,
+            "iterations is not a number of products",
+            expected="a positive int",
+            got=f"iterations={iterations!r}",
+            fix="Pass some 50",
+        )
+    loss, params = checked(_FUNCTION, loss, params)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    @jax.jit
+    def find(params: PyTree, key: PRNGKey) -> Eigenvalue:
+        _, product = jax.linearize(jax.grad(loss), params)
+        krylov, ritz = _lanczos(product, _random(key, params), min(iterations, size), tolerance, which)
+        vector = _combined(ritz.weights, krylov.basis)
+        vector = _scaled(1 / norm(vector), vector)
+        image = product(vector)
+        value = inner(vector, image)
+        residual = norm(jax.tree.map(lambda a, b: a - value.astype(a.dtype) * b, image, vector))
+        return Eigenvalue(value, vector, residual, krylov.used, residual <= _bound(tolerance, ritz.largest))
+
+    return find(params, jax.random.key(0) if key is None else key)
+
+
+class _Krylov(NamedTuple):
+    """An orthonormal basis, row by row, and T: its diagonal, and what is beside it."""
+
+    basis: PyTree[Float[Array, "rows ..."]]
+    diagonal: Float[Array, " rows"]
+    beside: Float[Array, " rows"]  # of row k and row k + 1
+    used: Int[Array, ""]
+
+
+class _Ritz(NamedTuple):
+    """An eigenvalue's vector in the basis, its residual, and the largest |eigenvalue| of T."""
+
+    weights: Float[Array, " rows"]
+    residual: Scalar
+    largest: Scalar
+
+
+def _lanczos(product: Product, start: PyTree, rows: int, tolerance: float, which: str) -> tuple[_Krylov, _Ritz]:
+    def further(state: tuple[_Krylov, _Ritz]) -> Array:
+        # Half the tolerance, so that the residual that is measured in the end is within the whole of it.
+        krylov, ritz = state
+        return (krylov.used < rows) & ~(ritz.residual <= _bound(tolerance / 2, ritz.largest))
+
+    def step(state: tuple[_Krylov, _Ritz]) -> tuple[_Krylov, _Ritz]:
+        krylov = _extended(product, state[0])
+        return krylov, _ritz(krylov, which)
+
+    def room(leaf: Array) -> Array:
+        return jnp.zeros((rows, *leaf.shape), leaf.dtype).at[0].set(leaf)
+
+    empty = jnp.zeros(rows, norm(start).dtype)
+    krylov = _Krylov(jax.tree.map(room, start), empty, empty, jnp.int32(0))
+    nothing = _Ritz(empty, jnp.full((), jnp.inf, empty.dtype), jnp.zeros((), empty.dtype))
+    return lax.while_loop(further, step, (krylov, nothing))
+
+
+def _extended(product: Product, krylov: _Krylov) -> _Krylov:
+    """Multiplies the last row with the Hessian, and makes of it the next row."""
+    basis, diagonal, beside, k = krylov
+    last = jax.tree.map(lambda rows: rows[k], basis)
+    image = product(last)
+    diagonal = diagonal.at[k].set(inner(last, image))
+    for _ in range(2):  # rows that are still to come are zeros
+        along = _products(basis, image)
+        image = jax.tree.map(jnp.subtract, image, _combined(along, basis))
+    length = norm(image)
+    following = _scaled(1 / jnp.where(length > 0, length, 1), image)
+    basis = jax.tree.map(lambda rows, row: rows.at[k + 1].set(row, mode="drop"), basis, following)
+    return _Krylov(basis, diagonal, beside.at[k].set(length), k + 1)
+
+
+def _ritz(krylov: _Krylov, which: str) -> _Ritz:
+    """Solves for the eigenvalues of T, whose rows beyond those that are used are moved to the low end."""
+    _, diagonal, beside, used = krylov
+    rows = len(diagonal)
+    index = jnp.arange(rows, dtype=jnp.int32)
+    coupling = jnp.where(index < used - 1, beside, 0)
+    bound = jnp.abs(diagonal).max() + 2 * coupling.max()
+    outside = jnp.where(bound > 0, -2 * bound, -1)
+    matrix = jnp.diag(jnp.where(index < used, diagonal, outside))
+    matrix += jnp.diag(coupling[:-1], 1) + jnp.diag(coupling[:-1], -1)
+    values, vectors = jnp.linalg.eigh(matrix)
+    weights = vectors[:, rows - 1 if which == "largest" else rows - used]
+    largest = jnp.maximum(jnp.abs(values[-1]), jnp.abs(values[rows - used]))
+    return _Ritz(weights, beside[used - 1] * jnp.abs(weights[used - 1]), largest)
+
+
+def _bound(tolerance: float, largest: Scalar) -> Scalar:
+    """The residual to stop at; what is of the size of rounding is none."""
+    return max(tolerance, 10 * float(jnp.finfo(largest.dtype).eps)) * largest
+
+
+def _random(key: PRNGKey, params: PyTree) -> PyTree:
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    start = [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    return _scaled(1 / norm(start), jax.tree.unflatten(structure, start))
+
+
+def _scaled(factor: Scalar, tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, tree)
+
+
+def _products(basis: PyTree, vector: PyTree) -> Float[Array, " rows"]:
+    """The inner product of each row with a vector."""
+    products = jax.tree.map(lambda rows, leaf: jnp.tensordot(rows, leaf, leaf.ndim, precision="highest"), basis, vector)
+    return total(jax.tree.leaves(products))
+
+
+def _combined(weights: Float[Array, " rows"], basis: PyTree) -> PyTree:
+    """The sum of the rows, weighted."""
+    return jax.tree.map(lambda rows: jnp.tensordot(weights.astype(rows.dtype), rows, 1, precision="highest"), basis)

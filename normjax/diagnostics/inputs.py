@@ -1,0 +1,141 @@
+"""What goes into the layers of a Flax model."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import get_opaque_trace_state
+from jaxtyping import Array
+
+from normjax import _checks
+
+
+def layer_inputs(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Array]]:
+    """Calls a Flax model, and returns beside what it returns what went into each of its layers.
+
+    Works for linen and nnx, inside of `jax.jit` and `jax.grad` too: the inputs are arrays like the outputs. A model of
+    pure functions needs none of this: let it return what goes into its layers.
+
+    Layers that the model calls within a transformation (`jax.jit`, `nn.scan`, `nn.remat`, ...) are hidden: what goes
+    into them there is nothing outside of it.
+
+    Args:
+      model: `model.apply` of a linen module, or any function that calls it; or an nnx module.
+      *args: of its call.
+      **kwargs: of its call.
+
+    Returns:
+      What `model(*args, **kwargs)` returns, and a dict from the path of each module, such as `"encoder/Dense_0"`, to
+      its first argument, in the order of the calls. Further calls of one module have entries of their own,
+      `"Dense_0[1]"`; modules whose first argument is no floating-point array have none.
+
+    Raises:
+      TypeError: if no layer was seen: the model is not of Flax, or all of it is within a transformation.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> from flax import linen as nn
+      >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
+      >>> x = jnp.ones((4, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> y, inputs = nj.diagnostics.layer_inputs(model.apply, variables, x)
+      >>> print(y.shape, {path: x.shape for path, x in inputs.items()})
+      (4, 2) {'layers_0': (4, 3), 'layers_2': (4, 8)}
+      >>> print(nj.diagnostics.percentiles(inputs).values["layers_0"])
+      [1. 1. 1.]
+    """
+    nnx, linen = sys.modules.get("flax.nnx"), sys.modules.get("flax.linen")
+    record = _Record()
+    with contextlib.ExitStack() as stack:
+        if nnx is not None and isinstance(model, nnx.Module):
+            stack.enter_context(_nnx_watched(model, record))
+        elif linen is not None:
+            stack.enter_context(_linen_watched(record))
+        outputs = model(*args, **kwargs)
+    if not record.inputs:
+        _checks.refuse(
+            "layer_inputs",
+            "no layer was seen",
+            expected="model.apply of a linen module, or an nnx module, that calls layers outside of transformations",
+            got=f"model={getattr(model, '__qualname__', type(model).__name__)}",
+            fix="Jit around layer_inputs, not inside; let a model of pure functions return what goes into its layers",
+            kind=TypeError,
+        )
+    return outputs, record.inputs
+
+
+class _Record:
+    """Inputs by path, of calls in the trace that the record was begun in: those of inner ones cannot leave them."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Array] = {}
+        self._calls: dict[str, int] = {}
+        self._open: set[str] = set()
+        self._trace = get_opaque_trace_state(convention="flax")
+
+    def call(self, path: tuple, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Calls the module at a path, noting what goes into it; once, where its class calls that of its parent."""
+        name = "/".join(map(str, path))
+        if name in self._open or not self._sees(args):
+            return call(*args, **kwargs)
+        calls = self._calls[name] = self._calls.get(name, 0) + 1
+        self.inputs[name if calls == 1 else f"{name}[{calls - 1}]"] = jnp.asarray(args[0])
+        self._open.add(name)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._open.discard(name)
+
+    def _sees(self, args: tuple) -> bool:
+        return (
+            bool(args)
+            and isinstance(args[0], (jax.Array, np.ndarray))
+            and jnp.issubdtype(args[0].dtype, jnp.inexact)
+            and args[0].ndim > 0
+            and get_opaque_trace_state(convention="flax") == self._trace
+        )
+
+
+def _linen_watched(record: _Record) -> contextlib.AbstractContextManager[None]:
+    """Context in which linen's modules note their inputs."""
+    from flax import linen as nn
+
+    def interceptor(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+        if context.method_name != "__call__" or not context.module.path:
+            return call(*args, **kwargs)
+        return record.call(context.module.path, call, args, kwargs)
+
+    return nn.intercept_methods(interceptor)
+
+
+@contextlib.contextmanager
+def _nnx_watched(model: Any, record: _Record) -> Iterator[None]:
+    """Context in which the modules of this model note their inputs: nnx has no hook, so it is their classes' call."""
+    from flax import nnx
+
+    modules = [(path, module) for path, module in nnx.iter_modules(model) if path]
+    paths = {id(module): path for path, module in modules}
+
+    def watched(call: Callable) -> Callable:
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if id(self) not in paths:
+                return call(self, *args, **kwargs)
+            return record.call(paths[id(self)], lambda *args, **kwargs: call(self, *args, **kwargs), args, kwargs)
+
+        return __call__
+
+    owners = {base for _, module in modules for base in type(module).__mro__ if "__call__" in vars(base)}
+    calls: dict[Any, Callable] = {owner: vars(owner)["__call__"] for owner in owners}
+    try:
+        for owner, call in calls.items():
+            owner.__call__ = watched(call)
+        yield
+    finally:
+        for owner, call in calls.items():
+            owner.__call__ = call

@@ -1,0 +1,91 @@
+"""How what goes into a layer is distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from normjax import _checks
+from normjax._typing import Axes
+from normjax.optim._trees import Path, check_arrays, show
+from normjax.statistics.reduction import widen
+
+
+class Percentiles(NamedTuple):
+    """Percentiles of each layer's inputs; with leading axes of steps, where they were recorded over them.
+
+    Attributes:
+      q: which percentiles, from 0 to 100, `(*steps, q)`.
+      values: for each layer, `(*steps, q, *features)`, in a tree of the structure of the inputs.
+    """
+
+    q: Float[Array, "*steps q"]
+    values: PyTree[Float[Array, "*steps q *features"]]
+
+
+def percentiles(inputs: PyTree, q: Sequence[float] = (15, 50, 85), *, feature_axes: Axes = ()) -> Percentiles:
+    r"""Describes the distribution of each layer's inputs by a few percentiles: small enough to keep for every step.
+
+    The value at percentile q is that below which q percent of the elements lie, interpolated linearly. 15, 50 and 85
+    are those of the 2015 paper's figure 1: for a normal distribution the mean, and about one standard deviation to
+    either side of it.
+
+    It is made for training loops: jit it along with the step, stack what it returns, as `lax.scan` does, or
+    `jax.tree.map(lambda *x: jnp.stack(x), *history)`, and draw it with `normjax.diagnostics.plot.percentiles`. Use it
+    with `layer_inputs` for Flax models; a functional model returns what goes into its layers.
+
+    Args:
+      inputs: an array, or any tree of arrays, one for each layer; `(batch, ..., features)`, floating-point.
+      q: the percentiles, from 0 to 100.
+      feature_axes: the axes along which each feature has percentiles of its own, such as -1 for channels; `()` for one
+        distribution of the whole layer.
+
+    Returns:
+      `Percentiles`, in at least float32.
+
+    Raises:
+      ValueError: for percentiles outside 0 to 100, or axes that an input does not have, by its path.
+      TypeError: for inputs that are not real floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> inputs = {"Dense_0": jnp.arange(101.0)[:, None], "Dense_1": jnp.ones((4, 2))}
+      >>> seen = nj.diagnostics.percentiles(inputs)
+      >>> print(seen.values["Dense_0"], seen.values["Dense_1"])
+      [15. 50. 85.] [1. 1. 1.]
+      >>> print(nj.diagnostics.percentiles(inputs, feature_axes=-1).values["Dense_1"].shape)
+      (3, 2)
+
+    References:
+      Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift"
+      (2015), figure 1 (b, c).
+    """
+    wanted = list(q) if isinstance(q, Sequence) else [q]
+    for one in wanted:
+        _checks.between("percentiles", "q", one, 0.0, 100.0)
+    if not wanted:
+        _checks.refuse("percentiles", "q is empty", expected="percentiles", got=f"q={q!r}", fix="Pass (15, 50, 85)")
+
+    check_arrays("percentiles", "inputs", inputs)
+
+    def of_layer(path: Path, x: Any) -> Array:
+        name = f"percentiles at {show('inputs', path)}"
+        x = _checks.activations(name, x)
+        if jnp.iscomplexobj(x):
+            _checks.refuse(
+                name,
+                "complex numbers have no order",
+                expected="real inputs",
+                got=f"x.dtype={x.dtype} for x.shape={x.shape}",
+                fix="Pass x.real, or jnp.abs(x)",
+                kind=TypeError,
+            )
+        features = _checks.axes(name, "feature_axes", feature_axes, x.shape)
+        x = widen(x)
+        return jnp.percentile(x, jnp.asarray(wanted, x.dtype), _checks.other_axes(features, x.ndim))
+
+    return Percentiles(jnp.asarray(wanted, jnp.float32), jax.tree_util.tree_map_with_path(of_layer, inputs))

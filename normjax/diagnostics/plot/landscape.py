@@ -1,0 +1,78 @@
+"""The loss and its gradient along the direction of training, over its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from normjax import _checks
+from normjax.diagnostics.landscape import Landscape
+from normjax.diagnostics.plot._panels import panels, steps_of
+
+
+class _Look(NamedTuple):
+    color: str
+    name: str
+
+
+def landscape(
+    histories: Landscape | Mapping[str, Landscape], steps: Sequence[int] | None = None, *, axes: Any = None
+) -> Figure:
+    """Draws the range of the loss, that of the gradient's distance, and the smoothness, over the steps of training.
+
+    What to see: narrow bands, low down, are a landscape in which the gradient says what a step will bring. The axes are
+    logarithmic.
+
+    Args:
+      histories: a `landscape` of each step, stacked, or several by name, to compare.
+      steps: the steps at which they were recorded; None for 0, 1, 2, ...
+      axes: three matplotlib axes; None for those of a new figure.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: for a history of a single step, or steps or axes that do not fit it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normjax as nj
+      >>> loss = lambda params: jnp.sum(params ** 4)
+      >>> seen = [nj.diagnostics.landscape(loss, jnp.full(3, w), step_sizes=(0.01, 0.1)) for w in (1.0, 0.5, 0.25)]
+      >>> history = jax.tree.map(lambda *x: jnp.stack(x), *seen)
+      >>> figure = nj.diagnostics.plot.landscape({"quartic": history}, steps=(0, 100, 200))
+      >>> print([panel.get_title() for panel in figure.axes])
+      ['loss', 'distance of gradients', 'effective smoothness']
+    """
+    named = {"": histories} if isinstance(histories, Landscape) else histories
+    figure, grid = panels("landscape", axes, 3)
+    for i, (name, history) in enumerate(named.items()):
+        if np.ndim(history.loss) != 1:
+            _checks.refuse(
+                "plot.landscape",
+                "there are no steps to draw over",
+                expected="one leading axis of steps",
+                got=f"loss of shape {np.shape(history.loss)}",
+                fix="Stack the landscapes of several steps: jax.tree.map(lambda *x: jnp.stack(x), *history)",
+            )
+        at, look = steps_of("landscape", steps, len(history.loss)), _Look(f"C{i}", name)
+        _band(grid[0], at, history.loss_range, look)
+        _band(grid[1], at, history.gradient_range, look)
+        grid[2].plot(at, np.asarray(history.smoothness), linewidth=1.4, color=look.color, label=look.name)
+    for panel, title in zip(grid, ("loss", "distance of gradients", "effective smoothness"), strict=True):
+        panel.set(yscale="log", xlabel="step")
+        panel.set_title(title, fontsize="medium")
+        panel.grid(alpha=0.3)
+    if any(named):
+        grid[0].legend(fontsize="small")
+    return figure
+
+
+def _band(panel: Axes, steps: np.ndarray, bounds: tuple[Any, Any], look: _Look) -> None:
+    low, high = map(np.asarray, bounds)
+    panel.fill_between(steps, low, high, alpha=0.3, linewidth=0, color=look.color, label=look.name)
+    panel.plot(steps, low, color=look.color, linewidth=0.6)
+    panel.plot(steps, high, color=look.color, linewidth=0.6)
