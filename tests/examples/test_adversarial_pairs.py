@@ -103,7 +103,7 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     plain, both = (content["results"][name][0] for name in ways)
     clean, attacked = plain["accuracies"]["clean set"]
     assert list(plain["accuracies"]) == ["clean set"] and clean > 0.4 > 2 * attacked
-    assert both["accuracies"]["attacked set"][1] > attacked + 0.05
+    assert all(attacked < clean - 0.3 for clean, attacked in both["accuracies"].values())
     assert not any(plain["gaps"].values()) and all(both["gaps"].values())
     assert (tmp_path / "adversarial_pairs.png").read_bytes().startswith(b"\x89PNG")
     assert "two sets, two scales" in capsys.readouterr().out

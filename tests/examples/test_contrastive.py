@@ -120,6 +120,10 @@ def test_end_to_end(tmp_path, capsys, small, monkeypatch, promotion_as_in_flax):
     ("arguments", "message"),
     [
         (["--batch-size", "30"], "--batch-size 30: expected a multiple of 8 devices"),
+        (
+            ["--test-examples", "16"],
+            "--batch-size 32: expected a multiple of 8 devices, and no more than the 16 examples",
+        ),
         (["--devices", "9"], "--devices 9: there are 8"),
     ],
 )
