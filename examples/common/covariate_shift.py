@@ -90,7 +90,7 @@ class Shift(Study):
         options, seen, accuracies, steps = self.options, [], [], [0]
         for step, state, rows in trainer.states(seed, options.learning_rate, options.steps, options.eval_every):
             seen.append(jax.device_get(instruments.look(state, trainer.train, rows)))
-            accuracies.append(trainer.accuracy(state))
+            accuracies.append(trainer.accuracy(state, trainer.test))
             advance(step - steps[-1], f"{accuracies[-1]:.1%}")
             steps.append(step)
         history, shift = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)

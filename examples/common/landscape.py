@@ -85,7 +85,7 @@ class Landscapes(Study):
             walks.append(jax.device_get(walk(state, trainer.train, rows)))
             if i in checkpoints:
                 eigenvalues[step] = jax.device_get(sharpness(state, trainer.train, rows))
-            accuracies.append(trainer.accuracy(state))
+            accuracies.append(trainer.accuracy(state, trainer.test))
             advance(step - steps[-1], f"{accuracies[-1]:.1%}")
             steps.append(step)
         history = jax.tree.map(lambda *leaves: np.stack(leaves), *walks)

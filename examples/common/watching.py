@@ -30,7 +30,3 @@ class Watched(Trainer):
         for order in _orders(seed, len(self.train.labels), self.batch_size, steps, eval_every):
             state = self._take(state, self.train, order, jnp.float32(learning_rate))
             yield (done := done + len(order)), state, order[-1]
-
-    def accuracy(self, state: State) -> float:
-        """Returns the share of test images that are named correctly."""
-        return float(self._evaluate(state.params, state.batch_stats, self.test))
