@@ -87,8 +87,8 @@ def lint(
         Shapes are enough: `jax.ShapeDtypeStruct`.
       optimizer: that of training. It is asked for updates without gradients.
       steps: how many are planned.
-      axis_name: the mapped axis, or axes, of pmap, shard_map or vmap that `apply_fn` is called under. Those inside of
-        `apply_fn` are seen without it. Plain jit over sharded batches has none, and shares statistics by itself.
+      axis_name: the mapped axis, or axes, of pmap, shard_map or vmap that `apply_fn` is called under. A pmap or
+        shard_map inside of it is seen without, a vmap is not. Plain jit over sharded batches shares by itself.
       axis_size: its size; None for the number of devices that there are.
 
     Returns:
@@ -96,7 +96,7 @@ def lint(
 
     Raises:
       ValueError, TypeError: for an apply_fn that runs in inference mode, or returns no statistics; for steps or sizes
-        that are no positive ints; for what is no optimizer.
+        that are no positive ints; for what is no optimizer. NameError: for an axis that is not named.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj

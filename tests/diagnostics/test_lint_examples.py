@@ -73,7 +73,8 @@ def test_the_ways_of_domains_to_share():
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_network_of_quantize(normalize):
-    quantize = pytest.importorskip("common.quantize")
+    from common import quantize
+
     model = quantize.Network(8, normalize)
     x = jnp.ones((32, 8, 8, 1))
     variables = shapes(model.init, KEY, x)
@@ -111,7 +112,8 @@ def test_the_networks_of_train_resnet(network, sharing):
 
 
 def test_the_network_of_from_torch():
-    from_torch = pytest.importorskip("from_torch")
+    import from_torch
+
     x = jnp.ones((8, 64, 64, 3))
     model, variables = from_torch.load(from_torch.trained(10), 10)
 
@@ -161,3 +163,39 @@ def test_the_ways_of_adversarial_pairs():
     for way in adversarial.WAYS.values():
         variables = way.init(network, KEY, (8, 8, 1))
         assert lint(lambda v, x, train=way.train: train(network, *v, x, x), variables, x, steps=300) == ()
+
+
+def test_the_methods_of_small_batch():
+    from common import small_batch
+    from common.vgg import vgg
+
+    for method in small_batch.methods(300).values():
+        network = vgg(method.unit, [[8], [8], [8]], stride=2)
+        if method.on_devices:
+            network = small_batch.on_devices(network)
+        variables = shapes(network.init, KEY, (8, 8, 1), 10)
+        x = jax.ShapeDtypeStruct((small_batch.DEVICES * small_batch.REFERENCE, 8, 8, 1), jnp.float32)
+        assert lint(lambda v, x, apply=network.apply: apply(*v, x, True), variables, x, steps=300) == ()
+
+
+def test_the_networks_of_covariate_shift():
+    from common import noise
+
+    for normalize, disturbed in ((False, False), (True, False), (True, True)):
+        network = noise.Sigmoids(normalize, disturbed).network
+        variables = network.init(KEY, (8, 8, 1), 10)
+        x = jax.ShapeDtypeStruct((60, 8, 8, 1), jnp.float32)
+        assert lint(lambda v, x, apply=network.apply: apply(*v, x, True), variables, x, steps=300) == ()
+
+
+@pytest.mark.parametrize("norm", ["layer norm", "RMS norm"])
+def test_the_language_model_of_cross_batch_attention(norm):
+    from common import memory
+
+    model = memory.LanguageModel(memory.NORMS[norm], vocabulary=20, length=12)
+    tokens = jax.ShapeDtypeStruct((4, 12), jnp.int32)
+
+    def apply(params, tokens):
+        return model.answer(params, tokens, model.remember(params, tokens), jnp.eye(4, dtype=bool))
+
+    assert lint(apply, shapes(model.init, KEY), tokens, steps=300) == ()

@@ -57,6 +57,9 @@ NORMS = {
     "two passes": lambda x: handwritten(x, (0, 1, 2), two_passes=True),
     "rms of the batch": lambda x: handwritten(x, (0, 1, 2), mean=False),
     "by layer": lambda x: handwritten(x, -1, two_passes=True),
+    "a power": lambda x: (x - x.mean((0, 1, 2))) * (x.var((0, 1, 2)) + 1e-5) ** -0.5,
+    "by the deviation": lambda x: (x - x.mean((0, 1, 2))) / (x.std((0, 1, 2)) + 1e-5),
+    "by a power": lambda x: (x - x.mean((0, 1, 2))) / (x.var((0, 1, 2)) + 1e-5) ** 0.5,
     "folded": lambda x: folded(x, (0, 1, 2)),
     "jax.nn.standardize": lambda x: jax.nn.standardize(x, axis=(0, 1, 2)),
 }
@@ -302,6 +305,12 @@ class TestErrors:
         network = Dense()
         apply = lambda variables, x: network(variables, x)[0]  # noqa: E731
         self.refuse("returns no new statistics", apply, network.variables, ROWS, kind=TypeError)
+
+    def test_an_axis_without_a_name(self):
+        network = Dense(axis_name="data")
+        with pytest.raises(NameError, match="axis name 'data' is not bound") as error:
+            lint(network, network.variables, ROWS)
+        assert "axis_name='data'" in error.value.__notes__[-1]
 
     def test_arguments(self):
         network = Dense(hidden=1)

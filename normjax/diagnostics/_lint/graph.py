@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 MIXING = {"dot_general", "conv_general_dilated", "gather"}
+COLLECTIVE = ("psum", "pmax", "pmin", "ppermute", "all_gather", "all_to_all", "reduce_scatter")
 ROOT = -1
 
 
@@ -208,8 +209,8 @@ class Graph:
 
 
 def collective_axes(node: Node) -> tuple[Hashable, ...]:
-    """Returns the mapped axes that an operation communicates over."""
-    if node.op in ("pvary", "pcast", "axis_index", "broadcast_in_dim"):
+    """Returns the mapped axes that an operation communicates over; those of arrays go by numbers."""
+    if not node.op.startswith(COLLECTIVE):
         return ()
     names = node.params.get("axis_name", node.params.get("axes", ()))
     names = names if isinstance(names, (tuple, list)) else (names,)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from normjax.diagnostics._lint.axes import REDUCING, Axes, reduced, spread
 from normjax.diagnostics._lint.graph import ROOT, Graph, Kind, collective_axes
 
-ROOTS = {"rsqrt": True, "sqrt": False, "pow": True}  # and whether what they make is an inverse
+ROOTS = {"rsqrt", "sqrt", "pow"}
 VIEWS = {
     "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "expand_dims", "name", "optimization_barrier",
     "pcast", "pvary", "reduce_precision", "reshape", "shard", "sharding_constraint", "squeeze", "stop_gradient",
@@ -64,7 +64,7 @@ def find_norms(graph: Graph, sizes: dict[Hashable, int]) -> list[Norm]:
 def _from_root(graph: Graph, root: int, sizes: dict[Hashable, int]) -> Iterator[Norm]:
     """Follows the root of a variance to what is multiplied by its inverse."""
     (variance, *_) = graph.data(root)
-    waiting: list[tuple[int, bool, tuple[int, ...]]] = [(root, ROOTS[graph.nodes[root].op], ())]
+    waiting: list[tuple[int, bool, tuple[int, ...]]] = [(root, _is_inverse(graph, root), ())]
     seen = set()
     while waiting:
         number, inverse, scales = waiting.pop()
@@ -83,6 +83,13 @@ def _from_root(graph: Graph, root: int, sizes: dict[Hashable, int]) -> Iterator[
             flips = (op == "div" and first != number) or (op == "integer_pow" and graph.nodes[user].params["y"] < 0)
             factors = [each for each in others if graph.nodes[each].kind != Kind.CONSTANT] if op == "mul" else []
             waiting.append((user, inverse ^ flips, (*scales, *factors)))
+
+
+def _is_inverse(graph: Graph, root: int) -> bool:
+    node = graph.nodes[root]
+    exponent = node.inputs[-1]
+    known = node.op == "pow" and graph.nodes[exponent].kind == Kind.CONSTANT
+    return node.op == "rsqrt" or (known and bool(graph.value(exponent, {}) < 0))
 
 
 def _norm(

@@ -35,7 +35,11 @@ def trace(
     Returns:
       The graph, and what the function returns, as shapes.
     """
-    closed, made = jax.make_jaxpr(function, axis_env=list(axes), return_shape=True)(variables, x)
+    try:
+        closed, made = jax.make_jaxpr(function, axis_env=list(axes), return_shape=True)(variables, x)
+    except NameError as error:  # of an axis, in all likelihood
+        error.add_note("lint: if apply_fn is to be mapped over an axis, pass its name: lint(..., axis_name='data')")
+        raise
     graph, count = Graph(frozenset(statistics)), len(jax.tree.leaves(variables))
     avals = [var.aval for var in closed.jaxpr.invars]
     graph.leaves = [graph.add("leaf", (), aval) for aval in avals[:count]]
