@@ -30,16 +30,20 @@ EXAMPLES = (
     "recurrent",
     "adversarial_pairs",
 )
-COLOURS = 128  # lines and their antialiasing need no more
+COLOURS = (128, 64, 32)  # tried in turn; lines and their antialiasing need no more
+LIMIT = 100_000  # bytes of a picture
 WIDTH = 1200  # pixels
 
 
 def shrink(plot: Path, picture: Path) -> None:
-    """Writes the plot as a picture of few colours."""
+    """Writes the plot as a picture of as few colours as it takes to stay within the limit."""
     with Image.open(plot) as image:
         height = round(image.height * WIDTH / image.width)
         small = image.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS)
-    small.quantize(COLOURS, dither=Image.Dither.NONE).save(picture, optimize=True)
+    for colours in COLOURS:
+        small.quantize(colours, dither=Image.Dither.NONE).save(picture, optimize=True)
+        if picture.stat().st_size <= LIMIT:
+            return
 
 
 def main() -> int:

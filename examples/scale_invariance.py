@@ -32,7 +32,7 @@ from common.interrupt import run
 DEFAULTS = {
     "digits": {"steps": 3000, "eval_every": 100, "batch_size": 32, "learning_rate": 0.1},
     "mnist": {"steps": 3000, "eval_every": 100, "batch_size": 32, "learning_rate": 0.1},
-    "cifar10": {"steps": 4000, "eval_every": 100, "batch_size": 64, "learning_rate": 0.1},
+    "cifar10": {"steps": 4000, "eval_every": 100, "batch_size": 64, "learning_rate": 0.03},
 }
 
 

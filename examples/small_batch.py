@@ -10,7 +10,7 @@ Trains a small VGG on 8 simulated devices with 32, 16, 8, 4 and 2 images on each
 
     python examples/small_batch.py                              # scikit-learn's digits: nothing to download
     python examples/small_batch.py --data mnist --data-dir DIR
-    python examples/small_batch.py --data cifar10 --data-dir DIR --norms batch group --sizes 32 4 2
+    python examples/small_batch.py --data cifar10 --data-dir DIR --norms batch group --sizes 32 8 4 2
 
 The protocol is the paper's: 8 devices, a learning rate linear in the batch size (--learning-rate is that of 32 images a
 device), and the same number of examples seen at every batch size, so that --steps is the number of steps of the largest

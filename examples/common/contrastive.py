@@ -95,7 +95,7 @@ def _view(key: Array, image: Array) -> Array:
     crop, corner, contrast, noise, side = jax.random.split(key, 5)
     height, width, channels = image.shape
     zoom = jax.random.uniform(crop, (2,), minval=LEAST_AREA, maxval=1) ** -0.5
-    outside = jnp.asarray([height, width]) * (zoom - 1) * jax.random.uniform(corner, (2,))
+    outside = jnp.array([height, width], jnp.float32) * (zoom - 1) * jax.random.uniform(corner, (2,))
     image = jax.image.scale_and_translate(image, image.shape, (0, 1), zoom, -outside, "linear", antialias=False)
     if channels > 1:  # the sides of a digit are not alike
         image = jnp.where(jax.random.bernoulli(side), image[:, ::-1], image)

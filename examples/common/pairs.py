@@ -63,9 +63,8 @@ class Trainer:
         for rows, key in self._batches(seed):
             state = self._steps(state, self.train, rows, key)
             advance(len(rows), f"{self.accuracy(state, CLEAN, False):.1%}")
-        by_set = {
-            name: [self.accuracy(state, kind, attacked) for attacked in (False, True)] for kind, name in enumerate(SETS)
-        }
+        kinds = (CLEAN, ATTACKED) if self.way.own_statistics else (CLEAN,)
+        by_set = {SETS[kind]: [self.accuracy(state, kind, attacked) for attacked in (False, True)] for kind in kinds}
         return {"seed": seed, "accuracies": by_set, "gaps": gaps(*state.batch_stats)}
 
     def init(self, seed: int) -> State:

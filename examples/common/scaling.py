@@ -26,7 +26,8 @@ Run = dict[str, Any]
 NORMALIZED = ("batch", "layer", "weight norm")
 KINDS = (*NORMALIZED, "none")
 WIDTHS = {"digits": ((8,), (16,), (32,)), "mnist": ((8,), (16,), (32,)), "cifar10": ((16, 16), (32, 32), (64,))}
-GROWTH = 30  # times --learning-rate, without decay: a rate at which kernels grow before there is nothing to learn
+# Times --learning-rate, without decay: a rate at which kernels grow before there is nothing to learn.
+GROWTH = {"digits": 30, "mnist": 30, "cifar10": 10}
 PRODUCTS = (0.002, 0.004, 0.008)  # of learning rate and weight decay
 FACTORS = (1 / 4, 1, 4)  # times --learning-rate, for batch norm and the first of the products
 SCALES = (1 / 4, 1, 4)  # c: powers of two, by which floats are scaled without rounding
@@ -68,7 +69,7 @@ class Scaling(Study):
         parts = {f"scaled/{c:g}": part("exact", scaled(rate, c), losses) for c in SCALES}
         for kind in KINDS:
             parts[f"test/{kind}"] = Part(1, lambda advance, kind=kind: test(trainer(kind), advance))
-            parts[f"growth/{kind}"] = part(kind, Setting(GROWTH * rate, 0.0), growth)
+            parts[f"growth/{kind}"] = part(kind, Setting(GROWTH[options.data] * rate, 0.0), growth)
             for setting in settings(rate, kind):
                 parts[f"rotation/{kind}/{setting.rate:g} x {setting.decay:g}"] = part(kind, setting, rotation)
         return parts

@@ -173,10 +173,11 @@ class Contrast(Study):
         options = self.options
         simulate(options.devices)
         images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
-        if options.batch_size % options.devices or options.batch_size > len(images.train_labels):
+        count = min(len(images.train_labels), len(images.test_labels))  # the test's are dealt to devices, too
+        if options.batch_size % options.devices or options.batch_size > count:
             raise data.DataError(
                 f"--batch-size {options.batch_size}: expected a multiple of {options.devices} devices,"
-                f" at most {len(images.train_labels)} examples"
+                f" and no more than the {count} examples"
             )
         return {
             name: Part(options.seeds * options.steps, partial(self._run, way, images)) for name, way in WAYS.items()

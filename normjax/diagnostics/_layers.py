@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,7 @@ Values = dict[str, np.ndarray]
 
 COLLECTIONS = {"params", "batch_stats"}
 _COPY = re.compile(r"(\w+)_(?:params|batch_stats)")  # such as ema_params
-_OPTIMIZERS = {"opt_state", "optimizer", "optimizer_state", "opt"}  # whose moments have the names of parameters
+_OPTIMIZERS = {"opt_state", "optimizer", "optimizer_state"}  # whose moments have the names of parameters
 _ALIASES = {
     **dict.fromkeys(("gamma", "gain"), "scale"),
     **dict.fromkeys(("beta", "offset"), "bias"),
@@ -119,17 +120,22 @@ def classes_of(variables: Any) -> dict[Path, str]:
 
 def of_models(leaves: Iterable[Path]) -> list[Path]:
     """Leaves out the optimizer's, and in a state of training all that is no collection."""
-    paths = [path for path in leaves if set(path) - COLLECTIONS and not set(path) & _OPTIMIZERS]
+    paths = [path for path in leaves if set(path) - COLLECTIONS and not set(_outside(path)) & _OPTIMIZERS]
     if any("params" in path for path in paths):
         return [path for path in paths if set(path) & COLLECTIONS or _COPY.fullmatch(path[0])]
     return paths
+
+
+def _outside(path: Path) -> Path:
+    """What is on the path before a collection, below which names are the model's."""
+    return tuple(itertools.takewhile(lambda name: name not in COLLECTIONS, path))
 
 
 def _place(path: Path) -> tuple[Path, str]:
     """Returns the path of the layer and the name of the leaf, without collections; copies keep their name in front."""
     if copy := _COPY.fullmatch(path[0]):
         path = (copy[1], *path[1:])
-    if "scales" in path[:-1]:  # of nnx's wrappers: a dict by kernel
+    if "scales" in path[:-1] and path[-1] not in (*_KNOWN, *_ALIASES):  # of nnx's wrappers: a dict by kernel
         path = (*(part for part in path if part != "scales"), "scale")
     *above, name = (part for part in path if part not in COLLECTIONS)
     return tuple(above), _ALIASES.get(name, name)

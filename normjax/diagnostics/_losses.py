@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import reduce
 from operator import add
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from normjax import _checks
 from normjax._typing import promote
+from normjax.optim._invariance import opened
 from normjax.optim._trees import check_arrays, check_finite, show
 from normjax.statistics.reduction import widen
 
@@ -35,7 +35,7 @@ def checked(function: str, loss: Loss, params: PyTree) -> tuple[Loss, PyTree[Arr
             fix=f"The order is {function}(loss, params)",
             kind=TypeError,
         )
-    loss, params = _opened(loss, params)
+    params, loss = opened(params, loss)
     params = differentiable(function, "params", params)
     shape = jax.eval_shape(loss, params)
     number = isinstance(shape, jax.ShapeDtypeStruct) and shape.shape == ()
@@ -49,20 +49,6 @@ def checked(function: str, loss: Loss, params: PyTree) -> tuple[Loss, PyTree[Arr
             kind=TypeError,
         )
     return loss, params
-
-
-def opened(tree: PyTree) -> PyTree:
-    """Returns a tree of arrays: of an nnx module, the state of its parameters."""
-    nnx = sys.modules.get("flax.nnx")
-    return nnx.state(tree, nnx.Param) if nnx is not None and isinstance(tree, nnx.Module) else tree
-
-
-def _opened(loss: Loss, params: PyTree) -> tuple[Loss, PyTree]:
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None or not isinstance(params, nnx.Module):
-        return loss, params
-    graphdef, state, others = nnx.split(params, nnx.Param, ...)
-    return lambda state: loss(nnx.merge(graphdef, state, others, copy=True)), state
 
 
 def differentiable(function: str, name: str, tree: PyTree) -> PyTree[Array]:

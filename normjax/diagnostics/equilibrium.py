@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import ArrayLike, Float
 
 from normjax import _checks
 from normjax.diagnostics.rotation import Rotation
@@ -111,44 +111,66 @@ def equilibrium(
     for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
         _checks.between(FUNCTION, name, value, sys.float_info.min, math.inf)
     _checks.between(FUNCTION, "momentum", momentum, 0.0, 1 - sys.float_info.epsilon)
-    angle = rotational_equilibrium(learning_rate, weight_decay, momentum=momentum, optimizer=optimizer)
-    rate, decay = learning_rate, weight_decay
-    found = {}
-    for path, rotations in history.items():
-        norm, gradient_norm, chance, angles = (
-            _steps(path, name, getattr(rotations, name)) for name in ("norm", "gradient_norm", "chance", "angle")
-        )
-        if optimizer == "sgd":
-            power, tau = 4, (1 - momentum) / (4 * rate * decay)
-            target = rate * np.mean(norm**2 * gradient_norm**2, 0) / (2 * decay * (1 - momentum))
-        else:
-            power, tau = 2, 1 / (2 * rate * decay)
-            target = rate * np.mean(1 / chance**2, 0) / (2 * decay)
-        observed = np.sqrt(np.mean(angles**2, 0))
-        found[path] = Equilibrium(
-            angle=_compared(np.full_like(observed, angle), observed),
-            norm=_compared(target ** (1 / power), np.mean(norm**power, 0) ** (1 / power)),
-            time_constant=tau,
-        )
-    return found
+    if isinstance(history, Rotation):
+        _refuse_single()
+    turn = _sgd if optimizer == "sgd" else _adam
+    return {path: turn(_recorded(path, rotations), learning_rate, weight_decay, momentum)
+            for path, rotations in history.items()}  # fmt: skip
 
 
-def _compared(predicted: np.ndarray, observed: np.ndarray) -> Compared:
-    predicted, observed = np.asarray(predicted), np.asarray(observed)
+def _sgd(history: Any, rate: float, decay: float, momentum: float) -> Equilibrium:
+    squares = np.mean(history.norm**2 * history.gradient_norm**2, 0)
+    norm = (rate * squares / (2 * decay * (1 - momentum))) ** 0.25
+    angle = rotational_equilibrium(rate, decay, momentum=momentum, optimizer="sgd")
+    return Equilibrium(
+        angle=_compared(angle, _mean(history.angle, 2)),
+        norm=_compared(norm, _mean(history.norm, 4)),
+        time_constant=(1 - momentum) / (4 * rate * decay),
+    )
+
+
+def _adam(history: Any, rate: float, decay: float, momentum: float) -> Equilibrium:
+    norm = np.sqrt(rate / (2 * decay)) / history.chance[0]
+    angle = rotational_equilibrium(rate, decay, momentum=momentum, optimizer="adam")
+    return Equilibrium(
+        angle=_compared(angle, _mean(history.angle, 2)),
+        norm=_compared(norm, _mean(history.norm, 2)),
+        time_constant=1 / (2 * rate * decay),
+    )
+
+
+def _mean(values: np.ndarray, power: int) -> np.ndarray:
+    """The mean over steps of a power, in the unit of the values."""
+    return np.asarray(np.mean(values**power, 0) ** (1 / power))
+
+
+def _compared(predicted: ArrayLike, observed: np.ndarray) -> Compared:
+    predicted = np.full_like(observed, predicted)
     # Nothing is predicted for a kernel without gradients but that it vanishes.
     ratio = np.divide(observed, predicted, out=np.full_like(observed, np.inf), where=predicted != 0)
     return Compared(predicted, observed, ratio)
 
 
-def _steps(path: str, name: str, field: object) -> np.ndarray:
-    """Returns a field with its axis of steps."""
-    values = np.asarray(field, np.float64)
-    if values.ndim == 0 or len(values) == 0:
+def _recorded(path: str, rotations: Rotation) -> Any:
+    """Returns the history of a kernel in float64; refuses one without steps."""
+    history = Rotation(*(np.asarray(field, np.float64) for field in rotations))  # pyright: ignore[reportArgumentType]
+    if history.norm.ndim == 0 or len(history.norm) == 0:
         _checks.refuse(
             FUNCTION,
             "history has no steps",
             expected="each field with an axis of steps, the first",
-            got=f"{name} of shape {values.shape} for {path!r}",
+            got=f"norm of shape {history.norm.shape} for {path!r}",
             fix="Stack what rotation returned: jax.tree.map(lambda *steps: jnp.stack(steps), *measured)",
         )
-    return values
+    return history
+
+
+def _refuse_single() -> None:
+    _checks.refuse(
+        FUNCTION,
+        "history is that of a single kernel",
+        expected="a dict of Rotations by path, as rotation returns",
+        got="a Rotation",
+        fix="Give it a name: {'kernel': history}",
+        kind=TypeError,
+    )

@@ -50,7 +50,7 @@ def invariance_test(
             fix=f"The order is {name}(params, function)",
             kind=TypeError,
         )
-    params, function = _opened(params, function)
+    params, function = opened(params, function)
     arrays = plain(params)
     check_arrays(name, "params", arrays)
     check_finite(name, "params", arrays)
@@ -197,7 +197,7 @@ def _real_vector(name: str, outputs: PyTree) -> Array:
     )
 
 
-def _opened(params: Any, function: Callable[[Any], PyTree]) -> tuple[PyTree, Callable[[Any], PyTree]]:
+def opened(params: Any, function: Callable[[Any], PyTree]) -> tuple[PyTree, Callable[[Any], PyTree]]:
     """Of an nnx module, the state of its parameters, and the function of that state."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(params, nnx.Module):

@@ -139,7 +139,10 @@ def test_nnx_modules_stay_as_they_are():
     assert_identical(nnx.state(old), before)
     graphdef, params, others = nnx.split(old, nnx.Param, ...)
     expected = internal_covariate_shift(
-        lambda params: loss(nnx.merge(graphdef, params, others)), params, nnx.state(new, nnx.Param), layers=layers
+        lambda params: loss(nnx.merge(graphdef, params, others, copy=True)),
+        params,
+        nnx.state(new, nnx.Param),
+        layers=layers,
     )
     assert_trees_close(shift, expected, rtol=1e-5, atol=1e-6)
     assert float(shift.distance[1]) > 0.01

@@ -104,6 +104,8 @@ def test_bad_input_is_refused():
     once = rotation(w, w, w, learning_rate=0.1)
     with pytest.raises(ValueError, match=r"equilibrium: history has no steps.*got norm of shape \(\) for 'w'"):
         equilibrium(once, learning_rate=0.1, weight_decay=0.1)
+    with pytest.raises(TypeError, match=r"equilibrium: history is that of a single kernel.*got a Rotation"):
+        equilibrium(once["w"], learning_rate=0.1, weight_decay=0.1)
     with pytest.raises(ValueError, match=r"equilibrium: weight_decay is out of range.*got weight_decay=0.0"):
         equilibrium(once, learning_rate=0.1, weight_decay=0.0)
     with pytest.raises(ValueError, match=r"equilibrium: momentum is out of range.*got momentum=1.0"):

@@ -190,6 +190,17 @@ def test_boxes_frozen_dicts_and_names_of_any_kind():
     assert layer.path == "äö ü.1" and layer.scale == (1, 1, 1)
 
 
+@pytest.mark.parametrize("name", ["optimizer", "opt", "scales", "value", "mean", "0", "a/b"])
+def test_modules_of_unlucky_names(name):
+    params, batch_stats = nj.batch_norm_init(3)
+    for variables in (
+        {"params": {name: {"n": params}}, "batch_stats": {name: {"n": batch_stats}}},
+        {"params": {"n": {name: params}}, "batch_stats": {"n": {name: batch_stats}}},
+    ):
+        (layer,) = report(variables).layers
+        assert layer.path in (f"{name}/n", f"n/{name}") and sorted(layer.leaves) == ["bias", "mean", "scale", "var"]
+
+
 def test_a_state_of_training_is_reported_without_its_optimizer_and_copies_by_their_name():
     variables = init(Residual())
     import optax

@@ -10,7 +10,7 @@ from flax import nnx
 
 import normjax as nj
 from normjax.diagnostics import rotation
-from tests.compare import assert_close, assert_identical
+from tests.compare import assert_close, assert_identical, assert_trees_close
 from tests.optim import networks
 
 
@@ -71,6 +71,14 @@ def test_norms_grow_by_the_gradient_where_it_is_orthogonal():
     assert np.abs(history["head/kernel"].cosine).max() > 0.1
 
 
+def test_complex_kernels_turn_as_their_real_and_imaginary_parts_do():
+    w = {"w": jnp.array([1.0 + 0j, 2.0j], jnp.complex64)}
+    with jax.numpy_dtype_promotion("standard"):
+        found = rotation(w, w, {"w": 1j * w["w"]}, learning_rate=1.0)["w"]
+    assert_close(found.angle, np.pi / 2, rtol=1e-6, dtype=jnp.float32)
+    assert_close(found.cosine, 1.0, rtol=1e-6)
+
+
 def test_zeros_have_no_direction():
     zeros, ones = {"b": jnp.zeros(3)}, {"b": jnp.ones(3)}
     for before, after in ((zeros, ones), (ones, zeros), (zeros, zeros)):
@@ -102,12 +110,13 @@ def test_linen_and_nnx_go_by_the_same_paths():
         def __init__(self, rngs):
             self.dense = nnx.Linear(2, 3, rngs=rngs)
 
-    params = Linen().init(jax.random.key(0), jnp.ones((1, 2)))["params"]
+    params = jax.tree.map(lambda w: w + 1, Linen().init(jax.random.key(0), jnp.ones((1, 2)))["params"])
     module = NNX(nnx.Rngs(0))
     nnx.update(module, params)
     expected = rotation(params, params, params, learning_rate=0.1)
     assert_identical(rotation(module, nnx.state(module), module, learning_rate=0.1), expected)
-    assert_identical(jax.jit(lambda p: rotation(p, p, p, learning_rate=0.1))(params), expected)
+    compiled = jax.jit(lambda p: rotation(p, p, p, learning_rate=0.1))(params)
+    assert_trees_close(compiled, expected, rtol=1e-6)
 
 
 def test_bad_input_is_refused():

@@ -16,7 +16,7 @@ OPTIONS = ["--steps", "2", "--eval-every", "1", "--train-examples", "96", "--tes
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setitem(simclr.WIDTHS, "digits", (4, 4))
+    monkeypatch.setitem(simclr.WIDTHS, "digits", (4,))
 
 
 def trainer(way):
@@ -59,7 +59,7 @@ def gradients(way, key):
 def test_synced_devices_train_as_one_does_on_the_whole_batch(small):
     key = jax.random.key(3)
     own, state, found = gradients(Way(batch(axis_name=AXIS)), key)
-    encoder = Encoder(batch(), (4, 4))
+    encoder = Encoder(batch(), (4,))
     views = [
         [augment(view, images) for view in jax.random.split(jax.random.fold_in(key, device))]
         for device, images in enumerate(own.train[:32].reshape(8, 4, 8, 8, 1))
@@ -102,7 +102,7 @@ def test_probe_separates_what_is_separable(rng):
     assert probe((features[:30], labels[:30]), (features[30:], (labels[30:] + 1) % 3), 3) == 0
 
 
-def test_end_to_end(tmp_path, capsys, small, monkeypatch):
+def test_end_to_end(tmp_path, capsys, small, monkeypatch, promotion_as_in_flax):
     monkeypatch.setattr(simclr, "WAYS", {name: simclr.WAYS[name] for name in ("per device", "synced")})
     assert main([*OPTIONS, "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "contrastive.json").read_text())
@@ -120,6 +120,10 @@ def test_end_to_end(tmp_path, capsys, small, monkeypatch):
     ("arguments", "message"),
     [
         (["--batch-size", "30"], "--batch-size 30: expected a multiple of 8 devices"),
+        (
+            ["--test-examples", "16"],
+            "--batch-size 32: expected a multiple of 8 devices, and no more than the 16 examples",
+        ),
         (["--devices", "9"], "--devices 9: there are 8"),
     ],
 )

@@ -90,10 +90,10 @@ def test_the_better_rate_of_each_depth_is_shown():
 
 def test_json_is_replaced_whole(tmp_path):
     path = tmp_path / "results.json"
-    report.write_json(path, {"a": 1})
-    with pytest.raises(ValueError):
-        report.write_json(path, {"a": math.inf})
-    assert json.loads(path.read_text()) == {"a": 1}
+    report.write_json(path, {"a": 1, "diverged": math.nan})
+    with pytest.raises(TypeError):
+        report.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1, "diverged": None}
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 

@@ -71,7 +71,8 @@ def rotation(
         panel.set(yscale="log" if drawn else "linear", xlabel="step")
         panel.set_title(title, fontsize="medium")
         panel.grid(alpha=0.3, which="both")
-    grid[-1].legend(fontsize="small")
+    if history:
+        grid[-1].legend(fontsize="small")
     return figure
 
 
