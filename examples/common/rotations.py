@@ -99,7 +99,7 @@ class Turning(Trainer):
             state, (loss, history) = self._advance(state, self.train, order, rate, decay)
             losses.append(loss)
             histories.append(history)
-            accuracies.append(float(self._evaluate(state.params, state.batch_stats, self.test)))
+            accuracies.append(self.accuracy(state, self.test))
             evaluated(len(order), accuracies[-1])
         whole = jax.tree.map(lambda *parts: np.concatenate(parts), *histories)
         return Recorded(np.concatenate(losses), whole, accuracies)
