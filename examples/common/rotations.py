@@ -17,7 +17,7 @@ from jax import Array, lax
 
 import normjax as nj
 from common.networks import Network, Tree
-from common.training import Examples, State, Trainer, _orders
+from common.training import Examples, State, Trainer, batch_orders
 
 Histories = dict[str, nj.diagnostics.Rotation]
 
@@ -95,7 +95,7 @@ class Turning(Trainer):
         """
         state, losses, histories, accuracies = self.start(setting.scale), [], [], []
         rate, decay = jnp.float32(setting.rate), jnp.float32(setting.decay)
-        for order in _orders(0, len(self.train.labels), self.batch_size, steps, eval_every):
+        for order in batch_orders(0, len(self.train.labels), self.batch_size, steps, eval_every):
             state, (loss, history) = self._advance(state, self.train, order, rate, decay)
             losses.append(loss)
             histories.append(history)

@@ -115,7 +115,7 @@ class Trainer:
         """
         state, done, points, accuracies = self.init(seed), 0, [], []
         batch_size = batch_size or self.batch_size
-        orders = _orders(seed, len(self.train.labels), batch_size, steps, eval_every)
+        orders = batch_orders(seed, len(self.train.labels), batch_size, steps, eval_every)
         for size in {min(steps, eval_every), steps % eval_every} - {0}:
             self._compile(state, (size, batch_size))
         start = time.perf_counter()
@@ -166,7 +166,7 @@ class Trainer:
         return lax.map(correct, rows).sum() / count
 
 
-def _orders(seed: int, count: int, batch_size: int, steps: int, eval_every: int) -> Iterator[np.ndarray]:
+def batch_orders(seed: int, count: int, batch_size: int, steps: int, eval_every: int) -> Iterator[np.ndarray]:
     """Yields `(eval_every, batch_size)` rows: one epoch's permutation after the other, the same for each variant."""
     rng = np.random.default_rng(seed)
     rows = np.empty(0, np.int32)

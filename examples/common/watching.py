@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.training import State, Trainer, _orders
+from common.training import State, Trainer, batch_orders
 
 
 class Watched(Trainer):
@@ -27,6 +27,6 @@ class Watched(Trainer):
         The rows are those of the last batch that the network was trained on.
         """
         state, done = self.init(seed), 0
-        for order in _orders(seed, len(self.train.labels), self.batch_size, steps, eval_every):
+        for order in batch_orders(seed, len(self.train.labels), self.batch_size, steps, eval_every):
             state = self._take(state, self.train, order, jnp.float32(learning_rate))
             yield (done := done + len(order)), state, order[-1]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from common.data import load
 from common.networks import Style, inception, linear, mlp
-from common.training import Trainer, _orders, examples
+from common.training import Trainer, batch_orders, examples
 from jax import lax
 
 SMALL = {
@@ -70,10 +70,10 @@ def test_a_trainer_takes_batches_of_several_sizes_and_hands_out_its_state():
 
 
 def test_orders_are_epochs_of_all_examples():
-    orders = list(_orders(3, 10, 4, steps=12, eval_every=5))
+    orders = list(batch_orders(3, 10, 4, steps=12, eval_every=5))
     assert [order.shape for order in orders] == [(5, 4), (5, 4), (2, 4)]
     rows = np.concatenate([order.ravel() for order in orders])
     for epoch in np.split(rows[:40], 4):
         assert sorted(epoch) == list(range(10))
-    for first, second in zip(orders, _orders(3, 10, 4, steps=12, eval_every=5), strict=True):
+    for first, second in zip(orders, batch_orders(3, 10, 4, steps=12, eval_every=5), strict=True):
         np.testing.assert_array_equal(first, second)
