@@ -41,8 +41,8 @@ def shrink(plot: Path, picture: Path) -> None:
         height = round(image.height * WIDTH / image.width)
         small = image.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS)
     for colours in COLOURS:
-        # By the octree: Pillow's median cut turns the thin line of an orange curve into another's red.
-        few = small.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        # Not by the median cut, which turns the thin line of an orange curve into another's red.
+        few = small.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         few.save(picture, optimize=True)
         if picture.stat().st_size <= LIMIT:
             return
