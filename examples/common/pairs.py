@@ -250,7 +250,7 @@ class Pairs(Study):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small", loc="upper left")
+            axes.legend(fontsize="small")
 
 
 def run(options: Namespace, interrupt: Interrupt) -> int:
