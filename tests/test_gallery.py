@@ -44,7 +44,9 @@ def test_a_picture_keeps_the_plot(gallery, tmp_path):
     assert abs(shown[300, 600] - (200, 30, 40)).max() <= 2 and (shown[:100] == 255).all()
 
 
-def test_a_plot_of_many_colours_gets_fewer(gallery, tmp_path, rng):
+def test_a_plot_of_many_colours_gets_fewer(gallery, tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(gallery, "WIDTH", 150)
+    monkeypatch.setattr(gallery, "LIMIT", 10)  # out of reach: the fewest
     noise = rng.integers(0, 256, (300, 600, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "plot.png")
     gallery.shrink(tmp_path / "plot.png", tmp_path / "picture.png")
