@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from normjax.diagnostics._findings import Finding
+from normjax.diagnostics._reported import LayerReport, Range
 from normjax.diagnostics.batch_variance import BatchVariance, batch_variance
 from normjax.diagnostics.covariate_shift import CovariateShift, internal_covariate_shift
 from normjax.diagnostics.equilibrium import Compared, Equilibrium, equilibrium
@@ -17,7 +18,7 @@ from normjax.diagnostics.landscape import Landscape, landscape
 from normjax.diagnostics.leakage import Leakage, leakage
 from normjax.diagnostics.lint import Lint, lint
 from normjax.diagnostics.percentiles import Percentiles, percentiles
-from normjax.diagnostics.report import LayerReport, Range, Report, report
+from normjax.diagnostics.report import Report, report
 from normjax.diagnostics.rotation import Rotation, rotation
 from normjax.diagnostics.scale_invariance import ScaleInvariance, scale_invariance
 

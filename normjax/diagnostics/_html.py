@@ -12,7 +12,8 @@ from normjax.diagnostics._findings import grouped
 from normjax.diagnostics._text import span, summary
 
 if TYPE_CHECKING:
-    from normjax.diagnostics.report import LayerReport, Report
+    from normjax.diagnostics._reported import LayerReport
+    from normjax.diagnostics.report import Report
 
 BINS, WIDTH, HEIGHT = 24, 168, 34
 SHOWN = 6  # findings of a kind; others are folded away
@@ -51,7 +52,7 @@ def page(report: Report, title: str) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Normalization of {escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>Normalization of {escape(title)}</h1>
-<p class="{worst}"><b style="color: var(--tone)">{escape(summary(report))}</b></p>
+<p class="{worst}"><b style="color: var(--tone)">{escape(summary(report.layers, report.findings))}</b></p>
 {"".join(_findings(report))}
 <h2>Layers</h2>
 <p class="soft">Histograms count channels. All of a column share one logarithmic axis, so that a layer out of line

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-from normjax.diagnostics._findings import counted, grouped, lines_of
-
-if TYPE_CHECKING:
-    from normjax.diagnostics.report import LayerReport, Range, Report
+from normjax.diagnostics._findings import Finding, counted, grouped, lines_of
+from normjax.diagnostics._reported import LayerReport, Range
 
 HEADINGS = ("", "layer", "kind", "features", "mean", "var", "scale", "gap")
 MARKS = {"error": "x", "warning": "!", "note": "-", None: ""}
 COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan", None: ""}
 
 
-def plain(report: Report) -> str:
+def plain(layers: Sequence[LayerReport], findings: Sequence[Finding]) -> str:
     """Returns the table, the findings below it, and a line that sums up."""
-    rows = [HEADINGS, *[(MARKS[layer.severity], *cells(layer)) for layer in report.layers]]
+    rows = [HEADINGS, *[(MARKS[layer.severity], *cells(layer)) for layer in layers]]
     kept = [i for i, heading in enumerate(HEADINGS) if heading != "gap" or any(row[i] for row in rows[1:])]
     widths = [max(len(row[i]) for row in rows) for i in kept]
     table = ["  ".join(row[i].ljust(width) for i, width in zip(kept, widths, strict=True)).rstrip() for row in rows]
-    said = [line for group in grouped(report.findings) for line in lines_of(group)]
-    return "\n".join([*table, "", *said, summary(report)])
+    said = [line for group in grouped(findings) for line in lines_of(group)]
+    return "\n".join([*table, "", *said, summary(layers, findings)])
 
 
-def colored(report: Report) -> Any:
+def colored(layers: Sequence[LayerReport], findings: Sequence[Finding]) -> Any:
     """Returns the same for a terminal, by rich."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    rows = [(layer.severity, cells(layer)) for layer in report.layers]
+    rows = [(layer.severity, cells(layer)) for layer in layers]
     kept = [i for i, heading in enumerate(HEADINGS[1:]) if heading != "gap" or any(row[i] for _, row in rows)]
     table.add_column("")
     for i in kept:
@@ -40,10 +39,10 @@ def colored(report: Report) -> Any:
     for severity, row in rows:
         table.add_row(Text(MARKS[severity]), *(Text(row[i]) for i in kept), style=COLORS[severity])
     said = [Text()]
-    for group in grouped(report.findings):
+    for group in grouped(findings):
         first, *others = lines_of(group)
         said += [Text(first, style=COLORS[group[0].severity]), *map(Text, others)]
-    return Group(table, *said, Text(summary(report), style="bold"))
+    return Group(table, *said, Text(summary(layers, findings), style="bold"))
 
 
 def cells(layer: LayerReport) -> tuple[str, ...]:
@@ -63,7 +62,7 @@ def span(found: Range | None) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def summary(report: Report) -> str:
+def summary(layers: Sequence[LayerReport], findings: Sequence[Finding]) -> str:
     """Returns how many layers there are, and findings of each severity."""
-    layers = f"{len(report.layers)} normalization layer{'s' * (len(report.layers) > 1)}"
-    return f"{layers}: {counted(report.findings) or 'nothing wrong'}"
+    count = f"{len(layers)} normalization layer{'s' * (len(layers) > 1)}"
+    return f"{count}: {counted(findings) or 'nothing wrong'}"

@@ -14,41 +14,8 @@ from normjax.diagnostics import _gap, _text
 from normjax.diagnostics._findings import SEVERITIES, Finding, Severity
 from normjax.diagnostics._layers import Layer, Leaves, classes_of, find_layers, leaves_of
 from normjax.diagnostics._replicas import count_replicas, diverged, replica
+from normjax.diagnostics._reported import LayerReport, Range
 from normjax.diagnostics._rules import findings
-
-
-class Range(NamedTuple):
-    """What a leaf holds: its smallest, median and largest finite value; magnitudes of complex ones."""
-
-    low: float
-    median: float
-    high: float
-
-
-class LayerReport(NamedTuple):
-    """A normalization layer in numbers.
-
-    Attributes:
-      path: its parts joined by slashes, without the names of collections; `"/"` where there is nothing but one layer.
-      kind: what it is, by its leaves and names: `"batch norm"`, or `"norm"` where names do not tell layers apart.
-      shape: of its features.
-      mean: of the running means; None for a layer without.
-      var: of the running variances; None for a layer without.
-      scale: None for a layer without.
-      gap: between training and inference, in standard deviations of the output; None where no batch tells.
-      severity: of its worst finding; None where there is none.
-      leaves: all that it holds, float64.
-    """
-
-    path: str
-    kind: str
-    shape: tuple[int, ...]
-    mean: Range | None
-    var: Range | None
-    scale: Range | None
-    gap: float | None
-    severity: Severity | None
-    leaves: dict[str, np.ndarray]
 
 
 class Report(NamedTuple):
@@ -63,10 +30,10 @@ class Report(NamedTuple):
     findings: tuple[Finding, ...]
 
     def __repr__(self) -> str:
-        return _text.plain(self)
+        return _text.plain(self.layers, self.findings)
 
     def __rich__(self) -> Any:
-        return _text.colored(self)
+        return _text.colored(self.layers, self.findings)
 
     def count(self, severity: Severity) -> int:
         """Returns how many findings there are of a severity."""
