@@ -34,6 +34,19 @@ def refuse(
     raise kind(f"{function}: {problem}. Expected {expected}; got {got}. {fix}.")
 
 
+def must_be_callable(function: str, name: str, given: object, *, expected: str, fix: str) -> None:
+    """Refuses an argument that is to be a function and is none."""
+    if not callable(given):
+        refuse(
+            function,
+            f"{name} cannot be called",
+            expected=expected,
+            got=f"{name} of type {type(given).__name__}",
+            fix=fix,
+            kind=TypeError,
+        )
+
+
 def static_train(function: str, train: object) -> bool:
     """Returns `train` as a bool; refuses a traced or a non-boolean one."""
     if isinstance(train, Tracer):

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from normjax import _checks
-from normjax._typing import promote
 from normjax.optim._trees import check_finite
 
 
@@ -63,8 +62,3 @@ def check_rows(function: str, name: str, y: Any, examples: int) -> None:
         got=got,
         fix="Return outputs alone, without the new statistics: lambda x: apply(variables, x)[0]",
     )
-
-
-def wide(x: Array) -> Array:
-    """Returns x in float32 or more, to take sums of squares in."""
-    return x.astype(promote(x.dtype, jnp.float32))

@@ -26,15 +26,9 @@ def checked(function: str, loss: Loss, params: PyTree) -> tuple[Loss, PyTree[Arr
 
     In bfloat16, steps and differences would be those of rounding. Of an nnx module, it is the loss of its state.
     """
-    if not callable(loss):
-        _checks.refuse(
-            function,
-            "loss cannot be called",
-            expected="a function of params alone",
-            got=f"loss of type {type(loss).__name__}",
-            fix=f"The order is {function}(loss, params)",
-            kind=TypeError,
-        )
+    _checks.must_be_callable(
+        function, "loss", loss, expected="a function of params alone", fix=f"The order is {function}(loss, params)"
+    )
     params, loss = opened(params, loss)
     params = differentiable(function, "params", params)
     shape = jax.eval_shape(loss, params)

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float
 
 from normjax import _checks
 from normjax._typing import PRNGKey
-from normjax.diagnostics._batches import check_examples, check_rows, compiled, wide
+from normjax.diagnostics._batches import check_examples, check_rows, compiled
 from normjax.optim._trees import check_finite
+from normjax.statistics.reduction import widen
 
 
 class BatchVariance(NamedTuple):
@@ -99,7 +100,7 @@ def batch_variance(
 
         return jax.vmap(one)(x, jax.random.split(key, len(x)))
 
-    y = wide(jnp.stack([draw(own) for own in jax.random.split(key, draws)])).reshape(draws, len(x), -1)
+    y = widen(jnp.stack([draw(own) for own in jax.random.split(key, draws)])).reshape(draws, len(x), -1)
     check_finite("batch_variance", "function(batch)", y)
     return _summary(y)
 

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 
 from normjax import _checks
 from normjax._typing import PRNGKey
-from normjax.diagnostics._batches import check_examples, check_rows, compiled, wide
+from normjax.diagnostics._batches import check_examples, check_rows, compiled
 from normjax.optim._trees import check_finite
+from normjax.statistics.reduction import widen
 
 
 class Interactions(NamedTuple):
@@ -144,7 +145,7 @@ def _pull(apply: Callable[[Array], Array], x: Array, y: jax.ShapeDtypeStruct) ->
 
 def _masses(derivative: Array) -> Array:
     """Squared norms of its rows."""
-    return (wide(derivative).reshape(len(derivative), -1) ** 2).sum(-1)
+    return (widen(derivative).reshape(len(derivative), -1) ** 2).sum(-1)
 
 
 @jax.jit

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 
 from normjax import _checks
 from normjax._typing import PRNGKey
-from normjax.diagnostics._batches import check_examples, check_rows, compiled, wide
+from normjax.diagnostics._batches import check_examples, check_rows, compiled
 from normjax.optim._trees import check_finite
+from normjax.statistics.reduction import widen
 
 
 class Leakage(NamedTuple):
@@ -138,7 +139,7 @@ def _summary(q: Array, k: Array, orders: Array, n: int) -> Leakage:
 
 def _unit(embedded: Array, batch: int) -> Array:
     """Embeddings of all devices as rows of length 1."""
-    rows = wide(embedded).reshape(batch, -1)
+    rows = widen(embedded).reshape(batch, -1)
     length = jnp.linalg.norm(rows, axis=-1, keepdims=True)
     return rows / jnp.where(length > 0, length, 1)
 

@@ -44,7 +44,7 @@ class Report(NamedTuple):
         contents = {
             "counts": {severity: self.count(severity) for severity in SEVERITIES},
             "findings": [finding._asdict() for finding in self.findings],
-            "layers": [_json(layer._replace(leaves={})) for layer in self.layers],
+            "layers": [_json(layer) for layer in self.layers],
         }
         return json.dumps(contents, indent=2, allow_nan=False)
 
@@ -200,14 +200,13 @@ def _check_arguments(apply_fn: Any, batch: Any, measured: Any, epsilon: float) -
             got=" and ".join(name for name, value in given.items() if value is not None),
             fix="Pass report(variables, apply_fn=apply_fn, batch=batch)",
         )
-    if apply_fn is not None and not callable(apply_fn):
-        _checks.refuse(
+    if apply_fn is not None:
+        _checks.must_be_callable(
             "report",
-            "apply_fn cannot be called",
+            "apply_fn",
+            apply_fn,
             expected="a function of variables and batch",
-            got=f"apply_fn of type {type(apply_fn).__name__}",
             fix="Pass report(variables, apply_fn=apply_fn, batch=batch)",
-            kind=TypeError,
         )
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array
 from normjax import _checks
 from normjax._typing import Axes
 from normjax.optim._trees import Path, show
-from normjax.statistics.reduction import abs2, widen
+from normjax.statistics.reduction import abs2, real_product, widen
 
 
 def reduced_axes(function: str, feature_axes: Axes, kernel: Array, path: Path) -> tuple[int, ...]:
@@ -27,9 +27,7 @@ def norm(kernel: Array, axes: tuple[int, ...]) -> Array:
 
 def inner(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
     """The real inner product over `axes`, kept as axes of size 1."""
-    a, b = widen(a), widen(b)
-    product = a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b
-    return jnp.sum(product, axes, keepdims=True)
+    return jnp.sum(real_product(widen(a), widen(b)), axes, keepdims=True)
 
 
 def unit(kernel: Array, axes: tuple[int, ...]) -> Array:

@@ -41,15 +41,9 @@ def invariance_test(
     for c in settings.scales:
         _checks.between(name, "scales", c, sys.float_info.min, math.inf)
     _checks.between(name, "tolerance", settings.tolerance, 0.0, 1.0)
-    if not callable(function):
-        _checks.refuse(
-            name,
-            "function cannot be called",
-            expected="a function of params alone",
-            got=f"function of type {type(function).__name__}",
-            fix=f"The order is {name}(params, function)",
-            kind=TypeError,
-        )
+    _checks.must_be_callable(
+        name, "function", function, expected="a function of params alone", fix=f"The order is {name}(params, function)"
+    )
     params, function = opened(params, function)
     arrays = plain(params)
     check_arrays(name, "params", arrays)

@@ -55,15 +55,13 @@ class Model(NamedTuple):
 
 def open_model(apply_fn: Callable[[Any, Any], Any], variables: Any) -> Model:
     """Returns the model."""
-    if not callable(apply_fn):
-        _checks.refuse(
-            FUNCTION,
-            "apply_fn cannot be called",
-            expected="a function (variables, x) -> (y, batch_stats)",
-            got=f"apply_fn of type {type(apply_fn).__name__}",
-            fix="The order is lint(apply_fn, variables, x)",
-            kind=TypeError,
-        )
+    _checks.must_be_callable(
+        FUNCTION,
+        "apply_fn",
+        apply_fn,
+        expected="a function (variables, x) -> (y, batch_stats)",
+        fix="The order is lint(apply_fn, variables, x)",
+    )
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(variables, nnx.Module):
         return _of_nnx(apply_fn, variables)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,6 +30,26 @@ def panels(function: str, axes: Any, count: int, columns: int = 4) -> tuple[Figu
             fix="Pass figure.subplots(...), or None for a new figure",
         )
     return given[0].get_figure(root=True), given
+
+
+def panel(axes: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """Returns the axes and their figure; for None those of a new one, of this size in inches."""
+    if axes is None:
+        axes = Figure(figsize=size, layout="constrained").add_subplot()
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure, axes
+
+
+def refuse_single(function: str, got: str, fix: str) -> NoReturn:
+    """Refuses what was recorded at one step only."""
+    _checks.refuse(
+        f"plot.{function}",
+        "there are no steps to draw over",
+        expected="one leading axis of steps",
+        got=got,
+        fix=fix,
+    )
 
 
 def steps_of(function: str, steps: Any, count: int) -> np.ndarray:

@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from normjax.diagnostics.plot._panels import panel
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -37,8 +39,7 @@ def interactions(result: Interactions, axes: Axes | None = None) -> Figure:
       >>> nj.diagnostics.plot.interactions(found).axes[0].get_title()
       'Off the diagonal: 11.8%'
     """
-    if axes is None:
-        axes = Figure(figsize=(5, 4.2), layout="constrained").add_subplot()
+    figure, axes = panel(axes, (5, 4.2))
     matrix = np.asarray(result.matrix, np.float64)
     top = matrix.max() or 1.0
     bottom = top / 10**_DECADES
@@ -48,7 +49,5 @@ def interactions(result: Interactions, axes: Axes | None = None) -> Figure:
     axes.set(xlabel="input of example j", ylabel="output of example i")
     axes.set_title(f"Off the diagonal: {float(result.off_diagonal):.1%}")
     axes.set_facecolor("white")
-    figure = axes.get_figure(root=True)
-    assert figure is not None
     figure.colorbar(drawn, ax=axes, label=r"$\Vert \partial y_i / \partial x_j \Vert^2$", extend="min")
     return figure

@@ -9,9 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from normjax import _checks
 from normjax.diagnostics.landscape import Landscape
-from normjax.diagnostics.plot._panels import panels, steps_of
+from normjax.diagnostics.plot._panels import panels, refuse_single, steps_of
 
 
 class _Look(NamedTuple):
@@ -51,11 +50,9 @@ def landscape(
     figure, grid = panels("landscape", axes, 3)
     for i, (name, history) in enumerate(named.items()):
         if np.ndim(history.loss) != 1:
-            _checks.refuse(
-                "plot.landscape",
-                "there are no steps to draw over",
-                expected="one leading axis of steps",
-                got=f"loss of shape {np.shape(history.loss)}",
+            refuse_single(
+                "landscape",
+                f"loss of shape {np.shape(history.loss)}",
                 fix="Stack the landscapes of several steps: jax.tree.map(lambda *x: jnp.stack(x), *history)",
             )
         at, look = steps_of("landscape", steps, len(history.loss)), _Look(f"C{i}", name)

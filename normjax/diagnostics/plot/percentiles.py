@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from normjax import _checks
 from normjax.diagnostics.percentiles import Percentiles
-from normjax.diagnostics.plot._panels import panels, steps_of
+from normjax.diagnostics.plot._panels import panels, refuse_single, steps_of
 from normjax.optim._trees import path_names
 
 
@@ -47,11 +47,9 @@ def percentiles(
     layers = jax.tree_util.tree_leaves_with_path(history.values)
     q = np.asarray(history.q)
     if q.ndim != 2:
-        _checks.refuse(
-            "plot.percentiles",
-            "there are no steps to draw over",
-            expected="one leading axis of steps",
-            got=f"q of shape {q.shape}",
+        refuse_single(
+            "percentiles",
+            f"q of shape {q.shape}",
             fix="Stack the percentiles of several steps: jax.tree.map(lambda *x: jnp.stack(x), *history)",
         )
     at = steps_of("percentiles", steps, len(q))

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from normjax import _checks
 from normjax.diagnostics.equilibrium import Equilibrium
-from normjax.diagnostics.plot._panels import panels, steps_of
+from normjax.diagnostics.plot._panels import panels, refuse_single, steps_of
 from normjax.diagnostics.rotation import Rotation
 
 _POINTS = 200  # of a line; more steps are averaged in blocks
@@ -61,7 +60,11 @@ def rotation(
         for panel, name in zip(grid, _PANELS, strict=True):
             values = np.asarray(getattr(rotations, name), np.float64)
             if values.ndim == 0:
-                _refuse_single(path, name)
+                refuse_single(
+                    "rotation",
+                    f"{name} of shape () for {path!r}",
+                    fix="Stack what rotation returned: jax.tree.map(lambda *steps: jnp.stack(steps), *measured)",
+                )
             at = steps_of("rotation", steps, len(values))
             panel.plot(_blocks(at), np.sqrt(_blocks(values**2)), color=f"C{i}", linewidth=1.4, label=path)
     for height in sorted({float(np.mean(found.angle.predicted)) for found in (equilibria or {}).values()}):
@@ -81,13 +84,3 @@ def _blocks(values: np.ndarray) -> np.ndarray:
     flat = values.reshape(len(values), -1).mean(1)
     starts = np.arange(0, len(flat), max(1, -(-len(flat) // _POINTS)))
     return np.add.reduceat(flat, starts) / np.diff(np.append(starts, len(flat)))
-
-
-def _refuse_single(path: str, name: str) -> None:
-    _checks.refuse(
-        "plot.rotation",
-        "there are no steps to draw over",
-        expected="one leading axis of steps",
-        got=f"{name} of shape () for {path!r}",
-        fix="Stack what rotation returned: jax.tree.map(lambda *steps: jnp.stack(steps), *measured)",
-    )

@@ -8,6 +8,7 @@ import matplotlib.axes
 import numpy as np
 from matplotlib.figure import Figure
 
+from normjax.diagnostics.plot._panels import panel
 from normjax.diagnostics.scale_invariance import ScaleInvariance
 
 _LEAST = 1e-8  # where zeros are drawn
@@ -34,10 +35,7 @@ def scale_invariance(found: Mapping[str, ScaleInvariance], axes: matplotlib.axes
       >>> print([label.get_text() for label in figure.axes[0].get_yticklabels()])
       ['direction', 'linear']
     """
-    if axes is None:
-        axes = Figure(figsize=(7, 1.2 + 0.28 * len(found)), layout="constrained").add_subplot()
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    figure, axes = panel(axes, (7, 1.2 + 0.28 * len(found)))
     rows = np.arange(len(found))
     marks = {
         "outputs, with the parameter scaled": ("o", [numbers.change for numbers in found.values()]),
