@@ -16,12 +16,12 @@ import optax
 from jax import Array
 
 import normjax as nj
-from common import data, report
+from common import data, report, tables
 from common.interrupt import Interrupt
 from common.noise import LAYERS, Sigmoids
-from common.study import Advance, Claim, Part, Study, conduct
-from common.training import Examples, State, examples
-from common.watching import Watched
+from common.session import Advance, Part
+from common.study import Claim, Study, conduct
+from common.training import Examples, State, Trainer, examples
 
 VARIANTS = {
     "no normalization": Sigmoids(normalize=False),
@@ -76,25 +76,25 @@ class Shift(Study):
     def parts(self) -> Mapping[str, Part]:
         """Returns a part for each network."""
         options = self.options
-        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        images = data.selected(options)
         self.data = examples(images, standardize=False)
         return {name: Part(options.seeds * options.steps, partial(self._train, name)) for name in VARIANTS}
 
     def _train(self, name: str, advance: Advance) -> list[dict[str, Any]]:
         options = self.options
-        trainer = Watched(VARIANTS[name].network, self.data, options.batch_size)
+        trainer = Trainer(VARIANTS[name].network, self.data, options.batch_size)
         instruments = Instruments(VARIANTS[name], trainer.train, options.learning_rate)
         return [self._run(trainer, instruments, seed, advance) for seed in range(options.seeds)]
 
-    def _run(self, trainer: Watched, instruments: Instruments, seed: int, advance: Advance) -> dict[str, Any]:
-        options, seen, accuracies, steps = self.options, [], [], [0]
-        for step, state, rows in trainer.states(seed, options.learning_rate, options.steps, options.eval_every):
-            seen.append(jax.device_get(instruments.look(state, trainer.train, rows)))
+    def _run(self, trainer: Trainer, instruments: Instruments, seed: int, advance: Advance) -> dict[str, Any]:
+        options, seen, accuracies, steps = self.options, [], [], []
+        for step, state, order in trainer.states(seed, options.learning_rate, options.steps, options.eval_every):
+            seen.append(jax.device_get(instruments.look(state, trainer.train, order[-1])))
             accuracies.append(trainer.accuracy(state, trainer.test))
-            advance(step - steps[-1], f"{accuracies[-1]:.1%}")
+            advance(len(order), f"{accuracies[-1]:.1%}")
             steps.append(step)
         history, shift = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
-        return {"seed": seed, "steps": steps[1:], "accuracy": accuracies, **summary(history.values, shift)}
+        return {"seed": seed, "steps": steps, "accuracy": accuracies, **summary(history.values, shift)}
 
     def claims(self) -> list[Claim]:
         """Returns what the two papers say, and the medians over the seeds."""
@@ -175,9 +175,5 @@ def summary(values: np.ndarray, shift: nj.diagnostics.CovariateShift) -> dict[st
 
 
 def steps_to(accuracy: float, runs: list[dict[str, Any]]) -> str:
-    """Returns the median number of steps after which runs reach an accuracy."""
-    reached = [
-        next((step for step, value in zip(run["steps"], run["accuracy"], strict=True) if value >= accuracy), np.inf)
-        for run in runs
-    ]
-    return f"{median(reached):,.0f}" if np.isfinite(median(reached)) else "not reached"
+    """Returns the median number of steps after which runs reach an accuracy, in words."""
+    return tables.in_words(median(tables.steps_to(accuracy, run["steps"], run["accuracy"]) for run in runs))

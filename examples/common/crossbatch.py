@@ -22,7 +22,8 @@ from common.data import DataError
 from common.interrupt import Interrupt
 from common.lookup import KEYS, Lookup
 from common.memory import NORMS, LanguageModel, Norm, Tree
-from common.study import Advance, Claim, Part, Study, conduct
+from common.session import Advance, Part
+from common.study import Claim, Study, conduct
 
 CHUNK = 20  # steps between two looks at the accuracy
 SWITCH = 0.95  # the accuracy in training, mean of a chunk, from which a document sees negatives; the paper has 0.98

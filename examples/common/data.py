@@ -6,7 +6,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,15 @@ class Dataset(NamedTuple):
             test_images=self.test_images[:test],
             test_labels=self.test_labels[:test],
         )
+
+
+def selected(options: Any) -> Dataset:
+    """Returns the data that a command line asks for, and as many of its examples (the flags of `Parser.add_data`).
+
+    Raises:
+      DataError: for a file that is missing, truncated or corrupt.
+    """
+    return load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
 
 
 def load(name: str, folder: Path | None = None) -> Dataset:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -127,7 +126,7 @@ class Comparison:
 
     def __init__(self, options: Namespace):
         self.options, self.names = options, ["as they are", options.shift]
-        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        images = data.selected(options)
         self.train = make_domains(images.train_images, images.train_labels, images.peak, options.shift, seed=0)
         self.test = make_domains(images.test_images, images.test_labels, images.peak, options.shift, seed=1)
         self.runs: dict[str, list[DomainRun]] = {}
@@ -150,7 +149,7 @@ class Comparison:
 
     def save(self, status: str) -> None:
         """Writes all there is so far as JSON."""
-        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.options).items()}
+        config = session.settings(vars(self.options))
         content = {"status": status, "config": config, **session.environment()}
         content["ways"] = {name: [run._asdict() for run in runs] for name, runs in self.runs.items()}
         report.write_json(self.options.out / "domains.json", content)

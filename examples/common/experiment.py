@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
@@ -13,7 +12,7 @@ from common import data, depths, networks, report, training
 from common.depths import Depth
 from common.interrupt import Interrupt, Interrupted
 from common.options import Options, Variant
-from common.session import environment, guard, progress_bar
+from common.session import environment, guard, progress_bar, settings
 from common.tables import PAPER, Result, Table, best_of_sweep, compare
 
 CAPTION = (
@@ -50,7 +49,7 @@ class Experiment:
         self.swept: list[Result] = []
         self.depths: list[Depth] = []
         self.trainers: dict[tuple[networks.Style, int | None], training.Trainer] = {}
-        dataset = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        dataset = data.selected(options)
         self.train_count, self.test_count = len(dataset.train_labels), len(dataset.test_labels)
         if options.batch_size > self.train_count:
             raise data.DataError(f"--batch-size {options.batch_size}: {options.data} has {self.train_count} examples")
@@ -144,7 +143,7 @@ class Experiment:
 
     def save(self, status: str) -> None:
         """Writes all there is so far as JSON."""
-        config = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.options).items()}
+        config = settings(asdict(self.options))
         config |= {"train_examples": self.train_count, "test_examples": self.test_count}
         config |= {"momentum": self.options.momentum, "batch_norm_momentum": networks.BATCH_NORM_MOMENTUM}
         content = {

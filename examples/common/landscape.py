@@ -19,11 +19,11 @@ from rich.table import Table
 import normjax as nj
 from common import data, report
 from common.interrupt import Interrupt
-from common.study import Advance, Claim, Part, Study, conduct
-from common.training import Examples, State, examples
+from common.session import Advance, Part
+from common.study import Claim, Study, conduct
+from common.training import Examples, State, Trainer, examples
 from common.units import UNITS
 from common.vgg import vgg
-from common.watching import Watched
 
 WIDTHS = ((16, 16), (32, 32), (32, 32))
 NORMS = {"no normalization": "none", "batch norm": "batch"}
@@ -59,7 +59,7 @@ class Landscapes(Study):
     def parts(self) -> Mapping[str, Part]:
         """Returns a part for each network and learning rate."""
         options = self.options
-        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        images = data.selected(options)
         self.data = examples(images, standardize=True)
         steps = options.seeds * options.steps
         return {
@@ -70,28 +70,29 @@ class Landscapes(Study):
 
     def _train(self, norm: str, rate: float, advance: Advance) -> list[dict[str, Any]]:
         network = vgg(UNITS[norm], WIDTHS)
-        trainer = Watched(network, self.data, self.options.batch_size)
+        trainer = Trainer(network, self.data, self.options.batch_size)
         walk, sharpness = instruments(network.apply)
         return [self._run(trainer, walk, sharpness, seed, rate, advance) for seed in range(self.options.seeds)]
 
     def _run(
-        self, trainer: Watched, walk: Callable, sharpness: Callable, seed: int, rate: float, advance: Advance
+        self, trainer: Trainer, walk: Callable, sharpness: Callable, seed: int, rate: float, advance: Advance
     ) -> dict[str, Any]:
         options, walks, eigenvalues, accuracies = self.options, [], {}, []
         evaluations = -(-options.steps // options.eval_every)
         checkpoints = set(np.linspace(0, evaluations - 1, options.checkpoints).astype(int).tolist())
-        steps = [0]
-        for i, (step, state, rows) in enumerate(trainer.states(seed, rate, options.steps, options.eval_every)):
+        steps = []
+        for i, (step, state, order) in enumerate(trainer.states(seed, rate, options.steps, options.eval_every)):
+            rows = order[-1]
             walks.append(jax.device_get(walk(state, trainer.train, rows)))
             if i in checkpoints:
                 eigenvalues[step] = jax.device_get(sharpness(state, trainer.train, rows))
             accuracies.append(trainer.accuracy(state, trainer.test))
-            advance(step - steps[-1], f"{accuracies[-1]:.1%}")
+            advance(len(order), f"{accuracies[-1]:.1%}")
             steps.append(step)
         history = jax.tree.map(lambda *leaves: np.stack(leaves), *walks)
         return {
             "seed": seed,
-            "steps": steps[1:],
+            "steps": steps,
             "accuracy": accuracies,
             "landscape": {field: listed(value) for field, value in history._asdict().items()},
             "checkpoints": list(eigenvalues),

@@ -23,7 +23,8 @@ from common import data, report
 from common.adversarial import ATTACKED, CLEAN, WAYS, Way, attack
 from common.interrupt import Interrupt
 from common.networks import Tree
-from common.study import Advance, Claim, Part, Study, conduct
+from common.session import Advance, Part
+from common.study import Claim, Study, conduct
 from common.training import State
 from common.units import UNITS
 from common.vgg import vgg
@@ -152,7 +153,7 @@ class Pairs(Study):
     def parts(self) -> Mapping[str, Part]:
         """Returns a run for each way."""
         options = self.options
-        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        images = data.selected(options)
         return {
             name: Part(options.seeds * options.steps, partial(self._run, way, images)) for name, way in WAYS.items()
         }

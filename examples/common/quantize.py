@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -154,7 +153,7 @@ def run(options: Namespace, interrupt: Interrupt) -> int:
 
 
 def _run(options: Namespace, interrupt: Interrupt, console: Console) -> bool:
-    images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+    images = data.selected(options)
     options.out.mkdir(parents=True, exist_ok=True)
     trainer, outcomes = Trainer(options, *examples(images, standardize=True)), []
 
@@ -177,7 +176,7 @@ def _run(options: Namespace, interrupt: Interrupt, console: Console) -> bool:
 
 def _save(options: Namespace, outcomes: list[Outcome], status: str) -> None:
     """Writes all there is so far as JSON."""
-    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    config = session.settings(vars(options))
     content = {"status": status, "config": config, **session.environment()}
     content["versions"]["qwix"] = qwix.__version__
     report.write_json(options.out / "quantize.json", content | {"seeds": [each._asdict() for each in outcomes]})

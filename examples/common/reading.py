@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -23,8 +22,9 @@ from common import data, report, training
 from common.cells import BATCH, LAYER, PLAIN, Cell, Tree, gru, lstm, unroll
 from common.interrupt import Interrupt
 from common.networks import Network
-from common.study import Advance, Claim, Part, Study, conduct
-from common.tables import Result, Run
+from common.session import Advance, Part, by_accuracy
+from common.study import Claim, Study, conduct
+from common.tables import Result, Run, in_words
 
 CELLS = {"lstm": lstm, "gru": gru}
 NORMS = {"": ("plain", PLAIN), "ln": ("layer norm", LAYER), "bn": ("batch norm", BATCH)}  # by prefix
@@ -99,7 +99,7 @@ class Reading(Study):
     def parts(self) -> Mapping[str, Part]:
         """Returns a run of all seeds for each cell and learning rate."""
         options = self.options
-        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        images = data.selected(options)
         if options.batch_size > len(images.train_labels):
             raise data.DataError(f"--batch-size {options.batch_size}: there are {len(images.train_labels)} examples")
         # Pixels from 0 to 1, where blank is 0.
@@ -120,10 +120,7 @@ class Reading(Study):
     def _train(
         self, cell: str, rate: float, trainer: Callable[[], training.Trainer], advance: Advance
     ) -> dict[str, Any]:
-        def evaluated(steps: int, accuracy: float) -> None:
-            advance(steps, f"{accuracy:.1%}")
-
-        options = self.options
+        options, evaluated = self.options, by_accuracy(advance)
         runs = [
             trainer().run(seed, rate, options.steps, options.eval_every, evaluated) for seed in range(options.seeds)
         ]
@@ -191,5 +188,4 @@ class Reading(Study):
 
 def _steps(result: Result, goal: float) -> str:
     """Returns the median of the steps to an accuracy, in words."""
-    steps = median(run.steps_to(goal) for run in result.runs)
-    return f"{steps:,.0f}" if math.isfinite(steps) else "not reached"
+    return in_words(median(run.steps_to(goal) for run in result.runs))

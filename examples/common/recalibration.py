@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -180,7 +179,7 @@ class Comparison:
 
     def __init__(self, options: Namespace):
         self.options = options
-        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        images = data.selected(options)
         shifts = {"as they are": None, options.shift: options.shift}
         train, test = images.train_images, images.test_images
         self.trainer = Trainer(
@@ -210,7 +209,7 @@ class Comparison:
 
     def save(self, status: str) -> None:
         """Writes all there is so far as JSON."""
-        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.options).items()}
+        config = session.settings(vars(self.options))
         content = {"status": status, "config": config, **session.environment()}
         report.write_json(
             self.options.out / "recalibrate.json", content | {"runs": [run._asdict() for run in self.runs]}

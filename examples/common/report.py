@@ -18,7 +18,7 @@ import rich.box
 from matplotlib.axes import Axes
 from rich.table import Table as RichTable
 
-from common.tables import Result, Row, Table
+from common.tables import Result, Row, Table, in_words
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -47,7 +47,7 @@ def rich_table(table: Table) -> RichTable:
 
 
 def _cells(table: Table, row: Row) -> tuple[str, ...]:
-    steps = f"{row.steps:,.0f}" if math.isfinite(row.steps) else "not reached"
+    steps = in_words(row.steps)
     ratio = "-" if row.ratio is None else f"{row.ratio:.1f}x"
     if not table.trained:
         # Steps to an accuracy that guessing reaches say nothing either.

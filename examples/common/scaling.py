@@ -17,7 +17,8 @@ import normjax as nj
 from common import data, scaling_plot, training
 from common.interrupt import Interrupt
 from common.rotations import Recorded, Setting, Turning
-from common.study import Advance, Claim, Part, Study, conduct
+from common.session import Advance, Part
+from common.study import Claim, Study, conduct
 from common.units import UNITS, batch
 from common.vgg import vgg
 
@@ -54,7 +55,7 @@ class Scaling(Study):
     def parts(self) -> Mapping[str, Part]:
         """Returns the runs, those of a network one after the other."""
         options = self.options
-        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        images = data.selected(options)
         examples = training.examples(images, standardize=options.data == "cifar10")
         rate = options.learning_rate
 

@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import optax
@@ -19,7 +19,15 @@ from common.data import DataError
 from common.interrupt import EXIT_STATUS, Interrupt, Interrupted
 
 Evaluated = Callable[[int, float], None]  # called with the steps since the last evaluation, and the accuracy
+Advance = Callable[[int, str], None]  # called with the steps since the last time, and a remark for the progress bar
 Run = TypeVar("Run")
+
+
+class Part(NamedTuple):
+    """Something to run: of how many steps, and what does them and returns its results as JSON can hold them."""
+
+    steps: int
+    work: Callable[[Advance], Any]
 
 
 def guard(program: str, out: Path, work: Callable[[], bool]) -> int:
@@ -42,6 +50,38 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, TextColumn("{task.fields[accuracy]}"), console=console)
 
 
+def run_all(
+    parts: Mapping[str, Part], interrupt: Interrupt, console: Console, finished: Callable[[str, Any], None]
+) -> bool:
+    """Does what there is to run, in turn, and returns whether it got to the end.
+
+    Args:
+      parts: by name.
+      interrupt: asked whenever a part advances.
+      console: of the progress bar.
+      finished: called after each part, with its name and its results.
+    """
+    width = max(map(len, parts))
+    with progress_bar(console) as progress:
+        try:
+            for name, part in parts.items():
+                task = progress.add_task(f"{name:<{width}}", total=part.steps, accuracy="compiling")
+
+                def advance(steps: int, remark: str, task: Any = task) -> None:
+                    progress.update(task, advance=steps, accuracy=remark)
+                    interrupt.check()
+
+                finished(name, part.work(advance))
+        except (Interrupted, KeyboardInterrupt):
+            return False
+    return True
+
+
+def by_accuracy(advance: Advance) -> Evaluated:
+    """Returns what tells a progress bar of an evaluation: the accuracy, in percent."""
+    return lambda steps, accuracy: advance(steps, f"{accuracy:.1%}")
+
+
 def train_all(
     variants: Mapping[str, Callable[[int, Evaluated], Run]],
     seeds: int,
@@ -60,20 +100,17 @@ def train_all(
       console: of the progress bar.
       finished: called after each variant, with its name and a run for each seed.
     """
-    width = max(map(len, variants))
-    with progress_bar(console) as progress:
-        try:
-            for name, train in variants.items():
-                task = progress.add_task(f"{name:<{width}}", total=seeds * steps, accuracy="compiling")
 
-                def evaluated(steps: int, accuracy: float, task: Any = task) -> None:
-                    progress.update(task, advance=steps, accuracy=f"{accuracy:.1%}")
-                    interrupt.check()
+    def part(train: Callable[[int, Evaluated], Run]) -> Part:
+        return Part(seeds * steps, lambda advance: [train(seed, by_accuracy(advance)) for seed in range(seeds)])
 
-                finished(name, [train(seed, evaluated) for seed in range(seeds)])
-        except (Interrupted, KeyboardInterrupt):
-            return False
-    return True
+    parts = {name: part(train) for name, train in variants.items()}
+    return run_all(parts, interrupt, console, finished)
+
+
+def settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a command line, by name, as JSON has them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
 def environment() -> dict[str, Any]:

@@ -25,7 +25,8 @@ from common import data, report
 from common.contrastive import AXIS, WAYS, Encoder, Way, augment, contrast, probe
 from common.interrupt import Interrupt
 from common.networks import BATCH_NORM_MOMENTUM, Tree
-from common.study import Advance, Claim, Part, Study, conduct
+from common.session import Advance, Part
+from common.study import Claim, Study, conduct
 from common.training import State
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec(None, AXIS)
@@ -172,7 +173,7 @@ class Contrast(Study):
         """Returns a run for each way."""
         options = self.options
         simulate(options.devices)
-        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        images = data.selected(options)
         count = min(len(images.train_labels), len(images.test_labels))  # the test's are dealt to devices, too
         if options.batch_size % options.devices or options.batch_size > count:
             raise data.DataError(

@@ -21,7 +21,8 @@ import normjax as nj
 from common import data, report, training
 from common.interrupt import Interrupt
 from common.networks import BATCH_NORM_MOMENTUM, Network, Tree
-from common.study import Advance, Claim, Part, Study, conduct
+from common.session import Advance, Part
+from common.study import Claim, Study, conduct
 from common.units import UNITS, Unit, batch, renorm
 from common.vgg import vgg
 
@@ -113,7 +114,7 @@ class SmallBatch(Study):
     def parts(self) -> Mapping[str, Part]:
         """Returns a run for each normalization and batch size."""
         options = self.options
-        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        images = data.selected(options)
         if (largest := DEVICES * max(options.sizes)) > len(images.train_labels):
             raise data.DataError(f"--sizes {max(options.sizes)}: {largest} examples on {DEVICES} devices,"
                                  f" and there are {len(images.train_labels)}")  # fmt: skip

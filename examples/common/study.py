@@ -21,7 +21,7 @@ in `--out`, as NAME.json and NAME.png.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,16 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common import report, session
-from common.interrupt import Interrupt, Interrupted
-
-Advance = Callable[[int, str], None]  # called with the steps since the last time, and a remark for the progress bar
-
-
-class Part(NamedTuple):
-    """One run of a study: of how many steps, and what does them and returns its results as JSON can hold them."""
-
-    steps: int
-    work: Callable[[Advance], Any]
+from common.interrupt import Interrupt
+from common.session import Part
 
 
 class Claim(NamedTuple):
@@ -85,7 +77,7 @@ class Study:
 
     def content(self, status: str) -> dict[str, Any]:
         """Returns what JSON is to hold."""
-        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.options).items()}
+        config = session.settings(vars(self.options))
         content = {"status": status, "config": config, **session.environment(), "results": self.results}
         claims = self.claims() if self.results else []
         return content | {"source": self.source, "claims": [claim._asdict() for claim in claims]}
@@ -102,7 +94,12 @@ def _conduct(study: Study, interrupt: Interrupt, console: Console) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     results = out / f"{study.name}.json"
     report.write_json(results, study.content("running"))
-    finished = _run_all(study, parts, interrupt, console, results)
+
+    def keep(name: str, found: Any) -> None:
+        study.results[name] = found
+        report.write_json(results, study.content("running"))
+
+    finished = session.run_all(parts, interrupt, console, keep)
     report.write_json(results, study.content("finished" if finished else "interrupted"))
     if study.results:
         for table in (*study.tables(), claims_table(study)):
@@ -114,24 +111,6 @@ def _conduct(study: Study, interrupt: Interrupt, console: Console) -> bool:
         console.print(f"Interrupted: {len(study.results)} of {len(parts)} runs are finished.")
     console.print(f"Results: {results.resolve()}", soft_wrap=True)
     return finished
-
-
-def _run_all(study: Study, parts: Mapping[str, Part], interrupt: Interrupt, console: Console, results: Path) -> bool:
-    width = max(map(len, parts))
-    with session.progress_bar(console) as progress:
-        try:
-            for name, part in parts.items():
-                task = progress.add_task(f"{name:<{width}}", total=part.steps, accuracy="compiling")
-
-                def advance(steps: int, remark: str, task: Any = task) -> None:
-                    progress.update(task, advance=steps, accuracy=remark)
-                    interrupt.check()
-
-                study.results[name] = part.work(advance)
-                report.write_json(results, study.content("running"))
-        except (Interrupted, KeyboardInterrupt):
-            return False
-    return True
 
 
 def claims_table(study: Study) -> Table:

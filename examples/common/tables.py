@@ -9,6 +9,17 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 
+def steps_to(accuracy: float, steps: Sequence[int], accuracies: Sequence[float]) -> float:
+    """Returns the steps before the first evaluation at or above `accuracy`; infinity if there is none."""
+    reached = (step for step, value in zip(steps, accuracies, strict=True) if value >= accuracy)
+    return next(reached, math.inf)
+
+
+def in_words(steps: float) -> str:
+    """Returns a number of steps for a table."""
+    return f"{steps:,.0f}" if math.isfinite(steps) else "not reached"
+
+
 class Run(NamedTuple):
     """One variant with one seed: its accuracy after each of `steps`, and the seconds it took."""
 
@@ -24,8 +35,7 @@ class Run(NamedTuple):
 
     def steps_to(self, accuracy: float) -> float:
         """Returns the steps before the first evaluation at or above `accuracy`; infinity if there is none."""
-        reached = (step for step, value in zip(self.steps, self.accuracies, strict=True) if value >= accuracy)
-        return next(reached, math.inf)
+        return steps_to(accuracy, self.steps, self.accuracies)
 
 
 class Result(NamedTuple):

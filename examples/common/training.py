@@ -113,28 +113,51 @@ class Trainer:
           The accuracies, and the seconds that training and evaluating took, compilation not included; and the state
           after the last step.
         """
-        state, done, points, accuracies = self.init(seed), 0, [], []
+        state, points, accuracies = self.init(seed), [], []
         batch_size = batch_size or self.batch_size
         orders = batch_orders(seed, len(self.train.labels), batch_size, steps, eval_every)
         for size in {min(steps, eval_every), steps % eval_every} - {0}:
             self._compile(state, (size, batch_size))
         start = time.perf_counter()
-        for order in orders:
-            state = self._compiled[order.shape](state, self.train, order, jnp.float32(learning_rate))
+        for done, state, order in self._after(state, orders, learning_rate):
             accuracies.append(float(self._evaluate(state.params, state.batch_stats, self.test)))
-            points.append(done := done + len(order))
+            points.append(done)
             progress(len(order), accuracies[-1])
         return Run(seed, points, accuracies, time.perf_counter() - start), state
+
+    def states(
+        self, seed: int, learning_rate: float, steps: int, eval_every: int
+    ) -> Iterator[tuple[int, State, np.ndarray]]:
+        """Trains as `finish` does, for a look at the network on the way.
+
+        Yields, after every `eval_every` steps and after the last, how many they were, the state, and the rows of the
+        batches since the last time, `(steps, batch_size)`.
+        """
+        orders = batch_orders(seed, len(self.train.labels), self.batch_size, steps, eval_every)
+        return self._after(self.init(seed), orders, learning_rate)
 
     def accuracy(self, state: State, data: Examples) -> float:
         """Returns the share of correct answers, with the running statistics."""
         return float(self._measure(state.params, state.batch_stats, data))
 
-    def _compile(self, state: State, shape: tuple[int, int]) -> None:
+    def _after(
+        self, state: State, orders: Iterator[np.ndarray], learning_rate: float
+    ) -> Iterator[tuple[int, State, np.ndarray]]:
+        """Yields the steps so far, the state, and the order, after the batches of each order."""
+        done = 0
+        for order in orders:
+            step = self._compile(state, order.shape)
+            state = step(state, self.train, order, jnp.float32(learning_rate))
+            done += len(order)
+            yield done, state, order
+
+    def _compile(self, state: State, shape: tuple[int, ...]) -> Callable:
+        """Returns what trains on batches of that order, compiled once."""
         if shape not in self._compiled:
             order = jnp.zeros(shape, jnp.int32)
             lowered = jax.jit(self._steps).lower(state, self.train, order, jnp.float32(0))
             self._compiled[shape] = lowered.compile()
+        return self._compiled[shape]
 
     def _steps(self, state: State, data: Examples, order: Array, learning_rate: Array) -> State:
         """Takes one step per row of `order`, which holds the examples of its batch."""

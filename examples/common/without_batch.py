@@ -22,7 +22,8 @@ import normjax as nj
 from common import data, report, training
 from common.interrupt import Interrupt
 from common.networks import Network, Tree, linear
-from common.study import Advance, Claim, Part, Study, conduct
+from common.session import Advance, Part, by_accuracy
+from common.study import Claim, Study, conduct
 from common.units import UNITS, Unit
 from common.vgg import vgg
 
@@ -120,7 +121,7 @@ class WithoutBatch(Study):
     def parts(self) -> Mapping[str, Part]:
         """Returns a run for each normalization and learning rate."""
         options = self.options
-        images = data.load(options.data, options.data_dir).limit(options.train_examples, options.test_examples)
+        images = data.selected(options)
         if options.batch_size > len(images.train_labels):
             raise data.DataError(f"--batch-size {options.batch_size}: there are {len(images.train_labels)} examples")
         examples, known = training.examples(images, standardize=True), units()
@@ -147,8 +148,8 @@ class WithoutBatch(Study):
         """Returns the accuracies of each seed after the last step."""
         options, found = self.options, {"training": [], "test": []}
         for seed in range(options.seeds):
-            progress = lambda done, accuracy: advance(done, f"{accuracy:.1%}")  # noqa: E731
-            run, state = trainer.finish(seed, rate, options.steps, max(1, options.steps // EVALUATIONS), progress)
+            every = max(1, options.steps // EVALUATIONS)
+            run, state = trainer.finish(seed, rate, options.steps, every, by_accuracy(advance))
             found["training"].append(trainer.accuracy(state, trainer.train))
             found["test"].append(run.accuracies[-1])
         return found
