@@ -4,9 +4,10 @@
     python benchmarks/compare.py benchmarks/results/layers-cpu.json /tmp/layers-cpu.json
     python benchmarks/compare.py A B --peer flax.linen --all
 
-For each row and figure of normjax's (or another peer's): A, B and their ratio, where it is beyond the noise. Times are
-where the quartiles of one lie outside those of the other; bytes and counts wherever they differ. Rows that are in one
-of the files only are named. Exits with 1 if something got worse by more than --tolerance.
+For each row and figure of normjax's (or another peer's): A, B and their ratio, where it is beyond
+the noise. Times are where the quartiles of one lie outside those of the other; bytes and counts
+wherever they differ. Rows that are in one of the files only are named. Exits with 1 if something
+got worse by more than --tolerance.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Change(NamedTuple):
 
 def changes(a: dict[str, Any], b: dict[str, Any], peer: str) -> Iterator[Change]:
     """Yields every figure that both results have of the peer."""
-    before, after = ({row["name"]: row["peers"].get(peer, {}) for row in each["rows"]} for each in (a, b))
+    before, after = (
+        {row["name"]: row["peers"].get(peer, {}) for row in each["rows"]} for each in (a, b)
+    )
     for name in before:
         old, new = before[name], after.get(name, {})
         if "ms" in old and "ms" in new:
@@ -51,7 +54,10 @@ def changes(a: dict[str, Any], b: dict[str, Any], peer: str) -> Iterator[Change]
 
 def missing(a: dict[str, Any], b: dict[str, Any], peer: str) -> Iterator[str]:
     """Says which rows one of the results does not have, of the peer, and why if that is known."""
-    found = [{row["name"]: row["peers"].get(peer, {}).get("skipped") for row in each["rows"]} for each in (a, b)]
+    found = [
+        {row["name"]: row["peers"].get(peer, {}).get("skipped") for row in each["rows"]}
+        for each in (a, b)
+    ]
     for own, other, which in ((found[0], found[1], "B"), (found[1], found[0], "A")):
         for name, reason in own.items():
             if name not in other:
@@ -62,12 +68,16 @@ def missing(a: dict[str, Any], b: dict[str, Any], peer: str) -> Iterator[str]:
 
 def main() -> int:
     """Prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
     parser.add_argument("--peer", default="normjax")
     parser.add_argument("--all", action="store_true", help="also what did not change")
-    parser.add_argument("--tolerance", type=float, default=1.05, help="the ratio from which worse is an error")
+    parser.add_argument(
+        "--tolerance", type=float, default=1.05, help="the ratio from which worse is an error"
+    )
     options = parser.parse_args()
     a, b = records.read(options.a), records.read(options.b)
     for kind in ("machine", "versions"):
@@ -77,8 +87,14 @@ def main() -> int:
     print("\n".join(missing(a, b, options.peer)))
     seen = list(changes(a, b, options.peer))
     shown = [change for change in seen if options.all or change.beyond_noise]
-    cells = [[c.row, c.figure, f"{c.before:.4g}", f"{c.after:.4g}", f"{c.ratio:.3f}x"] for c in shown]
-    print(records.table(["row", "figure", "A", "B", "B / A"], cells) if cells else f"{len(seen)} figures, none changed")
+    cells = [
+        [c.row, c.figure, f"{c.before:.4g}", f"{c.after:.4g}", f"{c.ratio:.3f}x"] for c in shown
+    ]
+    print(
+        records.table(["row", "figure", "A", "B", "B / A"], cells)
+        if cells
+        else f"{len(seen)} figures, none changed"
+    )
     return int(any(change.beyond_noise and change.ratio > options.tolerance for change in seen))
 
 

@@ -3,13 +3,13 @@
     python benchmarks/folding.py                                        # ResNet-18, images of 32x32 pixels, on the CPU
     python benchmarks/folding.py --network resnet50 --pixels 224 --repeats 10
 
-Two programs, `model.apply` and `normjax.deploy.fold(...).apply`, each compiled for each batch size with
-its variables as arguments, and as constants that XLA may work with. They run in turns, one after the other, in every
-repeat.
+Two programs, `model.apply` and `normjax.deploy.fold(...).apply`, each compiled for each batch size
+with its variables as arguments, and as constants that XLA may work with. They run in turns, one
+after the other, in every repeat.
 
-Written to benchmarks/results/ and printed are medians over the repeats: milliseconds by the clock, and of work on all
-cores (which counts threads that wait by spinning, but not other work on the machine), and the ratio of the source's to
-those of the same repeat.
+Written to benchmarks/results/ and printed are medians over the repeats: milliseconds by the clock,
+and of work on all cores (which counts threads that wait by spinning, but not other work on the
+machine), and the ratio of the source's to those of the same repeat.
 """
 
 from __future__ import annotations
@@ -56,10 +56,15 @@ def random_statistics(path: Any, leaf: jax.Array) -> jax.Array:
     return leaf if name == "kernel" else 0.1 * jax.random.normal(key, leaf.shape)
 
 
-def programs(infer: Callable, variables: Any, folded: nj.deploy.Folded, x: jax.Array) -> dict[str, Callable]:
+def programs(
+    infer: Callable, variables: Any, folded: nj.deploy.Folded, x: jax.Array
+) -> dict[str, Callable]:
     """Compiles the programs for inputs like x."""
     runs = {}
-    for name, apply, own in (("source", infer, variables), ("folded", folded.apply, folded.variables)):
+    for name, apply, own in (
+        ("source", infer, variables),
+        ("folded", folded.apply, folded.variables),
+    ):
         runs[name] = functools.partial(jax.jit(apply).lower(own, x).compile(), own)
         runs[f"{name}, constants"] = jax.jit(functools.partial(apply, own)).lower(x).compile()
     return runs
@@ -75,7 +80,9 @@ def timed(runs: dict[str, Callable], x: jax.Array, repeats: int) -> dict[str, li
             start = time.perf_counter(), time.process_time()
             jax.block_until_ready(runs[name](x))
             if repeat >= 0:
-                seen[name].append(Times(time.perf_counter() - start[0], time.process_time() - start[1]))
+                seen[name].append(
+                    Times(time.perf_counter() - start[0], time.process_time() - start[1])
+                )
     return seen
 
 
@@ -88,9 +95,13 @@ def rows(seen: dict[str, list[Times]], batch: int) -> list[dict]:
     for name in seen:
         row: dict[str, Any] = {"program": name, "batch": batch}
         for kind in Times._fields:
-            own, source = ([getattr(each, kind) for each in seen[program]] for program in (name, _source(name)))
+            own, source = (
+                [getattr(each, kind) for each in seen[program]] for program in (name, _source(name))
+            )
             row |= {f"{kind}_ms": 1e3 * statistics.median(own), f"{kind}_ms_least": 1e3 * min(own)}
-            row[f"{kind}_speedup"] = statistics.median(a / b for a, b in zip(source, own, strict=True))
+            row[f"{kind}_speedup"] = statistics.median(
+                a / b for a, b in zip(source, own, strict=True)
+            )
         found.append(row)
     return found
 
@@ -107,24 +118,45 @@ def measure(args: argparse.Namespace) -> dict:
         x = jax.random.normal(key, (batch, *of))
         found += rows(timed(programs(infer, variables, folded, x), x, args.repeats), batch)
     count = sum(each.kernel is not None for each in folded.found)
-    return {"rows": found, "folded": count, "batch_norms": len(folded.found), "relative_error": folded.error}
+    return {
+        "rows": found,
+        "folded": count,
+        "batch_norms": len(folded.found),
+        "relative_error": folded.error,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", choices=STAGES, default="resnet18")
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args()
     result = {"arguments": vars(args), "jax": jax.__version__, "python": platform.python_version()}
-    result |= {"machine": platform.machine(), "device": jax.devices()[0].device_kind, "cores": os.cpu_count()}
+    result |= {
+        "machine": platform.machine(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+    }
     result |= {"load_before": os.getloadavg()[0]} | measure(args)
-    path = ROOT / "benchmarks" / "results" / f"folding-{args.network}-{args.pixels}-{jax.default_backend()}.json"
+    path = (
+        ROOT
+        / "benchmarks"
+        / "results"
+        / f"folding-{args.network}-{args.pixels}-{jax.default_backend()}.json"
+    )
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{result['folded']} of {result['batch_norms']} folded, relative error {result['relative_error']:.1e}")
+    print(
+        f"{result['folded']} of {result['batch_norms']} folded, relative error {result['relative_error']:.1e}"
+    )
     for row in result["rows"]:
-        figures = (f"{kind} {row[f'{kind}_ms']:9.2f} ms {row[f'{kind}_speedup']:.2f}x" for kind in Times._fields)
+        figures = (
+            f"{kind} {row[f'{kind}_ms']:9.2f} ms {row[f'{kind}_speedup']:.2f}x"
+            for kind in Times._fields
+        )
         print(f"batch {row['batch']:4}  {row['program']:18}", *figures)
     print(path)
 

@@ -5,10 +5,11 @@
     python benchmarks/formulations.py --tpu v5e:2x2   bytes and collectives, compiled for TPU v5e; needs no TPU
     python benchmarks/formulations.py --tpu v5e:16x16 --chips 256
 
-The program is that of two conv-BN-ReLU layers and their mean (CPU times: of the layer alone). On TPU nothing is run:
-the figures are those of the compiled program, without noise. `bytes` counts the branch of a conditional as if it were
-taken every time; the row `guard, branch emptied` is the same program with nothing to do in the branch, which is what a
-step costs where the guard is quiet.
+The program is that of two conv-BN-ReLU layers and their mean (CPU times: of the layer alone). On
+TPU nothing is run: the figures are those of the compiled program, without noise. `bytes` counts the
+  branch of a conditional as if it were
+taken every time; the row `guard, branch emptied` is the same program with nothing to do in the
+branch, which is what a step costs where the guard is quiet.
 Writes a JSON file to benchmarks/results/ and prints the table.
 """
 
@@ -87,7 +88,9 @@ def emptied(x, shift):
 
 
 def normalize(x, mean, var, scale, bias):
-    return ((x.astype(jnp.float32) - mean) * (scale * lax.rsqrt(var + EPSILON)) + bias).astype(x.dtype)
+    return ((x.astype(jnp.float32) - mean) * (scale * lax.rsqrt(var + EPSILON)) + bias).astype(
+        x.dtype
+    )
 
 
 def with_moments(moments) -> Layer:
@@ -127,7 +130,11 @@ def vjp_of_layer(moments) -> Layer:
     def backward(kept, cotangents):
         x, mean, var, scale = kept
         g = cotangents[0].astype(jnp.float32)
-        inverse, centered, n = lax.rsqrt(var + EPSILON), x.astype(jnp.float32) - mean, x.size // x.shape[-1]
+        inverse, centered, n = (
+            lax.rsqrt(var + EPSILON),
+            x.astype(jnp.float32) - mean,
+            x.size // x.shape[-1],
+        )
         d_bias, projection = g.sum(AXES), (g * centered).sum(AXES)
         dx = scale * inverse * (g - d_bias / n - centered * (inverse**2 * projection / n))
         return dx.astype(x.dtype), jnp.zeros_like(mean), projection * inverse, d_bias
@@ -161,7 +168,11 @@ def network(layer: Layer) -> Callable:
         seen = []
         for (kernel, scale, bias), shift in zip(params, shifts, strict=True):
             x = lax.conv_general_dilated(
-                x, kernel.astype(x.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x,
+                kernel.astype(x.dtype),
+                (1, 1),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
             x, moments = layer(x, shift, scale, bias)
             seen.append(moments)
@@ -173,7 +184,10 @@ def network(layer: Layer) -> Callable:
 
 def programs(layer: Layer) -> dict[str, Callable]:
     apply = network(layer)
-    return {"forward": apply, "forward+backward": jax.value_and_grad(apply, argnums=(0, 2), has_aux=True)}
+    return {
+        "forward": apply,
+        "forward+backward": jax.value_and_grad(apply, argnums=(0, 2), has_aux=True),
+    }
 
 
 def shapes(batch: int, size: int, channels: int, dtype, whole=None, split=None) -> tuple:
@@ -235,12 +249,16 @@ def print_table(rows: list[dict], columns: list[str]) -> None:
     base = {(row["mode"], row["dtype"]): row for row in rows if "Flax" in row["layer"]}
     for row in rows:
         reference = base[row["mode"], row["dtype"]]
-        cells = "".join(f" {row[c]:,.4g} | {row[c] / max(reference[c], 1e-9):.3f} |" for c in columns)
+        cells = "".join(
+            f" {row[c]:,.4g} | {row[c] / max(reference[c], 1e-9):.3f} |" for c in columns
+        )
         print(f"| {row['layer']} | {row['mode']} | {row['dtype']} |{cells}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tpu", help="a topology to compile for, such as v5e:2x2 or v5e:16x16")
     parser.add_argument("--chips", type=int, default=1, help="how many of its chips")
     parser.add_argument("--batch", type=int, default=32, help="examples for each chip")
@@ -255,9 +273,16 @@ def main() -> None:
     where = f"tpu-{args.tpu.replace(':', '-')}-{args.chips}" if args.tpu else "cpu"
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"formulations-{where}.json"
-    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    machine = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
     path.write_text(
-        json.dumps({"arguments": vars(args), "jax": jax.__version__, **machine, "rows": rows}, indent=1) + "\n"
+        json.dumps(
+            {"arguments": vars(args), "jax": jax.__version__, **machine, "rows": rows}, indent=1
+        )
+        + "\n"
     )
     print(f"\nWritten to {path}")
 

@@ -4,9 +4,9 @@
     python benchmarks/gpu.py                 # on the GPU
     python benchmarks/gpu.py --dry-run       # tiny shapes on the CPU: whether all of it works
 
-Needs this repository (not installed), JAX with CUDA, and what normjax depends on; no network. Peers that are not there
-are named. Results are checked before they are timed. Writes JSON after each half, so that a call that is cut short
-leaves what it has; prints the tables last.
+Needs this repository (not installed), JAX with CUDA, and what normjax depends on; no network. Peers
+that are not there are named. Results are checked before they are timed. Writes JSON after each
+half, so that a call that is cut short leaves what it has; prints the tables last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import sys
 import time
 
 START = time.monotonic()
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the memory, too
+# PyTorch needs some of the memory, too
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 if "--dry-run" in sys.argv:
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -29,20 +30,29 @@ from harness import networks, records, rows, timing, training  # noqa: E402
 from harness.cases import suite  # noqa: E402
 
 LAYERS_SHARE = 0.7  # of the time
-STEP_PEERS = ("normjax", "flax.linen", "none")  # a ResNet-50 takes half a minute to compile, for each
+# a ResNet-50 takes half a minute to compile, for each
+STEP_PEERS = ("normjax", "flax.linen", "none")
 
 
 def main() -> None:
     """Runs layers and steps, writes JSON and prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
-    parser.add_argument("--seconds", type=float, default=390, help="begin no row after that; what is begun is ended")
+    parser.add_argument(
+        "--seconds", type=float, default=390, help="begin no row after that; what is begun is ended"
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=pathlib.Path, help="default: benchmarks/results/gpu.json")
-    parser.add_argument("--peers", nargs="+", choices=rows.PEERS, default=rows.PEERS, metavar="PEER")
+    parser.add_argument(
+        "--peers", nargs="+", choices=rows.PEERS, default=rows.PEERS, metavar="PEER"
+    )
     options = parser.parse_args()
     if not options.dry_run and jax.default_backend() != "gpu":
-        parser.error(f"JAX sees no GPU, but {jax.devices()}. Install jax[cuda13], or give --dry-run")
+        parser.error(
+            f"JAX sees no GPU, but {jax.devices()}. Install jax[cuda13], or give --dry-run"
+        )
     timing.keep_memory()
     size = "tiny" if options.dry_run else "gpu"
     out = options.out or records.RESULTS / f"gpu{'-dry-run' * options.dry_run}.json"

@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+COLLECTIVE = re.compile(
+    r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
 SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -25,7 +27,9 @@ def collectives(compiled: Any) -> list[Collective]:
     bodies = computations(compiled.as_text())
     waiting = in_branches(bodies)
     return [
-        Collective(kind, sum(n for n, _ in parts), sum(n * size for n, size in parts), name in waiting)
+        Collective(
+            kind, sum(n for n, _ in parts), sum(n * size for n, size in parts), name in waiting
+        )
         for name, body in bodies.items()
         for shapes, kind in COLLECTIVE.findall(body)
         if (parts := list(_parts(shapes)))
@@ -54,7 +58,10 @@ def in_branches(bodies: Mapping[str, str]) -> set[str]:
     while waiting:
         name = waiting.pop()
         reached.add(name)
-        waiting |= set(re.findall(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)", bodies[name])) - reached
+        waiting |= (
+            set(re.findall(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)", bodies[name]))
+            - reached
+        )
     return reached
 
 
@@ -83,4 +90,7 @@ def _names(text: str) -> list[str]:
 def _parts(shapes: str) -> Iterator[tuple[int, int]]:
     """Yields the number of elements of each array, and the bytes of one of them."""
     for kind, bits, dims in SHAPE.findall(shapes):
-        yield math.prod(map(int, filter(None, dims.split(",")))), 1 if kind == "pred" else max(int(bits) // 8, 1)
+        yield (
+            math.prod(map(int, filter(None, dims.split(",")))),
+            1 if kind == "pred" else max(int(bits) // 8, 1),
+        )

@@ -1,7 +1,8 @@
 """What training keeps in memory: a ResNet-50 step compiled for a TPU chip that is not there, and single layers.
 
-Nothing runs. Of the step, the compiled program tells the temporary bytes and the bytes accessed; of the layers, JAX
-tells the bytes that a `jax.vjp` of convolution, norm, activation and convolution keeps. One compilation takes minutes.
+Nothing runs. Of the step, the compiled program tells the temporary bytes and the bytes accessed; of
+the layers, JAX tells the bytes that a `jax.vjp` of convolution, norm, activation and convolution
+keeps. One compilation takes minutes.
 
     pip install -e '.[bench]'
     python benchmarks/memory.py --out benchmarks/results/memory-v5e-1.json
@@ -38,21 +39,30 @@ STEPS: dict[str, tuple[Any, Callable[..., bool] | None]] = {
 }
 
 
-def training_step(batch_norm: Any, policy: Callable[..., bool] | None) -> tuple[Any, tuple[Any, ...]]:
+def training_step(
+    batch_norm: Any, policy: Callable[..., bool] | None
+) -> tuple[Any, tuple[Any, ...]]:
     """Returns one step of SGD with momentum on a ResNet-50, and the shapes of its arguments."""
     model = pod.ResNet50(
-        lambda **settings: batch_norm(**settings | {"axis_name": None, "axis_index_groups": None}), None
+        lambda **settings: batch_norm(**settings | {"axis_name": None, "axis_index_groups": None}),
+        None,
     )
     optimizer = optax.sgd(0.1, momentum=0.9)
 
-    def step(params: Any, batch_stats: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
+    def step(
+        params: Any, batch_stats: Any, state: Any, images: jax.Array, labels: jax.Array
+    ) -> Any:
         def network(params: Any, images: jax.Array) -> Any:
-            return model.apply({"params": params, "batch_stats": batch_stats}, images, mutable=["batch_stats"])
+            return model.apply(
+                {"params": params, "batch_stats": batch_stats}, images, mutable=["batch_stats"]
+            )
 
         def loss(params: Any) -> Any:
             lean = network if policy is None else jax.checkpoint(network, policy=policy)
             logits, updates = lean(params, images)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates["batch_stats"]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates[
+                "batch_stats"
+            ]
 
         (value, new), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(gradients, state)
@@ -65,11 +75,15 @@ def training_step(batch_norm: Any, policy: Callable[..., bool] | None) -> tuple[
     return step, (variables["params"], variables["batch_stats"], state, images, labels)
 
 
-def costs_of_step(batch_norm: Any, policy: Callable[..., bool] | None, device: Any) -> dict[str, Any]:
+def costs_of_step(
+    batch_norm: Any, policy: Callable[..., bool] | None, device: Any
+) -> dict[str, Any]:
     """Compiles the step for the device and reads off what it costs."""
     step, arguments = training_step(batch_norm, policy)
     start = time.perf_counter()
-    compiled: Any = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*static.on(device, arguments)).compile()
+    compiled: Any = (
+        jax.jit(step, donate_argnums=(0, 1, 2)).lower(*static.on(device, arguments)).compile()
+    )
     accessed = compiled.cost_analysis()["bytes accessed"]
     return {
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
@@ -99,7 +113,9 @@ def two_layers(name: str) -> Callable[..., jax.Array]:
             return nj.activated_batch_norm(params, batch_stats, x, True)[0]
         return nn.leaky_relu(nj.batch_norm(params, batch_stats, x, True)[0])
 
-    def network(kernels: tuple[jax.Array, jax.Array], scale: jax.Array, bias: jax.Array, x: jax.Array) -> jax.Array:
+    def network(
+        kernels: tuple[jax.Array, jax.Array], scale: jax.Array, bias: jax.Array, x: jax.Array
+    ) -> jax.Array:
         return convolution(kernels[1], norm(scale, bias, convolution(kernels[0], x)))
 
     return network
@@ -108,9 +124,14 @@ def two_layers(name: str) -> Callable[..., jax.Array]:
 def kept_bytes(network: Callable[..., jax.Array], shape: tuple[int, ...], dtype: Any) -> int:
     """Returns the bytes that the backward pass of a network is given, beyond the network's arguments."""
     features = shape[-1]
-    kernel, vector = jax.ShapeDtypeStruct((features, features), dtype), jax.ShapeDtypeStruct((features,), jnp.float32)
+    kernel, vector = (
+        jax.ShapeDtypeStruct((features, features), dtype),
+        jax.ShapeDtypeStruct((features,), jnp.float32),
+    )
     given = ((kernel, kernel), vector, vector, jax.ShapeDtypeStruct(shape, dtype))
-    kept = jax.tree.leaves(jax.eval_shape(lambda *given: jax.vjp(jax.jit(network), *given)[1], *given))
+    kept = jax.tree.leaves(
+        jax.eval_shape(lambda *given: jax.vjp(jax.jit(network), *given)[1], *given)
+    )
     return _bytes(kept) - _bytes([kernel, kernel, given[-1]])
 
 
@@ -120,8 +141,12 @@ def _bytes(leaves: list[Any]) -> int:
 
 def main() -> None:
     """Prints the figures, row by row, and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(STEPS), nargs="*", default=list(STEPS), help="which steps to compile")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", choices=list(STEPS), nargs="*", default=list(STEPS), help="which steps to compile"
+    )
     parser.add_argument("--topology", default="v5e:2x2", help="one chip of it is compiled for")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
@@ -135,7 +160,8 @@ def main() -> None:
     shape = (BATCH, 56, 56, 64)
     for name in ("flax", "batch_norm", "activated_batch_norm"):
         kept = {
-            str(jnp.dtype(dtype)): kept_bytes(two_layers(name), shape, dtype) for dtype in (jnp.float32, jnp.bfloat16)
+            str(jnp.dtype(dtype)): kept_bytes(two_layers(name), shape, dtype)
+            for dtype in (jnp.float32, jnp.bfloat16)
         }
         results["kept"][name] = kept
         print(name, json.dumps(kept), flush=True)

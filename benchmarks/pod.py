@@ -1,7 +1,7 @@
 """A ResNet-50 training step on a TPU pod slice that is not there: what the compiled program moves, sends and needs.
 
-JAX compiles ahead of time for 256 chips, with synced batch norm in groups of 128 examples: normjax's, and Flax's.
-Nothing runs, so there is no noise and no time; compiling takes minutes.
+JAX compiles ahead of time for 256 chips, with synced batch norm in groups of 128 examples:
+normjax's, and Flax's. Nothing runs, so there is no noise and no time; compiling takes minutes.
 
     pip install -e '.[bench]'
     python benchmarks/pod.py --out benchmarks/results/pod-v5e-256.json
@@ -78,11 +78,15 @@ def training_step(model: nn.Module) -> Any:
     """One step of SGD with momentum, on each device's share of the batch."""
     optimizer = optax.sgd(0.1, momentum=0.9)
 
-    def step(params: Any, batch_stats: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
+    def step(
+        params: Any, batch_stats: Any, state: Any, images: jax.Array, labels: jax.Array
+    ) -> Any:
         def loss(params: Any) -> Any:
             variables = {"params": params, "batch_stats": batch_stats}
             logits, updates = model.apply(variables, images, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates["batch_stats"]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates[
+                "batch_stats"
+            ]
 
         (value, new), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         gradients, value = jax.lax.pmean((gradients, value), "data")
@@ -109,7 +113,10 @@ def compile_step(batch_norm: Any, mesh: Mesh, per_chip: int, group: int) -> dict
     operands = (variables["params"], variables["batch_stats"], state, images, labels)
     placed = [
         jax.tree.map(
-            lambda a, spec=spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)), tree
+            lambda a, spec=spec: jax.ShapeDtypeStruct(
+                a.shape, a.dtype, sharding=NamedSharding(mesh, spec)
+            ),
+            tree,
         )
         for tree, spec in zip(operands, specs, strict=True)
     ]
@@ -135,7 +142,9 @@ def costs(compiled: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Compiles both, prints a table and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--topology", default="v5e:16x16")
     parser.add_argument("--per-chip", type=int, default=32, help="examples on each chip")
     parser.add_argument("--group", type=int, default=128, help="examples that share statistics")

@@ -3,8 +3,10 @@
 
     python benchmarks/small.py
 
-Import: milliseconds of `import normjax` in a fresh process that has imported JAX. Compilation: seconds of CPU time
-to trace, lower and compile a training step of 50 layers of Dense, BatchNorm and ReLU, and of a ResNet-50, in turns.
+Import: milliseconds of `import normjax` in a fresh process that has imported JAX. Compilation:
+  seconds of CPU time
+to trace, lower and compile a training step of 50 layers of Dense, BatchNorm and ReLU, and of a
+ResNet-50, in turns.
 The least of some repetitions each: what is above it is the machine's other work.
 """
 
@@ -62,7 +64,11 @@ def resnet50(peer: str) -> tuple[Callable, tuple]:
     del peer  # which the context that this runs in has put in its place
     (network,) = [network for network in networks.suite("cpu") if network.name == "resnet50"]
     inputs, labels = networks.batch(network)
-    return networks.step(network), (*jax.eval_shape(network.init, jax.random.key(0), inputs), inputs, labels)
+    return networks.step(network), (
+        *jax.eval_shape(network.init, jax.random.key(0), inputs),
+        inputs,
+        labels,
+    )
 
 
 def seconds(made: Callable[[str], tuple[Callable, tuple]], peer: str) -> dict[str, float]:
@@ -78,7 +84,9 @@ def seconds(made: Callable[[str], tuple[Callable, tuple]], peer: str) -> dict[st
         lowered.compile()
         times.append(time.process_time())
     parts = [after - before for before, after in zip(times, times[1:], strict=False)]
-    return dict(zip(("trace", "lower", "compile"), parts, strict=True)) | {"total": times[-1] - times[0]}
+    return dict(zip(("trace", "lower", "compile"), parts, strict=True)) | {
+        "total": times[-1] - times[0]
+    }
 
 
 def least(found: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -89,12 +97,16 @@ def least(found: Iterable[dict[str, float]]) -> dict[str, float]:
 
 def main() -> None:
     """Measures, writes JSON and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path, default=records.RESULTS / "small-cpu.json")
     options = parser.parse_args()
     imported = [
-        float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True).stdout)
+        float(
+            subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True).stdout
+        )
         for _ in range(2 * options.rounds)
     ]
     results = records.header() | {"import_ms": round(min(imported), 1), "rows": []}
@@ -102,7 +114,9 @@ def main() -> None:
     for made in (dense50, resnet50):
         turns = [{peer: seconds(made, peer) for peer in NORMS} for _ in range(options.rounds)]
         rows = {peer: least(turn[peer] for turn in turns) for peer in NORMS}
-        results["rows"].append({"name": f"compilation of {made.__name__}, seconds of CPU time", "peers": rows})
+        results["rows"].append(
+            {"name": f"compilation of {made.__name__}, seconds of CPU time", "peers": rows}
+        )
         ratio = rows["normjax"]["total"] / rows["flax.linen"]["total"]
         print(f"{made.__name__}: {rows}, {ratio:.2f}x", flush=True)
         records.write(results, options.out)

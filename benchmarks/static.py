@@ -5,9 +5,12 @@
     python benchmarks/static.py                                       # minutes; one chip
     python benchmarks/static.py --only resnet50 --peers normjax flax.linen
 
-JAX compiles ahead of time by libtpu's compiler, on any x86-64 machine. Bytes accessed are XLA's count, which takes a
-branch as taken every time: the second pass of normjax's batch norm, which runs only where the first one cancelled, is
-in them. The table shows bytes accessed / temporary bytes in MB, collectives, and seconds to compile.
+JAX compiles ahead of time by libtpu's compiler, on any x86-64 machine. Bytes accessed are XLA's
+count, which takes a
+branch as taken every time: the second pass of normjax's batch norm, which runs only where the first
+  one cancelled, is
+in them. The table shows bytes accessed / temporary bytes in MB, collectives, and seconds to
+compile.
 """
 
 from __future__ import annotations
@@ -33,15 +36,28 @@ LAYERS = ("256x56x56x256", "8x2048x4096", "256x197x768")
 
 def main() -> None:
     """Compiles all rows for all peers, writes JSON and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--topology", default="v5e:2x2", help="its first chip is compiled for")
     parser.add_argument("--only", default="", help="rows whose name has this in it")
-    parser.add_argument("--peers", nargs="+", choices=networks.PEERS, default=["normjax", "flax.linen"], metavar="PEER")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=networks.PEERS,
+        default=["normjax", "flax.linen"],
+        metavar="PEER",
+    )
     parser.add_argument("--suite", choices=["tiny", "tpu"], default="tpu")
-    parser.add_argument("--out", type=pathlib.Path, help="default: benchmarks/results/static-TOPOLOGY.json")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="default: benchmarks/results/static-TOPOLOGY.json"
+    )
     options = parser.parse_args()
     device = tpu.devices(options.topology)[0]
-    rows = [(case.name, lambda peer, case=case: layer(case, peer, device)) for case in cases(options.suite)]
+    rows = [
+        (case.name, lambda peer, case=case: layer(case, peer, device))
+        for case in cases(options.suite)
+    ]
     rows += [
         (f"{network.title} step", lambda peer, network=network: step(network, peer, device))
         for network in networks.suite(options.suite)
@@ -53,7 +69,9 @@ def main() -> None:
     out = options.out or records.RESULTS / f"static-{options.topology.replace(':', '-')}.json"
     results["rows"] = []
     for name, compiled in rows:
-        results["rows"].append({"name": name, "peers": {peer: costs(compiled, peer) for peer in options.peers}})
+        results["rows"].append(
+            {"name": name, "peers": {peer: costs(compiled, peer) for peer in options.peers}}
+        )
         records.write(results, out)  # at once: a network takes minutes to compile
     print(records.skipped(results["rows"]) + "\n")
     print(records.peer_table(results["rows"], cell))
@@ -62,15 +80,25 @@ def main() -> None:
 def cases(name: str) -> list[Case]:
     """Returns the layers' rows: those of the GPU suite at one shape of each network."""
     found = suite("tiny" if name == "tiny" else "gpu")
-    return found if name == "tiny" else [case for case in found if "x".join(map(str, case.shape)) in LAYERS]
+    return (
+        found
+        if name == "tiny"
+        else [case for case in found if "x".join(map(str, case.shape)) in LAYERS]
+    )
 
 
 def layer(case: Case, peer: str, device: Any) -> Any:
     """Returns the lowered program of a layer, as it is timed elsewhere."""
     if peer == "none":
         raise peers.Unable("no layer, no row")
-    leaves = [name for name in ("scale", "bias", "mean", "var") if (case.layer, name) != ("rms", "bias")]
-    arrays = ["x"] + ["cotangent"] * (case.mode == "forward+backward") + ["residual"] * (case.then == "add+relu")
+    leaves = [
+        name for name in ("scale", "bias", "mean", "var") if (case.layer, name) != ("rms", "bias")
+    ]
+    arrays = (
+        ["x"]
+        + ["cotangent"] * (case.mode == "forward+backward")
+        + ["residual"] * (case.then == "add+relu")
+    )
     shapes = {name: jax.ShapeDtypeStruct((case.features,), "float32") for name in leaves}
     shapes |= {name: jax.ShapeDtypeStruct(case.shape, storage(case.dtype)) for name in arrays}
     run, operands = programs.traceable(peer, case, shapes)
@@ -89,7 +117,9 @@ def step(network: networks.Network, peer: str, device: Any) -> Any:
 def on(device: Any, tree: Any) -> Any:
     """Returns shapes on the device."""
     place = SingleDeviceSharding(device)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
+    )
 
 
 def costs(lowered: Callable[[str], Any], peer: str) -> dict[str, Any]:
@@ -113,7 +143,9 @@ def costs(lowered: Callable[[str], Any], peer: str) -> dict[str, Any]:
 def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
     """Says in a cell what a program costs."""
     moved, temporary = got["bytes_accessed"] / 1e6, got["temporary_bytes"] / 1e6
-    return f"{moved:,.5g} / {temporary:,.4g} MB, {got['collectives']}, {got['compile_seconds']:.3g} s"
+    return (
+        f"{moved:,.5g} / {temporary:,.4g} MB, {got['collectives']}, {got['compile_seconds']:.3g} s"
+    )
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@
     python benchmarks/steps.py                                          # the sizes of this backend
     python benchmarks/steps.py --only transformer --peers normjax flax.linen none
 
-The Inception and ResNets of the examples, ResNet-50, a small transformer. `none` has no normalization at all: what
-remains is the price of the rest. The losses of the first three steps are compared before anything is timed. Memory is
-that of the compiled program, and the size of what is kept for the backward pass. In the table: milliseconds, the ratio
-to normjax's, megabytes of temporary memory / kept for the backward pass.
+The Inception and ResNets of the examples, ResNet-50, a small transformer. `none` has no
+normalization at all: what remains is the price of the rest. The losses of the first three steps are
+  compared before anything is timed. Memory is
+that of the compiled program, and the size of what is kept for the backward pass. In the table:
+milliseconds, the ratio to normjax's, megabytes of temporary memory / kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -24,13 +25,21 @@ from harness import networks, records, timing, training
 
 def main() -> None:
     """Runs the networks, writes JSON and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=["tiny", "cpu", "gpu"], help="default: that of the backend")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--suite", choices=["tiny", "cpu", "gpu"], help="default: that of the backend"
+    )
     parser.add_argument("--only", default="", help="networks whose name has this in it")
-    parser.add_argument("--peers", nargs="+", choices=networks.PEERS, default=networks.PEERS, metavar="PEER")
+    parser.add_argument(
+        "--peers", nargs="+", choices=networks.PEERS, default=networks.PEERS, metavar="PEER"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=1800, help="begin no network after that")
-    parser.add_argument("--out", type=pathlib.Path, help="default: benchmarks/results/steps-SUITE.json")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="default: benchmarks/results/steps-SUITE.json"
+    )
     options = parser.parse_args()
     timing.keep_memory()
     name = options.suite or ("gpu" if jax.default_backend() == "gpu" else "cpu")

@@ -21,7 +21,8 @@ ENVIRONMENT = {
 def devices(topology: str) -> Sequence[Any]:
     """Returns the devices of a topology such as "v5e:16x16", to compile for.
 
-    Call it before anything asks JAX for its devices: libtpu is told where it runs when JAX's backends start.
+    Call it before anything asks JAX for its devices: libtpu is told where it runs when JAX's
+    backends start.
     """
     os.environ.update(ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")  # or JAX would look for the TPU that libtpu is for

@@ -50,8 +50,12 @@ def shrink(plot: Path, picture: Path) -> None:
 
 def main() -> int:
     """Runs the examples that are asked for and returns the exit status of the first that fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(EXAMPLES)} (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(EXAMPLES)} (default: all)"
+    )
     parser.add_argument("--finished", action="store_true", help="take the plots that are there")
     options = parser.parse_args()
     if unknown := set(options.names) - set(EXAMPLES):

@@ -1,22 +1,23 @@
 """One network, two sets of statistics: clean and adversarial images in one training.
 
-Adversarial images are training images that an adversary has changed, each pixel by at most --radius, until the network
-of the moment errs on them. A network is trained in four ways:
+Adversarial images are training images that an adversary has changed, each pixel by at most
+--radius, until the network of the moment errs on them. A network is trained in four ways:
 
     clean only            no adversarial images
     shared                one batch_stats; every batch holds clean images and adversarial ones
     two sets              a batch_stats for each kind; batches of one kind
     two sets, two scales  and a scale and a bias for each kind: AdvProp's auxiliary batch norm
 
-and evaluated on clean test images and on attacked ones, with either set at inference. The adversary knows the network
-and the set that it answers with.
+and evaluated on clean test images and on attacked ones, with either set at inference. The adversary
+knows the network and the set that it answers with.
 
     python examples/adversarial_pairs.py                                # scikit-learn's digits: nothing to download
     python examples/adversarial_pairs.py --data mnist --data-dir DIR
     python examples/adversarial_pairs.py --data cifar10 --data-dir DIR
 
-A table, JSON and a plot come out, the files in --out. Ctrl-C stops, and keeps what is finished. With the same seed all
-ways start from the same kernels and see the same images. See examples/README.md for what to expect.
+A table, JSON and a plot come out, the files in --out. Ctrl-C stops, and keeps what is finished.
+With the same seed all ways start from the same kernels and see the same images. See
+examples/README.md for what to expect.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ from common.interrupt import run
 
 _RUN = {"seeds": 1, "eval_every": 50, "batch_size": 64}
 DEFAULTS = {
-    "digits": {"seeds": 3, "steps": 300, "eval_every": 50, "batch_size": 64, "learning_rate": 0.05, "radius": 0.15},
+    "digits": {
+        "seeds": 3,
+        "steps": 300,
+        "eval_every": 50,
+        "batch_size": 64,
+        "learning_rate": 0.05,
+        "radius": 0.15,
+    },
     "mnist": _RUN | {"steps": 1000, "learning_rate": 0.05, "radius": 0.2},
     "cifar10": _RUN | {"steps": 5000, "learning_rate": 0.05, "radius": 8 / 255},
 }

@@ -1,7 +1,8 @@
 """Several batch_stats for one params: domains that share a network, but not their statistics.
 
-Trains one small network on digits from two domains, as they are and with --shift (faint, inverted or noisy), and shows
-the test accuracy in each, with batch normalization's statistics handled in four ways:
+Trains one small network on digits from two domains, as they are and with --shift (faint, inverted
+or noisy), and shows the test accuracy in each, with batch normalization's statistics handled in
+four ways:
 
     mixed        one batch_stats; every batch holds both domains
     in turn      one batch_stats; batches of one domain, then of the other
@@ -11,17 +12,18 @@ the test accuracy in each, with batch normalization's statistics handled in four
     python examples/domains.py                              # scikit-learn's digits: nothing to download
     python examples/domains.py --data mnist --data-dir DIR
 
-The network is a pure function `apply(params, batch_stats, x, train)` that returns its new statistics, so that a second
-set of them is a second variable (examples/common/sharing.py). The same lines serve
+The network is a pure function `apply(params, batch_stats, x, train)` that returns its new
+statistics, so that a second set of them is a second variable (examples/common/sharing.py). The same
+lines serve
 
-adversarial examples (Xie et al. 2020, AdvProp; adversarial_pairs.py trains so), whose statistics are not those of
-clean images:
+adversarial examples (Xie et al. 2020, AdvProp; adversarial_pairs.py trains so), whose statistics
+are not those of clean images:
 
     clean, stats["clean"] = apply(params, stats["clean"], x, True)
     attacked, stats["attacked"] = apply(params, stats["attacked"], attack(params, x), True)
 
-a teacher that is a moving average of the student (Tarvainen & Valpola 2017), with statistics of its own, which its own
-forward passes update, or with the student's:
+a teacher that is a moving average of the student (Tarvainen & Valpola 2017), with statistics of its
+own, which its own forward passes update, or with the student's:
 
     logits, stats["student"] = apply(params["student"], stats["student"], x, True)
     targets, stats["teacher"] = apply(params["teacher"], stats["teacher"], x, True)
@@ -31,10 +33,12 @@ and GANs, whose discriminator sees real and generated images in turn:
     real, stats["real"] = apply(params, stats["real"], images, True)
     fake, stats["fake"] = apply(params, stats["fake"], generated, True)
 
-where a pass that should leave no trace, such as the attack's, drops what it returns: `logits, _ = apply(...)`.
+where a pass that should leave no trace, such as the attack's, drops what it returns: `logits, _ =
+apply(...)`.
 
-A table, JSON and a plot come out, the files in --out. Ctrl-C stops, and keeps what is finished. With the same seed all
-ways start from the same kernels and see the same images. See examples/README.md for what to expect.
+A table, JSON and a plot come out, the files in --out. Ctrl-C stops, and keeps what is finished.
+With the same seed all ways start from the same kernels and see the same images. See
+examples/README.md for what to expect.
 """
 
 from __future__ import annotations
@@ -54,13 +58,48 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     count, rate = number(int, "a positive integer"), number(float, "a positive number")
     parser.add_data(("digits", "mnist"))
     add = parser.add_argument
-    add("--shift", choices=SHIFTS, default="faint", help="what the second domain is (default: %(default)s)")
-    add("--seeds", type=count, default=5, metavar="N", help="how often to train (default: %(default)s); medians show")
-    add("--steps", type=count, default=600, metavar="N", help="budget of each run (default: %(default)s)")
+    add(
+        "--shift",
+        choices=SHIFTS,
+        default="faint",
+        help="what the second domain is (default: %(default)s)",
+    )
+    add(
+        "--seeds",
+        type=count,
+        default=5,
+        metavar="N",
+        help="how often to train (default: %(default)s); medians show",
+    )
+    add(
+        "--steps",
+        type=count,
+        default=600,
+        metavar="N",
+        help="budget of each run (default: %(default)s)",
+    )
     add("--eval-every", type=count, default=20, metavar="N", help="steps between two evaluations")
-    add("--batch-size", type=number(int, "an integer above 1", 2), default=32, metavar="N", help="of each domain")
-    add("--learning-rate", type=rate, default=0.1, metavar="RATE", help="of SGD with momentum (default: %(default)s)")
-    add("--out", type=Path, metavar="DIR", default=Path("results/domains"), help="(default: %(default)s)")
+    add(
+        "--batch-size",
+        type=number(int, "an integer above 1", 2),
+        default=32,
+        metavar="N",
+        help="of each domain",
+    )
+    add(
+        "--learning-rate",
+        type=rate,
+        default=0.1,
+        metavar="RATE",
+        help="of SGD with momentum (default: %(default)s)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("results/domains"),
+        help="(default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     parser.check_data(options)
     return options

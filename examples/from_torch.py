@@ -1,18 +1,19 @@
 """A PyTorch ResNet-18 in Flax: the weights of a torchvision-style state_dict, loaded into a linen network with normjax.
 
-Both networks are below, under the same names of modules, so that no key has to be renamed. The program gives the
-PyTorch network weights and running statistics that are not those it starts with, moves them with
-`nj.convert.from_torch`, and compares logits; then both go through one more batch in training, and their running
-statistics are compared.
+Both networks are below, under the same names of modules, so that no key has to be renamed. The
+program gives the PyTorch network weights and running statistics that are not those it starts with,
+moves them with `nj.convert.from_torch`, and compares logits; then both go through one more batch in
+training, and their running statistics are compared.
 
     python examples/from_torch.py                                    # about half a minute, nothing to download
     python examples/from_torch.py --weights resnet18.safetensors    # or .pth: such as torchvision's
 
 Three things make the difference between equal and nearly equal:
-  - PyTorch pads both sides alike. Flax's "SAME" pads a convolution of stride 2 more at the end than at the beginning.
+  - PyTorch pads both sides alike. Flax's "SAME" pads a convolution of stride 2 more at the end than
+    at the beginning.
   - Its momentum is the complement (0.1 is normjax's 0.9), and its running variance is unbiased.
-  - Its images are (batch, channels, height, width), and its kernels (out, in, height, width). The latter are transposed
-    by `from_torch`, the former are transposed here.
+  - Its images are (batch, channels, height, width), and its kernels (out, in, height, width). The
+    latter are transposed by `from_torch`, the former are transposed here.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # features, and the stride of 
 def conv(features: int, size: int, stride: int, name: str) -> nn.Conv:
     """Returns a convolution with PyTorch's padding."""
     padding = size // 2
-    return nn.Conv(features, (size, size), stride, [(padding, padding)] * 2, use_bias=False, name=name)
+    return nn.Conv(
+        features, (size, size), stride, [(padding, padding)] * 2, use_bias=False, name=name
+    )
 
 
 class Block(nn.Module):
@@ -53,7 +56,8 @@ class Block(nn.Module):
         """Returns the block's output."""
         y = self.norm(name="bn1")(conv(self.features, 3, self.stride, "conv1")(x))
         y = conv(self.features, 3, 1, "conv2")(nn.relu(y))
-        y = self.norm(name="bn2", scale_init=nn.initializers.zeros)(y)  # for training from the start
+        # for training from the start
+        y = self.norm(name="bn2", scale_init=nn.initializers.zeros)(y)
         if x.shape != y.shape:
             x = Downsample(self.features, self.stride, self.norm, name="downsample")(x)
         return nn.relu(x + y)
@@ -94,7 +98,9 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         """Returns logits; in training the collection `batch_stats` has to be mutable."""
-        norm = partial(nj.linen.BatchNorm, use_running_average=not train, momentum=0.9, running_var="unbiased")
+        norm = partial(
+            nj.linen.BatchNorm, use_running_average=not train, momentum=0.9, running_var="unbiased"
+        )
         x = nn.relu(norm(name="bn1")(conv(64, 7, 2, "conv1")(x)))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # type: ignore[arg-type]
         for i, (features, stride) in enumerate(STAGES):
@@ -147,8 +153,12 @@ class TorchResNet18(torch.nn.Module):
 def load(source: Any, classes: int = 1000) -> tuple[ResNet18, dict[str, Any]]:
     """Returns the Flax network and its variables, with the weights of a module, a state_dict or a .safetensors file."""
     model = ResNet18(classes)
-    empty = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    params, batch_stats = nj.convert.from_torch(source, like=(empty["params"], empty["batch_stats"]))
+    empty = jax.eval_shape(
+        partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+    )
+    params, batch_stats = nj.convert.from_torch(
+        source, like=(empty["params"], empty["batch_stats"])
+    )
     return model, {"params": params, "batch_stats": batch_stats}
 
 
@@ -172,7 +182,9 @@ def images(batch: int, size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0.2, 1.2, (batch, 3, size, size)).astype(np.float32)
 
 
-def compare_logits(network: TorchResNet18, model: ResNet18, variables: Any, x: np.ndarray) -> tuple[float, float]:
+def compare_logits(
+    network: TorchResNet18, model: ResNet18, variables: Any, x: np.ndarray
+) -> tuple[float, float]:
     """Returns the largest difference between the logits at inference, and the largest logit."""
     with torch.no_grad():
         expected = network.eval()(torch.tensor(x)).numpy()
@@ -180,14 +192,20 @@ def compare_logits(network: TorchResNet18, model: ResNet18, variables: Any, x: n
     return float(np.abs(logits - expected).max()), float(np.abs(expected).max())
 
 
-def compare_training(network: TorchResNet18, model: ResNet18, variables: Any, x: np.ndarray) -> float:
+def compare_training(
+    network: TorchResNet18, model: ResNet18, variables: Any, x: np.ndarray
+) -> float:
     """Returns the largest difference between running statistics after one more batch, relative to the statistic."""
     with torch.no_grad():
         network.train()(torch.tensor(x))
-    _, expected = nj.convert.from_torch(network, like=(variables["params"], variables["batch_stats"]))
+    _, expected = nj.convert.from_torch(
+        network, like=(variables["params"], variables["batch_stats"])
+    )
     apply = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
     _, updates = apply(variables, x.transpose(0, 2, 3, 1))
-    differences = jax.tree.map(lambda a, b: abs(a - b).max() / abs(b).max(), updates["batch_stats"], expected)
+    differences = jax.tree.map(
+        lambda a, b: abs(a - b).max() / abs(b).max(), updates["batch_stats"], expected
+    )
     return float(max(jax.tree.leaves(differences)))
 
 
@@ -205,9 +223,13 @@ def read(weights: Path | None) -> TorchResNet18:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Moves the weights and prints how far apart the two networks are."""
     parser = Parser(__doc__)
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="a .safetensors or .pth file of a ResNet-18")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="a .safetensors or .pth file of a ResNet-18"
+    )
     pixels = number(int, "a positive integer")
-    parser.add_argument("--sizes", type=pixels, nargs="+", default=[224, 64, 33], help="of images, in pixels")
+    parser.add_argument(
+        "--sizes", type=pixels, nargs="+", default=[224, 64, 33], help="of images, in pixels"
+    )
     options = parser.parse_args(arguments)
     if options.weights is not None and not options.weights.is_file():
         parser.error(f"--weights {options.weights}: there is no such file")
@@ -218,9 +240,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for size in options.sizes:
         difference, largest = compare_logits(network, model, variables, images(4, size))
-        print(f"{size:3d} x {size:<3d} pixels: logits up to {largest:.2f}, apart by at most {difference:.1e}")
+        print(
+            f"{size:3d} x {size:<3d} pixels: logits up to {largest:.2f}, apart by at most {difference:.1e}"
+        )
     difference = compare_training(network, model, variables, images(8, 64))
-    print(f"running statistics after one more batch: apart by at most {difference:.1e} of the largest")
+    print(
+        f"running statistics after one more batch: apart by at most {difference:.1e} of the largest"
+    )
 
 
 if __name__ == "__main__":

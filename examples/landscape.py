@@ -1,21 +1,22 @@
 """The optimization landscape with batch normalization and without: how far the gradient can be trusted.
 
-Trains a small VGG, without normalization and with batch normalization, by plain SGD at several learning rates, and
-measures on the way, as Santurkar et al. (2018) do in their figure 4, along the gradient of a training batch
+Trains a small VGG, without normalization and with batch normalization, by plain SGD at several
+learning rates, and measures on the way, as Santurkar et al. (2018) do in their figure 4, along the
+gradient of a training batch
 
     how much the loss varies,
     how far the gradient is from what it was (gradient predictiveness), and
     the largest ratio of that to the distance moved (effective beta-smoothness)
 
-with `nj.diagnostics.landscape`, and at some checkpoints the largest eigenvalue of the Hessian, over all directions,
-with `nj.diagnostics.hessian_eigenvalue`.
+with `nj.diagnostics.landscape`, and at some checkpoints the largest eigenvalue of the Hessian, over
+all directions, with `nj.diagnostics.hessian_eigenvalue`.
 
     python examples/landscape.py                                          # scikit-learn's digits: nothing to download
     python examples/landscape.py --learning-rates 0.05 0.2
     python examples/landscape.py --data cifar10 --data-dir DIR            # the paper's images
 
-What the paper reports, beside what is measured here, is printed as a table; JSON and a plot go to --out. Ctrl-C stops,
-and keeps what is finished. See examples/README.md for what to expect.
+What the paper reports, beside what is measured here, is printed as a table; JSON and a plot go to
+--out. Ctrl-C stops, and keeps what is finished. See examples/README.md for what to expect.
 """
 
 from __future__ import annotations
@@ -39,8 +40,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     rate, count = number(float, "a positive number"), number(int, "a positive integer")
     add = parser.add_argument
-    add("--learning-rates", type=rate, nargs="+", metavar="RATE", default=[0.1, 0.5], help="(default: %(default)s)")
-    add("--checkpoints", type=count, default=4, metavar="N", help="at which the Hessian is looked at (%(default)s)")
+    add(
+        "--learning-rates",
+        type=rate,
+        nargs="+",
+        metavar="RATE",
+        default=[0.1, 0.5],
+        help="(default: %(default)s)",
+    )
+    add(
+        "--checkpoints",
+        type=count,
+        default=4,
+        metavar="N",
+        help="at which the Hessian is looked at (%(default)s)",
+    )
     parser.add_runs("landscape", DEFAULTS)
     return parser.parse_runs(arguments)
 

@@ -1,6 +1,7 @@
 """Fold batch normalization, then quantize to int8: accuracies before and after.
 
-Trains a small convolutional network with batch normalization and shows its test accuracy four times:
+Trains a small convolutional network with batch normalization and shows its test accuracy four
+times:
 
     float          as it was trained
     folded         each batch norm folded into the convolution before it, by normjax.deploy.fold
@@ -11,10 +12,12 @@ Trains a small convolutional network with batch normalization and shows its test
     python examples/quantize.py --data mnist --data-dir DIR
     python examples/quantize.py --data cifar10 --data-dir DIR
 
-qwix works on Flax modules. What `fold` returns fits one: its variables are those of the same network without its batch
-norms and with biases, so that is what is quantized (examples/common/quantize.py, some thirty lines).
+qwix works on Flax modules. What `fold` returns fits one: its variables are those of the same
+network without its batch norms and with biases, so that is what is quantized
+(examples/common/quantize.py, some thirty lines).
 
-A table and JSON come out, the file in --out. Ctrl-C stops, and keeps what is finished. See examples/README.md for what
+A table and JSON come out, the file in --out. Ctrl-C stops, and keeps what is finished. See
+examples/README.md for what
 to expect. qwix is in an extra: pip install 'normjax[examples,quantize]'.
 """
 
@@ -35,7 +38,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     count, rate = number(int, "a positive integer"), number(float, "a positive number")
     parser.add_data(("digits", "mnist", "cifar10"))
     add = parser.add_argument
-    add("--seeds", type=count, default=3, metavar="N", help="how often to train (default: %(default)s); medians show")
+    add(
+        "--seeds",
+        type=count,
+        default=3,
+        metavar="N",
+        help="how often to train (default: %(default)s); medians show",
+    )
     add("--steps", type=count, default=300, metavar="N", help="of training (default: %(default)s)")
     add("--eval-every", type=count, default=50, metavar="N", help="steps between two evaluations")
     add(
@@ -45,9 +54,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="(default: %(default)s)",
     )
-    add("--learning-rate", type=rate, default=0.1, metavar="RATE", help="of SGD with momentum (default: %(default)s)")
-    add("--width", type=count, default=16, metavar="N", help="channels of the first stage (default: %(default)s)")
-    add("--out", type=Path, metavar="DIR", default=Path("results/quantize"), help="(default: %(default)s)")
+    add(
+        "--learning-rate",
+        type=rate,
+        default=0.1,
+        metavar="RATE",
+        help="of SGD with momentum (default: %(default)s)",
+    )
+    add(
+        "--width",
+        type=count,
+        default=16,
+        metavar="N",
+        help="channels of the first stage (default: %(default)s)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("results/quantize"),
+        help="(default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     parser.check_data(options)
     return options

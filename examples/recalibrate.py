@@ -1,6 +1,7 @@
 """Running statistics that do not fit: averaged weights and a shifted test set, before and after `nj.recalibrate`.
 
-Trains a network on digits, keeps an exponential moving average (EMA) of its weights beside it, and evaluates
+Trains a network on digits, keeps an exponential moving average (EMA) of its weights beside it, and
+evaluates
 
     as they are   the trained weights, and the EMA weights with the trained weights' running statistics, with an EMA of
                   those, and recalibrated on training images
@@ -36,15 +37,62 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     count, rate = number(int, "a positive integer"), number(float, "a positive number")
     parser.add_data(("digits", "mnist", "cifar10"))
     add = parser.add_argument
-    add("--shift", choices=SHIFTS, default="faint", help="what happens to the test images (default: %(default)s)")
-    add("--seeds", type=count, default=3, metavar="N", help="how often to train (default: %(default)s); medians show")
-    add("--steps", type=count, default=600, metavar="N", help="budget of each run (default: %(default)s)")
+    add(
+        "--shift",
+        choices=SHIFTS,
+        default="faint",
+        help="what happens to the test images (default: %(default)s)",
+    )
+    add(
+        "--seeds",
+        type=count,
+        default=3,
+        metavar="N",
+        help="how often to train (default: %(default)s); medians show",
+    )
+    add(
+        "--steps",
+        type=count,
+        default=600,
+        metavar="N",
+        help="budget of each run (default: %(default)s)",
+    )
     add("--eval-every", type=count, default=50, metavar="N", help="steps between two evaluations")
-    add("--batch-size", type=number(int, "an integer above 1", 2), default=32, metavar="N", help="examples a step")
-    add("--learning-rate", type=rate, default=0.1, metavar="RATE", help="of SGD with momentum (default: %(default)s)")
-    add("--ema", type=rate, default=300, metavar="STEPS", help="that the average looks back (default: %(default)s)")
-    add("--calibrate", type=count, default=1000, metavar="N", help="images to recalibrate on (default: %(default)s)")
-    add("--out", type=Path, metavar="DIR", default=Path("results/recalibrate"), help="(default: %(default)s)")
+    add(
+        "--batch-size",
+        type=number(int, "an integer above 1", 2),
+        default=32,
+        metavar="N",
+        help="examples a step",
+    )
+    add(
+        "--learning-rate",
+        type=rate,
+        default=0.1,
+        metavar="RATE",
+        help="of SGD with momentum (default: %(default)s)",
+    )
+    add(
+        "--ema",
+        type=rate,
+        default=300,
+        metavar="STEPS",
+        help="that the average looks back (default: %(default)s)",
+    )
+    add(
+        "--calibrate",
+        type=count,
+        default=1000,
+        metavar="N",
+        help="images to recalibrate on (default: %(default)s)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("results/recalibrate"),
+        help="(default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     parser.check_data(options)
     return options

@@ -1,13 +1,15 @@
 """Kernels of which only the direction counts: the learning-rate schedule nobody wrote, and weight decay that sets it.
 
-Trains a small VGG on digits with batch, layer and weight normalization, and without, by plain SGD, and measures at
-each step how long each kernel is and by which angle the step turns it (normjax.diagnostics.rotation).
+Trains a small VGG on digits with batch, layer and weight normalization, and without, by plain SGD,
+and measures at each step how long each kernel is and by which angle the step turns it
+(normjax.diagnostics.rotation).
 
     python examples/scale_invariance.py                              # scikit-learn's digits: nothing to download
     python examples/scale_invariance.py --data mnist --data-dir DIR
     python examples/scale_invariance.py --data cifar10 --data-dir DIR
 
-Three things are shown of kernels before normalization (van Laarhoven 2017; Li & Arora 2020; Kosson et al. 2024):
+Three things are shown of kernels before normalization (van Laarhoven 2017; Li & Arora 2020; Kosson
+et al. 2024):
 
     growth      without weight decay their norms grow, as each gradient is orthogonal to them, and so the learning rate
                 that acts on their direction, lr / norm^2, falls
@@ -15,9 +17,10 @@ Three things are shown of kernels before normalization (van Laarhoven 2017; Li &
     rotation    with lr and wd of one product, and the same initialization, it forgets which they were: the angle of a
                 step comes to sqrt(2 lr wd), and the loss to one curve
 
-Learning rate and decay are those of the kernels before normalization; all else is trained at one rate without decay.
-A table of what was reported and what was measured, JSON and a plot come out, the files in --out. Ctrl-C stops, and
-keeps what is finished. See examples/README.md for what to expect.
+Learning rate and decay are those of the kernels before normalization; all else is trained at one
+rate without decay. A table of what was reported and what was measured, JSON and a plot come out,
+the files in --out. Ctrl-C stops, and keeps what is finished. See examples/README.md for what to
+expect.
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
 """How many steps batch normalization saves: the experiments of the paper, on real images.
 
-Trains the variants of Ioffe & Szegedy (2015), sections 4.1 and 4.2, and shows how many steps each needs to reach the
-best test accuracy of the baseline, the same network without normalization:
+Trains the variants of Ioffe & Szegedy (2015), sections 4.1 and 4.2, and shows how many steps each
+needs to reach the best test accuracy of the baseline, the same network without normalization:
 
     python examples/speedup.py                                   # scikit-learn's digits: nothing to download
     python examples/speedup.py --data mnist --data-dir DIR       # the paper's section 4.1
     python examples/speedup.py --network inception --data cifar10 --data-dir DIR
 
-Two tables come out: as the paper has it, relative to the baseline at the learning rate given, and stricter than the
-paper, relative to the baseline at the best of a sweep of its own learning rate. Results as JSON and a plot are written
-to `--out`. Ctrl-C stops, and keeps the variants that are finished.
+Two tables come out: as the paper has it, relative to the baseline at the learning rate given, and
+  stricter than the
+paper, relative to the baseline at the best of a sweep of its own learning rate. Results as JSON and
+a plot are written to `--out`. Ctrl-C stops, and keeps the variants that are finished.
 
-What is compared is fair: with the same seed all variants start from the same kernels and see the same batches in the
+What is compared is fair: with the same seed all variants start from the same kernels and see the
+  same batches in the
 same order. See examples/README.md for what to expect.
 """
 
@@ -23,8 +25,9 @@ from collections.abc import Sequence
 from common.interrupt import run
 from common.options import Variant, parse
 
-# The first of each is the baseline. The paper's MLP has sigmoids only, so that there the variants with sigmoids are the
-# variants; the Inception has ReLUs, and the two with sigmoids show what normalization does for a saturating network.
+# The first of each is the baseline. The paper's MLP has sigmoids only, so that there the variants
+# with sigmoids are the variants; the Inception has ReLUs, and the two with sigmoids show what
+# normalization does for a saturating network.
 VARIANTS = {
     "mlp": [
         Variant("Baseline", normalize=False, factor=1, activation="sigmoid"),

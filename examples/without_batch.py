@@ -1,6 +1,7 @@
 """Networks whose answer to an example depends on that example alone: substitutes for batch normalization.
 
-Trains a small VGG at several learning rates, and shows training and test accuracy against the rate, with
+Trains a small VGG at several learning rates, and shows training and test accuracy against the rate,
+with
 
     none                     biases and nothing else: the lower end
     batch                    batch norm, the only one here whose output for an example depends on the others
@@ -11,11 +12,13 @@ Trains a small VGG at several learning rates, and shows training and test accura
 
     python examples/without_batch.py                              # scikit-learn's digits: nothing to download
     python examples/without_batch.py --data mnist --data-dir DIR
-    python examples/without_batch.py --data cifar10 --data-dir DIR --norms batch group --learning-rates 0.03 0.1 0.3
+    python examples/without_batch.py --data cifar10 --data-dir DIR --norms batch group
+    --learning-rates 0.03 0.1 0.3
 
-The column "others" of the table is how far the logits of an example move, in training, when all other images of its
-batch are replaced. All start from the same kernels and see the same batches. A table, JSON and a plot come out, the
-files in --out. Ctrl-C stops, and keeps what is finished. See examples/README.md for what to expect.
+The column "others" of the table is how far the logits of an example move, in training, when all
+other images of its batch are replaced. All start from the same kernels and see the same batches. A
+table, JSON and a plot come out, the files in --out. Ctrl-C stops, and keeps what is finished. See
+examples/README.md for what to expect.
 """
 
 from __future__ import annotations
@@ -40,10 +43,17 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
     parser = Parser(__doc__)
     parser.add_runs("without_batch", DEFAULTS)
-    parser.add_argument("--norms", nargs="+", choices=NORMS, default=NORMS, help="which to train (default: all)")
+    parser.add_argument(
+        "--norms", nargs="+", choices=NORMS, default=NORMS, help="which to train (default: all)"
+    )
     rate, rates = number(float, "a positive number"), " ".join(map(str, RATES))
     parser.add_argument(
-        "--learning-rates", nargs="+", type=rate, default=RATES, metavar="RATE", help=f"of SGD (default: {rates})"
+        "--learning-rates",
+        nargs="+",
+        type=rate,
+        default=RATES,
+        metavar="RATE",
+        help=f"of SGD (default: {rates})",
     )
     return parser.parse_runs(arguments)
 

@@ -3,8 +3,9 @@
     params, batch_stats = nj.batch_norm_init(num_features)
     y, batch_stats = nj.batch_norm(params, batch_stats, x, train=True)
 
-`normjax.linen` and `normjax.nnx`, the doors for Flax models, load on first use, and so do `normjax.convert`,
-`normjax.deploy` (with `fold_batch_norm`), `normjax.diagnostics` and `normjax.optim`.
+`normjax.linen` and `normjax.nnx`, the doors for Flax models, load on first use, and so do
+`normjax.convert`, `normjax.deploy` (with `fold_batch_norm`), `normjax.diagnostics` and
+`normjax.optim`.
 """
 
 import importlib

@@ -21,7 +21,7 @@ from normjax._typing import Axes
 Shape = tuple[int, ...]
 
 
-def refuse(
+def raise_error(
     function: str,
     problem: str,
     *,
@@ -37,7 +37,7 @@ def refuse(
 def must_be_callable(function: str, name: str, given: object, *, expected: str, fix: str) -> None:
     """Refuses an argument that is to be a function and is none."""
     if not callable(given):
-        refuse(
+        raise_error(
             function,
             f"{name} cannot be called",
             expected=expected,
@@ -50,7 +50,7 @@ def must_be_callable(function: str, name: str, given: object, *, expected: str, 
 def static_train(function: str, train: object) -> bool:
     """Returns `train` as a bool; refuses a traced or a non-boolean one."""
     if isinstance(train, Tracer):
-        refuse(
+        raise_error(
             function,
             "`train` is traced, but it chooses which program is compiled",
             expected="a Python bool",
@@ -59,7 +59,7 @@ def static_train(function: str, train: object) -> bool:
             kind=TypeError,
         )
     if not isinstance(train, bool) and getattr(train, "dtype", None) != jnp.bool_:
-        refuse(
+        raise_error(
             function,
             "`train` is not a bool",
             expected="True or False",
@@ -74,7 +74,7 @@ def activations(function: str, x: Any, name: str = "x") -> jax.Array:
     """Returns `x` as an array; refuses integers, booleans and scalars."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
-        refuse(
+        raise_error(
             function,
             f"{name} is not floating-point",
             expected=f"a floating-point or complex {name}",
@@ -83,7 +83,7 @@ def activations(function: str, x: Any, name: str = "x") -> jax.Array:
             kind=TypeError,
         )
     if x.ndim == 0:
-        refuse(
+        raise_error(
             function,
             f"{name} is a scalar",
             expected="rank 1 or more",
@@ -101,7 +101,7 @@ def axes(function: str, name: str, given: Axes, shape: Shape) -> tuple[int, ...]
     try:
         entries = tuple(operator.index(axis) for axis in entries)
     except TypeError:
-        refuse(
+        raise_error(
             function,
             f"{name} is not made of ints",
             expected="an int or a tuple of ints",
@@ -111,7 +111,7 @@ def axes(function: str, name: str, given: Axes, shape: Shape) -> tuple[int, ...]
         )
     outside = [axis for axis in entries if not -rank <= axis < rank]
     if outside:
-        refuse(
+        raise_error(
             function,
             f"axis {outside[0]} of {name} is out of range",
             expected=f"axes from {-rank} to {rank - 1}",
@@ -120,7 +120,7 @@ def axes(function: str, name: str, given: Axes, shape: Shape) -> tuple[int, ...]
         )
     canonical = sorted(axis % rank for axis in entries)
     if len(set(canonical)) < len(canonical):
-        refuse(
+        raise_error(
             function,
             f"{name} names an axis twice",
             expected="each axis once",
@@ -142,7 +142,7 @@ def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
     given = jnp.asarray(given)
     got = f"mask.shape={given.shape}, mask.dtype={given.dtype} for x.shape={shape}"
     if given.dtype != jnp.bool_:
-        refuse(
+        raise_error(
             function,
             "mask is not boolean",
             expected="dtype bool, True where an element counts",
@@ -154,7 +154,7 @@ def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
         size in (1, full) for size, full in zip(given.shape[::-1], shape[::-1], strict=False)
     )
     if not fits:
-        refuse(
+        raise_error(
             function,
             "mask does not broadcast to x",
             expected=f"a shape that broadcasts to {shape}",
@@ -167,11 +167,13 @@ def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
 def sizes(function: str, name: str, given: Any) -> tuple[int, ...]:
     """Returns one or several axis sizes as ints; refuses what is none."""
     try:
-        entries = tuple(operator.index(size) for size in (given if isinstance(given, Iterable) else (given,)))
+        entries = tuple(
+            operator.index(size) for size in (given if isinstance(given, Iterable) else (given,))
+        )
     except TypeError:
         entries = (0,)
     if min(entries, default=1) < 1:
-        refuse(
+        raise_error(
             function,
             f"{name} is not a size",
             expected="a positive int, or several",
@@ -192,7 +194,7 @@ def output_dtype(function: str, dtype: Any, x: jax.Array) -> Any:
     except TypeError:
         asked, fits = repr(dtype), False
     if not fits:
-        refuse(
+        raise_error(
             function,
             "dtype cannot hold y",
             expected="a complex dtype" if jnp.iscomplexobj(x) else "a floating-point dtype",
@@ -206,7 +208,7 @@ def output_dtype(function: str, dtype: Any, x: jax.Array) -> Any:
 def choice(function: str, name: str, given: object, allowed: Sequence[object]) -> None:
     """Refuses an option outside `allowed`."""
     if given not in allowed:
-        refuse(
+        raise_error(
             function,
             f"{name} is unknown",
             expected=" or ".join(repr(option) for option in allowed),
@@ -215,14 +217,23 @@ def choice(function: str, name: str, given: object, allowed: Sequence[object]) -
         )
 
 
-def between(function: str, name: str, given: Any, low: float, high: float, *, finite: bool = True) -> None:
+def between(
+    function: str, name: str, given: Any, low: float, high: float, *, finite: bool = True
+) -> None:
     """Refuses what is no number, or one outside `[low, high]`; the value of a JAX array is not looked at."""
     if isinstance(given, jax.Array):
         return
     number = isinstance(given, (int, float, np.number, np.ndarray)) and not isinstance(given, bool)
-    if not (number and np.ndim(given) == 0 and low <= given <= high and (math.isfinite(given) or not finite)):
-        bounds = [f"{low} <= {name}"] * (low > -math.inf) + [f"{name} <= {high}"] * (high < math.inf)
-        refuse(
+    if not (
+        number
+        and np.ndim(given) == 0
+        and low <= given <= high
+        and (math.isfinite(given) or not finite)
+    ):
+        bounds = [f"{low} <= {name}"] * (low > -math.inf) + [f"{name} <= {high}"] * (
+            high < math.inf
+        )
+        raise_error(
             function,
             f"{name} is out of range" if number else f"{name} is not a number",
             expected=", ".join(["a finite number" if finite else "a number", *bounds]),

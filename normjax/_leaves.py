@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from normjax._checks import Shape, refuse
+from normjax._checks import Shape, raise_error
 
 SCALARS = ("count", "alpha", "sigma")
 REAL = ("var", "threshold", "epsilon", "alpha", "sigma")
@@ -26,13 +26,14 @@ def check_leaves(
 ) -> None:
     """Refuses a tree that is not a dict of the named arrays, each of `shape` and fit for x of `dtype`.
 
-    `leading` are the sizes of the other axes of x: a leaf may have some of them (or ones) in front, in their order.
+    `leading` are the sizes of the other axes of x: a leaf may have some of them (or ones) in front,
+    in their order.
     """
     known = sorted({*required, *optional})
     wanted = f"a dict with {sorted(required)} and at most {known}" if known else "an empty dict"
     if not isinstance(tree, dict):
         frozen = isinstance(tree, Mapping)
-        refuse(
+        raise_error(
             function,
             f"{name} is not a dict",
             expected=wanted,
@@ -43,7 +44,7 @@ def check_leaves(
             kind=TypeError,
         )
     if not set(required) <= set(tree) <= set(known):
-        refuse(
+        raise_error(
             function,
             f"{name} has the wrong leaves",
             expected=wanted,
@@ -63,19 +64,26 @@ def _kind_of(leaf: str, dtype: Any) -> Any:
     """What kind of number a leaf may hold: counts are ints, variances real, the others no wider a kind than x."""
     if leaf == "count":
         return jnp.integer
-    return jnp.inexact if leaf not in REAL and jnp.issubdtype(dtype, jnp.complexfloating) else jnp.floating
+    return (
+        jnp.inexact
+        if leaf not in REAL and jnp.issubdtype(dtype, jnp.complexfloating)
+        else jnp.floating
+    )
 
 
 def _shape(function: str, name: str, value: Any, shape: Shape, leading: Shape) -> None:
     given = jnp.shape(value)
     extra = len(given) - len(shape)
     front, features = given[: max(extra, 0)], given[max(extra, 0) :]
-    fits = len(front) <= len(leading) and all(size in (1, full) for size, full in zip(front, leading, strict=False))
+    fits = len(front) <= len(leading) and all(
+        size in (1, full) for size, full in zip(front, leading, strict=False)
+    )
     if features != shape or not fits:
-        refuse(
+        raise_error(
             function,
             f"{name} does not fit the features of x",
-            expected=f"shape {shape}" + (f", or that behind leading sizes of x, {leading} or ones" if leading else ""),
+            expected=f"shape {shape}"
+            + (f", or that behind leading sizes of x, {leading} or ones" if leading else ""),
             got=f"shape {given}",
             fix="Check num_features of the init function, and feature_axes",
         )
@@ -84,10 +92,12 @@ def _shape(function: str, name: str, value: Any, shape: Shape, leading: Shape) -
 def _kind(function: str, name: str, value: Any, kind: Any) -> None:
     dtype = jnp.asarray(value).dtype
     if not jnp.issubdtype(dtype, kind):
-        refuse(
+        raise_error(
             function,
             f"{name} holds the wrong kind of number",
-            expected={jnp.integer: "an int", jnp.floating: "a real float"}.get(kind, "a float, real or complex"),
+            expected={jnp.integer: "an int", jnp.floating: "a real float"}.get(
+                kind, "a float, real or complex"
+            ),
             got=f"dtype {dtype}",
             fix="Pass it in the dtype that the init function gave it",
             kind=TypeError,

@@ -14,9 +14,13 @@ def widest(x):
 def assert_close(actual, expected, *, rtol=0.0, atol=0.0, dtype=None):
     """Each |actual - expected| <= atol + rtol * |expected|, in equal shapes, against finite expectations."""
     assert np.isfinite(widest(expected)).all(), f"the expectation itself is not finite: {expected}"
-    assert np.shape(actual) == np.shape(expected), f"shape {np.shape(actual)}, not {np.shape(expected)}"
+    assert np.shape(actual) == np.shape(expected), (
+        f"shape {np.shape(actual)}, not {np.shape(expected)}"
+    )
     if dtype is not None:
-        assert np.asarray(actual).dtype == dtype, f"dtype {np.asarray(actual).dtype}, not {np.dtype(dtype)}"
+        assert np.asarray(actual).dtype == dtype, (
+            f"dtype {np.asarray(actual).dtype}, not {np.dtype(dtype)}"
+        )
     np.testing.assert_allclose(widest(actual), widest(expected), rtol=rtol, atol=atol)
 
 
@@ -53,7 +57,10 @@ def _bits(leaf):
 
 def rounding(*dtypes):
     """What half precision adds to a tolerance: roundings of Flax's that normjax does once, or not at all."""
-    return max(8 * float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize == 2 else 0.0 for dtype in dtypes)
+    return max(
+        8 * float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize == 2 else 0.0
+        for dtype in dtypes
+    )
 
 
 def weighted_sum(y):
@@ -63,4 +70,6 @@ def weighted_sum(y):
 
 def largest(tree):
     """The largest absolute value of all leaves, or 1."""
-    return max([1.0, *(float(np.abs(widest(leaf)).max(initial=0)) for leaf in jax.tree.leaves(tree))])
+    return max(
+        [1.0, *(float(np.abs(widest(leaf)).max(initial=0)) for leaf in jax.tree.leaves(tree))]
+    )

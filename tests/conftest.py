@@ -24,7 +24,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("normjax")
 
 
-# Beside the tests that are marked, `make test-fast` leaves out those that check against others, or train, and examples.
+# Beside the tests that are marked, `make test-fast` leaves out those that check against others, or
+# train, and examples.
 THOROUGH = {
     "test_accumulate.py",
     "test_activated_batch_norm.py",
@@ -112,7 +113,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
     """Names of settings and dtypes without addresses, the same in every process."""
     if isinstance(val, dict):
-        return ",".join(f"{name}={getattr(value, '__name__', value)}" for name, value in val.items()) or "defaults"
+        return (
+            ",".join(f"{name}={getattr(value, '__name__', value)}" for name, value in val.items())
+            or "defaults"
+        )
     return val.__name__ if isinstance(val, type) or type(val) is type(jax.numpy.float32) else None
 
 

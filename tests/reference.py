@@ -42,12 +42,20 @@ def update(batch_stats, batch, *, momentum=0.99, running_var="biased"):
     return new
 
 
-def applied_statistics(batch_stats, x, train, *, feature_axes=-1, mask=None, virtual_batch_size=None):
+def applied_statistics(
+    batch_stats, x, train, *, feature_axes=-1, mask=None, virtual_batch_size=None
+):
     """The mean and the variance that each element of x is normalized by, both of x's shape."""
     if train and virtual_batch_size is not None:
         mask = np.broadcast_to(True if mask is None else mask, x.shape)
-        slices = [slice(start, start + virtual_batch_size) for start in range(0, x.shape[0], virtual_batch_size)]
-        parts = [applied_statistics(batch_stats, x[s], True, feature_axes=feature_axes, mask=mask[s]) for s in slices]
+        slices = [
+            slice(start, start + virtual_batch_size)
+            for start in range(0, x.shape[0], virtual_batch_size)
+        ]
+        parts = [
+            applied_statistics(batch_stats, x[s], True, feature_axes=feature_axes, mask=mask[s])
+            for s in slices
+        ]
         return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
     reduced = _reduced(x, feature_axes)
     mean, var = widest(batch_stats["mean"]), widest(batch_stats["var"])
@@ -73,14 +81,24 @@ def batch_norm(
 ):
     """Returns y and the new batch_stats."""
     mean, var = applied_statistics(
-        batch_stats, x, train, feature_axes=feature_axes, mask=mask, virtual_batch_size=virtual_batch_size
+        batch_stats,
+        x,
+        train,
+        feature_axes=feature_axes,
+        mask=mask,
+        virtual_batch_size=virtual_batch_size,
     )
     reduced = _reduced(x, feature_axes)
-    scale, bias = (np.expand_dims(widest(params.get(*leaf)), _leaf_axes(params, leaf[0], reduced)) for leaf in LEAVES)
+    scale, bias = (
+        np.expand_dims(widest(params.get(*leaf)), _leaf_axes(params, leaf[0], reduced))
+        for leaf in LEAVES
+    )
     hidden = ~np.isfinite(widest(x)) & ~np.broadcast_to(True if mask is None else mask, x.shape)
     y = scale * (np.where(hidden, mean, widest(x)) - mean) / np.sqrt(var + epsilon) + bias
     if train:
-        batch_stats = update(batch_stats, moments(x, reduced, mask), momentum=momentum, running_var=running_var)
+        batch_stats = update(
+            batch_stats, moments(x, reduced, mask), momentum=momentum, running_var=running_var
+        )
     return y, batch_stats
 
 

@@ -61,12 +61,16 @@ def layer_norm(params, x, *, reduction_axes=-1, feature_axes=-1, epsilon=1e-5, m
     return affine(params, (cleaned(x, mask, mean) - mean) / np.sqrt(var + epsilon), feature_axes)
 
 
-def rms_norm(params, x, *, reduction_axes=-1, feature_axes=-1, epsilon=1e-5, mask=None, scale_offset=0.0):
+def rms_norm(
+    params, x, *, reduction_axes=-1, feature_axes=-1, epsilon=1e-5, mask=None, scale_offset=0.0
+):
     y = cleaned(x, mask) / np.sqrt(mean_square(x, reduction_axes, mask) + epsilon)
     return affine(params, y, feature_axes, scale_offset)
 
 
-def group_moments(x, *, num_groups=None, group_size=None, reduction_axes=None, feature_axes=-1, mask=None):
+def group_moments(
+    x, *, num_groups=None, group_size=None, reduction_axes=None, feature_axes=-1, mask=None
+):
     """Mean and variance of each element's group, of x's shape: one group after another."""
     ndim, (feature,) = np.ndim(x), axes_of(feature_axes, np.ndim(x))
     axes = list(range(1, ndim)) if reduction_axes is None else axes_of(reduction_axes, ndim)
@@ -92,15 +96,25 @@ def space(ndim, feature_axes):
 
 def instance_norm(params, x, *, reduction_axes=None, feature_axes=-1, epsilon=1e-5, mask=None):
     axes = space(np.ndim(x), feature_axes) if reduction_axes is None else reduction_axes
-    return layer_norm(params, x, reduction_axes=axes, feature_axes=feature_axes, epsilon=epsilon, mask=mask)
+    return layer_norm(
+        params, x, reduction_axes=axes, feature_axes=feature_axes, epsilon=epsilon, mask=mask
+    )
 
 
-def filter_response_norm(params, x, *, reduction_axes=None, feature_axes=-1, epsilon=1e-6, mask=None):
+def filter_response_norm(
+    params, x, *, reduction_axes=None, feature_axes=-1, epsilon=1e-6, mask=None
+):
     axes = space(np.ndim(x), feature_axes) if reduction_axes is None else reduction_axes
     if "epsilon" in params:
         epsilon = epsilon + np.abs(placed(params["epsilon"], np.ndim(x), feature_axes))
-    y = affine(params, cleaned(x, mask) / np.sqrt(mean_square(x, axes, mask) + epsilon), feature_axes)
-    return np.maximum(y, placed(params["threshold"], y.ndim, feature_axes)) if "threshold" in params else y
+    y = affine(
+        params, cleaned(x, mask) / np.sqrt(mean_square(x, axes, mask) + epsilon), feature_axes
+    )
+    return (
+        np.maximum(y, placed(params["threshold"], y.ndim, feature_axes))
+        if "threshold" in params
+        else y
+    )
 
 
 def local_response_norm(params, x, *, size=5, alpha=5e-4, beta=0.75, k=2.0, feature_axes=-1):
@@ -134,16 +148,24 @@ def batch_renorm(
 ):
     """Returns y and the new batch_stats (Ioffe 2017, algorithm 1)."""
     ghosts = {"mask": mask, "virtual_batch_size": virtual_batch_size}
-    mean, var = reference.applied_statistics(batch_stats, x, train, feature_axes=feature_axes, **ghosts)
-    old_mean, old_var = reference.applied_statistics(batch_stats, x, False, feature_axes=feature_axes)
-    r_max, d_max = (float(limit(batch_stats["count"]) if callable(limit) else limit) for limit in (r_max, d_max))
+    mean, var = reference.applied_statistics(
+        batch_stats, x, train, feature_axes=feature_axes, **ghosts
+    )
+    old_mean, old_var = reference.applied_statistics(
+        batch_stats, x, False, feature_axes=feature_axes
+    )
+    r_max, d_max = (
+        float(limit(batch_stats["count"]) if callable(limit) else limit) for limit in (r_max, d_max)
+    )
     std, old_std = np.sqrt(var + epsilon), np.sqrt(old_var + epsilon)
     r = np.clip(std / old_std, 1 / r_max, r_max) if train else 1.0
     d = np.clip((mean - old_mean) / old_std, -d_max, d_max) if train else 0.0
     y = affine(params, (cleaned(x, mask, mean) - mean) / std * r + d, feature_axes)
     if train:
         batch = reference.moments(x, others(feature_axes, np.ndim(x)), mask)
-        batch_stats = reference.update(batch_stats, batch, momentum=momentum, running_var=running_var)
+        batch_stats = reference.update(
+            batch_stats, batch, momentum=momentum, running_var=running_var
+        )
     return y, batch_stats
 
 

@@ -12,16 +12,32 @@ import normjax as nj
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
 PUBLIC = {name: getattr(nj, name) for name in nj.__all__ if callable(getattr(nj, name))}
-for room in (nj.convert, nj.deploy, nj.diagnostics, nj.diagnostics.plot, nj.linen, nj.nnx, nj.optim, nj.weights):
-    PUBLIC |= {f"{room.__name__.removeprefix('normjax.')}.{name}": getattr(room, name) for name in room.__all__}
+for room in (
+    nj.convert,
+    nj.deploy,
+    nj.diagnostics,
+    nj.diagnostics.plot,
+    nj.linen,
+    nj.nnx,
+    nj.optim,
+    nj.weights,
+):
+    PUBLIC |= {
+        f"{room.__name__.removeprefix('normjax.')}.{name}": getattr(room, name)
+        for name in room.__all__
+    }
 
 
 def blocks(page: pathlib.Path) -> str:
-    return "\n".join(re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+    return "\n".join(
+        re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name
+)
 def test_the_blocks_of_a_page_run_in_turn(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"):
@@ -47,4 +63,6 @@ def test_every_public_name_is_documented():
 
 def test_links_and_pictures_of_the_readme_exist():
     targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
-    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+    assert [
+        target for target in targets if "://" not in target and not (ROOT / target).exists()
+    ] == []

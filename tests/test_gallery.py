@@ -10,7 +10,9 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "pages" / "gallery.md"
-SECTIONS = re.findall(r"^## (\d+)\. (\w+)$(.*?)(?=^## |\Z)", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+SECTIONS = re.findall(
+    r"^## (\d+)\. (\w+)$(.*?)(?=^## |\Z)", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +24,18 @@ def gallery():
 
 
 def test_all_examples_are_shown_in_order(gallery):
-    assert [(int(number), name) for number, name, _ in SECTIONS] == list(enumerate(gallery.EXAMPLES, 1))
+    assert [(int(number), name) for number, name, _ in SECTIONS] == list(
+        enumerate(gallery.EXAMPLES, 1)
+    )
 
 
-@pytest.mark.parametrize(("name", "text"), [(name, text) for _, name, text in SECTIONS], ids=lambda value: value[:20])
+@pytest.mark.parametrize(
+    ("name", "text"), [(name, text) for _, name, text in SECTIONS], ids=lambda value: value[:20]
+)
 def test_a_section_has_a_command_and_a_small_picture(name, text):
-    assert f"\n    python examples/{name}.py\n" in text and (ROOT / "examples" / f"{name}.py").exists()
+    assert (
+        f"\n    python examples/{name}.py\n" in text and (ROOT / "examples" / f"{name}.py").exists()
+    )
     (picture,) = re.findall(r"^!\[[^]]+\]\((images/\w+\.png)\)$", text, flags=re.MULTILINE)
     assert picture == f"images/{name}.png"
     assert 5_000 < (PAGE.parent / picture).stat().st_size <= 100_000

@@ -25,7 +25,9 @@ def test_rooms_load_when_they_are_first_asked_for():
 
 
 def test_the_doors_load_when_they_are_first_asked_for():
-    assert run("import normjax; print(normjax.linen.BatchNorm.__module__, normjax.nnx.BatchNorm.__module__)") == [
+    assert run(
+        "import normjax; print(normjax.linen.BatchNorm.__module__, normjax.nnx.BatchNorm.__module__)"
+    ) == [
         "normjax.linen.batch_norm",
         "normjax.nnx.batch_norm",
     ]
@@ -38,7 +40,9 @@ def test_convert_loads_no_library_that_it_converts_from():
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error_that_says_so():
-    assert run("import normjax\ntry: normjax.torch\nexcept AttributeError as e: print('torch' in str(e))") == ["True"]
+    assert run(
+        "import normjax\ntry: normjax.torch\nexcept AttributeError as e: print('torch' in str(e))"
+    ) == ["True"]
 
 
 def test_every_public_name_is_there_and_listed():

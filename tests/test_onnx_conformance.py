@@ -37,7 +37,9 @@ def find_cases():
         if any(f'"{op}"' in path.read_text(encoding="utf-8") for op in OPERATORS):
             with warnings.catch_warnings():
                 # The case of a zero norm computes 0/0 on its way to the expected 0.
-                warnings.filterwarnings("ignore", "invalid value encountered in divide", RuntimeWarning)
+                warnings.filterwarnings(
+                    "ignore", "invalid value encountered in divide", RuntimeWarning
+                )
                 importlib.import_module(f"{node.__name__}.{path.stem}")
     nodes = {case.name: case.model.graph.node for case in node._NodeTestCases}
     return {
@@ -65,12 +67,16 @@ def batch_normalization(x, scale, bias, mean, var, *, epsilon=1e-5, momentum=0.9
 
 def group_normalization(x, scale, bias, *, num_groups, epsilon=1e-5):
     params = {"scale": scale, "bias": bias}
-    y, _ = nj.group_norm(params, {}, x, False, num_groups=num_groups, feature_axes=1, epsilon=epsilon)
+    y, _ = nj.group_norm(
+        params, {}, x, False, num_groups=num_groups, feature_axes=1, epsilon=epsilon
+    )
     return (y,)
 
 
 def instance_normalization(x, scale, bias, *, epsilon=1e-5):
-    return nj.instance_norm({"scale": scale, "bias": bias}, {}, x, False, feature_axes=1, epsilon=epsilon)[:1]
+    return nj.instance_norm(
+        {"scale": scale, "bias": bias}, {}, x, False, feature_axes=1, epsilon=epsilon
+    )[:1]
 
 
 def from_axis(x, axis):
@@ -80,18 +86,24 @@ def from_axis(x, axis):
 def layer_normalization(x, scale, bias, *, axis=-1, epsilon=1e-5):
     axes = from_axis(x, axis)
     params = {"scale": scale, "bias": bias}
-    y, _ = nj.layer_norm(params, {}, x, False, reduction_axes=axes, feature_axes=axes, epsilon=epsilon)
+    y, _ = nj.layer_norm(
+        params, {}, x, False, reduction_axes=axes, feature_axes=axes, epsilon=epsilon
+    )
     _, mean, var = nj.moments(x, axes)
     return y, *(jnp.expand_dims(part, axes) for part in (mean, 1 / jnp.sqrt(var + epsilon)))
 
 
 def rms_normalization(x, scale, *, axis=-1, epsilon=1e-5):
     axes = from_axis(x, axis)
-    return nj.rms_norm({"scale": scale}, {}, x, False, reduction_axes=axes, feature_axes=axes, epsilon=epsilon)[:1]
+    return nj.rms_norm(
+        {"scale": scale}, {}, x, False, reduction_axes=axes, feature_axes=axes, epsilon=epsilon
+    )[:1]
 
 
 def lrn(x, *, size, alpha=1e-4, beta=0.75, bias=1.0):
-    return nj.local_response_norm({}, {}, x, False, size=size, alpha=alpha, beta=beta, k=bias, feature_axes=1)[:1]
+    return nj.local_response_norm(
+        {}, {}, x, False, size=size, alpha=alpha, beta=beta, k=bias, feature_axes=1
+    )[:1]
 
 
 def mean_variance_normalization(x, *, axes=(0, 2, 3)):
@@ -125,8 +137,8 @@ def test_a_node_test_of_onnx(name):
         actual = MAPPING[op](*map(jnp.asarray, inputs), **attributes)
         assert len(actual) == len(outputs)
         for ours, theirs in zip(actual, outputs, strict=True):
-            # ONNX allows 1e-3 and 1e-7, where an alpha of 1e-4 would not show. Their side is NumPy in float32, too, and
-            # cancels a digit in variances that are differences of squares.
+            # ONNX allows 1e-3 and 1e-7, where an alpha of 1e-4 would not show. Their side is NumPy
+            # in float32, too, and cancels a digit in variances that are differences of squares.
             assert_close(ours, theirs, rtol=64 * EPS, atol=64 * EPS, dtype=theirs.dtype)
 
 

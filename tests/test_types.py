@@ -21,13 +21,19 @@ def test_batch_norm(dtype):
     params, batch_stats = typed(nj.batch_norm_init)((3, 2), param_dtype=param_dtype, count=True)
     x = jnp.ones((4, 3, 2), dtype)
     for train in (True, False):
-        typed(nj.batch_norm)(params, batch_stats, x, train, feature_axes=(1, 2), mask=x[..., :1].real > 0)
-    typed(nj.batch_norm)(params, batch_stats, x, True, feature_axes=(1, 2), momentum=None, virtual_batch_size=2)
+        typed(nj.batch_norm)(
+            params, batch_stats, x, train, feature_axes=(1, 2), mask=x[..., :1].real > 0
+        )
+    typed(nj.batch_norm)(
+        params, batch_stats, x, True, feature_axes=(1, 2), momentum=None, virtual_batch_size=2
+    )
 
 
 @pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)])
 def test_initializers_and_keys(key):
-    typed(nj.batch_norm_init)(3, key=key, scale_init=jax.nn.initializers.normal(), bias_init=jax.nn.initializers.zeros)
+    typed(nj.batch_norm_init)(
+        3, key=key, scale_init=jax.nn.initializers.normal(), bias_init=jax.nn.initializers.zeros
+    )
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
@@ -55,7 +61,9 @@ def test_statistics():
     x = jnp.ones((4, 3))
     moments = typed(nj.moments)(x, 0, mask=x > 0)
     merged = typed(nj.merge_moments)(moments, nj.Moments(4, moments.mean, moments.var))
-    typed(nj.update_batch_stats)({"mean": jnp.zeros(3), "var": jnp.ones(3)}, merged, momentum=jnp.float32(0.9))
+    typed(nj.update_batch_stats)(
+        {"mean": jnp.zeros(3), "var": jnp.ones(3)}, merged, momentum=jnp.float32(0.9)
+    )
 
 
 def test_optimizers():
@@ -64,8 +72,12 @@ def test_optimizers():
     typed(nj.optim.kind_of)(params)
     typed(nj.optim.effective_learning_rate)(params, jnp.float32(0.1), optimizer="adam")
     typed(nj.optim.rotational_equilibrium)(0.1, jnp.float32(0.1))
-    typed(nj.optim.project_scale_invariant)(mask, inner=optax.trace(0.9), feature_axes=-1, weight_decay=0.1)
-    optimizer = typed(nj.optim.renormalize)(nj.optim.decay_mask, optax.sgd(0.1), rotation=optax.constant_schedule(0.1))
+    typed(nj.optim.project_scale_invariant)(
+        mask, inner=optax.trace(0.9), feature_axes=-1, weight_decay=0.1
+    )
+    optimizer = typed(nj.optim.renormalize)(
+        nj.optim.decay_mask, optax.sgd(0.1), rotation=optax.constant_schedule(0.1)
+    )
     state = typed(optimizer.init)(params)
     typed(optimizer.update)(params, state, params)
     typed(nj.optim.scale_invariant)(params, lambda params: params["dense"], feature_axes=-1)

@@ -60,10 +60,10 @@ def storage(dtype: str) -> type:
 def arrays_moved(case: Case) -> int:
     """Returns how many arrays of x's size go between memory and the processor, at the least.
 
-    A batch norm must have seen all of x before it can normalize any of it, so that it reads x twice; the other layers
-    reduce over little enough to keep. The backward pass is alike: x and the gradient of y, and again to get that of x.
-    A ReLU moves nothing. A residual is read; backward it needs y, for the ReLU's sign, and its gradient is written once
-    and read in the place of y's.
+    A batch norm must have seen all of x before it can normalize any of it, so that it reads x
+    twice; the other layers reduce over little enough to keep. The backward pass is alike: x and the
+    gradient of y, and again to get that of x. A ReLU moves nothing. A residual is read; backward it
+    needs y, for the ReLU's sign, and its gradient is written once and read in the place of y's.
     """
     residual = case.then == "add+relu"
     reads = 2 if case.layer == "batch" and case.train else 1
@@ -76,18 +76,27 @@ def arrays_moved(case: Case) -> int:
 def operands(case: Case) -> dict[str, np.ndarray]:
     """Returns x, the cotangent of y and the residual, the layer's leaves, and running statistics.
 
-    All values are exact in bfloat16: which dtype a peer keeps its parameters in makes no difference to them.
+    All values are exact in bfloat16: which dtype a peer keeps its parameters in makes no difference
+      to them.
     """
     rng = np.random.default_rng(0)
 
     def drawn(shift: float) -> np.ndarray:
-        some = (rng.standard_normal(min(math.prod(case.shape), 1_000_003)) + shift).astype(storage(case.dtype))
+        some = (rng.standard_normal(min(math.prod(case.shape), 1_000_003)) + shift).astype(
+            storage(case.dtype)
+        )
         return np.resize(some, case.shape)
 
     def leaf(low: float, high: float) -> np.ndarray:
         return rng.uniform(low, high, case.features).astype(ml_dtypes.bfloat16).astype(np.float32)
 
-    found = {"x": drawn(0.5), "scale": leaf(0.5, 1.5), "bias": leaf(-1, 1), "mean": leaf(0, 1), "var": leaf(0.5, 2)}
+    found = {
+        "x": drawn(0.5),
+        "scale": leaf(0.5, 1.5),
+        "bias": leaf(-1, 1),
+        "mean": leaf(0, 1),
+        "var": leaf(0.5, 2),
+    }
     if case.mode == "forward+backward":
         found["cotangent"] = drawn(0)
     if case.then == "add+relu":
@@ -113,7 +122,15 @@ def _tiny() -> Iterator[Case]:
 
 
 def _cpu() -> Iterator[Case]:
-    yield from _resnet50([(32, 56, 56, 64), (32, 28, 28, 512), (32, 14, 14, 1024), (32, 7, 7, 2048), (32, 56, 56, 256)])
+    yield from _resnet50(
+        [
+            (32, 56, 56, 64),
+            (32, 28, 28, 512),
+            (32, 14, 14, 1024),
+            (32, 7, 7, 2048),
+            (32, 56, 56, 256),
+        ]
+    )
     yield from _fused((32, 28, 28, 512))
     yield from _others((32, 197, 768), (1, 2048, 4096), (32, 28, 28, 512))
     yield from _resnet50([(64, 32, 32, 64), (256, 14, 14, 256)])
@@ -129,30 +146,49 @@ def _gpu() -> Iterator[Case]:
     yield from _resnet50([(32, size, size, channels) for size, channels in stages], usual)
     yield from _others((256, 197, 768), (8, 2048, 4096), (64, 56, 56, 256))
     yield from _fused((256, 56, 56, 256))
-    yield from _resnet50([(batch, size, size, channels) for batch in (256, 32, 64, 128) for size, channels in stages])
+    yield from _resnet50(
+        [(batch, size, size, channels) for batch in (256, 32, 64, 128) for size, channels in stages]
+    )
 
 
 def _sync() -> Iterator[Case]:
     modes: tuple[Mode, ...] = ("forward+backward", "forward")
-    for shape, mode, dtype in product([(64, 28, 28, 128), (64, 14, 14, 256), (64, 7, 7, 512)], modes, DTYPES):
+    for shape, mode, dtype in product(
+        [(64, 28, 28, 128), (64, 14, 14, 256), (64, 7, 7, 512)], modes, DTYPES
+    ):
         yield Case("batch", mode, shape, dtype, devices=8)
 
 
 def _resnet50(shapes: list[Shape], dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:
     """Yields batch norm at the outputs of ResNet-50's stages."""
     modes: tuple[Mode, ...] = ("forward+backward", "forward", "evaluation")
-    yield from (Case("batch", mode, shape, dtype) for shape, mode, dtype in product(shapes, modes, dtypes))
+    yield from (
+        Case("batch", mode, shape, dtype) for shape, mode, dtype in product(shapes, modes, dtypes)
+    )
 
 
 def _fused(shape: Shape, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:
     modes: tuple[Mode, ...] = ("forward+backward", "forward", "evaluation")
     thens: tuple[Then, ...] = ("relu", "add+relu")
-    yield from (Case("batch", mode, shape, dtype, then) for then, mode, dtype in product(thens, modes, dtypes))
+    yield from (
+        Case("batch", mode, shape, dtype, then)
+        for then, mode, dtype in product(thens, modes, dtypes)
+    )
 
 
-def _others(vit: Shape, language: Shape, image: Shape, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:
+def _others(
+    vit: Shape, language: Shape, image: Shape, dtypes: tuple[str, ...] = DTYPES
+) -> Iterator[Case]:
     """Yields layer and RMS norm in ViT-B and a language model 4096 wide, group and instance norm on images."""
-    rows: list[tuple[Layer, Shape]] = [("layer", vit), ("rms", language), ("layer", language), ("group", image)]
+    rows: list[tuple[Layer, Shape]] = [
+        ("layer", vit),
+        ("rms", language),
+        ("layer", language),
+        ("group", image),
+    ]
     rows.append(("instance", image))
     modes: tuple[Mode, ...] = ("forward+backward", "forward")
-    yield from (Case(layer, mode, shape, dtype) for mode, dtype, (layer, shape) in product(modes, dtypes, rows))
+    yield from (
+        Case(layer, mode, shape, dtype)
+        for mode, dtype, (layer, shape) in product(modes, dtypes, rows)
+    )

@@ -27,7 +27,8 @@ from common import networks as examples  # noqa: E402 (once the examples can be 
 from train_resnet import resnet  # noqa: E402
 
 RATE, CLASSES = 0.01, 1000
-PEERS = ("normjax", "flax.linen", "flax.nnx", "haiku", "keras", "none")  # those that take features last
+# those that take features last
+PEERS = ("normjax", "flax.linen", "flax.nnx", "haiku", "keras", "none")
 State = tuple[Any, Any]  # params, batch_stats
 
 
@@ -49,7 +50,9 @@ class Network(NamedTuple):
 def step(network: Network) -> Callable[..., tuple[Any, Any, jax.Array]]:
     """Returns one step of SGD: (params, batch_stats, inputs, labels) to the new ones and the loss."""
 
-    def apply(params: Any, batch_stats: Any, inputs: Any, labels: Any) -> tuple[Any, Any, jax.Array]:
+    def apply(
+        params: Any, batch_stats: Any, inputs: Any, labels: Any
+    ) -> tuple[Any, Any, jax.Array]:
         (value, batch_stats), grads = jax.value_and_grad(partial(loss, network), has_aux=True)(
             params, batch_stats, inputs, labels
         )
@@ -58,10 +61,14 @@ def step(network: Network) -> Callable[..., tuple[Any, Any, jax.Array]]:
     return apply
 
 
-def loss(network: Network, params: Any, batch_stats: Any, inputs: Any, labels: Any) -> tuple[jax.Array, Any]:
+def loss(
+    network: Network, params: Any, batch_stats: Any, inputs: Any, labels: Any
+) -> tuple[jax.Array, Any]:
     """Returns the cross entropy and the new statistics."""
     logits, batch_stats = network.logits(params, batch_stats, inputs)
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), labels[..., None], -1)
+    chosen = jnp.take_along_axis(
+        jax.nn.log_softmax(logits.astype(jnp.float32)), labels[..., None], -1
+    )
     return -chosen.mean(), batch_stats
 
 
@@ -79,7 +86,9 @@ def normalized_by(peer: str) -> Iterator[None]:
     """While it lasts, networks are traced with the peer's layers in them."""
     with (
         mock.patch.object(resnet, "BatchNorm", partial(_Norm, peer)),
-        mock.patch.object(examples, "nj", SimpleNamespace(**vars(nj) | {"batch_norm": partial(_batch_norm, peer)})),
+        mock.patch.object(
+            examples, "nj", SimpleNamespace(**vars(nj) | {"batch_norm": partial(_batch_norm, peer)})
+        ),
         mock.patch.dict(_CHOSEN, peer=peer),
     ):
         yield
@@ -101,7 +110,9 @@ def suite(name: str) -> list[Network]:
     if name == "tiny":
         found = [_resnet("resnet8", images, "bfloat16", width=8), *transformers]
     sizes_of_inception = {"stem": 4, "widths": (4,)} if name == "tiny" else {}
-    inception = examples.inception(examples.Style(normalize=True, activation="relu"), **sizes_of_inception)
+    inception = examples.inception(
+        examples.Style(normalize=True, activation="relu"), **sizes_of_inception
+    )
     return [
         *found,
         Network(
@@ -114,7 +125,9 @@ def suite(name: str) -> list[Network]:
     ]
 
 
-def _batch_norm(peer: str, params: Any, batch_stats: Any, x: jax.Array, train: bool, **_: Any) -> tuple[jax.Array, Any]:
+def _batch_norm(
+    peer: str, params: Any, batch_stats: Any, x: jax.Array, train: bool, **_: Any
+) -> tuple[jax.Array, Any]:
     if peer == "none":
         return x, batch_stats
     case = Case("batch", "forward" if train else "evaluation", x.shape, x.dtype.name)
@@ -140,8 +153,16 @@ class _Norm(nn.Module):
         inits = {"scale": self.scale_init, "bias": nn.initializers.zeros}
         params = {name: self.param(name, init, size, jnp.float32) for name, init in inits.items()}
         fills = {"mean": jnp.zeros, "var": jnp.ones}
-        stats = {name: self.variable("batch_stats", name, fill, size) for name, fill in fills.items()}
-        y, new = _batch_norm(self.peer, params, {k: v.value for k, v in stats.items()}, x, not self.use_running_average)
+        stats = {
+            name: self.variable("batch_stats", name, fill, size) for name, fill in fills.items()
+        }
+        y, new = _batch_norm(
+            self.peer,
+            params,
+            {k: v.value for k, v in stats.items()},
+            x,
+            not self.use_running_average,
+        )
         if not self.is_initializing():
             for name, value in new.items():
                 stats[name].value = value
@@ -170,7 +191,12 @@ _CHOSEN = {"peer": "normjax"}
 def _transformer(kind: Any, shape: tuple[int, ...], dtype: str, width: int, depth: int) -> Network:
     """A decoder of pre-norm blocks, attention and a perceptron four times as wide, causal, without biases."""
     normal, head = jax.nn.initializers.normal(0.02), min(width, 64)
-    matrices = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+    matrices = {
+        "qkv": (width, 3 * width),
+        "out": (width, width),
+        "up": (width, 4 * width),
+        "down": (4 * width, width),
+    }
 
     def leaves() -> dict[str, jax.Array]:
         return {"scale": jnp.ones(width)} | ({} if kind == "rms" else {"bias": jnp.zeros(width)})
@@ -178,16 +204,23 @@ def _transformer(kind: Any, shape: tuple[int, ...], dtype: str, width: int, dept
     def norm(params: Any, x: jax.Array) -> jax.Array:
         peer = _CHOSEN["peer"]
         return (
-            x if peer == "none" else peers.PEERS[peer](Case(kind, "forward", x.shape, x.dtype.name))(params, {}, x)[0]
+            x
+            if peer == "none"
+            else peers.PEERS[peer](Case(kind, "forward", x.shape, x.dtype.name))(params, {}, x)[0]
         )
 
     def init(key: jax.Array, x: Any) -> State:
         keys = iter(jax.random.split(key, 4 * depth + 1))
         blocks = [
-            {name: normal(next(keys), of) for name, of in matrices.items()} | {"one": leaves(), "two": leaves()}
+            {name: normal(next(keys), of) for name, of in matrices.items()}
+            | {"one": leaves(), "two": leaves()}
             for _ in range(depth)
         ]
-        return {"embedding": normal(next(keys), (CLASSES, width)), "blocks": blocks, "last": leaves()}, {}
+        return {
+            "embedding": normal(next(keys), (CLASSES, width)),
+            "blocks": blocks,
+            "last": leaves(),
+        }, {}
 
     def block(params: Any, x: jax.Array) -> jax.Array:
         own = {name: params[name].astype(x.dtype) for name in matrices}

@@ -1,6 +1,7 @@
 """The peers that run on JAX, each as a function `(params, stats, x) -> (y, stats)` over trees in Flax's names.
 
-A peer is imported when it is asked for. One that is absent, or has no such layer, raises `Unable`, which says why.
+A peer is imported when it is asked for. One that is absent, or has no such layer, raises `Unable`,
+which says why.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ class Unable(Exception):
 
 def normjax(case: Case) -> Apply:
     """The layer of this library."""
-    options = {"batch": {"momentum": MOMENTUM, "axis_name": _axis(case)}, "group": {"num_groups": GROUPS}}
+    options = {
+        "batch": {"momentum": MOMENTUM, "axis_name": _axis(case)},
+        "group": {"num_groups": GROUPS},
+    }
     layer = getattr(nj, f"{case.layer}_norm")
     settings = {"epsilon": EPSILON, **options.get(case.layer, {})}
     return lambda params, stats, x: layer(params, stats, x, case.train, **settings)
@@ -38,7 +42,9 @@ def flax_linen(case: Case) -> Apply:
 
     settings: dict[str, Any] = {"epsilon": EPSILON, "dtype": case.dtype}
     layers: dict[str, Callable[[], Any]] = {
-        "batch": lambda: nn.BatchNorm(not case.train, momentum=MOMENTUM, axis_name=_axis(case), **settings),
+        "batch": lambda: nn.BatchNorm(
+            not case.train, momentum=MOMENTUM, axis_name=_axis(case), **settings
+        ),
         "layer": lambda: nn.LayerNorm(**settings),
         "rms": lambda: nn.RMSNorm(**settings),
         "group": lambda: nn.GroupNorm(GROUPS, **settings),
@@ -76,7 +82,9 @@ def flax_nnx(case: Case) -> Apply:
         kept = nnx.State({k: nnx.BatchStat(v) for k, v in stats.items()})
         layer = nnx.merge(graph, variables, kept)
         y = layer(x)
-        return y, {name: value.get_value() for name, value in nnx.state(layer, nnx.BatchStat).items()}
+        return y, {
+            name: value.get_value() for name, value in nnx.state(layer, nnx.BatchStat).items()
+        }
 
     return apply
 
@@ -87,7 +95,9 @@ def haiku(case: Case) -> Apply:
 
     axes = tuple(range(1, len(case.shape) - 1))
     layers: dict[str, Callable[[], Any]] = {
-        "batch": lambda: hk.BatchNorm(True, True, MOMENTUM, EPSILON, cross_replica_axis=_axis(case), name="norm"),
+        "batch": lambda: hk.BatchNorm(
+            True, True, MOMENTUM, EPSILON, cross_replica_axis=_axis(case), name="norm"
+        ),
         "layer": lambda: hk.LayerNorm(-1, True, True, EPSILON, param_axis=-1, name="norm"),
         "rms": lambda: hk.RMSNorm(-1, EPSILON, param_axis=-1, name="norm"),
         "group": lambda: hk.GroupNorm(GROUPS, eps=EPSILON, name="norm"),
@@ -99,14 +109,20 @@ def haiku(case: Case) -> Apply:
 
     def average(value: jax.Array) -> dict[str, jax.Array]:
         value = value.reshape(*one, -1)
-        return {"hidden": value, "average": value, "counter": jnp.int32(2**20)}  # long past the correction for zeros
+        # long past the correction for zeros
+        return {"hidden": value, "average": value, "counter": jnp.int32(2**20)}
 
     def apply(params: dict, stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
         shape = (*one, -1) if case.layer == "batch" else (-1,)
-        own = {{"bias": "offset"}.get(name, name): value.reshape(shape) for name, value in params.items()}
+        own = {
+            {"bias": "offset"}.get(name, name): value.reshape(shape)
+            for name, value in params.items()
+        }
         state = {f"norm/~/{name}_ema": average(value) for name, value in stats.items()}
         y, new = transformed.apply({"norm": own}, state, None, x.astype(jnp.float32))
-        return y.astype(x.dtype), {name: new[f"norm/~/{name}_ema"]["average"].reshape(-1) for name in stats}
+        return y.astype(x.dtype), {
+            name: new[f"norm/~/{name}_ema"]["average"].reshape(-1) for name in stats
+        }
 
     return apply
 
@@ -118,7 +134,11 @@ def equinox(case: Case) -> Apply:
     c = case.features
     layers: dict[str, Callable[[], Any]] = {
         "batch": lambda: eqx.nn.make_with_state(eqx.nn.BatchNorm)(
-            c, ("batch", AXIS) if case.devices > 1 else "batch", EPSILON, momentum=MOMENTUM, mode="batch"
+            c,
+            ("batch", AXIS) if case.devices > 1 else "batch",
+            EPSILON,
+            momentum=MOMENTUM,
+            mode="batch",
         ),
         "layer": lambda: (eqx.nn.LayerNorm(c, EPSILON), None),
         "rms": lambda: (eqx.nn.RMSNorm(c, EPSILON, use_bias=False), None),
@@ -135,7 +155,9 @@ def equinox(case: Case) -> Apply:
         if case.layer == "batch":
             state = state.set(layer.batch_state_index, (stats["mean"], stats["var"]))
             one = lambda x, state: layer(x, state, inference=not case.train)  # noqa: E731
-            y, state = jax.vmap(one, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(wide, state)
+            y, state = jax.vmap(one, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(
+                wide, state
+            )
             stats = dict(zip(("mean", "var"), state.get(layer.batch_state_index), strict=True))
             return y.astype(x.dtype), stats
         mapped = layer
@@ -172,7 +194,9 @@ def keras(case: Case) -> Apply:
     def apply(params: dict, stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
         arguments = {"training": case.train} if case.layer == "batch" else {}
         own = [params[name] for name in ("scale", "bias") if name in params]
-        y, new = layer.stateless_call(own, [stats[name] for name in ("mean", "var") if stats], x, **arguments)
+        y, new = layer.stateless_call(
+            own, [stats[name] for name in ("mean", "var") if stats], x, **arguments
+        )
         return y, dict(zip(("mean", "var"), new, strict=False))
 
     return apply
@@ -190,7 +214,9 @@ def tokamax(case: Case) -> Apply:
 
     def apply(params: dict, stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
         layer = case.layer == "layer"
-        y = tokamax.layer_norm(x, params["scale"], params.get("bias"), epsilon=EPSILON, subtract_mean=layer)
+        y = tokamax.layer_norm(
+            x, params["scale"], params.get("bias"), epsilon=EPSILON, subtract_mean=layer
+        )
         return y, stats
 
     return apply

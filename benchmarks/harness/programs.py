@@ -38,7 +38,9 @@ class Operands:
     def placed(self, features_first: bool) -> dict[str, jax.Array]:
         """Returns them on the devices."""
         if features_first not in self._placed:
-            placed = {name: _placed(value, self.case, features_first) for name, value in self.host.items()}
+            placed = {
+                name: _placed(value, self.case, features_first) for name, value in self.host.items()
+            }
             self._placed[features_first] = placed
         return self._placed[features_first]
 
@@ -51,7 +53,10 @@ def build(peer: str, case: Case, operands: Operands) -> Built:
     program = Program(lambda: jitted(*given), jax.block_until_ready, jax.default_backend() != "cpu")
 
     def outputs() -> dict[str, np.ndarray]:
-        return {name: checked(np.asarray(value, np.float32), first) for name, value in jitted(*given).items()}
+        return {
+            name: checked(np.asarray(value, np.float32), first)
+            for name, value in jitted(*given).items()
+        }
 
     memory = compiled_memory(jitted.lower(*given).compile())
     if case.mode == "forward+backward" and case.devices == 1:
@@ -66,7 +71,9 @@ def build(peer: str, case: Case, operands: Operands) -> Built:
     return Built(program, outputs, memory)
 
 
-def traceable(peer: str, case: Case, operands: dict[str, Any]) -> tuple[Callable[..., dict[str, Any]], tuple]:
+def traceable(
+    peer: str, case: Case, operands: dict[str, Any]
+) -> tuple[Callable[..., dict[str, Any]], tuple]:
     """Returns what is compiled for a case, and its arguments: params, batch_stats, and arrays by name."""
     run = partial(_run, PEERS[peer](case), case)
     params = {name: operands[name] for name in ("scale", "bias") if name in operands}
@@ -85,7 +92,9 @@ def checked(value: np.ndarray, features_first: bool) -> np.ndarray:
     return np.moveaxis(value, 1, -1) if features_first else value
 
 
-def relative_errors(outputs: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, float]:
+def relative_errors(
+    outputs: dict[str, np.ndarray], reference: dict[str, np.ndarray]
+) -> dict[str, float]:
     """Returns the largest difference in each output, relative to the largest value."""
     return {
         name: float(np.max(np.abs(value - reference[name])) / np.max(np.abs(reference[name])))
@@ -109,28 +118,44 @@ def kept_bytes(function: Callable[..., Any], *operands: Any) -> int:
     traced = jax.make_jaxpr(lambda *operands: jax.vjp(function, *operands)[1])(*operands).jaxpr
     given = {id(value) for value in (*traced.invars, *traced.constvars)}
     kept = {id(value): value.aval for value in traced.outvars if not isinstance(value, Literal)}
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for key, aval in kept.items() if key not in given)
+    return sum(
+        math.prod(aval.shape) * aval.dtype.itemsize
+        for key, aval in kept.items()
+        if key not in given
+    )
 
 
-def _forward(apply: Callable, case: Case, params: dict, stats: dict, x: jax.Array, residual: Any) -> tuple[Any, dict]:
+def _forward(
+    apply: Callable, case: Case, params: dict, stats: dict, x: jax.Array, residual: Any
+) -> tuple[Any, dict]:
     y, stats = apply(params, stats, x)
     if residual is not None:
         y = y + residual
     return (jax.nn.relu(y) if case.then else y), stats
 
 
-def _run(apply: Callable, case: Case, params: dict, stats: dict, arrays: dict[str, Any]) -> dict[str, Any]:
+def _run(
+    apply: Callable, case: Case, params: dict, stats: dict, arrays: dict[str, Any]
+) -> dict[str, Any]:
     """What is timed: y and new statistics, and the gradients of all that there is."""
     forward = partial(_forward, apply, case)
     x, residual = arrays["x"], arrays.get("residual")
     if case.mode != "forward+backward":
         y, new = forward(params, stats, x, residual)
         return {"y": y, **(new if case.train else {})}
-    y, backward, new = jax.vjp(lambda p, x, r: forward(p, stats, x, r), params, x, residual, has_aux=True)
+    y, backward, new = jax.vjp(
+        lambda p, x, r: forward(p, stats, x, r), params, x, residual, has_aux=True
+    )
     d_params, d_x, d_residual = backward(arrays["cotangent"])
     if case.devices > 1:
         d_params = jax.lax.psum(d_params, AXIS)
-    found = {"y": y, "d_x": d_x, "d_residual": d_residual, **{f"d_{k}": v for k, v in d_params.items()}, **new}
+    found = {
+        "y": y,
+        "d_x": d_x,
+        "d_residual": d_residual,
+        **{f"d_{k}": v for k, v in d_params.items()},
+        **new,
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -143,9 +168,18 @@ def _shared(run: Callable, params: dict, stats: dict, arrays: dict[str, Any]) ->
 
     given = (params, stats, arrays)
     mesh = arrays["x"].sharding.mesh
-    named = {name: whole for name in (*(f"d_{name}" for name in params), *stats)} | {"y": split, "d_x": split}
-    produced = {name: spec for name, spec in named.items() if "cotangent" in arrays or not name.startswith("d_")}
-    return jax.shard_map(run, mesh=mesh, in_specs=tuple(map(specs, given)), out_specs=produced, check_vma=False)
+    named = {name: whole for name in (*(f"d_{name}" for name in params), *stats)} | {
+        "y": split,
+        "d_x": split,
+    }
+    produced = {
+        name: spec
+        for name, spec in named.items()
+        if "cotangent" in arrays or not name.startswith("d_")
+    }
+    return jax.shard_map(
+        run, mesh=mesh, in_specs=tuple(map(specs, given)), out_specs=produced, check_vma=False
+    )
 
 
 def _placed(value: np.ndarray, case: Case, features_first: bool) -> jax.Array:
@@ -156,4 +190,6 @@ def _placed(value: np.ndarray, case: Case, features_first: bool) -> jax.Array:
     if case.devices == 1:
         return jnp.asarray(value)
     mesh = Mesh(np.array(jax.devices()[: case.devices]), (AXIS,))
-    return jax.device_put(value, NamedSharding(mesh, PartitionSpec() if leaf else PartitionSpec(AXIS)))
+    return jax.device_put(
+        value, NamedSharding(mesh, PartitionSpec() if leaf else PartitionSpec(AXIS))
+    )

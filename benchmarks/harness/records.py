@@ -17,7 +17,19 @@ import jax
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "dm-haiku", "equinox", "keras", "torch", "tokamax", "numpy")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "optax",
+    "dm-haiku",
+    "equinox",
+    "keras",
+    "torch",
+    "tokamax",
+    "numpy",
+)
 
 
 def header() -> dict[str, Any]:
@@ -29,12 +41,15 @@ def header() -> dict[str, Any]:
         "machine": {
             "platform": platform.platform(),
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
             "load_before": round(os.getloadavg()[0], 2),
             "backend": device.platform,
             "device": device.device_kind,
         },
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in PACKAGES},
     }
 
 
@@ -42,7 +57,10 @@ def write(results: dict[str, Any], path: pathlib.Path) -> None:
     """Writes results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{results['rows'][-1]['name'] if results['rows'] else 'no rows'}: written to {path}", flush=True)
+    print(
+        f"{results['rows'][-1]['name'] if results['rows'] else 'no rows'}: written to {path}",
+        flush=True,
+    )
 
 
 def read(path: pathlib.Path | str) -> dict[str, Any]:
@@ -56,9 +74,15 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def peer_table(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any], dict[str, Any]], str]) -> str:
+def peer_table(
+    rows: list[dict[str, Any]], cell: Callable[[dict[str, Any], dict[str, Any]], str]
+) -> str:
     """Returns a table with a column for each peer; `cell` makes its text of the row and what the peer did there."""
-    names = list(dict.fromkeys(name for row in rows for name, got in row["peers"].items() if "skipped" not in got))
+    names = list(
+        dict.fromkeys(
+            name for row in rows for name, got in row["peers"].items() if "skipped" not in got
+        )
+    )
     empty: dict[str, Any] = {"skipped": ""}
 
     def text(row: dict[str, Any], name: str) -> str:
@@ -66,7 +90,10 @@ def peer_table(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any], dict[
         return "-" if "skipped" in got else cell(row, got)
 
     extra = ["floor ms"] if any("floor_ms" in row for row in rows) else []
-    body = ([row["name"], *(f"{row['floor_ms']:.3g}" for _ in extra), *(text(row, n) for n in names)] for row in rows)
+    body = (
+        [row["name"], *(f"{row['floor_ms']:.3g}" for _ in extra), *(text(row, n) for n in names)]
+        for row in rows
+    )
     return table(["", *extra, *names], body)
 
 
@@ -99,7 +126,10 @@ def _processor() -> str:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _output(*command: str) -> str | None:

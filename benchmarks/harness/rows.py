@@ -35,7 +35,9 @@ class Building:
     def make(self, name: str, case: Case, given: Operands) -> Built:
         """Returns a peer's program; raises Unable where its time is up."""
         if self.spent[name] > self.limit:
-            raise peers.Unable(f"its programs took more than {self.limit:.0f} s to make: a sixth of the time")
+            raise peers.Unable(
+                f"its programs took more than {self.limit:.0f} s to make: a sixth of the time"
+            )
         start = time.monotonic()
         try:
             return (torch_peers if name in torch_peers.PEERS else programs).build(name, case, given)
@@ -43,13 +45,18 @@ class Building:
             self.spent[name] += time.monotonic() - start
 
 
-def run(cases: Sequence[Case], names: Iterable[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
+def run(
+    cases: Sequence[Case], names: Iterable[str], rounds: int, seconds: float
+) -> list[dict[str, Any]]:
     """Returns the rows of cases; those that are not begun when the time is up are named and left out."""
     end, rows = time.monotonic() + seconds, []
     building = Building(seconds / 6)
     for i, case in enumerate(cases):
         if time.monotonic() > end:
-            print(f"out of time after {seconds:.0f} s; not run: " + "; ".join(each.name for each in cases[i:]))
+            print(
+                f"out of time after {seconds:.0f} s; not run: "
+                + "; ".join(each.name for each in cases[i:])
+            )
             break
         rows.append(row(case, list(names), rounds, building))
         print(f"{i + 1}/{len(cases)} {case.name}: " + line(rows[-1]), flush=True)
@@ -66,13 +73,23 @@ def row(case: Case, names: list[str], rounds: int, building: Building) -> dict[s
     copied = summary(times[COPY], times[COPY])["ms"]
     bandwidth = 2 * case.nbytes / copied / 1e6
     floor = arrays_moved(case) / 2 * copied
-    return {"name": case.name, "case": case._asdict(), "floor_ms": floor, "copy_GBps": bandwidth, "peers": found}
+    return {
+        "name": case.name,
+        "case": case._asdict(),
+        "floor_ms": floor,
+        "copy_GBps": bandwidth,
+        "peers": found,
+    }
 
 
 def line(row: dict[str, Any]) -> str:
     """Says in a line how a row came out."""
     own = row["peers"]["normjax"]
-    ratios = [f"{name} {got['ratio']:.2f}x" for name, got in row["peers"].items() if "ratio" in got and got is not own]
+    ratios = [
+        f"{name} {got['ratio']:.2f}x"
+        for name, got in row["peers"].items()
+        if "ratio" in got and got is not own
+    ]
     return f"floor {row['floor_ms']:.3g} ms, normjax {own['ms']:.3g} ms; " + ", ".join(ratios)
 
 
@@ -82,7 +99,9 @@ def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
     return f"{got['ms']:.3g}{ratio}"
 
 
-def _checked(case: Case, names: list[str], building: Building) -> tuple[dict[str, Built], dict[str, Any]]:
+def _checked(
+    case: Case, names: list[str], building: Building
+) -> tuple[dict[str, Built], dict[str, Any]]:
     """Builds the programs; those that are absent, unable or wrong are noted with the reason, not timed."""
     given = Operands(case)
     built = {"normjax": programs.build("normjax", case, given)}
@@ -100,12 +119,15 @@ def _checked(case: Case, names: list[str], building: Building) -> tuple[dict[str
             found[name] = {"skipped": f"not installed: {_first_line(error)}"}
         except peers.Unable as error:
             found[name] = {"skipped": f"unable: {_first_line(error)}"}
-        except Exception as error:  # of any kind: a peer that fails must not end the run, and is named
+        # of any kind: a peer that fails must not end the run, and is named
+        except Exception as error:
             found[name] = {"skipped": f"failed: {type(error).__name__}: {_first_line(error)}"}
         else:
             worst = max(errors, key=lambda output: errors[output])
             if not errors[worst] <= TOLERANCE[case.dtype]:
-                found[name] = {"skipped": f"wrong: {worst} is off by {errors[worst]:.2g} of the largest value"}
+                found[name] = {
+                    "skipped": f"wrong: {worst} is off by {errors[worst]:.2g} of the largest value"
+                }
             else:
                 built[name], found[name] = made, {"error": errors[worst]}
     return built, found

@@ -16,18 +16,21 @@ class Program(NamedTuple):
 
     call: Callable[[], Any]
     wait: Callable[[Any], Any]
-    queues: bool = False  # whether calls run one after the other on the device, however early they are started
+    # whether calls run one after the other on the device, however early they are started
+    queues: bool = False
 
 
 def keep_memory() -> None:
     """Has the C library keep freed memory instead of giving it back to the system.
 
-    Where the arrays are large it would hand out new pages in every call, and 9 tenths of the time of a copy of 64 MB
-    be the system's, clearing them. Programs that train do not pay that for each layer.
+    Where the arrays are large it would hand out new pages in every call, and 9 tenths of the time
+    of a copy of 64 MB be the system's, clearing them. Programs that train do not pay that for each
+    layer.
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
-        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+        # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):
             library.mallopt(option, value)
 
 
@@ -36,7 +39,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Returns the milliseconds of a call in each round, by program.
 
-    In a round every program runs once, as often as fills `sample_seconds`, in an order drawn anew. A call that is not
+    In a round every program runs once, as often as fills `sample_seconds`, in an order drawn anew.
+    A call that is not
     timed comes first: else a program would find in the caches what the one before it left there.
     """
     calls = {name: _calls(program, sample_seconds) for name, program in programs.items()}
@@ -51,7 +55,9 @@ def interleaved(
 
 def summary(own: list[float], base: list[float]) -> dict[str, float | int]:
     """Returns the median, the quartiles, and the median of the ratios to another program in the same rounds."""
-    low, median, high = statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else own * 3
+    low, median, high = (
+        statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else own * 3
+    )
     ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
     return {"ms": median, "ms_low": low, "ms_high": high, "ratio": ratio, "samples": len(own)}
 

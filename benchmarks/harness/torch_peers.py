@@ -12,7 +12,8 @@ from .peers import Unable
 from .programs import Built, Operands, checked
 from .timing import Program
 
-# Or PyTorch's threads would go on spinning while the next program has its turn, and keep the cores from it.
+# Or PyTorch's threads would go on spinning while the next program has its turn, and keep the cores
+# from it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Whether it is compiled, and whether the features of images are last in memory.
@@ -40,7 +41,11 @@ def build(peer: str, case: Case, operands: Operands) -> Built:
     device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
 
     def tensor(value: np.ndarray) -> Any:
-        bits = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16) if value.itemsize == 2 else value
+        bits = (
+            torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+            if value.itemsize == 2
+            else value
+        )
         made = torch.as_tensor(bits).to(device)
         if value.ndim == 1 or not images:
             return made
@@ -50,13 +55,21 @@ def build(peer: str, case: Case, operands: Operands) -> Built:
     tensors = {name: tensor(value) for name, value in operands.host.items()}
     layer = _layer(torch, case).to(device)
     with torch.no_grad():
-        for name, own in (("scale", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("var", "running_var")):
+        for name, own in (
+            ("scale", "weight"),
+            ("bias", "bias"),
+            ("mean", "running_mean"),
+            ("var", "running_var"),
+        ):
             if getattr(layer, own, None) is not None:
                 getattr(layer, own).copy_(tensors[name])
     call = _call(torch, case, layer, tensors, compiled)
 
     def outputs() -> dict[str, np.ndarray]:
-        return {name: checked(value.detach().float().cpu().numpy(), images) for name, value in call().items()}
+        return {
+            name: checked(value.detach().float().cpu().numpy(), images)
+            for name, value in call().items()
+        }
 
     def wait(_: Any) -> None:
         if device.type == "cuda":
@@ -82,8 +95,17 @@ def _layer(torch: Any, case: Case) -> Any:
 def _call(torch: Any, case: Case, layer: Any, tensors: dict[str, Any], compiled: bool) -> Any:
     backward = case.mode == "forward+backward"
     x, residual = tensors["x"], tensors.get("residual")
-    sources = {"d_x": x, "d_scale": layer.weight, "d_bias": getattr(layer, "bias", None), "d_residual": residual}
-    sources = {name: value.requires_grad_() for name, value in sources.items() if backward and value is not None}
+    sources = {
+        "d_x": x,
+        "d_scale": layer.weight,
+        "d_bias": getattr(layer, "bias", None),
+        "d_residual": residual,
+    }
+    sources = {
+        name: value.requires_grad_()
+        for name, value in sources.items()
+        if backward and value is not None
+    }
 
     def forward(x: Any, residual: Any) -> Any:
         y = layer(x)

@@ -27,12 +27,17 @@ class Trained(NamedTuple):
     memory: dict[str, float]
 
 
-def run(rows: Sequence[Network], names: Iterable[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
+def run(
+    rows: Sequence[Network], names: Iterable[str], rounds: int, seconds: float
+) -> list[dict[str, Any]]:
     """Returns the rows of networks; those that are not begun when the time is up are named and left out."""
     end, found = time.monotonic() + seconds, []
     for i, network in enumerate(rows):
         if time.monotonic() > end:
-            print(f"out of time after {seconds:.0f} s; not run: " + "; ".join(each.title for each in rows[i:]))
+            print(
+                f"out of time after {seconds:.0f} s; not run: "
+                + "; ".join(each.title for each in rows[i:])
+            )
             break
         found.append(row(network, list(names), rounds))
         print(f"{i + 1}/{len(rows)} {network.title}: done", flush=True)
@@ -56,7 +61,9 @@ def row(network: Network, names: list[str], rounds: int) -> dict[str, Any]:
         else:
             worst = float(np.max(np.abs(other.losses / own.losses - 1)))
             if name != "none" and not worst <= TOLERANCE[network.dtype]:
-                found[name] = {"skipped": f"wrong: the loss is off by {worst:.2g} of normjax's in {STEPS} steps"}
+                found[name] = {
+                    "skipped": f"wrong: the loss is off by {worst:.2g} of normjax's in {STEPS} steps"
+                }
             else:
                 programs[name], found[name] = other.program, other.memory | {"error": worst}
     times = interleaved(programs, rounds)
@@ -71,9 +78,15 @@ def train(network: Network, peer: str) -> Trained:
     with networks.normalized_by(peer):
         state = jax.jit(network.init)(jax.random.key(0), inputs)
         start = time.perf_counter()
-        compiled = jax.jit(networks.step(network), donate_argnums=(0, 1)).lower(*state, inputs, labels).compile()
+        compiled = (
+            jax.jit(networks.step(network), donate_argnums=(0, 1))
+            .lower(*state, inputs, labels)
+            .compile()
+        )
         memory: dict[str, float] = {"compile_seconds": round(time.perf_counter() - start, 3)}
-        kept = kept_bytes(lambda params: networks.loss(network, params, state[1], inputs, labels)[0], state[0])
+        kept = kept_bytes(
+            lambda params: networks.loss(network, params, state[1], inputs, labels)[0], state[0]
+        )
     state = [*state]
 
     def call() -> jax.Array:
@@ -83,7 +96,9 @@ def train(network: Network, peer: str) -> Trained:
     losses = np.array([float(call()) for _ in range(STEPS)])
     queues = jax.default_backend() != "cpu"
     return Trained(
-        Program(call, jax.block_until_ready, queues), losses, memory | compiled_memory(compiled) | {"kept_bytes": kept}
+        Program(call, jax.block_until_ready, queues),
+        losses,
+        memory | compiled_memory(compiled) | {"kept_bytes": kept},
     )
 
 

@@ -34,13 +34,21 @@ class Way(NamedTuple):
     own_statistics: bool = False
     own_scale: bool = False
 
-    def init(self, network: Network, key: Array, image_shape: Sequence[int]) -> tuple[Tree, list[Tree]]:
+    def init(
+        self, network: Network, key: Array, image_shape: Sequence[int]
+    ) -> tuple[Tree, list[Tree]]:
         """Returns the parameters, and the statistics of clean and of adversarial images."""
         params, batch_stats = network.init(key, image_shape, CLASSES)
         return spread(params, 2) if self.own_scale else params, [batch_stats] * 2
 
     def apply(
-        self, network: Network, params: Tree, batch_stats: list[Tree], images: Array, kind: int, train: bool
+        self,
+        network: Network,
+        params: Tree,
+        batch_stats: list[Tree],
+        images: Array,
+        kind: int,
+        train: bool,
     ) -> tuple[Array, Tree]:
         """Returns logits of images that are normalized as those of a kind, and the new statistics of that kind."""
         params = condition(params, jnp.asarray(kind)) if self.own_scale else params
@@ -69,10 +77,13 @@ WAYS = {
 }
 
 
-def attack(loss: Callable[[Array], Any], images: Array, key: Array, radius: float, steps: int) -> Array:
+def attack(
+    loss: Callable[[Array], Any], images: Array, key: Array, radius: float, steps: int
+) -> Array:
     """Returns images, pixels from 0 to 1, each within `radius` of the given ones in each pixel, at a larger loss.
 
-    Projected gradient ascent from a random start (Madry et al. 2018), in steps of 2.5 radius / steps.
+    Projected gradient ascent from a random start (Madry et al. 2018), in steps of 2.5 radius /
+    steps.
     """
     low, high = jnp.maximum(images - radius, 0), jnp.minimum(images + radius, 1)
     start = images + jax.random.uniform(key, images.shape, minval=-radius, maxval=radius)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-SHIFTS = ("faint", "inverted", "noisy")  # what happens to images, see common/domains.py, which needs JAX
+# what happens to images, see common/domains.py, which needs JAX
+SHIFTS = ("faint", "inverted", "noisy")
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,7 +17,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None):
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -26,11 +29,22 @@ class Parser(argparse.ArgumentParser):
     def add_data(self, choices: Sequence[str]) -> None:
         """Adds the flags that say which images to use."""
         count = number(int, "a positive integer")
-        self.add_argument("--data", choices=choices, default="digits", help="images (default: %(default)s)")
+        self.add_argument(
+            "--data", choices=choices, default="digits", help="images (default: %(default)s)"
+        )
         files = " or ".join(choices[1:])
-        self.add_argument("--data-dir", type=Path, metavar="DIR", help=f"folder with the official files of {files}")
-        self.add_argument("--train-examples", type=count, metavar="N", help="use only the first N training images")
-        self.add_argument("--test-examples", type=count, metavar="N", help="use only the first N test images")
+        self.add_argument(
+            "--data-dir",
+            type=Path,
+            metavar="DIR",
+            help=f"folder with the official files of {files}",
+        )
+        self.add_argument(
+            "--train-examples", type=count, metavar="N", help="use only the first N training images"
+        )
+        self.add_argument(
+            "--test-examples", type=count, metavar="N", help="use only the first N test images"
+        )
 
     def add_runs(self, name: str, defaults: Mapping[str, Mapping[str, Any]]) -> None:
         """Adds the flags of a study: its data, and those that its defaults have, which differ from data to data.
@@ -45,10 +59,17 @@ class Parser(argparse.ArgumentParser):
             kind, metavar, description = RUNS[flag]
             values = ", ".join(f"{data} {given[flag]}" for data, given in defaults.items())
             self.add_argument(
-                "--" + flag.replace("_", "-"), type=kind, metavar=metavar, help=f"{description} ({values})"
+                "--" + flag.replace("_", "-"),
+                type=kind,
+                metavar=metavar,
+                help=f"{description} ({values})",
             )
         self.add_argument(
-            "--out", type=Path, metavar="DIR", default=Path("results", name), help="(default: %(default)s)"
+            "--out",
+            type=Path,
+            metavar="DIR",
+            default=Path("results", name),
+            help="(default: %(default)s)",
         )
 
     def parse_runs(self, arguments: Sequence[str] | None) -> argparse.Namespace:

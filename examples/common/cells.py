@@ -16,19 +16,22 @@ and a GRU step
     g = tanh(N(V_x x) + b_g + sigmoid(r) * N(V_h h))
     h' = (1 - sigmoid(z)) * h + sigmoid(z) * g
 
-Layer normalization (Ba, Kiros & Hinton 2016, supplementary material, equations 20-22 and 26-28) normalizes each example
-over all units of W_h h, of W_x x and of c, each with a scale and a bias; so the GRU, as in the paper, has no b.
+Layer normalization (Ba, Kiros & Hinton 2016, supplementary material, equations 20-22 and 26-28)
+normalizes each example over all units of W_h h, of W_x x and of c, each with a scale and a bias; so
+the GRU, as in the paper, has no b.
 
-Batch normalization (Cooijmans et al. 2016, equations 6-8; its GRU is ours, by analogy) has scales that start at 0.1 and
-no biases beside b, but for that of c. Its statistics are kept apart for each time step up to `max_steps`, the paper's
-T_max, while scale and bias are those of all steps. To a pure function that is nothing special: `batch_stats` gets a
-leading time axis, goes into `lax.scan` with x and comes out with the outputs. Steps beyond `max_steps` use the
-statistics of the last, at inference; in training each of them is normalized by its own batch and updates the statistics
-of the last, one after the other.
+Batch normalization (Cooijmans et al. 2016, equations 6-8; its GRU is ours, by analogy) has scales
+that start at 0.1 and no biases beside b, but for that of c. Its statistics are kept apart for each
+time step up to `max_steps`, the paper's T_max, while scale and bias are those of all steps. To a
+pure function that is nothing special: `batch_stats` gets a leading time axis, goes into `lax.scan`
+  with x and comes out with the outputs. Steps beyond `max_steps` use the
+statistics of the last, at inference; in training each of them is normalized by its own batch and
+updates the statistics of the last, one after the other.
 
-While the state is zero and x is, too, all that is normalized is equal: its variance is 0, and the gradient grows by
-`scale / sqrt(epsilon)`, 300 for layer normalization, at each such step. One of them, the first, is harmless, as nothing
-comes before it; a sequence that opens with several has to be masked there, or to start from a `state` that is not zero.
+While the state is zero and x is, too, all that is normalized is equal: its variance is 0, and the
+gradient grows by `scale / sqrt(epsilon)`, 300 for layer normalization, at each such step. One of
+them, the first, is harmless, as nothing comes before it; a sequence that opens with several has to
+be masked there, or to start from a `state` that is not zero.
 """
 
 from __future__ import annotations
@@ -66,15 +69,23 @@ class Norm(NamedTuple):
     biased: bool = False
 
 
-def _layer_norm(params: Tree, batch_stats: Tree, x: Array, train: bool, mask: Array) -> tuple[Array, Tree]:
-    return nj.layer_norm(params, batch_stats, x, train)  # each example by itself: what is masked harms no other
+def _layer_norm(
+    params: Tree, batch_stats: Tree, x: Array, train: bool, mask: Array
+) -> tuple[Array, Tree]:
+    # each example by itself: what is masked harms no other
+    return nj.layer_norm(params, batch_stats, x, train)
 
 
-def _batch_norm(params: Tree, batch_stats: Tree, x: Array, train: bool, mask: Array) -> tuple[Array, Tree]:
+def _batch_norm(
+    params: Tree, batch_stats: Tree, x: Array, train: bool, mask: Array
+) -> tuple[Array, Tree]:
     return nj.batch_norm(params, batch_stats, x, train, mask=mask, momentum=MOMENTUM)
 
 
-PLAIN = Norm(lambda features, use_bias: ({}, {}), lambda params, batch_stats, x, train, mask: (x, batch_stats))
+PLAIN = Norm(
+    lambda features, use_bias: ({}, {}),
+    lambda params, batch_stats, x, train, mask: (x, batch_stats),
+)
 LAYER = Norm(lambda features, use_bias: nj.layer_norm_init(features), _layer_norm, biased=True)
 BATCH = Norm(partial(nj.batch_norm_init, scale_init=initializers.constant(0.1)), _batch_norm)
 
@@ -88,9 +99,14 @@ def lstm(norm: Norm) -> Cell:
         sizes = {"hidden": 4 * units, "input": 4 * units, "cell": units}
         return _with_norms(norm, params, sizes, max_steps)
 
-    def step(params: Tree, batch_stats: Tree, state: State, x: Array, train: bool, mask: Array) -> tuple[State, Tree]:
+    def step(
+        params: Tree, batch_stats: Tree, state: State, x: Array, train: bool, mask: Array
+    ) -> tuple[State, Tree]:
         (h, c), norms = state, _Norms(norm, params, batch_stats, train, mask)
-        hidden, inputs = norms("hidden", h @ params["hidden_kernel"]), norms("input", x @ params["input_kernel"])
+        hidden, inputs = (
+            norms("hidden", h @ params["hidden_kernel"]),
+            norms("input", x @ params["input_kernel"]),
+        )
         f, i, o, g = jnp.split(hidden + inputs + params["bias"], 4, axis=-1)
         c = sigmoid(f) * c + sigmoid(i) * jnp.tanh(g)
         h = sigmoid(o) * jnp.tanh(norms("cell", c))
@@ -106,10 +122,17 @@ def gru(norm: Norm) -> Cell:
         params = _kernels(key, inputs, 3 * units, units)
         if not norm.biased:
             params["bias"] = jnp.zeros(3 * units, jnp.float32)
-        sizes = {"hidden_gates": 2 * units, "input_gates": 2 * units, "hidden": units, "input": units}
+        sizes = {
+            "hidden_gates": 2 * units,
+            "input_gates": 2 * units,
+            "hidden": units,
+            "input": units,
+        }
         return _with_norms(norm, params, sizes, max_steps)
 
-    def step(params: Tree, batch_stats: Tree, state: State, x: Array, train: bool, mask: Array) -> tuple[State, Tree]:
+    def step(
+        params: Tree, batch_stats: Tree, state: State, x: Array, train: bool, mask: Array
+    ) -> tuple[State, Tree]:
         (h,), norms = state, _Norms(norm, params, batch_stats, train, mask)
         cut = [2 * h.shape[-1]]
         hidden_gates, hidden = jnp.split(h @ params["hidden_kernel"], cut, axis=-1)
@@ -140,15 +163,17 @@ def unroll(
     Args:
       cell: what to run.
       params: of the cell, shared by all steps.
-      batch_stats: of the cell, with a leading axis of `max_steps`; no leaves without batch normalization.
+      batch_stats: of the cell, with a leading axis of `max_steps`; no leaves without batch
+        normalization.
       x: `(batch, time, inputs)`; time may be shorter or longer than `max_steps`.
       train: Python bool.
-      mask: bool `(batch, time)`, True where a step counts. The others leave the state as it is and no trace in the
-        statistics, whatever x has there, NaN included.
+      mask: bool `(batch, time)`, True where a step counts. The others leave the state as it is and
+        no trace in the statistics, whatever x has there, NaN included.
       state: to start from; None for zeros.
 
     Returns:
-      The outputs `(batch, time, units)`, where a masked step repeats the one before; the last state; new statistics.
+      The outputs `(batch, time, units)`, where a masked step repeats the one before; the last
+      state; new statistics.
     """
     mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
     state = _zeros(cell, params, x) if state is None else state
@@ -181,7 +206,9 @@ def _unroll_beyond(
 ) -> tuple[State, Array, Tree]:
     """Goes on with the statistics of the last step, which are carried from step to step."""
 
-    def carried(carry: tuple[State, Tree], inputs: tuple[Array, Array]) -> tuple[tuple[State, Tree], Array]:
+    def carried(
+        carry: tuple[State, Tree], inputs: tuple[Array, Array]
+    ) -> tuple[tuple[State, Tree], Array]:
         state, last = carry
         state, (output, last) = step(state, (*inputs, last))
         return (state, last), output
@@ -199,7 +226,13 @@ class _Norms:
     """Applies the normalizations of a step by name and collects their new statistics."""
 
     def __init__(self, norm: Norm, params: Tree, batch_stats: Tree, train: bool, mask: Array):
-        self.norm, self.params, self.batch_stats, self.train, self.mask = norm, params, batch_stats, train, mask
+        self.norm, self.params, self.batch_stats, self.train, self.mask = (
+            norm,
+            params,
+            batch_stats,
+            train,
+            mask,
+        )
         self.new_stats: Tree = {}
 
     def __call__(self, name: str, x: Array) -> Array:
@@ -216,7 +249,9 @@ def _kernels(key: Array, inputs: int, outputs: int, units: int) -> Tree:
     }
 
 
-def _with_norms(norm: Norm, params: Tree, sizes: dict[str, int], max_steps: int) -> tuple[Tree, Tree]:
+def _with_norms(
+    norm: Norm, params: Tree, sizes: dict[str, int], max_steps: int
+) -> tuple[Tree, Tree]:
     """Adds the normalizations' parameters, and makes their statistics, one for each step."""
     made = {name: norm.init(size, use_bias=name == "cell") for name, size in sizes.items()}
     params["norms"] = {name: own for name, (own, _) in made.items()}

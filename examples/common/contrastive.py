@@ -3,7 +3,8 @@
 encoder = Encoder(unit, widths)
 params, batch_stats = encoder.init(key, channels)
 q, batch_stats = encoder.embed(params, batch_stats, augment(key, images), True)    # on a device
-loss, found = contrast(lax.all_gather(q, AXIS, tiled=True), lax.all_gather(k, AXIS, tiled=True), own)
+loss, found = contrast(lax.all_gather(q, AXIS, tiled=True), lax.all_gather(k, AXIS, tiled=True),
+own)
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ WAYS = {
 class Encoder(NamedTuple):
     """3x3 convolutions, of stride 2 but for the first, the mean over pixels, and a head of two layers behind it.
 
-    Every layer is normalized, the last one too. The head is for the contrastive loss alone (Chen et al. 2020, 4.2).
+    Every layer is normalized, the last one too. The head is for the contrastive loss alone (Chen et
+    al. 2020, 4.2).
     """
 
     unit: Unit
@@ -69,20 +71,28 @@ class Encoder(NamedTuple):
         params, batch_stats = zip(*layers, strict=True)
         return dict(zip(names, params, strict=True)), dict(zip(names, batch_stats, strict=True))
 
-    def features(self, params: Tree, batch_stats: Tree, images: Array, train: bool) -> tuple[Array, Tree]:
+    def features(
+        self, params: Tree, batch_stats: Tree, images: Array, train: bool
+    ) -> tuple[Array, Tree]:
         """Returns what a linear probe sees, `(batch, features)`, and the statistics."""
         x, new = images, dict(batch_stats)
         for i in range(len(self.widths)):
             name = f"conv_{i}"
-            x, new[name] = self.unit.apply(params[name], batch_stats[name], x, train, stride=2 if i else 1)
+            x, new[name] = self.unit.apply(
+                params[name], batch_stats[name], x, train, stride=2 if i else 1
+            )
             x = self.unit.activation(x)
         return x.mean((1, 2)), new
 
-    def embed(self, params: Tree, batch_stats: Tree, images: Array, train: bool) -> tuple[Array, Tree]:
+    def embed(
+        self, params: Tree, batch_stats: Tree, images: Array, train: bool
+    ) -> tuple[Array, Tree]:
         """Returns embeddings of length 1, and the statistics."""
         x, new = self.features(params, batch_stats, images, train)
         x, new["head_0"] = self.unit.apply(params["head_0"], batch_stats["head_0"], x, train)
-        x, new["head_1"] = self.unit.apply(params["head_1"], batch_stats["head_1"], self.unit.activation(x), train)
+        x, new["head_1"] = self.unit.apply(
+            params["head_1"], batch_stats["head_1"], self.unit.activation(x), train
+        )
         return x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-12), new
 
 
@@ -95,8 +105,12 @@ def _view(key: Array, image: Array) -> Array:
     crop, corner, contrast, noise, side = jax.random.split(key, 5)
     height, width, channels = image.shape
     zoom = jax.random.uniform(crop, (2,), minval=LEAST_AREA, maxval=1) ** -0.5
-    outside = jnp.array([height, width], jnp.float32) * (zoom - 1) * jax.random.uniform(corner, (2,))
-    image = jax.image.scale_and_translate(image, image.shape, (0, 1), zoom, -outside, "linear", antialias=False)
+    outside = (
+        jnp.array([height, width], jnp.float32) * (zoom - 1) * jax.random.uniform(corner, (2,))
+    )
+    image = jax.image.scale_and_translate(
+        image, image.shape, (0, 1), zoom, -outside, "linear", antialias=False
+    )
     if channels > 1:  # the sides of a digit are not alike
         image = jnp.where(jax.random.bernoulli(side), image[:, ::-1], image)
     image = image * jax.random.uniform(contrast, (channels,), minval=0.6, maxval=1.4)
@@ -113,7 +127,8 @@ def contrast(queries: Array, keys: Array, own: Array) -> tuple[Array, Array]:
     """
 
     def one_way(queries: Array, keys: Array) -> tuple[Array, Array]:
-        others = (queries[own] @ queries.T).at[jnp.arange(len(own)), own].set(-jnp.inf)  # but not oneself
+        # but not oneself
+        others = (queries[own] @ queries.T).at[jnp.arange(len(own)), own].set(-jnp.inf)
         logits = jnp.concatenate([queries[own] @ keys.T, others], axis=1) / TEMPERATURE
         found = logits[:, : len(keys)].argmax(-1) == own
         return cross_entropy(logits, own).mean(), found.mean()

@@ -45,7 +45,9 @@ class Instruments:
         self.network, self.train, self.learning_rate = network, train, learning_rate
         self.look = jax.jit(self._look)
 
-    def _look(self, state: State, train: Examples, rows: Array) -> tuple[nj.diagnostics.Percentiles, Any]:
+    def _look(
+        self, state: State, train: Examples, rows: Array
+    ) -> tuple[nj.diagnostics.Percentiles, Any]:
         """Returns percentiles of what goes into the last hidden layer's sigmoids, and the covariate shift."""
         probe, _ = train.pick(jnp.arange(min(PROBE, len(train.labels))))
         _, _, inputs = self.network.forward(state.params, state.batch_stats, probe, True)
@@ -78,7 +80,10 @@ class Shift(Study):
         options = self.options
         images = data.selected(options)
         self.data = examples(images, standardize=False)
-        return {name: Part(options.seeds * options.steps, partial(self._train, name)) for name in VARIANTS}
+        return {
+            name: Part(options.seeds * options.steps, partial(self._train, name))
+            for name in VARIANTS
+        }
 
     def _train(self, name: str, advance: Advance) -> list[dict[str, Any]]:
         options = self.options
@@ -86,15 +91,24 @@ class Shift(Study):
         instruments = Instruments(VARIANTS[name], trainer.train, options.learning_rate)
         return [self._run(trainer, instruments, seed, advance) for seed in range(options.seeds)]
 
-    def _run(self, trainer: Trainer, instruments: Instruments, seed: int, advance: Advance) -> dict[str, Any]:
+    def _run(
+        self, trainer: Trainer, instruments: Instruments, seed: int, advance: Advance
+    ) -> dict[str, Any]:
         options, seen, accuracies, steps = self.options, [], [], []
-        for step, state, order in trainer.states(seed, options.learning_rate, options.steps, options.eval_every):
+        for step, state, order in trainer.states(
+            seed, options.learning_rate, options.steps, options.eval_every
+        ):
             seen.append(jax.device_get(instruments.look(state, trainer.train, order[-1])))
             accuracies.append(trainer.accuracy(state, trainer.test))
             advance(len(order), f"{accuracies[-1]:.1%}")
             steps.append(step)
         history, shift = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
-        return {"seed": seed, "steps": steps, "accuracy": accuracies, **summary(history.values, shift)}
+        return {
+            "seed": seed,
+            "steps": steps,
+            "accuracy": accuracies,
+            **summary(history.values, shift),
+        }
 
     def claims(self) -> list[Claim]:
         """Returns what the two papers say, and the medians over the seeds."""
@@ -127,7 +141,12 @@ class Shift(Study):
                 steps = runs[0]["steps"]
                 for panel, key in zip(grid[0], ("accuracy", "distance", "cosine"), strict=True):
                     values = np.median([run[key] for run in runs], axis=0)
-                    panel.plot(steps, 100 * values if key == "accuracy" else values, color=COLORS[name], label=name)
+                    panel.plot(
+                        steps,
+                        100 * values if key == "accuracy" else values,
+                        color=COLORS[name],
+                        label=name,
+                    )
             grid[0, 0].set(title="test accuracy (%)")
             grid[0, 0].legend(fontsize="small")
             grid[0, 1].set(title="covariate shift: ||G - G'|| / ||G||", yscale="log")
@@ -147,19 +166,24 @@ class Shift(Study):
             band = jnp.asarray(run["band"])
             panel.set_prop_cycle(color=[COLORS[name]])
             q = jnp.tile(jnp.asarray([15.0, 50.0, 85.0]), (len(band), 1))
-            nj.diagnostics.plot.percentiles(nj.diagnostics.Percentiles(q, band), run["steps"], axes=panel)
+            nj.diagnostics.plot.percentiles(
+                nj.diagnostics.Percentiles(q, band), run["steps"], axes=panel
+            )
         panel.set_title(f"{name}: input of a typical sigmoid", fontsize="medium")
 
 
 def summary(values: np.ndarray, shift: nj.diagnostics.CovariateShift) -> dict[str, Any]:
     """Returns the numbers of one run: of percentiles `(steps, q, units)`, and of covariate shifts `(steps, layers)`.
 
-    `wander` is how far the median of a unit's input moves over all steps, `jump` how far it moves between two
-    evaluations, both in widths of the band from the 15th to the 85th percentile, and for the median unit.
+    `wander` is how far the median of a unit's input moves over all steps, `jump` how far it moves
+    between two evaluations, both in widths of the band from the 15th to the 85th percentile, and
+    for the median unit.
     """
     middle, width = values[:, 1], (values[:, 2] - values[:, 0]).mean(0)
     wander = np.ptp(middle, axis=0) / width
-    jump = np.abs(np.diff(middle, axis=0)).mean(0) / width if len(middle) > 1 else np.zeros_like(width)
+    jump = (
+        np.abs(np.diff(middle, axis=0)).mean(0) / width if len(middle) > 1 else np.zeros_like(width)
+    )
     typical = np.argsort(wander)[(len(wander) - 1) // 2]
     layer = LAYERS.index(LAST)
     distance = shift.distance[:, layer] / np.maximum(shift.gradient_norm[:, layer], 1e-30)
@@ -176,4 +200,6 @@ def summary(values: np.ndarray, shift: nj.diagnostics.CovariateShift) -> dict[st
 
 def steps_to(accuracy: float, runs: list[dict[str, Any]]) -> str:
     """Returns the median number of steps after which runs reach an accuracy, in words."""
-    return tables.in_words(median(tables.steps_to(accuracy, run["steps"], run["accuracy"]) for run in runs))
+    return tables.in_words(
+        median(tables.steps_to(accuracy, run["steps"], run["accuracy"]) for run in runs)
+    )

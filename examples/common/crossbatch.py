@@ -26,12 +26,17 @@ from common.session import Advance, Part
 from common.study import Claim, Study, conduct
 
 CHUNK = 20  # steps between two looks at the accuracy
-SWITCH = 0.95  # the accuracy in training, mean of a chunk, from which a document sees negatives; the paper has 0.98
+# the accuracy in training, mean of a chunk, from which a document sees negatives; the paper has
+# 0.98
+SWITCH = 0.95
 WARMUP = 40  # steps
 TESTED = 32  # documents that are asked at once
 TEST_SEED = 1_000_000
 TRAININGS = {"crossbatch": True, "own context only": False}
-COLOURS, LINES = dict(zip(TRAININGS, ("C0", "C3"), strict=True)), dict(zip(NORMS, ("-", "--"), strict=True))
+COLOURS, LINES = (
+    dict(zip(TRAININGS, ("C0", "C3"), strict=True)),
+    dict(zip(NORMS, ("-", "--"), strict=True)),
+)
 
 
 class Run(NamedTuple):
@@ -62,7 +67,9 @@ class Trainer:
     def __init__(self, norm: Norm, lookup: Lookup, options: Namespace):
         self.lookup, self.options = lookup, options
         self.model = LanguageModel(norm, lookup.vocabulary, lookup.length, tuple(options.blocks))
-        rate = optax.warmup_cosine_decay_schedule(0, options.learning_rate, WARMUP, max(options.steps, WARMUP + 1))
+        rate = optax.warmup_cosine_decay_schedule(
+            0, options.learning_rate, WARMUP, max(options.steps, WARMUP + 1)
+        )
         self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.98))
         self._steps, self._test = jax.jit(self._take_steps), jax.jit(self._ask)
 
@@ -82,17 +89,23 @@ class Trainer:
     def test(self, params: Tree) -> tuple[list[float], list[float]]:
         """Returns accuracy and focus by the number of contexts, the mean of `--test-batches` batches."""
         keys = jax.random.split(jax.random.key(TEST_SEED), self.options.test_batches)
-        tested = np.array([[self._test(params, key, count) for key in keys] for count in memories(self.options)])
+        tested = np.array(
+            [[self._test(params, key, count) for key in keys] for count in memories(self.options)]
+        )
         return tuple(tested.mean(1).T.tolist())
 
-    def _take_steps(self, state: tuple[Any, Any], keys: Array, count: Array) -> tuple[tuple[Any, Any], Array]:
+    def _take_steps(
+        self, state: tuple[Any, Any], keys: Array, count: Array
+    ) -> tuple[tuple[Any, Any], Array]:
         """Takes a step for each key, and returns the mean of their accuracies."""
 
         def loss(params: Tree, key: Array) -> tuple[Array, Array]:
             size = self.options.batch_size
             documents = self.lookup.draw(key, size)
             memory = self.model.remember(params, documents.previous)
-            logits, _ = self.model.answer(params, documents.current, memory, seen(size, size, count))
+            logits, _ = self.model.answer(
+                params, documents.current, memory, seen(size, size, count)
+            )
             logits = self.lookup.read(logits)
             # As in the paper, of the values alone: what is asked cannot be known.
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, documents.answers)
@@ -113,7 +126,9 @@ class Trainer:
         documents = self.lookup.draw(key, contexts)
         asked = min(TESTED, contexts)
         memory = self.model.remember(params, documents.previous)
-        logits, focus = self.model.answer(params, documents.current[:asked], memory, seen(asked, contexts, count))
+        logits, focus = self.model.answer(
+            params, documents.current[:asked], memory, seen(asked, contexts, count)
+        )
         correct = self.lookup.read(logits).argmax(-1) == documents.answers[:asked]
         return jnp.stack([correct.mean(), self.lookup.read(focus).mean()])
 
@@ -159,7 +174,9 @@ class CrossBatch(Study):
         return parts
 
     def _run(self, trainer: Trainer, negatives: bool, advance: Advance) -> dict[str, Any]:
-        runs = [trainer.run(negatives, seed, advance)._asdict() for seed in range(self.options.seeds)]
+        runs = [
+            trainer.run(negatives, seed, advance)._asdict() for seed in range(self.options.seeds)
+        ]
         return {"contexts": memories(self.options), "runs": runs}
 
     def tables(self) -> Sequence[Table]:
@@ -200,10 +217,20 @@ class CrossBatch(Study):
                 "about 1/n",
                 focus["own context only"],
             ),
-            Claim("the same, with negatives", "the distraction is mostly alleviated", focus["crossbatch"]),
+            Claim(
+                "the same, with negatives",
+                "the distraction is mostly alleviated",
+                focus["crossbatch"],
+            ),
         ]
         if len(options.norms) > 1:
-            claims.append(Claim("layer norm or RMS norm", "not compared", f"with negatives {accuracy['crossbatch']}"))
+            claims.append(
+                Claim(
+                    "layer norm or RMS norm",
+                    "not compared",
+                    f"with negatives {accuracy['crossbatch']}",
+                )
+            )
         return claims
 
     def _by_training(self, of: str, form: str) -> dict[str, str]:
@@ -211,8 +238,14 @@ class CrossBatch(Study):
         words = {}
         for training in TRAININGS:
             runs = {norm: self.results.get(f"{norm}, {training}") for norm in self.options.norms}
-            values = {norm: form.format(_medians(of_norm["runs"], of)[-1]) for norm, of_norm in runs.items() if of_norm}
-            words[training] = ", ".join(f"{value} ({norm})" for norm, value in values.items()) or "-"
+            values = {
+                norm: form.format(_medians(of_norm["runs"], of)[-1])
+                for norm, of_norm in runs.items()
+                if of_norm
+            }
+            words[training] = (
+                ", ".join(f"{value} ({norm})" for norm, value in values.items()) or "-"
+            )
         return words
 
     def draw(self, path: Path) -> None:
@@ -226,8 +259,12 @@ class CrossBatch(Study):
                 style = {"color": COLOURS[training], "linestyle": LINES[norm]}
                 for axes, of, scale in ((accuracy, "accuracies", 100), (focus, "focus", 1)):
                     values = scale * np.array([run[of] for run in result["runs"]])
-                    axes.plot(counts, np.median(values, 0), marker="o", markersize=3, label=name, **style)
-                    axes.fill_between(counts, values.min(0), values.max(0), color=style["color"], alpha=0.12)
+                    axes.plot(
+                        counts, np.median(values, 0), marker="o", markersize=3, label=name, **style
+                    )
+                    axes.fill_between(
+                        counts, values.min(0), values.max(0), color=style["color"], alpha=0.12
+                    )
             accuracy.set(ylabel="questions answered (%)", ylim=(0, 103))
             focus.set(ylabel="attention to the own context,\nof that to the memory", ylim=(0, 1.03))
             for axes in (accuracy, focus):
@@ -236,7 +273,13 @@ class CrossBatch(Study):
                 axes.set_xticks(counts, map(str, counts))
                 axes.set_xlabel("contexts in memory, one of them the document's own")
                 axes.grid(alpha=0.3)
-            focus.plot(counts, [1 / count for count in counts], color="0.5", linewidth=1, label="1/n: evenly spread")
+            focus.plot(
+                counts,
+                [1 / count for count in counts],
+                color="0.5",
+                linewidth=1,
+                label="1/n: evenly spread",
+            )
             accuracy.legend(fontsize="small", loc="lower left")
             focus.legend(handles=focus.get_lines()[-1:], fontsize="small")
 
@@ -254,7 +297,12 @@ def _lookup(options: Namespace) -> Lookup:
         if len(content) < options.pairs * options.gap:
             needed = f"{options.pairs * options.gap} are needed for {options.pairs} pairs and gaps of {options.gap}"
             raise DataError(f"{options.text}: {len(content)} bytes; {needed}")
-    for flag, contexts in (("--batch-size", options.batch_size), ("--distractors", options.distractors + 1)):
+    for flag, contexts in (
+        ("--batch-size", options.batch_size),
+        ("--distractors", options.distractors + 1),
+    ):
         if contexts * options.pairs > KEYS:
-            raise DataError(f"{flag}: {contexts} contexts of {options.pairs} keys, but there are only {KEYS} keys")
+            raise DataError(
+                f"{flag}: {contexts} contexts of {options.pairs} keys, but there are only {KEYS} keys"
+            )
     return lookup

@@ -67,7 +67,8 @@ def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     pixels, digits = load_digits(return_X_y=True)
-    # They come sorted by writer: shuffled, so that training and test images are of the same writers.
+    # They come sorted by writer: shuffled, so that training and test images are of the same
+    # writers.
     order = np.random.default_rng(0).permutation(len(digits))
     images = pixels.reshape(-1, 8, 8, 1)[order].astype(np.uint8)
     labels = digits[order].astype(np.uint8)
@@ -89,7 +90,9 @@ def _mnist_part(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     labels_path = _find(folder, "mnist", IDX_LABELS.format(part), ".gz")
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
-        raise DataError(f"{labels_path}: {len(labels)} labels for the {len(images)} images of {images_path.name}")
+        raise DataError(
+            f"{labels_path}: {len(labels)} labels for the {len(images)} images of {images_path.name}"
+        )
     _check_labels(labels_path, labels)
     return images[..., None], labels
 
@@ -105,21 +108,28 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
     """Returns the unsigned bytes in an IDX file, gzip or not, of the given rank.
 
     Raises:
-      DataError: for a file that cannot be read, is truncated, too long or empty, or has another magic number.
+      DataError: for a file that cannot be read, is truncated, too long or empty, or has another
+        magic number.
     """
     content = _unzip(path, _read(path))
     header = 4 + 4 * rank
     if len(content) < header:
-        raise DataError(f"{path}: truncated: {len(content)} bytes, shorter than the header of {header}")
+        raise DataError(
+            f"{path}: truncated: {len(content)} bytes, shorter than the header of {header}"
+        )
     magic, expected = int.from_bytes(content[:4]), 0x0800 + rank
     if magic != expected:
-        raise DataError(f"{path}: not the expected IDX file: magic number 0x{magic:08x} instead of 0x{expected:08x}")
+        raise DataError(
+            f"{path}: not the expected IDX file: magic number 0x{magic:08x} instead of 0x{expected:08x}"
+        )
     shape = [int.from_bytes(content[i : i + 4]) for i in range(4, header, 4)]
     # math.prod counts in Python's integers: a corrupt header cannot overflow it.
     if (size := math.prod(shape)) != len(content) - header:
         problem = "truncated" if size > len(content) - header else "too long"
         by = "x".join(map(str, shape))
-        raise DataError(f"{path}: {problem}: {len(content) - header} bytes after a header that says {by}")
+        raise DataError(
+            f"{path}: {problem}: {len(content) - header} bytes after a header that says {by}"
+        )
     if size == 0:
         raise DataError(f"{path}: empty: its header says {'x'.join(map(str, shape))}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
@@ -129,13 +139,16 @@ def read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Returns the images `(count, 32, 32, 3)` and labels of a file in CIFAR-10's binary format.
 
     Raises:
-      DataError: for a file that cannot be read, has a broken record or a label above 9, or is empty.
+      DataError: for a file that cannot be read, has a broken record or a label above 9, or is
+        empty.
     """
     content = _read(path)
     if not content:
         raise DataError(f"{path}: empty")
     if len(content) % CIFAR_RECORD:
-        raise DataError(f"{path}: truncated or corrupt: {len(content)} bytes are no multiple of {CIFAR_RECORD}")
+        raise DataError(
+            f"{path}: truncated or corrupt: {len(content)} bytes are no multiple of {CIFAR_RECORD}"
+        )
     records = np.frombuffer(content, np.uint8).reshape(-1, CIFAR_RECORD)
     _check_labels(path, records[:, 0])
     planes = records[:, 1:].reshape(-1, 3, 32, 32)
@@ -149,7 +162,9 @@ def _find(folder: Path, subfolder: str, name: str, *suffixes: str) -> Path:
         for path in (place / name for name in names):
             if path.exists():
                 return path
-    raise DataError(f"{folder / name}: not found (looked for {' and '.join(names)}, also in {folder / subfolder})")
+    raise DataError(
+        f"{folder / name}: not found (looked for {' and '.join(names)}, also in {folder / subfolder})"
+    )
 
 
 def _read(path: Path) -> bytes:
@@ -171,4 +186,6 @@ def _unzip(path: Path, content: bytes) -> bytes:
 def _check_labels(path: Path, labels: np.ndarray) -> None:
     if (largest := int(labels.max())) >= CLASSES:
         index = int(labels.argmax())
-        raise DataError(f"{path}: corrupt: label {largest} of example {index}, expected 0 to {CLASSES - 1}")
+        raise DataError(
+            f"{path}: corrupt: label {largest} of example {index}, expected 0 to {CLASSES - 1}"
+        )

@@ -60,7 +60,9 @@ def table(depths: Sequence[Depth], steps: int) -> Table:
         shown.add_column(label, justify="right")
         shown.add_column("rate", justify="right")
     for depth in depths:
-        cells = ((f"{result.best:.1%}", f"{result.learning_rate:.3g}") for result in depth.best.values())
+        cells = (
+            (f"{result.best:.1%}", f"{result.learning_rate:.3g}") for result in depth.best.values()
+        )
         shown.add_row(str(depth.layers), *(cell for pair in cells for cell in pair))
     return shown
 
@@ -71,7 +73,12 @@ def draw(axes: Axes, depths: Sequence[Depth], steps: int) -> None:
     for normalize, label in LABELS.items():
         accuracies = [100 * depth.best[normalize].best for depth in depths]
         axes.plot(layers, accuracies, marker="o", color=f"C{normalize:d}", label=label)
-    axes.set(xscale="log", xlabel="hidden layers of sigmoids", ylim=(0, 103), title=f"best within {steps:,} steps")
+    axes.set(
+        xscale="log",
+        xlabel="hidden layers of sigmoids",
+        ylim=(0, 103),
+        title=f"best within {steps:,} steps",
+    )
     axes.set_xticks(layers, map(str, layers))
     axes.minorticks_off()
     axes.grid(alpha=0.3)

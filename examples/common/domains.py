@@ -23,7 +23,8 @@ from common.sharing import WAYS, Way
 from common.training import State
 
 SHIFTS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
-    # Pixels from 0 to 1. A little noise keeps what is faint from being the same image in other units.
+    # Pixels from 0 to 1. A little noise keeps what is faint from being the same image in other
+    # units.
     "faint": lambda pixels, rng: 0.6 + 0.2 * pixels + rng.normal(0, 0.05, pixels.shape),
     "inverted": lambda pixels, rng: 1 - pixels,
     "noisy": lambda pixels, rng: pixels + rng.normal(0, 0.5, pixels.shape),
@@ -56,11 +57,15 @@ class DomainRun(NamedTuple):
     accuracies: dict[str, list[float]]
 
 
-def make_domains(images: np.ndarray, labels: np.ndarray, peak: int, shift: str, seed: int) -> Domains:
+def make_domains(
+    images: np.ndarray, labels: np.ndarray, peak: int, shift: str, seed: int
+) -> Domains:
     """Returns the images as they are, and shifted."""
     pixels = images.reshape(len(images), -1) / peak
     shifted = SHIFTS[shift](pixels, np.random.default_rng(seed))
-    return Domains(jnp.asarray(np.stack([pixels, shifted]), jnp.float32), jnp.asarray(labels, jnp.int32))
+    return Domains(
+        jnp.asarray(np.stack([pixels, shifted]), jnp.float32), jnp.asarray(labels, jnp.int32)
+    )
 
 
 class Trainer:
@@ -100,10 +105,14 @@ class Trainer:
         def loss(params: Any, batch_stats: Any, rows: Array) -> tuple[Array, Any]:
             images = jax.vmap(lambda images, rows: images[rows])(data.images, rows)
             logits, batch_stats = self.way.train(params, batch_stats, images)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, data.labels[rows]).mean(), batch_stats
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, data.labels[rows]
+            ).mean(), batch_stats
 
         def step(state: State, rows: Array) -> tuple[State, None]:
-            gradients, batch_stats = jax.grad(loss, has_aux=True)(state.params, state.batch_stats, rows)
+            gradients, batch_stats = jax.grad(loss, has_aux=True)(
+                state.params, state.batch_stats, rows
+            )
             updates, optimizer = self.optimizer.update(gradients, state.optimizer)
             return State(optax.apply_updates(state.params, updates), batch_stats, optimizer), None
 
@@ -111,14 +120,17 @@ class Trainer:
 
     def _accuracies(self, state: State, data: Domains) -> Array:
         logits = [
-            self.way.infer(state.params, state.batch_stats, images, domain) for domain, images in enumerate(data.images)
+            self.way.infer(state.params, state.batch_stats, images, domain)
+            for domain, images in enumerate(data.images)
         ]
         return (jnp.stack(logits).argmax(-1) == data.labels).mean(1)
 
 
 def run(options: Namespace, interrupt: Interrupt) -> int:
     """Trains each way and reports; returns the exit status."""
-    return session.guard("domains.py", options.out, lambda: Comparison(options).run(interrupt, Console()))
+    return session.guard(
+        "domains.py", options.out, lambda: Comparison(options).run(interrupt, Console())
+    )
 
 
 class Comparison:
@@ -127,18 +139,26 @@ class Comparison:
     def __init__(self, options: Namespace):
         self.options, self.names = options, ["as they are", options.shift]
         images = data.selected(options)
-        self.train = make_domains(images.train_images, images.train_labels, images.peak, options.shift, seed=0)
-        self.test = make_domains(images.test_images, images.test_labels, images.peak, options.shift, seed=1)
+        self.train = make_domains(
+            images.train_images, images.train_labels, images.peak, options.shift, seed=0
+        )
+        self.test = make_domains(
+            images.test_images, images.test_labels, images.peak, options.shift, seed=1
+        )
         self.runs: dict[str, list[DomainRun]] = {}
         options.out.mkdir(parents=True, exist_ok=True)
 
     def run(self, interrupt: Interrupt, console: Console) -> bool:
         """Trains, shows and returns whether all is trained."""
         options = self.options
-        trainers = {name: Trainer(way, self.train, self.test, options) for name, way in WAYS.items()}
+        trainers = {
+            name: Trainer(way, self.train, self.test, options) for name, way in WAYS.items()
+        }
         variants = {name: partial(trainer.run, self.names) for name, trainer in trainers.items()}
         self.save("running")
-        finished = session.train_all(variants, options.seeds, options.steps, interrupt, console, self._finished)
+        finished = session.train_all(
+            variants, options.seeds, options.steps, interrupt, console, self._finished
+        )
         self.save("finished" if finished else "interrupted")
         self.show(console, finished)
         return finished
@@ -151,7 +171,9 @@ class Comparison:
         """Writes all there is so far as JSON."""
         config = session.settings(vars(self.options))
         content = {"status": status, "config": config, **session.environment()}
-        content["ways"] = {name: [run._asdict() for run in runs] for name, runs in self.runs.items()}
+        content["ways"] = {
+            name: [run._asdict() for run in runs] for name, runs in self.runs.items()
+        }
         report.write_json(self.options.out / "domains.json", content)
 
     def show(self, console: Console, finished: bool) -> None:

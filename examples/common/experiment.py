@@ -52,8 +52,11 @@ class Experiment:
         dataset = data.selected(options)
         self.train_count, self.test_count = len(dataset.train_labels), len(dataset.test_labels)
         if options.batch_size > self.train_count:
-            raise data.DataError(f"--batch-size {options.batch_size}: {options.data} has {self.train_count} examples")
-        # The paper's MLP takes pixels in [0, 1]. For images in colour, standardized ones are what a baseline deserves.
+            raise data.DataError(
+                f"--batch-size {options.batch_size}: {options.data} has {self.train_count} examples"
+            )
+        # The paper's MLP takes pixels in [0, 1]. For images in colour, standardized ones are what a
+        # baseline deserves.
         self.examples = training.examples(dataset, standardize=options.network == "inception")
         options.out.mkdir(parents=True, exist_ok=True)
         self.save("running")
@@ -98,7 +101,13 @@ class Experiment:
         return Depth(layers, results(False), results(True))
 
     def _train(
-        self, variant: Variant, factor: float, progress: Progress, *, depth: int | None = None, steps: int | None = None
+        self,
+        variant: Variant,
+        factor: float,
+        progress: Progress,
+        *,
+        depth: int | None = None,
+        steps: int | None = None,
     ) -> Result:
         options, rate = self.options, self.options.learning_rate * factor
         steps, depth = steps or options.steps, depth or options.depth
@@ -110,7 +119,10 @@ class Experiment:
             progress.update(task, advance=steps, accuracy=f"{accuracy:.1%}")
             self.interrupt.check()
 
-        runs = [trainer.run(seed, rate, steps, options.eval_every, evaluated) for seed in range(options.seeds)]
+        runs = [
+            trainer.run(seed, rate, steps, options.eval_every, evaluated)
+            for seed in range(options.seeds)
+        ]
         return Result(variant.name, rate, runs)
 
     def _trainer(self, style: networks.Style, depth: int | None) -> training.Trainer:
@@ -138,14 +150,19 @@ class Experiment:
         tables = [compare(title, baseline, others, data.CLASSES, PAPER)]
         if best := self.best_baseline:
             title = "Stricter than the paper: relative to the baseline at its best learning rate"
-            tables.append(compare(title, best._replace(name="Baseline, best"), others, data.CLASSES))
+            tables.append(
+                compare(title, best._replace(name="Baseline, best"), others, data.CLASSES)
+            )
         return tables
 
     def save(self, status: str) -> None:
         """Writes all there is so far as JSON."""
         config = settings(asdict(self.options))
         config |= {"train_examples": self.train_count, "test_examples": self.test_count}
-        config |= {"momentum": self.options.momentum, "batch_norm_momentum": networks.BATCH_NORM_MOMENTUM}
+        config |= {
+            "momentum": self.options.momentum,
+            "batch_norm_momentum": networks.BATCH_NORM_MOMENTUM,
+        }
         content = {
             "status": status,
             "config": config,
@@ -178,7 +195,9 @@ class Experiment:
                 curves.insert(1, best._replace(name="Baseline, best"))
             panels = 2 if self.depths else 1
             title = f"{self.options.network} on {self.options.data}"
-            with report.figure(path, title, CAPTION, (1, panels), (2 + 5 * panels, 5.5)) as ((axes, *further),):
+            with report.figure(path, title, CAPTION, (1, panels), (2 + 5 * panels, 5.5)) as (
+                (axes, *further),
+            ):
                 report.draw_curves(axes, curves)
                 if self.depths:
                     depths.draw(further[0], self.depths, self.depth_steps)
@@ -187,6 +206,12 @@ class Experiment:
 
     def _remark(self, console: Console, best: Result) -> None:
         rates = sorted(result.learning_rate for result in (self.results[0], *self.swept))
-        console.print("Sweep: " + ", ".join(f"{rate:.3g}" for rate in rates) + f"; best {best.learning_rate:.3g}")
+        console.print(
+            "Sweep: "
+            + ", ".join(f"{rate:.3g}" for rate in rates)
+            + f"; best {best.learning_rate:.3g}"
+        )
         if best.learning_rate in (rates[0], rates[-1]):
-            console.print("The best is at the end of the sweep: --sweep should go further for a strict comparison.")
+            console.print(
+                "The best is at the end of the sweep: --sweep should go further for a strict comparison."
+            )

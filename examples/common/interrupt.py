@@ -28,7 +28,10 @@ class Interrupt:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         signal.signal(signal.SIGINT, self._before)
 
@@ -47,8 +50,8 @@ class Interrupt:
 def run(experiment: str, *arguments: Any) -> int:
     """Returns the exit status of `common.EXPERIMENT.run(*arguments, interrupt)`.
 
-    JAX takes seconds to import, and the experiment imports it: only now, so that --help and mistakes are answered at
-    once, and Ctrl-C is noted meanwhile.
+    JAX takes seconds to import, and the experiment imports it: only now, so that --help and
+    mistakes are answered at once, and Ctrl-C is noted meanwhile.
     """
     with Interrupt() as interrupt:
         return importlib.import_module(f"common.{experiment}").run(*arguments, interrupt)

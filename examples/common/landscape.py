@@ -72,16 +72,27 @@ class Landscapes(Study):
         network = vgg(UNITS[norm], WIDTHS)
         trainer = Trainer(network, self.data, self.options.batch_size)
         walk, sharpness = instruments(network.apply)
-        return [self._run(trainer, walk, sharpness, seed, rate, advance) for seed in range(self.options.seeds)]
+        return [
+            self._run(trainer, walk, sharpness, seed, rate, advance)
+            for seed in range(self.options.seeds)
+        ]
 
     def _run(
-        self, trainer: Trainer, walk: Callable, sharpness: Callable, seed: int, rate: float, advance: Advance
+        self,
+        trainer: Trainer,
+        walk: Callable,
+        sharpness: Callable,
+        seed: int,
+        rate: float,
+        advance: Advance,
     ) -> dict[str, Any]:
         options, walks, eigenvalues, accuracies = self.options, [], {}, []
         evaluations = -(-options.steps // options.eval_every)
         checkpoints = set(np.linspace(0, evaluations - 1, options.checkpoints).astype(int).tolist())
         steps = []
-        for i, (step, state, order) in enumerate(trainer.states(seed, rate, options.steps, options.eval_every)):
+        for i, (step, state, order) in enumerate(
+            trainer.states(seed, rate, options.steps, options.eval_every)
+        ):
             rows = order[-1]
             walks.append(jax.device_get(walk(state, trainer.train, rows)))
             if i in checkpoints:
@@ -102,7 +113,9 @@ class Landscapes(Study):
 
     def tables(self) -> list[Table]:
         """Returns the medians over steps and seeds."""
-        title = "Along the gradient (medians over the steps), in the sharpest direction, and in the end"
+        title = (
+            "Along the gradient (medians over the steps), in the sharpest direction, and in the end"
+        )
         table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("", *MEASURES, "largest eigenvalue, first to last", "test accuracy"):
             table.add_column(heading, justify="right" if heading else "left")
@@ -115,14 +128,21 @@ class Landscapes(Study):
     def claims(self) -> list[Claim]:
         """Returns what the paper says, and how batch norm compares, as far as runs are finished and did not diverge."""
 
-        def each(of: Callable[[list[dict[str, Any]]], float], compare: Callable[[float, float], str] = compared) -> str:
+        def each(
+            of: Callable[[list[dict[str, Any]]], float],
+            compare: Callable[[float, float], str] = compared,
+        ) -> str:
             return "; ".join(
                 f"at rate {rate:g} {compare(*(of(self.results[key(name, rate)]) for name in NORMS))}"
                 for rate in self.options.learning_rates
                 if all(key(name, rate) in self.results for name in NORMS)
             )
 
-        reported = ("varies far less (figure 4a)", "changes far less, most of all early (4b)", "less (4c)")
+        reported = (
+            "varies far less (figure 4a)",
+            "changes far less, most of all early (4b)",
+            "less (4c)",
+        )
         along = [
             Claim(f"{what}, with batch norm", said, each(partial(typical, of=of)))
             for (what, of), said in zip(MEASURES.items(), reported, strict=True)
@@ -137,7 +157,11 @@ class Landscapes(Study):
 
     def draw(self, path: Path) -> None:
         """Draws a row for each learning rate."""
-        rates = [rate for rate in self.options.learning_rates if any(key(name, rate) in self.results for name in NORMS)]
+        rates = [
+            rate
+            for rate in self.options.learning_rates
+            if any(key(name, rate) in self.results for name in NORMS)
+        ]
         title = f"{data.TITLES[self.options.data]}: the landscape that a VGG trains in, along the gradient"
         size = 13.0, 1.2 + 2.9 * len(rates)
         with report.figure(path, title, self.caption, (len(rates), 4), size) as grid:
@@ -147,9 +171,13 @@ class Landscapes(Study):
                 panel.set_xlabel("")
 
     def _draw_row(self, row: np.ndarray, rate: float) -> None:
-        runs = {name: self.results[key(name, rate)] for name in NORMS if key(name, rate) in self.results}
+        runs = {
+            name: self.results[key(name, rate)] for name in NORMS if key(name, rate) in self.results
+        }
         steps = next(iter(runs.values()))[0]["steps"]
-        nj.diagnostics.plot.landscape({name: history(runs[name]) for name in runs}, steps, axes=row[:3])
+        nj.diagnostics.plot.landscape(
+            {name: history(runs[name]) for name in runs}, steps, axes=row[:3]
+        )
         for name in runs:
             at = runs[name][0]["checkpoints"]
             row[3].plot(at, eigenvalues(runs[name]), "o-", color=COLORS[name], label=name)
@@ -175,12 +203,16 @@ def instruments(apply: Callable) -> tuple[Callable, Callable]:
 
     @jax.jit
     def walk(state: State, train: Examples, rows: Array) -> nj.diagnostics.Landscape:
-        return nj.diagnostics.landscape(on_batch(state, train, rows), state.params, step_sizes=STEP_SIZES)
+        return nj.diagnostics.landscape(
+            on_batch(state, train, rows), state.params, step_sizes=STEP_SIZES
+        )
 
     @jax.jit
     def sharpness(state: State, train: Examples, rows: Array) -> nj.diagnostics.Eigenvalue:
         loss = on_batch(state, train, rows)
-        return nj.diagnostics.hessian_eigenvalue(loss, state.params, iterations=ITERATIONS)._replace(vector=())
+        return nj.diagnostics.hessian_eigenvalue(
+            loss, state.params, iterations=ITERATIONS
+        )._replace(vector=())
 
     return walk, sharpness
 
@@ -194,7 +226,10 @@ def history(runs: list[dict[str, Any]]) -> nj.diagnostics.Landscape:
     """Returns the landscape over the steps, the median over the seeds."""
     fields = nj.diagnostics.Landscape._fields
     return nj.diagnostics.Landscape(
-        *(jnp.asarray(np.median([np.asarray(run["landscape"][field], float) for run in runs], 0)) for field in fields)
+        *(
+            jnp.asarray(np.median([np.asarray(run["landscape"][field], float) for run in runs], 0))
+            for field in fields
+        )
     )
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 KEY_TOKENS = 3
-ALPHABET = 16  # symbols that a key's first, second and third token, and its value, each have of their own
+# symbols that a key's first, second and third token, and its value, each have of their own
+ALPHABET = 16
 KEYS = ALPHABET**KEY_TOKENS
 SYMBOLS = ALPHABET * (KEY_TOKENS + 1) + 1
 ASKED = SYMBOLS - 1  # stands for the value that is asked for
@@ -19,8 +20,8 @@ BYTES = 256
 class Documents(NamedTuple):
     """Documents in two contexts: `previous` defines keys and `current` asks for them, in another order.
 
-    Tokens are `(documents, length)`, and `answers`, the values in the order in which they are asked for, `(documents,
-    pairs)`.
+    Tokens are `(documents, length)`, and `answers`, the values in the order in which they are asked
+    for, `(documents, pairs)`.
     """
 
     previous: Array
@@ -31,9 +32,9 @@ class Documents(NamedTuple):
 class Lookup(NamedTuple):
     """A source of documents, in which no two keys are alike.
 
-    A definition is a key's tokens and its value, a question the key's tokens and a mark, which the value is to follow.
-    The paper's keys and values are of four tokens of one alphabet; here each place has its own, so that little is to
-    learn before a key can be told from others.
+    A definition is a key's tokens and its value, a question the key's tokens and a mark, which the
+    value is to follow. The paper's keys and values are of four tokens of one alphabet; here each
+    place has its own, so that little is to learn before a key can be told from others.
 
     Attributes:
       pairs: how many a document defines, and asks for.

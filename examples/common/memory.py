@@ -5,15 +5,17 @@
     memory = model.remember(params, previous)                          # (contexts, length) tokens
     logits, focus = model.answer(params, current, memory, sees)        # sees: bool (documents, contexts)
 
-Each block is `x + attention(N(x))` and then `x + mlp(N(x))`, with N the normalization; queries and keys are normalized,
-too, head by head (QK-norm: Henry et al. 2020; Dehghani et al. 2023), so that N's scales are the temperature of their
-softmax. In a "local" block attention sees the tokens before it in its own context, with a bias for each distance
-(Raffel et al. 2020). In a "memory" block it sees these and, in the same softmax, all tokens of those contexts of the
-memory that its document `sees` (Tworkowski et al. 2023, appendix on crossbatch), wherever they stand: there are no
-positions in these blocks, as in that paper's smaller models.
+Each block is `x + attention(N(x))` and then `x + mlp(N(x))`, with N the normalization; queries and
+keys are normalized, too, head by head (QK-norm: Henry et al. 2020; Dehghani et al. 2023), so that
+N's scales are the temperature of their softmax. In a "local" block attention sees the tokens before
+it in its own context, with a bias for each distance (Raffel et al. 2020). In a "memory" block it
+sees these and, in the same softmax, all tokens of those contexts of the memory that its document
+`sees` (Tworkowski et al. 2023, appendix on crossbatch), wherever they stand: there are no positions
+in these blocks, as in that paper's smaller models.
 
-Training and inference differ in nothing but `sees`. In training the memory is the previous contexts of the batch, and a
-document sees its own and d - 1 others, its negatives. The gradient goes through all of it.
+Training and inference differ in nothing but `sees`. In training the memory is the previous contexts
+of the batch, and a document sees its own and d - 1 others, its negatives. The gradient goes through
+all of it.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ class Norm(NamedTuple):
         return self.apply(params, {}, x, True)[0]
 
 
-NORMS = {"layer norm": Norm(nj.layer_norm_init, nj.layer_norm), "RMS norm": Norm(nj.rms_norm_init, nj.rms_norm)}
+NORMS = {
+    "layer norm": Norm(nj.layer_norm_init, nj.layer_norm),
+    "RMS norm": Norm(nj.rms_norm_init, nj.rms_norm),
+}
 
 
 class LanguageModel(NamedTuple):
@@ -78,8 +83,14 @@ class LanguageModel(NamedTuple):
             "key_norm": WIDTH // HEADS,
         }
         params: Tree = {name: self.norm.init(size)[0] for name, size in features.items()}
-        params |= {"queries_keys_values": _dense(keys[0], WIDTH, 3 * WIDTH), "output": _dense(keys[1], WIDTH, WIDTH)}
-        params |= {"up": _dense(keys[2], WIDTH, EXPANSION * WIDTH), "down": _dense(keys[3], EXPANSION * WIDTH, WIDTH)}
+        params |= {
+            "queries_keys_values": _dense(keys[0], WIDTH, 3 * WIDTH),
+            "output": _dense(keys[1], WIDTH, WIDTH),
+        }
+        params |= {
+            "up": _dense(keys[2], WIDTH, EXPANSION * WIDTH),
+            "down": _dense(keys[3], EXPANSION * WIDTH, WIDTH),
+        }
         if kind == "local":
             # From zeros, finding out that the last few tokens matter takes most of the training.
             params["distances"] = NEAR * jnp.eye(HEADS, self.length)
@@ -89,18 +100,22 @@ class LanguageModel(NamedTuple):
         """Returns keys and values of each memory block for contexts `(contexts, length)`, each read on its own."""
         return self._run(params, tokens, None)[1]
 
-    def answer(self, params: Tree, tokens: Array, memory: list[Pairs], sees: Array) -> tuple[Array, Array]:
+    def answer(
+        self, params: Tree, tokens: Array, memory: list[Pairs], sees: Array
+    ) -> tuple[Array, Array]:
         """Reads current contexts with a memory.
 
         Args:
           params: of the model.
           tokens: `(documents, length)`.
-          memory: from `remember`. A document's own previous context has its place: the first is the first document's.
+          memory: from `remember`. A document's own previous context has its place: the first is the
+            first document's.
           sees: bool `(documents, contexts)`.
 
         Returns:
-          Logits `(documents, length, vocabulary)`; and of the attention that goes to the memory the share of a
-          document's own context, r_d in the paper, `(documents, length)`, mean of the heads of the last memory block.
+          Logits `(documents, length, vocabulary)`; and of the attention that goes to the memory the
+          share of a document's own context, r_d in the paper, `(documents, length)`, mean of the
+          heads of the last memory block.
         """
         logits, _, focus = self._run(params, tokens, (memory, sees))
         return logits, focus
@@ -141,7 +156,9 @@ def _local_scores(queries: Array, keys: Array, distances: Array | None) -> Array
     return jnp.where(back >= 0, scores, -jnp.inf)
 
 
-def _attend(queries: Array, scores: Array, values: Array, memory: Pairs, sees: Array) -> tuple[Array, Array]:
+def _attend(
+    queries: Array, scores: Array, values: Array, memory: Pairs, sees: Array
+) -> tuple[Array, Array]:
     """Returns what is attended to, in the own context and in the memory, and the share of the own previous context."""
     keys, remembered = memory
     far = jnp.einsum("bqhf,ckhf->bhqck", queries, keys)
@@ -149,7 +166,9 @@ def _attend(queries: Array, scores: Array, values: Array, memory: Pairs, sees: A
     both = jnp.concatenate([scores, far.reshape(*scores.shape[:3], -1)], -1)
     near, far = jnp.split(jax.nn.softmax(both), [scores.shape[-1]], axis=-1)
     far = far.reshape(*scores.shape[:3], *keys.shape[:2])
-    attended = jnp.einsum("bhqk,bkhf->bqhf", near, values) + jnp.einsum("bhqck,ckhf->bqhf", far, remembered)
+    attended = jnp.einsum("bhqk,bkhf->bqhf", near, values) + jnp.einsum(
+        "bhqck,ckhf->bqhf", far, remembered
+    )
     own = jnp.einsum("bhqbk->bhq", far[:, :, :, : len(far)])
     return attended, (own / far.sum((-2, -1))).mean(1)
 

@@ -4,9 +4,10 @@
     params, batch_stats = network.init(key, image_shape, num_classes)
     logits, batch_stats = network.apply(params, batch_stats, images, train)
 
-A layer is `activation(batch_norm(W x))` with normalization and `activation(W x + b)` without: under batch normalization
-`b` would be subtracted again with the mean, and the normalization's own bias takes its place (Ioffe & Szegedy 2015,
-section 3.2). The kernels that a key gives are the same in both.
+A layer is `activation(batch_norm(W x))` with normalization and `activation(W x + b)` without: under
+batch normalization `b` would be subtracted again with the mean, and the normalization's own bias
+takes its place (Ioffe & Szegedy 2015, section 3.2). The kernels that a key gives are the same in
+both.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import normjax as nj
 
 Tree = dict[str, Any]
 
-# Runs here are short: statistics over about the last 10 batches are meaningful after the first 50 steps, those over
-# the last 100 (0.99, the library's default) still carry the initial mean 0 and variance 1 then.
+# Runs here are short: statistics over about the last 10 batches are meaningful after the first 50
+# steps, those over the last 100 (0.99, the library's default) still carry the initial mean 0 and
+# variance 1 then.
 BATCH_NORM_MOMENTUM = 0.9
 
 # The usual initialization for each nonlinearity; normalized or not makes no difference to it.
@@ -69,10 +71,10 @@ def mlp(style: Style, depth: int = 3, width: int = 100) -> Network:
 def inception(style: Style, stem: int = 24, widths: Sequence[int] = (16, 32, 32)) -> Network:
     """Returns a small BN-Inception: a convolution, one module per entry of `widths`, and global average pooling.
 
-    A module has the branches and the proportions of the paper's inception (3a): with `w` its width, 1x1 (w), 3x3
-    (w, w), double 3x3 (w, 3w/2, 3w/2) and average pooling with projection (w/2): 4w channels. The first convolution has
-    stride 2 and max pooling after it, unless the image is small, so that the modules get 7x7 or 8x8 pixels; max pooling
-    halves them where the width grows.
+    A module has the branches and the proportions of the paper's inception (3a): with `w` its width,
+    1x1 (w), 3x3 (w, w), double 3x3 (w, 3w/2, 3w/2) and average pooling with projection (w/2): 4w
+    channels. The first convolution has stride 2 and max pooling after it, unless the image is
+    small, so that the modules get 7x7 or 8x8 pixels; max pooling halves them where the width grows.
     """
 
     def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
@@ -115,7 +117,9 @@ def _module(layers: _Layers, name: str, x: Array) -> Array:
 
     three = layer("three", layer("three_reduce", x))
     double = layer("double_b", layer("double_a", layer("double_reduce", x)))
-    return jnp.concatenate([layer("one", x), three, double, layer("pool", _average_3x3(x))], axis=-1)
+    return jnp.concatenate(
+        [layer("one", x), three, double, layer("pool", _average_3x3(x))], axis=-1
+    )
 
 
 class _Layers:
@@ -135,7 +139,9 @@ class _Layers:
         return activation(x)
 
 
-def _init(key: Array, shapes: dict[str, tuple[int, ...]], logits: tuple[int, int], style: Style) -> tuple[Tree, Tree]:
+def _init(
+    key: Array, shapes: dict[str, tuple[int, ...]], logits: tuple[int, int], style: Style
+) -> tuple[Tree, Tree]:
     """Makes a layer per shape and a linear layer `logits`, which is never normalized."""
     initializer = ACTIVATIONS[style.activation][1]
     *keys, last = jax.random.split(key, len(shapes) + 1)
@@ -164,11 +170,16 @@ def linear(params: Tree, x: Array, stride: int = 1) -> Array:
 def neighbours(x: Array, stride: int) -> Array:
     """Returns the 3x3 surroundings of each pixel as channels, so that a convolution is a matrix product.
 
-    On the CPU, XLA's own convolutions are about 12 times slower inside `lax.scan` than outside of it (JAX 0.10.2).
+    On the CPU, XLA's own convolutions are about 12 times slower inside `lax.scan` than outside of
+    it (JAX 0.10.2).
     """
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifts = [(slice(i, i + height, stride), slice(j, j + width, stride)) for i in range(3) for j in range(3)]
+    shifts = [
+        (slice(i, i + height, stride), slice(j, j + width, stride))
+        for i in range(3)
+        for j in range(3)
+    ]
     return jnp.concatenate([x[:, rows, columns] for rows, columns in shifts], axis=-1)
 
 

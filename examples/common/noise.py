@@ -19,7 +19,8 @@ from common.networks import BATCH_NORM_MOMENTUM, Network, Style, Tree, linear, m
 DEPTH = 3
 LAYERS = (*(f"hidden_{i}" for i in range(DEPTH)), "logits")
 
-# Of the means and standard deviations that are drawn for each unit, and of those of its examples around them.
+# Of the means and standard deviations that are drawn for each unit, and of those of its examples
+# around them.
 MEAN, DEVIATION, SPREAD = 0.5, 1.25, 0.1
 
 
@@ -36,10 +37,16 @@ class Sigmoids:
         self.network = Network(self._init, lambda *arguments: self.forward(*arguments)[:2])
 
     def _init(self, key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
-        params, batch_stats = mlp(Style(self.normalize, "sigmoid"), DEPTH).init(key, image_shape, num_classes)
-        return params, batch_stats | {"noise": jax.random.fold_in(key, 1)} if self.noise else batch_stats
+        params, batch_stats = mlp(Style(self.normalize, "sigmoid"), DEPTH).init(
+            key, image_shape, num_classes
+        )
+        return params, batch_stats | {
+            "noise": jax.random.fold_in(key, 1)
+        } if self.noise else batch_stats
 
-    def forward(self, params: Tree, batch_stats: Tree, images: Array, train: bool) -> tuple[Array, Tree, Tree]:
+    def forward(
+        self, params: Tree, batch_stats: Tree, images: Array, train: bool
+    ) -> tuple[Array, Tree, Tree]:
         """Returns the logits, the new statistics, and what goes into each layer of sigmoids."""
         x, new_stats, inputs = images.reshape(len(images), -1), {}, {}
         keys: Iterable[Array | None] = (None,) * DEPTH

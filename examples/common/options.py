@@ -82,11 +82,15 @@ def parse(arguments: Sequence[str] | None, description: str | None) -> Options:
         parser.error("--depths is for --network mlp")
     if given["network"] == "mlp" and given["depth"] is None:
         given["depth"] = 3
-    given["depths"] = tuple(sorted(set(DEPTHS[given["network"]] if given["depths"] is None else given["depths"])))
+    given["depths"] = tuple(
+        sorted(set(DEPTHS[given["network"]] if given["depths"] is None else given["depths"]))
+    )
     defaults = DEFAULTS[given["network"], given["data"]]._asdict()
     if given["steps"] is not None:
         # As many evaluations as there would have been.
-        defaults["eval_every"] = max(1, given["steps"] * defaults["eval_every"] // defaults["steps"])
+        defaults["eval_every"] = max(
+            1, given["steps"] * defaults["eval_every"] // defaults["steps"]
+        )
     given |= {name: value for name, value in defaults.items() if given[name] is None}
     # 1 is always there: the baseline as it is; each factor is trained once.
     sweep = sum(given["sweep"] or [SWEEP[given["network"]]], start=())
@@ -98,19 +102,45 @@ def _parser(description: str | None) -> Parser:
     parser = Parser(description)
     count, rate = number(int, "a positive integer"), number(float, "a positive number")
     add = parser.add_argument
-    add("--network", choices=("mlp", "inception"), default="mlp", help="what to train (default: %(default)s)")
+    add(
+        "--network",
+        choices=("mlp", "inception"),
+        default="mlp",
+        help="what to train (default: %(default)s)",
+    )
     add("--depth", type=count, metavar="N", help="hidden layers of the mlp (default: 3)")
     parser.add_data(("digits", "mnist", "cifar10"))
-    add("--seeds", type=count, metavar="N", help="how often to train each variant; tables show medians")
+    add(
+        "--seeds",
+        type=count,
+        metavar="N",
+        help="how often to train each variant; tables show medians",
+    )
     add("--steps", type=count, metavar="N", help="budget of each run")
-    add("--batch-size", type=number(int, "an integer above 1", 2), metavar="N", help="examples a step")
-    add("--learning-rate", type=rate, metavar="RATE", help="of the baseline; BN-x5 and BN-x30 multiply it")
+    add(
+        "--batch-size",
+        type=number(int, "an integer above 1", 2),
+        metavar="N",
+        help="examples a step",
+    )
+    add(
+        "--learning-rate",
+        type=rate,
+        metavar="RATE",
+        help="of the baseline; BN-x5 and BN-x30 multiply it",
+    )
     add("--eval-every", type=count, metavar="N", help="steps between two evaluations")
     add("--sweep", type=_numbers, nargs="+", metavar="FACTORS", help="of the baseline's learning rate,"
         " for the stricter table (default: 1,3,10,30,100, for the mlp also 1/3); 1 to go without")  # fmt: skip
     add("--depths", type=count, nargs="*", metavar="N", help="hidden layers of the mlps of growing depth, each trained"
         " for an eighth of the steps (default: 2 3 4 6 12); without a number, none are")  # fmt: skip
-    add("--out", type=Path, metavar="DIR", default=Path("results/speedup"), help="(default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("results/speedup"),
+        help="(default: %(default)s)",
+    )
     return parser
 
 

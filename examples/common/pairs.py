@@ -65,12 +65,17 @@ class Trainer:
             state = self._steps(state, self.train, rows, key)
             advance(len(rows), f"{self.accuracy(state, CLEAN, False):.1%}")
         kinds = (CLEAN, ATTACKED) if self.way.own_statistics else (CLEAN,)
-        by_set = {SETS[kind]: [self.accuracy(state, kind, attacked) for attacked in (False, True)] for kind in kinds}
+        by_set = {
+            SETS[kind]: [self.accuracy(state, kind, attacked) for attacked in (False, True)]
+            for kind in kinds
+        }
         return {"seed": seed, "accuracies": by_set, "gaps": gaps(*state.batch_stats)}
 
     def init(self, seed: int) -> State:
         """Returns the state that training starts from: the same kernels for each way."""
-        params, batch_stats = self.way.init(self.network, jax.random.key(seed), self.train[0].shape[1:])
+        params, batch_stats = self.way.init(
+            self.network, jax.random.key(seed), self.train[0].shape[1:]
+        )
         return State(params, batch_stats, self.optimizer.init(params))
 
     def accuracy(self, state: State, kind: int, attacked: bool) -> float:
@@ -78,7 +83,9 @@ class Trainer:
         images, labels = self.test
         starts = range(0, len(labels), CHUNK)
         correct = [
-            self._correct(state, images[i : i + CHUNK], labels[i : i + CHUNK], kind=kind, attacked=attacked)
+            self._correct(
+                state, images[i : i + CHUNK], labels[i : i + CHUNK], kind=kind, attacked=attacked
+            )
             for i in starts
         ]
         return float(sum(correct) / len(labels))
@@ -91,34 +98,54 @@ class Trainer:
             key = jax.random.fold_in(jax.random.key(seed), done)
             yield rng.integers(len(self.train[1]), size=size, dtype=np.int32), key
 
-    def _take_steps(self, state: State, examples: tuple[Array, Array], rows: Array, key: Array) -> State:
+    def _take_steps(
+        self, state: State, examples: tuple[Array, Array], rows: Array, key: Array
+    ) -> State:
         def step(state: State, drawn: tuple[Array, Array]) -> tuple[State, None]:
             rows, key = drawn
             images, labels = (values[rows] for values in examples)
             gradients, batch_stats = jax.grad(self._loss, has_aux=True)(
-                state.params, state.batch_stats, images, self._attacked(state, images, labels, key), labels
+                state.params,
+                state.batch_stats,
+                images,
+                self._attacked(state, images, labels, key),
+                labels,
             )
             updates, optimizer = self.optimizer.update(gradients, state.optimizer)
             return State(optax.apply_updates(state.params, updates), batch_stats, optimizer), None
 
         return lax.scan(step, state, (rows, jax.random.split(key, len(rows))))[0]
 
-    def _loss(self, params: Tree, batch_stats: list[Tree], clean: Array, attacked: Array, labels: Array) -> Any:
+    def _loss(
+        self, params: Tree, batch_stats: list[Tree], clean: Array, attacked: Array, labels: Array
+    ) -> Any:
         logits, batch_stats = self.way.train(self.network, params, batch_stats, clean, attacked)
-        return cross_entropy(logits, jnp.tile(labels, len(logits) // len(labels))).mean(), batch_stats
+        return cross_entropy(
+            logits, jnp.tile(labels, len(logits) // len(labels))
+        ).mean(), batch_stats
 
     def _attacked(self, state: State, images: Array, labels: Array, key: Array) -> Array:
         """Images at a large loss of the network as it trains; the statistics that the adversary makes are dropped."""
         if not self.way.attacked:
             return images
-        apply = partial(self.way.apply, self.network, state.params, state.batch_stats, kind=ATTACKED, train=True)
+        apply = partial(
+            self.way.apply, self.network, state.params, state.batch_stats, kind=ATTACKED, train=True
+        )
         options = self.options
         return attack(
-            lambda x: cross_entropy(apply(x)[0], labels).sum(), images, key, options.radius, options.attack_steps
+            lambda x: cross_entropy(apply(x)[0], labels).sum(),
+            images,
+            key,
+            options.radius,
+            options.attack_steps,
         )
 
-    def _count_correct(self, state: State, images: Array, labels: Array, kind: int, attacked: bool) -> Array:
-        apply = partial(self.way.apply, self.network, state.params, state.batch_stats, kind=kind, train=False)
+    def _count_correct(
+        self, state: State, images: Array, labels: Array, kind: int, attacked: bool
+    ) -> Array:
+        apply = partial(
+            self.way.apply, self.network, state.params, state.batch_stats, kind=kind, train=False
+        )
         if attacked:
             steps = TEST_ATTACK * self.options.attack_steps
             images = attack(
@@ -134,7 +161,9 @@ class Trainer:
 def gaps(clean: Tree, attacked: Tree) -> dict[str, float]:
     """Returns by layer how far the running means of two sets lie apart: standard deviations, mean over channels."""
     return {
-        layer: float((jnp.abs(attacked[layer]["mean"] - of_clean["mean"]) / jnp.sqrt(of_clean["var"])).mean())
+        layer: float(
+            (jnp.abs(attacked[layer]["mean"] - of_clean["mean"]) / jnp.sqrt(of_clean["var"])).mean()
+        )
         for layer, of_clean in clean.items()
     }
 
@@ -155,7 +184,8 @@ class Pairs(Study):
         options = self.options
         images = data.selected(options)
         return {
-            name: Part(options.seeds * options.steps, partial(self._run, way, images)) for name, way in WAYS.items()
+            name: Part(options.seeds * options.steps, partial(self._run, way, images))
+            for name, way in WAYS.items()
         }
 
     def _run(self, way: Way, images: data.Dataset, advance: Advance) -> list[dict[str, Any]]:
@@ -168,7 +198,9 @@ class Pairs(Study):
 
     def tables(self) -> Sequence[Table]:
         """Returns accuracies by way and set."""
-        shown = Table(title=f"Test accuracy, median of {self.options.seeds} seed(s)", title_justify="left")
+        shown = Table(
+            title=f"Test accuracy, median of {self.options.seeds} seed(s)", title_justify="left"
+        )
         shown.box, shown.pad_edge = rich.box.SIMPLE_HEAD, False
         for heading in ("trained with", "inference with"):
             shown.add_column(heading, no_wrap=True)
@@ -205,7 +237,10 @@ class Pairs(Study):
                 True,
             ),
         ]
-        return [Claim(what, reported, self._against_clean(runs, attacked)) for what, reported, runs, attacked in said]
+        return [
+            Claim(what, reported, self._against_clean(runs, attacked))
+            for what, reported, runs, attacked in said
+        ]
 
     def _against_clean(self, runs: Sequence[tuple[str, int]], attacked: bool) -> str:
         if "clean only" not in self.results:
@@ -234,7 +269,9 @@ class Pairs(Study):
             for kind, (x, y) in enumerate(points):
                 label = f"{name}: {SETS[kind]}" if len(points) > 1 else f"{name}: its one set"
                 face = "white" if kind == CLEAN and len(points) > 1 else f"C{i}"
-                axes.plot(x, y, "os^D"[i], color=f"C{i}", markerfacecolor=face, markersize=9, label=label)
+                axes.plot(
+                    x, y, "os^D"[i], color=f"C{i}", markerfacecolor=face, markersize=9, label=label
+                )
         axes.set(xlabel="accuracy on clean images (%)", ylabel="accuracy on attacked images (%)")
         axes.set_title("Robust against accurate")
         axes.grid(alpha=0.3)
@@ -246,7 +283,11 @@ class Pairs(Study):
                 layers = list(runs[0]["gaps"])
                 values = [median(run["gaps"][layer] for run in runs) for layer in layers]
                 axes.plot(range(1, len(layers) + 1), values, "o-", color=f"C{i}", label=name)
-        axes.set(ylabel="standard deviations", title="How far apart the two running means are", ylim=(0, None))
+        axes.set(
+            ylabel="standard deviations",
+            title="How far apart the two running means are",
+            ylim=(0, None),
+        )
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

@@ -46,7 +46,12 @@ class Network(nn.Module):
         small = x.shape[1] <= SMALL
         for stage, strides in enumerate((1, 2, 1 if small else 2)):
             for i in range(2):
-                x = nn.Conv(self.width * 2**stage, (3, 3), strides if i == 0 else 1, use_bias=not self.normalize)(x)
+                x = nn.Conv(
+                    self.width * 2**stage,
+                    (3, 3),
+                    strides if i == 0 else 1,
+                    use_bias=not self.normalize,
+                )(x)
                 if self.normalize:
                     x = nj.linen.BatchNorm(use_running_average=not train, momentum=MOMENTUM)(x)
                 x = nn.relu(x)
@@ -78,7 +83,9 @@ def quantized(network: Network, variables: Any, images: Array) -> Deployed:
     """Returns the network with int8 kernels, and with activations that are rounded to int8 as they come."""
     model = qwix.quantize_model(network, qwix.PtqProvider(INT8))
     wanted = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    return Deployed(model.apply, {**variables, "params": qwix.quantize_params(variables["params"], wanted)})
+    return Deployed(
+        model.apply, {**variables, "params": qwix.quantize_params(variables["params"], wanted)}
+    )
 
 
 def deployed(network: Network, variables: Any, images: Array) -> dict[str, Deployed]:
@@ -125,7 +132,8 @@ class Trainer:
         """Returns the classes that the test images are given."""
         apply, count = jax.jit(variant.apply), len(self.labels)
         batches = [
-            jnp.arange(start, min(start + EVALUATION_BATCH, count)) for start in range(0, count, EVALUATION_BATCH)
+            jnp.arange(start, min(start + EVALUATION_BATCH, count))
+            for start in range(0, count, EVALUATION_BATCH)
         ]
         logits = [np.asarray(apply(variant.variables, self.test.pick(rows)[0])) for rows in batches]
         return np.concatenate(logits).argmax(-1)
@@ -163,7 +171,12 @@ def _run(options: Namespace, interrupt: Interrupt, console: Console) -> bool:
         return outcomes[-1]
 
     finished = session.train_all(
-        {"network": train}, options.seeds, options.steps, interrupt, console, lambda name, runs: None
+        {"network": train},
+        options.seeds,
+        options.steps,
+        interrupt,
+        console,
+        lambda name, runs: None,
     )
     _save(options, outcomes, "finished" if finished else "interrupted")
     if not finished:
@@ -179,11 +192,15 @@ def _save(options: Namespace, outcomes: list[Outcome], status: str) -> None:
     config = session.settings(vars(options))
     content = {"status": status, "config": config, **session.environment()}
     content["versions"]["qwix"] = qwix.__version__
-    report.write_json(options.out / "quantize.json", content | {"seeds": [each._asdict() for each in outcomes]})
+    report.write_json(
+        options.out / "quantize.json", content | {"seeds": [each._asdict() for each in outcomes]}
+    )
 
 
 def _table(outcomes: list[Outcome]) -> rich.table.Table:
-    shown = rich.table.Table(title=f"Test accuracy, median of {len(outcomes)} seed(s)", title_justify="left")
+    shown = rich.table.Table(
+        title=f"Test accuracy, median of {len(outcomes)} seed(s)", title_justify="left"
+    )
     shown.box, shown.pad_edge = rich.box.SIMPLE_HEAD, False
     for heading in ("variant", ""):
         shown.add_column(heading, no_wrap=True)

@@ -27,7 +27,8 @@ from common.study import Claim, Study, conduct
 from common.tables import Result, Run, in_words
 
 CELLS = {"lstm": lstm, "gru": gru}
-NORMS = {"": ("plain", PLAIN), "ln": ("layer norm", LAYER), "bn": ("batch norm", BATCH)}  # by prefix
+# by prefix
+NORMS = {"": ("plain", PLAIN), "ln": ("layer norm", LAYER), "bn": ("batch norm", BATCH)}
 READ = {"rows": "row by row", "pixels": "pixel by pixel", "permuted": "pixel by pixel, permuted"}
 GOALS = (0.9, 0.97)  # accuracies to which the table counts the steps
 CLIP = 1.0  # of the gradient's norm, as Cooijmans et al. have it
@@ -51,15 +52,22 @@ def classifier(cell: Cell, units: int, max_steps: int | None, sequence: str = "r
     """Returns a network that reads an image, without what is blank at both ends, and names what it shows."""
 
     def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
-        _, time, inputs = jax.eval_shape(partial(pieces, sequence=sequence), jnp.zeros((1, *image_shape))).shape
+        _, time, inputs = jax.eval_shape(
+            partial(pieces, sequence=sequence), jnp.zeros((1, *image_shape))
+        ).shape
         cell_key, key = jax.random.split(key)
         params, batch_stats = cell.init(cell_key, inputs, units, max_steps or time)
         kernel = initializers.glorot_normal()(key, (units, num_classes), jnp.float32)
-        return {"cell": params, "logits": {"kernel": kernel, "bias": jnp.zeros(num_classes)}}, batch_stats
+        return {
+            "cell": params,
+            "logits": {"kernel": kernel, "bias": jnp.zeros(num_classes)},
+        }, batch_stats
 
     def apply(params: Tree, batch_stats: Tree, images: Array, train: bool) -> tuple[Array, Tree]:
         x = pieces(images, sequence)
-        _, state, batch_stats = unroll(cell, params["cell"], batch_stats, x, train, mask=with_ink(x))
+        _, state, batch_stats = unroll(
+            cell, params["cell"], batch_stats, x, train, mask=with_ink(x)
+        )
         return state[0] @ params["logits"]["kernel"] + params["logits"]["bias"], batch_stats
 
     return Network(init, apply)
@@ -68,8 +76,9 @@ def classifier(cell: Cell, units: int, max_steps: int | None, sequence: str = "r
 def with_ink(steps: Array) -> Array:
     """Returns `(batch, time)`: True from the first row, or pixel, of an image that is not blank to the last.
 
-    The blank ones at the end do no more than take time. Those at the start would do harm: the state stays zero, so that
-    what is normalized has variance 0, and the gradient grows by `scale / sqrt(epsilon)`, some 300, at each of them.
+    The blank ones at the end do no more than take time. Those at the start would do harm: the state
+    stays zero, so that what is normalized has variance 0, and the gradient grows by `scale /
+    sqrt(epsilon)`, some 300, at each of them.
     """
     ink = (steps > 0).any(-1).astype(jnp.int8)
     return (lax.cummax(ink, axis=1) & lax.cummax(ink, axis=1, reverse=True)) > 0
@@ -101,7 +110,9 @@ class Reading(Study):
         options = self.options
         images = data.selected(options)
         if options.batch_size > len(images.train_labels):
-            raise data.DataError(f"--batch-size {options.batch_size}: there are {len(images.train_labels)} examples")
+            raise data.DataError(
+                f"--batch-size {options.batch_size}: there are {len(images.train_labels)} examples"
+            )
         # Pixels from 0 to 1, where blank is 0.
         examples = training.examples(images, standardize=False)
         parts = {}
@@ -109,12 +120,18 @@ class Reading(Study):
             trainer = cache(partial(self._trainer, cell, examples))
             for rate in options.learning_rates:
                 work = partial(self._train, cell, rate, trainer)
-                parts[f"{cell.upper():<7} rate {rate:<6.3g}"] = Part(options.seeds * options.steps, work)
+                parts[f"{cell.upper():<7} rate {rate:<6.3g}"] = Part(
+                    options.seeds * options.steps, work
+                )
         return parts
 
-    def _trainer(self, cell: str, examples: tuple[training.Examples, training.Examples]) -> training.Trainer:
+    def _trainer(
+        self, cell: str, examples: tuple[training.Examples, training.Examples]
+    ) -> training.Trainer:
         options, (prefix, _, kind) = self.options, cell.rpartition("-")
-        network = classifier(CELLS[kind](NORMS[prefix][1]), options.units, options.max_steps, options.sequence)
+        network = classifier(
+            CELLS[kind](NORMS[prefix][1]), options.units, options.max_steps, options.sequence
+        )
         return training.Trainer(network, examples, options.batch_size, optimizer=optimizer)
 
     def _train(
@@ -122,7 +139,8 @@ class Reading(Study):
     ) -> dict[str, Any]:
         options, evaluated = self.options, by_accuracy(advance)
         runs = [
-            trainer().run(seed, rate, options.steps, options.eval_every, evaluated) for seed in range(options.seeds)
+            trainer().run(seed, rate, options.steps, options.eval_every, evaluated)
+            for seed in range(options.seeds)
         ]
         return report.result_content(Result(cell.upper(), rate, runs))
 
@@ -150,7 +168,9 @@ class Reading(Study):
         for name, reported in {"LSTM": ("98.9%", "90.2%"), "BN-LSTM": ("99.0%", "95.4%")}.items():
             if name in best:
                 text = "{} of MNIST pixel by pixel, {} permuted".format(*reported)
-                claims.append(Claim(f"best accuracy, {name}", text, f"{best[name].best:.1%} of {what}"))
+                claims.append(
+                    Claim(f"best accuracy, {name}", text, f"{best[name].best:.1%} of {what}")
+                )
         for name, reported in {
             "BN-LSTM": "needs fewer steps than LSTM",
             "LN-LSTM": "needs fewer steps than LSTM and BN-LSTM (other tasks)",
@@ -158,18 +178,29 @@ class Reading(Study):
             if name in best and "LSTM" in best:
                 others = [best[other] for other in ("LSTM", "LN-LSTM", "BN-LSTM") if other in best]
                 steps = ", ".join(f"{_steps(other, GOALS[0])} ({other.name})" for other in others)
-                claims.append(Claim(f"steps to {GOALS[0]:.0%} at the best rate, {name}", reported, steps))
+                claims.append(
+                    Claim(f"steps to {GOALS[0]:.0%} at the best rate, {name}", reported, steps)
+                )
         return claims
 
     def tables(self) -> Sequence[Table]:
         """Returns steps and accuracies."""
         shown = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
         shown.add_column("cell", no_wrap=True)
-        for heading in ("rate", *(f"steps to {goal:.0%}" for goal in GOALS), "best accuracy", "seconds"):
+        for heading in (
+            "rate",
+            *(f"steps to {goal:.0%}" for goal in GOALS),
+            "best accuracy",
+            "seconds",
+        ):
             shown.add_column(heading, justify="right")
         for result in self.finished:
             steps = [_steps(result, goal) for goal in GOALS]
-            rate, best, seconds = f"{result.learning_rate:.3g}", f"{result.best:.1%}", f"{result.seconds:.1f}"
+            rate, best, seconds = (
+                f"{result.learning_rate:.3g}",
+                f"{result.best:.1%}",
+                f"{result.seconds:.1f}",
+            )
             shown.add_row(result.name, rate, *steps, best, seconds)
         return [shown]
 

@@ -30,7 +30,10 @@ AS_THEY_ARE = {
     "EMA, running statistics averaged, too": ("EMA", "EMA of running"),
     "EMA, recalibrated": ("EMA", "recalibrated"),
 }
-SHIFTED = {"running statistics": ("trained", "running"), "recalibrated": ("trained", "recalibrated")}
+SHIFTED = {
+    "running statistics": ("trained", "running"),
+    "recalibrated": ("trained", "recalibrated"),
+}
 # Evaluated after the last step only.
 WAYS: dict[str, dict[str, Any]] = {
     "recalibrated": {},
@@ -71,7 +74,9 @@ class Run(NamedTuple):
     last: dict[str, float]
 
 
-def examples(images: np.ndarray, labels: np.ndarray, peak: int, shift: str | None, seed: int) -> Examples:
+def examples(
+    images: np.ndarray, labels: np.ndarray, peak: int, shift: str | None, seed: int
+) -> Examples:
     """Returns the images as they are, or shifted."""
     pixels = images / peak
     if shift is not None:
@@ -91,7 +96,9 @@ class Trainer:
     def __init__(self, train: dict[str, Examples], test: dict[str, Examples], options: Namespace):
         self.options, self.train, self.test = options, train, test
         style = networks.Style(normalize=True, activation="relu")
-        self.network = networks.inception(style) if options.data == "cifar10" else networks.mlp(style)
+        self.network = (
+            networks.inception(style) if options.data == "cifar10" else networks.mlp(style)
+        )
         self.optimizer = optax.sgd(options.learning_rate, MOMENTUM)
         self._steps, self._evaluate = jax.jit(self._take_steps), jax.jit(self._accuracy)
 
@@ -116,19 +123,28 @@ class Trainer:
         variables["as they are", "EMA", "EMA of running"] = ema, average
         variables[self.options.shift, "trained", "running"] = trained, state.batch_stats
         for name, settings in ways.items():
-            for images, weights, params in (("as they are", "EMA", ema), (self.options.shift, "trained", trained)):
+            for images, weights, params in (
+                ("as they are", "EMA", ema),
+                (self.options.shift, "trained", trained),
+            ):
                 batches = self._calibration(images)
                 variables[images, weights, name] = nj.recalibrate(
                     self._forward, (params, state.batch_stats), batches, **settings
                 )
-        return {key(*which): float(self._evaluate(*given, self.test[which[0]])) for which, given in variables.items()}
+        return {
+            key(*which): float(self._evaluate(*given, self.test[which[0]]))
+            for which, given in variables.items()
+        }
 
     def _forward(self, variables: tuple[Tree, Tree], images: Array) -> tuple[Array, Tree]:
         return self.network.apply(*variables, images, True)
 
     def _calibration(self, name: str) -> list[Array]:
         images = self.train[name].images[: self.options.calibrate]
-        return [images[start : start + CALIBRATION_BATCH] for start in range(0, len(images), CALIBRATION_BATCH)]
+        return [
+            images[start : start + CALIBRATION_BATCH]
+            for start in range(0, len(images), CALIBRATION_BATCH)
+        ]
 
     def _init(self, seed: int) -> State:
         shape = self.train["as they are"].images.shape[1:]
@@ -145,13 +161,19 @@ class Trainer:
     def _take_steps(self, state: State, train: Examples, rows: Array) -> State:
         def loss(params: Tree, batch_stats: Tree, rows: Array) -> tuple[Array, Tree]:
             logits, batch_stats = self.network.apply(params, batch_stats, train.images[rows], True)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, train.labels[rows]).mean(), batch_stats
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, train.labels[rows]
+            ).mean(), batch_stats
 
         def step(state: State, rows: Array) -> tuple[State, None]:
-            gradients, batch_stats = jax.grad(loss, has_aux=True)(state.params, state.batch_stats, rows)
+            gradients, batch_stats = jax.grad(loss, has_aux=True)(
+                state.params, state.batch_stats, rows
+            )
             updates, optimizer = self.optimizer.update(gradients, state.optimizer)
             params: Tree = optax.apply_updates(state.params, updates)  # pyright: ignore[reportAssignmentType]
-            average = optax.incremental_update((params, batch_stats), state.average, 1 / self.options.ema)
+            average = optax.incremental_update(
+                (params, batch_stats), state.average, 1 / self.options.ema
+            )
             return State(params, batch_stats, average, optimizer), None  # pyright: ignore[reportArgumentType]
 
         return lax.scan(step, state, rows)[0]
@@ -171,7 +193,9 @@ def key(*parts: str) -> str:
 
 def run(options: Namespace, interrupt: Interrupt) -> int:
     """Trains and reports; returns the exit status."""
-    return session.guard("recalibrate.py", options.out, lambda: Comparison(options).run(interrupt, Console()))
+    return session.guard(
+        "recalibrate.py", options.out, lambda: Comparison(options).run(interrupt, Console())
+    )
 
 
 class Comparison:
@@ -183,8 +207,14 @@ class Comparison:
         shifts = {"as they are": None, options.shift: options.shift}
         train, test = images.train_images, images.test_images
         self.trainer = Trainer(
-            {name: examples(train, images.train_labels, images.peak, shift, 0) for name, shift in shifts.items()},
-            {name: examples(test, images.test_labels, images.peak, shift, 1) for name, shift in shifts.items()},
+            {
+                name: examples(train, images.train_labels, images.peak, shift, 0)
+                for name, shift in shifts.items()
+            },
+            {
+                name: examples(test, images.test_labels, images.peak, shift, 1)
+                for name, shift in shifts.items()
+            },
             options,
         )
         self.runs: list[Run] = []
@@ -212,24 +242,31 @@ class Comparison:
         config = session.settings(vars(self.options))
         content = {"status": status, "config": config, **session.environment()}
         report.write_json(
-            self.options.out / "recalibrate.json", content | {"runs": [run._asdict() for run in self.runs]}
+            self.options.out / "recalibrate.json",
+            content | {"runs": [run._asdict() for run in self.runs]},
         )
 
     def show(self, console: Console, finished: bool) -> None:
         """Prints the table and writes the plot."""
         if not finished:
-            console.print(f"Interrupted: {len(self.runs)} of {self.options.seeds} seeds are finished.")
+            console.print(
+                f"Interrupted: {len(self.runs)} of {self.options.seeds} seeds are finished."
+            )
         if self.runs:
             console.print(self._table())
             path = self.options.out / "recalibrate.png"
             title = f"{data.TITLES[self.options.data]}: statistics that fit, and that do not"
             report.write_panels(path, title, "test accuracy (%)", self._panels(), CAPTION)
             console.print(f"Plot: {path.resolve()}", soft_wrap=True)
-        console.print(f"Results: {(self.options.out / 'recalibrate.json').resolve()}", soft_wrap=True)
+        console.print(
+            f"Results: {(self.options.out / 'recalibrate.json').resolve()}", soft_wrap=True
+        )
 
     def _table(self) -> rich.table.Table:
         title = f"Test accuracy after step {self.options.steps}, median of {len(self.runs)} seed(s)"
-        shown = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+        shown = rich.table.Table(
+            title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
+        )
         for heading in ("test images", "weights", "batch_stats"):
             shown.add_column(heading, no_wrap=True)
         shown.add_column("accuracy", justify="right")
@@ -242,9 +279,12 @@ class Comparison:
         panels: dict[str, dict[str, report.Curve]] = {}
         for images, lines in (("as they are", AS_THEY_ARE), (self.options.shift, SHIFTED)):
             panels[f"test images {images}"] = {
-                line: (self.runs[0].steps, self._curve(key(images, *which))) for line, which in lines.items()
+                line: (self.runs[0].steps, self._curve(key(images, *which)))
+                for line, which in lines.items()
             }
         return panels
 
     def _curve(self, name: str) -> list[float]:
-        return [median(values) for values in zip(*(run.curves[name] for run in self.runs), strict=True)]
+        return [
+            median(values) for values in zip(*(run.curves[name] for run in self.runs), strict=True)
+        ]

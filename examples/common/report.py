@@ -27,7 +27,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 def rich_table(table: Table) -> RichTable:
     """Returns the table for a terminal."""
     shown = RichTable(
-        title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        title=table.title,
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     shown.add_column("variant", no_wrap=True)
     target = f"steps to {table.target:.1%}" if table.trained else "steps"
@@ -52,7 +56,14 @@ def _cells(table: Table, row: Row) -> tuple[str, ...]:
     if not table.trained:
         # Steps to an accuracy that guessing reaches say nothing either.
         steps, ratio = "-", "did not train"
-    return row.variant, f"{row.learning_rate:.3g}", steps, ratio, f"{row.best:.1%}", f"{row.seconds:.1f}"
+    return (
+        row.variant,
+        f"{row.learning_rate:.3g}",
+        steps,
+        ratio,
+        f"{row.best:.1%}",
+        f"{row.seconds:.1f}",
+    )
 
 
 def result_content(result: Result) -> dict[str, Any]:
@@ -63,7 +74,10 @@ def result_content(result: Result) -> dict[str, Any]:
 
 def table_content(table: Table) -> dict[str, Any]:
     """Returns a table as JSON has it, which knows no infinity: null for steps that were not reached."""
-    rows = [row._asdict() | {"steps": row.steps if math.isfinite(row.steps) else None} for row in table.rows]
+    rows = [
+        row._asdict() | {"steps": row.steps if math.isfinite(row.steps) else None}
+        for row in table.rows
+    ]
     return {
         "title": table.title,
         "baseline_best_accuracy": table.target,
@@ -99,9 +113,15 @@ def draw_curves(axes: Axes, results: Sequence[Result]) -> None:
     """Draws accuracy against steps, a line for each result; the first one's best accuracy is dashed."""
     for result in results:
         steps, accuracies = result.curve
-        axes.plot(steps, [100 * value for value in accuracies], label=f"{result.name} ({result.learning_rate:.3g})")
+        axes.plot(
+            steps,
+            [100 * value for value in accuracies],
+            label=f"{result.name} ({result.learning_rate:.3g})",
+        )
     best = 100 * results[0].best
-    axes.axhline(best, color="C0", linestyle="--", linewidth=1, label=f"the baseline's best: {best:.1f}%")
+    axes.axhline(
+        best, color="C0", linestyle="--", linewidth=1, label=f"the baseline's best: {best:.1f}%"
+    )
     axes.set(xscale="log", xlabel="training steps", ylabel="test accuracy (%)", ylim=(0, 103))
     axes.set_title("variants (learning rate)")
     axes.grid(alpha=0.3, which="both")
@@ -126,13 +146,24 @@ def write_panels(
     """
     rows = -(-len(panels) // 2)
     figure, grid = plt.subplots(
-        rows, 2, figsize=(9, 1.5 + 3 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        rows,
+        2,
+        figsize=(9, 1.5 + 3 * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
-    styles = {name: {"color": f"C{i}", "linestyle": DASHES[i % len(DASHES)]} for i, name in enumerate(names)}
+    styles = {
+        name: {"color": f"C{i}", "linestyle": DASHES[i % len(DASHES)]}
+        for i, name in enumerate(names)
+    }
     for axes, (heading, curves) in zip(grid.flat, panels.items(), strict=False):
         for name, (steps, values) in curves.items():
-            axes.plot(steps, [100 * value for value in values], **styles[name], linewidth=1.4, label=name)
+            axes.plot(
+                steps, [100 * value for value in values], **styles[name], linewidth=1.4, label=name
+            )
         _dress(axes, heading, xscale)
         first = next(iter(panels.values()))
         if curves is first or not curves.keys() <= first.keys():
@@ -148,7 +179,11 @@ def write_panels(
 
 @contextlib.contextmanager
 def figure(
-    path: Path, title: str, caption: str, shape: tuple[int, int] = (1, 2), size: tuple[float, float] | None = None
+    path: Path,
+    title: str,
+    caption: str,
+    shape: tuple[int, int] = (1, 2),
+    size: tuple[float, float] | None = None,
 ) -> Iterator[np.ndarray]:
     """Context with a grid of axes of the given shape, written as a picture with its caption when it is left.
 
@@ -161,7 +196,11 @@ def figure(
     """
     rows, columns = shape
     figure, grid = plt.subplots(
-        rows, columns, figsize=size or (4.5 * columns, 1 + 3.2 * rows), squeeze=False, layout="constrained"
+        rows,
+        columns,
+        figsize=size or (4.5 * columns, 1 + 3.2 * rows),
+        squeeze=False,
+        layout="constrained",
     )
     try:
         yield grid

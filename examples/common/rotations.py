@@ -1,7 +1,8 @@
 """Trains networks by SGD, their kernels at a learning rate and weight decay of their own, and measures how these turn.
 
-All that is not a kernel before normalization (scales, biases, the last layer) is trained at one rate without decay, so
-that runs differ in what the rate and the decay do to kernels of which only the direction counts.
+All that is not a kernel before normalization (scales, biases, the last layer) is trained at one
+rate without decay, so that runs differ in what the rate and the decay do to kernels of which only
+the direction counts.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ class Turning(Trainer):
       rate: of all parameters but hidden kernels, which do not decay.
     """
 
-    def __init__(self, network: Network, data: tuple[Examples, Examples], batch_size: int, rate: float):
+    def __init__(
+        self, network: Network, data: tuple[Examples, Examples], batch_size: int, rate: float
+    ):
         super().__init__(network, data, batch_size)
         self.rate = rate
         self._advance = jax.jit(self._turns)
@@ -74,24 +77,34 @@ class Turning(Trainer):
 
     def invariance(self, examples: int = 64) -> dict[str, nj.diagnostics.ScaleInvariance]:
         """Returns how invariant the network's outputs are to the scale of each hidden kernel."""
-        state, (images, _) = self.start(), self.train.pick(jnp.arange(min(examples, len(self.train.labels))))
+        state, (images, _) = (
+            self.start(),
+            self.train.pick(jnp.arange(min(examples, len(self.train.labels)))),
+        )
 
         def outputs(params: Any) -> Array:
             return self.network.apply(params, state.batch_stats, images, True)[0]
 
         leaves = jax.tree_util.tree_leaves_with_path(hidden_kernels(state.params))
-        hidden = {jax.tree_util.keystr(path, simple=True, separator="/") for path, chosen in leaves if chosen}
+        hidden = {
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, chosen in leaves
+            if chosen
+        }
         found = nj.diagnostics.scale_invariance(state.params, outputs)
         return {path: numbers for path, numbers in found.items() if path in hidden}
 
-    def turn(self, setting: Setting, steps: int, eval_every: int, evaluated: Callable[[int, float], None]) -> Recorded:
+    def turn(
+        self, setting: Setting, steps: int, eval_every: int, evaluated: Callable[[int, float], None]
+    ) -> Recorded:
         """Trains, all settings on the same batches.
 
         Args:
           setting: of the hidden kernels.
           steps: how many to take.
           eval_every: how many steps are compiled into one.
-          evaluated: called after each evaluation with the steps since the last one and the accuracy.
+          evaluated: called after each evaluation with the steps since the last one and the
+            accuracy.
         """
         state, losses, histories, accuracies = self.start(setting.scale), [], [], []
         rate, decay = jnp.float32(setting.rate), jnp.float32(setting.decay)
@@ -115,14 +128,19 @@ class Turning(Trainer):
         def loss(params: Any, batch_stats: Any, rows: Array) -> tuple[Array, Any]:
             images, labels = data.pick(rows)
             logits, batch_stats = self.network.apply(params, batch_stats, images, True)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), batch_stats
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, labels
+            ).mean(), batch_stats
 
         def step(state: State, rows: Array) -> tuple[State, tuple[Array, Histories]]:
             slope = jax.value_and_grad(loss, has_aux=True)
             (value, batch_stats), gradients = slope(state.params, state.batch_stats, rows)
-            updates, _ = optimizer.update(gradients, optimizer.init(state.params), state.params)  # SGD keeps no state
+            # SGD keeps no state
+            updates, _ = optimizer.update(gradients, optimizer.init(state.params), state.params)
             updated = optax.apply_updates(state.params, updates)
-            turned = nj.diagnostics.rotation(state.params, gradients, updated, learning_rate=rate, mask=chosen)
+            turned = nj.diagnostics.rotation(
+                state.params, gradients, updated, learning_rate=rate, mask=chosen
+            )
             return State(updated, batch_stats, ()), (value, turned)
 
         return lax.scan(step, state, order)

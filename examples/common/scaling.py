@@ -26,8 +26,13 @@ Run = dict[str, Any]
 
 NORMALIZED = ("batch", "layer", "weight norm")
 KINDS = (*NORMALIZED, "none")
-WIDTHS = {"digits": ((8,), (16,), (32,)), "mnist": ((8,), (16,), (32,)), "cifar10": ((16, 16), (32, 32), (64,))}
-# Times --learning-rate, without decay: a rate at which kernels grow before there is nothing to learn.
+WIDTHS = {
+    "digits": ((8,), (16,), (32,)),
+    "mnist": ((8,), (16,), (32,)),
+    "cifar10": ((16, 16), (32, 32), (64,)),
+}
+# Times --learning-rate, without decay: a rate at which kernels grow before there is nothing to
+# learn.
 GROWTH = {"digits": 30, "mnist": 30, "cifar10": 10}
 PRODUCTS = (0.002, 0.004, 0.008)  # of learning rate and weight decay
 FACTORS = (1 / 4, 1, 4)  # times --learning-rate, for batch norm and the first of the products
@@ -72,7 +77,9 @@ class Scaling(Study):
             parts[f"test/{kind}"] = Part(1, lambda advance, kind=kind: test(trainer(kind), advance))
             parts[f"growth/{kind}"] = part(kind, Setting(GROWTH[options.data] * rate, 0.0), growth)
             for setting in settings(rate, kind):
-                parts[f"rotation/{kind}/{setting.rate:g} x {setting.decay:g}"] = part(kind, setting, rotation)
+                parts[f"rotation/{kind}/{setting.rate:g} x {setting.decay:g}"] = part(
+                    kind, setting, rotation
+                )
         return parts
 
     def _train(
@@ -84,35 +91,49 @@ class Scaling(Study):
     ) -> Run:
         every = self.options.eval_every
         recorded = trainer().turn(
-            setting, self.options.steps, every, lambda steps, accuracy: advance(steps, f"{accuracy:.1%}")
+            setting,
+            self.options.steps,
+            every,
+            lambda steps, accuracy: advance(steps, f"{accuracy:.1%}"),
         )
         return setting._asdict() | curves(setting, recorded, every) | more(setting, recorded)
 
     def named(self, beginning: str) -> dict[str, Any]:
         """Returns the finished parts whose name begins so, by the rest of it."""
         return {
-            name.removeprefix(beginning): result for name, result in self.results.items() if name.startswith(beginning)
+            name.removeprefix(beginning): result
+            for name, result in self.results.items()
+            if name.startswith(beginning)
         }
 
     def claims(self) -> Sequence[Claim]:
         """Returns what the sources report beside what the finished runs show."""
         runs = map(self.named, ("test/", "growth/", "scaled/", "rotation/"))
         makers = (_test_claims, _growth_claims, _scaled_claims, _rotation_claims)
-        return [claim for make, found in zip(makers, runs, strict=True) if found for claim in make(found)]
+        return [
+            claim
+            for make, found in zip(makers, runs, strict=True)
+            if found
+            for claim in make(found)
+        ]
 
     def tables(self) -> Sequence[Table]:
         """Returns the runs with decay, one by one."""
         title = "Angle of a step, observed by predicted: least and most of all kernels"
         table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("network", "lr", "wd", "predicted", "ratio", "loss", "accuracy"):
-            table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
+            table.add_column(
+                heading, justify="left" if heading == "network" else "right", no_wrap=True
+            )
         for name, found in self.named("rotation/").items():
             kernels = list(found["kernels"].values())
             ratios = [kernel["ratio"] for kernel in kernels]
             numbers = found["rate"], found["decay"], kernels[0]["predicted"]
             last = f"{late(found['loss']):.3f}", f"{late(found['accuracy']):.1%}"
             spread = between(ratios, "{:.3f} - {:.3f}")
-            table.add_row(name.split("/")[0], *(f"{number:.3g}" for number in numbers), spread, *last)
+            table.add_row(
+                name.split("/")[0], *(f"{number:.3g}" for number in numbers), spread, *last
+            )
         return [table] if table.rows else []
 
     def draw(self, path: Path) -> None:
@@ -136,7 +157,9 @@ def settings(rate: float, kind: str) -> Iterator[Setting]:
 def test(trainer: Turning, advance: Advance) -> Run:
     """Returns the numbers of the test for invariance, by kernel."""
     found = {path: numbers._asdict() for path, numbers in trainer.invariance().items()}
-    advance(1, f"{sum(numbers['invariant'] for numbers in found.values())} of {len(found)} invariant")
+    advance(
+        1, f"{sum(numbers['invariant'] for numbers in found.values())} of {len(found)} invariant"
+    )
     return found
 
 
@@ -150,7 +173,9 @@ def curves(setting: Setting, recorded: Recorded, every: int) -> Run:
         return np.add.reduceat(np.asarray(values, np.float64), starts) / (ends - starts)
 
     def geometric(values: Sequence[Any]) -> list[float]:
-        return np.exp(np.mean([np.log(each[np.append(0, ends - 1)]) for each in values], axis=0)).tolist()
+        return np.exp(
+            np.mean([np.log(each[np.append(0, ends - 1)]) for each in values], axis=0)
+        ).tolist()
 
     return {
         "steps": ends.tolist(),
@@ -191,10 +216,13 @@ def growth(setting: Setting, recorded: Recorded) -> Run:
 def rotation(setting: Setting, recorded: Recorded) -> Run:
     """Returns the angle of each kernel over the second half of the run, beside the predicted one."""
     second = jax.tree.map(lambda field: field[len(field) // 2 :], recorded.history)
-    found = nj.diagnostics.equilibrium(second, learning_rate=setting.rate, weight_decay=setting.decay)
+    found = nj.diagnostics.equilibrium(
+        second, learning_rate=setting.rate, weight_decay=setting.decay
+    )
     return {
         "kernels": {
-            path: {name: float(value) for name, value in each.angle._asdict().items()} for path, each in found.items()
+            path: {name: float(value) for name, value in each.angle._asdict().items()}
+            for path, each in found.items()
         }
     }
 
@@ -217,24 +245,40 @@ def _test_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
 
 def _growth_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
     radial = [f"{kind} {between([found['radial']], '{:.2g}')}" for kind, found in runs.items()]
-    yield Claim("cosine of kernel and gradient, by that of chance", "0", "at most: " + ", ".join(radial))
-    excess = [f"{kind} {between([100 * _excess(found)], '{:.2g}%')}" for kind, found in runs.items()]
-    yield Claim("norms without decay, off the sum of squared steps", "0", "at most: " + ", ".join(excess))
-    rates = {kind: found["effective_learning_rate"] for kind, found in runs.items() if kind in NORMALIZED}
-    falls = [f"{kind} {between([rate[0] / rate[-1]], '{:.1f} times')}" for kind, rate in rates.items()]
+    yield Claim(
+        "cosine of kernel and gradient, by that of chance", "0", "at most: " + ", ".join(radial)
+    )
+    excess = [
+        f"{kind} {between([100 * _excess(found)], '{:.2g}%')}" for kind, found in runs.items()
+    ]
+    yield Claim(
+        "norms without decay, off the sum of squared steps", "0", "at most: " + ", ".join(excess)
+    )
+    rates = {
+        kind: found["effective_learning_rate"] for kind, found in runs.items() if kind in NORMALIZED
+    }
+    falls = [
+        f"{kind} {between([rate[0] / rate[-1]], '{:.1f} times')}" for kind, rate in rates.items()
+    ]
     yield Claim("effective learning rate without decay", "falls", ", ".join(falls))
 
 
 def _excess(found: Run) -> float:
     """The largest relative difference between how kernels grew and what explains it."""
-    return max(abs(kernel["grown"] / kernel["explained"] - 1) for kernel in found["kernels"].values())
+    return max(
+        abs(kernel["grown"] / kernel["explained"] - 1) for kernel in found["kernels"].values()
+    )
 
 
 def _scaled_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
     first, *others = (np.asarray(found["losses"]) for found in runs.values())
     if others:
         apart = max(float(np.abs(other - first).max()) for other in others)
-        yield Claim("loss with kernels times c, lr c², wd / c²", "the same", f"{apart:g} apart in {len(first):,} steps")
+        yield Claim(
+            "loss with kernels times c, lr c², wd / c²",
+            "the same",
+            f"{apart:g} apart in {len(first):,} steps",
+        )
 
 
 def _rotation_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
@@ -248,6 +292,8 @@ def _rotation_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
     by_product: dict[str, list[str]] = {}
     for name, run in runs.items():
         if name.startswith("batch/"):
-            by_product.setdefault(f"{run['rate'] * run['decay']:.3g}", []).append(f"{late(run['loss']):.3f}")
+            by_product.setdefault(f"{run['rate'] * run['decay']:.3g}", []).append(
+                f"{late(run['loss']):.3f}"
+            )
     shown = "; ".join(f"{product}: {' '.join(each)}" for product, each in by_product.items())
     yield Claim("loss by the product of lr and wd, batch", "one for each", shown)

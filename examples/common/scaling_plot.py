@@ -31,9 +31,16 @@ def _growth(norms: Axes, rates: Axes, runs: Runs) -> None:
     for kind, found in runs.items():
         norms.plot([0, *found["steps"]], found["norm"], color=COLORS[kind], label=kind)
         dots = "C7" if kind == "none" else "black"
-        norms.plot([0, *found["steps"]], found["explained"], color=dots, linestyle=":", linewidth=1.2)
+        norms.plot(
+            [0, *found["steps"]], found["explained"], color=dots, linestyle=":", linewidth=1.2
+        )
         if kind != "none":
-            rates.plot([0, *found["steps"]], found["effective_learning_rate"], color=COLORS[kind], label=kind)
+            rates.plot(
+                [0, *found["steps"]],
+                found["effective_learning_rate"],
+                color=COLORS[kind],
+                label=kind,
+            )
     _dress(norms, "without decay, kernels grow ...", "norm, by that at the start", log=False)
     _dress(rates, "... so their learning rate falls", "effective learning rate lr / norm²")
 
@@ -41,7 +48,9 @@ def _growth(norms: Axes, rates: Axes, runs: Runs) -> None:
 def _scaled(axes: Axes, runs: Runs) -> None:
     for i, (c, found) in enumerate(runs.items()):
         label = f"c = {c}: lr {found['rate']:.3g}, wd {found['decay']:.3g}"
-        axes.plot(found["steps"], found["loss"], color=f"C{i}", linewidth=(7, 3.5, 1.2)[i], label=label)
+        axes.plot(
+            found["steps"], found["loss"], color=f"C{i}", linewidth=(7, 3.5, 1.2)[i], label=label
+        )
     _dress(axes, "kernels times c, lr c², wd / c²: the same", "training loss")
 
 
@@ -52,12 +61,25 @@ def _pairs(angles: Axes, losses: Axes, runs: Runs) -> None:
         if math.isclose(product, products[0]):
             color, width = f"C{i}", 1.5
         else:
-            color, width, label = GREYS[i % len(GREYS)], 1.0, f"{label} ({product / products[0]:.0f}x)"
+            color, width, label = (
+                GREYS[i % len(GREYS)],
+                1.0,
+                f"{label} ({product / products[0]:.0f}x)",
+            )
         for axes, name in ((angles, "angle"), (losses, "loss")):
-            axes.plot(found["steps"], found[name], color=color, linewidth=width, label=label, zorder=1 + width)
+            axes.plot(
+                found["steps"],
+                found[name],
+                color=color,
+                linewidth=width,
+                label=label,
+                zorder=1 + width,
+            )
     for product in products:
         angles.axhline(math.sqrt(2 * product), color="black", linestyle="--", linewidth=0.8)
-    _dress(angles, "one product lr wd: one angle (batch norm) ...", "angular update (radians a step)")
+    _dress(
+        angles, "one product lr wd: one angle (batch norm) ...", "angular update (radians a step)"
+    )
     _dress(losses, "... and one loss", "training loss")
 
 
@@ -71,7 +93,14 @@ def _predicted(axes: Axes, runs: Runs) -> None:
                 continue  # a run that diverged
             height = max(kernel["observed"], LEAST * kernel["predicted"])
             label = "_" * (kind in drawn) + kind  # one entry for each in the legend
-            axes.scatter(kernel["predicted"], height, marker=MARKERS[kind], color=COLORS[kind], s=28, label=label)
+            axes.scatter(
+                kernel["predicted"],
+                height,
+                marker=MARKERS[kind],
+                color=COLORS[kind],
+                s=28,
+                label=label,
+            )
             drawn.add(kind)
             predicted.add(round(kernel["predicted"], 3))
     if predicted:

@@ -18,8 +18,10 @@ import normjax
 from common.data import DataError
 from common.interrupt import EXIT_STATUS, Interrupt, Interrupted
 
-Evaluated = Callable[[int, float], None]  # called with the steps since the last evaluation, and the accuracy
-Advance = Callable[[int, str], None]  # called with the steps since the last time, and a remark for the progress bar
+# called with the steps since the last evaluation, and the accuracy
+Evaluated = Callable[[int, float], None]
+# called with the steps since the last time, and a remark for the progress bar
+Advance = Callable[[int, str], None]
 Run = TypeVar("Run")
 
 
@@ -46,12 +48,20 @@ def guard(program: str, out: Path, work: Callable[[], bool]) -> int:
 
 def progress_bar(console: Console) -> Progress:
     """Returns a bar whose tasks have a field `accuracy`."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, TextColumn("{task.fields[accuracy]}"), console=console)
 
 
 def run_all(
-    parts: Mapping[str, Part], interrupt: Interrupt, console: Console, finished: Callable[[str, Any], None]
+    parts: Mapping[str, Part],
+    interrupt: Interrupt,
+    console: Console,
+    finished: Callable[[str, Any], None],
 ) -> bool:
     """Does what there is to run, in turn, and returns whether it got to the end.
 
@@ -102,7 +112,10 @@ def train_all(
     """
 
     def part(train: Callable[[int, Evaluated], Run]) -> Part:
-        return Part(seeds * steps, lambda advance: [train(seed, by_accuracy(advance)) for seed in range(seeds)])
+        return Part(
+            seeds * steps,
+            lambda advance: [train(seed, by_accuracy(advance)) for seed in range(seeds)],
+        )
 
     parts = {name: part(train) for name, train in variants.items()}
     return run_all(parts, interrupt, console, finished)
@@ -110,12 +123,18 @@ def train_all(
 
 def settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options of a command line, by name, as JSON has them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in options.items()
+    }
 
 
 def environment() -> dict[str, Any]:
     """Returns the versions and the machine, as JSON has them."""
     versions = {"python": platform.python_version(), "normjax": normjax.__version__}
     versions |= {"jax": jax.__version__, "optax": optax.__version__}
-    machine = {"platform": platform.platform(), "processor": platform.machine(), "cpus": os.cpu_count()}
+    machine = {
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+    }
     return {"versions": versions, "machine": machine | {"device": jax.devices()[0].device_kind}}

@@ -1,6 +1,7 @@
 """One network, several domains: who shares which statistics, in a few lines each.
 
-A way to share takes images `(domains, batch, pixels)` in training and returns logits `(domains, batch, classes)`:
+A way to share takes images `(domains, batch, pixels)` in training and returns logits `(domains,
+batch, classes)`:
 
     params, batch_stats = way.init(key, pixels, domains)
     logits, batch_stats = way.train(params, batch_stats, images)
@@ -27,7 +28,9 @@ HIDDEN = (128, 128)
 def init(key: Array, pixels: int) -> tuple[Tree, Tree]:
     """Returns the parameters of the network, and its running statistics."""
     params, batch_stats = {}, {}
-    *sizes, last = zip((pixels, *HIDDEN), (*HIDDEN, CLASSES), jax.random.split(key, len(HIDDEN) + 1), strict=True)
+    *sizes, last = zip(
+        (pixels, *HIDDEN), (*HIDDEN, CLASSES), jax.random.split(key, len(HIDDEN) + 1), strict=True
+    )
     for i, (inputs, outputs, layer_key) in enumerate(sizes):
         norm, batch_stats[f"hidden_{i}"] = nj.batch_norm_init(outputs)
         kernel = initializers.he_normal()(layer_key, (inputs, outputs), jnp.float32)
@@ -43,7 +46,9 @@ def apply(params: Tree, batch_stats: Tree, x: Array, train: bool) -> tuple[Array
     for name, old in batch_stats.items():
         layer = params[name]
         x = x @ layer["kernel"]
-        x, new_stats[name] = nj.batch_norm(layer["norm"], old, x, train, momentum=BATCH_NORM_MOMENTUM)
+        x, new_stats[name] = nj.batch_norm(
+            layer["norm"], old, x, train, momentum=BATCH_NORM_MOMENTUM
+        )
         x = jax.nn.relu(x)
     return x @ params["logits"]["kernel"] + params["logits"]["bias"], new_stats
 
@@ -83,7 +88,9 @@ def _init_own(key: Array, pixels: int, domains: int) -> tuple[Tree, list[Tree]]:
 
 
 def _train_own(params: Tree, batch_stats: list[Tree], images: Array) -> tuple[Array, list[Tree]]:
-    results = [apply(params, own, batch, True) for own, batch in zip(batch_stats, images, strict=True)]
+    results = [
+        apply(params, own, batch, True) for own, batch in zip(batch_stats, images, strict=True)
+    ]
     return jnp.stack([logits for logits, _ in results]), [own for _, own in results]
 
 
@@ -107,7 +114,9 @@ def spread(params: Tree, domains: int) -> Tree:
     """Returns params with scales and biases for each domain, `(domains, features)`, alike to start with."""
 
     def tables(layer: Tree) -> Tree:
-        return layer | {"norm": {leaf: jnp.tile(value, (domains, 1)) for leaf, value in layer["norm"].items()}}
+        return layer | {
+            "norm": {leaf: jnp.tile(value, (domains, 1)) for leaf, value in layer["norm"].items()}
+        }
 
     return {name: tables(layer) if "norm" in layer else layer for name, layer in params.items()}
 
@@ -130,5 +139,6 @@ WAYS = {
     "mixed": Way(_init_shared, _train_mixed, _infer_shared),
     "in turn": Way(_init_shared, _train_in_turn, _infer_shared),
     "own": Way(_init_own, _train_own, _infer_own),  # Chang et al. 2019, Xie et al. 2020
-    "conditional": Way(_init_conditional, _train_conditional, _infer_conditional),  # de Vries et al. 2017
+    # de Vries et al. 2017
+    "conditional": Way(_init_conditional, _train_conditional, _infer_conditional),
 }

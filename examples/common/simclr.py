@@ -43,16 +43,28 @@ class Trainer:
         self.way, self.options = way, options
         self.encoder = Encoder(way.unit, WIDTHS[options.data])
         self.train, self.test = (
-            jnp.asarray(pixels / images.peak, jnp.float32) for pixels in (images.train_images, images.test_images)
+            jnp.asarray(pixels / images.peak, jnp.float32)
+            for pixels in (images.train_images, images.test_images)
         )
-        self.labels = tuple(jnp.asarray(labels, jnp.int32) for labels in (images.train_labels, images.test_labels))
-        self.optimizer = optax.adam(optax.cosine_decay_schedule(options.learning_rate, options.steps))
+        self.labels = tuple(
+            jnp.asarray(labels, jnp.int32) for labels in (images.train_labels, images.test_labels)
+        )
+        self.optimizer = optax.adam(
+            optax.cosine_decay_schedule(options.learning_rate, options.steps)
+        )
         mesh = Mesh(np.array(jax.devices()[: options.devices]), (AXIS,))
         self.everywhere = NamedSharding(mesh, WHOLE)
         self._steps = jax.jit(
-            jax.shard_map(self._take_steps, mesh=mesh, in_specs=(WHOLE, WHOLE, SPLIT, WHOLE), out_specs=(WHOLE, WHOLE))
+            jax.shard_map(
+                self._take_steps,
+                mesh=mesh,
+                in_specs=(WHOLE, WHOLE, SPLIT, WHOLE),
+                out_specs=(WHOLE, WHOLE),
+            )
         )
-        self._features = jax.jit(lambda params, stats, x: self.encoder.features(params, stats, x, False)[0])
+        self._features = jax.jit(
+            lambda params, stats, x: self.encoder.features(params, stats, x, False)[0]
+        )
         self._leakage = jax.jit(self.leakage)
 
     def run(self, seed: int, advance: Advance) -> dict[str, Any]:
@@ -63,7 +75,10 @@ class Trainer:
         def evaluate(found: float) -> None:
             on_one = jax.device_put(state, jax.devices()[0])
             values = {"step": done, "found in training": found, "probe": self.probe(on_one)}
-            leakage = {name: float(value) for name, value in self._leakage(on_one, self.test)._asdict().items()}
+            leakage = {
+                name: float(value)
+                for name, value in self._leakage(on_one, self.test)._asdict().items()
+            }
             for name, value in (values | leakage).items():
                 curves.setdefault(name, []).append(value)
 
@@ -78,17 +93,23 @@ class Trainer:
     def init(self, seed: int) -> State:
         """Returns the state that training starts from: the same kernels for each way."""
         params, batch_stats = self.encoder.init(jax.random.key(seed), self.train.shape[-1])
-        return jax.device_put(State(params, batch_stats, self.optimizer.init(params)), self.everywhere)
+        return jax.device_put(
+            State(params, batch_stats, self.optimizer.init(params)), self.everywhere
+        )
 
     def _batches(self, seed: int) -> Iterator[tuple[np.ndarray, Array]]:
         """Yields rows `(steps, batch)`, the same for each way, and a key for the views."""
         rng, options = np.random.default_rng(seed), self.options
         for done in range(0, options.steps, options.eval_every):
             steps = min(options.eval_every, options.steps - done)
-            rows = [rng.choice(len(self.train), options.batch_size, replace=False) for _ in range(steps)]
+            rows = [
+                rng.choice(len(self.train), options.batch_size, replace=False) for _ in range(steps)
+            ]
             yield np.stack(rows).astype(np.int32), jax.random.fold_in(jax.random.key(seed), done)
 
-    def _take_steps(self, state: State, images: Array, rows: Array, key: Array) -> tuple[State, Array]:
+    def _take_steps(
+        self, state: State, images: Array, rows: Array, key: Array
+    ) -> tuple[State, Array]:
         """A device's share of a step for each row of `rows`; it holds its columns."""
 
         def step(state: State, drawn: tuple[Array, Array]) -> tuple[State, Array]:
@@ -98,17 +119,23 @@ class Trainer:
                 state.params, state.batch_stats, images[own], key
             )
             updates, optimizer = self.optimizer.update(gradients, state.optimizer)
-            return State(optax.apply_updates(state.params, updates), batch_stats, optimizer), lax.pmean(found, AXIS)
+            return State(
+                optax.apply_updates(state.params, updates), batch_stats, optimizer
+            ), lax.pmean(found, AXIS)
 
         state, found = lax.scan(step, state, (rows, jax.random.split(key, len(rows))))
         return state, found.mean()
 
-    def _loss(self, params: Tree, batch_stats: Tree, images: Array, key: Array) -> tuple[Array, tuple[Tree, Array]]:
+    def _loss(
+        self, params: Tree, batch_stats: Tree, images: Array, key: Array
+    ) -> tuple[Array, tuple[Tree, Array]]:
         """A device's share of the loss of the whole batch: its queries, against the keys of all devices."""
         device = lax.axis_index(AXIS)
         batch = len(images) * self.options.devices
         own = device * len(images) + jnp.arange(len(images))
-        views = [augment(view, images) for view in jax.random.split(jax.random.fold_in(key, device))]
+        views = [
+            augment(view, images) for view in jax.random.split(jax.random.fold_in(key, device))
+        ]
         order = jax.random.permutation(key, batch) if self.way.shuffled else jnp.arange(batch)
         if self.way.shuffled:
             views[1] = _gathered(views[1])[order[own]]
@@ -118,7 +145,9 @@ class Trainer:
         loss, found = contrast(_gathered(queries), _gathered(keys)[jnp.argsort(order)], own)
         return loss / self.options.devices, (batch_stats, found)
 
-    def _embed(self, params: Tree, batch_stats: Tree, first: Array, second: Array) -> tuple[Array, Array, Tree]:
+    def _embed(
+        self, params: Tree, batch_stats: Tree, first: Array, second: Array
+    ) -> tuple[Array, Array, Tree]:
         queries, batch_stats = self.encoder.embed(params, batch_stats, first, True)
         keys, batch_stats = self.encoder.embed(params, batch_stats, second, True)
         return queries, keys, batch_stats
@@ -143,7 +172,9 @@ class Trainer:
 
         def features(images: Array) -> Array:
             chunks = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
-            return jnp.concatenate([self._features(state.params, state.batch_stats, chunk) for chunk in chunks])
+            return jnp.concatenate(
+                [self._features(state.params, state.batch_stats, chunk) for chunk in chunks]
+            )
 
         return self.probe_of(features(self.train[: self.options.labels]), features(self.test))
 
@@ -174,14 +205,16 @@ class Contrast(Study):
         options = self.options
         simulate(options.devices)
         images = data.selected(options)
-        count = min(len(images.train_labels), len(images.test_labels))  # the test's are dealt to devices, too
+        # the test's are dealt to devices, too
+        count = min(len(images.train_labels), len(images.test_labels))
         if options.batch_size % options.devices or options.batch_size > count:
             raise data.DataError(
                 f"--batch-size {options.batch_size}: expected a multiple of {options.devices} devices,"
                 f" and no more than the {count} examples"
             )
         return {
-            name: Part(options.seeds * options.steps, partial(self._run, way, images)) for name, way in WAYS.items()
+            name: Part(options.seeds * options.steps, partial(self._run, way, images))
+            for name, way in WAYS.items()
         }
 
     def _run(self, way: Way, images: data.Dataset, advance: Advance) -> list[dict[str, Any]]:
@@ -192,7 +225,9 @@ class Contrast(Study):
 
     def curve(self, way: str, of: str) -> list[float]:
         """Returns medians over seeds, by evaluation."""
-        return [median(values) for values in zip(*(run[of] for run in self.results[way]), strict=True)]
+        return [
+            median(values) for values in zip(*(run[of] for run in self.results[way]), strict=True)
+        ]
 
     def content(self, status: str) -> dict[str, Any]:
         """Returns what JSON is to hold."""
@@ -200,17 +235,25 @@ class Contrast(Study):
 
     def tables(self) -> Sequence[Table]:
         """Returns what each way ended with."""
-        shown = Table(title=f"After {self.options.steps} steps, median of {self.options.seeds} seed(s)")
+        shown = Table(
+            title=f"After {self.options.steps} steps, median of {self.options.seeds} seed(s)"
+        )
         shown.title_justify, shown.box, shown.pad_edge = "left", rich.box.SIMPLE_HEAD, False
         shown.add_column("statistics", no_wrap=True)
-        columns = {"found in training": "", "together": "found, keys beside", "apart": "dealt apart", "leak": "leak"}
+        columns = {
+            "found in training": "",
+            "together": "found, keys beside",
+            "apart": "dealt apart",
+            "leak": "leak",
+        }
         for heading in ("found in training", *list(columns.values())[1:], "linear probe"):
             shown.add_column(heading, justify="right")
         for name in self.results:
             shown.add_row(name, *(f"{self.curve(name, of)[-1]:.1%}" for of in (*columns, "probe")))
         first = next(iter(self.results))
+        untrained = self.curve(first, "probe")[0]
         shown.caption = (
-            f"Linear probe of the pixels {self.pixels:.1%}, of untrained features {self.curve(first, 'probe')[0]:.1%}"
+            f"Linear probe of the pixels {self.pixels:.1%}, of untrained features {untrained:.1%}"
         )
         return [shown]
 
@@ -232,7 +275,11 @@ class Contrast(Study):
                 "without shuffling it rises fast to almost all (MoCo, appendix)",
                 of_all("found in training"),
             ),
-            Claim("linear probe", "falls with it (MoCo, appendix: of nearest neighbours)", of_all("probe")),
+            Claim(
+                "linear probe",
+                "falls with it (MoCo, appendix: of nearest neighbours)",
+                of_all("probe"),
+            ),
         ]
 
     def draw(self, path: Path) -> None:
@@ -250,16 +297,24 @@ class Contrast(Study):
             found.plot([], [], "k-", label="beside their queries")
             found.plot([], [], "k--", label="dealt to other devices")
             found.legend(title="keys", fontsize="small", loc=(0.5, 0.27))
-            found.set(title="Keys found", ylabel="queries whose key is the nearest (%)", ylim=(0, None))
-            accuracy.axhline(100 * self.pixels, color="gray", linewidth=1, linestyle=":", label="pixels")
-            accuracy.set(title=f"Linear probe, {options.labels:,} labels", ylabel="test accuracy (%)")
+            found.set(
+                title="Keys found", ylabel="queries whose key is the nearest (%)", ylim=(0, None)
+            )
+            accuracy.axhline(
+                100 * self.pixels, color="gray", linewidth=1, linestyle=":", label="pixels"
+            )
+            accuracy.set(
+                title=f"Linear probe, {options.labels:,} labels", ylabel="test accuracy (%)"
+            )
             for axes in grid[0]:
                 axes.set(xlabel="training steps")
                 axes.grid(alpha=0.3)
             accuracy.legend(title="statistics", fontsize="small")
 
     def _draw(self, axes: Axes, name: str, steps: Sequence[float], of: str, **style: Any) -> None:
-        axes.plot(steps, [100 * value for value in self.curve(name, of)], color=COLORS[name], **style)
+        axes.plot(
+            steps, [100 * value for value in self.curve(name, of)], color=COLORS[name], **style
+        )
 
 
 def simulate(devices: int) -> None:

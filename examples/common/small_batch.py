@@ -31,8 +31,10 @@ AXIS = "devices"
 REFERENCE = 32  # images a device, to which the learning rate belongs
 GHOST = 16  # examples that share statistics, whatever the batch: all there are at 2 a device
 MOMENTUM = 0.9  # of SGD
-EVALUATIONS = 10  # of each run; the error is the median of the last three (the paper: of the last five epochs)
-# Maps that end at 1x1 pixel (digits 4x4, 2x2, 1x1): in the last layer a channel has as many values as there are images.
+# of each run; the error is the median of the last three (the paper: of the last five epochs)
+EVALUATIONS = 10
+# Maps that end at 1x1 pixel (digits 4x4, 2x2, 1x1): in the last layer a channel has as many values
+# as there are images.
 WIDTHS = {"digits": (16, 32, 64), "mnist": (16, 32, 64, 64), "cifar10": (16, 32, 64, 64, 64)}
 # Wu & He 2018, table 2: top-1 validation error of ResNet-50 on ImageNet, by images per GPU.
 REPORTED = {
@@ -53,13 +55,15 @@ def limits(steps: int) -> dict[str, optax.Schedule]:
     """Returns batch renorm's limits, which rise as in its paper (Ioffe 2017), with `steps` in place of its 40,000."""
     begin = steps // 8  # the paper: 5,000 steps as batch norm
     r_max = optax.linear_schedule(1.0, 3.0, steps - begin, begin)
-    d_max = optax.linear_schedule(0.0, 5.0, steps * 5 // 8 - begin, begin)  # the paper: by step 25,000
+    # the paper: by step 25,000
+    d_max = optax.linear_schedule(0.0, 5.0, steps * 5 // 8 - begin, begin)
     return {"r_max": r_max, "d_max": d_max}
 
 
 def methods(steps: int) -> dict[str, Method]:
     """Returns the methods by name."""
-    # One value a channel and example, as in maps of one pixel, wants a learned epsilon (Singh & Krishnan 2020).
+    # One value a channel and example, as in maps of one pixel, wants a learned epsilon (Singh &
+    # Krishnan 2020).
     response = UNITS["filter response"]._replace(
         make=lambda kernel: nj.filter_response_norm_init(kernel.shape[-1], learn_epsilon=True)
     )
@@ -77,7 +81,8 @@ def methods(steps: int) -> dict[str, Method]:
 def on_devices(network: Network) -> Network:
     """Returns the network that trains on `DEVICES` equal parts of the batch, each on a device of its own.
 
-    Statistics are those of each device unless the network shares them over `AXIS`. The running ones are merged after
+    Statistics are those of each device unless the network shares them over `AXIS`. The running ones
+    are merged after
     each step: to what they would be if one device had seen all.
     """
 
@@ -128,7 +133,9 @@ class SmallBatch(Study):
             return training.Trainer(network, examples, largest, MOMENTUM)
 
         return {
-            key(name, size): Part(options.seeds * self.steps(size), partial(self.train, partial(trainer, name), size))
+            key(name, size): Part(
+                options.seeds * self.steps(size), partial(self.train, partial(trainer, name), size)
+            )
             for name in options.norms
             for size in options.sizes
         }
@@ -137,13 +144,17 @@ class SmallBatch(Study):
         """Returns how many steps show as many examples as `options.steps` with the largest batch."""
         return self.options.steps * max(self.options.sizes) // size
 
-    def train(self, trainer: Callable[[], training.Trainer], size: int, advance: Advance) -> dict[str, list[float]]:
+    def train(
+        self, trainer: Callable[[], training.Trainer], size: int, advance: Advance
+    ) -> dict[str, list[float]]:
         """Returns the test error of each seed, in percent."""
         steps, rate = self.steps(size), self.options.learning_rate * size / REFERENCE
         errors = []
         for seed in range(self.options.seeds):
             progress = lambda done, accuracy: advance(done, f"{1 - accuracy:.1%} error")  # noqa: E731
-            run = trainer().run(seed, rate, steps, max(1, steps // EVALUATIONS), progress, batch_size=DEVICES * size)
+            run = trainer().run(
+                seed, rate, steps, max(1, steps // EVALUATIONS), progress, batch_size=DEVICES * size
+            )
             errors.append(100 * (1 - median(run.accuracies[-3:])))
         return {"errors": errors}
 
@@ -163,7 +174,9 @@ class SmallBatch(Study):
         for name, reported in REPORTED.items():
             measured = self.curve(name)
             for size in [size for size in measured if size in reported]:
-                claims.append(Claim(_title(name, size), f"{reported[size]:.1f}%", f"{measured[size]:.1f}%"))
+                claims.append(
+                    Claim(_title(name, size), f"{reported[size]:.1f}%", f"{measured[size]:.1f}%")
+                )
             if {2, 32} <= measured.keys():
                 rises = (f"{errors[2] - errors[32]:+.1f} points" for errors in (reported, measured))
                 claims.append(Claim(f"{name} norm, from 32 to 2", *rises))
@@ -179,7 +192,9 @@ class SmallBatch(Study):
             table.add_column(str(size), justify="right")
         for name in options.norms:
             errors = self.curve(name)
-            table.add_row(name, *(f"{errors[size]:.1f}" if size in errors else "-" for size in sizes))
+            table.add_row(
+                name, *(f"{errors[size]:.1f}" if size in errors else "-" for size in sizes)
+            )
         return [table]
 
     def draw(self, path: Path) -> None:
@@ -187,7 +202,13 @@ class SmallBatch(Study):
         title = f"{data.TITLES[self.options.data]}: images a device, and what they cost"
         with report.figure(path, title, self.caption, size=(10, 5)) as ((measured, reported),):
             for i, name in enumerate(self.options.norms):
-                _line(measured, self.curve(name), label=name, color=f"C{i}", linestyle=DASHED.get(name, "-"))
+                _line(
+                    measured,
+                    self.curve(name),
+                    label=name,
+                    color=f"C{i}",
+                    linestyle=DASHED.get(name, "-"),
+                )
                 if name in REPORTED:
                     _line(reported, REPORTED[name], label=name, color=f"C{i}")
             _dress(measured, f"measured: VGG, {DEVICES} devices", self.options.sizes)

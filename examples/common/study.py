@@ -7,14 +7,16 @@
             return {"batch": Part(steps, self.train_one), ...}
 
         def claims(self):
-            return [Claim("loss along the gradient", "varies less with batch norm", f"{ratio:.1f} times less")]
+            return [Claim("loss along the gradient", "varies less with batch norm", f"{ratio:.1f}
+            times less")]
 
         def draw(self, path): ...
 
     def run(options, interrupt):
         return conduct(Landscape(options), interrupt)
 
-What is finished is never lost: Ctrl-C ends the study after the current evaluation, shows what there is, and leaves it
+What is finished is never lost: Ctrl-C ends the study after the current evaluation, shows what there
+  is, and leaves it
 in `--out`, as NAME.json and NAME.png.
 """
 
@@ -78,14 +80,21 @@ class Study:
     def content(self, status: str) -> dict[str, Any]:
         """Returns what JSON is to hold."""
         config = session.settings(vars(self.options))
-        content = {"status": status, "config": config, **session.environment(), "results": self.results}
+        content = {
+            "status": status,
+            "config": config,
+            **session.environment(),
+            "results": self.results,
+        }
         claims = self.claims() if self.results else []
         return content | {"source": self.source, "claims": [claim._asdict() for claim in claims]}
 
 
 def conduct(study: Study, interrupt: Interrupt) -> int:
     """Runs all parts and reports; returns the exit status."""
-    return session.guard(f"{study.name}.py", study.options.out, lambda: _conduct(study, interrupt, Console()))
+    return session.guard(
+        f"{study.name}.py", study.options.out, lambda: _conduct(study, interrupt, Console())
+    )
 
 
 def _conduct(study: Study, interrupt: Interrupt, console: Console) -> bool:

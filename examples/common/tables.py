@@ -86,7 +86,8 @@ class Table(NamedTuple):
     reported: Mapping[str, str] = MappingProxyType({})
 
 
-# Ioffe & Szegedy 2015, figure 3: steps to the baseline's 72.2% on ImageNet, as a ratio, and best accuracy.
+# Ioffe & Szegedy 2015, figure 3: steps to the baseline's 72.2% on ImageNet, as a ratio, and best
+# accuracy.
 PAPER = {
     "Baseline": "1.0x 72.2%",
     "BN-Baseline": "2.3x 72.7%",
@@ -105,9 +106,10 @@ def compare(
 ) -> Table:
     """Returns the table of the baseline and the variants.
 
-    A variant's target is, seed by seed, the baseline's best accuracy; its steps are the median over the seeds, where
-    a seed that does not reach the target counts as infinite. A ratio is the baseline's steps by the variant's. There
-    is none to a baseline whose best accuracy is less than twice chance: it did not train.
+    A variant's target is, seed by seed, the baseline's best accuracy; its steps are the median over
+    the seeds, where a seed that does not reach the target counts as infinite. A ratio is the
+    baseline's steps by the variant's. There is none to a baseline whose best accuracy is less than
+    twice chance: it did not train.
     """
     trained = baseline.best >= 2 / num_classes
     needed = _median_steps(baseline, baseline)
@@ -115,7 +117,9 @@ def compare(
     for result in (baseline, *variants):
         steps = _median_steps(result, baseline)
         ratio = needed / steps if trained and math.isfinite(steps) else None
-        rows.append(Row(result.name, result.learning_rate, steps, ratio, result.best, result.seconds))
+        rows.append(
+            Row(result.name, result.learning_rate, steps, ratio, result.best, result.seconds)
+        )
     return Table(title, baseline.best, trained, rows, reported)
 
 

@@ -49,8 +49,12 @@ def examples(data: Dataset, standardize: bool) -> tuple[Examples, Examples]:
         sample = data.train_images[:5000].astype(np.float32)
         offset, scale = sample.mean((0, 1, 2)), sample.std((0, 1, 2)) + 1e-3
     pixels = jnp.asarray(offset, jnp.float32), jnp.asarray(scale, jnp.float32)
-    train = Examples(jnp.asarray(data.train_images), jnp.asarray(data.train_labels, jnp.int32), *pixels)
-    test = Examples(jnp.asarray(data.test_images), jnp.asarray(data.test_labels, jnp.int32), *pixels)
+    train = Examples(
+        jnp.asarray(data.train_images), jnp.asarray(data.train_labels, jnp.int32), *pixels
+    )
+    test = Examples(
+        jnp.asarray(data.test_images), jnp.asarray(data.test_labels, jnp.int32), *pixels
+    )
     return train, test
 
 
@@ -82,7 +86,9 @@ class Trainer:
 
     def init(self, seed: int) -> State:
         """Returns the state that training starts from: the same kernels for each variant."""
-        params, batch_stats = self.network.init(jax.random.key(seed), self.train.images.shape[1:], CLASSES)
+        params, batch_stats = self.network.init(
+            jax.random.key(seed), self.train.images.shape[1:], CLASSES
+        )
         return State(params, batch_stats, self.optimizer(0.0).init(params))
 
     def run(self, *arguments: Any, **keywords: Any) -> Run:
@@ -105,13 +111,13 @@ class Trainer:
           learning_rate: of SGD, constant.
           steps: the whole budget; it is always spent.
           eval_every: how many steps are compiled into one.
-          progress: called after each evaluation with the steps since the last one and the accuracy. What it raises
-            ends the run.
+          progress: called after each evaluation with the steps since the last one and the accuracy.
+            What it raises ends the run.
           batch_size: examples a step; None for the trainer's.
 
         Returns:
-          The accuracies, and the seconds that training and evaluating took, compilation not included; and the state
-          after the last step.
+          The accuracies, and the seconds that training and evaluating took, compilation not
+          included; and the state after the last step.
         """
         state, points, accuracies = self.init(seed), [], []
         batch_size = batch_size or self.batch_size
@@ -119,7 +125,8 @@ class Trainer:
         for size in {min(steps, eval_every), steps % eval_every} - {0}:
             self._compile(state, (size, batch_size))
         start = time.perf_counter()
-        for done, state, order in self._after(state, orders, learning_rate):
+        for done, latest, order in self._after(state, orders, learning_rate):
+            state = latest
             accuracies.append(float(self._evaluate(state.params, state.batch_stats, self.test)))
             points.append(done)
             progress(len(order), accuracies[-1])
@@ -130,8 +137,8 @@ class Trainer:
     ) -> Iterator[tuple[int, State, np.ndarray]]:
         """Trains as `finish` does, for a look at the network on the way.
 
-        Yields, after every `eval_every` steps and after the last, how many they were, the state, and the rows of the
-        batches since the last time, `(steps, batch_size)`.
+        Yields, after every `eval_every` steps and after the last, how many they were, the state,
+        and the rows of the batches since the last time, `(steps, batch_size)`.
         """
         orders = batch_orders(seed, len(self.train.labels), self.batch_size, steps, eval_every)
         return self._after(self.init(seed), orders, learning_rate)
@@ -166,12 +173,18 @@ class Trainer:
         def loss(params: Any, batch_stats: Any, rows: Array) -> tuple[Array, Any]:
             images, labels = data.pick(rows)
             logits, batch_stats = self.network.apply(params, batch_stats, images, True)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), batch_stats
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, labels
+            ).mean(), batch_stats
 
         def step(state: State, rows: Array) -> tuple[State, None]:
-            gradients, batch_stats = jax.grad(loss, has_aux=True)(state.params, state.batch_stats, rows)
+            gradients, batch_stats = jax.grad(loss, has_aux=True)(
+                state.params, state.batch_stats, rows
+            )
             updates, optimizer_state = optimizer.update(gradients, state.optimizer)
-            return State(optax.apply_updates(state.params, updates), batch_stats, optimizer_state), None
+            return State(
+                optax.apply_updates(state.params, updates), batch_stats, optimizer_state
+            ), None
 
         return lax.scan(step, state, order)[0]
 
@@ -189,7 +202,9 @@ class Trainer:
         return lax.map(correct, rows).sum() / count
 
 
-def batch_orders(seed: int, count: int, batch_size: int, steps: int, eval_every: int) -> Iterator[np.ndarray]:
+def batch_orders(
+    seed: int, count: int, batch_size: int, steps: int, eval_every: int
+) -> Iterator[np.ndarray]:
     """Yields `(eval_every, batch_size)` rows: one epoch's permutation after the other, the same for each variant."""
     rng = np.random.default_rng(seed)
     rows = np.empty(0, np.int32)

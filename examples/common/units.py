@@ -4,8 +4,8 @@
     params, batch_stats = unit.init(key, (3, 3, 16, 32))
     y, batch_stats = unit.apply(params, batch_stats, x, train)    # before the activation
 
-A unit that normalizes its output has no bias of its own where the normalization has one. The kernels that a key gives
-are the same in all units.
+A unit that normalizes its output has no bias of its own where the normalization has one. The
+kernels that a key gives are the same in all units.
 """
 
 from __future__ import annotations
@@ -49,10 +49,14 @@ class Unit(NamedTuple):
             params["bias"] = jnp.zeros(shape[-1])
         return params, batch_stats
 
-    def apply(self, params: Tree, batch_stats: Tree, x: Array, train: bool, *, stride: int = 1) -> tuple[Array, Tree]:
+    def apply(
+        self, params: Tree, batch_stats: Tree, x: Array, train: bool, *, stride: int = 1
+    ) -> tuple[Array, Tree]:
         """Returns the output, to be activated, and the statistics."""
         if self.of_kernel is not None:
-            kernel, batch_stats = self.of_kernel(params["norm"], batch_stats, params["kernel"], train)
+            kernel, batch_stats = self.of_kernel(
+                params["norm"], batch_stats, params["kernel"], train
+            )
             params = params | {"kernel": kernel}
         y = linear(params, x, stride)
         if self.of_output is not None:
@@ -88,7 +92,9 @@ UNITS: dict[str, Unit] = {
     "renorm": renorm(),
     "group": Unit(_by(nj.group_norm_init), partial(nj.group_norm, group_size=8)),
     "layer": Unit(_by(nj.layer_norm_init), _layer),
-    "filter response": Unit(_by(nj.filter_response_norm_init), nj.filter_response_norm, activation=lambda y: y),
+    "filter response": Unit(
+        _by(nj.filter_response_norm_init), nj.filter_response_norm, activation=lambda y: y
+    ),
     "dynamic tanh": Unit(_by(nj.dynamic_tanh_init), nj.dynamic_tanh),
     "weight norm": Unit(nj.weights.weight_norm_init, of_kernel=nj.weights.weight_norm),
     "weight standardization": Unit(

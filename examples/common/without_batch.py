@@ -31,14 +31,25 @@ WIDTHS = ((16, 16), (32, 32), (64, 64))
 MOMENTUM = 0.9  # of SGD
 EVALUATIONS = 5  # of each run, for the progress bar
 INITIALIZING = 100  # images that a data-dependent initialization sees
-GAIN = math.sqrt(2 / (1 - 1 / math.pi))  # of ReLU: what it takes from the variance that standardized kernels see
+# of ReLU: what it takes from the variance that standardized kernels see
+GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 NEAR = 0.05  # rates whose accuracy is within so much of the best count as those that work
-# What each source reports of its substitute beside batch norm, or beside the normalization that it replaces.
+# What each source reports of its substitute beside batch norm, or beside the normalization that it
+# replaces.
 REPORTED = {
-    "none": ("Salimans & Kingma 2016, CIFAR-10", "learns more slowly than with batch norm, catches up late"),
+    "none": (
+        "Salimans & Kingma 2016, CIFAR-10",
+        "learns more slowly than with batch norm, catches up late",
+    ),
     "group": ("Wu & He 2018, ImageNet", "error 24.1%, batch norm's 23.6%"),
-    "weight norm": ("Salimans & Kingma 2016, CIFAR-10", "learns as fast as with batch norm, ends as well"),
-    "weight standardization": ("Brock et al. 2021, ImageNet", "competitive with the best with batch norm"),
+    "weight norm": (
+        "Salimans & Kingma 2016, CIFAR-10",
+        "learns as fast as with batch norm, ends as well",
+    ),
+    "weight standardization": (
+        "Brock et al. 2021, ImageNet",
+        "competitive with the best with batch norm",
+    ),
     "dynamic tanh": ("Zhu et al. 2025, ViT-B, ImageNet", "accuracy 82.5%, layer norm's 82.3%"),
 }
 
@@ -56,13 +67,16 @@ class Summary(NamedTuple):
 def units() -> dict[str, Unit]:
     """Returns the units: weight standardization with ReLU's gain, dynamic tanh with a slope that keeps signals alive.
 
-    Its paper's 0.5 is for residual branches. Here, one layer behind the other, it halves what goes through each.
+    Its paper's 0.5 is for residual branches. Here, one layer behind the other, it halves what goes
+    through each.
     """
     squashed = UNITS["dynamic tanh"]._replace(
         make=lambda kernel: nj.dynamic_tanh_init(kernel.shape[-1], alpha=1.0),
     )
     standardized = UNITS["weight standardization"]._replace(
-        make=lambda kernel: nj.weights.weight_standardization_init(kernel.shape[-1], scale_init=constant(GAIN))
+        make=lambda kernel: nj.weights.weight_standardization_init(
+            kernel.shape[-1], scale_init=constant(GAIN)
+        )
     )
     return UNITS | {"weight standardization": standardized, "dynamic tanh": squashed}
 
@@ -70,9 +84,14 @@ def units() -> dict[str, Unit]:
 class InitializingUnit(Unit):
     """Weight norm that finds scale and bias while a first batch goes through, and returns them as its statistics."""
 
-    def apply(self, params: Tree, batch_stats: Tree, x: Array, train: bool, *, stride: int = 1) -> tuple[Array, Tree]:
+    def apply(
+        self, params: Tree, batch_stats: Tree, x: Array, train: bool, *, stride: int = 1
+    ) -> tuple[Array, Tree]:
         """Returns the output, of mean 0 and variance 1, and the parameters that give it."""
-        at = lambda kernel: linear({"kernel": kernel}, x, stride)  # noqa: E731
+
+        def at(kernel):
+            return linear({"kernel": kernel}, x, stride)
+
         norm, _, bias = nj.weights.weight_norm_init_from_data(at, params["kernel"])
         params = params | {"norm": norm, "bias": bias}
         y, _ = super().apply(params, batch_stats, x, train, stride=stride)
@@ -81,7 +100,10 @@ class InitializingUnit(Unit):
 
 def initialized_from(images: Array, make: Callable[[Unit], Network]) -> Network:
     """Returns a network with weight norm whose scales and biases fit the images when it starts."""
-    network, initializing = make(UNITS["weight norm"]), make(InitializingUnit(*UNITS["weight norm"]))
+    network, initializing = (
+        make(UNITS["weight norm"]),
+        make(InitializingUnit(*UNITS["weight norm"])),
+    )
 
     def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
         params, batch_stats = network.init(key, image_shape, num_classes)
@@ -123,7 +145,9 @@ class WithoutBatch(Study):
         options = self.options
         images = data.selected(options)
         if options.batch_size > len(images.train_labels):
-            raise data.DataError(f"--batch-size {options.batch_size}: there are {len(images.train_labels)} examples")
+            raise data.DataError(
+                f"--batch-size {options.batch_size}: there are {len(images.train_labels)} examples"
+            )
         examples, known = training.examples(images, standardize=True), units()
         first, _ = examples[0].pick(jnp.arange(min(INITIALIZING, len(images.train_labels))))
 
@@ -139,10 +163,16 @@ class WithoutBatch(Study):
             return influence(trainer(name).network, start.params, start.batch_stats, first)
 
         def part(name: str, rate: float) -> Part:
-            work = lambda advance: self.train(trainer(name), rate, advance) | {"others": others(name)}  # noqa: E731
+            def work(advance):
+                return self.train(trainer(name), rate, advance) | {"others": others(name)}
+
             return Part(options.seeds * options.steps, work)
 
-        return {key(name, rate): part(name, rate) for name in options.norms for rate in options.learning_rates}
+        return {
+            key(name, rate): part(name, rate)
+            for name in options.norms
+            for rate in options.learning_rates
+        }
 
     def train(self, trainer: training.Trainer, rate: float, advance: Advance) -> dict[str, Any]:
         """Returns the accuracies of each seed after the last step."""
@@ -156,7 +186,9 @@ class WithoutBatch(Study):
 
     def curve(self, name: str, which: str) -> dict[float, float]:
         """The median accuracies, "training" or "test", by learning rate, as far as they are finished."""
-        results = {rate: self.results.get(key(name, rate)) for rate in sorted(self.options.learning_rates)}
+        results = {
+            rate: self.results.get(key(name, rate)) for rate in sorted(self.options.learning_rates)
+        }
         return {rate: median(result[which]) for rate, result in results.items() if result}
 
     def summaries(self) -> dict[str, Summary]:
@@ -167,7 +199,9 @@ class WithoutBatch(Study):
                 rate = max(test, key=test.__getitem__)
                 near = [rate for rate in test if test[rate] >= max(test.values()) - NEAR]
                 others = self.results[key(name, rate)]["others"]
-                found[name] = Summary(rate, self.curve(name, "training")[rate], test[rate], near, others)
+                found[name] = Summary(
+                    rate, self.curve(name, "training")[rate], test[rate], near, others
+                )
         return found
 
     def claims(self) -> Sequence[Claim]:
@@ -176,7 +210,11 @@ class WithoutBatch(Study):
         if not (batch := found.get("batch")):
             return []
         return [
-            Claim(f"{name} ({source})", reported, f"{found[name].test:.1%}, batch norm's {batch.test:.1%}")
+            Claim(
+                f"{name} ({source})",
+                reported,
+                f"{found[name].test:.1%}, batch norm's {batch.test:.1%}",
+            )
             for name, (source, reported) in REPORTED.items()
             if name in found
         ]

@@ -5,8 +5,8 @@
     python examples/train_resnet --devices 8                           # 8 simulated CPU devices
     python examples/train_resnet --processes 2                         # 2 processes here, over loopback
 
-The same command on every host of a TPU pod or of a Slurm job trains on all of them. To continue a run, give its command
-again.
+The same command on every host of a TPU pod or of a Slurm job trains on all of them. To continue a
+run, give its command again.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """Each process loads its part of every global batch, with grain.
 
-All order and all randomness is a function of the seed and of an example's position in the run, the number of examples
-before it. So the batches are the same ones however many processes load them, and to continue a run is to start at a
-position.
+All order and all randomness is a function of the seed and of an example's position in the run, the
+number of examples before it. So the batches are the same ones however many processes load them, and
+to continue a run is to start at a position.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from absl import flags
 
 from train_resnet.sources import Source
 
-Batch = dict[str, np.ndarray]  # image (batch, height, width, 3) uint8, label (batch,) int32, weight (batch,) float32
+# image (batch, height, width, 3) uint8, label (batch,) int32, weight (batch,) float32
+Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ class _Load(grain.transforms.Map):
 
 
 def _example(image: np.ndarray, label: int, weight: float) -> Batch:
-    return {"image": np.ascontiguousarray(image), "label": np.int32(label), "weight": np.float32(weight)}  # pyright: ignore
+    return {
+        "image": np.ascontiguousarray(image),
+        "label": np.int32(label),
+        "weight": np.float32(weight),
+    }  # pyright: ignore
 
 
 @lru_cache(maxsize=2)
@@ -67,7 +72,9 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(size)
 
 
-def training(source: Source, part: Part, seed: int, start: int, stop: int, workers: int) -> Iterator[Batch]:
+def training(
+    source: Source, part: Part, seed: int, start: int, stop: int, workers: int
+) -> Iterator[Batch]:
     """Yields this process's parts of the batches from one position in the run to another."""
     return _iterate(_Load(source, part, seed, start), (stop - start) // part.batch_size, workers)
 
@@ -84,4 +91,8 @@ def _iterate(load: _Load, batches: int, workers: int) -> Iterator[Batch]:
     if not workers:
         return iter(examples.to_iter_dataset(read))
     flags.FLAGS.mark_as_parsed()  # grain's own; with the values they have
-    return iter(examples.to_iter_dataset(read).mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers)))
+    return iter(
+        examples.to_iter_dataset(read).mp_prefetch(
+            grain.multiprocessing.MultiprocessingOptions(workers)
+        )
+    )

@@ -1,9 +1,10 @@
 """Checkpoints with Orbax: written in the background, seen only when whole, and checked before they are trusted.
 
-A checkpoint is a folder named by its step, with `state` (params, batch_stats, the optimizer's state) and `meta`: the
-position in the data, what the course of the training depends on, and a checksum of each array. Orbax writes under
-another name and renames at the end, so that a process that dies leaves no half of a checkpoint under the step's name;
-the checksums are for files that disks or people have cut off or changed since.
+A checkpoint is a folder named by its step, with `state` (params, batch_stats, the optimizer's
+state) and `meta`: the position in the data, what the course of the training depends on, and a
+checksum of each array. Orbax writes under another name and renames at the end, so that a process
+that dies leaves no half of a checkpoint under the step's name; the checksums are for files that
+disks or people have cut off or changed since.
 """
 
 from __future__ import annotations
@@ -44,8 +45,12 @@ class Checkpoints:
         if found["problem"] is not None:
             raise SetupError(found["problem"])
         self.step: int | None = found["step"]
-        kept = ocp.CheckpointManagerOptions(max_to_keep=options.keep, enable_async_checkpointing=True)
-        self.manager = ocp.CheckpointManager(self.folder, options=kept, item_names=("state", "meta"))
+        kept = ocp.CheckpointManagerOptions(
+            max_to_keep=options.keep, enable_async_checkpointing=True
+        )
+        self.manager = ocp.CheckpointManager(
+            self.folder, options=kept, item_names=("state", "meta")
+        )
         self._checksums = jax.jit(lambda state: jax.tree.map(_checksum, state))
 
     def restore(self) -> tuple[State, int]:
@@ -53,7 +58,8 @@ class Checkpoints:
         if self.step is None:
             return self.program.init(), 0
         items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(self.program.abstract_state()), meta=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(self.program.abstract_state()),
+            meta=ocp.args.JsonRestore(),
         )
         restored = self.manager.restore(self.step, args=items)
         return restored["state"], restored["meta"]["position"]
@@ -78,7 +84,9 @@ class Checkpoints:
         for path in sorted(self.folder.glob(f"*{TEMPORARY}*")):
             _warn(f"{path}: skipped: it was cut off while it was written")
             shutil.rmtree(path)
-        for step in sorted((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), reverse=True):
+        for step in sorted(
+            (int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), reverse=True
+        ):
             if (problem := self._problem(step)) is None:
                 return step
             _warn(f"{self.folder / str(step)}: skipped for the checkpoint before it: {problem}")
@@ -98,19 +106,31 @@ class Checkpoints:
         for name, value in self.options.course().items():
             if course.get(name) != value:
                 flag = f"--{name.replace('_', '-')}"
-                raise SetupError(f"{folder} was made with {flag} {course.get(name)}, not {value}; choose another --out")
+                raise SetupError(
+                    f"{folder} was made with {flag} {course.get(name)}, not {value}; choose another --out"
+                )
         try:
             state = _read(folder / "state", self.program.abstract_state())
         except Exception as error:  # of many kinds: whatever is wrong with the files
             return _first_line(error)
-        wrong = [name for name, value in _named(state).items() if checksums.get(name) != int(_checksum(value))]
-        return f"{len(wrong)} arrays are not as they were written, such as {wrong[0]}" if wrong else None
+        wrong = [
+            name
+            for name, value in _named(state).items()
+            if checksums.get(name) != int(_checksum(value))
+        ]
+        return (
+            f"{len(wrong)} arrays are not as they were written, such as {wrong[0]}"
+            if wrong
+            else None
+        )
 
 
 def _read(folder: Path, abstract: Any) -> Any:
     """Returns a state as NumPy arrays, read by this process alone."""
     alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="check"
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix="check",
     )
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     checkpointer = ocp.Checkpointer(handler, multiprocessing_options=alone)
@@ -124,7 +144,11 @@ def _read(folder: Path, abstract: Any) -> Any:
 def _checksum(leaf: Any) -> Any:
     """Returns a checksum of the bits of an array, on the device where that is (or by NumPy)."""
     xp = jnp if isinstance(leaf, jax.Array) else np
-    words = jax.lax.bitcast_convert_type(leaf, jnp.uint32) if xp is jnp else np.asarray(leaf).view(np.uint32)
+    words = (
+        jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+        if xp is jnp
+        else np.asarray(leaf).view(np.uint32)
+    )
     words = words.reshape(-1)
     odd = 2 * xp.arange(words.size, dtype=xp.uint32) + xp.uint32(1)
     return xp.sum(words * odd * xp.uint32(FACTOR), dtype=xp.uint32)
@@ -132,7 +156,8 @@ def _checksum(leaf: Any) -> Any:
 
 def _named(tree: Any) -> dict[str, Any]:
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 

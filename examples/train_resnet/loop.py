@@ -19,7 +19,8 @@ from train_resnet.runtime import Stop
 from train_resnet.sources import Sources
 from train_resnet.steps import Program, State, learning_rate
 
-LAG = 2  # steps that are dispatched before the results of one are read: the devices do not wait for Python
+# steps that are dispatched before the results of one are read: the devices do not wait for Python
+LAG = 2
 
 
 def run(options: Options, stop: Stop) -> int:
@@ -68,7 +69,13 @@ class Run:
     """One run, from its newest checkpoint on."""
 
     def __init__(self, options: Options, program: Program, data: Sources, steps: int, stop: Stop):
-        self.options, self.program, self.data, self.steps, self.stop = options, program, data, steps, stop
+        self.options, self.program, self.data, self.steps, self.stop = (
+            options,
+            program,
+            data,
+            steps,
+            stop,
+        )
         self.part = Part(options.batch_size, jax.process_index(), jax.process_count())
         self.checkpoints = Checkpoints(options, program)
         self.start = self.checkpoints.step or 0
@@ -84,9 +91,13 @@ class Run:
         self._greet()
         size, step = self.options.batch_size, self.start
         stop = position + (self.steps - step) * size
-        loaded = batches.training(self.data.train, self.part, self.options.seed, position, stop, self.options.workers)
+        loaded = batches.training(
+            self.data.train, self.part, self.options.seed, position, stop, self.options.workers
+        )
         for batch in loaded:
-            state, sums = self.program.train(state, self.program.place(batch | {"stop": self._votes()}))
+            state, sums = self.program.train(
+                state, self.program.place(batch | {"stop": self._votes()})
+            )
             step, position = step + 1, position + size
             self.pending.append(_Dispatched(step, sums))
             now = time.perf_counter()
@@ -105,7 +116,8 @@ class Run:
     def _votes(self) -> np.ndarray:
         """This process's vote to stop. It goes with the batch, and the sum of all comes back with the loss.
 
-        So all processes learn of a signal to one of them from the results of the same step, and stop after the same.
+        So all processes learn of a signal to one of them from the results of the same step, and
+        stop after the same.
         """
         votes = np.zeros(jax.local_device_count(), np.int32)
         votes[0] = self.stop.number is not None

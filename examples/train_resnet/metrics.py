@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Metrics:
@@ -19,16 +26,26 @@ class Metrics:
         self.console = Console(quiet=not active)
         if not active:
             return
-        from tensorboardX import SummaryWriter  # here, because this takes a second that no other process needs
+        # here, because this takes a second that no other process needs
+        from tensorboardX import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
         forget(self.path, start)
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         fields = TimeRemainingColumn(), TextColumn("{task.fields[shown]}")
-        self.progress = Progress(*columns, *fields, console=self.console, disable=not self.console.is_terminal)
-        self.task = self.progress.add_task("training", total=steps, completed=start, shown="compiling")
+        self.progress = Progress(
+            *columns, *fields, console=self.console, disable=not self.console.is_terminal
+        )
+        self.task = self.progress.add_task(
+            "training", total=steps, completed=start, shown="compiling"
+        )
         self.progress.start()
         self.last: tuple[int, float] | None = None
 
@@ -38,8 +55,11 @@ class Metrics:
             return
         if self.last is None:
             self.last = step, finished
-        elif finished > self.last[1]:  # else both were seen to be finished at once, and nothing is known of the second
-            values["images_per_second"] = (step - self.last[0]) * self.batch_size / (finished - self.last[1])
+        # else both were seen to be finished at once, and nothing is known of the second
+        elif finished > self.last[1]:
+            values["images_per_second"] = (
+                (step - self.last[0]) * self.batch_size / (finished - self.last[1])
+            )
             self.last = step, finished
         self._write(step, "train", values)
         shown = f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.1%}"
@@ -81,7 +101,11 @@ def forget(path: Path, start: int) -> None:
     """Drops lines after the step that a run goes on from: those steps are taken again."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if (read := _line(line)) and read["step"] <= start]
+    kept = [
+        line
+        for line in path.read_text().splitlines()
+        if (read := _line(line)) and read["step"] <= start
+    ]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in kept))
     os.replace(temporary, path)

@@ -83,7 +83,9 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         """Returns logits; in training the collection `batch_stats` has to be mutable."""
-        conv = partial(nn.Conv, use_bias=False, padding="SAME", kernel_init=he_normal, dtype=self.dtype)
+        conv = partial(
+            nn.Conv, use_bias=False, padding="SAME", kernel_init=he_normal, dtype=self.dtype
+        )
         norm = partial(
             BatchNorm,
             use_running_average=not train,
@@ -92,7 +94,9 @@ class ResNet(nn.Module):
             **self.sharing._asdict(),
         )
         small = max(x.shape[1:3]) <= SMALL
-        x = conv(self.width, (3, 3) if small else (7, 7), 1 if small else 2, name="stem")(x.astype(self.dtype))
+        x = conv(self.width, (3, 3) if small else (7, 7), 1 if small else 2, name="stem")(
+            x.astype(self.dtype)
+        )
         x = nn.relu(norm(name="stem_norm")(x))
         if not small:
             x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
@@ -100,6 +104,12 @@ class ResNet(nn.Module):
         for stage, blocks in enumerate(STAGES[self.network]):
             for i in range(blocks):
                 strides = 2 if stage > 0 and i == 0 else 1
-                x = block(self.width * 2**stage, strides, conv, norm, name=f"stage{stage + 1}_block{i + 1}")(x)
+                x = block(
+                    self.width * 2**stage,
+                    strides,
+                    conv,
+                    norm,
+                    name=f"stage{stage + 1}_block{i + 1}",
+                )(x)
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         return nn.Dense(self.classes, name="logits")(x)

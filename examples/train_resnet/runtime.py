@@ -26,7 +26,9 @@ from train_resnet.steps import AXIS, SetupError
 
 MISTAKE, LOST = 2, 3  # exit statuses
 ROOM = 8192  # bytes of what a process tells the others at the start
-ENDED = "was ended, by JAX's runtime as another process is gone (then it says so above), or by a signal"
+ENDED = (
+    "was ended, by JAX's runtime as another process is gone (then it says so above), or by a signal"
+)
 UNANSWERED = "stopped, as devices of another process do not answer, which may have died"
 APART = "not so; all processes need the same --coordinator and --process-count, and a --process-index of their own"
 AGAIN = "Start all processes again with the same command to go on from the last checkpoint"
@@ -57,12 +59,17 @@ class Stop:
 class LastWords:
     """A line that is printed if this process ends without taking it back.
 
-    JAX's runtime ends a process by itself, from C++, when another one is gone, and SIGKILL ends one without a word. So
-    a shell waits for the end of a pipe that ends with this process.
+    JAX's runtime ends a process by itself, from C++, when another one is gone, and SIGKILL ends one
+    without a word. So a shell waits for the end of a pipe that ends with this process.
     """
 
     def __init__(self, message: str):
-        command = ["sh", "-c", 'read -r end || printf "%s\\n" "$0" >&2', f"train_resnet: error: {message}"]
+        command = [
+            "sh",
+            "-c",
+            'read -r end || printf "%s\\n" "$0" >&2',
+            f"train_resnet: error: {message}",
+        ]
         self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def take_back(self) -> None:
@@ -118,7 +125,9 @@ def connect(options: Options) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", options.devices)
     join = partial(
-        jax.distributed.initialize, initialization_timeout=START, heartbeat_timeout_seconds=options.heartbeat
+        jax.distributed.initialize,
+        initialization_timeout=START,
+        heartbeat_timeout_seconds=options.heartbeat,
     )
     if options.coordinator is not None:
         where = f"process {options.process_index} of {options.process_count} meets the others at {options.coordinator}"
@@ -128,7 +137,10 @@ def connect(options: Options) -> None:
             join(options.coordinator, options.process_count, options.process_index)
         except (RuntimeError, ValueError) as error:
             words.take_back()
-            _leave(LOST, f"no connection to the coordinator, {options.coordinator}: {_first_line(error)}")
+            _leave(
+                LOST,
+                f"no connection to the coordinator, {options.coordinator}: {_first_line(error)}",
+            )
         words.take_back()
     elif options.distributed and options.devices is None:
         try:
@@ -136,14 +148,19 @@ def connect(options: Options) -> None:
         except ValueError as error:
             # No cluster that JAX knows: one process with all devices of this machine.
             if "coordinator_address" not in str(error):
-                _leave(MISTAKE, f"a cluster that is not described in full: {_first_line(error)} (or --no-distributed)")
+                _leave(
+                    MISTAKE,
+                    f"a cluster that is not described in full: {_first_line(error)} (or --no-distributed)",
+                )
 
 
 def mesh() -> Mesh:
     """Returns all devices in a row, those of a process together; raises SetupError where some have more than others."""
     counts = [len(jax.local_devices(process_index=index)) for index in range(jax.process_count())]
     if len(set(counts)) > 1:
-        raise SetupError(f"the processes have unequal numbers of devices: {', '.join(map(str, counts))}")
+        raise SetupError(
+            f"the processes have unequal numbers of devices: {', '.join(map(str, counts))}"
+        )
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices), (AXIS,))
 

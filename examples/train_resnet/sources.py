@@ -46,7 +46,9 @@ def load(options: Options) -> Sources:
     if options.data == "cifar10":
         images = data.load("cifar10", options.data_dir).limit(*limits)
         train = InMemory(images.train_images, images.train_labels, pad=4)
-        return Sources(train, InMemory(images.test_images, images.test_labels, pad=4), data.CLASSES, 32)
+        return Sources(
+            train, InMemory(images.test_images, images.test_labels, pad=4), data.CLASSES, 32
+        )
     classes = _folders(options.data_dir / "train")
     train = Folder(options.data_dir / "train", classes, limits[0], options.image_size)
     test = Folder(options.data_dir / "val", classes, limits[1], options.image_size)
@@ -70,7 +72,9 @@ class Synthetic:
         """Returns the example of that index; `rng` mirrors it or not."""
         own = np.random.default_rng((*self.seed, index))
         label = int(own.integers(len(self.patterns)))
-        image = self.patterns[label] + own.integers(-64, 64, (self.pixels, self.pixels, 3), dtype=np.int16)
+        image = self.patterns[label] + own.integers(
+            -64, 64, (self.pixels, self.pixels, 3), dtype=np.int16
+        )
         return _mirrored(image.astype(np.uint8), rng), label
 
 
@@ -101,7 +105,11 @@ class Folder:
         if (found := _folders(root)) != list(classes):
             odd = sorted(set(found) ^ set(classes))
             raise DataError(f"{root}: not the classes of the training images: {', '.join(odd[:5])}")
-        files = [(path, label) for label, name in enumerate(classes) for path in sorted((root / name).iterdir())]
+        files = [
+            (path, label)
+            for label, name in enumerate(classes)
+            for path in sorted((root / name).iterdir())
+        ]
         self.files = [(path, label) for path, label in files if path.suffix.lower() in SUFFIXES]
         if not self.files:
             raise DataError(f"{root}: no images in its folders ({', '.join(sorted(SUFFIXES))})")
@@ -123,7 +131,9 @@ class Folder:
         except (OSError, UnidentifiedImageError) as error:
             raise DataError(f"{path}: not an image that can be read: {error}") from error
         box = _central_box(image.size) if rng is None else _random_box(image.size, rng)
-        small = image.resize((self.pixels, self.pixels), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+        small = image.resize(
+            (self.pixels, self.pixels), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0
+        )
         return _mirrored(np.asarray(small), rng), label
 
 
@@ -141,11 +151,16 @@ def _mirrored(image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
     return image[:, ::-1] if rng is not None and rng.random() < 0.5 else image
 
 
-def _random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, float, float, float]:
+def _random_box(
+    size: tuple[int, int], rng: np.random.Generator
+) -> tuple[float, float, float, float]:
     """Returns a part of 8% to 100% of the area, its sides 3:4 to 4:3 (Szegedy et al. 2015)."""
     width, height = size
     for _ in range(10):
-        area, ratio = width * height * rng.uniform(0.08, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        area, ratio = (
+            width * height * rng.uniform(0.08, 1),
+            np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3))),
+        )
         w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
         if w <= width and h <= height:
             left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)

@@ -36,8 +36,8 @@ class SetupError(Exception):
 def sharing(options: Options, devices: int) -> Sharing:
     """Returns how `--norm-group` examples share statistics; raises SetupError where they do not partition the batch.
 
-    Groups larger than what a device has are groups of devices, smaller ones are slices of its examples: the statistics
-    are the same on any number of devices.
+    Groups larger than what a device has are groups of devices, smaller ones are slices of its
+    examples: the statistics are the same on any number of devices.
     """
     batch, group = options.batch_size, options.norm_group
     if batch % devices:
@@ -79,13 +79,23 @@ class Program:
     def __init__(self, options: Options, mesh: Mesh, classes: int, steps: int, image_size: int):
         self.options, self.mesh, self.image_size = options, mesh, image_size
         self.model = ResNet(
-            options.network, options.width, classes, sharing(options, mesh.size), options.momentum, options.dtype
+            options.network,
+            options.width,
+            classes,
+            sharing(options, mesh.size),
+            options.momentum,
+            options.dtype,
         )
         self.optimizer = optimizer(options, steps)
         self.whole, self.split = NamedSharding(mesh, WHOLE), NamedSharding(mesh, SPLIT)
-        mapped = jax.shard_map(self._train, mesh=mesh, in_specs=(WHOLE, SPLIT), out_specs=(WHOLE, WHOLE))
-        self.train: Callable[[State, Any], tuple[State, dict[str, Array]]] = jax.jit(mapped, donate_argnums=0)
-        # Evaluation touches no axis: plain jit, and the sums over sharded examples are those of all.
+        mapped = jax.shard_map(
+            self._train, mesh=mesh, in_specs=(WHOLE, SPLIT), out_specs=(WHOLE, WHOLE)
+        )
+        self.train: Callable[[State, Any], tuple[State, dict[str, Array]]] = jax.jit(
+            mapped, donate_argnums=0
+        )
+        # Evaluation touches no axis: plain jit, and the sums over sharded examples are those of
+        # all.
         self.evaluate = jax.jit(self._evaluate, out_shardings=self.whole)
 
     def init(self) -> State:
@@ -95,28 +105,38 @@ class Program:
     def abstract_state(self) -> State:
         """Returns the shapes, dtypes and shardings of a state."""
         shapes = jax.eval_shape(self._init, jax.random.key(0))
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.whole), shapes)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.whole), shapes
+        )
 
     def place(self, batch: Any) -> Any:
         """Returns this process's rows as part of global arrays."""
-        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(self.split, rows), batch)
+        return jax.tree.map(
+            lambda rows: jax.make_array_from_process_local_data(self.split, rows), batch
+        )
 
     def _init(self, key: Array) -> State:
         image = jnp.zeros((1, self.image_size, self.image_size, 3), self.options.dtype)
         variables = self.model.init(key, image, train=False)
         params = variables["params"]
-        return State(jnp.zeros((), jnp.int32), params, variables["batch_stats"], self.optimizer.init(params))
+        return State(
+            jnp.zeros((), jnp.int32), params, variables["batch_stats"], self.optimizer.init(params)
+        )
 
     def _train(self, state: State, batch: Any) -> tuple[State, dict[str, Array]]:
         """A device's share of a step. Where it is typed as the same on all devices, JAX has summed a gradient."""
 
         def loss(params: Any) -> tuple[Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updates = self.model.apply(variables, self._pixels(batch), train=True, mutable=["batch_stats"])
+            logits, updates = self.model.apply(
+                variables, self._pixels(batch), train=True, mutable=["batch_stats"]
+            )
             losses = _losses(logits, batch["label"], self.options.label_smoothing)
             return losses.sum() / self.options.batch_size, (logits, updates["batch_stats"])
 
-        (value, (logits, batch_stats)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        (value, (logits, batch_stats)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            state.params
+        )
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         right = jnp.sum(logits.argmax(-1) == batch["label"]) / self.options.batch_size
@@ -135,7 +155,11 @@ class Program:
         weight = batch["weight"]
         losses = _losses(logits, batch["label"], 0.0)
         right = logits.argmax(-1) == batch["label"]
-        return {"loss": jnp.sum(losses * weight), "accuracy": jnp.sum(right * weight), "examples": weight.sum()}
+        return {
+            "loss": jnp.sum(losses * weight),
+            "accuracy": jnp.sum(right * weight),
+            "examples": weight.sum(),
+        }
 
     def _pixels(self, batch: Any) -> Array:
         return ((batch["image"].astype(jnp.float32) - MEAN) / STD).astype(self.options.dtype)

@@ -14,7 +14,8 @@ def haiku_momentum(decay_rate: float, count: ArrayLike) -> Float[Array, ""]:
 
     .. math:: m = \frac{d (1 - d^t)}{1 - d^{t + 1}}
 
-    with d the decay rate and t the number of steps so far. Where t is large that is d; where it is 0, it is 0.
+    with d the decay rate and t the number of steps so far. Where t is large that is d; where it is
+    0, it is 0.
 
     Args:
       decay_rate: of `hk.BatchNorm`, from 0 to less than 1.
@@ -45,7 +46,7 @@ def haiku_momentum(decay_rate: float, count: ArrayLike) -> Float[Array, ""]:
 def check_decay_rate(function: str, decay_rate: float) -> None:
     """Refuses one that Haiku cannot correct its averages for."""
     if not 0 <= decay_rate < 1:
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "decay_rate is out of range",
             expected="0 <= decay_rate < 1",

@@ -12,16 +12,19 @@ def keras_settings(layer: KerasLayer) -> dict[str, Any]:
     """Returns the keyword arguments with which the normjax function computes what this Keras layer does.
 
     Args:
-      layer: a BatchNormalization, LayerNormalization, RMSNormalization, GroupNormalization or SpectralNormalization.
+      layer: a BatchNormalization, LayerNormalization, RMSNormalization, GroupNormalization or
+        SpectralNormalization.
 
     Returns:
-      For `batch_norm`: `feature_axes`, `momentum`, `epsilon`; the running variance is the biased one, as by default.
-      For `layer_norm` and `rms_norm`: `reduction_axes`, `feature_axes`, `epsilon`. For `group_norm`: `feature_axes`,
+      For `batch_norm`: `feature_axes`, `momentum`, `epsilon`; the running variance is the biased
+        one, as by default.
+      For `layer_norm` and `rms_norm`: `reduction_axes`, `feature_axes`, `epsilon`. For
+        `group_norm`: `feature_axes`,
       `num_groups`, `epsilon`. For `weights.spectral_norm`: `n_steps`.
 
     Raises:
-      TypeError: for a layer of another kind. ValueError: for one that computes something else (`renorm=True`,
-        `rms_scaling=True`).
+      TypeError: for a layer of another kind. ValueError: for one that computes something else
+        (`renorm=True`, `rms_scaling=True`).
 
     Example:
       >>> import os
@@ -32,7 +35,7 @@ def keras_settings(layer: KerasLayer) -> dict[str, Any]:
     """
     for option in ("renorm", "rms_scaling"):
         if getattr(layer, option, False):
-            _checks.refuse(
+            _checks.raise_error(
                 "keras_settings",
                 f"{option}=True computes what no setting of normjax does",
                 expected=f"{option}=False",
@@ -47,15 +50,22 @@ def _of(layer: Any) -> dict[str, Any]:
     classes = {kind.__name__ for kind in type(layer).__mro__}
     if "SpectralNormalization" in classes:
         return {"n_steps": layer.power_iterations}
-    if classes & {"BatchNormalization", "LayerNormalization", "RMSNormalization", "GroupNormalization"}:
+    if classes & {
+        "BatchNormalization",
+        "LayerNormalization",
+        "RMSNormalization",
+        "GroupNormalization",
+    }:
         axis = layer.axis if isinstance(layer.axis, int) else tuple(layer.axis)
         settings: dict[str, Any] = {"feature_axes": axis, "epsilon": layer.epsilon}
         if "BatchNormalization" in classes:
             return settings | {"momentum": layer.momentum}
         if "GroupNormalization" in classes:
-            return settings | ({"group_size": 1} if layer.groups == -1 else {"num_groups": layer.groups})
+            return settings | (
+                {"group_size": 1} if layer.groups == -1 else {"num_groups": layer.groups}
+            )
         return settings | {"reduction_axes": axis}
-    _checks.refuse(
+    _checks.raise_error(
         "keras_settings",
         "the layer is none that normjax has a function for",
         expected="a Batch-, Layer-, RMS-, Group- or SpectralNormalization",

@@ -40,7 +40,7 @@ def read_mapping(function: str, source: Any) -> Arrays:
     if isinstance(source, str | os.PathLike):
         return _read_file(function, os.fspath(source))
     if not isinstance(source, Mapping):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "the source holds no arrays",
             expected="a mapping from names to arrays, the path of a .safetensors file, or the library's own object",
@@ -60,7 +60,7 @@ def to_numpy(function: str, key: str, value: Any) -> np.ndarray:
         return value.numpy().copy()
     value = np.asarray(value)
     if value.dtype == object or value.dtype.kind in "USM":
-        _checks.refuse(
+        _checks.raise_error(
             function,
             f"{key!r} is not an array",
             expected="numbers",
@@ -73,7 +73,7 @@ def to_numpy(function: str, key: str, value: Any) -> np.ndarray:
 
 def _read_file(function: str, path: str) -> Arrays:
     if not path.endswith(".safetensors"):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "the file is of another kind",
             expected="a path that ends in .safetensors",
@@ -95,7 +95,7 @@ def conform(function: str, state: Arrays, expected: Mapping[str, np.ndarray]) ->
     extra = [key for key in state if key not in expected]
     missing = [key for key in expected if key not in state]
     if extra or missing:
-        _checks.refuse(
+        _checks.raise_error(
             function,
             f"{(extra + missing)[0]!r} is in {'params and batch_stats' if extra else '`like`'} alone",
             expected=f"the {len(expected)} keys of `like`",
@@ -104,7 +104,7 @@ def conform(function: str, state: Arrays, expected: Mapping[str, np.ndarray]) ->
         )
     for key, wanted in expected.items():
         if state[key].shape != wanted.shape:
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"{key!r} has the wrong shape",
                 expected=f"shape {wanted.shape}, as in `like`",

@@ -18,7 +18,11 @@ def to_kernel(weight: np.ndarray) -> np.ndarray:
 def from_kernel(kernel: np.ndarray) -> np.ndarray:
     """From `(*window, in, out)` to `(out, in, *window)`."""
     rank = kernel.ndim
-    return np.ascontiguousarray(kernel.transpose(rank - 1, rank - 2, *range(rank - 2))) if rank > 1 else kernel
+    return (
+        np.ascontiguousarray(kernel.transpose(rank - 1, rank - 2, *range(rank - 2)))
+        if rank > 1
+        else kernel
+    )
 
 
 def norms(function: str, weight: np.ndarray, scale: Leaf) -> np.ndarray:
@@ -27,7 +31,9 @@ def norms(function: str, weight: np.ndarray, scale: Leaf) -> np.ndarray:
     if scale.value.ndim == 0:
         return scale.value
     if scale.value.ndim > 1 or size not in weight.shape:
-        _misfit(function, scale, f"({', '.join(map(str, sorted(set(weight.shape))))}) or ()", weight)
+        _misfit(
+            function, scale, f"({', '.join(map(str, sorted(set(weight.shape))))}) or ()", weight
+        )
     axis = weight.shape.index(size)
     return scale.value.reshape([-1 if other == axis else 1 for other in range(rank)])
 
@@ -37,23 +43,35 @@ def power_iteration(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What normjax keeps of PyTorch's singular vectors: the one that the next step starts from, and sigma.
 
-    The hook of `torch.nn.utils.spectral_norm` takes v from u and then u from v; the parametrization does the opposite.
-    normjax does the first; with the other axes of the kernel as `feature_axes` its u is PyTorch's v, and it does the
-    second. So u and v change places, unless `size`, how many elements are wanted, says otherwise.
+    The hook of `torch.nn.utils.spectral_norm` takes v from u and then u from v; the parametrization
+    does the opposite. normjax does the first; with the other axes of the kernel as `feature_axes`
+    its u is PyTorch's v, and it does the second. So u and v change places, unless `size`, how many
+    elements are wanted, says otherwise.
     """
-    readings = [rows for axis in (0, 1) if (rows := _rows(weight, axis)).shape == (u.value.size, v.value.size)]
+    readings = [
+        rows
+        for axis in (0, 1)
+        if (rows := _rows(weight, axis)).shape == (u.value.size, v.value.size)
+    ]
     if not readings:
         _misfit(function, u, f"and {v.key!r} one, of the kernel's rows and columns", weight)
     sigma = max((u.value @ rows @ v.value for rows in readings), key=abs)
-    from_v = u.key.endswith("._u") if size is None or size == u.value.size == v.value.size else size == v.value.size
+    from_v = (
+        u.key.endswith("._u")
+        if size is None or size == u.value.size == v.value.size
+        else size == v.value.size
+    )
     vector = _window_first(v.value, weight.shape) if from_v else u.value
     return vector[None], sigma
 
 
-def singular_vectors(function: str, weight: np.ndarray, known: Leaf, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
+def singular_vectors(
+    function: str, weight: np.ndarray, known: Leaf, axis: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     """PyTorch's u and v, from the one that normjax keeps; `axis` is that of the rows, where it is known.
 
-    If the shapes leave open which of the two it is, or along which axis (0, in transposed convolutions 1), it is what
+    If the shapes leave open which of the two it is, or along which axis (0, in transposed
+    convolutions 1), it is what
     is stretched the most: it is near a singular vector.
     """
     vector = known.value.reshape(-1)
@@ -91,7 +109,7 @@ def _window_last(v: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _misfit(function: str, leaf: Leaf, expected: str, weight: np.ndarray) -> None:
-    _checks.refuse(
+    _checks.raise_error(
         function,
         f"{leaf.key!r} does not fit its kernel",
         expected=f"shape {expected}",

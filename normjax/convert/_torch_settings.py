@@ -12,15 +12,17 @@ def torch_settings(module: TorchModule) -> dict[str, Any]:
     """Returns the keyword arguments with which the normjax function computes what this PyTorch layer does.
 
     Args:
-      module: a BatchNorm, SyncBatchNorm, LayerNorm, RMSNorm, GroupNorm or InstanceNorm, or a layer under weight_norm
-        or spectral_norm.
+      module: a BatchNorm, SyncBatchNorm, LayerNorm, RMSNorm, GroupNorm or InstanceNorm, or a layer
+        under weight_norm or spectral_norm.
 
     Returns:
-      For `batch_norm`: `feature_axes=1`, `epsilon`, `momentum`, the complement of PyTorch's (None stays None: the mean
-      over all batches), and `running_var="unbiased"`. For `layer_norm` and `rms_norm`: `reduction_axes`,
-      `feature_axes`, `epsilon`. For `group_norm` and `instance_norm`: `feature_axes=1`, `epsilon`, and the former's
-      `num_groups`. For `weights.weight_norm` and `weights.spectral_norm`: `feature_axes` of the kernel as `from_torch`
-      lays it out, `epsilon`, and the latter's `n_steps`. Where x has its features last, replace `feature_axes=1` by -1.
+      For `batch_norm`: `feature_axes=1`, `epsilon`, `momentum`, the complement of PyTorch's (None
+        stays None: the mean
+      over all batches), and `running_var="unbiased"`. For `layer_norm` and `rms_norm`:
+      `reduction_axes`, `feature_axes`, `epsilon`. For `group_norm` and `instance_norm`:
+      `feature_axes=1`, `epsilon`, and the former's `num_groups`. For `weights.weight_norm` and
+      `weights.spectral_norm`: `feature_axes` of the kernel as `from_torch` lays it out, `epsilon`,
+        and the latter's `n_steps`. Where x has its features last, replace `feature_axes=1` by -1.
 
     Raises:
       TypeError: for a module of another kind.
@@ -39,7 +41,12 @@ def _of_activations(module: Any) -> dict[str, Any]:
     classes = class_names(module)
     if "_BatchNorm" in classes:
         momentum = None if module.momentum is None else 1 - module.momentum
-        return {"feature_axes": 1, "momentum": momentum, "epsilon": module.eps, "running_var": "unbiased"}
+        return {
+            "feature_axes": 1,
+            "momentum": momentum,
+            "epsilon": module.eps,
+            "running_var": "unbiased",
+        }
     if "_InstanceNorm" in classes:
         return {"feature_axes": 1, "epsilon": module.eps}
     if "GroupNorm" in classes:
@@ -49,7 +56,7 @@ def _of_activations(module: Any) -> dict[str, Any]:
         # torch.nn.RMSNorm's default is the machine epsilon of x.
         epsilon = 2.0**-23 if module.eps is None else module.eps
         return {"reduction_axes": axes, "feature_axes": axes, "epsilon": epsilon}
-    _checks.refuse(
+    _checks.raise_error(
         "torch_settings",
         "the module is none that normjax has a layer for",
         expected="a BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm, or weight_norm or spectral_norm of a layer",
@@ -70,7 +77,12 @@ def weight_normalization(module: Any) -> Any:
     found = [*parametrizations["weight"]] if "weight" in parametrizations else []
     found += getattr(module, "_forward_pre_hooks", {}).values()
     return next(
-        (each for each in found if type(each).__name__.removeprefix("_") in ("WeightNorm", "SpectralNorm")), None
+        (
+            each
+            for each in found
+            if type(each).__name__.removeprefix("_") in ("WeightNorm", "SpectralNorm")
+        ),
+        None,
     )
 
 
@@ -82,10 +94,15 @@ def _of_weights(module: Any) -> dict[str, Any] | None:
     axis = _axis(normalization.dim)
     if not hasattr(normalization, "n_power_iterations"):
         return {"feature_axes": axis, "epsilon": 0.0}
-    if type(normalization).__name__ == "_SpectralNorm":  # the parametrization, whose iteration starts from v
+    # the parametrization, whose iteration starts from v
+    if type(normalization).__name__ == "_SpectralNorm":
         rank = module.parametrizations["weight"].original.ndim
         axis = tuple(other for other in range(-rank, 0) if other != axis)
-    return {"feature_axes": axis, "n_steps": normalization.n_power_iterations, "epsilon": normalization.eps}
+    return {
+        "feature_axes": axis,
+        "n_steps": normalization.n_power_iterations,
+        "epsilon": normalization.eps,
+    }
 
 
 def _axis(dim: int | None) -> int | tuple[()]:

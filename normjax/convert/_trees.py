@@ -41,7 +41,7 @@ def flatten(function: str, name: str, tree: Any) -> dict[Path, Any]:
             for part, inner in tree.items():
                 yield from walk((*path, str(part)), inner)
         elif path == () or not hasattr(tree, "shape"):
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"{'/'.join((name, *path))} is not a {'tree' if path == () else 'leaf'}",
                 expected="nested dicts of arrays",
@@ -50,7 +50,7 @@ def flatten(function: str, name: str, tree: Any) -> dict[Path, Any]:
                 kind=TypeError,
             )
         elif isinstance(tree, Tracer):
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"{'/'.join((name, *path))} is traced, and conversions are made of values",
                 expected="arrays",
@@ -88,17 +88,21 @@ def put_together(function: str, leaves: Leaves, like: Any, key_of: Callable[[Pat
     dtypes: dict[Path, Any] = {}
     if like is not None:
         wanted = expectation(function, like)
-        leaves = {path: leaf for path, leaf in leaves.items() if path in wanted or path[-1] != "count"}
+        leaves = {
+            path: leaf for path, leaf in leaves.items() if path in wanted or path[-1] != "count"
+        }
         match(function, leaves, wanted, key_of)
         dtypes = {path: value.dtype for path, value in wanted.items()}
-    trees = nest({path: _as_jax(path, leaf.value, dtypes.get(path)) for path, leaf in leaves.items()})
+    trees = nest(
+        {path: _as_jax(path, leaf.value, dtypes.get(path)) for path, leaf in leaves.items()}
+    )
     return trees.get("params", {}), trees.get("batch_stats", {})
 
 
 def expectation(function: str, like: Any) -> dict[Path, Any]:
     """Returns the leaves of `like`, a pair of trees, by path."""
     if not (isinstance(like, tuple | list) and len(like) == 2):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "like is not a pair of trees",
             expected="(params, batch_stats)",
@@ -116,9 +120,15 @@ def expectation(function: str, like: Any) -> dict[Path, Any]:
 def _as_jax(path: Path, value: Any, dtype: Any) -> Any:
     """In the dtype asked for, or that layers keep: counts int32, statistics at least float32, all else as it is."""
     if path[-1] == "count":
-        return jnp.asarray(np.minimum(value, np.iinfo(np.int32).max), jnp.int32 if dtype is None else dtype)
+        return jnp.asarray(
+            np.minimum(value, np.iinfo(np.int32).max), jnp.int32 if dtype is None else dtype
+        )
     array = jnp.asarray(value, dtype)
-    return array.astype(promote(array.dtype, jnp.float32)) if dtype is None and path[0] == "batch_stats" else array
+    return (
+        array.astype(promote(array.dtype, jnp.float32))
+        if dtype is None and path[0] == "batch_stats"
+        else array
+    )
 
 
 def match(
@@ -133,7 +143,7 @@ def match(
     for path in wanted:
         if path not in leaves:
             beside = sorted(leaf.key for other, leaf in leaves.items() if other[1:-1] == path[1:-1])
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"{key_of(path)!r} is missing",
                 expected=f"a leaf for {'/'.join(path)} of {whose}",
@@ -143,7 +153,7 @@ def match(
     for path, leaf in leaves.items():
         if path not in wanted:
             beside = sorted("/".join(other) for other in wanted if other[1:-1] == path[1:-1])
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"{leaf.key!r} has no counterpart",
                 expected=f"leaves of {whose}, such as {beside or sorted('/'.join(other) for other in wanted)[:3]}",
@@ -165,7 +175,8 @@ def modules_of(leaves: Leaves) -> dict[Path, dict[str, Leaf]]:
 def check(function: str, leaves: Leaves, key_of: Callable[[Path], str] = "/".join) -> None:
     """Refuses modules whose leaves do not fit together, and statistics that cannot be any."""
     for path, leaf in leaves.items():
-        name = path[-1].rpartition("/")[-1]  # linen's wrappers have names such as "layer_instance/kernel/u"
+        # linen's wrappers have names such as "layer_instance/kernel/u"
+        name = path[-1].rpartition("/")[-1]
         if name in STATISTICS and path[0] == "batch_stats":
             _check_statistics(function, name, leaf)
     for path, module in modules_of(leaves).items():
@@ -176,7 +187,7 @@ def check(function: str, leaves: Leaves, key_of: Callable[[Path], str] = "/".joi
 
 def refuse_unknown(function: str, leaf: Leaf, known: Iterable[str]) -> NoReturn:
     """Refuses a leaf that the other library, or normjax, has no place for, rather than leave it out."""
-    _checks.refuse(
+    _checks.raise_error(
         function,
         f"{leaf.key!r} has no counterpart",
         expected=f"leaves among {list(known)}",
@@ -185,11 +196,13 @@ def refuse_unknown(function: str, leaf: Leaf, known: Iterable[str]) -> NoReturn:
     )
 
 
-def _check_complete(function: str, path: Path, module: dict[str, Leaf], key_of: Callable[[Path], str]) -> None:
+def _check_complete(
+    function: str, path: Path, module: dict[str, Leaf], key_of: Callable[[Path], str]
+) -> None:
     for pair in TOGETHER:
         absent = [name for name in pair if name not in module]
         if len(absent) == 1:
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"{key_of(('batch_stats', *path, absent[0]))!r} is missing",
                 expected=f"{' and '.join(pair)} together",
@@ -205,7 +218,7 @@ def _check_shapes(function: str, leaves: list[Leaf]) -> None:
 
 
 def _wrong_shape(function: str, leaf: Leaf, expected: str) -> None:
-    _checks.refuse(
+    _checks.raise_error(
         function,
         f"{leaf.key!r} has the wrong shape",
         expected=f"shape {expected}",
@@ -216,10 +229,12 @@ def _wrong_shape(function: str, leaf: Leaf, expected: str) -> None:
 
 def _check_statistics(function: str, name: str, leaf: Leaf) -> None:
     value = np.asarray(leaf.value)
-    bad = ~np.isfinite(value.astype(np.complex128)) | ((np.real(value) < 0) & (name in ("var", "count")))
+    bad = ~np.isfinite(value.astype(np.complex128)) | (
+        (np.real(value) < 0) & (name in ("var", "count"))
+    )
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
-        _checks.refuse(
+        _checks.raise_error(
             function,
             f"{leaf.key!r} holds what no statistics can be",
             expected="finite values" + (" of at least 0" if name in ("var", "count") else ""),

@@ -29,21 +29,25 @@ def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
     | `layer_instance/kernel/scale` of WeightNorm and WeightStandardization | `scales` |
     | `layer_instance/kernel/u`, `.../sigma` of SpectralNorm | `batch_stats` |
 
-    A layer that a compact method wraps is beside its wrapper in linen (`Dense_0`, and `Dense_0/kernel/u`), and inside
-    it in nnx: that is settled, too. All holds for normjax's layers and for Flax's. If names differ, rename keys of the
+    A layer that a compact method wraps is beside its wrapper in linen (`Dense_0`, and
+    `Dense_0/kernel/u`), and inside
+    it in nnx: that is settled, too. All holds for normjax's layers and for Flax's. If names differ,
+      rename keys of the
     variables first.
 
     Args:
-      variables: as linen's init returned them; a dict of collections. Metadata of sharding is left to the nnx model.
-      model: with the variables that the state is for; `nnx.eval_shape` makes one without arrays. It is not changed.
+      variables: as linen's init returned them; a dict of collections. Metadata of sharding is left
+        to the nnx model.
+      model: with the variables that the state is for; `nnx.eval_shape` makes one without arrays. It
+        is not changed.
 
     Returns:
-      An `nnx.State` for `nnx.update`, with JAX arrays in the dtypes of the model. Keys and counts of random numbers are
-      not in it, so those of the model stay.
+      An `nnx.State` for `nnx.update`, with JAX arrays in the dtypes of the model. Keys and counts
+      of random numbers are not in it, so those of the model stay.
 
     Raises:
-      ValueError, TypeError: for variables that the model has and linen has not, or the other way, or of other shapes,
-        and statistics that are not finite; each names the leaf.
+      ValueError, TypeError: for variables that the model has and linen has not, or the other way,
+        or of other shapes, and statistics that are not finite; each names the leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -70,26 +74,35 @@ def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
     match(function, leaves, wanted, whose="the model")
     values = {path: jnp.asarray(leaves[path].value, wanted[path].dtype) for path in targets}
     return nnx.from_flat_state(
-        (path, variable.replace(values[linen]) if isinstance(variable, nnx.Variable) else values[linen])
+        (
+            path,
+            variable.replace(values[linen])
+            if isinstance(variable, nnx.Variable)
+            else values[linen],
+        )
         for linen, (path, variable) in targets.items()
     )
 
 
-def nnx_to_linen(model: nnx.Module | nnx.State, *, like: Mapping[str, Any] | None = None) -> dict[str, Tree]:
+def nnx_to_linen(
+    model: nnx.Module | nnx.State, *, like: Mapping[str, Any] | None = None
+) -> dict[str, Tree]:
     """Returns linen's variables with the values of an nnx model.
 
     The inverse of `linen_to_nnx`, where the names are told.
 
     Args:
       model: an nnx model, or its state. Keys and counts of random numbers are left out.
-      like: variables as linen's init returned them: the result has their structure, shapes and dtypes, or there is an
-        error. Needed for a scale of several axes, which nnx keeps flat, and for layers that compact methods wrap.
+      like: variables as linen's init returned them: the result has their structure, shapes and
+        dtypes, or there is an error. Needed for a scale of several axes, which nnx keeps flat, and
+        for layers that compact methods wrap.
 
     Returns:
       A dict of collections, of JAX arrays.
 
     Raises:
-      ValueError, TypeError: for leaves that do not fit `like`, and statistics that are not finite; each names the leaf.
+      ValueError, TypeError: for leaves that do not fit `like`, and statistics that are not finite;
+        each names the leaf.
 
     Example:
       >>> import normjax as nj
@@ -114,7 +127,10 @@ def nnx_to_linen(model: nnx.Module | nnx.State, *, like: Mapping[str, Any] | Non
         match(function, leaves, wanted)
     check(function, leaves)
     return nest(
-        {path: jnp.asarray(leaf.value, wanted[path].dtype if wanted else None) for path, leaf in leaves.items()}
+        {
+            path: jnp.asarray(leaf.value, wanted[path].dtype if wanted else None)
+            for path, leaf in leaves.items()
+        }
     )
 
 
@@ -137,7 +153,7 @@ def _collection(function: str, path: tuple[Any, ...], variable: Any) -> str:
     if isinstance(variable, nnx.Variable):
         return variablelib.variable_name_from_type(type(variable))
     if "scales" not in path:  # which Flax's WeightNorm keeps as plain arrays
-        _checks.refuse(
+        _checks.raise_error(
             function,
             f"{'/'.join(map(str, path))} has no type, which names its collection",
             expected="a state of nnx.Variable, such as nnx.state(model)",
@@ -157,7 +173,8 @@ def _linen_path(path: tuple[Any, ...]) -> Path:
     for i, part in enumerate(path):
         if isinstance(part, int):
             parts[-1:] = [f"{parts[-1]}_{part}" if parts else str(part)]
-        elif isinstance(part, tuple):  # of a wrapper: ("scales", ("kernel",)), ("batch_stats", ("kernel", "u"))
+        # of a wrapper: ("scales", ("kernel",)), ("batch_stats", ("kernel", "u"))
+        elif isinstance(part, tuple):
             inside = (*part, "scale") if path[i - 1] == "scales" else part
             parts[-1:] = ["/".join(("layer_instance", *map(str, inside)))]
         else:
@@ -168,11 +185,13 @@ def _linen_path(path: tuple[Any, ...]) -> Path:
 def _adopted(paths: Iterable[Path]) -> dict[Path, Path]:
     """Where variables of linen are if each wrapper has its layer inside, as `layer_instance`.
 
-    That is so where `setup` makes it. In a compact method the layer is beside its wrapper, under a name of its own:
-    "Dense_0" beside "WeightNorm_0", which has the leaf "Dense_0/kernel/scale".
+    That is so where `setup` makes it. In a compact method the layer is beside its wrapper, under a
+    name of its own: "Dense_0" beside "WeightNorm_0", which has the leaf "Dense_0/kernel/scale".
     """
     paths = list(paths)
-    owners: dict[Path, Path] = {(*path[1:-2], path[-1].split("/")[0]): path[1:-1] for path in paths if "/" in path[-1]}
+    owners: dict[Path, Path] = {
+        (*path[1:-2], path[-1].split("/")[0]): path[1:-1] for path in paths if "/" in path[-1]
+    }
 
     def inside(path: Path) -> Path:
         if "/" in path[-1]:

@@ -35,7 +35,9 @@ TREES = ("params", "state")
 FORGOTTEN = 2**30  # a counter after which nothing is left of the start: decay_rate**FORGOTTEN is 0
 
 
-def from_haiku(params: Mapping[str, Any], state: Mapping[str, Any], *, like: tuple[Tree, Tree] | None = None) -> Trees:
+def from_haiku(
+    params: Mapping[str, Any], state: Mapping[str, Any], *, like: tuple[Tree, Tree] | None = None
+) -> Trees:
     """Returns `params` and `batch_stats` with the weights of Haiku's params and state.
 
     | Haiku | normjax |
@@ -49,22 +51,23 @@ def from_haiku(params: Mapping[str, Any], state: Mapping[str, Any], *, like: tup
     Both trees have an entry for each module, by Haiku's name of it (`"net/~/batch_norm"`).
 
     Haiku corrects its averages for their start at zero: what it keeps, `hidden`, is `average * (1 -
-    decay_rate**counter)`. The average is the running statistic; that training goes on as in Haiku takes the momentum of
-    `haiku_momentum`.
+    decay_rate**counter)`. The average is the running statistic; that training goes on as in Haiku
+    takes the momentum of `haiku_momentum`.
 
     Args:
       params: Haiku's.
       state: Haiku's.
-      like: `(params, batch_stats)` by Haiku's names of modules, each as the init function of its layer returned it: the
-        result has this structure, these shapes and these dtypes, or there is an error. `count` is left out where it has
+      like: `(params, batch_stats)` by Haiku's names of modules, each as the init function of its
+        layer returned it: the result has this structure, these shapes and these dtypes, or there is
+          an error. `count` is left out where it has
         none.
 
     Returns:
       `params` and `batch_stats`, JAX arrays, with the axes of size 1 that Haiku keeps left out.
 
     Raises:
-      ValueError, TypeError: for leaves that no such module has, that are missing or do not fit together or `like`, and
-        statistics that are not finite; each names the leaf.
+      ValueError, TypeError: for leaves that no such module has, that are missing or do not fit
+        together or `like`, and statistics that are not finite; each names the leaf.
 
     Example:
       >>> import numpy as np, normjax as nj
@@ -76,8 +79,8 @@ def from_haiku(params: Mapping[str, Any], state: Mapping[str, Any], *, like: tup
       [0. 0.] [4. 4.] 1
 
     References:
-      `hk.BatchNorm` and `hk.ExponentialMovingAverage` in Haiku's documentation. The correction: Kingma & Ba, "Adam"
-      (2015), section 3.
+      `hk.BatchNorm` and `hk.ExponentialMovingAverage` in Haiku's documentation. The correction:
+      Kingma & Ba, "Adam" (2015), section 3.
     """
     function = "from_haiku"
     leaves: Leaves = {}
@@ -106,19 +109,23 @@ def to_haiku(
 
     Args:
       params: as `from_haiku` returns them, with an entry for each module.
-      batch_stats: likewise. Without a `count`, the averages are taken for those of a training that has forgotten its
+      batch_stats: likewise. Without a `count`, the averages are taken for those of a training that
+        has forgotten its
         start: Haiku goes on from them as normjax does with `momentum=decay_rate`.
-      decay_rate: of `hk.BatchNorm`, which Haiku's state depends on; needed where there are running statistics.
-      like: `(params, state)` as Haiku's init returned them: the result has its names, shapes and dtypes, or there is an
-        error. Without it, leaves have the shape `(*features)`, which is right for all layers with the features last but
+      decay_rate: of `hk.BatchNorm`, which Haiku's state depends on; needed where there are running
+        statistics.
+      like: `(params, state)` as Haiku's init returned them: the result has its names, shapes and
+        dtypes, or there is an error. Without it, leaves have the shape `(*features)`, which is
+        right for all layers with the features last but
         for BatchNorm: that one wants the rank of x, so it takes `like`.
 
     Returns:
       Haiku's params and state, of JAX arrays.
 
     Raises:
-      ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`, statistics that are
-        not finite, running statistics without `decay_rate` or `like`; each names the leaf.
+      ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`,
+        statistics that are not finite, running statistics without `decay_rate` or `like`; each
+        names the leaf.
 
     Example:
       >>> import normjax as nj
@@ -135,7 +142,9 @@ def to_haiku(
         new_params |= _to_params(function, module, leaves)
         new_state |= _to_state(function, module, leaves, decay_rate, like)
     if like is not None:
-        expected = [_named(function, f"like/{name}", tree) for name, tree in zip(TREES, like, strict=True)]
+        expected = [
+            _named(function, f"like/{name}", tree) for name, tree in zip(TREES, like, strict=True)
+        ]
         new_params, new_state = (
             conform(function, _with_ones(entries, wanted), wanted)
             for entries, wanted in zip((new_params, new_state), expected, strict=True)
@@ -163,7 +172,9 @@ def _from_state(function: str, key: str, value: np.ndarray) -> Leaves:
         # hidden says nothing that average and counter do not
         kept = {"average": AVERAGES[average], "counter": f"counter of {average}"}
         return {("batch_stats", module, kept[name]): Leaf(value, key)} if name in kept else {}
-    refuse_unknown(function, Leaf(value, key), ["mean_ema/average", "mean_ema/counter", *DIRECTIONS])
+    refuse_unknown(
+        function, Leaf(value, key), ["mean_ema/average", "mean_ema/counter", *DIRECTIONS]
+    )
 
 
 def _counted(function: str, leaves: Leaves) -> Leaves:
@@ -173,7 +184,7 @@ def _counted(function: str, leaves: Leaves) -> Leaves:
         if path not in counted:
             first = counted.setdefault((*path[:-1], "count"), leaf)
             if first.value != leaf.value:
-                _checks.refuse(
+                _checks.raise_error(
                     function,
                     f"{leaf.key!r} is not that of the mean",
                     expected=f"{first.value}, as in {first.key!r}",
@@ -218,12 +229,16 @@ def _to_params(function: str, module: str, leaves: dict[str, Leaf]) -> Arrays:
     return found
 
 
-def _to_state(function: str, module: str, leaves: dict[str, Leaf], decay_rate: float | None, like: Any) -> Arrays:
-    found = {f"{module}/{old}": leaves[new].value for old, new in DIRECTIONS.items() if new in leaves}
+def _to_state(
+    function: str, module: str, leaves: dict[str, Leaf], decay_rate: float | None, like: Any
+) -> Arrays:
+    found = {
+        f"{module}/{old}": leaves[new].value for old, new in DIRECTIONS.items() if new in leaves
+    }
     if "mean" not in leaves:
         return found
     if decay_rate is None or like is None:
-        _checks.refuse(
+        _checks.raise_error(
             function,
             f"the state for {leaves['mean'].key!r} depends on the decay rate and the rank of x",
             expected="decay_rate of hk.BatchNorm, and like=(params, state) as Haiku's init returned them",
@@ -249,12 +264,15 @@ def _nested(entries: Arrays) -> dict[str, dict[str, Any]]:
 
 
 def _key_of(path: Path) -> str:
-    averages = {new: f"~/{old}/average" for old, new in AVERAGES.items()} | {"count": "~/mean_ema/counter", "u": "u0"}
+    averages = {new: f"~/{old}/average" for old, new in AVERAGES.items()} | {
+        "count": "~/mean_ema/counter",
+        "u": "u0",
+    }
     return "/".join((*path[1:-1], (NORM | {"kernel": "w"} | averages).get(path[-1], path[-1])))
 
 
 def _nameless(function: str, leaves: list[str]) -> NoReturn:
-    _checks.refuse(
+    _checks.raise_error(
         function,
         "there are leaves outside of any module",
         expected="an entry for each module, by Haiku's name of it",

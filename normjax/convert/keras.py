@@ -9,7 +9,17 @@ import numpy as np
 
 from normjax import _checks
 from normjax.convert._sources import Arrays, KerasLayer, Source, conform, read_mapping, to_numpy
-from normjax.convert._trees import Leaf, Leaves, Path, Tree, Trees, modules_of, put_together, refuse_unknown, take_apart
+from normjax.convert._trees import (
+    Leaf,
+    Leaves,
+    Path,
+    Tree,
+    Trees,
+    modules_of,
+    put_together,
+    refuse_unknown,
+    take_apart,
+)
 
 PARAMS = {"gamma": "scale", "scale": "scale", "beta": "bias", "bias": "bias", "kernel": "kernel"}
 PARAMS |= {"embeddings": "embedding"}
@@ -38,23 +48,23 @@ def from_keras(source: Source | KerasLayer, *, like: tuple[Tree, Tree] | None = 
     | `vector_u` of SpectralNormalization | `u`, `sigma` of `batch_stats` |
     | `embeddings` of Embedding | `embedding` |
 
-    Trees are nested by the names of the layers, without that of the layer or model itself. A SpectralNormalization has
-    its `u` and `sigma`, and under the name of the wrapped layer that one's `kernel`. UnitNormalization has no weights,
-    and gives `({}, {})`.
+    Trees are nested by the names of the layers, without that of the layer or model itself. A
+    SpectralNormalization has its `u` and `sigma`, and under the name of the wrapped layer that
+    one's `kernel`. UnitNormalization has no weights, and gives `({}, {})`.
 
     Args:
-      source: a layer or model that is built, a mapping from the paths of its weights to arrays (`"bn/gamma"`), or the
-        path of a .safetensors file with them.
-      like: `(params, batch_stats)` as the init function of the layer, or the model, returned them: the result has this
-        structure, these shapes and these dtypes, or there is an error.
+      source: a layer or model that is built, a mapping from the paths of its weights to arrays
+        (`"bn/gamma"`), or the path of a .safetensors file with them.
+      like: `(params, batch_stats)` as the init function of the layer, or the model, returned them:
+        the result has this structure, these shapes and these dtypes, or there is an error.
 
     Returns:
-      `params` and `batch_stats`, JAX arrays; statistics in at least float32. `sigma`, which Keras does not keep, is
-      what u gives for the kernel as it is.
+      `params` and `batch_stats`, JAX arrays; statistics in at least float32. `sigma`, which Keras
+      does not keep, is what u gives for the kernel as it is.
 
     Raises:
-      ValueError, TypeError: for weights that no such layer has, leaves that are missing or do not fit together or
-        `like`, and statistics that are not finite; each names the weight.
+      ValueError, TypeError: for weights that no such layer has, leaves that are missing or do not
+        fit together or `like`, and statistics that are not finite; each names the weight.
 
     Example:
       >>> import numpy as np, normjax as nj
@@ -72,12 +82,17 @@ def from_keras(source: Source | KerasLayer, *, like: tuple[Tree, Tree] | None = 
         *parts, name = key.split("/")
         if name not in KNOWN:
             refuse_unknown(function, Leaf(value, key), KNOWN)
-        leaves[("params" if name in PARAMS else "batch_stats", *parts, KNOWN[name])] = Leaf(value, key)
+        leaves[("params" if name in PARAMS else "batch_stats", *parts, KNOWN[name])] = Leaf(
+            value, key
+        )
     return put_together(function, _with_singular_values(function, leaves), like, _key_of)
 
 
 def to_keras(
-    params: Mapping[str, Any], batch_stats: Mapping[str, Any], *, like: Mapping[str, Any] | KerasLayer | None = None
+    params: Mapping[str, Any],
+    batch_stats: Mapping[str, Any],
+    *,
+    like: Mapping[str, Any] | KerasLayer | None = None,
 ) -> Arrays:
     """Returns the weights of a Keras 3 layer or model with the values of `params` and `batch_stats`.
 
@@ -88,15 +103,16 @@ def to_keras(
     Args:
       params: as `from_keras` returns them.
       batch_stats: likewise. A `count` is left out: Keras has none.
-      like: the layer or model that is to have them, built, or a mapping from the paths of its weights to arrays: the
-        result has its names in its order, its shapes and its dtypes, or there is an error.
+      like: the layer or model that is to have them, built, or a mapping from the paths of its
+        weights to arrays: the result has its names in its order, its shapes and its dtypes, or
+          there is an error.
 
     Returns:
       A dict of NumPy arrays by path; without `like`, those of each layer in Keras' own order.
 
     Raises:
-      ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`, and statistics that
-        are not finite; each names the leaf.
+      ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`,
+        and statistics that are not finite; each names the leaf.
 
     Example:
       >>> import normjax as nj
@@ -124,7 +140,7 @@ def _weights(function: str, source: Any) -> Arrays:
     if not isinstance(source, KerasLayer):
         return read_mapping(function, source)
     if not source.built:
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "the layer is not built, so that it has no weights yet",
             expected="a layer that was called once",
@@ -133,7 +149,8 @@ def _weights(function: str, source: Any) -> Arrays:
         )
     prefix = f"{source.name}/"
     return {
-        weight.path.removeprefix(prefix): to_numpy(function, weight.path, weight.value) for weight in source.weights
+        weight.path.removeprefix(prefix): to_numpy(function, weight.path, weight.value)
+        for weight in source.weights
     }
 
 
@@ -146,10 +163,12 @@ def _with_singular_values(function: str, leaves: Leaves) -> Leaves:
         inside = [
             leaf.value
             for other, leaf in leaves.items()
-            if other[0] == "params" and other[1 : len(path) - 1] == path[1:-1] and other[-1] in ("kernel", "embedding")
+            if other[0] == "params"
+            and other[1 : len(path) - 1] == path[1:-1]
+            and other[-1] in ("kernel", "embedding")
         ]
         if len(inside) != 1 or inside[0].shape[-1:] != u.value.shape[-1:]:
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"{u.key!r} does not fit the kernel of its layer",
                 expected=f"one kernel with {u.value.shape[-1]} features",

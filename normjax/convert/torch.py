@@ -11,7 +11,13 @@ import numpy as np
 
 from normjax import _checks
 from normjax.convert._sources import Arrays, Source, TorchModule, conform, read_mapping
-from normjax.convert._torch_kernels import from_kernel, norms, power_iteration, singular_vectors, to_kernel
+from normjax.convert._torch_kernels import (
+    from_kernel,
+    norms,
+    power_iteration,
+    singular_vectors,
+    to_kernel,
+)
 from normjax.convert._torch_settings import class_names, weight_normalization
 from normjax.convert._trees import (
     COLLECTIONS,
@@ -37,9 +43,16 @@ PARAMETRIZATIONS = {
     "parametrizations.weight.0._u": "weight_u",
     "parametrizations.weight.0._v": "weight_v",
 }
-RENAMED = {"bias": "bias", "running_mean": "mean", "running_var": "var", "num_batches_tracked": "count"}
+RENAMED = {
+    "bias": "bias",
+    "running_mean": "mean",
+    "running_var": "var",
+    "num_batches_tracked": "count",
+}
 WEIGHTS = ("weight", "weight_g", "weight_v", "weight_orig", "weight_u")
-KEY = re.compile(rf"(?:(.*)\.)?({'|'.join(map(re.escape, [*PARAMETRIZATIONS, *RENAMED, *WEIGHTS]))})")
+KEY = re.compile(
+    rf"(?:(.*)\.)?({'|'.join(map(re.escape, [*PARAMETRIZATIONS, *RENAMED, *WEIGHTS]))})"
+)
 LAYERS_WITH_SCALE = {"_BatchNorm", "_InstanceNorm", "LayerNorm", "RMSNorm", "GroupNorm"}
 
 
@@ -56,30 +69,37 @@ def from_torch(source: Source | TorchModule, *, like: tuple[Tree, Tree] | None =
     | `weight_g`, `weight_v` of weight_norm | `scale`, `kernel` |
     | `weight_orig`, `weight_u`, `weight_v` of spectral_norm | `kernel`; `u`, `sigma` of `batch_stats` |
 
-    Both forms of weight_norm and spectral_norm are known, hooks and parametrizations. Trees are nested by the names of
-    the modules: `layer1.0.bn1.weight` becomes `params["layer1"]["0"]["bn1"]["scale"]`. Other names are had by renaming
+    Both forms of weight_norm and spectral_norm are known, hooks and parametrizations. Trees are
+    nested by the names of
+    the modules: `layer1.0.bn1.weight` becomes `params["layer1"]["0"]["bn1"]["scale"]`. Other names
+      are had by renaming
     the keys of the state_dict, which is a dict.
 
-    Weights are half of it. PyTorch's momentum is the complement of normjax's and its running variance is unbiased, both
+    Weights are half of it. PyTorch's momentum is the complement of normjax's and its running
+    variance is unbiased, both
     of which a state_dict does not say: `torch_settings` has them from the module.
 
     Args:
-      source: a module, its `state_dict()`, any mapping from its keys to arrays (NumPy's do), or the path of a
-        .safetensors file.
-      like: `(params, batch_stats)` as the init function of the layer, or the model, returned them, arrays or
-        `jax.ShapeDtypeStruct`: the result has this structure, these shapes and these dtypes, or there is an error.
-        `count` is left out where it has none. Without it, a mapping does not tell the scale of a layer norm over
-        several axes, if there is no bias beside it, or an embedding from a kernel: both are taken for kernels.
+      source: a module, its `state_dict()`, any mapping from its keys to arrays (NumPy's do), or the
+        path of a .safetensors file.
+      like: `(params, batch_stats)` as the init function of the layer, or the model, returned them,
+        arrays or
+        `jax.ShapeDtypeStruct`: the result has this structure, these shapes and these dtypes, or
+          there is an error.
+        `count` is left out where it has none. Without it, a mapping does not tell the scale of a
+        layer norm over several axes, if there is no bias beside it, or an embedding from a kernel:
+        both are taken for kernels.
 
     Returns:
-      `params` and `batch_stats`, JAX arrays in the dtypes of the source; statistics in at least float32, `count` in
-      int32. `u` is the vector that PyTorch's power iteration starts from: with hooks u, `(1, out)`, for
-      `feature_axes=-1`; with parametrizations v, for all other axes as `feature_axes`, unless `like` has the former.
+      `params` and `batch_stats`, JAX arrays in the dtypes of the source; statistics in at least
+      float32, `count` in int32. `u` is the vector that PyTorch's power iteration starts from: with
+      hooks u, `(1, out)`, for `feature_axes=-1`; with parametrizations v, for all other axes as
+      `feature_axes`, unless `like` has the former.
       `sigma` is that of the stored vectors: at inference PyTorch's weight is `kernel / sigma`.
 
     Raises:
-      ValueError, TypeError: for keys that no such layer has, leaves that are missing or do not fit together or `like`,
-        and statistics that are not finite; each names the key.
+      ValueError, TypeError: for keys that no such layer has, leaves that are missing or do not fit
+        together or `like`, and statistics that are not finite; each names the key.
 
     Example:
       >>> import numpy as np, normjax as nj
@@ -90,8 +110,8 @@ def from_torch(source: Source | TorchModule, *, like: tuple[Tree, Tree] | None =
       ['bias', 'scale'] [1. 2.] 7
 
     References:
-      `torch.nn.BatchNorm2d`, `torch.nn.utils.parametrizations.weight_norm` and `.spectral_norm` in PyTorch's
-      documentation.
+      `torch.nn.BatchNorm2d`, `torch.nn.utils.parametrizations.weight_norm` and `.spectral_norm` in
+      PyTorch's documentation.
     """
     function = "from_torch"
     kinds, sizes = _hints(function, like)
@@ -107,7 +127,10 @@ def from_torch(source: Source | TorchModule, *, like: tuple[Tree, Tree] | None =
 
 
 def to_torch(
-    params: Mapping[str, Any], batch_stats: Mapping[str, Any], *, like: Mapping[str, Any] | TorchModule | None = None
+    params: Mapping[str, Any],
+    batch_stats: Mapping[str, Any],
+    *,
+    like: Mapping[str, Any] | TorchModule | None = None,
 ) -> dict[str, Any]:
     """Returns the state_dict of a PyTorch layer or network with the weights of `params` and `batch_stats`.
 
@@ -116,18 +139,19 @@ def to_torch(
     Args:
       params: as `from_torch` returns them.
       batch_stats: likewise. Without a `count`, `num_batches_tracked` is 0.
-      like: the module that is to load them, or its state_dict: the result has its keys (those of weight_norm's and
-        spectral_norm's hooks, too), shapes, dtypes and devices, or there is an error. If its values are tensors, so are
-        those of the result.
+      like: the module that is to load them, or its state_dict: the result has its keys (those of
+        weight_norm's and spectral_norm's hooks, too), shapes, dtypes and devices, or there is an
+        error. If its values are tensors, so are those of the result.
 
     Returns:
-      A dict of NumPy arrays, fit for `safetensors.numpy.save_file`; or, with tensors in `like`, of tensors, fit for
-      `load_state_dict`. Without `like`, weight_norm and spectral_norm are written as parametrizations. Of the two
-      vectors of spectral_norm, the one that normjax does not keep is what power iteration gives from the other.
+      A dict of NumPy arrays, fit for `safetensors.numpy.save_file`; or, with tensors in `like`, of
+      tensors, fit for `load_state_dict`. Without `like`, weight_norm and spectral_norm are written
+      as parametrizations. Of the two vectors of spectral_norm, the one that normjax does not keep
+      is what power iteration gives from the other.
 
     Raises:
-      ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`, and statistics that
-        are not finite; each names the leaf.
+      ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`,
+        and statistics that are not finite; each names the leaf.
 
     Example:
       >>> import normjax as nj
@@ -142,7 +166,9 @@ def to_torch(
     """
     function = "to_torch"
     expected = None if like is None else _arrays(function, like)
-    dims = {name: getattr(weight_normalization(module), "dim", None) for name, module in _modules(like)}
+    dims = {
+        name: getattr(weight_normalization(module), "dim", None) for name, module in _modules(like)
+    }
     state: Arrays = {}
     for parts, entries in modules_of(take_apart(function, params, batch_stats)).items():
         prefix = "".join(f"{part}." for part in parts)
@@ -151,9 +177,17 @@ def to_torch(
         state |= {f"{prefix}{name}": value for name, value in encoded.items()}
     if like is None or expected is None:
         return state
-    state = {key: value for key, value in state.items() if key in expected or not key.endswith("num_batches_tracked")}
+    state = {
+        key: value
+        for key, value in state.items()
+        if key in expected or not key.endswith("num_batches_tracked")
+    }
     for key in state:
-        if key.endswith(("weight_g", "original0")) and key in expected and state[key].size == expected[key].size:
+        if (
+            key.endswith(("weight_g", "original0"))
+            and key in expected
+            and state[key].size == expected[key].size
+        ):
             state[key] = state[key].reshape(expected[key].shape)
     state = conform(function, state, expected)
     tensors = like.state_dict() if isinstance(like, TorchModule) else like
@@ -168,7 +202,9 @@ def _of_the_kind_of(given: Any, value: np.ndarray) -> Any:
 
 
 def _arrays(function: str, source: Any) -> Arrays:
-    return read_mapping(function, source.state_dict() if isinstance(source, TorchModule) else source)
+    return read_mapping(
+        function, source.state_dict() if isinstance(source, TorchModule) else source
+    )
 
 
 def _modules(source: Any) -> Iterable[tuple[str, Any]]:
@@ -225,7 +261,9 @@ def _decode(
     elif "weight_g" in entries or "weight_v" in entries:
         scale, kernel = _all_of(function, entries, "weight_g", "weight_v")
         params["kernel"] = Leaf(to_kernel(kernel.value), kernel.key)
-        params["scale"] = Leaf(scale.value.reshape(-1) if scale.value.ndim else scale.value, scale.key)
+        params["scale"] = Leaf(
+            scale.value.reshape(-1) if scale.value.ndim else scale.value, scale.key
+        )
     elif "weight" in entries:
         weight = entries["weight"]
         kind = kind or ("kernel" if _looks_like_a_kernel(entries) else "scale")
@@ -236,7 +274,7 @@ def _decode(
 def _all_of(function: str, entries: Entries, *names: str) -> list[Leaf]:
     for name in names:
         if name not in entries:
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"{name} is missing",
                 expected=f"{' and '.join(names)} together, or the same as parametrizations",
@@ -266,12 +304,18 @@ def _encode(function: str, leaves: dict[str, Leaf], expected: set[str], dim: int
             refuse_unknown(function, leaf, sorted(known))
     state = _encode_weight(function, leaves, dim)
     if len(state) > 1 and not {"weight_g", "weight_orig"} & expected:
-        v = "parametrizations.weight.0._v" if "weight_orig" in state else "parametrizations.weight.original1"
+        v = (
+            "parametrizations.weight.0._v"
+            if "weight_orig" in state
+            else "parametrizations.weight.original1"
+        )
         names = {old: new for new, old in PARAMETRIZATIONS.items()} | {"weight_v": v}
         state = {names[name]: value for name, value in state.items()}
     state |= {old: leaves[new].value for old, new in RENAMED.items() if new in leaves}
     if "mean" in leaves:
-        state["num_batches_tracked"] = np.asarray(leaves["count"].value if "count" in leaves else 0, np.int64)
+        state["num_batches_tracked"] = np.asarray(
+            leaves["count"].value if "count" in leaves else 0, np.int64
+        )
     return state
 
 

@@ -57,7 +57,9 @@ class Constants:
 
     def __init__(self, program: Program):
         self.program, self.makers = program, makers(program)
-        self.sources: dict[int, frozenset[Path]] = {number: frozenset() for number in program.constants}
+        self.sources: dict[int, frozenset[Path]] = {
+            number: frozenset() for number in program.constants
+        }
         self.sources |= {number: frozenset([path]) for path, number in program.leaves.items()}
         for op in program.ops:
             if all(number in self.sources for number in op.inputs):

@@ -1,9 +1,10 @@
 """Finds the linear operations of a program whose outputs go to batch norm at inference, and nowhere else.
 
-Nothing here knows how a batch norm is written. From a product or convolution with one leaf a chain is followed: what is
-added to the output and what that is multiplied by, as long as it does not depend on the inputs and is one number for
-each output feature. The whole chain is `multiplier * (W x) + shift`, so that to fold it is exact. One that reads a
-leaf `var`, with a leaf `mean` beside it, holds a batch norm.
+Nothing here knows how a batch norm is written. From a product or convolution with one leaf a chain
+is followed: what is added to the output and what that is multiplied by, as long as it does not
+  depend on the inputs and is one number for
+each output feature. The whole chain is `multiplier * (W x) + shift`, so that to fold it is exact.
+One that reads a leaf `var`, with a leaf `mean` beside it, holds a batch norm.
 """
 
 from __future__ import annotations
@@ -70,7 +71,11 @@ class Finder:
         self.program, self.norms, self.constants = program, norms, Constants(program)
         self.users, self.makers = users(program), makers(program)
         self._reasons: dict[int, str] = {}  # why nothing is folded into an operation, by its output
-        linear = (self._look_at(op) for op in program.ops if op.name in ("conv_general_dilated", "dot_general"))
+        linear = (
+            self._look_at(op)
+            for op in program.ops
+            if op.name in ("conv_general_dilated", "dot_general")
+        )
         self.pairs = [pair for pair in linear if pair is not None]
 
     def reason(self, norm: Path) -> str:
@@ -79,7 +84,9 @@ class Finder:
         for op in self.program.ops:
             data = [number for number in op.inputs if number not in self.constants]
             if data and any(var in self.constants.sources.get(number, ()) for number in op.inputs):
-                return self._reason(data[0]) if op.name in ARITHMETIC else f"it is used by {_name(op)}"
+                return (
+                    self._reason(data[0]) if op.name in ARITHMETIC else f"it is used by {_name(op)}"
+                )
         return "its variance is not used"
 
     def _reason(self, number: int) -> str:
@@ -103,12 +110,18 @@ class Finder:
         kernel = op.inputs[side]
         view, features, axes = self.constants.view(kernel), *_features(op, side, self.program)
         if view is None or not features:
-            what = f"computed from {self._leaves(kernel)}" if self.constants.sources[kernel] else "no leaf of variables"
+            what = (
+                f"computed from {self._leaves(kernel)}"
+                if self.constants.sources[kernel]
+                else "no leaf of variables"
+            )
             self._reasons[output] = f"the kernel of the linear layer before it is {what}"
             return None
         (path,) = self.constants.sources[kernel]
         steps, reason = self._chain(output, axes, spelled(path))
-        read = [norm for step in steps for norm in self.norms if (*norm, "var") in self._sources(step)]
+        read = [
+            norm for step in steps for norm in self.norms if (*norm, "var") in self._sources(step)
+        ]
         norms = tuple(dict.fromkeys(read))
         if not self._alone(self.program.leaves[path], op):
             norms, reason = (), f"{spelled(path)} is used more than once"
@@ -116,9 +129,22 @@ class Finder:
         if not norms:
             return None
         sizes = tuple(self.program.types[output].shape[axis] for axis in axes)
-        return Pair(path, kernel, view, features, axes, output, sizes, steps, norms, self._bias(steps, sizes))
+        return Pair(
+            path,
+            kernel,
+            view,
+            features,
+            axes,
+            output,
+            sizes,
+            steps,
+            norms,
+            self._bias(steps, sizes),
+        )
 
-    def _chain(self, number: int, axes: tuple[int, ...], kernel: str) -> tuple[tuple[Step, ...], str]:
+    def _chain(
+        self, number: int, axes: tuple[int, ...], kernel: str
+    ) -> tuple[tuple[Step, ...], str]:
         """Follows a value while it is scaled and shifted; returns the steps to the last arithmetic, and why it ends."""
         steps: list[Step] = []
         while True:
@@ -139,8 +165,12 @@ class Finder:
         if op.name not in (*PASSING, *ARITHMETIC) or not self._floating(op.outputs[0]):
             return f"is {_name(op)}"
         if op.name in LAYOUT:
-            moved = _moved(op, self.program.types[number].shape, self.program.types[op.outputs[0]].shape, axes)
-            return f"{_name(op)} mixes the features with others" if moved is None else Step(op, moved)
+            moved = _moved(
+                op, self.program.types[number].shape, self.program.types[op.outputs[0]].shape, axes
+            )
+            return (
+                f"{_name(op)} mixes the features with others" if moved is None else Step(op, moved)
+            )
         if len(op.inputs) == 1:
             return Step(op, axes)
         reverse = op.inputs[1] == number
@@ -163,7 +193,11 @@ class Finder:
         (path,) = sources
         number = self.program.leaves[path]
         fits = self.program.types[number].shape == sizes
-        return path if fits and path[-1] not in ("mean", "var") and self._alone(number, first.op) else None
+        return (
+            path
+            if fits and path[-1] not in ("mean", "var") and self._alone(number, first.op)
+            else None
+        )
 
     def _alone(self, number: int, op: Op) -> bool:
         """Whether a value goes to an operation and nowhere else, by way of others that go on alike."""
@@ -204,7 +238,11 @@ def _moved(op: Op, before: tuple, after: tuple, axes: tuple[int, ...]) -> tuple[
     moved = []
     for axis in axes:
         place = math.prod(before[:axis])
-        same = (i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == place)
+        same = (
+            i
+            for i, size in enumerate(after)
+            if size == before[axis] and math.prod(after[:i]) == place
+        )
         moved.append(next(same, None))
     return None if None in moved else tuple(moved)
 

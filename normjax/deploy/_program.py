@@ -10,7 +10,16 @@ import jax
 from jax.extend import core
 
 Path = tuple[str, ...]
-ARITHMETIC = {"add", "sub", "mul", "div", "neg", "rsqrt", "broadcast_in_dim", "convert_element_type"}
+ARITHMETIC = {
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "neg",
+    "rsqrt",
+    "broadcast_in_dim",
+    "convert_element_type",
+}
 GROUPING = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat")
 
 
@@ -105,7 +114,11 @@ class _Writer:
             numbers[var] = self.constant(value, var.aval)
 
         def read(atom: Any) -> int:
-            return self.constant(atom.val, atom.aval) if isinstance(atom, core.Literal) else numbers[atom]
+            return (
+                self.constant(atom.val, atom.aval)
+                if isinstance(atom, core.Literal)
+                else numbers[atom]
+            )
 
         for eqn in jaxpr.eqns:
             inputs = [read(atom) for atom in eqn.invars]
@@ -115,7 +128,9 @@ class _Writer:
                 outputs = [self.value(var.aval) for var in eqn.outvars]
                 keep = bool(eqn.effects)
                 run = partial(_bind, eqn)
-                self.ops.append(Op(eqn.primitive.name, eqn.params, tuple(inputs), tuple(outputs), run, keep))
+                self.ops.append(
+                    Op(eqn.primitive.name, eqn.params, tuple(inputs), tuple(outputs), run, keep)
+                )
             numbers |= zip(eqn.outvars, outputs, strict=True)
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -125,8 +140,12 @@ def _grouped(eqn: Any) -> core.ClosedJaxpr | None:
     body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if eqn.primitive.name in GROUPING:
         return body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
-    # A derivative of its own says nothing of what is computed. Activations stay whole, to be called by their names.
-    if eqn.primitive.name == "custom_jvp_call" and {inner.primitive.name for inner in body.jaxpr.eqns} <= ARITHMETIC:
+    # A derivative of its own says nothing of what is computed. Activations stay whole, to be called
+    # by their names.
+    if (
+        eqn.primitive.name == "custom_jvp_call"
+        and {inner.primitive.name for inner in body.jaxpr.eqns} <= ARITHMETIC
+    ):
         return body
     return None
 

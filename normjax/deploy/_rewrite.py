@@ -23,7 +23,11 @@ Biases = Mapping[Path, Path]  # of the bias, by that of the kernel: what is to b
 def find(source: Callable[..., Any], variables: Any, inputs: tuple[Any, ...]) -> Finder:
     """Traces a model and finds its batch norms: what has a leaf `var`, and `mean` beside it."""
     program = trace(source, variables, inputs)
-    norms = [path[:-1] for path in program.leaves if path[-1] == "var" and (*path[:-1], "mean") in program.leaves]
+    norms = [
+        path[:-1]
+        for path in program.leaves
+        if path[-1] == "var" and (*path[:-1], "mean") in program.leaves
+    ]
     return Finder(pruned(program), norms)
 
 
@@ -45,7 +49,9 @@ def fold_pair(finder: Finder, pair: Pair, leaves: Mapping[Path, Any]) -> tuple[A
     others = _checks.other_axes(pair.features, len(shape))
     laid_out = np.expand_dims(multiplier.transpose(np.argsort(pair.features)), others)
     own, name = leaves[pair.kernel], spelled(pair.kernel)
-    kernel = widened(FUNCTION, name, own) * back(pair.view, np.broadcast_to(laid_out, shape), finder.program)
+    kernel = widened(FUNCTION, name, own) * back(
+        pair.view, np.broadcast_to(laid_out, shape), finder.program
+    )
     both = f"{name} with {' and '.join(map(spelled, pair.norms))}"
     return narrowed(FUNCTION, both, kernel, own), narrowed(FUNCTION, f"bias of {both}", shift, own)
 
@@ -53,7 +59,7 @@ def fold_pair(finder: Finder, pair: Pair, leaves: Mapping[Path, Any]) -> tuple[A
 def _refuse_negative(pair: Pair, leaves: Mapping[Path, Any]) -> None:
     for path in ((*norm, "var") for norm in pair.norms):
         if (least := widened(FUNCTION, spelled(path), leaves[path]).min(initial=0)) < 0:
-            _checks.refuse(
+            _checks.raise_error(
                 FUNCTION,
                 f"{spelled(path)} is negative",
                 expected="a variance of 0 or more for each feature",
@@ -62,7 +68,9 @@ def _refuse_negative(pair: Pair, leaves: Mapping[Path, Any]) -> None:
             )
 
 
-def _affine(finder: Finder, pair: Pair, leaves: Mapping[Path, Any]) -> tuple[np.ndarray, np.ndarray]:
+def _affine(
+    finder: Finder, pair: Pair, leaves: Mapping[Path, Any]
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns what a chain multiplies each feature by, and what it adds then."""
     multiplier, shift = np.ones(pair.sizes), np.zeros(pair.sizes)
     for step in pair.steps:
@@ -74,7 +82,9 @@ def _affine(finder: Finder, pair: Pair, leaves: Mapping[Path, Any]) -> tuple[np.
     return multiplier, shift
 
 
-def _after(step: Step, multiplier: np.ndarray, shift: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _after(
+    step: Step, multiplier: np.ndarray, shift: np.ndarray, value: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     match step.op.name, step.reverse:
         case "add", _:
             return multiplier, shift + value
@@ -99,7 +109,7 @@ def rewritten(finder: Finder, biases: Biases) -> Program:
     """Returns the program with a bias in place of each chain that is to be folded."""
     program, pairs = finder.program, {pair.kernel: pair for pair in finder.pairs}
     if lost := [kernel for kernel in biases if kernel not in pairs]:
-        _checks.refuse(
+        _checks.raise_error(
             "Folded.apply",
             "with these inputs the model does not do what it did on the sample",
             expected=f"batch norm after {', '.join(map(spelled, biases))}",
@@ -113,14 +123,19 @@ def rewritten(finder: Finder, biases: Biases) -> Program:
         types.append(jax.ShapeDtypeStruct(pair.sizes, types[pair.operand].dtype))
         end = pair.steps[-1]
         run = partial(
-            _add_bias, [step.op for step in pair.steps if step.op.name in LAYOUT], end.axes, types[end.op.outputs[0]]
+            _add_bias,
+            [step.op for step in pair.steps if step.op.name in LAYOUT],
+            end.axes,
+            types[end.op.outputs[0]],
         )
         last[end.op.outputs] = Op("bias", {}, (pair.output, leaves[bias]), end.op.outputs, run)
     ops = tuple(last.get(op.outputs, op) for op in program.ops)
     return pruned(program._replace(types=types, leaves=leaves, ops=ops))
 
 
-def _add_bias(layouts: list[Op], axes: tuple[int, ...], made: Any, value: Array, bias: Array) -> Iterable[Array]:
+def _add_bias(
+    layouts: list[Op], axes: tuple[int, ...], made: Any, value: Array, bias: Array
+) -> Iterable[Array]:
     for op in layouts:
         (value,) = op.run(value)
     bias = jnp.expand_dims(bias.transpose(np.argsort(axes)), _checks.other_axes(axes, value.ndim))
@@ -151,8 +166,10 @@ def _check_shapes(given: Mapping[Path, Any], shapes: Mapping[Path, tuple[int, ..
     found = {path: jnp.shape(leaf) for path, leaf in given.items()}
     for path in [*found, *shapes]:
         if found.get(path) != shapes.get(path):
-            own, wanted = (f"shape {s[path]}" if path in s else "no such leaf" for s in (found, shapes))
-            _checks.refuse(
+            own, wanted = (
+                f"shape {s[path]}" if path in s else "no such leaf" for s in (found, shapes)
+            )
+            _checks.raise_error(
                 "Folded.apply",
                 f"{spelled(path)} is not as the folded model has it",
                 expected=wanted,

@@ -14,7 +14,9 @@ def widened(function: str, path: str, leaf: Any) -> np.ndarray:
     """Returns a leaf as float64 or complex128; refuses values that are not finite."""
     leaf = np.asarray(leaf)
     wide = leaf.astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
-    _refuse_not_finite(function, path, wide, "Look for the step that made them, or start from a sound checkpoint")
+    _refuse_not_finite(
+        function, path, wide, "Look for the step that made them, or start from a sound checkpoint"
+    )
     return wide
 
 
@@ -23,7 +25,9 @@ def narrowed(function: str, path: str, value: np.ndarray, like: Any) -> Any:
     dtype = np.asarray(like).dtype
     with np.errstate(over="ignore"):
         narrow = value.astype(dtype)
-    _refuse_not_finite(function, f"the folded {path}, rounded to {dtype},", narrow, "Fold in a wider dtype")
+    _refuse_not_finite(
+        function, f"the folded {path}, rounded to {dtype},", narrow, "Fold in a wider dtype"
+    )
     return narrow if isinstance(like, np.ndarray) else jnp.asarray(narrow)
 
 
@@ -31,7 +35,7 @@ def _refuse_not_finite(function: str, path: str, values: np.ndarray, fix: str) -
     sound = np.isfinite(values)
     if not sound.all():
         first = tuple(int(i) for i in np.argwhere(~sound)[0])
-        _checks.refuse(
+        _checks.raise_error(
             function,
             f"{path} is not finite",
             expected="finite numbers",

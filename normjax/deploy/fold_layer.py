@@ -45,38 +45,43 @@ def fold_batch_norm(
 
     .. math:: m (W x + b - \mu) + \beta = (m W) x + \left(m (b - \mu) + \beta\right)
 
-    for every layer: dense, convolution of any rank, grouped, depthwise, strided, dilated, transposed, padded. Before
-    the layer (`before=True`) it scales what the kernel reads, and its shift :math:`s = \beta - m \mu` goes through it:
+    for every layer: dense, convolution of any rank, grouped, depthwise, strided, dilated,
+      transposed, padded. Before
+    the layer (`before=True`) it scales what the kernel reads, and its shift :math:`s = \beta - m
+    \mu` goes through it:
 
     .. math:: W (m x + s) + b = (W m) x + (W s + b)
 
-    Where a convolution sees zeros in place of x there is no `s`, and no bias can stand for it: an error, unless `s` is
-    zero.
+    Where a convolution sees zeros in place of x there is no `s`, and no bias can stand for it: an
+    error, unless `s` is zero.
 
     Args:
-      kernel: floating-point, as Flax lays it out: dense `(in, out)`, convolution `(*spatial, in / groups, out)`; other
-        layouts by the axes below.
+      kernel: floating-point, as Flax lays it out: dense `(in, out)`, convolution `(*spatial, in /
+        groups, out)`; other layouts by the axes below.
       bias: `(out)`, or None for a layer without.
       params: of the batch norm: `scale` and `bias`, or what there is of them, each `(*features)`.
       batch_stats: of the batch norm: `mean` and `var`, each `(*features)`.
       epsilon: of the batch norm.
-      feature_axes: the axes of the kernel that are the batch norm's features. None: the outputs, -1; with `before` the
-        inputs, -2. `flax.linen.ConvTranspose(transpose_kernel=True)` has its outputs at -2 and its inputs at -1;
-        PyTorch's convolutions have them at 0 and 1.
+      feature_axes: the axes of the kernel that are the batch norm's features. None: the outputs,
+        -1; with `before` the inputs, -2. `flax.linen.ConvTranspose(transpose_kernel=True)` has its
+        outputs at -2 and its inputs at -1; PyTorch's convolutions have them at 0 and 1.
       before: whether batch norm comes before the layer.
       output_axes: with `before`, the axes of the kernel that are the layer's outputs.
       feature_group_count: with `before`, the groups of the convolution.
-      padding: with `before`, that of the convolution, as Flax has it: "VALID", "CIRCULAR", "REFLECT" and 0 are exact.
-        Not needed where the kernel has one element along each spatial axis.
-      transposed: with `before`, whether the convolution is a transposed one: between the elements of x it sees zeros.
+      padding: with `before`, that of the convolution, as Flax has it: "VALID", "CIRCULAR",
+        "REFLECT" and 0 are exact. Not needed where the kernel has one element along each spatial
+        axis.
+      transposed: with `before`, whether the convolution is a transposed one: between the elements
+        of x it sees zeros.
 
     Returns:
-      Kernel and bias in the kernel's dtype, NumPy arrays if the kernel is one, else JAX arrays. Computed in NumPy's
-      float64, also where JAX's x64 mode is off, and rounded once.
+      Kernel and bias in the kernel's dtype, NumPy arrays if the kernel is one, else JAX arrays.
+      Computed in NumPy's float64, also where JAX's x64 mode is off, and rounded once.
 
     Raises:
-      TypeError: under `jax.jit` and other transformations: fold once, before. ValueError: for leaves that are missing,
-        do not fit or are not finite, a negative variance, and where `before` is not exact.
+      TypeError: under `jax.jit` and other transformations: fold once, before. ValueError: for
+        leaves that are missing, do not fit or are not finite, a negative variance, and where
+        `before` is not exact.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -88,8 +93,8 @@ def fold_batch_norm(
       [[0.5 2. ]] [0.  0.5]
 
     References:
-      Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (CVPR
-      2018), section 3.2, eq. 14.
+      Jacob et al., "Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference" (CVPR 2018), section 3.2, eq. 14.
     """
     _refuse_traced({"kernel": kernel, "bias": bias, "params": params, "batch_stats": batch_stats})
     _checks.activations(FUNCTION, kernel, "kernel")
@@ -99,10 +104,14 @@ def fold_batch_norm(
     norm = partial(_affine, params, batch_stats, epsilon, wide.dtype)
     if before:
         layer = _layer(wide.shape, axes, output_axes, feature_group_count)
-        folded = _fold_before(wide, bias, norm, layer, lambda: _refuse_borders(wide.shape, layer, padding, transposed))
+        folded = _fold_before(
+            wide, bias, norm, layer, lambda: _refuse_borders(wide.shape, layer, padding, transposed)
+        )
     else:
         folded = _fold_after(wide, bias, norm, axes)
-    new_kernel, new_bias = (narrowed(FUNCTION, leaf, value, kernel) for leaf, value in zip(LEAVES, folded, strict=True))
+    new_kernel, new_bias = (
+        narrowed(FUNCTION, leaf, value, kernel) for leaf, value in zip(LEAVES, folded, strict=True)
+    )
     return new_kernel, new_bias
 
 
@@ -114,7 +123,9 @@ class _Layer(NamedTuple):
     groups: int
 
 
-def _fold_after(wide: np.ndarray, bias: Any, norm: Callable[..., Affine], axes: tuple[int, ...]) -> Folded:
+def _fold_after(
+    wide: np.ndarray, bias: Any, norm: Callable[..., Affine], axes: tuple[int, ...]
+) -> Folded:
     features = _sizes(wide, axes)
     multiplier, mean, shift = norm(features)
     kernel = wide * np.expand_dims(multiplier, _checks.other_axes(axes, wide.ndim))
@@ -122,7 +133,11 @@ def _fold_after(wide: np.ndarray, bias: Any, norm: Callable[..., Affine], axes: 
 
 
 def _fold_before(
-    wide: np.ndarray, bias: Any, norm: Callable[..., Affine], layer: _Layer, refuse_borders: Callable[[], None]
+    wide: np.ndarray,
+    bias: Any,
+    norm: Callable[..., Affine],
+    layer: _Layer,
+    refuse_borders: Callable[[], None],
 ) -> Folded:
     first, *others = _sizes(wide, layer.inputs)
     multiplier, mean, shift = norm((first * layer.groups, *others))
@@ -133,16 +148,23 @@ def _fold_before(
     return wide * _per_input(multiplier, wide, layer), sums + _bias(bias, sums.shape)
 
 
-def _affine(params: Params, batch_stats: BatchStats, epsilon: float, dtype: Any, features: tuple[int, ...]) -> Affine:
+def _affine(
+    params: Params, batch_stats: BatchStats, epsilon: float, dtype: Any, features: tuple[int, ...]
+) -> Affine:
     """Checks the leaves of a batch norm; returns its multiplier, mean and bias."""
     check = partial(check_leaves, FUNCTION, shape=features, dtype=dtype)
     check("params", params, optional=("scale", "bias"))
     check("batch_stats", batch_stats, required=("mean", "var"), optional=("count",))
     _checks.between(FUNCTION, "epsilon", epsilon, 0.0, math.inf)
-    mean, var = (widened(FUNCTION, f"batch_stats[{leaf!r}]", batch_stats[leaf]) for leaf in ("mean", "var"))
-    scale, bias = (widened(FUNCTION, f"params[{leaf!r}]", params.get(leaf, default)) for leaf, default in DEFAULTS)
+    mean, var = (
+        widened(FUNCTION, f"batch_stats[{leaf!r}]", batch_stats[leaf]) for leaf in ("mean", "var")
+    )
+    scale, bias = (
+        widened(FUNCTION, f"params[{leaf!r}]", params.get(leaf, default))
+        for leaf, default in DEFAULTS
+    )
     if (worst := (var + epsilon).min(initial=math.inf)) <= 0:
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "batch_stats['var'] has no square root to divide by",
             expected="var + epsilon above 0 for each feature",
@@ -157,7 +179,7 @@ def _bias(bias: Any, features: tuple[int, ...]) -> np.ndarray:
     if bias is None:
         return np.zeros(features)
     if np.shape(bias) != features:
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "bias does not fit the outputs of the kernel",
             expected=f"shape {features}, or None",
@@ -167,10 +189,12 @@ def _bias(bias: Any, features: tuple[int, ...]) -> np.ndarray:
     return widened(FUNCTION, "bias", bias)
 
 
-def _layer(shape: tuple[int, ...], inputs: tuple[int, ...], output_axes: Axes, groups: int) -> _Layer:
+def _layer(
+    shape: tuple[int, ...], inputs: tuple[int, ...], output_axes: Axes, groups: int
+) -> _Layer:
     outputs = _checks.axes(FUNCTION, "output_axes", output_axes, shape)
     if set(inputs) & set(outputs):
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "an axis of the kernel is both input and output",
             expected="with before=True, feature_axes for the inputs and output_axes for the outputs",
@@ -180,7 +204,7 @@ def _layer(shape: tuple[int, ...], inputs: tuple[int, ...], output_axes: Axes, g
     count = _checks.positive_int(groups)
     single = len(inputs) == len(outputs) == 1
     if count is None or (count > 1 and not (single and shape[outputs[0]] % count == 0)):
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "feature_group_count does not divide the outputs",
             expected="a positive int that divides the size of the one output axis",
@@ -200,16 +224,20 @@ def _per_input(values: np.ndarray, kernel: np.ndarray, layer: _Layer) -> np.ndar
     return np.expand_dims(by_output, _checks.other_axes((given, made), kernel.ndim))
 
 
-def _refuse_borders(shape: tuple[int, ...], layer: _Layer, padding: Padding | None, transposed: bool) -> None:
+def _refuse_borders(
+    shape: tuple[int, ...], layer: _Layer, padding: Padding | None, transposed: bool
+) -> None:
     """Refuses a shift that some of the positions would not see: no one bias stands for it."""
-    window = tuple(shape[axis] for axis in _checks.other_axes((*layer.inputs, *layer.outputs), len(shape)))
+    window = tuple(
+        shape[axis] for axis in _checks.other_axes((*layer.inputs, *layer.outputs), len(shape))
+    )
     if isinstance(padding, str):
         sound = padding in EXACT or (padding == "SAME" and set(window) <= {1})
     else:
         sound = set(window) <= {1} if padding is None else not np.any(padding)
     if sound and not transposed:
         return
-    _checks.refuse(
+    _checks.raise_error(
         FUNCTION,
         "the batch norm's shift does not reach all positions alike, where the convolution sees zeros instead of x",
         expected="with before=True, no zero padding and no transposed convolution, or bias - mean * multiplier = 0",
@@ -225,7 +253,7 @@ def _sizes(kernel: np.ndarray, axes: tuple[int, ...]) -> tuple[int, ...]:
 def _refuse_traced(arguments: dict[str, Any]) -> None:
     for path, leaf in jax.tree.leaves_with_path(arguments):
         if isinstance(leaf, Tracer):
-            _checks.refuse(
+            _checks.raise_error(
                 FUNCTION,
                 f"{jax.tree_util.keystr(path[:1], simple=True)}{jax.tree_util.keystr(path[1:])} is traced, "
                 "but folding is done once, in float64 with NumPy",

@@ -20,7 +20,8 @@ from normjax.deploy._pairs import Finder
 from normjax.deploy._program import Path, Program, path_of
 from normjax.deploy._rewrite import find, fold_pair, new_bias, rewritten, run
 
-FULL, HALF = 1e-5, 5e-2  # what rounding does to the outputs of a deep network, in float32 and in less
+# what rounding does to the outputs of a deep network, in float32 and in less
+FULL, HALF = 1e-5, 5e-2
 
 
 class Found(NamedTuple):
@@ -47,12 +48,14 @@ class Folded:
     """A model without the batch norms that are folded; `print` shows a table of what was found.
 
     Attributes:
-      variables: nested dicts of what the folded model needs, under the paths that they had: kernels with batch norm in
-        them, biases that take its shift (new ones beside their kernels), and what was not touched.
-      apply: the model: `(variables, *inputs) -> outputs`, a pure function for inputs of any shape that the model takes.
+      variables: nested dicts of what the folded model needs, under the paths that they had: kernels
+        with batch norm in them, biases that take its shift (new ones beside their kernels), and
+        what was not touched.
+      apply: the model: `(variables, *inputs) -> outputs`, a pure function for inputs of any shape
+        that the model takes.
       found: each batch norm, and what became of it.
-      error: how far the outputs are from those of the source on the sample: the norm of the difference by that of the
-        outputs, in the worst output.
+      error: how far the outputs are from those of the source on the sample: the norm of the
+        difference by that of the outputs, in the worst output.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -75,7 +78,9 @@ class Folded:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         count = sum(found.kernel is not None for found in self.found)
-        return "\n".join([*lines, f"{count} of {len(self.found)} folded; outputs agree to {self.error:.1e}"])
+        return "\n".join(
+            [*lines, f"{count} of {len(self.found)} folded; outputs agree to {self.error:.1e}"]
+        )
 
 
 def fold(
@@ -88,32 +93,37 @@ def fold(
 ) -> Folded:
     """Folds each batch norm of a model that follows a convolution or a dense layer into that layer.
 
-    For inference: the folded model has a layer less for each, and quantizers see the weights that are used.
+    For inference: the folded model has a layer less for each, and quantizers see the weights that
+      are used.
 
-    The model is traced, and what its operations do tells what can be folded: a chain from one convolution or matrix
-    product, whose kernel is a leaf of the variables that is used once, to a batch norm, with nothing between but a
-    bias, casts and reshapes, and nobody else who reads what is between. It is folded in float64 as it is written, be it
-    normjax's batch norm, Flax's, a batch renorm or one of your own. What else there is stays, and the table that is
-    printed says why. At last, source and result are compared on the inputs.
+    The model is traced, and what its operations do tells what can be folded: a chain from one
+    convolution or matrix product, whose kernel is a leaf of the variables that is used once, to a
+    batch norm, with nothing between but a bias, casts and reshapes, and nobody else who reads what
+    is between. It is folded in float64 as it is written, be it normjax's batch norm, Flax's, a
+    batch renorm or one of your own. What else there is stays, and the table that is printed says
+    why. At last, source and result are compared on the inputs.
 
     Args:
       model: what does inference: a function `(variables, *inputs) -> outputs`, such as
-        `functools.partial(model.apply, train=False)`; a linen module whose `apply` needs no other arguments; an nnx
-        module, which is taken in evaluation mode.
-      variables: of the model; those of an nnx module are `nnx.state(model)`. Batch norms are known by leaves `mean` and
-        `var`, side by side.
+        `functools.partial(model.apply, train=False)`; a linen module whose `apply` needs no other
+        arguments; an nnx module, which is taken in evaluation mode.
+      variables: of the model; those of an nnx module are `nnx.state(model)`. Batch norms are known
+        by leaves `mean` and `var`, side by side.
       *inputs: a small sample of real ones.
-      pairs: which to fold, if not all that can be: tuples of a kernel's path and a batch norm's, as the table has them.
-      tolerance: how far outputs may be from the source's, by their norm. None: 1e-5, or 0.05 where the model computes
-        in half precision.
+      pairs: which to fold, if not all that can be: tuples of a kernel's path and a batch norm's, as
+        the table has them.
+      tolerance: how far outputs may be from the source's, by their norm. None: 1e-5, or 0.05 where
+        the model computes in half precision.
       show: whether to print the table.
 
     Returns:
-      The folded model, see `Folded`. Kernels keep their dtype, and biases have that of their kernel.
+      The folded model, see `Folded`. Kernels keep their dtype, and biases have that of their
+      kernel.
 
     Raises:
-      ValueError: with its path for a leaf that is not finite, a negative variance, and a named pair that cannot be
-        folded; if source and result differ by more than `tolerance`. TypeError: under `jax.jit` and other
+      ValueError: with its path for a leaf that is not finite, a negative variance, and a named pair
+        that cannot be folded; if source and result differ by more than `tolerance`. TypeError:
+        under `jax.jit` and other
         transformations: fold once, before.
 
     Example:
@@ -142,11 +152,15 @@ def fold(
         new[pair.kernel], new[biases[pair.kernel]] = fold_pair(finder, pair, leaves)
     for path in finder.program.leaves.keys() - rewritten(finder, biases).leaves.keys():
         del new[path]
-    template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), variables)
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), variables
+    )
     shapes = {path: jnp.shape(leaf) for path, leaf in new.items()}
     apply = jax.jit(partial(run, source, template, biases, shapes))
     programs = partial(jax.jit(source), variables), partial(apply, nest(new))
-    error = _verified(*programs, inputs, _rounding(finder.program) if tolerance is None else tolerance)
+    error = _verified(
+        *programs, inputs, _rounding(finder.program) if tolerance is None else tolerance
+    )
     folded = Folded(nest(new), apply, found, error)
     if show:
         print(folded)
@@ -165,7 +179,7 @@ def _as_function(model: Any) -> Callable[..., Any]:
         return lambda state, *inputs: nnx.merge(definition, state)(*inputs)
     if callable(model):
         return model
-    _checks.refuse(
+    _checks.raise_error(
         FUNCTION,
         "model cannot be called",
         expected="a function (variables, *inputs) -> outputs, a linen or an nnx module",
@@ -179,7 +193,7 @@ def _refuse_other_than_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
     named = [(spelled(path), leaf) for path, leaf in leaves.items()]
     for name, leaf in [*named, *(("an input", leaf) for leaf in jax.tree.leaves(inputs))]:
         if isinstance(leaf, Tracer):
-            _checks.refuse(
+            _checks.raise_error(
                 FUNCTION,
                 f"{name} is traced, but folding is done once, with the values at hand",
                 expected="arrays",
@@ -188,7 +202,7 @@ def _refuse_other_than_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
                 kind=TypeError,
             )
         if isinstance(leaf, bool | str):
-            _checks.refuse(
+            _checks.raise_error(
                 FUNCTION,
                 f"{name} is a {type(leaf).__name__}, which chooses what the model does",
                 expected="arrays",
@@ -200,13 +214,15 @@ def _refuse_other_than_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
 
 def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Found, ...]:
     """Returns what becomes of each batch norm; refuses pairs that are named and cannot be folded."""
-    possible = [(spelled(pair.kernel), spelled(norm)) for pair in finder.pairs for norm in pair.norms]
+    possible = [
+        (spelled(pair.kernel), spelled(norm)) for pair in finder.pairs for norm in pair.norms
+    ]
     folded = {norm for pair in finder.pairs for norm in pair.norms}
     reasons = {spelled(norm): finder.reason(norm) for norm in finder.norms if norm not in folded}
     named = possible if pairs is None else list(pairs)
     for pair in named:
         if pair not in possible:
-            _checks.refuse(
+            _checks.raise_error(
                 FUNCTION,
                 f"{pair!r} is no kernel and batch norm that can be folded",
                 expected=f"pairs among {possible}",
@@ -215,7 +231,7 @@ def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Fo
             )
     kernels = {kernel for kernel, _ in named}
     if missing := [pair for pair in possible if pair[0] in kernels and pair not in named]:
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "a kernel is followed by several batch norms, and only some of them are named",
             expected=f"{missing} among the pairs, too",
@@ -223,26 +239,35 @@ def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Fo
             fix="Name all that follow it, or none",
         )
     rows = [
-        Found(norm, kernel) if (kernel, norm) in named else Found(norm, None, "not named") for kernel, norm in possible
+        Found(norm, kernel) if (kernel, norm) in named else Found(norm, None, "not named")
+        for kernel, norm in possible
     ]
     return (*rows, *(Found(norm, None, reason) for norm, reason in reasons.items()))
 
 
 def _rounding(program: Program) -> float:
-    narrowest = min((of.dtype.itemsize for of in program.types if jnp.issubdtype(of.dtype, jnp.inexact)), default=4)
+    narrowest = min(
+        (of.dtype.itemsize for of in program.types if jnp.issubdtype(of.dtype, jnp.inexact)),
+        default=4,
+    )
     return FULL if narrowest >= 4 else HALF
 
 
-def _verified(source: Callable, folded: Callable, inputs: tuple[Any, ...], tolerance: float) -> float:
+def _verified(
+    source: Callable, folded: Callable, inputs: tuple[Any, ...], tolerance: float
+) -> float:
     """Returns how far the folded model is from its source on the sample; refuses more than the tolerance."""
     # Elsewhere than on CPUs, the default precision is that of half precision or little more.
     with jax.default_matmul_precision("highest"):
         expected, actual = (_floats(function(*inputs)) for function in (source, folded))
-    error = float(np.max([*map(_difference, expected, actual)])) if expected else np.nan  # max() would pass over NaN
+    # max() would pass over NaN
+    error = float(np.max([*map(_difference, expected, actual)])) if expected else np.nan
     if not error <= tolerance:
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
-            "the folded model does not agree with its source" if expected else "the model returns no floats to compare",
+            "the folded model does not agree with its source"
+            if expected
+            else "the model returns no floats to compare",
             expected=f"finite outputs that differ by at most {tolerance:g} of their norm",
             got=f"{error:.3g} on the sample",
             fix="Fold the function that returns logits; if the source's own rounding is that large, as where means are "
@@ -253,7 +278,9 @@ def _verified(source: Callable, folded: Callable, inputs: tuple[Any, ...], toler
 
 def _floats(tree: Any) -> list[np.ndarray]:
     return [
-        np.asarray(leaf, np.complex128) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        np.asarray(leaf, np.complex128)
+        for leaf in jax.tree.leaves(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
 
 

@@ -2,7 +2,8 @@
 
     python -m normjax.diagnostics CHECKPOINT [--json [FILE]] [--html FILE]
 
-Exit status: 0 without errors among the findings, 1 with one, 2 for a checkpoint that cannot be read, 130 for Ctrl-C.
+Exit status: 0 without errors among the findings, 1 with one, 2 for a checkpoint that cannot be
+  read, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -50,10 +51,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a folder of Orbax (of several steps, the newest), a file of Flax's msgpack, or one of safetensors",
     )
     parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="write JSON, to standard output unless FILE"
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write JSON, to standard output unless FILE",
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures of every layer")
-    parser.add_argument("--epsilon", type=float, default=1e-5, metavar="E", help="of the layers (default: %(default)s)")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with pictures of every layer"
+    )
+    parser.add_argument(
+        "--epsilon",
+        type=float,
+        default=1e-5,
+        metavar="E",
+        help="of the layers (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     if options.checkpoint is None and options.json not in (None, "-"):  # `--json CHECKPOINT`
         options.checkpoint, options.json = Path(options.json), "-"
@@ -109,5 +122,6 @@ def _fail(path: object, problem: object) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # at once: KeyboardInterrupt may be lost in a callback of C
+    # at once: KeyboardInterrupt may be lost in a callback of C
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     sys.exit(main())

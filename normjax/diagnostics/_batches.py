@@ -27,7 +27,7 @@ def check_examples(function: str, name: str, x: Any) -> Array:
     """Returns examples `(batch, ...)`; refuses what is not floating-point, or not finite."""
     x = _checks.activations(function, x, name)
     if jnp.iscomplexobj(x):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             f"{name} is complex",
             expected="real numbers",
@@ -36,7 +36,7 @@ def check_examples(function: str, name: str, x: Any) -> Array:
             kind=TypeError,
         )
     if 0 in x.shape:
-        _checks.refuse(
+        _checks.raise_error(
             function,
             f"{name} is empty",
             expected="one example or more, (batch, ...)",
@@ -55,7 +55,7 @@ def check_rows(function: str, name: str, y: Any, examples: int) -> None:
         got = f"shape {y.shape}"
     else:
         got = f"{jax.tree.map(lambda leaf: f'{leaf.dtype}{list(leaf.shape)}', y)}"
-    _checks.refuse(
+    _checks.raise_error(
         function,
         f"{name} does not return a row for each example",
         expected=f"a floating-point array of shape ({examples}, ...)",

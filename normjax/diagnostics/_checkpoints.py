@@ -37,7 +37,9 @@ def read_checkpoint(path: Path) -> Any:
         extra = "pip install 'normjax[diagnostics]'"
         raise UnreadableError(f"reading it takes the package {error.name}: {extra}") from error
     except Exception as error:  # of many kinds: whatever is wrong with the files
-        raise UnreadableError(f"it is cut off or damaged ({type(error).__name__}: {_first_line(error)})") from error
+        raise UnreadableError(
+            f"it is cut off or damaged ({type(error).__name__}: {_first_line(error)})"
+        ) from error
 
 
 def _reader(path: Path) -> Callable[[Path], Any]:
@@ -50,7 +52,9 @@ def _reader(path: Path) -> Callable[[Path], Any]:
         return _read_safetensors
     if 0x80 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF):
         return _read_msgpack
-    kind = next((f": it is {kind}" for begin, kind in _FOREIGN.items() if start.startswith(begin)), "")
+    kind = next(
+        (f": it is {kind}" for begin, kind in _FOREIGN.items() if start.startswith(begin)), ""
+    )
     raise UnreadableError(f"its format is none of Orbax, Flax's msgpack and safetensors{kind}")
 
 
@@ -73,13 +77,21 @@ def _item(folder: Path) -> dict[str, Path]:
     """Returns the folders with trees of a checkpoint; of a folder of steps, those of the newest step."""
     if (folder / "_METADATA").exists():
         return {"": folder}
-    inside = [child for child in folder.iterdir() if child.is_dir() and ".orbax-checkpoint-tmp" not in child.name]
+    inside = [
+        child
+        for child in folder.iterdir()
+        if child.is_dir() and ".orbax-checkpoint-tmp" not in child.name
+    ]
     items = {child.name: child for child in inside if (child / "_METADATA").exists()}
-    steps = {child: int(found[1]) for child in inside if (found := re.search(r"(\d+)$", child.name))}
+    steps = {
+        child: int(found[1]) for child in inside if (found := re.search(r"(\d+)$", child.name))
+    }
     if items and not set(items.values()) <= set(steps):
         return items if len(items) > 1 else {"": next(iter(items.values()))}
     if not steps:
-        raise UnreadableError("the folder is no checkpoint of Orbax: it has neither _METADATA nor folders of steps")
+        raise UnreadableError(
+            "the folder is no checkpoint of Orbax: it has neither _METADATA nor folders of steps"
+        )
     return _item(max(steps, key=lambda child: steps[child]))
 
 
@@ -97,12 +109,17 @@ def _restore(folder: Path) -> Any:
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata: Any = checkpointer.metadata(folder.absolute())
         if metadata.item_metadata is None:
-            raise UnreadableError(f"it is cut off or damaged: Orbax finds no arrays in {folder.name}")
+            raise UnreadableError(
+                f"it is cut off or damaged: Orbax finds no arrays in {folder.name}"
+            )
         tree = metadata.item_metadata.tree
         if isinstance(tree, Mapping):
             tree = {name: inner for name, inner in tree.items() if name != _OPTIMIZER}
         restore = jax.tree.map(
-            lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray if hasattr(leaf, "shape") else None), tree
+            lambda leaf: ocp.RestoreArgs(
+                restore_type=np.ndarray if hasattr(leaf, "shape") else None
+            ),
+            tree,
         )
         arguments = ocp.args.PyTreeRestore(item=tree, restore_args=restore, partial_restore=True)
         return checkpointer.restore(folder.absolute(), args=arguments)

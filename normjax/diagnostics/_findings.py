@@ -15,7 +15,8 @@ class Finding(NamedTuple):
     Attributes:
       path: of the layer, its parts joined by slashes: `"encoder/BatchNorm_0"`.
       rule: the name of what was looked for: `"dead-channels"`.
-      severity: `"error"` for what breaks training or inference, `"warning"` for what costs accuracy, else `"note"`.
+      severity: `"error"` for what breaks training or inference, `"warning"` for what costs
+        accuracy, else `"note"`.
       message: what was seen, with its values.
       advice: what to do about it, in one line.
     """
@@ -44,10 +45,20 @@ def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
 def lines_of(group: Sequence[Finding]) -> list[str]:
     """Returns the lines about findings with one advice, the last of them empty."""
     heading = f"{group[0].severity}: {group[0].rule}"
-    return [heading, *(f"  {finding.path}: {finding.message}" for finding in group), f"  -> {group[0].advice}", ""]
+    return [
+        heading,
+        *(f"  {finding.path}: {finding.message}" for finding in group),
+        f"  -> {group[0].advice}",
+        "",
+    ]
 
 
 def counted(findings: Collection[Finding]) -> str:
     """Returns how many findings there are of each severity; nothing for none."""
-    counts = [(sum(finding.severity == severity for finding in findings), severity) for severity in SEVERITIES]
-    return ", ".join(f"{count} {severity}{'s' * (count > 1)}" for count, severity in counts if count)
+    counts = [
+        (sum(finding.severity == severity for finding in findings), severity)
+        for severity in SEVERITIES
+    ]
+    return ", ".join(
+        f"{count} {severity}{'s' * (count > 1)}" for count, severity in counts if count
+    )

@@ -43,22 +43,29 @@ def with_batch_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, b
 def _collect(step: Step, model: Model, batch: Any) -> Layers:
     """Returns each layer's statistics of the batch: what it collects, or what it moves its running ones towards.
 
-    A layer of another library knows nothing of populations and returns m old + (1 - m) batch. From 0 that is
-    (1 - m) batch, from 1 it is m more, which says what m is.
+    A layer of another library knows nothing of populations and returns m old + (1 - m) batch. From
+    0 that is (1 - m) batch, from 1 it is m more, which says what m is.
     """
-    low, high = (step(model.static, model.arrays, _started(model.layers, start), batch)[0] for start in (0, 1))
+    low, high = (
+        step(model.static, model.arrays, _started(model.layers, start), batch)[0]
+        for start in (0, 1)
+    )
     found, saw = {}, False
     for path, layer in model.layers.items():
         found[path] = dict(layer)
         population = low[path][POPULATION]
         for leaf, collected in zip(STATISTICS, population.statistics(), strict=True):
             moved = 1 - (high[path][leaf] - low[path][leaf])
-            seen = jnp.where(population.seen[0], collected, (low[path][leaf] / moved).astype(collected.dtype))
+            seen = jnp.where(
+                population.seen[0], collected, (low[path][leaf] / moved).astype(collected.dtype)
+            )
             there = population.seen[0] | ~(jnp.abs(moved) < 1e-6)
-            found[path][leaf] = jnp.where(there, jnp.where(jnp.isfinite(seen), seen, jnp.inf), jnp.nan)
+            found[path][leaf] = jnp.where(
+                there, jnp.where(jnp.isfinite(seen), seen, jnp.inf), jnp.nan
+            )
             saw |= bool(there.any())
     if not saw:
-        _checks.refuse(
+        _checks.raise_error(
             "report",
             "no layer saw the batch",
             expected="a forward pass in training mode that returns new statistics",
@@ -84,8 +91,9 @@ def examples_in(batch: Any) -> int:
 def gap_of(running: Values, batch: Values, epsilon: float) -> np.ndarray:
     r"""Returns the distance of a channel's outputs by running and by batch statistics, `(*features)`.
 
-    Of an input with the batch's moments, the root mean square of what the two normalizations make of it differently:
-    the offset of the mean, and the factor of the deviation, both in deviations of the output.
+    Of an input with the batch's moments, the root mean square of what the two normalizations make
+    of it differently: the offset of the mean, and the factor of the deviation, both in deviations
+      of the output.
     """
     (mean, var), (seen, spread) = ((values["mean"], values["var"]) for values in (running, batch))
     with np.errstate(all="ignore"):
@@ -94,7 +102,9 @@ def gap_of(running: Values, batch: Values, epsilon: float) -> np.ndarray:
         return np.sqrt(offset**2 + factor**2)
 
 
-def finding(layer: Layer, running: Values, batch: Values, gaps: np.ndarray, examples: float) -> Finding | None:
+def finding(
+    layer: Layer, running: Values, batch: Values, gaps: np.ndarray, examples: float
+) -> Finding | None:
     """Returns what there is to say of a layer's gap, where chance does not explain it."""
     if np.isinf(batch["var"]).any() or np.isinf(batch["mean"]).any():
         bad = ~np.isfinite(batch["var"])
@@ -102,11 +112,15 @@ def finding(layer: Layer, running: Values, batch: Values, gaps: np.ndarray, exam
         advice = "Look for NaN in the batch and in what comes before the first such layer; mask what does not count"
         return Finding(layer.path, "non-finite", "error", message, advice)
     gap = rms(gaps)
-    limit = max(WARNING, CHANCE * math.sqrt(1.5 / examples))  # variances 1 / n of a mean, 1 / 2n of a deviation
+    # variances 1 / n of a mean, 1 / 2n of a deviation
+    limit = max(WARNING, CHANCE * math.sqrt(1.5 / examples))
     if gap is None or gap < limit:
         return None
     worst = np.unravel_index(int(np.nanargmax(gaps)), gaps.shape)
-    kept, seen = (f"mean {values['mean'][worst]:.3g}, var {values['var'][worst]:.3g}" for values in (running, batch))
+    kept, seen = (
+        f"mean {values['mean'][worst]:.3g}, var {values['var'][worst]:.3g}"
+        for values in (running, batch)
+    )
     message = f"outputs at inference are {gap:.2g} standard deviations from those by the batch's statistics; "
     message += f"worst in channel {', '.join(map(str, map(int, worst)))}: {kept} kept, {seen} seen"
     if at_the_start(running):

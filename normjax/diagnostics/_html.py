@@ -71,7 +71,11 @@ def _findings(report: Report) -> list[str]:
             for finding in group
         ]
         shown, folded = "".join(seen[:SHOWN]), "".join(seen[SHOWN:])
-        more = f"<details><summary>{len(seen) - SHOWN} more</summary><ul>{folded}</ul></details>" if folded else ""
+        more = (
+            f"<details><summary>{len(seen) - SHOWN} more</summary><ul>{folded}</ul></details>"
+            if folded
+            else ""
+        )
         first = group[0]
         sections.append(
             f'<section class="{first.severity}"><b>{first.severity}: {first.rule}</b><ul>{shown}</ul>{more}'
@@ -83,7 +87,13 @@ def _findings(report: Report) -> list[str]:
 def _table(report: Report) -> str:
     axes = {name: _axis(report, name) for name in ("var", "scale")}
     gap = any(layer.gap is not None for layer in report.layers)
-    heads = ["", "layer", "features", "mean", *(f"{name}{_ticks(axis)}" for name, axis in axes.items() if axis)]
+    heads = [
+        "",
+        "layer",
+        "features",
+        "mean",
+        *(f"{name}{_ticks(axis)}" for name, axis in axes.items() if axis),
+    ]
     heads += ["gap<br><small>deviations</small>"] * gap
     rows = []
     for layer in report.layers:
@@ -96,7 +106,9 @@ def _table(report: Report) -> str:
         ]
         severity = layer.severity or "none"
         mark = f'<td class="mark" title="{severity}">●</td>'
-        rows.append(f'<tr class="{severity}" id="{escape(layer.path)}">{mark}{"".join(cells)}</tr>\n')
+        rows.append(
+            f'<tr class="{severity}" id="{escape(layer.path)}">{mark}{"".join(cells)}</tr>\n'
+        )
     return f"<table><thead><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr></thead>\n{''.join(rows)}</table>"
 
 

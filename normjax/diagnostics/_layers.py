@@ -23,7 +23,8 @@ Values = dict[str, np.ndarray]
 
 COLLECTIONS = {"params", "batch_stats"}
 _COPY = re.compile(r"(\w+)_(?:params|batch_stats)")  # such as ema_params
-_OPTIMIZERS = {"opt_state", "optimizer", "optimizer_state"}  # whose moments have the names of parameters
+# whose moments have the names of parameters
+_OPTIMIZERS = {"opt_state", "optimizer", "optimizer_state"}
 _ALIASES = {
     **dict.fromkeys(("gamma", "gain"), "scale"),
     **dict.fromkeys(("beta", "offset"), "bias"),
@@ -73,7 +74,7 @@ def leaves_of(variables: Any) -> Leaves:
     for path, leaf in jax.tree_util.tree_leaves_with_path(plain(variables)):
         names = _single(path_names(path))
         if isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
-            _checks.refuse(
+            _checks.raise_error(
                 "report",
                 "a leaf has no values",
                 expected="arrays, outside of jax.jit and the like",
@@ -94,7 +95,10 @@ def find_layers(leaves: Leaves, classes: Mapping[Path, str] | None = None) -> li
         nodes.setdefault(above, {})[name] = leaves[path]
     layers = []
     for path in sorted(nodes, key=_natural):
-        labels = [(classes or {}).get(path[:end], path[end - 1] if end else "") for end in range(len(path), -1, -1)]
+        labels = [
+            (classes or {}).get(path[:end], path[end - 1] if end else "")
+            for end in range(len(path), -1, -1)
+        ]
         labels = [label for label in labels if re.search("[a-zA-Z]", label)]
         node = _as_in_flax(nodes[path], labels)
         if kind := _kind(path, node, labels):
@@ -115,12 +119,16 @@ def classes_of(variables: Any) -> dict[Path, str]:
     nnx = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(variables, nnx.Module):
         return {}
-    return {tuple(map(str, path)): type(module).__name__ for path, module in nnx.iter_modules(variables)}
+    return {
+        tuple(map(str, path)): type(module).__name__ for path, module in nnx.iter_modules(variables)
+    }
 
 
 def of_models(leaves: Iterable[Path]) -> list[Path]:
     """Leaves out the optimizer's, and in a state of training all that is no collection."""
-    paths = [path for path in leaves if set(path) - COLLECTIONS and not set(_outside(path)) & _OPTIMIZERS]
+    paths = [
+        path for path in leaves if set(path) - COLLECTIONS and not set(_outside(path)) & _OPTIMIZERS
+    ]
     if any("params" in path for path in paths):
         return [path for path in paths if set(path) & COLLECTIONS or _COPY.fullmatch(path[0])]
     return paths
@@ -135,7 +143,8 @@ def _place(path: Path) -> tuple[Path, str]:
     """Returns the path of the layer and the name of the leaf, without collections; copies keep their name in front."""
     if copy := _COPY.fullmatch(path[0]):
         path = (copy[1], *path[1:])
-    if "scales" in path[:-1] and path[-1] not in (*_KNOWN, *_ALIASES):  # of nnx's wrappers: a dict by kernel
+    # of nnx's wrappers: a dict by kernel
+    if "scales" in path[:-1] and path[-1] not in (*_KNOWN, *_ALIASES):
         path = (*(part for part in path if part != "scales"), "scale")
     *above, name = (part for part in path if part not in COLLECTIONS)
     return tuple(above), _ALIASES.get(name, name)
@@ -174,20 +183,35 @@ def _kind(path: Path, node: Mapping[str, Any], labels: list[str]) -> str | None:
 
 def _said(labels: list[str]) -> str | None:
     """What a name says that a module is."""
-    return next((kind for label in labels for kind, name in _NAMED.items() if re.search(name, label.lower())), None)
+    return next(
+        (
+            kind
+            for label in labels
+            for kind, name in _NAMED.items()
+            if re.search(name, label.lower())
+        ),
+        None,
+    )
 
 
 def _single(names: Iterable[str]) -> Path:
     """Names one by one, of tuples that Orbax writes as strings too, and without the box around a value."""
     parts: list[str] = []
     for name in names:
-        parts += map(str, ast.literal_eval(name)) if name.startswith("('") and name.endswith(")") else [name]
+        parts += (
+            map(str, ast.literal_eval(name))
+            if name.startswith("('") and name.endswith(")")
+            else [name]
+        )
     return tuple(parts[:-1] if len(parts) > 1 and parts[-1] == "value" else parts)
 
 
 def _natural(path: Path) -> list[Any]:
     """Sorts BatchNorm_2 before BatchNorm_10."""
     return [
-        [(not part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
+        [
+            (not part.isdigit(), int(part) if part.isdigit() else part)
+            for part in re.split(r"(\d+)", name)
+        ]
         for name in path
     ]

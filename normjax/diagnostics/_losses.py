@@ -24,17 +24,22 @@ Scalar = Float[Array, ""]
 def checked(function: str, loss: Loss, params: PyTree) -> tuple[Loss, PyTree[Array]]:
     """Returns a loss, and its parameters in at least float32; refuses those that it has no derivatives by.
 
-    In bfloat16, steps and differences would be those of rounding. Of an nnx module, it is the loss of its state.
+    In bfloat16, steps and differences would be those of rounding. Of an nnx module, it is the loss
+    of its state.
     """
     _checks.must_be_callable(
-        function, "loss", loss, expected="a function of params alone", fix=f"The order is {function}(loss, params)"
+        function,
+        "loss",
+        loss,
+        expected="a function of params alone",
+        fix=f"The order is {function}(loss, params)",
     )
     params, loss = opened(params, loss)
     params = differentiable(function, "params", params)
     shape = jax.eval_shape(loss, params)
     number = isinstance(shape, jax.ShapeDtypeStruct) and shape.shape == ()
     if not (number and jnp.issubdtype(shape.dtype, jnp.floating)):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "loss does not return one real number",
             expected="a floating-point scalar",
@@ -50,7 +55,7 @@ def differentiable(function: str, name: str, tree: PyTree) -> PyTree[Array]:
     check_arrays(function, name, tree)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"{name} holds what has no real derivative",
                 expected="floating-point arrays",
@@ -59,8 +64,12 @@ def differentiable(function: str, name: str, tree: PyTree) -> PyTree[Array]:
                 kind=TypeError,
             )
     if not jax.tree.leaves(tree):
-        _checks.refuse(
-            function, f"{name} is empty", expected="at least one array", got=f"{tree!r}", fix="Pass the model's params"
+        _checks.raise_error(
+            function,
+            f"{name} is empty",
+            expected="at least one array",
+            got=f"{tree!r}",
+            fix="Pass the model's params",
         )
     check_finite(function, name, tree)
     return jax.tree.map(lambda leaf: widen(jnp.asarray(leaf)), tree)
@@ -77,7 +86,9 @@ def norm(a: PyTree[Array]) -> Scalar:
     leaves = jax.tree.leaves(a)
     largest = reduce(jnp.maximum, _alike([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]))
     unit = jnp.where(largest > 0, largest, 1)
-    return unit * jnp.sqrt(total([jnp.sum((leaf / unit.astype(leaf.dtype)) ** 2) for leaf in leaves]))
+    return unit * jnp.sqrt(
+        total([jnp.sum((leaf / unit.astype(leaf.dtype)) ** 2) for leaf in leaves])
+    )
 
 
 def total(values: list[Array]) -> Array:

@@ -15,7 +15,8 @@ from normjax import _checks
 from normjax.diagnostics._findings import Finding
 from normjax.diagnostics._layers import Layer, Leaves, of_models, to_numpy
 
-ROUNDING = 1e-6  # in deviations, or parts of the value: what float32 loses in sums of another order, no more
+# in deviations, or parts of the value: what float32 loses in sums of another order, no more
+ROUNDING = 1e-6
 _ALIKE = 0.5  # cosine of two copies' kernels: 0 for those of two layers, or two seeds
 _STATISTICS = {"mean", "var", "count", "u", "sigma"}
 
@@ -26,7 +27,7 @@ def count_replicas(leaves: Leaves, layers: Iterable[Layer], replicated: bool | N
     sizes = {np.shape(leaf)[:1] for leaf in model.values()}
     size = sizes.pop()[0] if len(sizes) == 1 and () not in sizes else 0
     if replicated and size < 1:
-        _checks.refuse(
+        _checks.raise_error(
             "report",
             "the variables are not replicated along a leading axis",
             expected="one size of the first axis, the number of devices, for all leaves",
@@ -37,7 +38,10 @@ def count_replicas(leaves: Leaves, layers: Iterable[Layer], replicated: bool | N
         return size if replicated else 0
     own = {id(leaf) for layer in layers for leaf in layer.leaves.values()}
     wide = all(
-        np.ndim(leaf) > 1 for layer in layers for name, leaf in layer.leaves.items() if name in ("mean", "scale")
+        np.ndim(leaf) > 1
+        for layer in layers
+        for name, leaf in layer.leaves.items()
+        if name in ("mean", "scale")
     )
     if size < 2 or not wide:
         return 0
@@ -56,18 +60,32 @@ def diverged(layer: Layer, copies: int, epsilon: float) -> Finding | None:
     if copies:
         var = _median(var)
     else:
-        stacks = {name: stack for name, leaf in layer.leaves.items() if (stack := _on_devices(leaf)) is not None}
+        stacks = {
+            name: stack
+            for name, leaf in layer.leaves.items()
+            if (stack := _on_devices(leaf)) is not None
+        }
     deviation = np.sqrt(np.maximum(var, 0) + epsilon)
-    apart = {name: _distances(stack, deviation if name == "mean" else None) for name, stack in stacks.items()}
+    apart = {
+        name: _distances(stack, deviation if name == "mean" else None)
+        for name, stack in stacks.items()
+    }
     apart = {name: distances for name, distances in apart.items() if distances.max() > ROUNDING}
     if not apart:
         return None
-    away = sorted({int(i) for distances in apart.values() for i in np.flatnonzero(distances > ROUNDING)})
+    away = sorted(
+        {int(i) for distances in apart.values() for i in np.flatnonzero(distances > ROUNDING)}
+    )
     size = max(map(len, apart.values()))
-    seen = ", ".join(f"{name} by up to {d.max():.2g}{' deviations' * (name == 'mean')}" for name, d in apart.items())
+    seen = ", ".join(
+        f"{name} by up to {d.max():.2g}{' deviations' * (name == 'mean')}"
+        for name, d in apart.items()
+    )
     message = f"{len(away)} of {size} replicas ({', '.join(map(str, away[:8]))}) differ from their median: {seen}"
     if set(apart) <= _STATISTICS:
-        advice = "Call nj.sync_batch_stats before evaluation and checkpoints, or train with axis_name"
+        advice = (
+            "Call nj.sync_batch_stats before evaluation and checkpoints, or train with axis_name"
+        )
         return Finding(layer.path, "diverged-replicas", "warning", message, advice)
     advice = "Average gradients over the devices (lax.pmean) from equal starts; go on from one replica's parameters"
     return Finding(layer.path, "diverged-replicas", "error", message, advice)
@@ -77,7 +95,8 @@ def _one_a_device(leaves: Iterable[Any]) -> bool:
     """Whether arrays lie as pmap leaves them: a row on each device."""
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
     return bool(arrays) and all(
-        len(leaf.sharding.device_set) == leaf.shape[0] > 1 and leaf.sharding.shard_shape(leaf.shape)[0] == 1
+        len(leaf.sharding.device_set) == leaf.shape[0] > 1
+        and leaf.sharding.shard_shape(leaf.shape)[0] == 1
         for leaf in arrays
     )
 
@@ -90,8 +109,12 @@ def _are_copies(leaves: list[Any], kernels: list[Any]) -> bool:
     pairs = list(combinations(range(len(stacks[0])), 2))
     if any(all(_same(stack[i], stack[j]) for stack in stacks) for i, j in pairs):
         return True
-    telling = [stack for stack in stacks if not (stack[0] == stack[0].flat[0]).all()]  # zeros and ones may be anyone's
-    return bool(telling and np.mean([all(_same(stack[i], stack[j]) for i, j in pairs) for stack in telling]) >= 0.5)
+    # zeros and ones may be anyone's
+    telling = [stack for stack in stacks if not (stack[0] == stack[0].flat[0]).all()]
+    return bool(
+        telling
+        and np.mean([all(_same(stack[i], stack[j]) for i, j in pairs) for stack in telling]) >= 0.5
+    )
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -110,8 +133,14 @@ def _on_devices(leaf: Any) -> np.ndarray | None:
     copies: dict[int, list[Any]] = {}
     for shard in leaf.addressable_shards:
         copies.setdefault(shard.replica_id, []).append(shard)
-    whole = [shards for shards in copies.values() if sum(shard.data.size for shard in shards) == leaf.size]
-    stack = np.zeros((len(whole), *leaf.shape), np.complex128 if jnp.iscomplexobj(leaf) else np.float64)
+    whole = [
+        shards
+        for shards in copies.values()
+        if sum(shard.data.size for shard in shards) == leaf.size
+    ]
+    stack = np.zeros(
+        (len(whole), *leaf.shape), np.complex128 if jnp.iscomplexobj(leaf) else np.float64
+    )
     for copy, shards in zip(stack, whole, strict=True):
         for shard in shards:
             copy[shard.index] = to_numpy(shard.data)
@@ -125,7 +154,9 @@ def _distances(stack: np.ndarray, unit: np.ndarray | None) -> np.ndarray:
         unit = np.nanmax(np.abs(middle), initial=0.0) or np.ones(())
     with np.errstate(invalid="ignore"):
         distance = np.abs(stack - middle) / unit
-    distance = np.where(np.isnan(distance), np.where(np.isnan(stack) == np.isnan(middle), 0, np.inf), distance)
+    distance = np.where(
+        np.isnan(distance), np.where(np.isnan(stack) == np.isnan(middle), 0, np.inf), distance
+    )
     return distance.reshape(len(stack), -1).max(1, initial=0.0)
 
 

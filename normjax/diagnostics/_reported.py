@@ -21,13 +21,16 @@ class LayerReport(NamedTuple):
     """A normalization layer in numbers.
 
     Attributes:
-      path: its parts joined by slashes, without the names of collections; `"/"` where there is nothing but one layer.
-      kind: what it is, by its leaves and names: `"batch norm"`, or `"norm"` where names do not tell layers apart.
+      path: its parts joined by slashes, without the names of collections; `"/"` where there is
+        nothing but one layer.
+      kind: what it is, by its leaves and names: `"batch norm"`, or `"norm"` where names do not tell
+        layers apart.
       shape: of its features.
       mean: of the running means; None for a layer without.
       var: of the running variances; None for a layer without.
       scale: None for a layer without.
-      gap: between training and inference, in standard deviations of the output; None where no batch tells.
+      gap: between training and inference, in standard deviations of the output; None where no batch
+        tells.
       severity: of its worst finding; None where there is none.
       leaves: all that it holds, float64.
     """

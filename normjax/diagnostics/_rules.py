@@ -16,7 +16,8 @@ LARGE, HUGE = 1e1, 1e4  # nothing smaller explodes; 6 deviations of 1e4 are wher
 LOST = 1e8  # float32 goes in steps of 8 there: what other channels add to these is lost
 NEAR_ZERO = 1e-3  # times the layer's median: a channel that the next layer does not hear
 SHARE = 1e-2  # of the channels: fewer are for pruning rather than for worry
-BOTH_SIDES = 0.1  # of the scales are negative: they have crossed 0, or spread from it, and some are on their way
+# of the scales are negative: they have crossed 0, or spread from it, and some are on their way
+BOTH_SIDES = 0.1
 
 Rule = Callable[[Layer, Values, float], Iterator[Finding]]
 
@@ -24,7 +25,15 @@ Rule = Callable[[Layer, Values, float], Iterator[Finding]]
 def findings(layer: Layer, epsilon: float) -> Iterator[Finding]:
     """Yields what the rules have to say about a layer."""
     values = layer.values
-    for rule in (_not_finite, _negative_variance, _dead, _deaf, _exploding, _near_zero, _not_stored):
+    for rule in (
+        _not_finite,
+        _negative_variance,
+        _dead,
+        _deaf,
+        _exploding,
+        _near_zero,
+        _not_stored,
+    ):
         yield from rule(layer, values, epsilon)
 
 
@@ -32,7 +41,10 @@ def _not_finite(layer: Layer, values: Values, epsilon: float) -> Iterator[Findin
     bad = {name: ~np.isfinite(value) for name, value in values.items()}
     bad = {name: where for name, where in bad.items() if where.any()}
     if bad:
-        seen = ", ".join(f"{where.sum()} of {where.size} in {name}{channels(where)}" for name, where in bad.items())
+        seen = ", ".join(
+            f"{where.sum()} of {where.size} in {name}{channels(where)}"
+            for name, where in bad.items()
+        )
         advice = "Go back to a checkpoint from before; jax.config.update('jax_debug_nans', True) shows where it starts"
         yield Finding(layer.path, "non-finite", "error", f"NaN or infinite: {seen}", advice)
 
@@ -66,14 +78,23 @@ def _deaf(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
     """Layers whose own parameters make their output a constant."""
     advice = "Start these parameters anew; train them with a lower learning rate, and without weight decay"
     if layer.kind == "dynamic tanh" and np.any(values.get("alpha", np.ones(1)) == 0):
-        yield Finding(layer.path, "dead-channels", "error", "alpha is 0: the output is the bias, whatever x is", advice)
+        yield Finding(
+            layer.path,
+            "dead-channels",
+            "error",
+            "alpha is 0: the output is the bias, whatever x is",
+            advice,
+        )
     if "threshold" in values:
         scale, bias = values.get("scale", np.ones(1)), values.get("bias", np.zeros(1))
-        # Mean squares are 1: above 6 is at most 1 in 36. Scales on their way from 0 are no concern of this rule.
+        # Mean squares are 1: above 6 is at most 1 in 36. Scales on their way from 0 are no concern
+        # of this rule.
         dead = np.atleast_1d(values["threshold"] > bias + 6 * np.maximum(np.abs(scale), 0.1))
         if dead.any():
             message = f"{dead.sum()} of {dead.size} channels hardly ever exceed their threshold{channels(dead)}"
-            yield Finding(layer.path, "dead-channels", "error" if dead.all() else "warning", message, advice)
+            yield Finding(
+                layer.path, "dead-channels", "error" if dead.all() else "warning", message, advice
+            )
 
 
 def _exploding(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
@@ -89,11 +110,15 @@ def _exploding(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding
         usual = _median(np.where(size > 0, size, np.nan))
         bad = ((size >= FAR * usual) & (size >= LARGE)) | (size >= HUGE)
         if bad.any():
-            against = f", against a median of {np.nanmedian(size[~bad]):.3g}" if bad.mean() < 0.5 else ""
+            against = (
+                f", against a median of {np.nanmedian(size[~bad]):.3g}" if bad.mean() < 0.5 else ""
+            )
             message = f"{name} of {bad.sum()} of {bad.size} channels is as large as {np.nanmax(size):.3g}{against}"
             advice = "Lower the learning rate or clip gradients; scale the inputs; go on from a checkpoint before it"
             severity: Severity = "error" if np.nanmax(size) >= LOST else "warning"
-            yield Finding(layer.path, "exploding-channels", severity, message + channels(bad), advice)
+            yield Finding(
+                layer.path, "exploding-channels", severity, message + channels(bad), advice
+            )
 
 
 def _near_zero(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
@@ -102,7 +127,11 @@ def _near_zero(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding
     scale = np.atleast_1d(values["scale"])
     size = np.abs(scale)
     if size.size and (size.max() <= NEAR_ZERO):
-        message = f"all {size.size} scales are 0" if size.max() == 0 else f"no scale is above {size.max():.3g}"
+        message = (
+            f"all {size.size} scales are 0"
+            if size.max() == 0
+            else f"no scale is above {size.max():.3g}"
+        )
         advice = "Right at the start of a residual branch's last layer, or where 1 is added; else the layer is silent"
         yield Finding(layer.path, "zero-scale", "note", message, advice)
         return
@@ -117,16 +146,22 @@ def _near_zero(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding
 
 
 def _not_stored(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
-    learned = [name for name in ("scale", "bias") if name in values and len(np.unique(values[name])) > 1]
+    learned = [
+        name for name in ("scale", "bias") if name in values and len(np.unique(values[name])) > 1
+    ]
     if learned and at_the_start(values):
-        message = f"mean is 0 and var is 1 as at the start, and {' and '.join(learned)} has been trained"
+        message = (
+            f"mean is 0 and var is 1 as at the start, and {' and '.join(learned)} has been trained"
+        )
         advice = "Keep the batch_stats that each step returns; nj.recalibrate finds them for these weights"
         yield Finding(layer.path, "statistics-not-stored", "warning", message, advice)
 
 
 def at_the_start(values: Values) -> bool:
     """Whether running statistics are those of an init function."""
-    return {"mean", "var"} <= values.keys() and bool(np.all(values["mean"] == 0) and np.all(values["var"] == 1))
+    return {"mean", "var"} <= values.keys() and bool(
+        np.all(values["mean"] == 0) and np.all(values["var"] == 1)
+    )
 
 
 def channels(where: np.ndarray) -> str:
@@ -134,7 +169,9 @@ def channels(where: np.ndarray) -> str:
     indices = np.argwhere(where)
     if where.ndim == 0 or where.all():
         return ""
-    shown = ", ".join(str(index[0]) if len(index) == 1 else str(tuple(map(int, index))) for index in indices[:5])
+    shown = ", ".join(
+        str(index[0]) if len(index) == 1 else str(tuple(map(int, index))) for index in indices[:5]
+    )
     return f" (channel{'s' * (len(indices) > 1)} {shown}{f' and {len(indices) - 5} more' * (len(indices) > 5)})"
 
 

@@ -17,9 +17,16 @@ COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan", None: ""}
 def plain(layers: Sequence[LayerReport], findings: Sequence[Finding]) -> str:
     """Returns the table, the findings below it, and a line that sums up."""
     rows = [HEADINGS, *[(MARKS[layer.severity], *cells(layer)) for layer in layers]]
-    kept = [i for i, heading in enumerate(HEADINGS) if heading != "gap" or any(row[i] for row in rows[1:])]
+    kept = [
+        i
+        for i, heading in enumerate(HEADINGS)
+        if heading != "gap" or any(row[i] for row in rows[1:])
+    ]
     widths = [max(len(row[i]) for row in rows) for i in kept]
-    table = ["  ".join(row[i].ljust(width) for i, width in zip(kept, widths, strict=True)).rstrip() for row in rows]
+    table = [
+        "  ".join(row[i].ljust(width) for i, width in zip(kept, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     said = [line for group in grouped(findings) for line in lines_of(group)]
     return "\n".join([*table, "", *said, summary(layers, findings)])
 
@@ -32,7 +39,11 @@ def colored(layers: Sequence[LayerReport], findings: Sequence[Finding]) -> Any:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     rows = [(layer.severity, cells(layer)) for layer in layers]
-    kept = [i for i, heading in enumerate(HEADINGS[1:]) if heading != "gap" or any(row[i] for _, row in rows)]
+    kept = [
+        i
+        for i, heading in enumerate(HEADINGS[1:])
+        if heading != "gap" or any(row[i] for _, row in rows)
+    ]
     table.add_column("")
     for i in kept:
         table.add_column(HEADINGS[1:][i], overflow="fold")
@@ -49,7 +60,13 @@ def cells(layer: LayerReport) -> tuple[str, ...]:
     """Returns the layer's row of the table, without the mark."""
     features = "x".join(map(str, layer.shape)) or "1"
     ranges = map(span, (layer.mean, layer.var, layer.scale))
-    return layer.path, layer.kind, features, *ranges, "" if layer.gap is None else f"{layer.gap:.2g}"
+    return (
+        layer.path,
+        layer.kind,
+        features,
+        *ranges,
+        "" if layer.gap is None else f"{layer.gap:.2g}",
+    )
 
 
 def span(found: Range | None) -> str:

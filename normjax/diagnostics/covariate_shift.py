@@ -22,11 +22,11 @@ class CovariateShift(NamedTuple):
     """How much the gradient of each layer changes; with leading axes of steps, where it was recorded over them.
 
     Attributes:
-      distance: the Euclidean distance of the two gradients, `(*steps, layers)`, in the order of `layers`; 0, up to
-        rounding, for the first of them.
+      distance: the Euclidean distance of the two gradients, `(*steps, layers)`, in the order of
+        `layers`; 0, up to rounding, for the first of them.
       cosine: the cosine of the angle between them, `(*steps, layers)`; 1 without a shift.
-      gradient_norm: the length of the gradient before, `(*steps, layers)`; `distance / gradient_norm` compares
-        networks.
+      gradient_norm: the length of the gradient before, `(*steps, layers)`; `distance /
+        gradient_norm` compares networks.
     """
 
     distance: Float[Array, "*steps layers"]
@@ -39,31 +39,36 @@ def internal_covariate_shift(
 ) -> CovariateShift:
     r"""Measures how much an update of the layers before a layer changes what its own gradient should have been.
 
-    For layer i, at the parameters :math:`w_1 \dots w_k` of step t and those of step t + 1, *on the same batch*:
+    For layer i, at the parameters :math:`w_1 \dots w_k` of step t and those of step t + 1, *on the
+    same batch*:
 
     .. math:: G_i  &= \nabla_{w_i} L(w_1^{(t)}, \dots, w_{i-1}^{(t)}, w_i^{(t)}, w_{i+1}^{(t)}, \dots, w_k^{(t)}) \\
-              G'_i &= \nabla_{w_i} L(w_1^{(t+1)}, \dots, w_{i-1}^{(t+1)}, w_i^{(t)}, w_{i+1}^{(t)}, \dots, w_k^{(t)})
+              G'_i &= \nabla_{w_i} L(w_1^{(t+1)}, \dots, w_{i-1}^{(t+1)}, w_i^{(t)}, w_{i+1}^{(t)},
+              \dots, w_k^{(t)})
 
     .. math:: \text{distance}_i = \lVert G_i - G'_i \rVert_2, \qquad
-              \text{cosine}_i = \frac{\langle G_i, G'_i \rangle}{\lVert G_i \rVert_2 \lVert G'_i \rVert_2}
+              \text{cosine}_i = \frac{\langle G_i, G'_i \rangle}{\lVert G_i \rVert_2 \lVert G'_i
+              \rVert_2}
 
-    It costs a gradient for each layer, and one more. It compiles itself, each time that it is called; in a training
-    loop, call it inside of `jax.jit`.
+    It costs a gradient for each layer, and one more. It compiles itself, each time that it is
+    called; in a training loop, call it inside of `jax.jit`.
 
     Args:
-      loss: from parameters (or the module) to the loss, a scalar, on the batch of this step, with its random numbers,
-        and in training mode; new statistics are left out.
+      loss: from parameters (or the module) to the loss, a scalar, on the batch of this step, with
+        its random numbers, and in training mode; new statistics are left out.
       params: those of step t, any tree of arrays, or an nnx module. Read in at least float32.
       updated: those of step t + 1, in a tree like `params`, or a module like it.
-      layers: the paths of the layers in the order that data passes them, as `"encoder/Dense_0"`; a tuple of paths is
-        one layer, such as `("Dense_0", "BatchNorm_0")`. Each leaf of `params` belongs to one of them.
+      layers: the paths of the layers in the order that data passes them, as `"encoder/Dense_0"`; a
+        tuple of paths is one layer, such as `("Dense_0", "BatchNorm_0")`. Each leaf of `params`
+        belongs to one of them.
 
     Returns:
-      A `CovariateShift` of `len(layers)` layers, in at least float32. The cosine is 1 where both gradients are zero,
-      and 0 where one is.
+      A `CovariateShift` of `len(layers)` layers, in at least float32. The cosine is 1 where both
+      gradients are zero, and 0 where one is.
 
     Raises:
-      ValueError: for a leaf in no layer or in two, a layer that names no leaf, or trees that do not fit.
+      ValueError: for a leaf in no layer or in two, a layer that names no leaf, or trees that do not
+        fit.
       TypeError: for parameters that are not real floating-point, or a loss that is no scalar.
 
     Example:
@@ -76,8 +81,8 @@ def internal_covariate_shift(
       [ 0. 16.] [1. 1.]
 
     References:
-      Santurkar, Tsipras, Ilyas & Madry, "How Does Batch Normalization Help Optimization?" (NeurIPS 2018),
-      definition 2.1 and figure 3.
+      Santurkar, Tsipras, Ilyas & Madry, "How Does Batch Normalization Help Optimization?" (NeurIPS
+      2018), definition 2.1 and figure 3.
     """
     loss, params = checked(_FUNCTION, loss, params)
     updated, _ = opened(updated, loss)
@@ -93,7 +98,9 @@ def internal_covariate_shift(
             def of_layer(tree: PyTree) -> PyTree:
                 return jax.tree.map(lambda leaf, j: jnp.where(j == i, leaf, 0), tree, layer_of)
 
-            partly = jax.tree.map(lambda old, new, j: jnp.where(j < i, new, old), params, updated, layer_of)
+            partly = jax.tree.map(
+                lambda old, new, j: jnp.where(j < i, new, old), params, updated, layer_of
+            )
             return _compare(of_layer(before), of_layer(jax.grad(loss)(partly)))
 
         return lax.map(shift, jnp.arange(len(layers)))
@@ -115,11 +122,17 @@ def _layers(params: PyTree, layers: Sequence[str | Sequence[str]]) -> PyTree[int
     layer_of = {path: i for i, group in enumerate(groups) for path in group}
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
     leaves = ["/".join(path_names(path)) for path, _ in flat]
-    owners = {leaf: [path for path in paths if f"{leaf}/".startswith(f"{path}/")] for leaf in leaves}
-    problems = [f"{path!r} of layers is no path in params" for path in paths if not _holds(path, owners)]
-    problems += [f"{leaf!r} is in {len(held)} layers" for leaf, held in owners.items() if len(held) != 1]
+    owners = {
+        leaf: [path for path in paths if f"{leaf}/".startswith(f"{path}/")] for leaf in leaves
+    }
+    problems = [
+        f"{path!r} of layers is no path in params" for path in paths if not _holds(path, owners)
+    ]
+    problems += [
+        f"{leaf!r} is in {len(held)} layers" for leaf, held in owners.items() if len(held) != 1
+    ]
     if problems:
-        _checks.refuse(
+        _checks.raise_error(
             _FUNCTION,
             problems[0],
             expected="layers that hold each leaf of params once",

@@ -37,9 +37,11 @@ class Equilibrium(NamedTuple):
 
     Attributes:
       angle: root mean square angle of a step, in radians.
-      norm: of the kernel: the fourth root of the mean fourth power for SGD, the root mean square for Adam.
-      time_constant: steps in which the distance from the equilibrium (of the power of the norm) falls to 1/e. A history
-        that starts sooner than a few of them after a change of learning rate or decay is too early.
+      norm: of the kernel: the fourth root of the mean fourth power for SGD, the root mean square
+        for Adam.
+      time_constant: steps in which the distance from the equilibrium (of the power of the norm)
+        falls to 1/e. A history that starts sooner than a few of them after a change of learning
+        rate or decay is too early.
     """
 
     angle: Compared
@@ -58,26 +60,29 @@ def equilibrium(
     r"""Compares how kernels turned with how learning rate and weight decay make them turn in the long run.
 
     .. math:: \hat\eta_{\mathrm{sgd}} = \sqrt{\frac{2 \eta \lambda}{1 + \alpha}}, \quad
-              \lVert w \rVert^4_{\mathrm{sgd}} = \frac{\eta \, E[\lVert w \rVert^2 \lVert g \rVert^2]}
+              \lVert w \rVert^4_{\mathrm{sgd}} = \frac{\eta \, E[\lVert w \rVert^2 \lVert g
+              \rVert^2]}
                                                       {2 \lambda (1 - \alpha)}, \qquad
-              \hat\eta_{\mathrm{adam}} = \sqrt{2 \eta \lambda \frac{1 - \beta_1}{1 + \beta_1}}, \quad
-              \lVert w \rVert^2_{\mathrm{adam}} = \frac{\eta \dim w}{2 \lambda}
+              \hat\eta_{\mathrm{adam}} = \sqrt{2 \eta \lambda \frac{1 - \beta_1}{1 + \beta_1}},
+              \quad \lVert w \rVert^2_{\mathrm{adam}} = \frac{\eta \dim w}{2 \lambda}
 
-    Gradients lengthen a kernel that they are orthogonal to, and turn it the less the longer it is; decay shortens it.
-    In balance the angle depends on neither gradients nor architecture, and the product :math:`\eta \lambda` alone is a
-    learning rate. Distances from the balance decay as exp(-t / tau), with tau = (1 - alpha) / (4 eta lambda) for SGD
-    and 1 / (2 eta lambda) for AdamW.
+    Gradients lengthen a kernel that they are orthogonal to, and turn it the less the longer it is;
+    decay shortens it. In balance the angle depends on neither gradients nor architecture, and the
+    product :math:`\eta \lambda` alone is a learning rate. Distances from the balance decay as
+    exp(-t / tau), with tau = (1 - alpha) / (4 eta lambda) for SGD and 1 / (2 eta lambda) for AdamW.
 
-    A ratio away from 1, after several tau, has a reason: the kernel is not invariant to its scale (`scale_invariance`);
-    gradients shrink or grow within tau; or, with momentum, gradients of successive steps are alike, where the
+    A ratio away from 1, after several tau, has a reason: the kernel is not invariant to its scale
+    (`scale_invariance`); gradients shrink or grow within tau; or, with momentum, gradients of
+    successive steps are alike, where the
     prediction takes them for random: they add up, to longer steps and longer kernels.
 
     Args:
-      history: what `rotation` returned, stacked over steps of one learning rate: each field `(steps, *features)`, as
+      history: what `rotation` returned, stacked over steps of one learning rate: each field
+        `(steps, *features)`, as
         from `lax.scan`. Cut off the beginning: `jax.tree.map(lambda field: field[1000:], history)`.
       learning_rate: eta.
-      weight_decay: lambda; for "sgd", the factor of the kernel that is added to the gradient; for "adam", decoupled
-        (AdamW, where the learning rate multiplies it).
+      weight_decay: lambda; for "sgd", the factor of the kernel that is added to the gradient; for
+        "adam", decoupled (AdamW, where the learning rate multiplies it).
       momentum: alpha of SGD as in `optax.sgd`, or beta1 of Adam.
       optimizer: "sgd" or "adam".
 
@@ -85,7 +90,8 @@ def equilibrium(
       An `Equilibrium` for each kernel of the history.
 
     Raises:
-      ValueError: for a history without steps, and without weight decay or learning rate, where there is no equilibrium.
+      ValueError: for a history without steps, and without weight decay or learning rate, where
+        there is no equilibrium.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -102,10 +108,10 @@ def equilibrium(
 
     References:
       van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017).
-      Li, Lyu & Arora, "Reconciling Modern Deep Learning with Traditional Optimization Analyses: The Intrinsic Learning
-      Rate" (NeurIPS 2020): eta lambda, and equilibrium after some 1 / (eta lambda) steps.
-      Kosson, Messmer & Jaggi, "Rotational Equilibrium: How Weight Decay Balances Learning Across Neural Networks" (ICML
-      2024), Table 1.
+      Li, Lyu & Arora, "Reconciling Modern Deep Learning with Traditional Optimization Analyses: The
+      Intrinsic Learning Rate" (NeurIPS 2020): eta lambda, and equilibrium after some 1 / (eta
+      lambda) steps. Kosson, Messmer & Jaggi, "Rotational Equilibrium: How Weight Decay Balances
+      Learning Across Neural Networks" (ICML 2024), Table 1.
     """
     _checks.choice(FUNCTION, "optimizer", optimizer, OPTIMIZERS)
     for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
@@ -155,7 +161,7 @@ def _recorded(path: str, rotations: Rotation) -> Any:
     """Returns the history of a kernel in float64; refuses one without steps."""
     history = Rotation(*(np.asarray(field, np.float64) for field in rotations))  # pyright: ignore[reportArgumentType]
     if history.norm.ndim == 0 or len(history.norm) == 0:
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "history has no steps",
             expected="each field with an axis of steps, the first",
@@ -166,7 +172,7 @@ def _recorded(path: str, rotations: Rotation) -> Any:
 
 
 def _refuse_single() -> None:
-    _checks.refuse(
+    _checks.raise_error(
         FUNCTION,
         "history is that of a single kernel",
         expected="a dict of Rotations by path, as rotation returns",

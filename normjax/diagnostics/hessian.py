@@ -24,7 +24,8 @@ class Eigenvalue(NamedTuple):
     Attributes:
       value: the eigenvalue.
       vector: its eigenvector of length 1, a tree like the parameters.
-      residual: the length of `H vector - value vector`, measured: some eigenvalue is within it of `value`.
+      residual: the length of `H vector - value vector`, measured: some eigenvalue is within it of
+        `value`.
       iterations: how many products with the Hessian it took.
       converged: whether the residual is within the tolerance.
     """
@@ -47,36 +48,42 @@ def hessian_eigenvalue(
 ) -> Eigenvalue:
     r"""Finds the largest eigenvalue of the loss's Hessian: its sharpness, which bounds the learning rate.
 
-    Lanczos' iteration projects the Hessian H on the Krylov space of a random vector, and takes an eigenvalue of the
-    small tridiagonal matrix T that results:
+    Lanczos' iteration projects the Hessian H on the Krylov space of a random vector, and takes an
+    eigenvalue of the small tridiagonal matrix T that results:
 
     .. math:: Q^\top H Q = T, \qquad T s = \theta s, \qquad
               \lVert H Q s - \theta Q s \rVert = \beta_k \lvert s_k \rvert
 
-    H is never made: its products with vectors are derivatives of the gradient along them (Pearlmutter 1994). Gradient
+    H is never made: its products with vectors are derivatives of the gradient along them
+      (Pearlmutter 1994). Gradient
     descent of rate lr is stable on a quadratic where `lr < 2 / value`.
 
-    *Largest* is algebraic: `"smallest"` finds the most negative curvature, and the larger in magnitude of the two is
-    the norm of H. Each new vector is made orthogonal to all earlier ones, twice, so that rounding makes no copies of
-    eigenvalues; it costs memory for `iterations` copies of the parameters. It compiles itself, each time that it is
-    called; in a loop, compile it once, as in the example.
+    *Largest* is algebraic: `"smallest"` finds the most negative curvature, and the larger in
+      magnitude of the two is
+    the norm of H. Each new vector is made orthogonal to all earlier ones, twice, so that rounding
+    makes no copies of eigenvalues; it costs memory for `iterations` copies of the parameters. It
+    compiles itself, each time that it is called; in a loop, compile it once, as in the example.
 
     Args:
-      loss: from parameters (or the module) to the loss, a scalar, twice differentiable. ReLUs count as linear on either
-        side. With batch norm, in training mode, on a batch like those of training; new statistics are left out.
-      params: any tree of arrays, or an nnx module, of which its `nnx.Param`s count. Read in at least float32.
+      loss: from parameters (or the module) to the loss, a scalar, twice differentiable. ReLUs count
+        as linear on either side. With batch norm, in training mode, on a batch like those of
+        training; new statistics are left out.
+      params: any tree of arrays, or an nnx module, of which its `nnx.Param`s count. Read in at
+        least float32.
       which: the end of the spectrum.
       iterations: at most so many products with H; never more than there are parameters.
-      tolerance: of the residual, relative to the largest |eigenvalue| found. The error of the value is at most the
-        residual, and usually about its square over the distance to the next eigenvalue.
+      tolerance: of the residual, relative to the largest |eigenvalue| found. The error of the value
+        is at most the residual, and usually about its square over the distance to the next
+        eigenvalue.
       key: of the random vector that the iteration starts from; None for `jax.random.key(0)`.
 
     Returns:
-      An `Eigenvalue`, in at least float32. Look at `converged`: without it, the value is only a lower bound of the
-      largest (an upper one of the smallest).
+      An `Eigenvalue`, in at least float32. Look at `converged`: without it, the value is only a
+      lower bound of the largest (an upper one of the smallest).
 
     Raises:
-      ValueError: for iterations below 1, a tolerance that is not from 0 to 1, or an unknown `which`.
+      ValueError: for iterations below 1, a tolerance that is not from 0 to 1, or an unknown
+        `which`.
       TypeError: for parameters that are not real floating-point, or a loss that is no scalar.
 
     Example:
@@ -89,14 +96,15 @@ def hessian_eigenvalue(
       3.0 [0. 0. 1.] True
 
     References:
-      Lanczos, "An Iteration Method for the Solution of the Eigenvalue Problem of Linear Differential and Integral
-      Operators" (1950). Parlett, "The Symmetric Eigenvalue Problem" (1980), chapter 13.
-      Pearlmutter, "Fast Exact Multiplication by the Hessian" (Neural Computation 1994).
+      Lanczos, "An Iteration Method for the Solution of the Eigenvalue Problem of Linear
+      Differential and Integral Operators" (1950). Parlett, "The Symmetric Eigenvalue Problem"
+      (1980), chapter 13. Pearlmutter, "Fast Exact Multiplication by the Hessian" (Neural
+      Computation 1994).
     """
     _checks.choice(_FUNCTION, "which", which, ("largest", "smallest"))
     _checks.between(_FUNCTION, "tolerance", tolerance, 0.0, 1.0)
     if _checks.positive_int(iterations) is None:
-        _checks.refuse(
+        _checks.raise_error(
             _FUNCTION,
             "iterations is not a number of products",
             expected="a positive int",
@@ -109,13 +117,17 @@ def hessian_eigenvalue(
     @jax.jit
     def find(params: PyTree, key: PRNGKey) -> Eigenvalue:
         _, product = jax.linearize(jax.grad(loss), params)
-        krylov, ritz = _lanczos(product, _random(key, params), min(iterations, size), tolerance, which)
+        krylov, ritz = _lanczos(
+            product, _random(key, params), min(iterations, size), tolerance, which
+        )
         vector = _combined(ritz.weights, krylov.basis)
         vector = _scaled(1 / norm(vector), vector)
         image = product(vector)
         value = inner(vector, image)
         residual = norm(jax.tree.map(lambda a, b: a - value.astype(a.dtype) * b, image, vector))
-        return Eigenvalue(value, vector, residual, krylov.used, residual <= _bound(tolerance, ritz.largest))
+        return Eigenvalue(
+            value, vector, residual, krylov.used, residual <= _bound(tolerance, ritz.largest)
+        )
 
     return find(params, jax.random.key(0) if key is None else key)
 
@@ -137,9 +149,12 @@ class _Ritz(NamedTuple):
     largest: Scalar
 
 
-def _lanczos(product: Product, start: PyTree, rows: int, tolerance: float, which: str) -> tuple[_Krylov, _Ritz]:
+def _lanczos(
+    product: Product, start: PyTree, rows: int, tolerance: float, which: str
+) -> tuple[_Krylov, _Ritz]:
     def further(state: tuple[_Krylov, _Ritz]) -> Array:
-        # Half the tolerance, so that the residual that is measured in the end is within the whole of it.
+        # Half the tolerance, so that the residual that is measured in the end is within the whole
+        # of it.
         krylov, ritz = state
         return (krylov.used < rows) & ~(ritz.residual <= _bound(tolerance / 2, ritz.largest))
 
@@ -195,7 +210,10 @@ def _bound(tolerance: float, largest: Scalar) -> Scalar:
 def _random(key: PRNGKey, params: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
-    start = [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    start = [
+        jax.random.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
     return _scaled(1 / norm(start), jax.tree.unflatten(structure, start))
 
 
@@ -205,10 +223,14 @@ def _scaled(factor: Scalar, tree: PyTree) -> PyTree:
 
 def _products(basis: PyTree, vector: PyTree) -> Float[Array, " rows"]:
     """The inner product of each row with a vector."""
-    products = jax.tree.map(lambda rows, leaf: jnp.tensordot(rows, leaf, leaf.ndim, precision="highest"), basis, vector)
+    products = jax.tree.map(
+        lambda rows, leaf: jnp.tensordot(rows, leaf, leaf.ndim, precision="highest"), basis, vector
+    )
     return total(jax.tree.leaves(products))
 
 
 def _combined(weights: Float[Array, " rows"], basis: PyTree) -> PyTree:
     """The sum of the rows, weighted."""
-    return jax.tree.map(lambda rows: jnp.tensordot(weights.astype(rows.dtype), rows, 1, precision="highest"), basis)
+    return jax.tree.map(
+        lambda rows: jnp.tensordot(weights.astype(rows.dtype), rows, 1, precision="highest"), basis
+    )

@@ -16,14 +16,17 @@ from jaxtyping import Array
 from normjax import _checks
 
 
-def layer_inputs(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Array]]:
+def layer_inputs(
+    model: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[Any, dict[str, Array]]:
     """Calls a Flax model, and returns beside what it returns what went into each of its layers.
 
-    Works for linen and nnx, inside of `jax.jit` and `jax.grad` too: the inputs are arrays like the outputs. A model of
+    Works for linen and nnx, inside of `jax.jit` and `jax.grad` too: the inputs are arrays like the
+    outputs. A model of
     pure functions needs none of this: let it return what goes into its layers.
 
-    Layers that the model calls within a transformation (`jax.jit`, `nn.scan`, `nn.remat`, ...) are hidden: what goes
-    into them there is nothing outside of it.
+    Layers that the model calls within a transformation (`jax.jit`, `nn.scan`, `nn.remat`, ...) are
+    hidden: what goes into them there is nothing outside of it.
 
     Args:
       model: `model.apply` of a linen module, or any function that calls it; or an nnx module.
@@ -31,12 +34,14 @@ def layer_inputs(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[
       **kwargs: of its call.
 
     Returns:
-      What `model(*args, **kwargs)` returns, and a dict from the path of each module, such as `"encoder/Dense_0"`, to
-      its first argument, in the order of the calls. Further calls of one module have entries of their own,
-      `"Dense_0[1]"`; modules whose first argument is no floating-point array have none.
+      What `model(*args, **kwargs)` returns, and a dict from the path of each module, such as
+      `"encoder/Dense_0"`, to its first argument, in the order of the calls. Further calls of one
+      module have entries of their own, `"Dense_0[1]"`; modules whose first argument is no
+      floating-point array have none.
 
     Raises:
-      TypeError: if no layer was seen: the model is not of Flax, or all of it is within a transformation.
+      TypeError: if no layer was seen: the model is not of Flax, or all of it is within a
+        transformation.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -59,7 +64,7 @@ def layer_inputs(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[
             stack.enter_context(_linen_watched(record))
         outputs = model(*args, **kwargs)
     if not record.inputs:
-        _checks.refuse(
+        _checks.raise_error(
             "layer_inputs",
             "no layer was seen",
             expected="model.apply of a linen module, or an nnx module, that calls layers outside of transformations",
@@ -126,11 +131,15 @@ def _nnx_watched(model: Any, record: _Record) -> Iterator[None]:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             if id(self) not in paths:
                 return call(self, *args, **kwargs)
-            return record.call(paths[id(self)], lambda *args, **kwargs: call(self, *args, **kwargs), args, kwargs)
+            return record.call(
+                paths[id(self)], lambda *args, **kwargs: call(self, *args, **kwargs), args, kwargs
+            )
 
         return __call__
 
-    owners = {base for _, module in modules for base in type(module).__mro__ if "__call__" in vars(base)}
+    owners = {
+        base for _, module in modules for base in type(module).__mro__ if "__call__" in vars(base)
+    }
     calls: dict[Any, Callable] = {owner: vars(owner)["__call__"] for owner in owners}
     try:
         for owner, call in calls.items():

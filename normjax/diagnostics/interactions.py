@@ -21,7 +21,8 @@ class Interactions(NamedTuple):
     """How strongly each example's output depends on each example of the batch.
 
     Attributes:
-      matrix: `(batch, batch)`, the mass of each block of the Jacobian: row i says whom the i-th output depends on.
+      matrix: `(batch, batch)`, the mass of each block of the Jacobian: row i says whom the i-th
+        output depends on.
       per_example: `(batch,)`, the share of a row that lies off the diagonal.
       off_diagonal: that share of the whole matrix: 0 where examples do not interact.
       standard_error: of `off_diagonal`; 0 where it is exact.
@@ -45,21 +46,25 @@ def interactions(
     .. math:: M_{ij} = \left\lVert \frac{\partial y_i}{\partial x_j} \right\rVert_F^2, \qquad
               \text{off-diagonal} = \frac{\sum_{i \ne j} M_{ij}}{\sum_{ij} M_{ij}}
 
-    It is exactly 0 for a network without batch statistics. Of one batch norm behind a linear map, whose Jacobian is
-    :math:`(\delta_{ij} - \frac1n - \frac1n \hat x_i \hat x_j) / \sigma` for each feature, it is about 2/n: nearly
-    nothing between any two of n examples, but something for all. Layers add up.
+    It is exactly 0 for a network without batch statistics. Of one batch norm behind a linear map,
+    whose Jacobian is :math:`(\delta_{ij} - \frac1n - \frac1n \hat x_i \hat x_j) / \sigma` for each
+    feature, it is about 2/n: nearly nothing between any two of n examples, but something for all.
+      Layers add up.
 
-    Exactly, by `batch * min(features of y_i, features of x_j)` derivatives. With `probes`, estimated without bias by
-    `batch * probes` of them, with random signs v (Hutchinson's estimator):
+    Exactly, by `batch * min(features of y_i, features of x_j)` derivatives. With `probes`,
+    estimated without bias by `batch * probes` of them, with random signs v (Hutchinson's
+    estimator):
 
     .. math:: M_{ij} = \mathbb{E}_v \left\lVert v^\top \frac{\partial y_i}{\partial x_j} \right\rVert^2
 
-    A block of the matrix has a relative standard error of at most :math:`\sqrt{2 / \text{probes}}`; that of the share,
-    whose errors are averaged over all blocks, is returned.
+    A block of the matrix has a relative standard error of at most :math:`\sqrt{2 / \text{probes}}`;
+    that of the share, whose errors are averaged over all blocks, is returned.
 
     Args:
-      function: from a batch to outputs, a row for each example, in *training* mode; new statistics are to be left out:
-        `lambda x: apply(variables, x, True)[0]`. It is compiled. An nnx module is called in the mode that it is in, and
+      function: from a batch to outputs, a row for each example, in *training* mode; new statistics
+        are to be left out:
+        `lambda x: apply(variables, x, True)[0]`. It is compiled. An nnx module is called in the
+          mode that it is in, and
         keeps its statistics.
       x: the batch, floating-point; in place of tokens pass their embeddings.
       probes: how many random signs a row is estimated with; None for the exact matrix.
@@ -69,7 +74,8 @@ def interactions(
       `Interactions`, in float32, or float64 for such x.
 
     Raises:
-      ValueError: for outputs that are no rows of examples or not finite, and for `probes` without `key`.
+      ValueError: for outputs that are no rows of examples or not finite, and for `probes` without
+        `key`.
 
     Example:
       >>> import jax, normjax as nj
@@ -82,8 +88,8 @@ def interactions(
       0.0
 
     References:
-      Ioffe & Szegedy, "Batch Normalization" (2015), section 3.4: an example is seen in conjunction with others.
-      Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1990).
+      Ioffe & Szegedy, "Batch Normalization" (2015), section 3.4: an example is seen in conjunction
+      with others. Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1990).
     """
     x = check_examples("interactions", "x", x)
     apply = compiled(function)
@@ -121,14 +127,18 @@ def _by_inputs(apply: Callable[[Array], Array], x: Array) -> Array:
     return jnp.stack([push(j, directions) for j in range(len(x))], axis=1)
 
 
-def _sampled(apply: Callable[[Array], Array], x: Array, y: jax.ShapeDtypeStruct, probes: int, key: PRNGKey) -> Array:
+def _sampled(
+    apply: Callable[[Array], Array], x: Array, y: jax.ShapeDtypeStruct, probes: int, key: PRNGKey
+) -> Array:
     """An estimate of the matrix for each probe, `(probes, batch, batch)`."""
     signs = jax.random.rademacher(key, (len(x), probes, math.prod(y.shape[1:])), y.dtype)
     pull = _pull(apply, x, y)
     return jnp.stack([pull(i, row) for i, row in enumerate(signs)], axis=1)
 
 
-def _pull(apply: Callable[[Array], Array], x: Array, y: jax.ShapeDtypeStruct) -> Callable[[int, Array], Array]:
+def _pull(
+    apply: Callable[[Array], Array], x: Array, y: jax.ShapeDtypeStruct
+) -> Callable[[int, Array], Array]:
     """From an example and cotangents of its output to the masses `(cotangents, batch)` that they find in x."""
 
     @jax.jit
@@ -136,7 +146,9 @@ def _pull(apply: Callable[[Array], Array], x: Array, y: jax.ShapeDtypeStruct) ->
         _, pullback = jax.vjp(apply, x)
 
         def one(sign: Array) -> Array:
-            return _masses(*pullback(jnp.zeros(y.shape, y.dtype).at[i].set(sign.reshape(y.shape[1:]))))
+            return _masses(
+                *pullback(jnp.zeros(y.shape, y.dtype).at[i].set(sign.reshape(y.shape[1:])))
+            )
 
         return jax.vmap(one)(signs)
 
@@ -155,10 +167,17 @@ def _summary(samples: Array) -> Interactions:
     share = _share(others.sum(), samples.sum())
     # Of a ratio of means, to first order.
     totals = samples.sum((1, 2))
-    variance = ((others.sum((1, 2)) - share * totals) ** 2).sum() / max(len(samples) - 1, 1) / len(samples)
+    variance = (
+        ((others.sum((1, 2)) - share * totals) ** 2).sum() / max(len(samples) - 1, 1) / len(samples)
+    )
     error = _share(jnp.sqrt(variance), totals.mean())
     exact = len(samples) == 1
-    return Interactions(matrix, _share(others.sum(-1).mean(0), rows), share, jnp.zeros_like(error) if exact else error)
+    return Interactions(
+        matrix,
+        _share(others.sum(-1).mean(0), rows),
+        share,
+        jnp.zeros_like(error) if exact else error,
+    )
 
 
 def _share(part: Array, whole: Array) -> Array:
@@ -169,7 +188,7 @@ def _share(part: Array, whole: Array) -> Array:
 def _checked(probes: int, key: PRNGKey | None) -> PRNGKey:
     """Returns the key; refuses too few probes, and none to draw them with."""
     if (_checks.positive_int(probes) or 0) < 2:
-        _checks.refuse(
+        _checks.raise_error(
             "interactions",
             "too few probes for a standard error",
             expected="an int of 2 or more, or None for the exact matrix",
@@ -177,7 +196,7 @@ def _checked(probes: int, key: PRNGKey | None) -> PRNGKey:
             fix="Start with probes=16",
         )
     if key is None:
-        _checks.refuse(
+        _checks.raise_error(
             "interactions",
             "probes are random, and there is no key",
             expected="key=jax.random.key(0), or another",

@@ -24,7 +24,8 @@ class Landscape(NamedTuple):
     Attributes:
       loss: L(w), at the parameters, `(*steps,)`.
       losses: L(w + s d) for each step size s, `(*steps, points)`.
-      gradient_distances: how far the gradient there is from that at w, Euclidean, `(*steps, points)`.
+      gradient_distances: how far the gradient there is from that at w, Euclidean, `(*steps,
+        points)`.
       distances: how far the points are, |s| times the length of d, `(*steps, points)`.
     """
 
@@ -36,7 +37,9 @@ class Landscape(NamedTuple):
     @property
     def loss_range(self) -> tuple[Float[Array, "*steps"], Float[Array, "*steps"]]:
         """The lowest and the highest loss, of the points and of w itself."""
-        return jnp.minimum(self.loss, self.losses.min(-1)), jnp.maximum(self.loss, self.losses.max(-1))
+        return jnp.minimum(self.loss, self.losses.min(-1)), jnp.maximum(
+            self.loss, self.losses.max(-1)
+        )
 
     @property
     def variation(self) -> Float[Array, "*steps"]:
@@ -52,12 +55,17 @@ class Landscape(NamedTuple):
     @property
     def smoothness(self) -> Float[Array, "*steps"]:
         """The effective beta-smoothness: the largest ratio of the gradient's distance to that of the point."""
-        moved = jnp.where(self.distances > 0, self.distances, 1)  # at a stationary point, no point is another
+        # at a stationary point, no point is another
+        moved = jnp.where(self.distances > 0, self.distances, 1)
         return (self.gradient_distances / moved).max(-1)
 
 
 def landscape(
-    loss: Loss, params: PyTree, *, step_sizes: Sequence[float] | Array, direction: PyTree | None = None
+    loss: Loss,
+    params: PyTree,
+    *,
+    step_sizes: Sequence[float] | Array,
+    direction: PyTree | None = None,
 ) -> Landscape:
     r"""Walks along the gradient and measures how the loss and the gradient change: how far a step can be trusted.
 
@@ -67,20 +75,24 @@ def landscape(
               \lVert \nabla L(w + s d) - g \rVert_2, \qquad
               \beta = \max_s \frac{\lVert \nabla L(w + s d) - g \rVert_2}{\lVert s d \rVert_2}
 
-    The range of the first is the *variation of the loss*, that of the second the *gradient predictiveness*, and beta
-    the *effective smoothness*, never more than the largest |eigenvalue| of the Hessian on the way.
+    The range of the first is the *variation of the loss*, that of the second the *gradient
+    predictiveness*, and beta the *effective smoothness*, never more than the largest |eigenvalue|
+    of the Hessian on the way.
 
-    It costs a gradient for each step size, and one more. It compiles itself, each time that it is called; in a training
-    loop, compile it once, as in the example. Stacked, as by `lax.scan`, or by
-    `jax.tree.map(lambda *x: jnp.stack(x), *history)`, it is what `normjax.diagnostics.plot.landscape` draws.
+    It costs a gradient for each step size, and one more. It compiles itself, each time that it is
+    called; in a training loop, compile it once, as in the example. Stacked, as by `lax.scan`, or by
+    `jax.tree.map(lambda *x: jnp.stack(x), *history)`, it is what
+    `normjax.diagnostics.plot.landscape` draws.
 
     Args:
-      loss: from parameters (or the module) to the loss, a scalar, on *one* batch and in training mode; new statistics
-        are left out.
-      params: any tree of arrays, or an nnx module, of which its `nnx.Param`s count. Read in at least float32.
-      step_sizes: s, finite and not 0, such as the learning rates in question; negative ones walk uphill.
-      direction: d, a tree like `params`, such as what an optimizer would add to them at a learning rate of 1; None for
-        the negative gradient.
+      loss: from parameters (or the module) to the loss, a scalar, on *one* batch and in training
+        mode; new statistics are left out.
+      params: any tree of arrays, or an nnx module, of which its `nnx.Param`s count. Read in at
+        least float32.
+      step_sizes: s, finite and not 0, such as the learning rates in question; negative ones walk
+        uphill.
+      direction: d, a tree like `params`, such as what an optimizer would add to them at a learning
+        rate of 1; None for the negative gradient.
 
     Returns:
       A `Landscape` of `len(step_sizes)` points, in at least float32.
@@ -99,8 +111,8 @@ def landscape(
       4.0 [1. 0. 4.] 8.0
 
     References:
-      Santurkar, Tsipras, Ilyas & Madry, "How Does Batch Normalization Help Optimization?" (NeurIPS 2018), section 3.2,
-      figures 4 and 9.
+      Santurkar, Tsipras, Ilyas & Madry, "How Does Batch Normalization Help Optimization?" (NeurIPS
+      2018), section 3.2, figures 4 and 9.
     """
     loss, params = checked("landscape", loss, params)
     sizes = _sizes(step_sizes)
@@ -133,7 +145,7 @@ def _sizes(step_sizes: Sequence[float] | Array) -> Float[Array, " points"]:
     got = f"step_sizes of shape {step_sizes.shape}"
     empty = step_sizes.ndim != 1 or step_sizes.size == 0
     if empty or not isinstance(step_sizes, Tracer) and (np.asarray(step_sizes) == 0).any():
-        _checks.refuse(
+        _checks.raise_error(
             "landscape",
             "step_sizes are no points on a line",
             expected="one axis of sizes other than 0",

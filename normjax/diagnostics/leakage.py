@@ -22,12 +22,16 @@ class Leakage(NamedTuple):
     """How well queries find their keys, with the keys beside them and elsewhere.
 
     Attributes:
-      leak: `together - apart`: what is found by the statistics. 0 for a network that does not use them.
+      leak: `together - apart`: what is found by the statistics. 0 for a network that does not use
+        them.
       standard_error: of `leak`, over queries.
-      together: share of queries whose most similar key of all is their own, each key on its query's device.
+      together: share of queries whose most similar key of all is their own, each key on its query's
+        device.
       apart: that share with the keys dealt to devices at random.
-      same_device: with keys together, share of queries whose most similar key *but their own* is of their device.
-      chance: that share where devices leave no trace: `(n - 1) / (batch - 1)` for n queries a device.
+      same_device: with keys together, share of queries whose most similar key *but their own* is of
+        their device.
+      chance: that share where devices leave no trace: `(n - 1) / (batch - 1)` for n queries a
+        device.
     """
 
     leak: Float[Array, ""]
@@ -50,23 +54,27 @@ def leakage(
 ) -> Leakage:
     r"""Measures what batch norm leaks in contrastive training, where a query and its key are normalized together.
 
-    Of two views of an image, the one is to be found by the other among all keys of the batch. Where each device
-    normalizes by its own statistics, and both views are on one device, their statistics are a signature: the network
-    finds the key without looking at the image. MoCo therefore shuffles the keys over devices, SimCLR shares the
+    Of two views of an image, the one is to be found by the other among all keys of the batch. Where
+    each device normalizes by its own statistics, and both views are on one device, their statistics
+    are a signature: the network finds the key without looking at the image. MoCo therefore shuffles
+      the keys over devices, SimCLR shares the
     statistics of all. Here the network is asked both ways, with the weights as they are:
 
     .. math:: \text{leak} = \Pr\Bigl[\arg\max_j \cos(q_i, k_j) = i \Bigr]_\text{together}
-                          - \Pr\Bigl[\arg\max_j \cos(q_i, k_j) = i \Bigr]_\text{keys shuffled over devices}
+                          - \Pr\Bigl[\arg\max_j \cos(q_i, k_j) = i \Bigr]_\text{keys shuffled over
+                            devices}
 
-    Positive where statistics help. In small batches they may without any training: a query and its key are distorted
-    alike. What training makes of it is what costs accuracy: compare before and after. Negative where statistics hide
-    more than they give away. Beside it, whether devices leave a trace at all: `same_device` off `chance`, above it
-    where they share a shift, below it where the removal of their mean pushes examples apart.
+    Positive where statistics help. In small batches they may without any training: a query and its
+    key are distorted alike. What training makes of it is what costs accuracy: compare before and
+    after. Negative where statistics hide more than they give away. Beside it, whether devices leave
+    a trace at all: `same_device` off `chance`, above it where they share a shift, below it where
+      the removal of their mean pushes examples apart.
 
     Args:
-      function: `function(queries, keys) -> (q, k)`, from what one device holds to embeddings `(n, features)` of each,
-        in *training* mode and without the new statistics: one batch of both views as in SimCLR, or two encoders with
-        one each as in MoCo. It runs under `jax.vmap` over the devices, and may share statistics over `axis_name`.
+      function: `function(queries, keys) -> (q, k)`, from what one device holds to embeddings `(n,
+        features)` of each, in *training* mode and without the new statistics: one batch of both
+        views as in SimCLR, or two encoders with one each as in MoCo. It runs under `jax.vmap` over
+        the devices, and may share statistics over `axis_name`.
       queries: the first views, floating-point; devices hold them in turn, `batch / devices` each.
       keys: the second views, of the same images in the same order.
       devices: how many; they are simulated.
@@ -78,7 +86,8 @@ def leakage(
       `Leakage`, shares from 0 to 1 in float32.
 
     Raises:
-      ValueError: for a batch that cannot be dealt to the devices evenly, and embeddings that are no rows or not finite.
+      ValueError: for a batch that cannot be dealt to the devices evenly, and embeddings that are no
+        rows or not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -97,10 +106,14 @@ def leakage(
       0.0
 
     References:
-      He et al., "Momentum Contrast for Unsupervised Visual Representation Learning" (CVPR 2020), section 3.3.
-      Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (ICML 2020), section 2.2.
+      He et al., "Momentum Contrast for Unsupervised Visual Representation Learning" (CVPR 2020),
+      section 3.3. Chen et al., "A Simple Framework for Contrastive Learning of Visual
+      Representations" (ICML 2020), section 2.2.
     """
-    queries, keys = check_examples("leakage", "queries", queries), check_examples("leakage", "keys", keys)
+    queries, keys = (
+        check_examples("leakage", "queries", queries),
+        check_examples("leakage", "keys", keys),
+    )
     _check_devices(queries, keys, devices, shuffles)
     batch = len(queries)
     apply = jax.jit(jax.vmap(compiled(function), axis_name=axis_name))
@@ -121,7 +134,9 @@ def leakage(
 def _summary(q: Array, k: Array, orders: Array, n: int) -> Leakage:
     """Of embeddings `(orders, devices, n, ...)`, where the keys were dealt to the devices in these orders."""
     _, batch = orders.shape
-    cosines = jax.vmap(lambda q, k, order: _unit(q, batch) @ _unit(k, batch)[jnp.argsort(order)].T)(q, k, orders)
+    cosines = jax.vmap(lambda q, k, order: _unit(q, batch) @ _unit(k, batch)[jnp.argsort(order)].T)(
+        q, k, orders
+    )
     rows = jnp.arange(batch)
     found = (cosines.argmax(-1) == rows).astype(cosines.dtype)
     together, apart = found[0], found[1:].mean(0)
@@ -146,11 +161,12 @@ def _unit(embedded: Array, batch: int) -> Array:
 
 def _check_embeddings(embedded: object, n: int) -> None:
     if not (isinstance(embedded, (tuple, list)) and len(embedded) == 2):
-        _checks.refuse(
+        _checks.raise_error(
             "leakage",
             "function does not return a pair",
             expected="(q, k), the embeddings of queries and keys",
-            got=f"a {type(embedded).__name__}" + (f" of {len(embedded)}" if isinstance(embedded, Sequence) else ""),
+            got=f"a {type(embedded).__name__}"
+            + (f" of {len(embedded)}" if isinstance(embedded, Sequence) else ""),
             fix="Split the outputs of a common batch: jnp.split(embeddings, 2)",
             kind=TypeError,
         )
@@ -162,15 +178,17 @@ def _check_embeddings(embedded: object, n: int) -> None:
 def _check_devices(queries: Array, keys: Array, devices: int, shuffles: int) -> None:
     for name, given, least in (("devices", devices, 2), ("shuffles", shuffles, 1)):
         if (_checks.positive_int(given) or 0) < least:
-            _checks.refuse(
+            _checks.raise_error(
                 "leakage",
                 f"too few {name}",
                 expected=f"an int of {least} or more",
                 got=f"{name}={given!r}",
-                fix=f"Pass the {name} of your training" if name == "devices" else "Leave shuffles out for 4",
+                fix=f"Pass the {name} of your training"
+                if name == "devices"
+                else "Leave shuffles out for 4",
             )
     if queries.shape != keys.shape or len(queries) % devices:
-        _checks.refuse(
+        _checks.raise_error(
             "leakage",
             "queries and keys cannot be dealt to the devices",
             expected=f"as many keys as queries, of one shape, a multiple of {devices}",

@@ -27,28 +27,36 @@ class Percentiles(NamedTuple):
     values: PyTree[Float[Array, "*steps q *features"]]
 
 
-def percentiles(inputs: PyTree, q: Sequence[float] = (15, 50, 85), *, feature_axes: Axes = ()) -> Percentiles:
+def percentiles(
+    inputs: PyTree, q: Sequence[float] = (15, 50, 85), *, feature_axes: Axes = ()
+) -> Percentiles:
     r"""Describes the distribution of each layer's inputs by a few percentiles: small enough to keep for every step.
 
-    The value at percentile q is that below which q percent of the elements lie, interpolated linearly. 15, 50 and 85
-    are those of the 2015 paper's figure 1: for a normal distribution the mean, and about one standard deviation to
+    The value at percentile q is that below which q percent of the elements lie, interpolated
+    linearly. 15, 50 and 85
+    are those of the 2015 paper's figure 1: for a normal distribution the mean, and about one
+      standard deviation to
     either side of it.
 
-    It is made for training loops: jit it along with the step, stack what it returns, as `lax.scan` does, or
-    `jax.tree.map(lambda *x: jnp.stack(x), *history)`, and draw it with `normjax.diagnostics.plot.percentiles`. Use it
-    with `layer_inputs` for Flax models; a functional model returns what goes into its layers.
+    It is made for training loops: jit it along with the step, stack what it returns, as `lax.scan`
+      does, or
+    `jax.tree.map(lambda *x: jnp.stack(x), *history)`, and draw it with
+    `normjax.diagnostics.plot.percentiles`. Use it with `layer_inputs` for Flax models; a functional
+    model returns what goes into its layers.
 
     Args:
-      inputs: an array, or any tree of arrays, one for each layer; `(batch, ..., features)`, floating-point.
+      inputs: an array, or any tree of arrays, one for each layer; `(batch, ..., features)`,
+        floating-point.
       q: the percentiles, from 0 to 100.
-      feature_axes: the axes along which each feature has percentiles of its own, such as -1 for channels; `()` for one
-        distribution of the whole layer.
+      feature_axes: the axes along which each feature has percentiles of its own, such as -1 for
+        channels; `()` for one distribution of the whole layer.
 
     Returns:
       `Percentiles`, in at least float32.
 
     Raises:
-      ValueError: for percentiles outside 0 to 100, or axes that an input does not have, by its path.
+      ValueError: for percentiles outside 0 to 100, or axes that an input does not have, by its
+        path.
       TypeError: for inputs that are not real floating-point.
 
     Example:
@@ -61,14 +69,20 @@ def percentiles(inputs: PyTree, q: Sequence[float] = (15, 50, 85), *, feature_ax
       (3, 2)
 
     References:
-      Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift"
-      (2015), figure 1 (b, c).
+      Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+      Covariate Shift" (2015), figure 1 (b, c).
     """
     wanted = list(q) if isinstance(q, Sequence) else [q]
     for one in wanted:
         _checks.between("percentiles", "q", one, 0.0, 100.0)
     if not wanted:
-        _checks.refuse("percentiles", "q is empty", expected="percentiles", got=f"q={q!r}", fix="Pass (15, 50, 85)")
+        _checks.raise_error(
+            "percentiles",
+            "q is empty",
+            expected="percentiles",
+            got=f"q={q!r}",
+            fix="Pass (15, 50, 85)",
+        )
 
     check_arrays("percentiles", "inputs", inputs)
 
@@ -76,7 +90,7 @@ def percentiles(inputs: PyTree, q: Sequence[float] = (15, 50, 85), *, feature_ax
         name = f"percentiles at {show('inputs', path)}"
         x = _checks.activations(name, x)
         if jnp.iscomplexobj(x):
-            _checks.refuse(
+            _checks.raise_error(
                 name,
                 "complex numbers have no order",
                 expected="real inputs",
@@ -88,4 +102,6 @@ def percentiles(inputs: PyTree, q: Sequence[float] = (15, 50, 85), *, feature_ax
         x = widen(x)
         return jnp.percentile(x, jnp.asarray(wanted, x.dtype), _checks.other_axes(features, x.ndim))
 
-    return Percentiles(jnp.asarray(wanted, jnp.float32), jax.tree_util.tree_map_with_path(of_layer, inputs))
+    return Percentiles(
+        jnp.asarray(wanted, jnp.float32), jax.tree_util.tree_map_with_path(of_layer, inputs)
+    )

@@ -25,10 +25,12 @@ class Rotation(NamedTuple):
     Attributes:
       norm: of the kernel before the step.
       gradient_norm: of its gradient.
-      cosine: of the angle between kernel and gradient: 0 where the network is invariant to the kernel's scale.
+      cosine: of the angle between kernel and gradient: 0 where the network is invariant to the
+        kernel's scale.
       chance: 1 / sqrt(dim), the root mean square of the cosine between random directions.
       angle: by which the step turns the kernel, in radians.
-      effective_learning_rate: the rate that acts on its direction, see `normjax.optim.effective_learning_rate`.
+      effective_learning_rate: the rate that acts on its direction, see
+        `normjax.optim.effective_learning_rate`.
     """
 
     norm: Float[Array, "..."]
@@ -54,12 +56,13 @@ def rotation(
     .. math:: \text{angle} = \arccos \frac{\langle w, w' \rangle}{\lVert w \rVert \lVert w' \rVert}, \qquad
               \text{cosine} = \frac{\langle w, g \rangle}{\lVert w \rVert \lVert g \rVert}
 
-    Of a kernel before normalization only the direction counts, and the angle is all that a step does to the network.
-    Without weight decay such kernels grow, for each gradient is orthogonal to them, and so turn ever less: a schedule
-    of the learning rate that nobody wrote. With it, the angle settles; see `equilibrium`.
+    Of a kernel before normalization only the direction counts, and the angle is all that a step
+    does to the network. Without weight decay such kernels grow, for each gradient is orthogonal to
+    them, and so turn ever less: a schedule of the learning rate that nobody wrote. With it, the
+      angle settles; see `equilibrium`.
 
-    Call it in the step of training, under `jax.jit`, and collect what it returns: `lax.scan` stacks the steps, which is
-    the history that `equilibrium` and `plot.rotation` take.
+    Call it in the step of training, under `jax.jit`, and collect what it returns: `lax.scan` stacks
+    the steps, which is the history that `equilibrium` and `plot.rotation` take.
 
     Args:
       params: before the step: any tree of arrays, an nnx module or its state.
@@ -67,18 +70,20 @@ def rotation(
       updated: the parameters after it.
       learning_rate: of the step, a number or a scalar array.
       optimizer: "sgd" (with momentum, too) or "adam" (and whatever normalizes its steps).
-      feature_axes: the axes that have a direction of their own, such as -1 for the output channels before batch norm;
-        `()` for one of the whole kernel.
-      mask: which leaves: bools in a tree of the structure of `params` or a prefix of it, or a function from parameters
-        to it, such as `normjax.optim.decay_mask` for kernels; None for all.
+      feature_axes: the axes that have a direction of their own, such as -1 for the output channels
+        before batch norm; `()` for one of the whole kernel.
+      mask: which leaves: bools in a tree of the structure of `params` or a prefix of it, or a
+        function from parameters to it, such as `normjax.optim.decay_mask` for kernels; None for
+        all.
 
     Returns:
-      A `Rotation` for each leaf by its path, `"block/conv/kernel"`. Angles are computed so that small ones keep their
-      digits, in at least float32. Those from and to a kernel of zeros, which has no direction, and its cosine, are 0.
+      A `Rotation` for each leaf by its path, `"block/conv/kernel"`. Angles are computed so that
+      small ones keep their digits, in at least float32. Those from and to a kernel of zeros, which
+      has no direction, and its cosine, are 0.
 
     Raises:
-      ValueError: for trees that do not match, feature axes that a leaf does not have, by its path, and an unknown
-        optimizer.
+      ValueError: for trees that do not match, feature axes that a leaf does not have, by its path,
+        and an unknown optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -90,8 +95,8 @@ def rotation(
 
     References:
       van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017).
-      Kosson, Messmer & Jaggi, "Rotational Equilibrium: How Weight Decay Balances Learning Across Neural Networks" (ICML
-      2024).
+      Kosson, Messmer & Jaggi, "Rotational Equilibrium: How Weight Decay Balances Learning Across
+      Neural Networks" (ICML 2024).
     """
     _checks.choice(FUNCTION, "optimizer", optimizer, OPTIMIZERS)
     trees = {"params": plain(params), "gradients": plain(gradients), "updated": plain(updated)}
@@ -106,7 +111,9 @@ def rotation(
         if is_chosen[path] and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             w, g, new = map(jnp.asarray, (leaf, slopes[path], after[path]))
             axes = reduced_axes(FUNCTION, feature_axes, w, path)
-            rate = effective_learning_rate(w, learning_rate, feature_axes=feature_axes, optimizer=optimizer)
+            rate = effective_learning_rate(
+                w, learning_rate, feature_axes=feature_axes, optimizer=optimizer
+            )
             measured["/".join(path_names(path))] = _rotation(w, g, new, axes, rate)
     return measured
 

@@ -18,15 +18,16 @@ class ScaleInvariance(NamedTuple):
     """What the scale of a parameter does, beside what chance would do.
 
     Attributes:
-      invariant: whether only its direction counts: `change` and `cosine / chance` are at most the tolerance, and it has
-        an influence.
-      change: how far outputs move when it is scaled, relative to how far they move with a random change of that size:
-        the largest over `scales`. Near 0 for a kernel before normalization, near 1 for others.
-      cosine: of the angle between it and its gradient, root mean square over random combinations of the outputs; the
-        largest of all features. 0 where they are orthogonal.
+      invariant: whether only its direction counts: `change` and `cosine / chance` are at most the
+        tolerance, and it has an influence.
+      change: how far outputs move when it is scaled, relative to how far they move with a random
+        change of that size: the largest over `scales`. Near 0 for a kernel before normalization,
+          near 1 for others.
+      cosine: of the angle between it and its gradient, root mean square over random combinations of
+        the outputs; the largest of all features. 0 where they are orthogonal.
       chance: that of a random direction, 1 / sqrt(dim).
-      influence: of a random change of its size on the outputs, relative to the most influential leaf. Below 1e-6, as
-        for a bias that batch norm cancels, it has no direction to learn.
+      influence: of a random change of its size on the outputs, relative to the most influential
+        leaf. Below 1e-6, as for a bias that batch norm cancels, it has no direction to learn.
     """
 
     invariant: bool
@@ -48,30 +49,36 @@ def scale_invariance(
     r"""Measures for each parameter how far the network is from being invariant to its scale.
 
     .. math:: f(c w) = f(w) \quad\Longrightarrow\quad \langle w, \nabla_w f \rangle = 0, \qquad
-              \text{change} = \max_c \frac{\lVert f(c w) - f(w) \rVert}{\lVert f(w + |c - 1| v) - f(w) \rVert}, \qquad
-              \text{cosine} = \frac{|\langle w, g \rangle|}{\lVert w \rVert \lVert g \rVert}
+              \text{change} = \max_c \frac{\lVert f(c w) - f(w) \rVert}{\lVert f(w + |c - 1| v) -
+              f(w) \rVert}, \qquad \text{cosine} = \frac{|\langle w, g \rangle|}{\lVert w \rVert
+              \lVert g \rVert}
 
-    with random v of the norm of w. These are the numbers behind `normjax.optim.scale_invariant`, which makes the mask
-    for an optimizer of them: the same test, at a point near `params`, in float64. They say how nearly a kernel passes
-    or fails: a `change` of 1e-5 is the epsilon of a normalization, `epsilon / variance`; one of 1e-2 is an epsilon that
+    with random v of the norm of w. These are the numbers behind `normjax.optim.scale_invariant`,
+    which makes the mask
+    for an optimizer of them: the same test, at a point near `params`, in float64. They say how
+      nearly a kernel passes
+    or fails: a `change` of 1e-5 is the epsilon of a normalization, `epsilon / variance`; one of
+      1e-2 is an epsilon that
     has become large beside what it normalizes, as weight decay makes it.
 
     Args:
       params: any tree of arrays, or an nnx module: its `nnx.Param`s.
-      function: from parameters (or the module) to a loss or outputs, any tree of arrays, on a few examples, in
-        *training* mode and without new running statistics. It is compiled.
-      feature_axes: the axes along which each feature has a scale of its own, such as -1 for the output channels before
-        batch norm; `()` for one scale of the whole kernel.
+      function: from parameters (or the module) to a loss or outputs, any tree of arrays, on a few
+        examples, in *training* mode and without new running statistics. It is compiled.
+      feature_axes: the axes along which each feature has a scale of its own, such as -1 for the
+        output channels before batch norm; `()` for one scale of the whole kernel.
       scales: c. Along `feature_axes` each feature has another one of them.
       tolerance: largest `change` and `cosine / chance` of what is `invariant`.
       dtype: to compute in; None for that of `params`.
 
     Returns:
-      A `ScaleInvariance` for each leaf by its path, `"block/conv/kernel"`, of Python numbers. Leaves without a
+      A `ScaleInvariance` for each leaf by its path, `"block/conv/kernel"`, of Python numbers.
+      Leaves without a
       length are absent: integers, and those with single numbers along `feature_axes`.
 
     Raises:
-      ValueError: for parameters or outputs that are not finite, by their path; scales that are not positive.
+      ValueError: for parameters or outputs that are not finite, by their path; scales that are not
+        positive.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj

@@ -1,8 +1,9 @@
 """Batch norm and an invertible activation in one step: of x's size, the backward pass needs the output alone.
 
-The derivative is written in terms of the output `z`, which the next layer keeps anyway: inverting activation and
-affine map gives back the normalized input. Like that of the moments it is a rule for the forward mode, which JAX
-transposes; so every order and both modes work, and x is not among what the rule uses.
+The derivative is written in terms of the output `z`, which the next layer keeps anyway: inverting
+activation and affine map gives back the normalized input. Like that of the moments it is a rule for
+the forward mode, which JAX transposes; so every order and both modes work, and x is not among what
+the rule uses.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def check_activation(function: str, activation: Activation, x: Array) -> None:
     _checks.choice(function, "activation", activation.name, ("leaky_relu", "elu", "identity"))
     slope = activation.negative_slope
     if not (isinstance(slope, int | float) and 0 < slope < math.inf):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "the activation is not invertible",
             expected="negative_slope above 0, a Python number",
@@ -74,7 +75,7 @@ def check_activation(function: str, activation: Activation, x: Array) -> None:
             fix="Use 0.01, or batch_norm and jax.nn.relu",
         )
     if jnp.iscomplexobj(x):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "the activation of a complex number is not defined",
             expected="a real x",
@@ -92,7 +93,9 @@ class How(NamedTuple):
     dtype: Any
 
 
-def activate_by_batch(how: How, params: Params, x: Array, shift: Array | None) -> tuple[Array, Moments]:
+def activate_by_batch(
+    how: How, params: Params, x: Array, shift: Array | None
+) -> tuple[Array, Moments]:
     """Normalizes x by its own moments and activates it; returns the moments, too. Params have the rank of x."""
     wide = widen(x)
     return _by_batch(how, wide, lax.stop_gradient(x), shift, *_gain_and_bias(how, params, wide))
@@ -131,7 +134,9 @@ def _by_population_jvp(how: How, primals: tuple, tangents: tuple) -> tuple[Array
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _by_batch(how: How, wide: Array, x: Array, shift: Array | None, gain: Array, bias: Array) -> tuple[Array, Moments]:
+def _by_batch(
+    how: How, wide: Array, x: Array, shift: Array | None, gain: Array, bias: Array
+) -> tuple[Array, Moments]:
     axes, sharing, epsilon, _ = how.reduction
     seen = safe_moments(x, wide, axes, shift=shift, sharing=sharing, epsilon=epsilon)
     mean, var = how.reduction.expand(seen.mean), how.reduction.expand(seen.var)
@@ -139,7 +144,9 @@ def _by_batch(how: How, wide: Array, x: Array, shift: Array | None, gain: Array,
 
 
 @_by_batch.defjvp
-def _by_batch_jvp(how: How, primals: tuple, tangents: tuple) -> tuple[tuple[Array, Moments], tuple[Array, Moments]]:
+def _by_batch_jvp(
+    how: How, primals: tuple, tangents: tuple
+) -> tuple[tuple[Array, Moments], tuple[Array, Moments]]:
     *_, gain, bias = primals
     x_dot, _, _, gain_dot, bias_dot = tangents
     z, seen = _by_batch(how, *primals)

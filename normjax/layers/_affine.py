@@ -35,7 +35,7 @@ def init_params(
     features = _checks.sizes(function, "num_features", num_features)
     initializers = {leaf: maker for leaf, (used, maker) in makers.items() if used}
     if not jnp.issubdtype(dtype, jnp.inexact):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "param_dtype is not floating-point",
             expected="a floating-point or complex dtype",
@@ -95,13 +95,17 @@ def normalize(
         return _normalize(x, wide, mean, var, params, epsilon)
     # A NaN times a gradient of zero is NaN: it must not get as far as the derivative of the scale.
     sound = mask | jnp.isfinite(wide)
-    center = jnp.zeros((), wide.dtype) if mean is None else lax.stop_gradient(mean).astype(wide.dtype)
+    center = (
+        jnp.zeros((), wide.dtype) if mean is None else lax.stop_gradient(mean).astype(wide.dtype)
+    )
     wide = jnp.where(sound, wide, center)
     y = _normalize(wide, wide, mean, var, params, epsilon)
     return jnp.where(sound, y, lax.stop_gradient(y))
 
 
-def _normalize(x: Array, wide: Array, mean: Array | None, var: Array, params: Params, epsilon: float | Array) -> Array:
+def _normalize(
+    x: Array, wide: Array, mean: Array | None, var: Array, params: Params, epsilon: float | Array
+) -> Array:
     mean = jnp.zeros((), wide.dtype) if mean is None else mean
     dtype = promote(*(leaf.dtype for leaf in (wide, mean, var, *params.values())))
     inverse = _inverse_root(var + epsilon).astype(dtype)
@@ -142,8 +146,8 @@ def _by_multiplier(primals: tuple, tangents: tuple) -> Array:
 
     .. math:: dy = m\, dx + (x - \mu)\, dm + (d\beta - m\, d\mu)
 
-    The last term is added up before it meets x: so the backward pass reduces two arrays of x's size (the gradients of
-    multiplier and offset) instead of three.
+    The last term is added up before it meets x: so the backward pass reduces two arrays of x's size
+    (the gradients of multiplier and offset) instead of three.
     """
     _, x, mean, inverse, scale, _ = primals
     dx, _, d_mean, d_inverse, d_scale, d_bias = tangents
@@ -163,7 +167,8 @@ def _by_scale(primals: tuple, tangents: tuple) -> Array:
     .. math:: dy = \frac{s}{\sigma}\, dx + (x - \mu) s\, d\sigma^{-1} - s\, \frac{d\mu}{\sigma}
                    + \frac{x - \mu}{\sigma}\, ds + d\beta
 
-    Each term but the first and the last is a reduction in the backward pass, of operands that it has to itself.
+    Each term but the first and the last is a reduction in the backward pass, of operands that it
+    has to itself.
     """
     _, x, mean, inverse, scale, _ = primals
     dx, _, d_mean, d_inverse, d_scale, d_bias = tangents

@@ -12,7 +12,16 @@ from jaxtyping import Array
 
 from normjax import _checks
 from normjax._leaves import SCALARS, check_leaves
-from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, BatchStats, DTypeLike, Mask, Params
+from normjax._typing import (
+    Activations,
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    BatchStats,
+    DTypeLike,
+    Mask,
+    Params,
+)
 from normjax.layers._affine import lay_out
 from normjax.statistics.reduction import INPUT, OUTPUT, STATISTICS, Reduction, named
 from normjax.statistics.sharing import share
@@ -81,7 +90,9 @@ def admit_params(
         leading=tuple(size for axis, size in enumerate(x.shape) if axis not in feature_axes),
     )
     return {
-        leaf: jnp.asarray(value) if leaf in SCALARS else lay_out(jnp.asarray(value), x.ndim, feature_axes)
+        leaf: jnp.asarray(value)
+        if leaf in SCALARS
+        else lay_out(jnp.asarray(value), x.ndim, feature_axes)
         for leaf, value in params.items()
     }
 
@@ -89,7 +100,7 @@ def admit_params(
 def one_feature_axis(function: str, given: Given) -> int:
     """Returns the feature axis of a layer that has exactly one."""
     if len(given.feature_axes) != 1:
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "there must be one feature axis",
             expected="an int, or one of them",
@@ -99,7 +110,9 @@ def one_feature_axis(function: str, given: Given) -> int:
     return given.feature_axes[0]
 
 
-def axes_within_examples(function: str, given: Given, reduction_axes: Axes | None) -> tuple[int, ...]:
+def axes_within_examples(
+    function: str, given: Given, reduction_axes: Axes | None
+) -> tuple[int, ...]:
     """Returns the axes to reduce, all but the first and the features by default; refuses the axis of the examples."""
     kept, shape = given.feature_axes, given.x.shape
     if reduction_axes is None:
@@ -108,7 +121,7 @@ def axes_within_examples(function: str, given: Given, reduction_axes: Axes | Non
         axes = _checks.axes(function, "reduction_axes", reduction_axes, shape)
     got = f"reduction_axes={reduction_axes} and feature_axes={kept} for x.shape={shape}"
     if 0 in axes or 0 in kept:
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "axis 0 holds the examples, and the statistics are of each by itself",
             expected="reduction_axes and feature_axes without axis 0",
@@ -116,7 +129,7 @@ def axes_within_examples(function: str, given: Given, reduction_axes: Axes | Non
             fix="Move the examples to axis 0, or use batch_norm to reduce over them",
         )
     if set(axes) & set(kept):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "an axis is both reduced and a feature",
             expected="reduction_axes and feature_axes that have no axis in common",
@@ -126,10 +139,12 @@ def axes_within_examples(function: str, given: Given, reduction_axes: Axes | Non
     return axes
 
 
-def more_than_one_value(function: str, x: Array, axes: tuple[int, ...], *, devices: int = 1, members: int = 1) -> None:
+def more_than_one_value(
+    function: str, x: Array, axes: tuple[int, ...], *, devices: int = 1, members: int = 1
+) -> None:
     """Refuses statistics over one value: its variance is 0, and y would be the bias."""
     if math.prod(x.shape[axis] for axis in axes) * devices * members == 1:
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "each statistic is over one value: its variance is 0, and y would be the bias whatever x is",
             expected="at least 2 values for each mean and variance in training",
@@ -141,15 +156,19 @@ def more_than_one_value(function: str, x: Array, axes: tuple[int, ...], *, devic
 def compiled(step: Callable) -> Callable:
     """Compiles a step once for each value of its last argument, which is static.
 
-    For the backward pass it keeps its arguments as they came (those that are needed) and what the step names. The name
-    of x is for policies of `jax.checkpoint` around the layer, such as `remat_policy`.
+    For the backward pass it keeps its arguments as they came (those that are needed) and what the
+    step names. The name of x is for policies of `jax.checkpoint` around the layer, such as
+    `remat_policy`.
     """
     names = step.__code__.co_varnames[: step.__code__.co_argcount]
     last = len(names) - 1
 
     def with_named_input(*operands: Any) -> Any:
         return step(
-            *(named(given, INPUT) if name == "x" else given for name, given in zip(names, operands, strict=True))
+            *(
+                named(given, INPUT) if name == "x" else given
+                for name, given in zip(names, operands, strict=True)
+            )
         )
 
     policy = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
@@ -160,13 +179,15 @@ def compiled(step: Callable) -> Callable:
 def compiled_within_examples(step: Callable) -> Callable:
     """Compiles a step `(params, x, mask, plan)`, where plan.how reduces x within its examples, without axes of size 1.
 
-    On CPUs XLA takes `(1, time, features)` for a batch of matrices, and sums over features of the derivative for
-    products of them, which took 6 times as long.
+    On CPUs XLA takes `(1, time, features)` for a batch of matrices, and sums over features of the
+    derivative for products of them, which took 6 times as long.
     """
 
     def without_ones(params: Params, x: Array, mask: Array | None, plan: Any) -> Array:
         grouped = {plan.how.groups[0]} if plan.how.groups else set()
-        ones = tuple(i for i, size in enumerate(x.shape) if size == 1 and i not in {*plan.how.axes, *grouped})
+        ones = tuple(
+            i for i, size in enumerate(x.shape) if size == 1 and i not in {*plan.how.axes, *grouped}
+        )
         operands = jax.tree.map(lambda operand: operand.squeeze(ones), (params, x, mask))
         return step(*operands, plan._replace(how=plan.how.without(ones))).reshape(x.shape)
 

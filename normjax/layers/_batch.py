@@ -48,7 +48,8 @@ class Settings(NamedTuple):
     dtype: DTypeLike | None = None
     renorm: Limits | None = None  # None: batch norm
     activation: Activation | None = None  # None: left to the caller
-    drop_in: bool = False  # as Flax does: one value per feature in training, a mean that turns complex with x
+    # as Flax does: one value per feature in training, a mean that turns complex with x
+    drop_in: bool = False
 
     @property
     def function(self) -> str:
@@ -59,7 +60,12 @@ class Settings(NamedTuple):
 
 
 def normalize_by_batch(
-    params: Params, batch_stats: BatchStats, x: Activations, train: bool, mask: Mask | None, settings: Settings
+    params: Params,
+    batch_stats: BatchStats,
+    x: Activations,
+    train: bool,
+    mask: Mask | None,
+    settings: Settings,
 ) -> tuple[Activations, BatchStats]:
     """Checks the arguments and does what `batch_norm` or `batch_renorm` says."""
     function = settings.function
@@ -96,7 +102,9 @@ def normalize_by_batch(
     operands = params, batch_stats, x, mask, scheduled, limits
     if plan.virtual_batch_size is None or not lies_on_explicit_axes(x):
         return _train(*operands, plan)
-    return laid_out_by_the_compiler(lambda *operands: _train(*operands, plan), (x, batch_stats))(*operands)
+    return laid_out_by_the_compiler(lambda *operands: _train(*operands, plan), (x, batch_stats))(
+        *operands
+    )
 
 
 class _Plan(NamedTuple):
@@ -132,7 +140,9 @@ def _train(
     else:
         y, seen = _activate(params, batch_stats, x, plan)
     if mask is None and size is None:  # a number that is known need not be asked about
-        seen = seen._replace(count=seen.var.dtype.type(math.prod(x.shape[axis] for axis in axes) * plan.sharing.size))
+        seen = seen._replace(
+            count=seen.var.dtype.type(math.prod(x.shape[axis] for axis in axes) * plan.sharing.size)
+        )
     batch_stats = update_batch_stats(
         batch_stats,
         seen if size is None else merge_stacked(seen),
@@ -153,7 +163,9 @@ def _normalize(
     """Normalizes by the moments of x, which it returns, too."""
     wide = widen(x)
     shift = _shift(batch_stats)
-    seen = safe_moments(x, wide, plan.axes, shift=shift, mask=mask, sharing=plan.sharing, epsilon=plan.epsilon)
+    seen = safe_moments(
+        x, wide, plan.axes, shift=shift, mask=mask, sharing=plan.sharing, epsilon=plan.epsilon
+    )
     if mask is not None:
         seen = _or_population(seen, batch_stats)
     mean, var = (jnp.expand_dims(statistic, plan.axes) for statistic in (seen.mean, seen.var))
@@ -168,25 +180,38 @@ def _normalize(
 def _or_population(seen: Moments, batch_stats: BatchStats) -> Moments:
     """Puts the running statistics where nothing counts."""
     anything = jnp.asarray(seen.count) > 0
-    mean, var = batch_stats["mean"].astype(seen.mean.dtype), batch_stats["var"].astype(seen.var.dtype)
-    return Moments(seen.count, jnp.where(anything, seen.mean, mean), jnp.where(anything, seen.var, var))
+    mean, var = (
+        batch_stats["mean"].astype(seen.mean.dtype),
+        batch_stats["var"].astype(seen.var.dtype),
+    )
+    return Moments(
+        seen.count, jnp.where(anything, seen.mean, mean), jnp.where(anything, seen.var, var)
+    )
 
 
-def _activate(params: Params, batch_stats: BatchStats, x: Array, plan: _Plan) -> tuple[Array, Moments]:
+def _activate(
+    params: Params, batch_stats: BatchStats, x: Array, plan: _Plan
+) -> tuple[Array, Moments]:
     """Normalizes by the moments of x, which it returns, too, and activates."""
     shift, how = _shift(batch_stats), _how(plan)
     if not is_layer_by_layer(batch_stats):
         return activate_by_batch(how, params, x, shift)
-    seen = safe_moments(x, widen(x), plan.axes, shift=shift, sharing=plan.sharing, epsilon=plan.epsilon)
+    seen = safe_moments(
+        x, widen(x), plan.axes, shift=shift, sharing=plan.sharing, epsilon=plan.epsilon
+    )
     return activate(how, params, x, *_running(batch_stats, plan)), seen
 
 
 @compiled
-def _infer(params: Params, batch_stats: BatchStats, x: Array, mask: Array | None, plan: _Plan) -> Array:
+def _infer(
+    params: Params, batch_stats: BatchStats, x: Array, mask: Array | None, plan: _Plan
+) -> Array:
     mean, var = _running(batch_stats, plan)
     if plan.activation is not None:
         return activate(_how(plan), params, x, mean, var)
-    return normalize(x, widen(x), mean, var, params, mask=mask, epsilon=plan.epsilon).astype(plan.dtype)
+    return normalize(x, widen(x), mean, var, params, mask=mask, epsilon=plan.epsilon).astype(
+        plan.dtype
+    )
 
 
 def _how(plan: _Plan) -> How:
@@ -212,7 +237,7 @@ def _sharing(x: Array, axes: tuple[int, ...], settings: Settings, *, one_value: 
     slices = count_slices(function, x, axes, settings.virtual_batch_size)
     values = math.prod(x.shape[axis] for axis in axes) * sharing.size
     if values == slices > 0 and not (settings.drop_in or one_value):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "there is one value per feature: its variance is 0, and y would be the bias whatever x is",
             expected="at least 2 values per feature in training",

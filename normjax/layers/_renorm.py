@@ -29,7 +29,7 @@ def take_limits(limits: Limits, batch_stats: BatchStats) -> tuple[Array, Array]:
     for name, limit, low in (("r_max", limits.r_max, 1.0), ("d_max", limits.d_max, 0.0)):
         if callable(limit):
             if "count" not in batch_stats:
-                _checks.refuse(
+                _checks.raise_error(
                     "batch_renorm",
                     f"{name} is a schedule of the count of batches, and batch_stats has no count",
                     expected="batch_stats with 'mean', 'var' and 'count'",
@@ -40,7 +40,7 @@ def take_limits(limits: Limits, batch_stats: BatchStats) -> tuple[Array, Array]:
         _checks.between("batch_renorm", name, limit, low, math.inf, finite=False)
         limit = jnp.asarray(limit)
         if limit.shape != ():
-            _checks.refuse(
+            _checks.raise_error(
                 "batch_renorm",
                 f"{name} is not a scalar",
                 expected="a number, a scalar array or a schedule that returns one",

@@ -38,4 +38,6 @@ def standardize(params: Params, x: Array, mask: Array | None, plan: Plan) -> Arr
     mean, var = plan.how.expand(mean), plan.how.expand(var)
     if plan.gain != 1:
         params = params | {"scale": params.get("scale", jnp.ones((), var.dtype)) * plan.gain}
-    return normalize(x, wide, mean, var, params, mask=mask, epsilon=plan.how.epsilon).astype(plan.dtype)
+    return normalize(x, wide, mean, var, params, mask=mask, epsilon=plan.how.epsilon).astype(
+        plan.dtype
+    )

@@ -42,23 +42,28 @@ def batch_norm_init(
     """Returns the parameters and running statistics that `batch_norm` starts from.
 
     Args:
-      num_features: the size of the feature axis; with several feature axes, their sizes in the order of the axes of x.
-      use_scale: whether there is a scale. A following linear layer, also behind a ReLU, can do without it.
+      num_features: the size of the feature axis; with several feature axes, their sizes in the
+        order of the axes of x.
+      use_scale: whether there is a scale. A following linear layer, also behind a ReLU, can do
+        without it.
       use_bias: whether there is a bias.
-      scale_init: makes the scale; zeros for the last layer of a residual branch (Goyal et al. 2017, section 5.1).
+      scale_init: makes the scale; zeros for the last layer of a residual branch (Goyal et al. 2017,
+        section 5.1).
       bias_init: makes the bias.
       key: for a random initializer; not needed otherwise.
-      param_dtype: of scale and bias. The statistics are kept in it too, but in float32 at the least.
+      param_dtype: of scale and bias. The statistics are kept in it too, but in float32 at the
+        least.
       count: whether to count batches, as the cumulative mode (`momentum=None`) requires.
 
     Returns:
       `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`.
-      `batch_stats`: a dict of `mean` (zeros) and `var` (ones), each `(*num_features)`, and `count` (0, int32) if asked
+      `batch_stats`: a dict of `mean` (zeros) and `var` (ones), each `(*num_features)`, and `count`
+        (0, int32) if asked
       for.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
-        without a key.
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
+        random initializer without a key.
 
     Example:
       >>> import normjax as nj
@@ -93,41 +98,48 @@ def batch_norm(
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    In training the mean and the biased variance are those of the batch, over all axes but the features, and the running
-    statistics move a step towards them: `new = momentum * old + (1 - momentum) * batch`. At inference the running
-    statistics stand for them, and come back as they were. Use it in networks trained on batches of about 16 examples or
-    more; share statistics over devices (`axis_name`) where each device has fewer.
+    In training the mean and the biased variance are those of the batch, over all axes but the
+    features, and the running
+    statistics move a step towards them: `new = momentum * old + (1 - momentum) * batch`. At
+      inference the running
+    statistics stand for them, and come back as they were. Use it in networks trained on batches of
+    about 16 examples or more; share statistics over devices (`axis_name`) where each device has
+    fewer.
 
     Args:
-      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of each example
-        (conditional batch norm), where leading sizes are those of the first axes of x that are no features; a leaf that
-        is absent is left out of the formula.
+      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of
+        each example (conditional batch norm), where leading sizes are those of the first axes of x
+        that are no features; a leaf that is absent is left out of the formula.
       batch_stats: dict of `mean` and `var`, each `(*features)`, and maybe `count`.
       x: floating-point or complex, any rank >= 1, such as `(batch, height, width, features)`.
       train: Python bool: which of the two to compile.
-      feature_axes: the axes that keep statistics, scale and bias of their own. Leaves have the sizes of these axes in
-        ascending order, in whatever order they are given here.
-      momentum: weight of the old running value. None: the mean over all batches so far (needs `count`).
+      feature_axes: the axes that keep statistics, scale and bias of their own. Leaves have the
+        sizes of these axes in ascending order, in whatever order they are given here.
+      momentum: weight of the old running value. None: the mean over all batches so far (needs
+        `count`).
       epsilon: added to the variance.
-      running_var: which estimate of the variance is stored, "biased" (Flax, Keras) or "unbiased" (PyTorch, the paper).
-      mask: bool, broadcastable to x: True where an element counts. Elements that do not count are normalized like the
-        others but leave no trace in the statistics; where one is NaN or infinite, y is the bias, a constant. Features
-        of which nothing counts use and keep their running statistics.
-      axis_name: mapped axis or axes (pmap, shard_map, vmap) over which the statistics are shared, in training. Under
-        plain jit with sharded x they are those of the global batch without it.
+      running_var: which estimate of the variance is stored, "biased" (Flax, Keras) or "unbiased"
+        (PyTorch, the paper).
+      mask: bool, broadcastable to x: True where an element counts. Elements that do not count are
+        normalized like the others but leave no trace in the statistics; where one is NaN or
+        infinite, y is the bias, a constant. Features of which nothing counts use and keep their
+        running statistics.
+      axis_name: mapped axis or axes (pmap, shard_map, vmap) over which the statistics are shared,
+        in training. Under plain jit with sharded x they are those of the global batch without it.
       axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
-      virtual_batch_size: ghost batches: in training, normalizes each slice of that many examples of axis 0 by
-        statistics of its own; the running statistics take in the whole batch.
+      virtual_batch_size: ghost batches: in training, normalizes each slice of that many examples of
+        axis 0 by statistics of its own; the running statistics take in the whole batch.
       dtype: of y; None for that of x.
 
     Returns:
-      `y`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes. Statistics and y are
-      computed in at least float32 and rounded once; the variance is safe, on the first step too: right to 1e-5 of
-      `var + epsilon`.
+      `y`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes.
+      Statistics and y are computed in at least float32 and rounded once; the variance is safe, on
+      the first step too: right to 1e-5 of `var + epsilon`.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for whatever does not fit: axes, leaves, dtypes, a mask, an axis
-        name that is not in scope, a traced `train`, one value per feature in training.
+      ValueError, TypeError, NameError: at trace time, for whatever does not fit: axes, leaves,
+        dtypes, a mask, an axis name that is not in scope, a traced `train`, one value per feature
+        in training.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -139,11 +151,19 @@ def batch_norm(
        [ 1.  1.]] [ 1. 10.] [ 1.  50.5]
 
     References:
-      Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift"
-      (ICML 2015), Algorithms 1 and 2. Ghost batches: Hoffer, Hubara & Soudry (2017), Algorithm 1. Conditional: de Vries
-      et al., "Modulating early visual processing by language" (2017), eq. 4.
+      Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+      Covariate Shift" (ICML 2015), Algorithms 1 and 2. Ghost batches: Hoffer, Hubara & Soudry
+      (2017), Algorithm 1. Conditional: de Vries et al., "Modulating early visual processing by
+      language" (2017), eq. 4.
     """
     settings = Settings(
-        feature_axes, momentum, epsilon, running_var, axis_name, axis_index_groups, virtual_batch_size, dtype
+        feature_axes,
+        momentum,
+        epsilon,
+        running_var,
+        axis_name,
+        axis_index_groups,
+        virtual_batch_size,
+        dtype,
     )
     return normalize_by_batch(params, batch_stats, x, train, mask, settings)

@@ -42,22 +42,25 @@ def batch_renorm_init(
     """Returns the parameters and running statistics that `batch_renorm` starts from.
 
     Args:
-      num_features: the size of the feature axis; with several feature axes, their sizes in the order of the axes of x.
+      num_features: the size of the feature axis; with several feature axes, their sizes in the
+        order of the axes of x.
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
       scale_init: makes the scale; zeros for the last layer of a residual branch.
       bias_init: makes the bias.
       key: for a random initializer; not needed otherwise.
-      param_dtype: of scale and bias. The statistics are kept in it too, but in float32 at the least.
+      param_dtype: of scale and bias. The statistics are kept in it too, but in float32 at the
+        least.
 
     Returns:
       `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`.
-      `batch_stats`: a dict of `mean` (zeros) and `var` (ones), each `(*num_features)`, and `count` (0, int32), the
+      `batch_stats`: a dict of `mean` (zeros) and `var` (ones), each `(*num_features)`, and `count`
+        (0, int32), the
       number of batches, which the schedules of `r_max` and `d_max` go by.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
-        without a key.
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
+        random initializer without a key.
 
     Example:
       >>> import normjax as nj
@@ -96,20 +99,23 @@ def batch_renorm(
 
     .. math:: r = \operatorname{clip}\left(\sqrt{\frac{\sigma_B^2 + \epsilon}{\sigma^2 + \epsilon}},
               \frac1{r_{max}}, r_{max}\right), \qquad
-              d = \operatorname{clip}\left(\frac{\mu_B - \mu}{\sqrt{\sigma^2 + \epsilon}}, -d_{max}, d_{max}\right)
+              d = \operatorname{clip}\left(\frac{\mu_B - \mu}{\sqrt{\sigma^2 + \epsilon}}, -d_{max},
+              d_{max}\right)
 
-    with the batch's statistics (index B) and the running ones as they were before this batch. r and d are constants to
-    the derivative. Within the limits, training and inference compute the same; with `r_max=1, d_max=0` this is
-    `batch_norm`. Use it where batches are small, or their examples not independent.
+    with the batch's statistics (index B) and the running ones as they were before this batch. r and
+    d are constants to the derivative. Within the limits, training and inference compute the same;
+    with `r_max=1, d_max=0` this is `batch_norm`. Use it where batches are small, or their examples
+    not independent.
 
     Args:
       params: as in `batch_norm`.
       batch_stats: as in `batch_norm`; with `count` where a limit is a schedule.
       x: floating-point or complex, any rank >= 1, such as `(batch, height, width, features)`.
       train: Python bool: which of the two to compile.
-      r_max: at least 1. A number, a scalar array, or a schedule as in optax: a function of the count of batches so far.
-        Infinity is no limit. Start at 1, and rise once the running statistics have settled: the paper trains 5,000
-        steps as batch norm, then rises to 3 by step 40,000.
+      r_max: at least 1. A number, a scalar array, or a schedule as in optax: a function of the
+        count of batches so far. Infinity is no limit. Start at 1, and rise once the running
+        statistics have settled: the paper trains 5,000 steps as batch norm, then rises to 3 by step
+          40,000.
       d_max: at least 0, likewise; the paper rises from 0 to 5 by step 25,000.
       feature_axes: as in `batch_norm`, and so are the rest.
       momentum: weight of the old running value.
@@ -125,8 +131,8 @@ def batch_renorm(
       `y`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for limits out of range, a schedule without a count, and all
-        that `batch_norm` refuses.
+      ValueError, TypeError, NameError: at trace time, for limits out of range, a schedule without a
+        count, and all that `batch_norm` refuses.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -141,7 +147,8 @@ def batch_renorm(
       [-1.  1.]
 
     References:
-      Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models" (NeurIPS 2017),
+      Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
+        Models" (NeurIPS 2017),
       Algorithm 1 and section 4.
     """
     settings = Settings(

@@ -32,9 +32,11 @@ def dynamic_tanh_init(
     """Returns the parameters that `dynamic_tanh` starts from, and `{}`: it has no statistics at all.
 
     Args:
-      num_features: the size of the feature axis; with several feature axes, their sizes in the order of the axes of x.
-      alpha: where the learned slope starts. 0.5 but for large language models, which want less the wider they are, and
-        more before attention than elsewhere (0.2 to 1.0; the paper's section 7.2).
+      num_features: the size of the feature axis; with several feature axes, their sizes in the
+        order of the axes of x.
+      alpha: where the learned slope starts. 0.5 but for large language models, which want less the
+        wider they are, and more before attention than elsewhere (0.2 to 1.0; the paper's section
+        7.2).
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
       scale_init: makes the scale.
@@ -43,12 +45,13 @@ def dynamic_tanh_init(
       param_dtype: of the leaves.
 
     Returns:
-      `params`: a dict of `alpha` (a scalar), `scale` (ones) and `bias` (zeros), each `(*num_features)`; and an empty
+      `params`: a dict of `alpha` (a scalar), `scale` (ones) and `bias` (zeros), each
+        `(*num_features)`; and an empty
       `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive, or an alpha that is not finite. TypeError: for an integer
-        `param_dtype`, or a random initializer without a key.
+      ValueError: for a size that is not positive, or an alpha that is not finite. TypeError: for an
+        integer `param_dtype`, or a random initializer without a key.
 
     Example:
       >>> import normjax as nj
@@ -76,23 +79,26 @@ def dynamic_tanh(
 
     .. math:: y = \gamma \tanh(\alpha x) + \beta
 
-    Use it in place of layer norm or RMS norm in transformers. It reduces nothing: elements do not see each other.
+    Use it in place of layer norm or RMS norm in transformers. It reduces nothing: elements do not
+    see each other.
 
     Args:
-      params: dict of `alpha` (a scalar), `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of
-        each example, where leading sizes are those of the first axes of x that are no features; scale and bias are left
-        out of the formula if they are absent.
+      params: dict of `alpha` (a scalar), `scale` and `bias`, each `(*features)`, or `(*leading,
+        *features)` for one of each example, where leading sizes are those of the first axes of x
+        that are no features; scale and bias are left out of the formula if they are absent.
       batch_stats: `{}`.
       x: floating-point or complex, any rank >= 1.
       train: Python bool.
-      feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in ascending order.
+      feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in
+        ascending order.
       dtype: of y; None for that of x.
 
     Returns:
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError: at trace time, for whatever does not fit: axes, leaves, dtypes, a traced `train`.
+      ValueError, TypeError: at trace time, for whatever does not fit: axes, leaves, dtypes, a
+        traced `train`.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -101,7 +107,8 @@ def dynamic_tanh(
       [[ 0.462 -1.   ]]
 
     References:
-      Zhu, Chen, He, LeCun & Liu, "Transformers without Normalization" (CVPR 2025), eq. 3 and Algorithm 1.
+      Zhu, Chen, He, LeCun & Liu, "Transformers without Normalization" (CVPR 2025), eq. 3 and
+      Algorithm 1.
     """
     given = admit(
         "dynamic_tanh",
@@ -120,4 +127,6 @@ def dynamic_tanh(
 @compiled
 def _dynamic_tanh(params: Params, x: Array, dtype: Any) -> Array:
     wide = widen(x)
-    return scale_and_shift(jnp.tanh(params["alpha"].astype(wide.dtype) * wide), params).astype(dtype)
+    return scale_and_shift(jnp.tanh(params["alpha"].astype(wide.dtype) * wide), params).astype(
+        dtype
+    )

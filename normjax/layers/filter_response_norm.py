@@ -24,7 +24,12 @@ from normjax._typing import (
     PRNGKey,
 )
 from normjax.layers._affine import init_params, normalize
-from normjax.layers._arguments import admit, axes_within_examples, compiled_within_examples, reduction
+from normjax.layers._arguments import (
+    admit,
+    axes_within_examples,
+    compiled_within_examples,
+    reduction,
+)
 from normjax.statistics.per_example import mean_square
 from normjax.statistics.reduction import Reduction, widen
 
@@ -44,24 +49,27 @@ def filter_response_norm_init(
     """Returns the parameters that `filter_response_norm` starts from, and `{}`: it has no running statistics.
 
     Args:
-      num_features: the size of the feature axis; with several feature axes, their sizes in the order of the axes of x.
+      num_features: the size of the feature axis; with several feature axes, their sizes in the
+        order of the axes of x.
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
-      use_threshold: whether the thresholded linear unit is there, the activation that belongs to the layer.
-      learn_epsilon: whether each feature learns an epsilon, which the paper asks for where one value is reduced, as in
-        1x1 feature maps and fully connected layers.
+      use_threshold: whether the thresholded linear unit is there, the activation that belongs to
+        the layer.
+      learn_epsilon: whether each feature learns an epsilon, which the paper asks for where one
+        value is reduced, as in 1x1 feature maps and fully connected layers.
       scale_init: makes the scale.
       bias_init: makes the bias.
       key: for a random initializer; not needed otherwise.
       param_dtype: of the leaves.
 
     Returns:
-      `params`: a dict of `scale` (ones), `bias`, `threshold` (zeros) and, if learned, `epsilon` (1e-4), each
+      `params`: a dict of `scale` (ones), `bias`, `threshold` (zeros) and, if learned, `epsilon`
+        (1e-4), each
       `(*num_features)`; and an empty `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
-        without a key.
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
+        random initializer without a key.
 
     Example:
       >>> import normjax as nj
@@ -97,24 +105,29 @@ def filter_response_norm(
     .. math:: y = \max\left(\gamma \frac{x}{\sqrt{\nu^2 + \epsilon + |\epsilon_l|}} + \beta, \tau\right), \qquad
               \nu^2 = \frac1n \sum_i x_i^2
 
-    with the mean square over the positions of one channel of one example. Batch norm's accuracy without a batch: use it
-    in convolutional networks at any batch size, in place of normalization *and* activation.
+    with the mean square over the positions of one channel of one example. Batch norm's accuracy
+    without a batch: use it in convolutional networks at any batch size, in place of normalization
+      *and* activation.
 
     Args:
-      params: dict of `scale`, `bias`, `threshold` (tau; without it there is no maximum) and `epsilon` (a learned
-        epsilon), each `(*features)`, or `(*leading, *features)` for one of each example, where leading sizes are those
-        of the first axes of x that are no features; an absent leaf is left out.
+      params: dict of `scale`, `bias`, `threshold` (tau; without it there is no maximum) and
+        `epsilon` (a learned epsilon), each `(*features)`, or `(*leading, *features)` for one of
+        each example, where leading sizes are those of the first axes of x that are no features; an
+        absent leaf is left out.
       batch_stats: `{}`.
       x: floating-point, examples along axis 0, such as `(batch, height, width, channels)`.
       train: Python bool.
-      reduction_axes: the axes that the mean square is taken over; by default all but axis 0 and the features.
+      reduction_axes: the axes that the mean square is taken over; by default all but axis 0 and the
+        features.
       feature_axes: the axes that have statistics and leaves of their own, in ascending order.
-      epsilon: added to the mean square. The paper's 1e-6 is small enough to be of no account where there is something
-        to average over; where there is not, y would be the sign of x, and a learned epsilon helps.
-      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no trace in the
-        statistics; where it is NaN or infinite, y is that of x = 0, a constant. Where nothing counts, the mean square
-        is 1.
-      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared over them.
+      epsilon: added to the mean square. The paper's 1e-6 is small enough to be of no account where
+        there is something to average over; where there is not, y would be the sign of x, and a
+        learned epsilon helps.
+      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no
+        trace in the statistics; where it is NaN or infinite, y is that of x = 0, a constant. Where
+        nothing counts, the mean square is 1.
+      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
+        over them.
       axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
       dtype: of y; None for that of x.
 
@@ -122,8 +135,9 @@ def filter_response_norm(
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for whatever does not fit: a reduction over axis 0 or over
-        features, axes, leaves, dtypes, a mask, an axis name that is not in scope, complex x with a threshold.
+      ValueError, TypeError, NameError: at trace time, for whatever does not fit: a reduction over
+        axis 0 or over features, axes, leaves, dtypes, a mask, an axis name that is not in scope,
+        complex x with a threshold.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -138,10 +152,18 @@ def filter_response_norm(
     function = "filter_response_norm"
     leaves = ("scale", "bias", "threshold", "epsilon")
     given = admit(
-        function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype, leaves=leaves
+        function,
+        params,
+        batch_stats,
+        x,
+        train,
+        feature_axes=feature_axes,
+        mask=mask,
+        dtype=dtype,
+        leaves=leaves,
     )
     if "threshold" in params and jnp.iscomplexobj(given.x):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "complex numbers have no maximum",
             expected="a real x",
@@ -151,7 +173,9 @@ def filter_response_norm(
         )
     axes = axes_within_examples(function, given, reduction_axes)
     how = reduction(function, axes, epsilon, axis_name, axis_index_groups)
-    return _filter_response_norm(given.params, given.x, given.mask, _Plan(how, given.dtype)), batch_stats
+    return _filter_response_norm(
+        given.params, given.x, given.mask, _Plan(how, given.dtype)
+    ), batch_stats
 
 
 class _Plan(NamedTuple):
@@ -168,7 +192,9 @@ def _filter_response_norm(params: Params, x: Array, mask: Array | None, plan: _P
     if mask is not None:
         square = jnp.where(count > 0, square, 1)
     affine = {leaf: params[leaf] for leaf in ("scale", "bias") if leaf in params}
-    epsilon = how.epsilon + jnp.abs(widen(params["epsilon"])) if "epsilon" in params else how.epsilon
+    epsilon = (
+        how.epsilon + jnp.abs(widen(params["epsilon"])) if "epsilon" in params else how.epsilon
+    )
     y = normalize(x, wide, None, how.expand(square), affine, mask=mask, epsilon=epsilon)
     if "threshold" in params:
         y = jnp.maximum(y, params["threshold"].astype(y.dtype))

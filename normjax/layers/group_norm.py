@@ -41,7 +41,8 @@ def group_norm_init(
     """Returns the parameters that `group_norm` starts from, and `{}`: it has no running statistics.
 
     Args:
-      num_features: the number of channels (not of groups: each channel has a scale and bias of its own).
+      num_features: the number of channels (not of groups: each channel has a scale and bias of its
+        own).
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
       scale_init: makes the scale; zeros for the last layer of a residual branch.
@@ -50,11 +51,12 @@ def group_norm_init(
       param_dtype: of scale and bias.
 
     Returns:
-      `params`: a dict of `scale` (ones) and `bias` (zeros), each `(num_features,)`; and an empty `batch_stats`.
+      `params`: a dict of `scale` (ones) and `bias` (zeros), each `(num_features,)`; and an empty
+        `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
-        without a key.
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
+        random initializer without a key.
 
     Example:
       >>> import normjax as nj
@@ -86,38 +88,42 @@ def group_norm(
 
     .. math:: y = \gamma \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} + \beta
 
-    with the statistics of a group g of consecutive channels, over all positions of one example. With one group it is
-    layer norm over everything but the batch, with groups of one channel instance norm. Use it in convolutional networks
-    whose batches are too small for batch norm (detection, segmentation, video, diffusion).
+    with the statistics of a group g of consecutive channels, over all positions of one example.
+    With one group it is layer norm over everything but the batch, with groups of one channel
+    instance norm. Use it in convolutional networks whose batches are too small for batch norm
+    (detection, segmentation, video, diffusion).
 
     Args:
-      params: dict of `scale` and `bias`, each `(channels,)`, or `(*leading, channels)` for one of each example, where
-        leading sizes are those of the first axes of x; an absent leaf is left out.
+      params: dict of `scale` and `bias`, each `(channels,)`, or `(*leading, channels)` for one of
+        each example, where leading sizes are those of the first axes of x; an absent leaf is left
+        out.
       batch_stats: `{}`.
       x: floating-point or complex, such as `(batch, height, width, channels)`.
       train: Python bool.
-      num_groups: how many groups, a divisor of the channels. 32 if neither this nor `group_size` is given.
+      num_groups: how many groups, a divisor of the channels. 32 if neither this nor `group_size` is
+        given.
       group_size: channels in a group, instead of `num_groups`.
-      reduction_axes: the axes that mean and variance are taken over, the feature axis among them; all but the first
-        by default. With more axes of examples, leave them out of it.
+      reduction_axes: the axes that mean and variance are taken over, the feature axis among them;
+        all but the first by default. With more axes of examples, leave them out of it.
       feature_axes: the axis of the channels.
       epsilon: added to the variance.
-      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no trace in the
-        statistics; where it is NaN or infinite, y is the bias, a constant. Where nothing counts, the mean is 0 and the
-        variance 1.
-      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared over them. If that
-        is the axis of the channels, the first group of one device is one with the first of the others.
+      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no
+        trace in the statistics; where it is NaN or infinite, y is the bias, a constant. Where
+        nothing counts, the mean is 0 and the variance 1.
+      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
+        over them. If that is the axis of the channels, the first group of one device is one with
+        the first of the others.
       axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
       dtype: of y; None for that of x.
 
     Returns:
-      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance takes two passes, so it
-      is safe far from zero.
+      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance takes
+      two passes, so it is safe far from zero.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for whatever does not fit: groups that do not divide the
-        channels, axes, leaves, dtypes, a mask, an axis name that is not in scope, statistics over one value in
-        training.
+      ValueError, TypeError, NameError: at trace time, for whatever does not fit: groups that do not
+        divide the channels, axes, leaves, dtypes, a mask, an axis name that is not in scope,
+        statistics over one value in training.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -130,26 +136,40 @@ def group_norm(
       Wu & He, "Group Normalization" (ECCV 2018), eq. 1-7.
     """
     function = "group_norm"
-    given = admit(function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype)
+    given = admit(
+        function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype
+    )
     channel = one_feature_axis(function, given)
     shape = given.x.shape
     num_groups = _number_of_groups(shape[channel], num_groups, group_size, shape)
-    axes = tuple(sorted({*range(1, len(shape)), channel})) if reduction_axes is None else reduction_axes
+    axes = (
+        tuple(sorted({*range(1, len(shape)), channel}))
+        if reduction_axes is None
+        else reduction_axes
+    )
     axes = _checks.axes(function, "reduction_axes", axes, shape)
     _must_hold_channels(axes, channel, shape)
     others = tuple(axis for axis in axes if axis != channel)
     how = reduction(function, others, epsilon, axis_name, axis_index_groups)
     if train:
-        more_than_one_value(function, given.x, others, devices=how.sharing.size, members=shape[channel] // num_groups)
+        more_than_one_value(
+            function,
+            given.x,
+            others,
+            devices=how.sharing.size,
+            members=shape[channel] // num_groups,
+        )
     plan = Plan(how._replace(groups=(channel, shape[channel] // num_groups)), given.dtype)
     return standardize(given.params, given.x, given.mask, plan), batch_stats
 
 
-def _number_of_groups(channels: int, num_groups: int | None, group_size: int | None, shape: tuple[int, ...]) -> int:
+def _number_of_groups(
+    channels: int, num_groups: int | None, group_size: int | None, shape: tuple[int, ...]
+) -> int:
     """Returns how many groups there are; refuses those that do not divide the channels."""
     name, asked = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
     if num_groups is not None and group_size is not None:
-        _checks.refuse(
+        _checks.raise_error(
             "group_norm",
             "num_groups and group_size are both given",
             expected="one of them",
@@ -159,7 +179,7 @@ def _number_of_groups(channels: int, num_groups: int | None, group_size: int | N
     positive = _checks.positive_int(DEFAULT_GROUPS if asked is None else asked)
     if positive is None or channels % positive:
         divisors = [divisor for divisor in range(1, channels + 1) if channels % divisor == 0]
-        _checks.refuse(
+        _checks.raise_error(
             "group_norm",
             f"{name} does not divide the channels",
             expected=f"a divisor of {channels}",
@@ -171,7 +191,7 @@ def _number_of_groups(channels: int, num_groups: int | None, group_size: int | N
 
 def _must_hold_channels(axes: tuple[int, ...], channel: int, shape: tuple[int, ...]) -> None:
     if channel not in axes:
-        _checks.refuse(
+        _checks.raise_error(
             "group_norm",
             "the statistics of a group are over its channels, too",
             expected=f"reduction_axes with the feature axis, {channel}",

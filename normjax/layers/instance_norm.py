@@ -38,7 +38,8 @@ def instance_norm_init(
     """Returns the parameters that `instance_norm` starts from, and `{}`: it has no running statistics.
 
     Args:
-      num_features: the size of the feature axis; with several feature axes, their sizes in the order of the axes of x.
+      num_features: the size of the feature axis; with several feature axes, their sizes in the
+        order of the axes of x.
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
       scale_init: makes the scale.
@@ -47,11 +48,12 @@ def instance_norm_init(
       param_dtype: of scale and bias.
 
     Returns:
-      `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`; and an empty `batch_stats`.
+      `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`; and an empty
+        `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
-        without a key.
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
+        random initializer without a key.
 
     Example:
       >>> import normjax as nj
@@ -81,35 +83,41 @@ def instance_norm(
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    with the statistics over the positions (height and width) of one channel of one example. It removes contrast and
-    colour of single images: use it in style transfer and image generation. With a scale and bias from another image it
+    with the statistics over the positions (height and width) of one channel of one example. It
+    removes contrast and
+    colour of single images: use it in style transfer and image generation. With a scale and bias
+      from another image it
     is adaptive instance norm.
 
     Args:
-      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of each example, where
-        leading sizes are those of the first axes of x that are no features; an absent leaf is left out.
+      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of
+        each example, where leading sizes are those of the first axes of x that are no features; an
+        absent leaf is left out.
       batch_stats: `{}`.
-      x: floating-point or complex, examples along axis 0, such as `(batch, height, width, channels)`.
+      x: floating-point or complex, examples along axis 0, such as `(batch, height, width,
+        channels)`.
       train: Python bool.
-      reduction_axes: the axes that mean and variance are taken over; by default all but axis 0 and the features.
-      feature_axes: the axes that have statistics, scale and bias of their own; leaves have their sizes in ascending
-        order.
+      reduction_axes: the axes that mean and variance are taken over; by default all but axis 0 and
+        the features.
+      feature_axes: the axes that have statistics, scale and bias of their own; leaves have their
+        sizes in ascending order.
       epsilon: added to the variance.
-      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no trace in the
-        statistics; where it is NaN or infinite, y is the bias, a constant. Where nothing counts, the mean is 0 and the
-        variance 1.
-      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared over them.
+      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no
+        trace in the statistics; where it is NaN or infinite, y is the bias, a constant. Where
+        nothing counts, the mean is 0 and the variance 1.
+      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
+        over them.
       axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
       dtype: of y; None for that of x.
 
     Returns:
-      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance takes two passes, so it
-      is safe far from zero.
+      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance takes
+      two passes, so it is safe far from zero.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for whatever does not fit: a reduction over axis 0 or over
-        features, axes, leaves, dtypes, a mask, an axis name that is not in scope, statistics over one value in
-        training.
+      ValueError, TypeError, NameError: at trace time, for whatever does not fit: a reduction over
+        axis 0 or over features, axes, leaves, dtypes, a mask, an axis name that is not in scope,
+        statistics over one value in training.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -120,11 +128,14 @@ def instance_norm(
         [ 1.  1.]]]
 
     References:
-      Ulyanov, Vedaldi & Lempitsky, "Instance Normalization: The Missing Ingredient for Fast Stylization" (2016), eq. 3.
-      Huang & Belongie, "Arbitrary Style Transfer in Real-time with Adaptive Instance Normalization" (2017), eq. 8.
+      Ulyanov, Vedaldi & Lempitsky, "Instance Normalization: The Missing Ingredient for Fast
+      Stylization" (2016), eq. 3. Huang & Belongie, "Arbitrary Style Transfer in Real-time with
+      Adaptive Instance Normalization" (2017), eq. 8.
     """
     function = "instance_norm"
-    given = admit(function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype)
+    given = admit(
+        function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype
+    )
     axes = axes_within_examples(function, given, reduction_axes)
     how = reduction(function, axes, epsilon, axis_name, axis_index_groups)
     if train:

@@ -39,7 +39,8 @@ def layer_norm_init(
     """Returns the parameters that `layer_norm` starts from, and `{}`: it has no running statistics.
 
     Args:
-      num_features: the size of the feature axis; with several feature axes, their sizes in the order of the axes of x.
+      num_features: the size of the feature axis; with several feature axes, their sizes in the
+        order of the axes of x.
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
       scale_init: makes the scale.
@@ -48,11 +49,12 @@ def layer_norm_init(
       param_dtype: of scale and bias.
 
     Returns:
-      `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`; and an empty `batch_stats`.
+      `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`; and an empty
+        `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
-        without a key.
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
+        random initializer without a key.
 
     Example:
       >>> import normjax as nj
@@ -83,33 +85,38 @@ def layer_norm(
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    with the mean and the biased variance over `reduction_axes`, for every position of the other axes by itself. No
-    example sees another, so training and inference are the same. Use it in transformers and recurrent networks, and
-    wherever batches are small or sequences differ in length.
+    with the mean and the biased variance over `reduction_axes`, for every position of the other
+    axes by itself. No example sees another, so training and inference are the same. Use it in
+    transformers and recurrent networks, and wherever batches are small or sequences differ in
+    length.
 
     Args:
-      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of each example, where
-        leading sizes are those of the first axes of x that are no features; an absent leaf is left out.
+      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of
+        each example, where leading sizes are those of the first axes of x that are no features; an
+        absent leaf is left out.
       batch_stats: `{}`.
       x: floating-point or complex, any rank >= 1, such as `(batch, time, features)`.
       train: Python bool.
       reduction_axes: the axes that mean and variance are taken over.
-      feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in ascending order.
+      feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in
+        ascending order.
       epsilon: added to the variance.
-      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no trace in the
-        statistics; where it is NaN or infinite, y is the bias, a constant. Where nothing counts, the mean is 0 and the
-        variance 1.
-      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared over them.
+      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no
+        trace in the statistics; where it is NaN or infinite, y is the bias, a constant. Where
+        nothing counts, the mean is 0 and the variance 1.
+      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
+        over them.
       axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
       dtype: of y; None for that of x.
 
     Returns:
-      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance takes two passes, so it
-      is safe far from zero.
+      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance takes
+      two passes, so it is safe far from zero.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for whatever does not fit: axes, leaves, dtypes, a mask, an axis
-        name that is not in scope, a traced `train`, statistics over one value in training.
+      ValueError, TypeError, NameError: at trace time, for whatever does not fit: axes, leaves,
+        dtypes, a mask, an axis name that is not in scope, a traced `train`, statistics over one
+        value in training.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -119,11 +126,14 @@ def layer_norm(
       [[-1. -1.  1.  1.]]
 
     References:
-      Ba, Kiros & Hinton, "Layer Normalization" (2016), eq. 3 and 4. Scale and bias from elsewhere in the network:
-      Perez et al., "FiLM" (2018), eq. 2; Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), adaLN.
+      Ba, Kiros & Hinton, "Layer Normalization" (2016), eq. 3 and 4. Scale and bias from elsewhere
+      in the network: Perez et al., "FiLM" (2018), eq. 2; Peebles & Xie, "Scalable Diffusion Models
+        with Transformers" (2023), adaLN.
     """
     function = "layer_norm"
-    given = admit(function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype)
+    given = admit(
+        function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype
+    )
     axes = _checks.axes(function, "reduction_axes", reduction_axes, given.x.shape)
     how = reduction(function, axes, epsilon, axis_name, axis_index_groups)
     if train:

@@ -45,8 +45,8 @@ def local_response_norm_init(
       `params`: a dict of what was asked for, each `(num_features,)`; and an empty `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
-        without a key.
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
+        random initializer without a key.
 
     Example:
       >>> import normjax as nj
@@ -76,17 +76,18 @@ def local_response_norm(
     .. math:: y_c = x_c \Big/ \Big(k + \frac{\alpha}{n} \sum_{j = c - \lfloor n/2 \rfloor}
               ^{c + \lfloor (n-1)/2 \rfloor} |x_j|^2\Big)^{\beta}
 
-    with zeros beyond the first and the last channel. For networks of AlexNet's time; later ones do without.
+    with zeros beyond the first and the last channel. For networks of AlexNet's time; later ones do
+    without.
 
     Args:
-      params: `{}`, or a dict of `scale` and `bias`, each `(channels,)`, or `(*leading, channels)` for one of each
-        example, applied last.
+      params: `{}`, or a dict of `scale` and `bias`, each `(channels,)`, or `(*leading, channels)`
+        for one of each example, applied last.
       batch_stats: `{}`.
       x: floating-point or complex, such as `(batch, height, width, channels)`.
       train: Python bool.
       size: n, how many channels are next to each other.
-      alpha: weight of their mean square, as in PyTorch and ONNX. The paper and TensorFlow weigh the sum: theirs is
-        `alpha / size`, and the default is the paper's 1e-4 times 5.
+      alpha: weight of their mean square, as in PyTorch and ONNX. The paper and TensorFlow weigh the
+        sum: theirs is `alpha / size`, and the default is the paper's 1e-4 times 5.
       beta: the power.
       k: added to the energy.
       feature_axes: the axis of the channels.
@@ -96,8 +97,8 @@ def local_response_norm(
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError: at trace time, for whatever does not fit: a size that is no positive int, k that is not
-        positive, axes, leaves, dtypes.
+      ValueError, TypeError: at trace time, for whatever does not fit: a size that is no positive
+        int, k that is not positive, axes, leaves, dtypes.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -106,8 +107,8 @@ def local_response_norm(
       [[0.16666667 0.13333334 0.21428573]]
 
     References:
-      Krizhevsky, Sutskever & Hinton, "ImageNet Classification with Deep Convolutional Neural Networks" (NeurIPS 2012),
-      section 3.3.
+      Krizhevsky, Sutskever & Hinton, "ImageNet Classification with Deep Convolutional Neural
+      Networks" (NeurIPS 2012), section 3.3.
     """
     function = "local_response_norm"
     given = admit(function, params, batch_stats, x, train, feature_axes=feature_axes, dtype=dtype)
@@ -117,7 +118,7 @@ def local_response_norm(
     _checks.between(function, "k", k, 0.0, math.inf)
     neighbours = _checks.positive_int(size)
     if neighbours is None or k == 0:
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "size or k is not positive",
             expected="an int size of 1 or more, and a finite k above 0",
@@ -144,7 +145,12 @@ def _local_response_norm(params: Params, x: Array, plan: _Plan) -> Array:
     wide = widen(x)
     energy = abs2(wide)
     window = [plan.size if axis == plan.channel else 1 for axis in range(x.ndim)]
-    around = [(plan.size // 2, (plan.size - 1) // 2) if axis == plan.channel else (0, 0) for axis in range(x.ndim)]
-    near = lax.reduce_window(energy, np.zeros((), energy.dtype), lax.add, window, [1] * x.ndim, around)
+    around = [
+        (plan.size // 2, (plan.size - 1) // 2) if axis == plan.channel else (0, 0)
+        for axis in range(x.ndim)
+    ]
+    near = lax.reduce_window(
+        energy, np.zeros((), energy.dtype), lax.add, window, [1] * x.ndim, around
+    )
     multiplier = (plan.k + plan.alpha / plan.size * near) ** -plan.beta
     return scale_and_shift(wide * multiplier.astype(wide.dtype), params).astype(plan.dtype)

@@ -13,20 +13,25 @@ from normjax import _checks
 from normjax.statistics.reduction import INPUT, OUTPUT, STATISTICS
 
 
-def remat_policy(*, recompute: Callable[[jax.ShapeDtypeStruct], bool] | None = None) -> Callable[..., bool]:
+def remat_policy(
+    *, recompute: Callable[[jax.ShapeDtypeStruct], bool] | None = None
+) -> Callable[..., bool]:
     """Returns a policy for `jax.checkpoint` that keeps what linear layers and statistics cost, and little else.
 
-    Kept are the outputs of linear layers (convolutions, and products without batch dimensions), the inputs of
-    normalizations, and their statistics. Normalization and activation, which are cheap where memory is what they wait
-    for, are computed again in the backward pass; no linear layer and no statistic is, so under `axis_name` there are no
-    more collectives than before. Checkpoint the network as a whole: `jax.checkpoint(network, policy=...)`,
-    `flax.linen.remat`, `flax.nnx.remat`. Leave `prevent_cse` as it is: without it, XLA finds that what is computed
+    Kept are the outputs of linear layers (convolutions, and products without batch dimensions), the
+    inputs of normalizations, and their statistics. Normalization and activation, which are cheap
+    where memory is what they wait for, are computed again in the backward pass; no linear layer and
+    no statistic is, so under `axis_name` there are no more collectives than before. Checkpoint the
+    network as a whole: `jax.checkpoint(network, policy=...)`, `flax.linen.remat`, `flax.nnx.remat`.
+      Leave `prevent_cse` as it is: without it, XLA finds that what is computed
     again has been computed before, and keeps it after all.
 
     Args:
-      recompute: says of an array that would be kept, by its shape and dtype, whether to compute it again all the same.
-        Worth it for a large output of a small input, such as that of a network's first convolution. The policy of a
-        ResNet on images of 224 x 224: `nj.remat_policy(recompute=lambda x: x.shape[1:3] == (112, 112))`. Inputs of
+      recompute: says of an array that would be kept, by its shape and dtype, whether to compute it
+        again all the same. Worth it for a large output of a small input, such as that of a
+        network's first convolution. The policy of a
+        ResNet on images of 224 x 224: `nj.remat_policy(recompute=lambda x: x.shape[1:3] == (112,
+          112))`. Inputs of
         networks that are kept anyway are not asked about.
 
     Returns:
@@ -47,11 +52,11 @@ def remat_policy(*, recompute: Callable[[jax.ShapeDtypeStruct], bool] | None = N
       [(3, 4), (8, 3), (8, 4)]
 
     References:
-      Chen, Xu, Zhang & Guestrin, "Training Deep Nets with Sublinear Memory Cost" (2016), section 4: drop the results of
-      low cost operations.
+      Chen, Xu, Zhang & Guestrin, "Training Deep Nets with Sublinear Memory Cost" (2016), section 4:
+      drop the results of low cost operations.
     """
     if recompute is not None and not callable(recompute):
-        _checks.refuse(
+        _checks.raise_error(
             "remat_policy",
             "recompute is not a function",
             expected="a function of an array's shape and dtype, or None",
@@ -69,9 +74,16 @@ _ARRAYS = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
-def _keep(recompute: Callable[[jax.ShapeDtypeStruct], bool] | None, primitive: Any, *operands: Any, **how: Any) -> bool:
+def _keep(
+    recompute: Callable[[jax.ShapeDtypeStruct], bool] | None,
+    primitive: Any,
+    *operands: Any,
+    **how: Any,
+) -> bool:
     if _STATISTICS(primitive, *operands, **how):
         return True
     if primitive is not lax.conv_general_dilated_p and not _ARRAYS(primitive, *operands, **how):
         return False
-    return recompute is None or not recompute(jax.eval_shape(partial(primitive.bind, **how), *operands))
+    return recompute is None or not recompute(
+        jax.eval_shape(partial(primitive.bind, **how), *operands)
+    )

@@ -43,7 +43,8 @@ def rms_norm_init(
     """Returns the parameters that `rms_norm` starts from, and `{}`: it has no running statistics.
 
     Args:
-      num_features: the size of the feature axis; with several feature axes, their sizes in the order of the axes of x.
+      num_features: the size of the feature axis; with several feature axes, their sizes in the
+        order of the axes of x.
       use_scale: whether there is a scale.
       use_bias: whether there is a bias; the paper has none.
       scale_init: makes the scale; zeros where `rms_norm` is called with `scale_offset=1`.
@@ -52,11 +53,12 @@ def rms_norm_init(
       param_dtype: of scale and bias.
 
     Returns:
-      `params`: a dict of `scale` (ones), `(*num_features)`, and maybe `bias` (zeros); and an empty `batch_stats`.
+      `params`: a dict of `scale` (ones), `(*num_features)`, and maybe `bias` (zeros); and an empty
+        `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
-        without a key.
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
+        random initializer without a key.
 
     Example:
       >>> import normjax as nj
@@ -87,25 +89,30 @@ def rms_norm(
 
     .. math:: y = (o + \gamma) \frac{x}{\sqrt{\frac1n \sum_i |x_i|^2 + \epsilon}} + \beta
 
-    Layer norm without the mean: one reduction instead of two, and nothing is subtracted. Use it in large language
+    Layer norm without the mean: one reduction instead of two, and nothing is subtracted. Use it in
+      large language
     models. It is blind to the scale of x, but not to an offset.
 
     Args:
-      params: dict of `scale` and maybe `bias`, each `(*features)`, or `(*leading, *features)` for one of each example,
-        where leading sizes are those of the first axes of x that are no features; an absent leaf is left out.
+      params: dict of `scale` and maybe `bias`, each `(*features)`, or `(*leading, *features)` for
+        one of each example, where leading sizes are those of the first axes of x that are no
+        features; an absent leaf is left out.
       batch_stats: `{}`.
       x: floating-point or complex, any rank >= 1, such as `(batch, time, features)`.
       train: Python bool.
-      scale_offset: o, added to the scale in at least float32: 1.0 for checkpoints that store `scale - 1` (Gemma),
-        which near 1 keeps digits that bfloat16 would lose, and lets weight decay pull the scale towards 1. Without a
+      scale_offset: o, added to the scale in at least float32: 1.0 for checkpoints that store `scale
+        - 1` (Gemma), which near 1 keeps digits that bfloat16 would lose, and lets weight decay pull
+          the scale towards 1. Without a
         scale it is left out, too.
       reduction_axes: the axes that the mean square is taken over.
-      feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in ascending order.
+      feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in
+        ascending order.
       epsilon: added to the mean square.
-      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no trace in the
-        statistics; where it is NaN or infinite, y is the bias (or 0), a constant. Where nothing counts, the mean square
-        is 1.
-      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared over them.
+      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no
+        trace in the statistics; where it is NaN or infinite, y is the bias (or 0), a constant.
+        Where nothing counts, the mean square is 1.
+      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
+        over them.
       axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
       dtype: of y; None for that of x.
 
@@ -113,8 +120,8 @@ def rms_norm(
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for whatever does not fit: axes, leaves, dtypes, a mask, an axis
-        name that is not in scope, a traced `train`.
+      ValueError, TypeError, NameError: at trace time, for whatever does not fit: axes, leaves,
+        dtypes, a mask, an axis name that is not in scope, a traced `train`.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -127,7 +134,9 @@ def rms_norm(
       Zhang & Sennrich, "Root Mean Square Layer Normalization" (NeurIPS 2019), eq. 4.
     """
     function = "rms_norm"
-    given = admit(function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype)
+    given = admit(
+        function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype
+    )
     axes = _checks.axes(function, "reduction_axes", reduction_axes, given.x.shape)
     how = reduction(function, axes, epsilon, axis_name, axis_index_groups)
     _checks.between(function, "scale_offset", scale_offset, -math.inf, math.inf)
@@ -151,5 +160,7 @@ def _rms_norm(params: Params, x: Array, mask: Array | None, plan: _Plan) -> Arra
         square = jnp.where(count > 0, square, 1)
     if "scale" in params and plan.scale_offset:
         params = params | {"scale": widen(params["scale"]) + plan.scale_offset}
-    y = normalize(x, wide, None, plan.how.expand(square), params, mask=mask, epsilon=plan.how.epsilon)
+    y = normalize(
+        x, wide, None, plan.how.expand(square), params, mask=mask, epsilon=plan.how.epsilon
+    )
     return y.astype(plan.dtype)

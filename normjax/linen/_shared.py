@@ -1,6 +1,7 @@
 """What the linen doors share: their variables, Flax's promotion of dtypes, and the arguments that all layers have.
 
-Plain functions that take the module: a method of a module would be a line of its own in Flax's summaries.
+Plain functions that take the module: a method of a module would be a line of its own in Flax's
+  summaries.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def sizes(module: Any, x: jax.Array, name: str = "feature_axes") -> tuple[int, .
 def declare(module: Any, features: tuple[int, ...], **used: bool) -> Params:
     """Declares the parameters that are used, each by its own initializer, in the order given."""
     params = {
-        leaf: jnp.asarray(module.param(leaf, getattr(module, f"{leaf}_init"), features, module.param_dtype))
+        leaf: jnp.asarray(
+            module.param(leaf, getattr(module, f"{leaf}_init"), features, module.param_dtype)
+        )
         for leaf, is_used in used.items()
         if is_used
     }

@@ -14,7 +14,9 @@ from normjax import _checks
 from normjax._typing import Params
 
 
-def with_weights(module: Any, normalized: Callable[[str, jax.Array], jax.Array], *args: Any, **kwargs: Any) -> Any:
+def with_weights(
+    module: Any, normalized: Callable[[str, jax.Array], jax.Array], *args: Any, **kwargs: Any
+) -> Any:
     """Calls the wrapped layer with `normalized(path, value)` in place of each of its parameters."""
 
     def replaced(path: tuple, value: Any) -> jax.Array:
@@ -41,4 +43,8 @@ def scales(module: Any, path: str, kernel: jax.Array) -> tuple[tuple[int, ...], 
     if not module.use_scale:
         return kept, {}
     features = tuple(kernel.shape[axis] for axis in kept)
-    return kept, {"scale": jnp.asarray(module.param(f"{path}/scale", module.scale_init, features, module.param_dtype))}
+    return kept, {
+        "scale": jnp.asarray(
+            module.param(f"{path}/scale", module.scale_init, features, module.param_dtype)
+        )
+    }

@@ -18,13 +18,15 @@ from normjax.statistics.population import POPULATION
 class BatchNorm(nn.BatchNorm):
     """Batch normalization: `flax.linen.BatchNorm`, with a variance that is safe.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
-    names (`params`: `scale`, `bias`; `batch_stats`: `mean`, `var`), shapes and dtypes, so checkpoints load both ways.
-    See `normjax.batch_norm` for the mathematics.
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
+    names (`params`: `scale`, `bias`; `batch_stats`: `mean`, `var`), shapes and dtypes, so
+    checkpoints load both ways. See `normjax.batch_norm` for the mathematics.
 
     Beyond Flax:
-      - The variance is safe and the statistics are float32 (or wider) in every mode, so `use_fast_variance` and
-        `force_float32_reductions` choose nothing but, for the latter, the dtype of the running statistics.
+      - The variance is safe and the statistics are float32 (or wider) in every mode, so
+        `use_fast_variance` and `force_float32_reductions` choose nothing but, for the latter, the
+        dtype of the running statistics.
       - Masked elements may be NaN; a feature of which nothing counts keeps its running statistics.
       - Axes out of range or repeated are refused.
       - `momentum=None` is the mean over all batches, with a variable `count` in `batch_stats`.
@@ -32,8 +34,8 @@ class BatchNorm(nn.BatchNorm):
     Attributes:
       running_var: which variance is stored: "biased" (Flax) or "unbiased" (PyTorch).
       virtual_batch_size: ghost batches of that many examples, in training.
-      frozen: use the running statistics and leave them alone, whatever `use_running_average` says. Scale and bias still
-        have gradients.
+      frozen: use the running statistics and leave them alone, whatever `use_running_average` says.
+        Scale and bias still have gradients.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -72,10 +74,16 @@ class BatchNorm(nn.BatchNorm):
 
 
 def normalize(
-    norm: BatchNorm, x: jax.Array, use_running_average: bool | None, mask: Any, renorm: Limits | None = None
+    norm: BatchNorm,
+    x: jax.Array,
+    use_running_average: bool | None,
+    mask: Any,
+    renorm: Limits | None = None,
 ) -> jax.Array:
     """Declares the variables of a batch norm, or renorm, and does its step."""
-    infer = norm.frozen or nn.merge_param("use_running_average", norm.use_running_average, use_running_average)
+    infer = norm.frozen or nn.merge_param(
+        "use_running_average", norm.use_running_average, use_running_average
+    )
     x = jnp.asarray(x)
     features = sizes(norm, x, "axis")
     running = _declare_running(norm, features, count=norm.momentum is None or renorm is not None)
@@ -101,7 +109,9 @@ def normalize(
     return y
 
 
-def _declare_running(norm: BatchNorm, features: tuple[int, ...], *, count: bool) -> dict[str, nn.Variable]:
+def _declare_running(
+    norm: BatchNorm, features: tuple[int, ...], *, count: bool
+) -> dict[str, nn.Variable]:
     """In Flax's dtypes; with complex x the mean turns complex in training."""
     dtype = jnp.float32 if norm.force_float32_reductions else norm.param_dtype
     running = {

@@ -12,12 +12,12 @@ from normjax.linen.batch_norm import BatchNorm, normalize
 class BatchRenorm(BatchNorm):
     """Batch renormalization, in the manner of `flax.linen.BatchNorm`.
 
-    Arguments and variables are those of `normjax.linen.BatchNorm`, and a `count` of batches in `batch_stats`, which
-    schedules go by. See `normjax.batch_renorm` for the mathematics.
+    Arguments and variables are those of `normjax.linen.BatchNorm`, and a `count` of batches in
+    `batch_stats`, which schedules go by. See `normjax.batch_renorm` for the mathematics.
 
     Attributes:
-      r_max: how far the deviations of batch and population may differ, at least 1. A number, or a schedule: a function
-        of the count of batches.
+      r_max: how far the deviations of batch and population may differ, at least 1. A number, or a
+        schedule: a function of the count of batches.
       d_max: how far their means may, in deviations; likewise.
 
     Example:

@@ -15,8 +15,8 @@ from normjax.linen._shared import declare, promoted, sizes
 class DynamicTanh(nn.Module):
     """Dynamic tanh, to stand where `flax.linen.LayerNorm` stands.
 
-    The variables (`params`: `alpha`, `scale`, `bias`) are the leaves of `normjax.dynamic_tanh`; see there for the
-    mathematics.
+    The variables (`params`: `alpha`, `scale`, `bias`) are the leaves of `normjax.dynamic_tanh`; see
+    there for the mathematics.
 
     Attributes:
       dtype: of y; None for that of x and the parameters together.

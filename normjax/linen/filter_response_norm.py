@@ -30,7 +30,8 @@ class FilterResponseNorm(nn.Module):
       scale_init: makes the scale.
       threshold_init: makes the threshold.
       epsilon_init: makes the learned epsilon.
-      feature_axes: the axes that have statistics and parameters of their own; all others but axis 0 are reduced.
+      feature_axes: the axes that have statistics and parameters of their own; all others but axis 0
+        are reduced.
       axis_name: mapped axis that the reduced axes are sharded over.
       axis_index_groups: groups of indices of that axis that share.
 

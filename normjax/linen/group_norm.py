@@ -14,16 +14,19 @@ from normjax.linen._shared import common, declare, promoted
 class GroupNorm(nn.GroupNorm):
     """Group normalization: `flax.linen.GroupNorm`, with a variance that is safe.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
-    names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints load both ways. See `normjax.group_norm` for
-    the mathematics.
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
+    names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints load both ways. See
+    `normjax.group_norm` for the mathematics.
 
     Beyond Flax:
-      - The variance is safe and the statistics are float32 (or wider) in every mode, so `use_fast_variance` chooses
-        nothing, and `force_float32_reductions` only the dtype of the parameters.
-      - Masks need not have the size of the channels; masked elements may be NaN, and where nothing counts, the mean is
-        0 and the variance 1.
-      - Axes out of range or repeated are refused, and no mapped axis has to exist at initialization.
+      - The variance is safe and the statistics are float32 (or wider) in every mode, so
+        `use_fast_variance` chooses nothing, and `force_float32_reductions` only the dtype of the
+        parameters.
+      - Masks need not have the size of the channels; masked elements may be NaN, and where nothing
+        counts, the mean is 0 and the variance 1.
+      - Axes out of range or repeated are refused, and no mapped axis has to exist at
+        initialization.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -64,7 +67,7 @@ class GroupNorm(nn.GroupNorm):
 
 def _one_of_two(norm: GroupNorm) -> None:
     if (norm.num_groups is None) == (norm.group_size is None):
-        _checks.refuse(
+        _checks.raise_error(
             "GroupNorm",
             "the groups are to be given by their number or by their size",
             expected="one of num_groups and group_size, and None for the other",

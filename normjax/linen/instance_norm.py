@@ -15,15 +15,18 @@ from normjax.linen._shared import common, declare, promoted, sizes
 class InstanceNorm(nn.InstanceNorm):
     """Instance normalization: `flax.linen.InstanceNorm`, with a variance that is safe.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
-    names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints load both ways. See `normjax.instance_norm` for
-    the mathematics.
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
+    names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints load both ways. See
+    `normjax.instance_norm` for the mathematics.
 
     Beyond Flax:
-      - The variance is safe and the statistics are float32 (or wider) in every mode, so `use_fast_variance` chooses
-        nothing, and `force_float32_reductions` only the dtype of the parameters.
+      - The variance is safe and the statistics are float32 (or wider) in every mode, so
+        `use_fast_variance` chooses nothing, and `force_float32_reductions` only the dtype of the
+        parameters.
       - Masked elements may be NaN; where nothing counts, the mean is 0 and the variance 1.
-      - Axes out of range or repeated are refused, and no mapped axis has to exist at initialization.
+      - Axes out of range or repeated are refused, and no mapped axis has to exist at
+        initialization.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -49,13 +52,15 @@ class InstanceNorm(nn.InstanceNorm):
         _examples_are_no_feature(self.feature_axes, x)
         params = declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)
         x, dtype = promoted(self, x, *params.values())
-        y, _ = instance_norm(params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype, **common(self, mask))
+        y, _ = instance_norm(
+            params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype, **common(self, mask)
+        )
         return y
 
 
 def _examples_are_no_feature(feature_axes: Axes, x: jax.Array) -> None:
     if 0 in _checks.axes("InstanceNorm", "feature_axes", feature_axes, x.shape):
-        _checks.refuse(
+        _checks.raise_error(
             "InstanceNorm",  # in Flax's words
             "The channel axes cannot include the leading dimension as this is assumed to be the batch axis",
             expected="feature_axes without axis 0",

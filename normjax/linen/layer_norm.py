@@ -13,15 +13,18 @@ from normjax.linen._shared import common, declare, promoted, sizes
 class LayerNorm(nn.LayerNorm):
     """Layer normalization: `flax.linen.LayerNorm`, with a variance that is safe.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
-    names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints load both ways. See `normjax.layer_norm` for
-    the mathematics.
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
+    names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints load both ways. See
+    `normjax.layer_norm` for the mathematics.
 
     Beyond Flax:
-      - The variance is safe and the statistics are float32 (or wider) in every mode, so `use_fast_variance` chooses
-        nothing, and `force_float32_reductions` only the dtype of the parameters.
+      - The variance is safe and the statistics are float32 (or wider) in every mode, so
+        `use_fast_variance` chooses nothing, and `force_float32_reductions` only the dtype of the
+        parameters.
       - Masked elements may be NaN; where nothing counts, the mean is 0 and the variance 1.
-      - Axes out of range or repeated are refused, and no mapped axis has to exist at initialization.
+      - Axes out of range or repeated are refused, and no mapped axis has to exist at
+        initialization.
 
     Example:
       >>> import jax, jax.numpy as jnp

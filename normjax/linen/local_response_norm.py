@@ -19,7 +19,8 @@ class LocalResponseNorm(nn.Module):
 
     Attributes:
       size: how many channels are next to each other.
-      alpha: weight of their mean square, as in PyTorch; the paper's and TensorFlow's is `alpha / size`.
+      alpha: weight of their mean square, as in PyTorch; the paper's and TensorFlow's is `alpha /
+        size`.
       beta: the power.
       k: added to the energy.
       dtype: of y; None for that of x, scale and bias together.

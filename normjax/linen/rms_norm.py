@@ -13,19 +13,21 @@ from normjax.linen._shared import common, declare, promoted, sizes
 class RMSNorm(nn.RMSNorm):
     """Root mean square normalization: `flax.linen.RMSNorm`, rounded once.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
-    names (`params`: `scale`), shapes and dtypes, so checkpoints load both ways. See `normjax.rms_norm` for the
-    mathematics.
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
+    names (`params`: `scale`), shapes and dtypes, so checkpoints load both ways. See
+    `normjax.rms_norm` for the mathematics.
 
     Beyond Flax:
-      - The mean square is float32 (or wider) in every mode, so `use_fast_variance` chooses nothing, and
-        `force_float32_reductions` only the dtype of the scale.
+      - The mean square is float32 (or wider) in every mode, so `use_fast_variance` chooses nothing,
+        and `force_float32_reductions` only the dtype of the scale.
       - Masked elements may be NaN; where nothing counts, the mean square is 1.
-      - Axes out of range or repeated are refused, and no mapped axis has to exist at initialization.
+      - Axes out of range or repeated are refused, and no mapped axis has to exist at
+        initialization.
 
     Attributes:
-      scale_offset: added to the scale, in float32 or wider: 1.0 for checkpoints that store `scale - 1` (Gemma), with
-        `scale_init=zeros`.
+      scale_offset: added to the scale, in float32 or wider: 1.0 for checkpoints that store `scale -
+        1` (Gemma), with `scale_init=zeros`.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -17,15 +17,18 @@ from normjax.weights.spectral_norm import forget_kernels_of_zeros, spectral_norm
 class SpectralNorm(nn.SpectralNorm):
     """Spectral normalization of the layer that it wraps: `flax.linen.SpectralNorm`, computed in at least float32.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
-    names (`batch_stats`: `Dense_0/kernel/u`, `Dense_0/kernel/sigma` and the like), shapes and dtypes, so checkpoints
-    load both ways. See `normjax.weights.spectral_norm` for the mathematics.
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
+    names (`batch_stats`: `Dense_0/kernel/u`, `Dense_0/kernel/sigma` and the like), shapes and
+    dtypes, so checkpoints load both ways. See `normjax.weights.spectral_norm` for the mathematics.
 
     Beyond Flax:
-      - Power iteration is in float32 (or wider), on accelerators too, and its state keeps its dtype.
-      - Parameters are normalized and nothing else: in Flax so are running statistics of two or more axes.
-      - `apply` never overwrites the weights of the layer, whatever is mutable (with `mutable=True` Flax returns the
-        normalized ones among the updates).
+      - Power iteration is in float32 (or wider), on accelerators too, and its state keeps its
+        dtype.
+      - Parameters are normalized and nothing else: in Flax so are running statistics of two or more
+        axes.
+      - `apply` never overwrites the weights of the layer, whatever is mutable (with `mutable=True`
+        Flax returns the normalized ones among the updates).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -43,7 +46,8 @@ class SpectralNorm(nn.SpectralNorm):
 
         Args:
           *args: of the layer.
-          update_stats: whether to keep the new singular vectors and values, which needs `mutable=["batch_stats"]`.
+          update_stats: whether to keep the new singular vectors and values, which needs
+            `mutable=["batch_stats"]`.
           **kwargs: of the layer.
 
         Returns:
@@ -52,11 +56,14 @@ class SpectralNorm(nn.SpectralNorm):
         return with_weights(self, partial(_spectral_normed, self, update_stats), *args, **kwargs)
 
 
-def _spectral_normed(module: SpectralNorm, update_stats: bool, path: str, kernel: jax.Array) -> jax.Array:
+def _spectral_normed(
+    module: SpectralNorm, update_stats: bool, path: str, kernel: jax.Array
+) -> jax.Array:
     if kernel.ndim < 2 or module.n_steps < 1:
         return kernel
     if kernel.ndim > 2 and module.error_on_non_matrix:
-        raise ValueError(f"Input is {kernel.ndim}D but error_on_non_matrix is True")  # in Flax's words
+        # in Flax's words
+        raise ValueError(f"Input is {kernel.ndim}D but error_on_non_matrix is True")
     shape, dtype = (1, kernel.shape[-1]), module.param_dtype
     u = module.variable(
         module.collection_name,

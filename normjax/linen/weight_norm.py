@@ -16,14 +16,16 @@ from normjax.weights import weight_norm
 class WeightNorm(nn.WeightNorm):
     """Weight normalization of the layer that it wraps: `flax.linen.WeightNorm`, computed in at least float32.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
-    names (`params`: `Dense_0/kernel/scale` and the like), shapes and dtypes, so checkpoints load both ways. See
-    `normjax.weights.weight_norm` for the mathematics. As in Flax, the weights of the layer start with norm 1.
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
+    names (`params`: `Dense_0/kernel/scale` and the like), shapes and dtypes, so checkpoints load
+    both ways. See `normjax.weights.weight_norm` for the mathematics. As in Flax, the weights of the
+    layer start with norm 1.
 
     Beyond Flax:
       - Norms and products are taken in float32 (or wider) and rounded once.
-      - Parameters are normalized and nothing else: running statistics of the layer are its own, and updated (in Flax
-        they are normalized, too, if the filter lets them, and cannot be updated).
+      - Parameters are normalized and nothing else: running statistics of the layer are its own, and
+        updated (in Flax they are normalized, too, if the filter lets them, and cannot be updated).
       - Axes out of range or repeated are refused.
 
     Example:
@@ -58,4 +60,6 @@ def _weight_normed(module: WeightNorm, path: str, kernel: jax.Array) -> jax.Arra
         return kernel
     kept, params = scales(module, path, kernel)
     kernel, dtype = promoted(module, kernel, *params.values())
-    return weight_norm(params, {}, kernel, False, feature_axes=kept, epsilon=module.epsilon, dtype=dtype)[0]
+    return weight_norm(
+        params, {}, kernel, False, feature_axes=kept, epsilon=module.epsilon, dtype=dtype
+    )[0]

@@ -21,8 +21,9 @@ from normjax.weights import weight_standardization
 class WeightStandardization(nn.Module):
     """Weight standardization of the layer that it wraps, in the manner of `flax.linen.WeightNorm`.
 
-    Scales, where asked for, are variables as in `WeightNorm` (`params`: `Dense_0/kernel/scale` and the like). See
-    `normjax.weights.weight_standardization` for the mathematics. Scalars and vectors stay as they are.
+    Scales, where asked for, are variables as in `WeightNorm` (`params`: `Dense_0/kernel/scale` and
+    the like). See `normjax.weights.weight_standardization` for the mathematics. Scalars and vectors
+    stay as they are.
 
     Attributes:
       layer_instance: the layer.
@@ -33,7 +34,8 @@ class WeightStandardization(nn.Module):
       scale_init: makes it.
       feature_axes: the axes whose weights have statistics of their own; None for one of all.
       scaled: whether the variance is 1 / fan-in instead of 1, for networks without normalization.
-      variable_filter: normalize the parameters whose path ("Dense_0/kernel") has one of these in it; None for all.
+      variable_filter: normalize the parameters whose path ("Dense_0/kernel") has one of these in
+        it; None for all.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -75,5 +77,12 @@ def _standardized(module: WeightStandardization, path: str, kernel: jax.Array) -
     kept, params = scales(module, path, kernel)
     kernel, dtype = promoted(module, kernel, *params.values())
     return weight_standardization(
-        params, {}, kernel, True, feature_axes=kept, scaled=module.scaled, epsilon=module.epsilon, dtype=dtype
+        params,
+        {},
+        kernel,
+        True,
+        feature_axes=kept,
+        scaled=module.scaled,
+        epsilon=module.epsilon,
+        dtype=dtype,
     )[0]

@@ -27,13 +27,19 @@ def declare(
     metadata: Mapping[str, Any],
 ) -> None:
     """Gives the module a parameter, or None if it is not used, as Flax does."""
-    setattr(norm, leaf, nnx.Param(init(rngs.params(), shape, dtype), **metadata) if used else nnx.data(None))
+    setattr(
+        norm,
+        leaf,
+        nnx.Param(init(rngs.params(), shape, dtype), **metadata) if used else nnx.data(None),
+    )
 
 
 def read(norm: Any, *leaves: str) -> Leaves:
     """Returns the values of the named parameters, None for those that are not used."""
     variables = {leaf: getattr(norm, leaf) for leaf in leaves}
-    return {leaf: None if variable is None else variable[...] for leaf, variable in variables.items()}
+    return {
+        leaf: None if variable is None else variable[...] for leaf, variable in variables.items()
+    }
 
 
 def present(leaves: Leaves, norm: Any, x: jax.Array, feature_axes: Axes = -1) -> Params:
@@ -47,11 +53,13 @@ def present(leaves: Leaves, norm: Any, x: jax.Array, feature_axes: Axes = -1) ->
     }
 
 
-def promoted(norm: Any, x: jax.Array, leaves: Leaves, statistics: tuple[jax.Array, ...] = ()) -> tuple[jax.Array, Any]:
+def promoted(
+    norm: Any, x: jax.Array, leaves: Leaves, statistics: tuple[jax.Array, ...] = ()
+) -> tuple[jax.Array, Any]:
     """Returns x in a dtype that the functions take, and the dtype of y.
 
-    That is what `promote_dtype` makes of `(x, *statistics, *leaves)` and Flax of x and the leaves among them, found
-    without computing anything.
+    That is what `promote_dtype` makes of `(x, *statistics, *leaves)` and Flax of x and the leaves
+    among them, found without computing anything.
     """
 
     def output(arrays: tuple) -> jax.Array:

@@ -49,7 +49,7 @@ def scaled(norm: Any, path: Path, kernel: jax.Array) -> tuple[Params, jax.Array,
 def known(norm: Any, variables: Any, path: Path) -> nnx.Variable:
     """Returns the variable of a weight; refuses a weight that was not there when the wrapper was made."""
     if path not in variables:
-        _checks.refuse(
+        _checks.raise_error(
             type(norm).__name__,
             "the wrapped layer has a parameter that it did not have when it was wrapped",
             expected=f"parameters among {sorted(map(str, variables))}",

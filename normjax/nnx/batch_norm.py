@@ -22,21 +22,24 @@ from normjax.statistics.population import POPULATION
 class BatchNorm(nnx.BatchNorm):
     """Batch normalization: `flax.nnx.BatchNorm`, with a variance that is safe.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
-    names (`scale`, `bias`: `nnx.Param`; `mean`, `var`: `nnx.BatchStat`), shapes and dtypes, so checkpoints load both
-    ways. See `normjax.batch_norm` for the mathematics.
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
+    names (`scale`, `bias`: `nnx.Param`; `mean`, `var`: `nnx.BatchStat`), shapes and dtypes, so
+    checkpoints load both ways. See `normjax.batch_norm` for the mathematics.
 
     Beyond Flax:
       - The variance is safe, so `use_fast_variance` chooses nothing.
-      - Input and running statistics keep their precision: `promote_dtype` and `dtype` decide the dtype of y alone.
-        (With `dtype=bfloat16`, Flax rounds first and subtracts then: 1003 - 1000 gives 4.)
+      - Input and running statistics keep their precision: `promote_dtype` and `dtype` decide the
+        dtype of y alone. (With `dtype=bfloat16`, Flax rounds first and subtracts then: 1003 - 1000
+        gives 4.)
       - Masked elements may be NaN; a feature of which nothing counts keeps its running statistics.
       - Axes out of range are refused.
       - `momentum=None` is the mean over all batches, with a `nnx.BatchStat` named `count`.
 
     Args:
       num_features: the size of the feature axis.
-      use_running_average: whether to use the running statistics; `model.train()`, `model.eval()` and the call set it.
+      use_running_average: whether to use the running statistics; `model.train()`, `model.eval()`
+        and the call set it.
       axis: the feature axis.
       momentum: weight of the old running value.
       epsilon: added to the variance.
@@ -49,11 +52,12 @@ class BatchNorm(nnx.BatchNorm):
       axis_name: mapped axis to share the statistics over.
       axis_index_groups: groups of indices of that axis that share.
       use_fast_variance: accepted for compatibility; the variance is fast and safe.
-      promote_dtype: from `(x, mean, var, scale, bias)` and `dtype` to arrays of the dtypes to compute in.
+      promote_dtype: from `(x, mean, var, scale, bias)` and `dtype` to arrays of the dtypes to
+        compute in.
       running_var: which variance is stored: "biased" (Flax) or "unbiased" (PyTorch).
       virtual_batch_size: ghost batches of that many examples, in training.
-      frozen: use the running statistics and leave them alone, also after `model.train()`. Scale and bias still have
-        gradients.
+      frozen: use the running statistics and leave them alone, also after `model.train()`. Scale and
+        bias still have gradients.
       rngs: keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
@@ -143,7 +147,11 @@ class BatchNorm(nnx.BatchNorm):
             "got None in both. Call model.train() or model.eval() first.",
         )
         x = jnp.asarray(x)
-        running = {leaf: getattr(self, leaf)[...] for leaf in ("mean", "var", "count") if hasattr(self, leaf)}
+        running = {
+            leaf: getattr(self, leaf)[...]
+            for leaf in ("mean", "var", "count")
+            if hasattr(self, leaf)
+        }
         if hasattr(self, POPULATION) and not self.frozen:
             running[POPULATION] = getattr(self, POPULATION).get_value()
         leaves = read(self, "scale", "bias")
@@ -151,7 +159,9 @@ class BatchNorm(nnx.BatchNorm):
         arguments = common(self, mask) | {"dtype": dtype}
         mask = arguments.pop("mask")
         params = present(leaves, self, x, self.axis)
-        y, batch_stats = normalize_by_batch(params, running, x, not infer, mask, self._settings(arguments))
+        y, batch_stats = normalize_by_batch(
+            params, running, x, not infer, mask, self._settings(arguments)
+        )
         if POPULATION in running:
             getattr(self, POPULATION).set_value(batch_stats.pop(POPULATION))
         if POPULATION in running or not infer:

@@ -15,13 +15,13 @@ from normjax.nnx.batch_norm import BatchNorm
 class BatchRenorm(BatchNorm):
     """Batch renormalization, in the manner of `flax.nnx.BatchNorm`.
 
-    Arguments and variables are those of `normjax.nnx.BatchNorm`, and a `count` of batches (`nnx.BatchStat`), which
-    schedules go by. See `normjax.batch_renorm` for the mathematics.
+    Arguments and variables are those of `normjax.nnx.BatchNorm`, and a `count` of batches
+    (`nnx.BatchStat`), which schedules go by. See `normjax.batch_renorm` for the mathematics.
 
     Args:
       num_features: the size of the feature axis.
-      r_max: how far the deviations of batch and population may differ, at least 1. A number, or a schedule: a function
-        of the count of batches.
+      r_max: how far the deviations of batch and population may differ, at least 1. A number, or a
+        schedule: a function of the count of batches.
       d_max: how far their means may, in deviations; likewise.
       **arguments: of `normjax.nnx.BatchNorm`.
 
@@ -36,7 +36,9 @@ class BatchRenorm(BatchNorm):
       [-1.  1.] 1
     """
 
-    def __init__(self, num_features: int, *, r_max: Limit = 3.0, d_max: Limit = 5.0, **arguments: Any):
+    def __init__(
+        self, num_features: int, *, r_max: Limit = 3.0, d_max: Limit = 5.0, **arguments: Any
+    ):
         super().__init__(num_features, **arguments)
         self.r_max = r_max
         self.d_max = d_max

@@ -23,8 +23,8 @@ ALPHA = constant(0.5)
 class DynamicTanh(nnx.Module):
     """Dynamic tanh, to stand where `flax.nnx.LayerNorm` stands.
 
-    The variables (`alpha`, `scale`, `bias`: `nnx.Param`) are the leaves of `normjax.dynamic_tanh`; see there for the
-    mathematics.
+    The variables (`alpha`, `scale`, `bias`: `nnx.Param`) are the leaves of `normjax.dynamic_tanh`;
+    see there for the mathematics.
 
     Args:
       num_features: the size of the feature axis; of several, their product.
@@ -36,7 +36,8 @@ class DynamicTanh(nnx.Module):
       bias_init: makes the bias.
       scale_init: makes the scale.
       feature_axes: the axes that have a scale and bias of their own.
-      promote_dtype: from `(x, alpha, scale, bias)` and `dtype` to arrays of the dtypes to compute in.
+      promote_dtype: from `(x, alpha, scale, bias)` and `dtype` to arrays of the dtypes to compute
+        in.
       rngs: keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
@@ -67,8 +68,12 @@ class DynamicTanh(nnx.Module):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         declare(self, "alpha", True, alpha_init, (), param_dtype, rngs, {})
-        declare(self, "scale", use_scale, scale_init, (num_features,), param_dtype, rngs, scale_metadata)
-        declare(self, "bias", use_bias, bias_init, (num_features,), param_dtype, rngs, bias_metadata)
+        declare(
+            self, "scale", use_scale, scale_init, (num_features,), param_dtype, rngs, scale_metadata
+        )
+        declare(
+            self, "bias", use_bias, bias_init, (num_features,), param_dtype, rngs, bias_metadata
+        )
         self.num_features = num_features
         self.dtype = dtype
         self.param_dtype = param_dtype

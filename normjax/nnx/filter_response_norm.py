@@ -40,10 +40,12 @@ class FilterResponseNorm(nnx.Module):
       scale_init: makes the scale.
       threshold_init: makes the threshold.
       epsilon_init: makes the learned epsilon.
-      feature_axes: the axes that have statistics and parameters of their own; all others but axis 0 are reduced.
+      feature_axes: the axes that have statistics and parameters of their own; all others but axis 0
+        are reduced.
       axis_name: mapped axis that the reduced axes are sharded over.
       axis_index_groups: groups of indices of that axis that share.
-      promote_dtype: from `(x, scale, bias, threshold, epsilon)` and `dtype` to arrays of the dtypes to compute in.
+      promote_dtype: from `(x, scale, bias, threshold, epsilon)` and `dtype` to arrays of the dtypes
+        to compute in.
       rngs: keys for the initializers.
       metadata: metadata of the variables.
 
@@ -106,4 +108,6 @@ class FilterResponseNorm(nnx.Module):
         x, dtype = promoted(self, x, leaves)
         arguments: dict[str, Any] = common(self, mask) | {"epsilon": self.fixed_epsilon}
         params = present(leaves, self, x, self.feature_axes)
-        return filter_response_norm(params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype, **arguments)[0]
+        return filter_response_norm(
+            params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype, **arguments
+        )[0]

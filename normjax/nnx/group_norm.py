@@ -13,17 +13,19 @@ from normjax.nnx._shared import common, present, promoted, read
 class GroupNorm(nnx.GroupNorm):
     """Group normalization: `flax.nnx.GroupNorm`, with a variance that is safe.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
-    names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See `normjax.group_norm` for
-    the mathematics.
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
+    names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See
+    `normjax.group_norm` for the mathematics.
 
     Beyond Flax:
       - The variance is safe, so `use_fast_variance` chooses nothing.
-      - Input and parameters keep their precision: `promote_dtype` and `dtype` decide the dtype of y alone.
-      - Statistics go with their groups whatever `reduction_axes` are; `flax.nnx` repeats them along axis 1, and so
-        mixes them up where more than one axis is left out.
-      - Masks need not be boolean, nor have the size of the channels; masked elements may be NaN, and where nothing
-        counts, the mean is 0 and the variance 1.
+      - Input and parameters keep their precision: `promote_dtype` and `dtype` decide the dtype of y
+        alone.
+      - Statistics go with their groups whatever `reduction_axes` are; `flax.nnx` repeats them along
+        axis 1, and so mixes them up where more than one axis is left out.
+      - Masks need not be boolean, nor have the size of the channels; masked elements may be NaN,
+        and where nothing counts, the mean is 0 and the variance 1.
       - Axes out of range or repeated are refused.
 
     Args:
@@ -37,7 +39,8 @@ class GroupNorm(nnx.GroupNorm):
       use_scale: whether there is a scale.
       bias_init: makes the bias.
       scale_init: makes the scale.
-      reduction_axes: the axes that mean and variance are taken over, the last among them; None for all but the first.
+      reduction_axes: the axes that mean and variance are taken over, the last among them; None for
+        all but the first.
       axis_name: mapped axis that the reduced axes are sharded over.
       axis_index_groups: groups of indices of that axis that share.
       use_fast_variance: accepted for compatibility.

@@ -15,15 +15,17 @@ from normjax.nnx._shared import common, present, promoted, read
 class InstanceNorm(nnx.InstanceNorm):
     """Instance normalization: `flax.nnx.InstanceNorm`, with a variance that is safe.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
-    names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See `normjax.instance_norm`
-    for the mathematics.
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
+    names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See
+    `normjax.instance_norm` for the mathematics.
 
     Beyond Flax:
       - The variance is safe, so `use_fast_variance` chooses nothing.
-      - Input and parameters keep their precision: `promote_dtype` and `dtype` decide the dtype of y alone.
-      - Masks need not be boolean and masked elements may be NaN; where nothing counts, the mean is 0 and the variance
-        1.
+      - Input and parameters keep their precision: `promote_dtype` and `dtype` decide the dtype of y
+        alone.
+      - Masks need not be boolean and masked elements may be NaN; where nothing counts, the mean is
+        0 and the variance 1.
       - Axes out of range or repeated are refused.
 
     Args:
@@ -35,7 +37,8 @@ class InstanceNorm(nnx.InstanceNorm):
       use_scale: whether there is a scale.
       bias_init: makes the bias.
       scale_init: makes the scale.
-      feature_axes: the axes that have statistics, scale and bias of their own; all others but axis 0 are reduced.
+      feature_axes: the axes that have statistics, scale and bias of their own; all others but axis
+        0 are reduced.
       axis_name: mapped axis that the reduced axes are sharded over.
       axis_index_groups: groups of indices of that axis that share.
       use_fast_variance: accepted for compatibility.
@@ -69,13 +72,15 @@ class InstanceNorm(nnx.InstanceNorm):
         leaves = read(self, "scale", "bias")
         x, dtype = promoted(self, x, leaves)
         params = present(leaves, self, x, self.feature_axes)
-        y, _ = instance_norm(params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype, **common(self, mask))
+        y, _ = instance_norm(
+            params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype, **common(self, mask)
+        )
         return y
 
 
 def _examples_are_no_feature(feature_axes: Axes, x: jax.Array) -> None:
     if 0 in _checks.axes("InstanceNorm", "feature_axes", feature_axes, x.shape):
-        _checks.refuse(
+        _checks.raise_error(
             "InstanceNorm",  # in Flax's words
             "The channel axes cannot include the leading dimension as this is assumed to be the batch axis",
             expected="feature_axes without axis 0",

@@ -13,15 +13,17 @@ from normjax.nnx._shared import common, present, promoted, read
 class LayerNorm(nnx.LayerNorm):
     """Layer normalization: `flax.nnx.LayerNorm`, with a variance that is safe.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
-    names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See `normjax.layer_norm` for
-    the mathematics.
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
+    names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See
+    `normjax.layer_norm` for the mathematics.
 
     Beyond Flax:
       - The variance is safe, so `use_fast_variance` chooses nothing.
-      - Input and parameters keep their precision: `promote_dtype` and `dtype` decide the dtype of y alone.
-      - Masks need not be boolean and masked elements may be NaN; where nothing counts, the mean is 0 and the variance
-        1.
+      - Input and parameters keep their precision: `promote_dtype` and `dtype` decide the dtype of y
+        alone.
+      - Masks need not be boolean and masked elements may be NaN; where nothing counts, the mean is
+        0 and the variance 1.
       - Axes out of range or repeated are refused.
 
     Args:

@@ -26,7 +26,8 @@ class LocalResponseNorm(nnx.Module):
     Args:
       num_features: the number of channels.
       size: how many channels are next to each other.
-      alpha: weight of their mean square, as in PyTorch; the paper's and TensorFlow's is `alpha / size`.
+      alpha: weight of their mean square, as in PyTorch; the paper's and TensorFlow's is `alpha /
+        size`.
       beta: the power.
       k: added to the energy.
       dtype: of y; None for that of x, scale and bias together.
@@ -70,8 +71,12 @@ class LocalResponseNorm(nnx.Module):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
-        declare(self, "scale", use_scale, scale_init, (num_features,), param_dtype, rngs, scale_metadata)
-        declare(self, "bias", use_bias, bias_init, (num_features,), param_dtype, rngs, bias_metadata)
+        declare(
+            self, "scale", use_scale, scale_init, (num_features,), param_dtype, rngs, scale_metadata
+        )
+        declare(
+            self, "bias", use_bias, bias_init, (num_features,), param_dtype, rngs, bias_metadata
+        )
         self.num_features = num_features
         self.size = size
         self.alpha = alpha

@@ -21,13 +21,16 @@ from normjax.nnx._shared import common, present, promoted, read
 class RMSNorm(nnx.RMSNorm):
     """Root mean square normalization: `flax.nnx.RMSNorm`, rounded once.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
-    names (`scale`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See `normjax.rms_norm` for the
-    mathematics.
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
+    names (`scale`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See
+    `normjax.rms_norm` for the mathematics.
 
     Beyond Flax:
-      - Input and scale keep their precision: `promote_dtype` and `dtype` decide the dtype of y alone.
-      - Masks need not be boolean and masked elements may be NaN; where nothing counts, the mean square is 1.
+      - Input and scale keep their precision: `promote_dtype` and `dtype` decide the dtype of y
+        alone.
+      - Masks need not be boolean and masked elements may be NaN; where nothing counts, the mean
+        square is 1.
       - Axes out of range or repeated are refused.
 
     Args:
@@ -43,8 +46,8 @@ class RMSNorm(nnx.RMSNorm):
       axis_index_groups: groups of indices of that axis that share.
       use_fast_variance: accepted for compatibility.
       promote_dtype: from `(x, scale)` and `dtype` to arrays of the dtypes to compute in.
-      scale_offset: added to the scale, in float32 or wider: 1.0 for checkpoints that store `scale - 1` (Gemma), with
-        `scale_init=zeros`.
+      scale_offset: added to the scale, in float32 or wider: 1.0 for checkpoints that store `scale -
+        1` (Gemma), with `scale_init=zeros`.
       rngs: keys for the initializers.
       scale_metadata: metadata of the scale variable.
 

@@ -17,15 +17,16 @@ from normjax.weights.spectral_norm import forget_kernels_of_zeros, spectral_norm
 class SpectralNorm(nnx.SpectralNorm):
     """Spectral normalization of the layer that it wraps: `flax.nnx.SpectralNorm`, which leaves that layer as it is.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
     names (`batch_stats`: `nnx.BatchStat`), shapes and dtypes, so checkpoints load both ways. See
     `normjax.weights.spectral_norm` for the mathematics.
 
     Beyond Flax:
-      - The weights of the layer are never overwritten (google/flax#5576): what is trained are the weights as they are,
-        and with `update_stats=False` a call under a transformation of JAX may close over the module. The call goes to a
-        copy of the layer that shares all other variables; what it adds to the layer, as `sow` does outside
-        `nnx.capture`, is lost.
+      - The weights of the layer are never overwritten (google/flax#5576): what is trained are the
+        weights as they are, and with `update_stats=False` a call under a transformation of JAX may
+        close over the module. The call goes to a copy of the layer that shares all other variables;
+        what it adds to the layer, as `sow` does outside `nnx.capture`, is lost.
       - Power iteration is in float32 (or wider), on accelerators too.
 
     Args:
@@ -34,9 +35,10 @@ class SpectralNorm(nnx.SpectralNorm):
       epsilon: added to the squared norms.
       dtype: of the weights in use; None for that of weights and statistics together.
       param_dtype: of the statistics.
-      error_on_non_matrix: whether to refuse weights of more than two axes, instead of flattening the leading ones.
-      update_stats: whether to keep the new singular vectors and values; `model.train()`, `model.eval()` and the call
-        set it.
+      error_on_non_matrix: whether to refuse weights of more than two axes, instead of flattening
+        the leading ones.
+      update_stats: whether to keep the new singular vectors and values; `model.train()`,
+        `model.eval()` and the call set it.
       rngs: keys for the first singular vectors.
 
     Example:
@@ -68,16 +70,23 @@ class SpectralNorm(nnx.SpectralNorm):
         return with_weights(self.layer_instance, partial(_spectral_normed, self, update), x)
 
 
-def _spectral_normed(norm: SpectralNorm, update: bool, path: Path, weight: nnx.Param) -> jax.Array | None:
+def _spectral_normed(
+    norm: SpectralNorm, update: bool, path: Path, weight: nnx.Param
+) -> jax.Array | None:
     if weight.ndim < 2 or norm.n_steps < 1:
         return None
     if weight.ndim > 2 and norm.error_on_non_matrix:
-        raise ValueError(f"Layer instance parameter is {weight.ndim}D but error_on_non_matrix is True")  # Flax's words
+        # Flax's words
+        raise ValueError(
+            f"Layer instance parameter is {weight.ndim}D but error_on_non_matrix is True"
+        )
     variables = {leaf: known(norm, norm.batch_stats, (*path, leaf)) for leaf in ("u", "sigma")}
     state = {leaf: variable[...] for leaf, variable in variables.items()}
     dtype = canonicalize_dtype(weight[...], *state.values(), dtype=norm.dtype)
     kernel = admissible(weight[...], dtype)
-    kernel, state = spectral_norm({}, state, kernel, update, n_steps=norm.n_steps, epsilon=norm.epsilon, dtype=dtype)
+    kernel, state = spectral_norm(
+        {}, state, kernel, update, n_steps=norm.n_steps, epsilon=norm.epsilon, dtype=dtype
+    )
     if update:
         state = forget_kernels_of_zeros(state)
         for leaf, variable in variables.items():

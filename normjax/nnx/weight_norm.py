@@ -20,14 +20,18 @@ from normjax.weights import weight_norm
 class WeightNorm(nnx.WeightNorm):
     """Weight normalization of the layer that it wraps: `flax.nnx.WeightNorm`, which leaves that layer as it is.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the variables have the same
-    names, shapes and dtypes, so checkpoints load both ways. See `normjax.weights.weight_norm` for the mathematics.
+    Change the import and nothing else: constructor and call take the same arguments, and the
+      variables have the same
+    names, shapes and dtypes, so checkpoints load both ways. See `normjax.weights.weight_norm` for
+    the mathematics.
 
     Beyond Flax:
-      - The weights of the layer are never overwritten (google/flax#5576): what is trained are the weights as they are,
-        and a call under a transformation of JAX may close over the module. The call goes to a copy of the layer that
-        shares all other variables; what it adds to the layer, as `sow` does outside `nnx.capture`, is lost.
-      - The scales are `nnx.Param`, so that they are trained (google/flax#5577); in Flax they are plain arrays.
+      - The weights of the layer are never overwritten (google/flax#5576): what is trained are the
+        weights as they are, and a call under a transformation of JAX may close over the module. The
+        call goes to a copy of the layer that shares all other variables; what it adds to the layer,
+        as `sow` does outside `nnx.capture`, is lost.
+      - The scales are `nnx.Param`, so that they are trained (google/flax#5577); in Flax they are
+        plain arrays.
       - Norms and products are taken in float32 (or wider) and rounded once.
       - Axes out of range or repeated are refused.
 
@@ -101,4 +105,6 @@ def _weight_normed(norm: WeightNorm, path: Path, weight: nnx.Param) -> jax.Array
         return None
     params, kernel, dtype = scaled(norm, path, weight[...])
     kept, _ = features(norm, kernel)
-    return weight_norm(params, {}, kernel, False, feature_axes=kept, epsilon=norm.epsilon, dtype=dtype)[0]
+    return weight_norm(
+        params, {}, kernel, False, feature_axes=kept, epsilon=norm.epsilon, dtype=dtype
+    )[0]

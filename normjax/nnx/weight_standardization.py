@@ -18,8 +18,8 @@ from normjax.weights import weight_standardization
 class WeightStandardization(nnx.Module):
     """Weight standardization of the layer that it wraps, in the manner of `normjax.nnx.WeightNorm`.
 
-    See `normjax.weights.weight_standardization` for the mathematics. The weights of the layer are never overwritten;
-    scalars and vectors among them stay as they are in use, too.
+    See `normjax.weights.weight_standardization` for the mathematics. The weights of the layer are
+    never overwritten; scalars and vectors among them stay as they are in use, too.
 
     Args:
       layer_instance: the layer.
@@ -72,7 +72,10 @@ class WeightStandardization(nnx.Module):
                 if weight.ndim > 1 and self.variable_filter(path, weight)
             }
             self.scales = nnx.data(
-                {path: nnx.Param(scale_init(rngs.params(), shape, param_dtype)) for path, shape in shapes.items()}
+                {
+                    path: nnx.Param(scale_init(rngs.params(), shape, param_dtype))
+                    for path, shape in shapes.items()
+                }
             )
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
@@ -95,5 +98,12 @@ def _standardized(norm: WeightStandardization, path: Path, weight: nnx.Param) ->
     params, kernel, dtype = scaled(norm, path, weight[...])
     kept, _ = features(norm, kernel)
     return weight_standardization(
-        params, {}, kernel, True, feature_axes=kept, scaled=norm.scaled, epsilon=norm.epsilon, dtype=dtype
+        params,
+        {},
+        kernel,
+        True,
+        feature_axes=kept,
+        scaled=norm.scaled,
+        epsilon=norm.epsilon,
+        dtype=dtype,
     )[0]

@@ -13,7 +13,9 @@ from normjax.statistics.reduction import abs2, real_product, widen
 
 def reduced_axes(function: str, feature_axes: Axes, kernel: Array, path: Path) -> tuple[int, ...]:
     """Returns the axes that a norm is taken over; refuses feature axes that the kernel does not have, by its path."""
-    kept = _checks.axes(f"{function} at {show('params', path)}", "feature_axes", feature_axes, kernel.shape)
+    kept = _checks.axes(
+        f"{function} at {show('params', path)}", "feature_axes", feature_axes, kernel.shape
+    )
     return _checks.other_axes(kept, kernel.ndim)
 
 

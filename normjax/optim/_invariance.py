@@ -42,7 +42,11 @@ def invariance_test(
         _checks.between(name, "scales", c, sys.float_info.min, math.inf)
     _checks.between(name, "tolerance", settings.tolerance, 0.0, 1.0)
     _checks.must_be_callable(
-        name, "function", function, expected="a function of params alone", fix=f"The order is {name}(params, function)"
+        name,
+        "function",
+        function,
+        expected="a function of params alone",
+        fix=f"The order is {name}(params, function)",
     )
     params, function = opened(params, function)
     arrays = plain(params)
@@ -55,14 +59,21 @@ def invariance_test(
 class InvarianceTest:
     """A function at a point near the parameters, and how it changes with the length of each leaf.
 
-    Leaves go by their number. Those that are not `tested` have no length: integers, single numbers along feature axes.
+    Leaves go by their number. Those that are not `tested` have no length: integers, single numbers
+    along feature axes.
     """
 
-    def __init__(self, name: str, params: PyTree, function: Callable[[Any], PyTree], settings: Settings):
+    def __init__(
+        self, name: str, params: PyTree, function: Callable[[Any], PyTree], settings: Settings
+    ):
         leaves, structure = jax.tree.flatten(params)
         self._settings = settings
         self._random = np.random.default_rng(0)
-        self._axes = {i: axes for i, leaf in enumerate(leaves) if (axes := _reduced(leaf, settings.feature_axes))}
+        self._axes = {
+            i: axes
+            for i, leaf in enumerate(leaves)
+            if (axes := _reduced(leaf, settings.feature_axes))
+        }
         self._point = [self._near(leaf, settings.dtype) for leaf in leaves]
 
         @jax.jit
@@ -84,11 +95,15 @@ class InvarianceTest:
 
     def finds(self, i: int) -> bool:
         """Whether the function depends on the i-th leaf, and on its direction alone."""
-        return i in self._axes and self.passes(i, itertools.chain([self.radial(i)], self.changes(i)))
+        return i in self._axes and self.passes(
+            i, itertools.chain([self.radial(i)], self.changes(i))
+        )
 
     def passes(self, i: int, ratios: Iterable[float]) -> bool:
         """Whether the i-th leaf matters at all, and its ratios are small; the first that is not settles it."""
-        return self.influence(i) > _NO_INFLUENCE and all(ratio <= self._settings.tolerance for ratio in ratios)
+        return self.influence(i) > _NO_INFLUENCE and all(
+            ratio <= self._settings.tolerance for ratio in ratios
+        )
 
     def influence(self, i: int) -> float:
         """The derivative along random steps of the i-th leaf's length, relative to the largest of all leaves."""
@@ -120,7 +135,11 @@ class InvarianceTest:
     def _change(self, i: int, w: Array) -> float:
         """How far the outputs move with another i-th leaf."""
         w = w.astype(self._point[i].dtype)
-        return float(jnp.linalg.norm(self._evaluate([*self._point[:i], w, *self._point[i + 1 :]])[0] - self._base))
+        return float(
+            jnp.linalg.norm(
+                self._evaluate([*self._point[:i], w, *self._point[i + 1 :]])[0] - self._base
+            )
+        )
 
     def _differentiate(self) -> dict[int, _Slope]:
         def combined(tested: dict[int, Array], weights: Array) -> Array:
@@ -130,7 +149,10 @@ class InvarianceTest:
         tested = {i: self._point[i] for i in self._axes}
         gradient = jax.jit(jax.grad(combined))
         draws = [gradient(tested, self._noise(self._base)) for _ in range(_DRAWS)]
-        return {i: _slope(w, [jnp.conj(draw[i]) for draw in draws], self._axes[i]) for i, w in tested.items()}
+        return {
+            i: _slope(w, [jnp.conj(draw[i]) for draw in draws], self._axes[i])
+            for i, w in tested.items()
+        }
 
     def _near(self, leaf: Array, dtype: DTypeLike | None) -> Array:
         """The leaf with noise, in the precision of the test; integers and keys as they are."""
@@ -179,7 +201,7 @@ def _real_vector(name: str, outputs: PyTree) -> Array:
     """All floating-point outputs as one real vector."""
     leaves = [leaf for leaf in jax.tree.leaves(outputs) if _inexact(leaf)]
     if not leaves:
-        _checks.refuse(
+        _checks.raise_error(
             name,
             "the function returns nothing that could change",
             expected="floating-point outputs, or a loss",
@@ -187,11 +209,17 @@ def _real_vector(name: str, outputs: PyTree) -> Array:
             fix="Return what should be invariant",
         )
     return jnp.concatenate(
-        [jnp.ravel(part) for leaf in leaves for part in ((leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,))]
+        [
+            jnp.ravel(part)
+            for leaf in leaves
+            for part in ((leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,))
+        ]
     )
 
 
-def opened(params: Any, function: Callable[[Any], PyTree]) -> tuple[PyTree, Callable[[Any], PyTree]]:
+def opened(
+    params: Any, function: Callable[[Any], PyTree]
+) -> tuple[PyTree, Callable[[Any], PyTree]]:
     """Of an nnx module, the state of its parameters, and the function of that state."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(params, nnx.Module):

@@ -50,10 +50,12 @@ def show(tree: str, path: Path) -> str:
 
 def spread(function: str, name: str, mask: Mask, tree: PyTree) -> PyTree[bool]:
     """Returns a mask, or what a callable makes of the tree, with a bool for each leaf of the tree; refuses others."""
-    chosen = dict(jax.tree_util.tree_leaves_with_path(plain(mask(tree) if callable(mask) else mask)))
+    chosen = dict(
+        jax.tree_util.tree_leaves_with_path(plain(mask(tree) if callable(mask) else mask))
+    )
     for path, value in chosen.items():
         if not isinstance(value, (bool, np.bool_)):
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"{name} does not choose",
                 expected="True or False for each leaf, known when the program is compiled",
@@ -66,7 +68,7 @@ def spread(function: str, name: str, mask: Mask, tree: PyTree) -> PyTree[bool]:
         for end in range(len(path), -1, -1):
             if path[:end] in chosen:
                 return bool(chosen[path[:end]])
-        _checks.refuse(
+        _checks.raise_error(
             function,
             f"{name} does not fit the parameters",
             expected="a tree of their structure, or a prefix of it",
@@ -84,12 +86,14 @@ def transformation(
     if isinstance(inner, optax.MultiSteps):
         inner = inner.gradient_transformation()
     if not isinstance(inner, optax.GradientTransformation):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "inner is no optax transformation",
             expected="a pair of init and update, such as optax.sgd(0.1)",
             got=f"inner of type {type(inner).__name__}",
-            fix=f"The order is {function}(mask, inner)" if function == "renormalize" else "Pass inner=optax.trace(0.9)",
+            fix=f"The order is {function}(mask, inner)"
+            if function == "renormalize"
+            else "Pass inner=optax.trace(0.9)",
             kind=TypeError,
         )
     return optax.with_extra_args_support(inner)
@@ -98,7 +102,7 @@ def transformation(
 def check_params(function: str, updates: PyTree, params: PyTree | None) -> None:
     """Refuses missing params, and params that updates do not fit."""
     if params is None:
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "params are missing, and a direction is that of a parameter",
             expected="update(updates, state, params)",
@@ -111,10 +115,13 @@ def check_params(function: str, updates: PyTree, params: PyTree | None) -> None:
 def check_alike(function: str, one: tuple[str, PyTree], other: tuple[str, PyTree]) -> None:
     """Refuses two trees, each behind its name, of other leaves or shapes."""
     a, b = (dict(jax.tree_util.tree_leaves_with_path(tree)) for _, tree in (one, other))
-    for (name, own), (against, others) in (((one[0], a), (other[0], b)), ((other[0], b), (one[0], a))):
+    for (name, own), (against, others) in (
+        ((one[0], a), (other[0], b)),
+        ((other[0], b), (one[0], a)),
+    ):
         for path in own:
             if path not in others:
-                _checks.refuse(
+                _checks.raise_error(
                     function,
                     f"{one[0]} and {other[0]} do not have the same leaves",
                     expected="trees of one structure",
@@ -123,7 +130,7 @@ def check_alike(function: str, one: tuple[str, PyTree], other: tuple[str, PyTree
                 )
     for path, leaf in a.items():
         if np.shape(leaf) != np.shape(b[path]):
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"{one[0]} and {other[0]} differ in shape",
                 expected=f"shape {np.shape(b[path])}, that of {show(other[0], path)}",
@@ -136,7 +143,7 @@ def check_arrays(function: str, name: str, tree: PyTree) -> None:
     """Refuses leaves that are no arrays."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"{name} does not hold arrays alone",
                 expected="a tree of arrays",
@@ -154,7 +161,7 @@ def check_finite(function: str, name: str, tree: PyTree) -> None:
         with jax.ensure_compile_time_eval():  # also of constants in a program that is being traced
             bad = int((~jnp.isfinite(leaf)).sum())
         if bad:
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"{name} is not finite",
                 expected="finite numbers",

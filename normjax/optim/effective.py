@@ -19,31 +19,37 @@ OPTIMIZERS = ("sgd", "adam")
 
 
 def effective_learning_rate(
-    params: PyTree[Array], learning_rate: ArrayLike, *, feature_axes: Axes = (), optimizer: Optimizer = "sgd"
+    params: PyTree[Array],
+    learning_rate: ArrayLike,
+    *,
+    feature_axes: Axes = (),
+    optimizer: Optimizer = "sgd",
 ) -> PyTree[Array]:
     r"""Returns the learning rate that acts on the direction of each parameter.
 
     .. math:: \eta_{\mathrm{sgd}} = \frac{\eta}{\lVert w \rVert^2}, \qquad
               \eta_{\mathrm{adam}} = \frac{\eta}{\lVert w \rVert}
 
-    A network that is invariant to the scale of w has a gradient that shrinks as w grows, `grad f(c w) = grad f(w) / c`,
-    and a step turns w by an angle that shrinks with its length once more. So its direction is trained as that of a
-    kernel of norm 1 would be at this rate. Where steps do not depend on the size of the gradient (Adam, RMSprop, Lion),
-    the first of the two falls away. Of other parameters the figure says nothing: look at those of `scale_invariant`.
+    A network that is invariant to the scale of w has a gradient that shrinks as w grows, `grad f(c
+    w) = grad f(w) / c`, and a step turns w by an angle that shrinks with its length once more. So
+    its direction is trained as that of a kernel of norm 1 would be at this rate. Where steps do not
+    depend on the size of the gradient (Adam, RMSprop, Lion), the first of the two falls away. Of
+    other parameters the figure says nothing: look at those of `scale_invariant`.
 
     Args:
       params: any tree of arrays, or an nnx module.
       learning_rate: a number or a scalar array.
-      feature_axes: the axes that have a norm of their own, such as -1 for output channels before batch norm; `()` for
-        one norm of all.
+      feature_axes: the axes that have a norm of their own, such as -1 for output channels before
+        batch norm; `()` for one norm of all.
       optimizer: "sgd" (with momentum, too) or "adam" (and whatever normalizes its steps).
 
     Returns:
-      A tree of the structure of `params` (nnx's variables opened): for each leaf the rates `(*features)`, in at least
-      float32; infinite for zeros.
+      A tree of the structure of `params` (nnx's variables opened): for each leaf the rates
+      `(*features)`, in at least float32; infinite for zeros.
 
     Raises:
-      ValueError: for feature axes that a leaf does not have, by its path; for an unknown `optimizer`.
+      ValueError: for feature axes that a leaf does not have, by its path; for an unknown
+        `optimizer`.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -68,19 +74,25 @@ def effective_learning_rate(
 
 
 def rotational_equilibrium(
-    learning_rate: ArrayLike, weight_decay: ArrayLike, *, momentum: ArrayLike = 0.0, optimizer: Optimizer = "sgd"
+    learning_rate: ArrayLike,
+    weight_decay: ArrayLike,
+    *,
+    momentum: ArrayLike = 0.0,
+    optimizer: Optimizer = "sgd",
 ) -> ArrayLike:
     r"""Returns the angle in radians by which weight decay makes the kernel turn at each step, in the long run.
 
     .. math:: \hat\eta_{\mathrm{sgd}} = \sqrt{\frac{2 \eta \lambda}{1 + \alpha}}, \qquad
               \hat\eta_{\mathrm{adam}} = \sqrt{2 \eta \lambda \frac{1 - \beta_1}{1 + \beta_1}}
 
-    Gradients, which are orthogonal to the kernel, lengthen it, and decay shortens it. Where the two are in balance, the
-    angle depends on neither gradients nor architecture. It is the `rotation` for `renormalize`.
+    Gradients, which are orthogonal to the kernel, lengthen it, and decay shortens it. Where the two
+    are in balance, the angle depends on neither gradients nor architecture. It is the `rotation`
+    for `renormalize`.
 
     Args:
       learning_rate: of the optimizer, a number or an array.
-      weight_decay: for "sgd", the factor of the kernel that is added to the gradient; for "adam", decoupled (AdamW).
+      weight_decay: for "sgd", the factor of the kernel that is added to the gradient; for "adam",
+        decoupled (AdamW).
       momentum: alpha of SGD as in `optax.sgd`, or beta1 of Adam.
       optimizer: "sgd" or "adam".
 
@@ -96,8 +108,8 @@ def rotational_equilibrium(
       0.00324
 
     References:
-      Kosson, Messmer & Jaggi, "Rotational Equilibrium: How Weight Decay Balances Learning Across Neural Networks" (ICML
-      2024), Table 1.
+      Kosson, Messmer & Jaggi, "Rotational Equilibrium: How Weight Decay Balances Learning Across
+      Neural Networks" (ICML 2024), Table 1.
     """
     _checks.choice("rotational_equilibrium", "optimizer", optimizer, OPTIMIZERS)
     share = 1 / (1 + momentum) if optimizer == "sgd" else (1 - momentum) / (1 + momentum)

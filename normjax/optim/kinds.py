@@ -16,7 +16,12 @@ from normjax.optim._trees import Path, path_names, plain, show
 Kind = Literal["kernel", "embedding", "scale", "bias", "activation", "statistic"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_WHOLE: dict[str, Kind] = {"lora_a": "kernel", "lora_b": "kernel", "weight_v": "kernel", "weight_g": "scale"}
+_WHOLE: dict[str, Kind] = {
+    "lora_a": "kernel",
+    "lora_b": "kernel",
+    "weight_v": "kernel",
+    "weight_g": "scale",
+}
 _SAY: dict[Kind, str] = {
     "kernel": "kernel kernels w weight weights",
     "embedding": "embedding embeddings embed embeds",
@@ -32,13 +37,16 @@ _ABBREVIATED = ("bn", "ln", "gn")
 def kind_of(params: PyTree, *, names: Mapping[str, Kind] | None = None) -> PyTree[str]:
     """Returns what each parameter is.
 
-    By names and never by rank: a kernel of rank 1 is one, and neither the bias of attention heads, `(heads, size)`, nor
+    By names and never by rank: a kernel of rank 1 is one, and neither the bias of attention heads,
+      `(heads, size)`, nor
     a conditional scale, `(classes, features)`, is. The rules, in their order:
 
     1. What `names` says.
-    2. A leaf below `batch_stats` is a "statistic", and so are `u` and `sigma` side by side; one below `scales` (of
+    2. A leaf below `batch_stats` is a "statistic", and so are `u` and `sigma` side by side; one
+      below `scales` (of
        `nnx.WeightNorm`) is a "scale".
-    3. A leaf is what its last name says, cut at underscores, without digits and capitals, if all of the words that this
+    3. A leaf is what its last name says, cut at underscores, without digits and capitals, if all of
+      the words that this
        table knows agree:
 
        | kind | words | of |
@@ -50,18 +58,22 @@ def kind_of(params: PyTree, *, names: Mapping[str, Kind] | None = None) -> PyTre
        | "activation" | alpha, threshold, tau, epsilon, slope | dynamic tanh, filter response norm, PReLU |
        | "statistic" | mean, var, count | running statistics |
 
-    4. A `weight` or `w` in a module named after a normalization (`norm1`, `layer_norm`, `bn`) is its "scale", as in
+    4. A `weight` or `w` in a module named after a normalization (`norm1`, `layer_norm`, `bn`) is
+      its "scale", as in
        PyTorch. A `weight` of rank 1 elsewhere may be either, and is refused.
 
     Args:
-      params: of a linen or Haiku model, an nnx module or its state, or any tree of arrays behind names.
-      names: kinds by a leaf's last name, or by the end of its path: `{"cls": "bias", "head/table": "kernel"}`.
+      params: of a linen or Haiku model, an nnx module or its state, or any tree of arrays behind
+        names.
+      names: kinds by a leaf's last name, or by the end of its path: `{"cls": "bias", "head/table":
+        "kernel"}`.
 
     Returns:
       A tree of the structure of `params` (nnx's variables opened) with the kinds as strings.
 
     Raises:
-      ValueError: for leaves whose names do not say what they are, all listed by their paths; for an unknown kind.
+      ValueError: for leaves whose names do not say what they are, all listed by their paths; for an
+        unknown kind.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -74,7 +86,10 @@ def kind_of(params: PyTree, *, names: Mapping[str, Kind] | None = None) -> PyTre
         _checks.choice("kind_of", f"names[{key!r}]", kind, KINDS)
     leaves, structure = jax.tree_util.tree_flatten_with_path(plain(params))
     paths = [path_names(path) for path, _ in leaves]
-    kinds = [_kind(path, np.ndim(leaf), given, paths) for path, (_, leaf) in zip(paths, leaves, strict=True)]
+    kinds = [
+        _kind(path, np.ndim(leaf), given, paths)
+        for path, (_, leaf) in zip(paths, leaves, strict=True)
+    ]
     unknown = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind is None]
     if unknown:
         _refuse_unknown(unknown)
@@ -82,12 +97,15 @@ def kind_of(params: PyTree, *, names: Mapping[str, Kind] | None = None) -> PyTre
 
 
 def decay_mask(
-    params: PyTree, *, kinds: Collection[Kind] = ("kernel", "embedding"), names: Mapping[str, Kind] | None = None
+    params: PyTree,
+    *,
+    kinds: Collection[Kind] = ("kernel", "embedding"),
+    names: Mapping[str, Kind] | None = None,
 ) -> PyTree[bool]:
     """Returns which parameters weight decay is for: kernels and embeddings, not scales, biases and the like.
 
-    Pass it as the mask of an optax transformation, as it is or with `functools.partial`. It looks at names and shapes
-    alone, so it may be called inside `jax.jit`.
+    Pass it as the mask of an optax transformation, as it is or with `functools.partial`. It looks
+    at names and shapes alone, so it may be called inside `jax.jit`.
 
     Args:
       params: as in `kind_of`.
@@ -108,15 +126,18 @@ def decay_mask(
       >>> optimizer = optax.adamw(1e-3, weight_decay=0.1, mask=nj.optim.decay_mask)
 
     References:
-      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017): what decay does to a
-      kernel before normalization is to set its learning rate; see `effective_learning_rate`.
+      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017): what decay
+      does to a kernel before normalization is to set its learning rate; see
+      `effective_learning_rate`.
     """
     for kind in kinds:
         _checks.choice("decay_mask", "kinds", kind, KINDS)
     return jax.tree.map(lambda kind: kind in kinds, kind_of(params, names=names))
 
 
-def _kind(path: tuple[str, ...], rank: int, given: Mapping[str, Kind], paths: list[tuple[str, ...]]) -> Kind | None:
+def _kind(
+    path: tuple[str, ...], rank: int, given: Mapping[str, Kind], paths: list[tuple[str, ...]]
+) -> Kind | None:
     whole = "/".join(path)
     for key, kind in given.items():
         if f"/{whole}".endswith(f"/{key}"):
@@ -151,10 +172,12 @@ def _normalizes(above: list[str]) -> bool:
 
 
 def _refuse_unknown(unknown: list[tuple[Path, Any]]) -> None:
-    listed = ", ".join(f"{show('params', path)} of shape {np.shape(leaf)}" for path, leaf in unknown[:5])
+    listed = ", ".join(
+        f"{show('params', path)} of shape {np.shape(leaf)}" for path, leaf in unknown[:5]
+    )
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
     last = (path_names(unknown[0][0]) or ("",))[-1]
-    _checks.refuse(
+    _checks.raise_error(
         "kind_of",
         "names do not say what parameters are",
         expected=f"names such as {', '.join(map(repr, ('kernel', 'w', 'embedding', 'scale', 'bias')))}",

@@ -28,8 +28,8 @@ class RenormalizeState(NamedTuple):
     Attributes:
       count: of steps.
       inner_state: of the inner transformation.
-      radius: for each chosen kernel the norm that it would have off the sphere, in at least float32. With a `rotation`:
-        the moving mean of the squared length of its steps.
+      radius: for each chosen kernel the norm that it would have off the sphere, in at least
+        float32. With a `rotation`: the moving mean of the squared length of its steps.
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -46,45 +46,47 @@ def renormalize(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps kernels of which only the direction counts on the unit sphere, and turns them as `inner` would.
 
-    For SGD with learning rate and weight decay, the step of :math:`w = r \theta` is one of its direction and radius:
+    For SGD with learning rate and weight decay, the step of :math:`w = r \theta` is one of its
+    direction and radius:
 
     .. math:: \tilde\theta = (1 - \eta \lambda) \theta - \frac{\eta}{r^2} \nabla f(\theta), \qquad
               \theta' = \frac{\tilde\theta}{\lVert \tilde\theta \rVert}, \qquad
               r' = r \lVert \tilde\theta \rVert
 
-    as :math:`\nabla f(r \theta) = \nabla f(\theta) / r`. So theta and the *function* of the network follow the path
-    that they would without `renormalize`, for any `inner` (momentum, Adam, ...): it is shown the kernel
-    :math:`r \theta` and its gradient, while parameters have norm 1, whatever decay and learning rate do, and r is a
-    number in the state.
+    as :math:`\nabla f(r \theta) = \nabla f(\theta) / r`. So theta and the *function* of the network
+    follow the path that they would without `renormalize`, for any `inner` (momentum, Adam, ...): it
+    is shown the kernel :math:`r \theta` and its gradient, while parameters have norm 1, whatever
+    decay and learning rate do, and r is a number in the state.
 
-    With `rotation`, learning rate and weight decay act through the angle alone that they lead to in the long run,
-    from the first step on (Kosson et al.'s rotational variants):
+    With `rotation`, learning rate and weight decay act through the angle alone that they lead to in
+    the long run, from the first step on (Kosson et al.'s rotational variants):
 
     .. math:: t = u - \langle \theta, u \rangle \theta, \qquad
               \nu' = \beta \nu + (1 - \beta) \lVert t \rVert^2, \qquad
               \theta' \propto \theta + \hat\eta \frac{t}{\sqrt{\nu' / (1 - \beta^k)}}
 
-    with the update u of `inner`, of which only the direction counts, and beta = 0.9. All kernels turn at the same rate,
-    without warm-up. Parameters that are not in the mask have the updates of `inner` as they are.
+    with the update u of `inner`, of which only the direction counts, and beta = 0.9. All kernels
+    turn at the same rate, without warm-up. Parameters that are not in the mask have the updates of
+    `inner` as they are.
 
     Args:
-      mask: which kernels: bools in a tree of the structure of the parameters or a prefix of it, or a function from
-        parameters to it; see `scale_invariant`.
+      mask: which kernels: bools in a tree of the structure of the parameters or a prefix of it, or
+        a function from parameters to it; see `scale_invariant`.
       inner: a whole optimizer, with its learning rate (and sign), such as `optax.adamw(1e-3)`.
-      feature_axes: the axes that have a direction of their own: `()` for one of the whole kernel; -1 for each output
-        channel before batch norm.
-      rotation: root mean square angle per step, in radians, or a schedule of it; see `rotational_equilibrium`. None for
-        the angle of `inner`.
+      feature_axes: the axes that have a direction of their own: `()` for one of the whole kernel;
+        -1 for each output channel before batch norm.
+      rotation: root mean square angle per step, in radians, or a schedule of it; see
+        `rotational_equilibrium`. None for the angle of `inner`.
 
     Returns:
-      An optax transformation, the last of a chain. Its first update puts the kernels on the sphere; their norms until
-      then are where r starts. A kernel of zeros has no direction, and gets the updates of `inner` until it has one.
-      Computed in at least float32; updates have the dtype of the gradients. Where axes are sharded under `jax.jit`, so
-      are the sums.
+      An optax transformation, the last of a chain. Its first update puts the kernels on the sphere;
+      their norms until then are where r starts. A kernel of zeros has no direction, and gets the
+      updates of `inner` until it has one. Computed in at least float32; updates have the dtype of
+      the gradients. Where axes are sharded under `jax.jit`, so are the sums.
 
     Raises:
-      ValueError: from `init` and `update`, for missing params, trees that do not match, or feature axes that a kernel
-        lacks.
+      ValueError: from `init` and `update`, for missing params, trees that do not match, or feature
+        axes that a kernel lacks.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj, optax
@@ -141,17 +143,25 @@ class _Sphere(NamedTuple):
         axes = self._axes(params)
         factors = jax.tree.map(stretch, params, state.radius, axes)
         shown = jax.tree.map(lambda w, factor: (widen(w) * factor).astype(w.dtype), params, factors)
-        gradients = jax.tree.map(lambda g, factor: (widen(g) / factor).astype(g.dtype), updates, factors)
+        gradients = jax.tree.map(
+            lambda g, factor: (widen(g) / factor).astype(g.dtype), updates, factors
+        )
         updates, inner_state = self.inner.update(gradients, state.inner_state, shown, **extra)
         turned = jax.tree.map(turn, params, factors, updates, state.radius, axes)
-        updates, radii = (jax.tree.map(operator.itemgetter(part), turned, is_leaf=_is_turned) for part in (0, 1))
+        updates, radii = (
+            jax.tree.map(operator.itemgetter(part), turned, is_leaf=_is_turned) for part in (0, 1)
+        )
         return updates, RenormalizeState(count, inner_state, radii)
 
     def _axes(self, params: PyTree) -> PyTree[_Axes]:
         def reduced(path: Path, w: Array, chosen: bool) -> _Axes:
-            return _Axes(reduced_axes("renormalize", self.feature_axes, w, path) if chosen else None)
+            return _Axes(
+                reduced_axes("renormalize", self.feature_axes, w, path) if chosen else None
+            )
 
-        return jax.tree_util.tree_map_with_path(reduced, params, spread("renormalize", "mask", self.mask, params))
+        return jax.tree_util.tree_map_with_path(
+            reduced, params, spread("renormalize", "mask", self.mask, params)
+        )
 
 
 class _Turned(NamedTuple):
@@ -189,7 +199,13 @@ def _free(shown: Array, u: Array, radius: Array, axes: tuple[int, ...]) -> tuple
 
 
 def _rotated(
-    theta: Array, u: Array, mean_square: Array, axes: tuple[int, ...], *, angle: ArrayLike, count: Array
+    theta: Array,
+    u: Array,
+    mean_square: Array,
+    axes: tuple[int, ...],
+    *,
+    angle: ArrayLike,
+    count: Array,
 ) -> tuple[Array, Array]:
     """Returns theta after a step of the angle, and the moving mean of squared lengths."""
     step = tangent(u, theta, axes)

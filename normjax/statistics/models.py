@@ -52,7 +52,7 @@ def open_model(variables: Any) -> Model:
     """Returns the model; refuses one without layers."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(_batch_stats_of(variables), nnx.State):
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "there is an nnx.State and no module for it",
             expected="the nnx.Module",
@@ -60,9 +60,11 @@ def open_model(variables: Any) -> Model:
             fix="Pass nnx.merge(graphdef, state), and apply_fn as a function of the module",
             kind=TypeError,
         )
-    model = NNX(variables) if nnx is not None and isinstance(variables, nnx.Module) else Tree(variables)
+    model = (
+        NNX(variables) if nnx is not None and isinstance(variables, nnx.Module) else Tree(variables)
+    )
     if not model.layers:
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "there are no batch statistics",
             expected="variables with a 'mean' and a 'var' side by side in batch_stats",
@@ -87,7 +89,7 @@ class Tree:
         """Calls `apply_fn(variables, batch)`, which returns `(anything, updates)`."""
         result = apply_fn(_replaced(arrays, layers), batch)
         if not (isinstance(result, tuple) and len(result) == 2):
-            _checks.refuse(
+            _checks.raise_error(
                 FUNCTION,
                 "apply_fn did not return a pair",
                 expected="(anything, batch_stats), or what linen's apply(..., mutable=['batch_stats']) returns",
@@ -134,7 +136,8 @@ class NNX:
                 getattr(norms[path], leaf).set_value(layer[leaf])
         apply_fn(module, batch)
         return {
-            path: {leaf: getattr(norms[path], leaf).get_value() for leaf in layer} for path, layer in layers.items()
+            path: {leaf: getattr(norms[path], leaf).get_value() for leaf in layer}
+            for path, layer in layers.items()
         }
 
     def finish(self, layers: Layers) -> Any:
@@ -179,10 +182,12 @@ def _layers_in(batch_stats: Any) -> Layers:
     layers = {}
     for path, node in nodes:
         if _is_layer(node):
-            layers[_name(path)] = {leaf: node[leaf] for leaf in (*LEAVES, POPULATION) if leaf in node}
+            layers[_name(path)] = {
+                leaf: node[leaf] for leaf in (*LEAVES, POPULATION) if leaf in node
+            }
         elif path and (alone := jax.tree_util.keystr(path[-1:], simple=True)) in STATISTICS:
             (other,) = set(STATISTICS) - {alone}
-            _checks.refuse(
+            _checks.raise_error(
                 FUNCTION,
                 "a layer's statistics are not complete",
                 expected="'mean' and 'var' side by side",
@@ -213,12 +218,14 @@ def _norms(module: Any) -> dict[str, Any]:
     def is_layer(node: Any) -> bool:
         return all(isinstance(getattr(node, leaf, None), nnx.BatchStat) for leaf in STATISTICS)
 
-    named = {"".join(f"[{part!r}]" for part in path): node for path, node in nnx.iter_modules(module)}
+    named = {
+        "".join(f"[{part!r}]" for part in path): node for path, node in nnx.iter_modules(module)
+    }
     return {f"model{path}": node for path, node in named.items() if is_layer(node)}
 
 
 def _missing(path: str, returned: Collection[str]) -> NoReturn:
-    _checks.refuse(
+    _checks.raise_error(
         FUNCTION,
         "apply_fn did not return the statistics of a layer",
         expected=f"{path}['mean'] and {path}['var'] among what it returns second",
@@ -230,4 +237,8 @@ def _missing(path: str, returned: Collection[str]) -> NoReturn:
 def _contents(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with {sorted(map(str, value))}"
-    return f"{jnp.shape(value)} {value.dtype}" if isinstance(value, jax.Array) else type(value).__name__
+    return (
+        f"{jnp.shape(value)} {value.dtype}"
+        if isinstance(value, jax.Array)
+        else type(value).__name__
+    )

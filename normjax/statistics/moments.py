@@ -23,9 +23,10 @@ def moments(
 
     .. math:: \mu = \frac1n \sum_i x_i, \qquad \sigma^2 = \frac1n \sum_i |x_i - \mu|^2
 
-    The variance is safe: not the difference of two large numbers. One pass over `x` suffices where the data lie near
-    zero; a second, shifted by the first one's mean, is taken where some feature's mean is more than 8 standard
-    deviations away from it.
+    The variance is safe: not the difference of two large numbers. One pass over `x` suffices where
+      the data lie near
+    zero; a second, shifted by the first one's mean, is taken where some feature's mean is more than
+    8 standard deviations away from it.
 
     Args:
       x: floating-point or complex array of any rank >= 1.
@@ -35,7 +36,8 @@ def moments(
       axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
 
     Returns:
-      `Moments` of shape `(*features)`, in at least float32. Where nothing counts: count 0, mean 0, var 0.
+      `Moments` of shape `(*features)`, in at least float32. Where nothing counts: count 0, mean 0,
+      var 0.
 
     Raises:
       ValueError, TypeError, NameError: for axes, a mask or an axis name that do not fit `x`.
@@ -48,8 +50,8 @@ def moments(
       [2. 2.] [ 2. 10.] [1. 0.]
 
     References:
-      Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37 (1983):
-      shifted data (eq. 1.4-1.5) and the pairwise update (eq. 2.1).
+      Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American
+      Statistician 37 (1983): shifted data (eq. 1.4-1.5) and the pairwise update (eq. 2.1).
     """
     x = _checks.activations("moments", x)
     axes = _checks.axes("moments", "reduction_axes", reduction_axes, x.shape)
@@ -64,8 +66,9 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     .. math:: n = n_a + n_b, \qquad \mu = \frac{n_a \mu_a + n_b \mu_b}{n}, \qquad
               \sigma^2 = \frac1n \sum_{k \in a, b} n_k \left(\sigma_k^2 + |\mu_k - \mu|^2\right)
 
-    Exact, commutative, and associative up to rounding: microbatches, devices and calibration batches can be merged in
-    any order. An empty set (count 0) changes nothing, whatever its mean and variance are.
+    Exact, commutative, and associative up to rounding: microbatches, devices and calibration
+    batches can be merged in any order. An empty set (count 0) changes nothing, whatever its mean
+    and variance are.
 
     Args:
       a: moments of the one set, of any shape.

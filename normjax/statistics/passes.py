@@ -32,7 +32,8 @@ class Report(NamedTuple):
 
     Attributes:
       collected: whether any element was.
-      foreign: whether the running statistics moved, as those of a layer that knows nothing of populations do.
+      foreign: whether the running statistics moved, as those of a layer that knows nothing of
+        populations do.
       finite: whether means and variances are, `(layers, 2)`.
     """
 
@@ -46,7 +47,9 @@ def _compiled(apply_fn: ApplyFn, kind: type[Model]) -> Step:
     """Returns a compiled `step(static, arrays, layers, batch)`; of the last few functions."""
 
     @partial(jax.jit, static_argnums=0)
-    def step(static: Any, arrays: PyTree[Array], layers: Layers, batch: Any) -> tuple[Layers, Report]:
+    def step(
+        static: Any, arrays: PyTree[Array], layers: Layers, batch: Any
+    ) -> tuple[Layers, Report]:
         new = kind.call(apply_fn, static, arrays, layers, batch)
         reports = [_report_of(layers[path], new[path]) for path in sorted(layers)]
         return new, jax.tree.map(lambda *parts: jnp.stack(parts), *reports)
@@ -56,7 +59,9 @@ def _compiled(apply_fn: ApplyFn, kind: type[Model]) -> Step:
 
 def _report_of(old: Layer, new: Layer) -> Report:
     seen, _ = new[POPULATION].seen
-    moved = (jnp.any(new[leaf] != jnp.asarray(old[leaf]).astype(new[leaf].dtype)) for leaf in STATISTICS)
+    moved = (
+        jnp.any(new[leaf] != jnp.asarray(old[leaf]).astype(new[leaf].dtype)) for leaf in STATISTICS
+    )
     finite = (jnp.all(jnp.isfinite(part)) for part in new[POPULATION].statistics())
     return Report(jnp.any(seen), jnp.any(jnp.stack([*moved])), jnp.stack([*finite]))
 
@@ -71,7 +76,7 @@ def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -
         if previous is not None:
             _check(previous, index - 1, sorted(layers))
     if report is None:
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "there are no batches",
             expected="at least one",
@@ -80,7 +85,7 @@ def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -
         )
     _check(report, index, sorted(layers))
     if not np.asarray(report.collected).any():
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "no layer collected anything",
             expected="a forward pass in training mode, through layers of normjax",
@@ -96,7 +101,7 @@ def _check(report: Report, index: int, paths: list[str]) -> None:
     if not report.finite.all():
         layer, leaf = (int(position) for position in np.argwhere(~report.finite)[0])
         count = int((~report.finite).any(1).sum())
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             f"the statistics of batch {index} are not finite",
             expected="finite activations",
@@ -104,7 +109,7 @@ def _check(report: Report, index: int, paths: list[str]) -> None:
             fix=f"Look for NaN in batch {index} (counted from 0) and in the parameters, or mask what does not count",
         )
     if report.foreign.any():
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "a layer updated its running statistics instead of collecting those of the population",
             expected="layers of normjax",

@@ -1,9 +1,10 @@
 """Statistics that each example has of its own: no branch, so that examples on different devices never wait for another.
 
-`safe_moments` asks of all features at once whether a second pass is due. For statistics of examples that question would
-be a collective in layers that need none, and one example far from zero would cost all of them the second pass. Here
-the two passes are always taken, since a row that was just read is at hand; but on the CPU of a process that has one
-device, where the question is free and a pass is not.
+`safe_moments` asks of all features at once whether a second pass is due. For statistics of examples
+that question would be a collective in layers that need none, and one example far from zero would
+cost all of them the second pass. Here the two passes are always taken, since a row that was just
+read is at hand; but on the CPU of a process that has one device, where the question is free and a
+pass is not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from jax import lax
 from jaxtyping import Array, Inexact
 
 from normjax._typing import Mask
-from normjax.statistics.reduction import Moments, Reduction, abs2, apart, masked, named, real_product, widen
+from normjax.statistics.reduction import (
+    Moments,
+    Reduction,
+    abs2,
+    apart,
+    masked,
+    named,
+    real_product,
+    widen,
+)
 from normjax.statistics.safe_moments import guarded_moments, shifted_sums
 from normjax.statistics.sharing import ALONE, one_device
 
@@ -30,12 +40,16 @@ def example_moments(
     The second pass is taken around the mean of the first. Devices that share do so in each of them.
     """
     if how.sharing == ALONE and one_device():
-        return lax.platform_dependent(x, mask, cpu=partial(_if_need_be, how), default=partial(_two_passes, how))
+        return lax.platform_dependent(
+            x, mask, cpu=partial(_if_need_be, how), default=partial(_two_passes, how)
+        )
     return _two_passes(how, x, mask)
 
 
 @example_moments.defjvp
-def _example_moments_jvp(how: Reduction, primals: tuple, tangents: tuple) -> tuple[Moments, Moments]:
+def _example_moments_jvp(
+    how: Reduction, primals: tuple, tangents: tuple
+) -> tuple[Moments, Moments]:
     x, _, mask = primals
     result = jax.tree.map(named, example_moments(how, *primals))
     x, mean = apart(x, result.mean)

@@ -1,8 +1,9 @@
 """Statistics of a population, added up over its batches by the layers that see them.
 
-A layer's `batch_stats` may hold one more leaf, `population`. Whoever puts it there (`normjax.recalibrate`) asks the
-layer to add the moments of each batch to it, and to leave its running mean and variance alone. So the request travels
-with the variables, through every transformation of JAX and Flax that they travel through.
+A layer's `batch_stats` may hold one more leaf, `population`. Whoever puts it there
+(`normjax.recalibrate`) asks the layer to add the moments of each batch to it, and to leave its
+running mean and variance alone. So the request travels with the variables, through every
+transformation of JAX and Flax that they travel through.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ class Population:
       shift: the first batch's mean, which the others are taken relative to, `(*features)`.
       sums: as rounded.
       lost: what was lost in rounding them.
-      estimate: "merged": of all elements together; "averaged": the mean of the batches' means and unbiased variances.
-      layer_by_layer: whether the layer normalizes by its running statistics meanwhile, instead of the batch's.
+      estimate: "merged": of all elements together; "averaged": the mean of the batches' means and
+        unbiased variances.
+      layer_by_layer: whether the layer normalizes by its running statistics meanwhile, instead of
+        the batch's.
     """
 
     shift: Inexact[Array, "*features"]
@@ -96,9 +99,13 @@ class Population:
         return dtype, jnp.finfo(dtype).dtype
 
 
-def empty_population(batch_stats: Mapping[str, Array], estimate: Estimate, layer_by_layer: bool) -> Population:
+def empty_population(
+    batch_stats: Mapping[str, Array], estimate: Estimate, layer_by_layer: bool
+) -> Population:
     """Returns the population of no batches yet, in at least float32, laid out over devices as `batch_stats` are."""
-    mean = jnp.zeros_like(batch_stats["mean"], promote(jnp.asarray(batch_stats["mean"]).dtype, jnp.float32))
+    mean = jnp.zeros_like(
+        batch_stats["mean"], promote(jnp.asarray(batch_stats["mean"]).dtype, jnp.float32)
+    )
     var = jnp.zeros_like(batch_stats["var"], jnp.finfo(mean.dtype).dtype)
     sums = Sums(var, mean, var, var)
     return Population(mean, sums, sums, estimate, layer_by_layer)

@@ -20,9 +20,11 @@ from normjax.statistics.reduction import abs2
 Variables = TypeVar("Variables")
 Batch = TypeVar("Batch")
 
-# Layer by layer is done when a pass moves no mean by more than this much of a deviation, and no variance by more than
-# this much of itself: what the library promises of a variance. Devices that do not add up in the same order each time
-# may never get there, but stay far below the other, which means that passes lead nowhere.
+# Layer by layer is done when a pass moves no mean by more than this much of a deviation, and no
+# variance by more than
+# this much of itself: what the library promises of a variance. Devices that do not add up in the
+# same order each time may never get there, but stay far below the other, which means that passes
+# lead nowhere.
 SETTLED, ADRIFT = 1e-5, 1e-2
 EPSILON = 1e-5
 
@@ -38,10 +40,13 @@ def recalibrate(
 ) -> Variables:
     r"""Replaces running statistics by those of a population, seen batch by batch.
 
-    Running statistics trail the weights that they were collected under. Call it where those are not the weights, or the
-    data, of inference: after averaging weights (EMA, SWA, schedule-free), for data from another domain, after training
-    with small batches or too much momentum. With `n_b` elements, mean `\mu_b` and biased variance `\sigma_b^2` of a
-    feature in batch b, "merged" finds the moments of all elements together, and "averaged" is the paper's Algorithm 2:
+    Running statistics trail the weights that they were collected under. Call it where those are not
+    the weights, or the
+    data, of inference: after averaging weights (EMA, SWA, schedule-free), for data from another
+      domain, after training
+    with small batches or too much momentum. With `n_b` elements, mean `\mu_b` and biased variance
+    `\sigma_b^2` of a feature in batch b, "merged" finds the moments of all elements together, and
+    "averaged" is the paper's Algorithm 2:
 
     .. math:: \mu = \frac{\sum_b n_b \mu_b}{\sum_b n_b}, \qquad
               \sigma^2 = \frac{\sum_b n_b (\sigma_b^2 + |\mu_b - \mu|^2)}{\sum_b n_b}
@@ -49,32 +54,39 @@ def recalibrate(
     .. math:: \mu = \operatorname{mean}_b \mu_b, \qquad
               \sigma^2 = \operatorname{mean}_b \frac{n_b}{n_b - 1} \sigma_b^2
 
-    All at once, each layer sees what the layers before it make of a batch *by that batch's statistics*, as in training:
-    one pass over the batches. Layer by layer, it sees what they make of it by the new statistics, as at inference: one
-    pass more than there are layers behind one another. Where batches are large, the two hardly differ.
+    All at once, each layer sees what the layers before it make of a batch *by that batch's
+    statistics*, as in training: one pass over the batches. Layer by layer, it sees what they make
+      of it by the new statistics, as at inference: one
+    pass more than there are layers behind one another. Where batches are large, the two hardly
+    differ.
 
     Args:
-      apply_fn: `apply_fn(variables, batch)` does a forward pass in training mode. It returns `(anything, batch_stats)`,
-        as a functional model does, or what linen's `apply(..., mutable=["batch_stats"])` returns; of an nnx module,
-        whatever it likes. It is compiled, once for each function: what it closes over is a constant.
-      variables: `{"params": ..., "batch_stats": ...}` (all collections of linen), the pair `(params, batch_stats)`,
-        batch_stats alone, or a `flax.nnx.Module` in training mode.
-      batches: arrays, or trees of them, as `apply_fn` takes them; the last may be smaller. Sharded ones are one batch.
-      estimate: "merged" or "averaged". The former's variance is biased or not as the layers' `running_var` says.
-      layer_by_layer: see above. `batches` is gone through several times: a list, not a generator. Here `apply_fn` may
-        run in inference mode too, which leaves dropout out.
+      apply_fn: `apply_fn(variables, batch)` does a forward pass in training mode. It returns
+        `(anything, batch_stats)`, as a functional model does, or what linen's `apply(...,
+        mutable=["batch_stats"])` returns; of an nnx module, whatever it likes. It is compiled, once
+        for each function: what it closes over is a constant.
+      variables: `{"params": ..., "batch_stats": ...}` (all collections of linen), the pair
+        `(params, batch_stats)`, batch_stats alone, or a `flax.nnx.Module` in training mode.
+      batches: arrays, or trees of them, as `apply_fn` takes them; the last may be smaller. Sharded
+        ones are one batch.
+      estimate: "merged" or "averaged". The former's variance is biased or not as the layers'
+        `running_var` says.
+      layer_by_layer: see above. `batches` is gone through several times: a list, not a generator.
+        Here `apply_fn` may run in inference mode too, which leaves dropout out.
       progress: whether to show a bar; it needs `rich`.
 
     Returns:
-      The variables with new statistics in the dtypes of the old, and all else as it was; an nnx module is updated
-      itself, when all is done, and returned. Everything is added up in float32 or wider, with what rounding loses, so
-      that the number of batches costs neither memory nor digits. A cumulative layer's `count` is that of the batches.
-      Layers that do not train (`frozen`), or that no element reaches, keep their statistics; batch renorm is taken for
-      batch norm, since its correction goes by the statistics that are to be replaced.
+      The variables with new statistics in the dtypes of the old, and all else as it was; an nnx
+      module is updated itself, when all is done, and returned. Everything is added up in float32 or
+      wider, with what rounding loses, so that the number of batches costs neither memory nor
+      digits. A cumulative layer's `count` is that of the batches. Layers that do not train
+      (`frozen`), or that no element reaches, keep their statistics; batch renorm is taken for batch
+      norm, since its correction goes by the statistics that are to be replaced.
 
     Raises:
-      ValueError, TypeError: for a model without batch statistics, or whose layers do not update or are not normjax's;
-        no batches, or a generator layer by layer; statistics that are not finite, with their path and batch.
+      ValueError, TypeError: for a model without batch statistics, or whose layers do not update or
+        are not normjax's; no batches, or a generator layer by layer; statistics that are not
+        finite, with their path and batch.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -86,9 +98,9 @@ def recalibrate(
       [4.] [5.]
 
     References:
-      Ioffe & Szegedy, "Batch Normalization" (2015), Algorithm 2. After averaging weights: Izmailov et al., "Averaging
-      Weights Leads to Wider Optima and Better Generalization" (2018), section 3.2. Wu & Johnson, "Rethinking 'Batch' in
-      BatchNorm" (2021), section 3.
+      Ioffe & Szegedy, "Batch Normalization" (2015), Algorithm 2. After averaging weights: Izmailov
+      et al., "Averaging Weights Leads to Wider Optima and Better Generalization" (2018), section
+      3.2. Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3.
     """
     _checks.choice(FUNCTION, "estimate", estimate, get_args(Estimate))
     _check_batches(batches, layer_by_layer)
@@ -102,10 +114,13 @@ def recalibrate(
         return model.finish(_fixed_point(step, model, batches, estimate, bar))
 
 
-def _fixed_point(step: Step, model: Model, batches: Iterable[Any], estimate: Estimate, bar: Callable) -> Layers:
+def _fixed_point(
+    step: Step, model: Model, batches: Iterable[Any], estimate: Estimate, bar: Callable
+) -> Layers:
     """Repeats passes, each of which normalizes by the statistics of the last, until they stay as they are."""
     layers = model.layers
-    # Right after pass k are the first k layers behind one another, stacked ones (of a scan) included.
+    # Right after pass k are the first k layers behind one another, stacked ones (of a scan)
+    # included.
     passes = 2 + sum(math.prod(jnp.shape(layer["var"])[:-1]) for layer in layers.values())
     movement: dict[str, float] = {}
     for index in range(passes):
@@ -117,7 +132,7 @@ def _fixed_point(step: Step, model: Model, batches: Iterable[Any], estimate: Est
             return layers
     worst = max(movement, key=lambda path: movement[path])
     if movement[worst] > ADRIFT:
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "the statistics do not settle",
             expected=f"no change after {passes} passes for {len(layers)} layer(s)",
@@ -131,7 +146,8 @@ def _fixed_point(step: Step, model: Model, batches: Iterable[Any], estimate: Est
 @partial(jax.jit, static_argnames=("estimate", "layer_by_layer"))  # laid out as what a step returns
 def _with_empty_populations(layers: Layers, estimate: Estimate, *, layer_by_layer: bool) -> Layers:
     return {
-        path: layer | {POPULATION: empty_population(layer, estimate, layer_by_layer)} for path, layer in layers.items()
+        path: layer | {POPULATION: empty_population(layer, estimate, layer_by_layer)}
+        for path, layer in layers.items()
     }
 
 
@@ -141,7 +157,10 @@ def _settle(layers: Layers) -> Layers:
     settled = {}
     for path, layer in layers.items():
         found = zip(STATISTICS, layer[POPULATION].statistics(), layer[POPULATION].seen, strict=True)
-        new = {leaf: jnp.where(seen, value.astype(layer[leaf].dtype), layer[leaf]) for leaf, value, seen in found}
+        new = {
+            leaf: jnp.where(seen, value.astype(layer[leaf].dtype), layer[leaf])
+            for leaf, value, seen in found
+        }
         settled[path] = {leaf: value for leaf, value in (layer | new).items() if leaf != POPULATION}
     return settled
 
@@ -158,7 +177,7 @@ def _refuse_non_finite_start(layers: Layers) -> None:
     for path, layer in layers.items():
         for leaf in STATISTICS:
             if not bool(jnp.all(jnp.isfinite(layer[leaf]))):
-                _checks.refuse(
+                _checks.raise_error(
                     FUNCTION,
                     "the running statistics to start from are not finite",
                     expected="finite ones, which features that no element reaches keep",
@@ -169,7 +188,7 @@ def _refuse_non_finite_start(layers: Layers) -> None:
 
 def _check_batches(batches: Any, layer_by_layer: bool) -> None:
     if not isinstance(batches, Iterable) or hasattr(batches, "dtype"):
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "batches is not an iterable of batches",
             expected="a list, a generator or a data loader",
@@ -178,7 +197,7 @@ def _check_batches(batches: Any, layer_by_layer: bool) -> None:
             kind=TypeError,
         )
     if layer_by_layer and isinstance(batches, Iterator):
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "layer by layer goes through the batches several times, and these can be had once",
             expected="an iterable that starts anew each time, such as a list or a data loader",
@@ -212,9 +231,15 @@ class _Bar:
 
 def _progress() -> Any:
     try:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
     except ImportError:
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "progress=True shows a bar of rich, which is not installed",
             expected="rich",
@@ -222,4 +247,6 @@ def _progress() -> Any:
             fix="pip install rich, or pass progress=False",
             kind=ImportError,
         )
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    )

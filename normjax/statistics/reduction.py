@@ -14,8 +14,8 @@ from jaxtyping import Array, ArrayLike, Inexact, Real
 from normjax._typing import Activations, Mask, promote
 from normjax.statistics.sharing import ALONE, Sharing
 
-# The names under which a layer's statistics, its input, and an output that stands for it, can be kept for the backward
-# pass.
+# The names under which a layer's statistics, its input, and an output that stands for it, can be
+# kept for the backward pass.
 STATISTICS = "normjax_statistics"
 INPUT = "normjax_input"
 OUTPUT = "normjax_output"
@@ -24,8 +24,8 @@ OUTPUT = "normjax_output"
 class Moments(NamedTuple):
     """How many elements, their mean, and their biased variance, for each feature.
 
-    `Moments` of disjoint sets of elements combine exactly through `merge_moments`. An empty set has count 0; its mean
-    and variance carry no meaning and count for nothing in a merge.
+    `Moments` of disjoint sets of elements combine exactly through `merge_moments`. An empty set has
+    count 0; its mean and variance carry no meaning and count for nothing in a merge.
 
     Attributes:
       count: number of elements, real, of shape `(*features)` or broadcastable to it.
@@ -45,7 +45,8 @@ class Reduction(NamedTuple):
       axes: the reduced axes, not negative.
       sharing: the devices to share with.
       epsilon: what the caller adds to the variance.
-      groups: None, or the axis of x whose neighbours share their statistics, and how many of them do. x is never cut
+      groups: None, or the axis of x whose neighbours share their statistics, and how many of them
+        do. x is never cut
         into groups: its minor axis would be as small as a group, which accelerators pad.
     """
 
@@ -75,8 +76,8 @@ class Reduction(NamedTuple):
             return jnp.asarray(math.prod(x.shape[axis] for axis in self.axes) * members, dtype)
         repeats = math.prod(x.shape[axis] for axis in self.axes if mask.shape[axis] == 1)
         cut = [axis for axis in self.axes if mask.shape[axis] != 1]
-        # Exact within an example; over examples in the sums' own dtype, so that under jit, where that sum is one over
-        # devices, XLA sends it along with the others.
+        # Exact within an example; over examples in the sums' own dtype, so that under jit, where
+        # that sum is one over devices, XLA sends it along with the others.
         seen = jnp.sum(mask, cut[1:], jnp.int32, keepdims=True).astype(dtype)
         counts = (jnp.sum(seen, cut[:1], keepdims=True) * repeats).squeeze(self.axes)
         if self.groups is not None and mask.shape[self.groups[0]] == 1:
@@ -101,8 +102,12 @@ class Reduction(NamedTuple):
         dx = masked(dx, mask)
         centered = masked(widen(x) - self.expand(moments.mean), mask)
         n = jnp.maximum(moments.count, 1)
-        mean_dot, var_dot = self.sharing.sum(self.local_sum(dx), self.local_sum(real_product(centered, dx)))
-        return Moments(jnp.zeros_like(moments.count), mean_dot / n.astype(mean_dot.dtype), 2 * var_dot / n)
+        mean_dot, var_dot = self.sharing.sum(
+            self.local_sum(dx), self.local_sum(real_product(centered, dx))
+        )
+        return Moments(
+            jnp.zeros_like(moments.count), mean_dot / n.astype(mean_dot.dtype), 2 * var_dot / n
+        )
 
 
 def _place(axis: int, dropped: tuple[int, ...]) -> int:
@@ -118,8 +123,10 @@ def widen(x: Activations) -> Activations:
 def apart(*arrays: Array) -> tuple[Array, ...]:
     """Returns arrays as they are; on CPUs the compiler takes them for others.
 
-    XLA's reductions on CPUs cast, subtract and multiply on the fly (and read bfloat16 as it is), but not where the
-    result has another user: then it is written out first. Reductions of copies have their operands to themselves.
+    XLA's reductions on CPUs cast, subtract and multiply on the fly (and read bfloat16 as it is),
+    but not where the
+    result has another user: then it is written out first. Reductions of copies have their operands
+      to themselves.
     """
     return _on_cpus(lax.optimization_barrier, *arrays)
 
@@ -132,8 +139,8 @@ def apart_if_narrow(x: Array) -> Array:
 def written_out(*arrays: Array) -> tuple[Array, ...]:
     """Returns small arrays as they are; on CPUs they are stored before x meets them, and so are their gradients.
 
-    Else XLA computes them again for each element of x, or makes one slow fusion of the reductions of x and their uses.
-    Rounding to the precision that they have is what it does not fuse.
+    Else XLA computes them again for each element of x, or makes one slow fusion of the reductions
+    of x and their uses. Rounding to the precision that they have is what it does not fuse.
     """
 
     def rounded(array: Array) -> Array:

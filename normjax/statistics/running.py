@@ -20,7 +20,10 @@ OPTIONS = ("biased", "unbiased")
 def init_batch_stats(features: tuple[int, ...], dtype: DTypeLike, *, count: bool) -> BatchStats:
     """Returns mean 0 and variance 1 in at least float32, and the count of batches where asked for."""
     dtype = promote(dtype, jnp.float32)
-    batch_stats = {"mean": jnp.zeros(features, dtype), "var": jnp.ones(features, jnp.finfo(dtype).dtype)}
+    batch_stats = {
+        "mean": jnp.zeros(features, dtype),
+        "var": jnp.ones(features, jnp.finfo(dtype).dtype),
+    }
     return batch_stats | ({"count": jnp.zeros((), jnp.int32)} if count else {})
 
 
@@ -35,21 +38,26 @@ def update_batch_stats(
 
     .. math:: \mu' = m \mu' + (1 - m) \mu, \qquad \sigma'^2 = m \sigma'^2 + (1 - m) s \sigma^2
 
-    with `s = 1` (biased) or `s = n / (n - 1)` (unbiased). With `momentum=None` the m of the k-th batch is
-    `(k - 1) / k`: the mean over all batches, each counted once.
+    with `s = 1` (biased) or `s = n / (n - 1)` (unbiased). With `momentum=None` the m of the k-th
+    batch is `(k - 1) / k`: the mean over all batches, each counted once.
 
     Args:
-      batch_stats: `mean` and `var`, each `(*features)`, and `count`, an int32 scalar, where cumulative.
+      batch_stats: `mean` and `var`, each `(*features)`, and `count`, an int32 scalar, where
+        cumulative.
       moments: of the batch, or merged from several (devices, microbatches).
-      momentum: weight of the old value, from 0 to 1; a number or a scalar array. PyTorch's is the complement.
-      running_var: "biased" (Flax, Keras) or "unbiased" (PyTorch, Ioffe & Szegedy 2015, Algorithm 2).
+      momentum: weight of the old value, from 0 to 1; a number or a scalar array. PyTorch's is the
+        complement.
+      running_var: "biased" (Flax, Keras) or "unbiased" (PyTorch, Ioffe & Szegedy 2015, Algorithm
+        2).
 
     Returns:
-      A dict of the same structure, shapes and dtypes. Features for which no element counts keep their values (for the
+      A dict of the same structure, shapes and dtypes. Features for which no element counts keep
+      their values (for the
       unbiased variance: fewer than two elements), and a batch in which none does is not counted.
 
     Raises:
-      ValueError: for `momentum=None` without a count, an unknown `running_var`, or leaves that do not fit.
+      ValueError: for `momentum=None` without a count, an unknown `running_var`, or leaves that do
+        not fit.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -101,14 +109,20 @@ def _blend(old: Array, batch: Array, momentum: ArrayLike, enough: Array) -> Arra
     return jnp.where(enough, new.astype(old.dtype), old)
 
 
-def _check(batch_stats: BatchStats, moments: Moments, momentum: object, running_var: object) -> None:
+def _check(
+    batch_stats: BatchStats, moments: Moments, momentum: object, running_var: object
+) -> None:
     function = "update_batch_stats"
     _checks.choice(function, "running_var", running_var, OPTIONS)
     check_batch_stats(function, batch_stats, moments.mean.shape, moments.mean.dtype, momentum)
 
 
 def check_batch_stats(
-    function: str, batch_stats: BatchStats, features: tuple[int, ...], dtype: DTypeLike, momentum: object
+    function: str,
+    batch_stats: BatchStats,
+    features: tuple[int, ...],
+    dtype: DTypeLike,
+    momentum: object,
 ) -> None:
     """Refuses running statistics that do not fit the features, the dtype or the momentum."""
     if momentum is not None:
@@ -126,7 +140,7 @@ def check_batch_stats(
         optional=("count",),
     )
     if momentum is None and "count" not in batch_stats:
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "momentum=None counts batches, and batch_stats has no count",
             expected="batch_stats with 'mean', 'var' and 'count'",
@@ -134,7 +148,7 @@ def check_batch_stats(
             fix="Make them with batch_norm_init(..., count=True)",
         )
     if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(batch_stats["mean"]):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "the running mean of complex x is complex",
             expected="a complex batch_stats['mean']",

@@ -4,8 +4,8 @@ The variance is taken around a shift `s`, a guess at the mean:
 
     d = sum(x - s) / n,    mean = s + d,    var = sum(|x - s|^2) / n - |d|^2
 
-which is exact for any s, and loses no digits while |d|^2 is not much larger than var. See docs/pages/design.md for what
-else was tried, and measured.
+which is exact for any s, and loses no digits while |d|^2 is not much larger than var. See
+docs/pages/design.md for what else was tried, and measured.
 """
 
 from __future__ import annotations
@@ -19,11 +19,20 @@ from jax import lax
 from jaxtyping import Array, Inexact
 
 from normjax._typing import Activations, Mask
-from normjax.statistics.reduction import Moments, Reduction, abs2, apart_if_narrow, masked, named, widen
+from normjax.statistics.reduction import (
+    Moments,
+    Reduction,
+    abs2,
+    apart_if_narrow,
+    masked,
+    named,
+    widen,
+)
 from normjax.statistics.sharing import ALONE, Sharing, all_equal, fingerprint
 
-# A variance v found by way of an offset d from the shift carries an error of about (v + d^2) rounding errors.
-# Up to d^2 = 64 v that is 4e-6 of v in float32, inside the 1e-5 that the library promises.
+# A variance v found by way of an offset d from the shift carries an error of about (v + d^2)
+# rounding errors. Up to d^2 = 64 v that is 4e-6 of v in float32, inside the 1e-5 that the library
+# promises.
 TOLERATED_OFFSET = 64.0
 
 
@@ -39,19 +48,22 @@ def safe_moments(
 ) -> Moments:
     """Returns the moments of `wide`, which is `x` in at least float32.
 
-    Both are taken because of what XLA does with them: gradients flow through `wide`, so that they are added up before
-    they are rounded to the dtype of `x`; reductions read `x`, each with a cast of its own, and so does the branch of
-    the second pass, since an operand of a branch is written out in the dtype that it has.
+    Both are taken because of what XLA does with them: gradients flow through `wide`, so that they
+    are added up before they are rounded to the dtype of `x`; reductions read `x`, each with a cast
+    of its own, and so does the branch of the second pass, since an operand of a branch is written
+    out in the dtype that it has.
 
     Args:
       x: the input as it came.
       wide: `widen(x)`.
       axes: non-negative reduction axes.
-      shift: a guess at the mean that does not depend on `x` (so that XLA can fuse the statistics into whatever
-        computes `x`), of the features' shape. The result does not depend on it, the cost does. None: zero.
+      shift: a guess at the mean that does not depend on `x` (so that XLA can fuse the statistics
+        into whatever computes `x`), of the features' shape. The result does not depend on it, the
+        cost does. None: zero.
       mask: None, or bool with the rank of `x`.
       sharing: the devices to share with.
-      epsilon: what the caller adds to the variance: errors far below it do not call for a second pass.
+      epsilon: what the caller adds to the variance: errors far below it do not call for a second
+        pass.
     """
     how = Reduction(axes, sharing, epsilon)
     features = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
@@ -66,14 +78,21 @@ def safe_moments(
 def guarded_moments(how: Reduction, x: Array, mask: Array | None, shift: Array) -> Moments:
     """One pass around `shift`; and where it cancelled, a second one, around the mean that the first one found."""
     known_equal = how.sharing.knows_equal(shift)
-    riders = () if known_equal else (how.local_count(x, mask).astype(shift.dtype) * shift, fingerprint(shift))
+    riders = (
+        ()
+        if known_equal
+        else (how.local_count(x, mask).astype(shift.dtype) * shift, fingerprint(shift))
+    )
     first, summed = shifted_sums(how, x, mask, shift, riders=riders)
     _, mean, var = first.moments()
     unsafe = jnp.any(~(abs2(first.offset) <= TOLERATED_OFFSET * (var + how.epsilon)))
     if not known_equal:
-        # Devices that came with different shifts (replicas that trained apart) agree on the mean, not on the variance.
+        # Devices that came with different shifts (replicas that trained apart) agree on the mean,
+        # not on the variance.
         agreed = all_equal(summed[1], how.sharing.size)
-        mean = jnp.where(agreed, mean, summed[0] / jnp.maximum(first.n, 1).astype(mean.dtype) + first.offset)
+        mean = jnp.where(
+            agreed, mean, summed[0] / jnp.maximum(first.n, 1).astype(mean.dtype) + first.offset
+        )
         unsafe |= ~agreed
 
     def second_pass(x: Array, mask: Array | None, mean: Array, _: Array) -> tuple[Array, Array]:
@@ -86,7 +105,9 @@ def guarded_moments(how: Reduction, x: Array, mask: Array | None, shift: Array) 
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _safe_moments(how: Reduction, wide: Array, x: Array, mask: Array | None, shift: Array) -> Moments:
+def _safe_moments(
+    how: Reduction, wide: Array, x: Array, mask: Array | None, shift: Array
+) -> Moments:
     return guarded_moments(how, x, mask, shift)
 
 
@@ -139,8 +160,9 @@ def shifted_sums(
 ) -> tuple[Sums, tuple[Array, ...]]:
     """Returns the sums around a shift, and those of what rode along in the collective.
 
-    `again` is the shift once more, for the squares: x less the same shift would be one array, which XLA's CPU
-    reductions would have written out. Without it they share, which costs nothing where the shift is a constant zero.
+    `again` is the shift once more, for the squares: x less the same shift would be one array, which
+    XLA's CPU reductions would have written out. Without it they share, which costs nothing where
+    the shift is a constant zero.
     """
     again = shift if again is None else again
     first = apart_if_narrow(x)
@@ -150,6 +172,8 @@ def shifted_sums(
         count = how.local_count(x, mask) * how.sharing.size
         total, squares, *summed = how.sharing.sum(total, squares, *riders)
     else:
-        total, squares, count, *summed = how.sharing.sum(total, squares, how.local_count(x, mask), *riders)
+        total, squares, count, *summed = how.sharing.sum(
+            total, squares, how.local_count(x, mask), *riders
+        )
     count += jnp.zeros_like(squares)  # of its shape, and sharded as it is on Explicit meshes
     return Sums(count, shift, total, squares), tuple(summed)

@@ -39,7 +39,8 @@ class Sharing(NamedTuple):
             return lax.psum(flat, self.axis_name)
         (name,) = self.axis_name
         if name not in jax.sharding.get_abstract_mesh().manual_axes:
-            # vmap has no groups. Its "devices" are rows of one array, and to gather them costs nothing.
+            # vmap has no groups. Its "devices" are rows of one array, and to gather them costs
+            # nothing.
             return lax.all_gather(flat, name)[self._peers()].sum(0)
         if _tracks_variation(name):
             # psum knows no groups under check_vma=True; a gather within a group is small.
@@ -50,11 +51,15 @@ class Sharing(NamedTuple):
         """The indices of those in this device's group."""
         assert self.groups is not None
         peers = {index: group for group in self.groups for index in group}
-        return jnp.asarray([peers[index] for index in range(len(peers))])[lax.axis_index(self.axis_name)]
+        return jnp.asarray([peers[index] for index in range(len(peers))])[
+            lax.axis_index(self.axis_name)
+        ]
 
     def knows_equal(self, value: Array) -> bool:
         """Whether the types alone prove that all who share hold the same `value`."""
-        return all(_tracks_variation(name) and name not in varying_axes(value) for name in self.axis_name)
+        return all(
+            _tracks_variation(name) and name not in varying_axes(value) for name in self.axis_name
+        )
 
 
 ALONE = Sharing()
@@ -65,7 +70,9 @@ def one_device() -> bool:
     return jax.device_count() == 1
 
 
-def share(function: str, axis_name: AxisName | None, axis_index_groups: AxisIndexGroups | None) -> Sharing:
+def share(
+    function: str, axis_name: AxisName | None, axis_index_groups: AxisIndexGroups | None
+) -> Sharing:
     """Returns how to share over the named axes; refuses names that are not in scope and uneven groups."""
     names = _bound_axes(function, axis_name)
     return Sharing(names, _index_groups(function, axis_index_groups, names))
@@ -74,8 +81,9 @@ def share(function: str, axis_name: AxisName | None, axis_index_groups: AxisInde
 def fingerprint(value: Inexact[Array, "..."]) -> Inexact[Array, "32"]:
     """Returns the 32 bits of a checksum of `value`, as zeros and ones that devices can add up.
 
-    Only sums travel, and a sum of equal values is not told from one of different values; but devices hold the same
-    value if each bit of its checksum adds up to zero or to the number of devices.
+    Only sums travel, and a sum of equal values is not told from one of different values; but
+    devices hold the same value if each bit of its checksum adds up to zero or to the number of
+    devices.
     """
     parts = (value.real, value.imag) if jnp.iscomplexobj(value) else (value,)
     words = jnp.concatenate([lax.bitcast_convert_type(part, jnp.uint32).ravel() for part in parts])
@@ -103,8 +111,8 @@ def _tracks_variation(name: Hashable) -> bool:
 def vary_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "..."], ...]:
     """Casts parts to vary over the mapped axes that `x` varies over, all in one cast.
 
-    The transpose of that cast is a sum over devices. Left to JAX it happens part by part: an all-reduce in the backward
-    pass for each of mean, scale and bias. Packed, it is one.
+    The transpose of that cast is a sum over devices. Left to JAX it happens part by part: an
+    all-reduce in the backward pass for each of mean, scale and bias. Packed, it is one.
     """
     missing = varying_axes(x) - frozenset().union(*map(varying_axes, parts))
     if not (missing and parts):
@@ -138,7 +146,7 @@ def _bound_axes(function: str, axis_name: AxisName | None) -> tuple[Hashable, ..
             from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE as axis_names_in_scope  # pyright: ignore
 
             scope = [str(axis) for axis in axis_names_in_scope()]
-            _checks.refuse(
+            _checks.raise_error(
                 function,
                 f"axis name {name!r} is not bound here",
                 expected=f"one of the axes in scope, {scope}" if scope else "an axis in scope",
@@ -158,7 +166,7 @@ def _index_groups(
         return None
     got = f"axis_index_groups={groups!r} for axis_name={names!r}"
     if len(names) != 1:
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "axis_index_groups needs exactly one axis_name",
             expected="one mapped axis",
@@ -169,7 +177,7 @@ def _index_groups(
     canonical = tuple(tuple(int(index) for index in group) for group in groups)
     even = len({len(group) for group in canonical}) == 1
     if not even or sorted(index for group in canonical for index in group) != list(range(size)):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "axis_index_groups does not partition the axis evenly",
             expected=f"groups of one size that hold each of 0..{size - 1} once",

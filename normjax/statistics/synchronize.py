@@ -28,28 +28,32 @@ def sync_batch_stats(
 
     .. math:: \mu = \frac1D \sum_d \mu_d, \qquad \sigma^2 = \frac1D \sum_d \left(\sigma_d^2 + |\mu_d - \mu|^2\right)
 
-    For those who train without `axis_name`, each device by statistics of its own: call it before evaluation or a
-    checkpoint. The mean of the variances alone would leave out how far the devices' means lie apart. Devices
-    count alike.
+    For those who train without `axis_name`, each device by statistics of its own: call it before
+    evaluation or a checkpoint. The mean of the variances alone would leave out how far the devices'
+    means lie apart. Devices count alike.
 
-    For those who share statistics within groups of devices and want them to leave each step replicated: call it after
-    each step with the `momentum` m of that step. From equal statistics, means have gone only the `1 - m`-th part of the
-    way to those of their batches; with `|\mu_d - \mu|^2 / (1 - m)` in the formula, the result is what one step on the
-    whole batch gives.
+    For those who share statistics within groups of devices and want them to leave each step
+    replicated: call it after each step with the `momentum` m of that step. From equal statistics,
+      means have gone only the `1 - m`-th part of the
+    way to those of their batches; with `|\mu_d - \mu|^2 / (1 - m)` in the formula, the result is
+    what one step on the whole batch gives.
 
     Args:
-      batch_stats: of one layer, or of a whole model: dicts of dicts, as in Flax's `batch_stats` collection.
+      batch_stats: of one layer, or of a whole model: dicts of dicts, as in Flax's `batch_stats`
+        collection.
       axis_name: mapped axis or axes (pmap, shard_map, vmap) to merge over.
       axis_index_groups: groups of indices of that axis that merge, as in `jax.lax.psum`.
-      momentum: None, or that of the one step since the devices' statistics were equal: from 0 to below 1.
+      momentum: None, or that of the one step since the devices' statistics were equal: from 0 to
+        below 1.
 
     Returns:
-      A tree of the same structure, shapes and dtypes. Leaves other than `mean` and `var` (such as `count`) take the
-      devices' mean, rounded for ints. Two collectives, however many layers there are.
+      A tree of the same structure, shapes and dtypes. Leaves other than `mean` and `var` (such as
+      `count`) take the devices' mean, rounded for ints. Two collectives, however many layers there
+      are.
 
     Raises:
-      NameError: for an axis that is not in scope. ValueError: for a `var` without a `mean` beside it, or a momentum out
-        of its range.
+      NameError: for an axis that is not in scope. ValueError: for a `var` without a `mean` beside
+        it, or a momentum out of its range.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -67,7 +71,9 @@ def sync_batch_stats(
     own = dict(leaves)
     means_beside = {path: _mean_beside(path, own) for path in own if _name(path) == "var"}
     merged = _averaged(own, sharing)
-    apart = {path: abs2(_wide(own[mean]) - _wide(merged[mean])) for path, mean in means_beside.items()}
+    apart = {
+        path: abs2(_wide(own[mean]) - _wide(merged[mean])) for path, mean in means_beside.items()
+    }
     for path, spread in _averaged(apart, sharing).items():
         merged[path] = (_wide(merged[path]) + spread / step).astype(own[path].dtype)
     return jax.tree.unflatten(structure, list(merged.values()))
@@ -76,7 +82,7 @@ def sync_batch_stats(
 def _below_one(momentum: float) -> float:
     _checks.between("sync_batch_stats", "momentum", momentum, 0.0, 1.0)
     if momentum == 1:
-        _checks.refuse(
+        _checks.raise_error(
             "sync_batch_stats",
             "with momentum 1 statistics take no step",
             expected="a momentum below 1",
@@ -92,7 +98,9 @@ def _averaged(leaves: dict[Any, Array], sharing: Sharing) -> dict[Any, Array]:
         return {}
     means = (total / sharing.size for total in sharing.sum(*map(_wide, leaves.values())))
     return {
-        path: (jnp.round(mean) if jnp.issubdtype(leaf.dtype, jnp.integer) else mean).astype(leaf.dtype)
+        path: (jnp.round(mean) if jnp.issubdtype(leaf.dtype, jnp.integer) else mean).astype(
+            leaf.dtype
+        )
         for (path, leaf), mean in zip(leaves.items(), means, strict=True)
     }
 
@@ -102,7 +110,7 @@ def _mean_beside(path: Path, leaves: Collection[Path]) -> Path:
     for other in leaves:
         if other[:-1] == path[:-1] and _name(other) == "mean":
             return other
-    _checks.refuse(
+    _checks.raise_error(
         "sync_batch_stats",
         "there is a variance without a mean",
         expected="'mean' beside each 'var'",

@@ -17,7 +17,9 @@ from normjax.layers._arguments import compiled
 from normjax.statistics.reduction import abs2, widen
 
 
-def spectral_norm_init(kernel: Kernel, *, key: PRNGKey, feature_axes: Axes = -1) -> tuple[Params, BatchStats]:
+def spectral_norm_init(
+    kernel: Kernel, *, key: PRNGKey, feature_axes: Axes = -1
+) -> tuple[Params, BatchStats]:
     """Returns `{}` and the state that `spectral_norm` starts its power iteration from.
 
     Args:
@@ -26,8 +28,8 @@ def spectral_norm_init(kernel: Kernel, *, key: PRNGKey, feature_axes: Axes = -1)
       feature_axes: the axes that make the columns of the matrix.
 
     Returns:
-      An empty `params`; and `batch_stats`: a dict of `u`, a random direction, `(1, features)`, and `sigma`, 1. In at
-      least float32.
+      An empty `params`; and `batch_stats`: a dict of `u`, a random direction, `(1, features)`, and
+      `sigma`, 1. In at least float32.
 
     Raises:
       ValueError, TypeError: for axes or a dtype that do not fit.
@@ -62,26 +64,28 @@ def spectral_norm(
     .. math:: v = \frac{u W^\top}{\lVert u W^\top \rVert}, \quad u = \frac{v W}{\lVert v W \rVert}, \quad
               \sigma = v W u^\top, \quad w = \frac{W}{\sigma}
 
-    with the kernel as a matrix W of one column a feature. It bounds how much a layer can stretch its input: use it in
-    the discriminators of GANs, and where a network is to be Lipschitz. u and v are constants to the derivative.
+    with the kernel as a matrix W of one column a feature. It bounds how much a layer can stretch
+    its input: use it in the discriminators of GANs, and where a network is to be Lipschitz. u and v
+      are constants to the derivative.
 
     Args:
       params: `{}`.
       batch_stats: dict of `u`, `(1, features)`, and `sigma`, a scalar.
       kernel: W, real, of any rank >= 1. It is not changed.
-      train: Python bool: whether to return the new u and sigma. At inference the iteration starts from the stored u,
-        too, and is as deterministic as it is.
+      train: Python bool: whether to return the new u and sigma. At inference the iteration starts
+        from the stored u, too, and is as deterministic as it is.
       feature_axes: the axes that make the columns of the matrix; all others make its rows.
       n_steps: of power iteration, at each call.
       epsilon: added to the squared norms, of vectors whose largest element is 1.
       dtype: of w; None for that of the kernel.
 
     Returns:
-      `w`, of the kernel's shape, and the `batch_stats`, new in training. A kernel whose sigma is 0 comes back as it is.
-      Computed in at least float32 and rounded once.
+      `w`, of the kernel's shape, and the `batch_stats`, new in training. A kernel whose sigma is 0
+      comes back as it is. Computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit, or `n_steps` below 1.
+      ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit, or `n_steps`
+        below 1.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -92,8 +96,8 @@ def spectral_norm(
       5.0 [1.  0.2]
 
     References:
-      Miyato, Kataoka, Koyama & Yoshida, "Spectral Normalization for Generative Adversarial Networks" (ICLR 2018),
-      Algorithm 1.
+      Miyato, Kataoka, Koyama & Yoshida, "Spectral Normalization for Generative Adversarial
+      Networks" (ICLR 2018), Algorithm 1.
     """
     function = "spectral_norm"
     train = _checks.static_train(function, train)
@@ -111,8 +115,12 @@ def spectral_norm(
     _checks.between(function, "epsilon", epsilon, 0.0, math.inf)
     steps = _checks.positive_int(n_steps)
     if steps is None:
-        _checks.refuse(
-            function, "n_steps is no number of steps", expected="1 or more", got=f"n_steps={n_steps!r}", fix="Use 1"
+        _checks.raise_error(
+            function,
+            "n_steps is no number of steps",
+            expected="1 or more",
+            got=f"n_steps={n_steps!r}",
+            fix="Use 1",
         )
     plan = _Plan(kept, steps, float(epsilon), _checks.output_dtype(function, dtype, kernel))
     w, u, sigma = _spectral_norm(jnp.asarray(batch_stats["u"]), kernel, plan)
@@ -139,7 +147,9 @@ class _Plan(NamedTuple):
 @compiled
 def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, Array]:
     wide = widen(kernel)
-    matrix = jnp.moveaxis(wide, plan.feature_axes, range(-len(plan.feature_axes), 0)).reshape(-1, u.shape[-1])
+    matrix = jnp.moveaxis(wide, plan.feature_axes, range(-len(plan.feature_axes), 0)).reshape(
+        -1, u.shape[-1]
+    )
     fixed = lax.stop_gradient(matrix)
 
     def iterate(_: int, vectors: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -174,7 +184,7 @@ def _columns(kernel: Array, feature_axes: tuple[int, ...]) -> int:
 def _real(function: str, kernel: Kernel) -> Array:
     kernel = _checks.activations(function, kernel, "kernel")
     if jnp.iscomplexobj(kernel):
-        _checks.refuse(
+        _checks.raise_error(
             function,
             "the kernel is complex",
             expected="a real kernel",

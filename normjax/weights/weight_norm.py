@@ -29,7 +29,8 @@ def weight_norm_init(
       param_dtype: of the scale; None for that of the kernel.
 
     Returns:
-      `params`: a dict of `scale`, the norms of the kernel, `(*features)`; and an empty `batch_stats`.
+      `params`: a dict of `scale`, the norms of the kernel, `(*features)`; and an empty
+        `batch_stats`.
 
     Raises:
       ValueError, TypeError: for axes or dtypes that do not fit.
@@ -62,8 +63,10 @@ def weight_norm(
 
     .. math:: w = \gamma \frac{v}{\sqrt{\lVert v \rVert^2 + \epsilon}}
 
-    with the norm over all axes but the features. Length and direction of each feature's weights are then learned apart,
-    with no statistics of activations: use it in recurrent and generative networks, and in reinforcement learning.
+    with the norm over all axes but the features. Length and direction of each feature's weights are
+    then learned apart,
+    with no statistics of activations: use it in recurrent and generative networks, and in
+      reinforcement learning.
 
     Args:
       params: dict of `scale`, `(*features)`; without it all norms are 1.
@@ -135,14 +138,16 @@ def weight_norm_init_from_data(
               \gamma = \frac{1}{\sqrt{\sigma^2[t] + \epsilon}}, \qquad \beta = - \gamma \mu[t]
 
     Args:
-      linear: from a kernel to the pre-activations of a batch, such as `lambda kernel: x @ kernel`; without a bias.
+      linear: from a kernel to the pre-activations of a batch, such as `lambda kernel: x @ kernel`;
+        without a bias.
       kernel: v.
       feature_axes: of the kernel.
       output_axes: the axes of those features in what `linear` returns.
       epsilon: added to the variance.
 
     Returns:
-      `params` and `batch_stats` for `weight_norm`, and the bias to add to what `linear` returns, `(*features)`.
+      `params` and `batch_stats` for `weight_norm`, and the bias to add to what `linear` returns,
+      `(*features)`.
 
     Raises:
       ValueError, TypeError: for axes that do not fit.
@@ -164,4 +169,8 @@ def weight_norm_init_from_data(
     kept = _checks.axes(function, "output_axes", output_axes, outputs.shape)
     _, mean, var = moments(outputs, _checks.other_axes(kept, outputs.ndim))
     scale = lax.rsqrt(var + epsilon)
-    return {"scale": scale.astype(directions.dtype)}, batch_stats, (-mean * scale).astype(outputs.dtype)
+    return (
+        {"scale": scale.astype(directions.dtype)},
+        batch_stats,
+        (-mean * scale).astype(outputs.dtype),
+    )

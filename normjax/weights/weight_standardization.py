@@ -26,7 +26,8 @@ def weight_standardization_init(
     """Returns a learned gain for `weight_standardization`, which also works without: with `{}`.
 
     Args:
-      num_features: the size of the kernel's feature axis; with several, their sizes in the order of its axes.
+      num_features: the size of the kernel's feature axis; with several, their sizes in the order of
+        its axes.
       scale_init: makes the gain.
       key: for a random initializer; not needed otherwise.
       param_dtype: of the gain.
@@ -35,8 +36,8 @@ def weight_standardization_init(
       `params`: a dict of `scale` (ones), `(*num_features)`; and an empty `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a random initializer
-        without a key.
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
+        random initializer without a key.
 
     Example:
       >>> import normjax as nj
@@ -63,28 +64,30 @@ def weight_standardization(
 
     .. math:: w = \gamma \frac{v - \mu}{\sqrt{N \sigma^2 + \epsilon}}
 
-    with mean and biased variance over all axes but the features, and N = 1, or the fan-in with `scaled=True`. The plain
-    form goes with group norm and small batches; the scaled one keeps the variance of activations and so replaces
-    normalization, in networks without (NF-ResNets), with a gain for the activation, such as `sqrt(2 / (1 - 1 / pi))`
-    for ReLU, in `scale_init` or behind it.
+    with mean and biased variance over all axes but the features, and N = 1, or the fan-in with
+    `scaled=True`. The plain form goes with group norm and small batches; the scaled one keeps the
+    variance of activations and so replaces normalization, in networks without (NF-ResNets), with a
+    gain for the activation, such as `sqrt(2 / (1 - 1 / pi))` for ReLU, in `scale_init` or behind
+    it.
 
     Args:
       params: `{}`, or a dict of `scale`, `(*features)`.
       batch_stats: `{}`.
-      kernel: v, floating-point or complex, of any rank >= 2, such as `(height, width, inputs, features)`. It is not
-        changed.
+      kernel: v, floating-point or complex, of any rank >= 2, such as `(height, width, inputs,
+        features)`. It is not changed.
       train: Python bool.
       feature_axes: the axes whose weights have statistics of their own.
       scaled: whether the result has the variance 1 / fan-in.
-      epsilon: added to the variance, or to the variance times the fan-in, which is near 1 for usual initializers.
+      epsilon: added to the variance, or to the variance times the fan-in, which is near 1 for usual
+        initializers.
       dtype: of w; None for that of the kernel.
 
     Returns:
       `w`, of the kernel's shape, and `{}`. Computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit, and for statistics over one
-        weight in training.
+      ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit, and for
+        statistics over one weight in training.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -95,9 +98,9 @@ def weight_standardization(
       [-0.5  0.5 -0.5  0.5]
 
     References:
-      Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization" (2019), eq. 5-7.
-      Brock, De & Smith, "Characterizing signal propagation to close the performance gap in unnormalized ResNets"
-      (ICLR 2021), eq. 1.
+      Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
+      Standardization" (2019), eq. 5-7. Brock, De & Smith, "Characterizing signal propagation to
+      close the performance gap in unnormalized ResNets" (ICLR 2021), eq. 1.
     """
     function = "weight_standardization"
     given = admit(

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
         (Case("batch", "forward", (8, 4), "float32", "relu"), 3),
         (Case("batch", "forward", (8, 4), "float32", "add+relu"), 4),
         (Case("batch", "forward+backward", (8, 4), "float32"), 3 + 5),  # x and g twice, d_x
-        (Case("batch", "forward+backward", (8, 4), "float32", "add+relu"), 4 + 7),  # y, and the residual's gradient
+        # y, and the residual's gradient
+        (Case("batch", "forward+backward", (8, 4), "float32", "add+relu"), 4 + 7),
         (Case("layer", "forward", (8, 4), "float32"), 2),
         (Case("rms", "forward+backward", (8, 4), "float32"), 2 + 3),
     ],
@@ -46,7 +47,9 @@ def test_the_rows_are_those_of_real_networks():
         assert {case.mode for case in found} == {"forward", "forward+backward", "evaluation"}
         assert {case.then for case in found} == {"", "relu", "add+relu"}
         assert {case.dtype for case in found} == {"float32", "bfloat16"}
-        assert {(56, 56, 256), (28, 28, 512), (14, 14, 1024), (7, 7, 2048)} <= {case.shape[1:] for case in found}
+        assert {(56, 56, 256), (28, 28, 512), (14, 14, 1024), (7, 7, 2048)} <= {
+            case.shape[1:] for case in found
+        }
         assert {(197, 768), (2048, 4096)} <= {case.shape[1:] for case in found}
     assert {case.shape[0] for case in cases.suite("gpu")} >= {32, 64, 128, 256}
 
@@ -57,7 +60,9 @@ def test_the_operands_are_exact_in_bfloat16_and_the_same_every_time():
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name])
     for name in ("scale", "bias", "mean", "var"):
-        np.testing.assert_array_equal(first[name], jnp.asarray(first[name], jnp.bfloat16).astype(jnp.float32))
+        np.testing.assert_array_equal(
+            first[name], jnp.asarray(first[name], jnp.bfloat16).astype(jnp.float32)
+        )
 
 
 def test_programs_run_in_turns_as_often_in_each_round():
@@ -65,7 +70,8 @@ def test_programs_run_in_turns_as_often_in_each_round():
     made = {name: Program(lambda name=name: seen.append(name), lambda _: None) for name in "ab"}
     times = timing.interleaved(made, rounds=4, sample_seconds=0)
     assert {name: len(each) for name, each in times.items()} == {"a": 4, "b": 4}
-    turns = ["".join(seen[-16:][i : i + 4]) for i in range(0, 16, 4)]  # each called once to warm up, then timed
+    # each called once to warm up, then timed
+    turns = ["".join(seen[-16:][i : i + 4]) for i in range(0, 16, 4)]
     assert set(turns) == {"aabb", "bbaa"}
 
 
@@ -79,14 +85,19 @@ def test_bytes_kept_for_the_backward_pass():
     x = jnp.ones((8, 4))
     assert programs.kept_bytes(jnp.sin, x) == 8 * 4 * 4  # cos(x)
     assert programs.kept_bytes(lambda x: 2 * x, x) == 0
-    assert programs.kept_bytes(lambda x: x * x, x) <= 8 * 4 * 4  # 2 x at the most; x itself is the caller's
+    # 2 x at the most; x itself is the caller's
+    assert programs.kept_bytes(lambda x: x * x, x) <= 8 * 4 * 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("peer", [name for name in peers.PEERS if name not in ("normjax", "tokamax")])
+@pytest.mark.parametrize(
+    "peer", [name for name in peers.PEERS if name not in ("normjax", "tokamax")]
+)
 @pytest.mark.parametrize("layer", ["batch", "layer", "rms", "group", "instance"])
 def test_a_peer_computes_what_normjax_computes(peer, layer):
-    modes = ("forward+backward", "forward", "evaluation") if layer == "batch" else ("forward+backward",)
+    modes = (
+        ("forward+backward", "forward", "evaluation") if layer == "batch" else ("forward+backward",)
+    )
     for mode in modes:
         case = Case(layer, mode, (4, 3, 3, 32), "float32")
         operands = programs.Operands(case)
@@ -101,7 +112,9 @@ def test_a_row_has_times_bytes_and_errors():
     building = rows.Building(limit=60)
     row = rows.row(SMALL, ["flax.linen", "haiku", "torch"], 2, building)
     assert row["name"] == "batch norm + add, relu forward+backward 4x3x3x32 float32"
-    assert row["floor_ms"] == pytest.approx(cases.arrays_moved(SMALL) * SMALL.nbytes / row["copy_GBps"] / 1e6)
+    assert row["floor_ms"] == pytest.approx(
+        cases.arrays_moved(SMALL) * SMALL.nbytes / row["copy_GBps"] / 1e6
+    )
     for name, got in row["peers"].items():
         assert got["ms_low"] <= got["ms"] <= got["ms_high"]
         assert name == "normjax" or 0 <= got["error"] < 1e-5
@@ -124,7 +137,9 @@ def test_peers_that_are_wrong_absent_unable_or_slow_are_named_with_the_reason(mo
     building = rows.Building(limit=60)
     building.spent["torch"] = 61
     case = Case("batch", "forward", (4, 32), "float32")
-    row = rows.row(case, ["flax.nnx", "keras", "haiku", "tokamax", "torch", "torch channels-last"], 2, building)
+    row = rows.row(
+        case, ["flax.nnx", "keras", "haiku", "tokamax", "torch", "torch channels-last"], 2, building
+    )
     reasons = {name: got["skipped"] for name, got in row["peers"].items() if name != "normjax"}
     assert reasons["flax.nnx"].startswith("wrong: ") and "off by" in reasons["flax.nnx"]
     assert reasons["keras"] == "failed: RuntimeError: no kernel for this shape"
@@ -139,9 +154,13 @@ def test_peers_that_are_wrong_absent_unable_or_slow_are_named_with_the_reason(mo
 def test_synced_rows_run_on_all_devices_and_agree():
     case = Case("batch", "forward+backward", (8, 2, 2, 16), "float32", devices=8)
     operands = programs.Operands(case)
-    alone = programs.build("normjax", case._replace(devices=1), programs.Operands(case._replace(devices=1)))
+    alone = programs.build(
+        "normjax", case._replace(devices=1), programs.Operands(case._replace(devices=1))
+    )
     for peer in ("normjax", "flax.linen", "haiku"):
-        errors = programs.relative_errors(programs.build(peer, case, operands).outputs(), alone.outputs())
+        errors = programs.relative_errors(
+            programs.build(peer, case, operands).outputs(), alone.outputs()
+        )
         assert max(errors.values()) < 1e-5
     with pytest.raises(peers.Unable, match="distribution"):
         programs.build("keras", case, operands)

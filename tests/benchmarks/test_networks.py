@@ -20,7 +20,9 @@ def test_the_layers_are_the_peers_and_nothing_else_changes(name):
     for peer in ("normjax", "flax.linen", "none"):
         with networks.normalized_by(peer):
             states[peer] = jax.eval_shape(network.init, jax.random.key(0), inputs)
-            traced[peer] = str(jax.make_jaxpr(networks.step(network))(*states[peer], inputs, labels))
+            traced[peer] = str(
+                jax.make_jaxpr(networks.step(network))(*states[peer], inputs, labels)
+            )
     assert states["normjax"] == states["flax.linen"] == states["none"]
     for operation in ("conv_general_dilated", "dot_general"):
         assert len({text.count(f"{operation}[") for text in traced.values()}) == 1

@@ -24,7 +24,11 @@ def call(script, *arguments, status=0):
 def result(ms, temporary, name="batch norm forward 8x4 float32", **versions):
     figures = {"ms": ms, "ms_low": 0.9 * ms, "ms_high": 1.1 * ms, "ratio": 1, "samples": 5}
     row = {"name": name, "peers": {"normjax": figures | {"temporary_bytes": temporary}}}
-    return {"machine": {"cores": 2, "load_before": ms}, "versions": {"jax": "0.10.2"} | versions, "rows": [row]}
+    return {
+        "machine": {"cores": 2, "load_before": ms},
+        "versions": {"jax": "0.10.2"} | versions,
+        "rows": [row],
+    }
 
 
 @pytest.fixture
@@ -39,9 +43,14 @@ def files(tmp_path):
 
 @pytest.mark.slow
 def test_compare_shows_what_changed_beyond_the_noise(files):
-    assert "2 figures, none changed" in call("compare.py", *files(a=result(1.0, 64), b=result(1.05, 64)))
+    assert "2 figures, none changed" in call(
+        "compare.py", *files(a=result(1.0, 64), b=result(1.05, 64))
+    )
     worse = call("compare.py", *files(a=result(1.0, 64), b=result(2.0, 64, jax="0.11.2")), status=1)
-    assert "| batch norm forward 8x4 float32 | ms | 1 | 2 | 2.000x |" in worse and "temporary" not in worse
+    assert (
+        "| batch norm forward 8x4 float32 | ms | 1 | 2 | 2.000x |" in worse
+        and "temporary" not in worse
+    )
     assert "versions, jax: 0.10.2 -> 0.11.2" in worse
     better = call("compare.py", *files(a=result(1.0, 64), b=result(1.0, 32)))
     assert "| temporary_bytes | 64 | 32 | 0.500x |" in better
@@ -53,8 +62,14 @@ def test_compare_shows_what_changed_beyond_the_noise(files):
 def test_layers_writes_json_prints_its_table_last_and_is_plotted(tmp_path):
     out, picture = tmp_path / "layers.json", tmp_path / "layers.svg"
     arguments = ("--suite", "tiny", "--rounds", 2, "--only", "layer norm", "--out", out)
-    shown = call("layers.py", *arguments, "--peers", "normjax", "flax.linen", "torch", "torch channels-last")
-    assert shown.rstrip().splitlines()[-1].startswith("| layer norm forward+backward 4x6x64 float32 | ")
+    shown = call(
+        "layers.py", *arguments, "--peers", "normjax", "flax.linen", "torch", "torch channels-last"
+    )
+    assert (
+        shown.rstrip()
+        .splitlines()[-1]
+        .startswith("| layer norm forward+backward 4x6x64 float32 | ")
+    )
     assert "skipped: torch channels-last, every row: unable: features are last as it is" in shown
     found = records.read(out)
     assert found["machine"]["backend"] == "cpu" and found["versions"]["torch"]
@@ -72,7 +87,18 @@ def test_layers_writes_json_prints_its_table_last_and_is_plotted(tmp_path):
 @pytest.mark.slow
 def test_the_gpu_call_works_dry(tmp_path):
     out = tmp_path / "gpu.json"
-    shown = call("gpu.py", "--dry-run", "--rounds", 2, "--out", out, "--peers", "normjax", "flax.linen", "torch")
+    shown = call(
+        "gpu.py",
+        "--dry-run",
+        "--rounds",
+        2,
+        "--out",
+        out,
+        "--peers",
+        "normjax",
+        "flax.linen",
+        "torch",
+    )
     last = shown.rstrip().splitlines()[-1]
     assert last.startswith("| inception 4x8x8x1 float32 step | ")
     found = records.read(out)
@@ -84,4 +110,6 @@ def test_the_gpu_call_works_dry(tmp_path):
 
 @pytest.mark.slow
 def test_the_gpu_call_refuses_to_time_a_cpu():
-    assert "JAX sees no GPU, but [CpuDevice(id=0)]. Install jax[cuda13], or give --dry-run" in call("gpu.py", status=2)
+    assert "JAX sees no GPU, but [CpuDevice(id=0)]. Install jax[cuda13], or give --dry-run" in call(
+        "gpu.py", status=2
+    )

@@ -13,7 +13,9 @@ from tests.checkpoints import trees
 from tests.checkpoints.write import HERE, SEPARATOR
 from tests.compare import assert_close, assert_identical, assert_same_kind
 
-VERSIONS = sorted(folder.name for folder in HERE.iterdir() if (folder / "outputs.safetensors").exists())
+VERSIONS = sorted(
+    folder.name for folder in HERE.iterdir() if (folder / "outputs.safetensors").exists()
+)
 FORMATS = ("msgpack", "safetensors", "orbax")
 EPS = float(jnp.finfo(jnp.float32).eps)
 NAMES = {f"{layer.name}-{variant}" for layer in trees.STORED for variant in layer.settings}
@@ -30,7 +32,9 @@ def read(version, name, kind, template):
         empty = {path: {} for path, leaf in _empty(template)}
         return traverse_util.unflatten_dict(traverse_util.flatten_dict(tree) | empty)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), template)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), template
+    )
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(folder / "orbax" / name, abstract)
 
@@ -82,7 +86,9 @@ def test_the_state_of_nnx(version, kind):
     if kind == "orbax":
         state = read(version, "nnx", kind, nnx.state(model))
     else:
-        state = nj.convert.linen_to_nnx(read(version, "nnx", kind, nj.convert.nnx_to_linen(model)), model)
+        state = nj.convert.linen_to_nnx(
+            read(version, "nnx", kind, nj.convert.nnx_to_linen(model)), model
+        )
     nnx.update(model, state)
     y = model(trees.x())
     assert np.abs(y - before).max() > 0.1

@@ -15,7 +15,8 @@ import normjax as nj
 from tests.contract.layers import LAYERS, arguments
 
 SEED, SHAPE = 2015, (4, 3, 4)
-STORED = [layer for layer in LAYERS if layer.name != "activated_batch_norm"]  # whose trees are those of batch_norm
+# whose trees are those of batch_norm
+STORED = [layer for layer in LAYERS if layer.name != "activated_batch_norm"]
 LAYERS_OF_DOORS = (
     "BatchRenorm",
     "LayerNorm",
@@ -26,7 +27,10 @@ LAYERS_OF_DOORS = (
     "DynamicTanh",
 )
 WRAPPERS = ("WeightNorm", "SpectralNorm", "WeightStandardization")
-SETTINGS: dict[str, dict[str, Any]] = {"GroupNorm": {"num_groups": 2}, "WeightStandardization": {"use_scale": True}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "GroupNorm": {"num_groups": 2},
+    "WeightStandardization": {"use_scale": True},
+}
 
 
 class Linen(nn.Module):
@@ -54,7 +58,9 @@ class NNX(nnx.Module):
         self.BatchNorm = norms.BatchNorm(4, momentum=None, use_running_average=True, rngs=rngs)
         for name in LAYERS_OF_DOORS:
             running = {"use_running_average": True} if name == "BatchRenorm" else {}
-            setattr(self, name, getattr(norms, name)(4, **SETTINGS.get(name, {}), **running, rngs=rngs))
+            setattr(
+                self, name, getattr(norms, name)(4, **SETTINGS.get(name, {}), **running, rngs=rngs)
+            )
         self.LocalResponseNorm = norms.LocalResponseNorm(4, use_scale=True, rngs=rngs)
         for name in WRAPPERS:
             dense = nnx.Linear(4, 4, rngs=rngs)
@@ -73,7 +79,9 @@ def away_from_the_start(tree):
     def other(path, leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return jnp.asarray(7, leaf.dtype)
-        rng = np.random.default_rng([SEED, *jax.tree_util.keystr(path, simple=True, separator="/").encode()])
+        rng = np.random.default_rng(
+            [SEED, *jax.tree_util.keystr(path, simple=True, separator="/").encode()]
+        )
         return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
 
     return jax.tree.map_with_path(other, tree)

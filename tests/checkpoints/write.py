@@ -2,7 +2,8 @@
 
     python -m tests.checkpoints.write
 
-writes a folder for this version. Folders that are there stay as they are: every later version must still read them.
+writes a folder for this version. Folders that are there stay as they are: every later version must
+still read them.
 """
 
 import pathlib
@@ -16,7 +17,8 @@ import normjax as nj
 from tests.checkpoints import trees
 
 HERE = pathlib.Path(__file__).parent
-SEPARATOR = "|"  # of paths in a file of safetensors; names of linen's wrappers have slashes and dots may be anywhere
+# of paths in a file of safetensors; names of linen's wrappers have slashes and dots may be anywhere
+SEPARATOR = "|"
 
 
 def flat(tree):

@@ -95,7 +95,12 @@ LAYERS = [
         nj.group_norm,
         {"plain": {"num_groups": 2}, "masked": {"mask": SCATTERED, "group_size": 2}},
     ),
-    Layer("instance_norm", nj.instance_norm_init, nj.instance_norm, {"plain": {}, "masked": {"mask": SCATTERED}}),
+    Layer(
+        "instance_norm",
+        nj.instance_norm_init,
+        nj.instance_norm,
+        {"plain": {}, "masked": {"mask": SCATTERED}},
+    ),
     Layer(
         "filter_response_norm",
         lambda *args, **kwargs: nj.filter_response_norm_init(*args, learn_epsilon=True, **kwargs),
@@ -154,7 +159,10 @@ def arguments(layer, settings, rng, dtype=jnp.float32):
     """Parameters and statistics away from their start, and x of `SHAPE`, all of the dtype."""
     count = {"count": True} if settings.get("momentum", 0) is None else {}
     params, batch_stats = layer.init(FEATURES, param_dtype=dtype, **count)
-    params = {leaf: value + jnp.asarray(rng.normal(size=value.shape), dtype) for leaf, value in params.items()}
+    params = {
+        leaf: value + jnp.asarray(rng.normal(size=value.shape), dtype)
+        for leaf, value in params.items()
+    }
     for leaf, value in batch_stats.items():
         if jnp.issubdtype(value.dtype, jnp.inexact):
             batch_stats[leaf] = value + jnp.asarray(rng.random(value.shape), value.dtype)

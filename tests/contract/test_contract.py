@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from tests.compare import assert_close, assert_finite, assert_identical, assert_same_kind, assert_trees_close
+from tests.compare import (
+    assert_close,
+    assert_finite,
+    assert_identical,
+    assert_same_kind,
+    assert_trees_close,
+)
 from tests.contract.layers import FEATURES, LAYERS, SHAPE, arguments
 
 EPS = float(jnp.finfo(jnp.float32).eps)
@@ -20,7 +26,12 @@ pytestmark = [
     pytest.mark.parametrize(
         ("layer", "settings"),
         [
-            pytest.param(layer, s, id=f"{layer.name}-{name}", marks=() if name == "plain" else pytest.mark.slow)
+            pytest.param(
+                layer,
+                s,
+                id=f"{layer.name}-{name}",
+                marks=() if name == "plain" else pytest.mark.slow,
+            )
             for layer in LAYERS
             for name, s in layer.settings.items()
         ],
@@ -38,11 +49,15 @@ def bind(layer, settings, train):
 @both_modes
 def test_jit_is_eager(layer, settings, train, rng):
     given, function = arguments(layer, settings, rng), bind(layer, settings, train)
-    assert_trees_close(jax.jit(lambda *given: function(*given))(*given), function(*given), **REORDERED)
+    assert_trees_close(
+        jax.jit(lambda *given: function(*given))(*given), function(*given), **REORDERED
+    )
 
 
 @both_modes
-def test_shapes_dtypes_and_structure_are_kept_and_known_without_computing(layer, settings, train, rng):
+def test_shapes_dtypes_and_structure_are_kept_and_known_without_computing(
+    layer, settings, train, rng
+):
     params, batch_stats, x = arguments(layer, settings, rng)
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         given = params, batch_stats, x.astype(dtype)
@@ -66,17 +81,25 @@ def test_vmap_over_x_is_a_loop(layer, settings, train, rng):
     xs = jnp.stack([x, 3 * x - 100, x[::-1] + 1e3])
     function = functools.partial(bind(layer, settings, train), params, batch_stats)
     # At 1e3 the mean is rounded to 1e3 EPS, in units of a deviation near 1.
-    assert_trees_close(jax.vmap(function)(xs), stacked([function(x) for x in xs]), rtol=100 * EPS, atol=1e5 * EPS)
+    assert_trees_close(
+        jax.vmap(function)(xs), stacked([function(x) for x in xs]), rtol=100 * EPS, atol=1e5 * EPS
+    )
 
 
 @pytest.mark.slow
 def test_vmap_over_parameters_and_statistics_is_a_loop(layer, settings, rng):
     given = [arguments(layer, settings, rng) for _ in range(3)]
     function = bind(layer, settings, True)
-    assert_trees_close(jax.vmap(function)(*stacked(given)), stacked([function(*each) for each in given]), **REORDERED)
+    assert_trees_close(
+        jax.vmap(function)(*stacked(given)),
+        stacked([function(*each) for each in given]),
+        **REORDERED,
+    )
     x = given[0][2]
     expected = stacked([function(params, batch_stats, x) for params, batch_stats, _ in given])
-    assert_trees_close(jax.vmap(function, (0, 0, None))(*stacked(given)[:2], x), expected, **REORDERED)
+    assert_trees_close(
+        jax.vmap(function, (0, 0, None))(*stacked(given)[:2], x), expected, **REORDERED
+    )
 
 
 @both_modes
@@ -123,7 +146,9 @@ def test_remat_changes_neither_values_nor_gradients(layer, settings, train, rng)
 
         return jax.value_and_grad(loss, argnums=(0, 2), has_aux=True)(*given)
 
-    assert_trees_close(value_and_grad(jax.checkpoint), value_and_grad(lambda function: function), **REORDERED)
+    assert_trees_close(
+        value_and_grad(jax.checkpoint), value_and_grad(lambda function: function), **REORDERED
+    )
 
 
 @pytest.mark.slow
@@ -137,7 +162,9 @@ def test_derivatives_agree_with_differences_to_second_order_in_both_modes(layer,
 
         if layer.true_derivative:
             # Differences of step 1e-5 in float64: truncation and rounding meet near 1e-5.
-            check_grads(jax.jit(function), (params, x), order=2, modes=("fwd", "rev"), atol=1e-4, rtol=1e-4)
+            check_grads(
+                jax.jit(function), (params, x), order=2, modes=("fwd", "rev"), atol=1e-4, rtol=1e-4
+            )
         else:
             loss = lambda x: function(params, x)[0]  # noqa: E731
             forward, reverse = jax.jit(jax.jacfwd(loss))(x), jax.jit(jax.jacrev(loss))(x)
@@ -161,14 +188,16 @@ def test_an_empty_mask_changes_nothing_and_stays_finite(layer, settings, rng):
 def test_a_huge_offset_costs_no_precision(layer, settings, rng):
     if layer.safe_far_from_zero:
         _, batch_stats, _ = arguments(layer, settings, rng)
-        settings = settings | ({"mask": np.ones_like(settings["mask"])} if "mask" in settings else {})
+        settings = settings | (
+            {"mask": np.ones_like(settings["mask"])} if "mask" in settings else {}
+        )
         # From -2 to 2, spread out along every axis, so that every statistic has a deviation near 1.
         steps = np.tensordot([29, 37, 17], np.indices(SHAPE), 1) % 72
         x = jnp.asarray(1e4 + np.linspace(-2, 2, 72)[steps], jnp.float32)
         y, _ = jax.jit(bind(layer, settings, True))({}, batch_stats, x)
         near, _ = jax.jit(bind(layer, settings, True))({}, batch_stats, x - 1e4)
-        # The rounding of x itself is the same for both. The mean is rounded to half a ulp of 1e4; a plain mean that is
-        # right to 1/512 of a deviation stands.
+        # The rounding of x itself is the same for both. The mean is rounded to half a ulp of 1e4; a
+        # plain mean that is right to 1/512 of a deviation stands.
         assert_close(y, near, atol=2.5 * np.spacing(np.float32(1e4)))
 
 
@@ -177,7 +206,9 @@ def test_the_arguments_are_left_as_they_were(layer, settings, rng):
     copies = jax.tree.map(jnp.copy, given)
     bind(layer, settings, True)(*given)
     assert_identical(given, copies)
-    assert all(leaf.shape in ((FEATURES,), (1, FEATURES), ()) for leaf in jax.tree.leaves(given[:2]))
+    assert all(
+        leaf.shape in ((FEATURES,), (1, FEATURES), ()) for leaf in jax.tree.leaves(given[:2])
+    )
 
 
 @pytest.mark.slow
@@ -185,7 +216,9 @@ def test_the_arguments_are_left_as_they_were(layer, settings, rng):
 def test_a_masked_nan_leaves_no_trace(layer, settings, train, rng):
     if layer.takes_mask:
         params, batch_stats, x = arguments(layer, settings, rng)
-        mask = np.broadcast_to(settings.get("mask", True), SHAPE) & (np.arange(72).reshape(SHAPE) % 7 > 0)
+        mask = np.broadcast_to(settings.get("mask", True), SHAPE) & (
+            np.arange(72).reshape(SHAPE) % 7 > 0
+        )
 
         def loss(params, x):
             y, new = bind(layer, settings | {"mask": mask}, train)(params, batch_stats, x)
@@ -238,7 +271,9 @@ def test_a_constant_input_has_finite_derivatives(layer, settings, rng):
     for value in (0.0, 3.0):
         gradients = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.full_like(x, value))
         assert_finite(gradients)
-        assert_finite(jax.jit(jax.jvp, static_argnums=0)(partial(loss, params), (x,), (jnp.ones_like(x),)))
+        assert_finite(
+            jax.jit(jax.jvp, static_argnums=0)(partial(loss, params), (x,), (jnp.ones_like(x),))
+        )
 
 
 @both_modes
@@ -248,7 +283,9 @@ def test_float16_near_its_largest_number(layer, settings, train, rng):
     x = jnp.asarray(rng.choice([-60_000.0, 60_000.0, 30_000.0], SHAPE), jnp.float16)
     dtype = jnp.float32  # of y, which need not fit float16 at inference
     y, new = bind(layer, settings | {"dtype": dtype}, train)(params, batch_stats, x)
-    expected, expected_new = bind(layer, settings, train)(params, batch_stats, x.astype(jnp.float32))
+    expected, expected_new = bind(layer, settings, train)(
+        params, batch_stats, x.astype(jnp.float32)
+    )
     assert_close(y, expected, **REORDERED, dtype=dtype)
     assert_trees_close(new, expected_new, **REORDERED)
 
@@ -258,7 +295,12 @@ def test_dtype_is_that_of_y(layer, settings, train, rng):
     params, batch_stats, x = arguments(layer, settings, rng)
     expected, _ = bind(layer, settings, train)(params, batch_stats, x)
     y, new = bind(layer, settings | {"dtype": jnp.bfloat16}, train)(params, batch_stats, x)
-    assert_close(y, expected.astype(jnp.bfloat16), dtype=jnp.bfloat16, rtol=float(jnp.finfo(jnp.bfloat16).eps))
+    assert_close(
+        y,
+        expected.astype(jnp.bfloat16),
+        dtype=jnp.bfloat16,
+        rtol=float(jnp.finfo(jnp.bfloat16).eps),
+    )
     assert_same_kind(new, batch_stats)
 
 

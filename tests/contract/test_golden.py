@@ -11,7 +11,11 @@ from tests.contract.golden import FILE, values
 from tests.contract.layers import LAYERS
 
 GOLDEN = json.loads(FILE.read_text())
-CASES = {f"{layer.name}-{variant}": (layer, s) for layer in LAYERS for variant, s in layer.settings.items()}
+CASES = {
+    f"{layer.name}-{variant}": (layer, s)
+    for layer in LAYERS
+    for variant, s in layer.settings.items()
+}
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 

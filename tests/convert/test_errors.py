@@ -9,9 +9,18 @@ from flax import nnx
 import normjax as nj
 
 ONES = np.ones(3, np.float32)
-BN = {"weight": ONES, "bias": ONES, "running_mean": ONES, "running_var": ONES, "num_batches_tracked": np.array(3)}
+BN = {
+    "weight": ONES,
+    "bias": ONES,
+    "running_mean": ONES,
+    "running_var": ONES,
+    "num_batches_tracked": np.array(3),
+}
 NET = {f"layer1.0.bn1.{key}": value for key, value in BN.items()}
-LIKE = ({"layer1": {"0": {"bn1": nj.batch_norm_init(3)[0]}}}, {"layer1": {"0": {"bn1": nj.batch_norm_init(3)[1]}}})
+LIKE = (
+    {"layer1": {"0": {"bn1": nj.batch_norm_init(3)[0]}}},
+    {"layer1": {"0": {"bn1": nj.batch_norm_init(3)[1]}}},
+)
 KERNEL = np.ones((4, 3), np.float32)
 SN = {"weight_orig": KERNEL, "weight_u": np.ones(4, np.float32), "weight_v": np.ones(3, np.float32)}
 BAD = np.array([1, np.nan, np.inf], np.float32)
@@ -22,7 +31,11 @@ FROM_TORCH = {
         None,
         r"'layer1\.0\.bn1\.running_mean' holds.*2 of 3 that are not, such as nan at \(1,\)",
     ),
-    "a negative variance": (NET | {"layer1.0.bn1.running_var": -ONES}, None, r"running_var' holds.*such as -1\.0"),
+    "a negative variance": (
+        NET | {"layer1.0.bn1.running_var": -ONES},
+        None,
+        r"running_var' holds.*such as -1\.0",
+    ),
     "half of the statistics": (
         {key: value for key, value in NET.items() if "var" not in key},
         None,
@@ -33,7 +46,11 @@ FROM_TORCH = {
         LIKE,
         r"'layer1\.0\.bn1\.bias' is missing.*params/layer1/0/bn1/bias of `like`.*bn1\.weight",
     ),
-    "a module that the model has": ({}, LIKE, r"'layer1\.0\.bn1\.\w+' is missing.*nothing of the same module, among 0"),
+    "a module that the model has": (
+        {},
+        LIKE,
+        r"'layer1\.0\.bn1\.\w+' is missing.*nothing of the same module, among 0",
+    ),
     "a leaf that the model has not": (
         NET | {"fc.bias": ONES},
         LIKE,
@@ -49,11 +66,31 @@ FROM_TORCH = {
         None,
         r"running_mean' has the wrong shape. Expected shape \(3,\), that of 'layer1\.0\.bn1\.weight'; got shape \(4,\)",
     ),
-    "an unknown key": (NET | {"head.in_proj_weight": ONES}, None, r"'head\.in_proj_weight' has no counterpart"),
-    "what is no array": ({"bn.weight": "ones"}, None, "'bn.weight' is not an array. Expected numbers; got <U4"),
-    "weight_norm by halves": ({"fc.weight_v": KERNEL}, None, r"weight_g is missing.*\['fc\.weight_v'\]"),
-    "spectral_norm by halves": ({"fc.weight_orig": KERNEL}, None, r"weight_u is missing.*\['fc\.weight_orig'\]"),
-    "a u of another kernel": (SN | {"weight_u": ONES}, None, r"'weight_u' does not fit its kernel.*\(4, 3\)"),
+    "an unknown key": (
+        NET | {"head.in_proj_weight": ONES},
+        None,
+        r"'head\.in_proj_weight' has no counterpart",
+    ),
+    "what is no array": (
+        {"bn.weight": "ones"},
+        None,
+        "'bn.weight' is not an array. Expected numbers; got <U4",
+    ),
+    "weight_norm by halves": (
+        {"fc.weight_v": KERNEL},
+        None,
+        r"weight_g is missing.*\['fc\.weight_v'\]",
+    ),
+    "spectral_norm by halves": (
+        {"fc.weight_orig": KERNEL},
+        None,
+        r"weight_u is missing.*\['fc\.weight_orig'\]",
+    ),
+    "a u of another kernel": (
+        SN | {"weight_u": ONES},
+        None,
+        r"'weight_u' does not fit its kernel.*\(4, 3\)",
+    ),
     "a u that is not finite": (SN | {"weight_u": np.full(4, np.nan)}, None, "'weight_u' holds"),
     "a checkpoint around the state_dict": (
         {"state_dict": NET},
@@ -86,14 +123,26 @@ def test_a_conversion_under_jit():
 def test_a_source_that_holds_no_arrays():
     with pytest.raises(TypeError, match="from_torch: the source holds no arrays.*got list"):
         nj.convert.from_torch([ONES])
-    with pytest.raises(ValueError, match=r"from_torch: the file is of another kind.*'net\.pth'.*torch\.load"):
+    with pytest.raises(
+        ValueError, match=r"from_torch: the file is of another kind.*'net\.pth'.*torch\.load"
+    ):
         nj.convert.from_torch("net.pth")
 
 
 PARAMS, STATS = nj.batch_norm_init(3)
 TO_TORCH = {
-    "a statistic that is not finite": (PARAMS, STATS | {"var": jnp.asarray(BAD)}, None, "'batch_stats/var' holds"),
-    "half of the statistics": (PARAMS, {"mean": STATS["mean"]}, None, "'batch_stats/var' is missing"),
+    "a statistic that is not finite": (
+        PARAMS,
+        STATS | {"var": jnp.asarray(BAD)},
+        None,
+        "'batch_stats/var' holds",
+    ),
+    "half of the statistics": (
+        PARAMS,
+        {"mean": STATS["mean"]},
+        None,
+        "'batch_stats/var' is missing",
+    ),
     "leaves that do not fit together": (
         PARAMS,
         nj.batch_norm_init(4)[1],
@@ -103,14 +152,24 @@ TO_TORCH = {
     "an unknown leaf": (nj.dynamic_tanh_init(3)[0], {}, None, "'params/alpha' has no counterpart"),
     "what is no tree": ([ONES], {}, None, "params is not a tree.*got list"),
     "what is no array": ({"scale": [1.0]}, {}, None, "params/scale is not a leaf.*got list"),
-    "another module": (PARAMS, STATS, NET, r"'weight' is in params and batch_stats alone.*the 5 keys of `like`"),
+    "another module": (
+        PARAMS,
+        STATS,
+        NET,
+        r"'weight' is in params and batch_stats alone.*the 5 keys of `like`",
+    ),
     "a missing leaf": ({"scale": ONES}, STATS, BN, "'bias' is in `like` alone"),
     "another number of features": (
         *nj.batch_norm_init(4),
         BN,
         r"'weight' has the wrong shape. Expected shape \(3,\), as in `like`; got shape \(4,\)",
     ),
-    "a scale of another kernel": ({"kernel": KERNEL, "scale": np.ones(5)}, {}, None, "'params/scale' does not fit its"),
+    "a scale of another kernel": (
+        {"kernel": KERNEL, "scale": np.ones(5)},
+        {},
+        None,
+        "'params/scale' does not fit its",
+    ),
     "a u of another kernel": (
         {"kernel": KERNEL},
         {"u": np.ones((1, 5)), "sigma": np.ones(())},
@@ -130,9 +189,17 @@ def test_to_torch(case):
 KERAS = {"bn/gamma": ONES, "bn/moving_mean": ONES, "bn/moving_variance": ONES}
 KERAS_LIKE = tuple({"bn": tree} for tree in nj.batch_norm_init(3, use_bias=False))
 FROM_KERAS = {
-    "a statistic that is not finite": (KERAS | {"bn/moving_mean": BAD}, None, "'bn/moving_mean' holds"),
+    "a statistic that is not finite": (
+        KERAS | {"bn/moving_mean": BAD},
+        None,
+        "'bn/moving_mean' holds",
+    ),
     "half of the statistics": ({"bn/moving_mean": ONES}, None, "'bn/moving_variance' is missing"),
-    "a missing leaf": ({k: v for k, v in KERAS.items() if "gamma" not in k}, KERAS_LIKE, "'bn/gamma' is missing"),
+    "a missing leaf": (
+        {k: v for k, v in KERAS.items() if "gamma" not in k},
+        KERAS_LIKE,
+        "'bn/gamma' is missing",
+    ),
     "another number of features": (
         KERAS | {"bn/gamma": np.ones(4)},
         None,
@@ -143,7 +210,11 @@ FROM_KERAS = {
         None,
         "'lstm/recurrent_kernel' has no counterpart",
     ),
-    "a u without a kernel": ({"sn/vector_u": np.ones((1, 3))}, None, "'sn/vector_u' does not fit the kernel"),
+    "a u without a kernel": (
+        {"sn/vector_u": np.ones((1, 3))},
+        None,
+        "'sn/vector_u' does not fit the kernel",
+    ),
 }
 
 
@@ -171,14 +242,20 @@ FROM_HAIKU = {
         (HAIKU[0], HAIKU[1] | {"bn/~/var_ema": AVERAGE | {"average": BAD[None]}}),
         "'bn/~/var_ema/average' holds",
     ),
-    "half of the statistics": ((HAIKU[0], {"bn/~/mean_ema": AVERAGE}), "'bn/~/var_ema/average' is missing"),
+    "half of the statistics": (
+        (HAIKU[0], {"bn/~/mean_ema": AVERAGE}),
+        "'bn/~/var_ema/average' is missing",
+    ),
     "two counters": (
         (HAIKU[0], HAIKU[1] | {"bn/~/var_ema": AVERAGE | {"counter": np.array(9)}}),
         "'bn/~/var_ema/counter' is not that of the mean. Expected 2, as in 'bn/~/mean_ema/counter'; got 9",
     ),
     "an unknown leaf": (({"lstm": {"gates": ONES}}, {}), "'lstm/gates' has no counterpart"),
     "an unknown state": (({}, {"rnn": {"carry": ONES}}), "'rnn/carry' has no counterpart"),
-    "no names of modules": (({"scale": ONES}, {}), r"there are leaves outside of any module.*\['scale'\]"),
+    "no names of modules": (
+        ({"scale": ONES}, {}),
+        r"there are leaves outside of any module.*\['scale'\]",
+    ),
 }
 
 
@@ -191,7 +268,9 @@ def test_from_haiku(case):
 
 def test_to_haiku():
     params, batch_stats = nj.convert.from_haiku(*HAIKU)
-    with pytest.raises(ValueError, match="to_haiku: the state for 'batch_stats/bn/mean' depends.*decay_rate=None"):
+    with pytest.raises(
+        ValueError, match="to_haiku: the state for 'batch_stats/bn/mean' depends.*decay_rate=None"
+    ):
         nj.convert.to_haiku(params, batch_stats, like=HAIKU)
     with pytest.raises(ValueError, match=r"to_haiku: decay_rate is out of range.*decay_rate=1\.5"):
         nj.convert.to_haiku(params, batch_stats, like=HAIKU, decay_rate=1.5)
@@ -208,12 +287,18 @@ def test_to_haiku():
 VARIABLES = {"params": PARAMS, "batch_stats": STATS}
 LINEN = {
     "a missing leaf": ({"params": PARAMS}, r"'batch_stats/mean' is missing"),
-    "a leaf too many": (VARIABLES | {"cache": {"index": ONES}}, r"'cache/index' has no counterpart"),
+    "a leaf too many": (
+        VARIABLES | {"cache": {"index": ONES}},
+        r"'cache/index' has no counterpart",
+    ),
     "another number of features": (
         VARIABLES | {"params": nj.batch_norm_init(4)[0]},
         r"'params/\w+' has the wrong shape|'batch_stats/mean' has the wrong shape",
     ),
-    "a statistic that is not finite": (VARIABLES | {"batch_stats": STATS | {"mean": BAD}}, "'batch_stats/mean' holds"),
+    "a statistic that is not finite": (
+        VARIABLES | {"batch_stats": STATS | {"mean": BAD}},
+        "'batch_stats/mean' holds",
+    ),
 }
 
 
@@ -226,10 +311,14 @@ def test_linen_to_nnx(case):
 
 def test_nnx_to_linen():
     model = nj.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"nnx_to_linen: 'mean' has no counterpart|'mean' has the wrong shape"):
+    with pytest.raises(
+        ValueError, match=r"nnx_to_linen: 'mean' has no counterpart|'mean' has the wrong shape"
+    ):
         nj.convert.nnx_to_linen(model, like=VARIABLES | {"batch_stats": nj.batch_norm_init(4)[1]})
     with pytest.raises(TypeError, match="nnx_to_linen: .* has no type.*got ArrayImpl"):
-        nj.convert.nnx_to_linen(jax.tree.map(lambda leaf: leaf, nnx.State(nnx.to_pure_dict(nnx.state(model)))))
+        nj.convert.nnx_to_linen(
+            jax.tree.map(lambda leaf: leaf, nnx.State(nnx.to_pure_dict(nnx.state(model))))
+        )
     model.var[...] = jnp.asarray(BAD)
     with pytest.raises(ValueError, match="nnx_to_linen: 'var' holds"):
         nj.convert.nnx_to_linen(model)

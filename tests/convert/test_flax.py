@@ -40,7 +40,12 @@ class Linen(nn.Module):
 class NNX(nnx.Module):
     def __init__(self, room, rngs):
         self.conv = nnx.Conv(8, 6, (3,), rngs=rngs)
-        norms = [room.LayerNorm, room.RMSNorm, lambda n, rngs: room.GroupNorm(n, 2, rngs=rngs), room.InstanceNorm]
+        norms = [
+            room.LayerNorm,
+            room.RMSNorm,
+            lambda n, rngs: room.GroupNorm(n, 2, rngs=rngs),
+            room.InstanceNorm,
+        ]
         batch_norm = room.BatchNorm(6, momentum=0.8, rngs=rngs)
         self.norms = nnx.List([batch_norm, *(norm(6, rngs=rngs) for norm in norms)])
         self.bounded = room.SpectralNorm(nnx.Linear(6, 6, rngs=rngs), rngs=rngs)
@@ -60,10 +65,14 @@ def linen_side(model):
     @jax.jit
     def train(variables, x, weights):
         def apply(params, batch_stats, x):
-            y, new = model.apply({"params": params, "batch_stats": batch_stats}, x, mutable=["batch_stats"])
+            y, new = model.apply(
+                {"params": params, "batch_stats": batch_stats}, x, mutable=["batch_stats"]
+            )
             return y, new["batch_stats"]
 
-        y, params, batch_stats = step(apply, variables["params"], variables["batch_stats"], x, weights)
+        y, params, batch_stats = step(
+            apply, variables["params"], variables["batch_stats"], x, weights
+        )
         return y, {"params": params, "batch_stats": batch_stats}
 
     return train
@@ -124,7 +133,9 @@ def test_a_model_without_arrays_says_what_is_needed():
 
 
 def test_a_scale_of_several_axes_is_flat_in_nnx():
-    variables = nj.linen.RMSNorm(reduction_axes=(1, 2), feature_axes=(1, 2)).init(jax.random.key(0), jnp.ones(SHAPE))
+    variables = nj.linen.RMSNorm(reduction_axes=(1, 2), feature_axes=(1, 2)).init(
+        jax.random.key(0), jnp.ones(SHAPE)
+    )
     variables["params"]["scale"] += jnp.arange(40.0).reshape(5, 8)
     model = nj.nnx.RMSNorm(40, reduction_axes=(1, 2), feature_axes=(1, 2), rngs=nnx.Rngs(0))
     nnx.update(model, nj.convert.linen_to_nnx(variables, model))
@@ -154,7 +165,11 @@ def test_a_network_from_torch_goes_into_nnx():
     like = nj.convert.nnx_to_linen(model)
     state = {f"layers_{key}": value for key, value in network.state_dict().items()}
     params, batch_stats = nj.convert.from_torch(state, like=(like["params"], like["batch_stats"]))
-    nnx.update(model, nj.convert.linen_to_nnx({"params": params, "batch_stats": batch_stats}, model))
+    nnx.update(
+        model, nj.convert.linen_to_nnx({"params": params, "batch_stats": batch_stats}, model)
+    )
     model.eval()
     x = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
-    assert_close(model(jnp.asarray(x)), network.eval()(torch.tensor(x)).detach().numpy(), **TOLERANCE)
+    assert_close(
+        model(jnp.asarray(x)), network.eval()(torch.tensor(x)).detach().numpy(), **TOLERANCE
+    )

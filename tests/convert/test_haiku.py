@@ -50,15 +50,30 @@ CASES = {  # what Haiku does, the shape of x, normjax's function and its setting
         batch_norm,
         {"epsilon": 1e-3},
     ),
-    "BatchNorm, plain": (with_flag(lambda: hk.BatchNorm(False, False, DECAY)), IMAGES, batch_norm, {}),
+    "BatchNorm, plain": (
+        with_flag(lambda: hk.BatchNorm(False, False, DECAY)),
+        IMAGES,
+        batch_norm,
+        {},
+    ),
     "BatchNorm, offset, channels first": (
         with_flag(lambda: hk.BatchNorm(False, True, DECAY, data_format="channels_first")),
         IMAGES,
         batch_norm,
         {"feature_axes": 1},
     ),
-    "BatchNorm of one channel": (with_flag(lambda: hk.BatchNorm(True, True, DECAY)), (9, 1), batch_norm, {}),
-    "LayerNorm": (without_flag(lambda: hk.LayerNorm(-1, True, True, param_axis=-1)), IMAGES, nj.layer_norm, {}),
+    "BatchNorm of one channel": (
+        with_flag(lambda: hk.BatchNorm(True, True, DECAY)),
+        (9, 1),
+        batch_norm,
+        {},
+    ),
+    "LayerNorm": (
+        without_flag(lambda: hk.LayerNorm(-1, True, True, param_axis=-1)),
+        IMAGES,
+        nj.layer_norm,
+        {},
+    ),
     "LayerNorm, axis 1": (
         without_flag(lambda: hk.LayerNorm((1, 2), True, True, param_axis=(1, 2))),
         IMAGES,
@@ -67,7 +82,12 @@ CASES = {  # what Haiku does, the shape of x, normjax's function and its setting
     ),
     "RMSNorm": (without_flag(lambda: hk.RMSNorm(-1)), IMAGES, nj.rms_norm, {"epsilon": 1e-5}),
     "GroupNorm": (without_flag(lambda: hk.GroupNorm(3)), IMAGES, nj.group_norm, {"num_groups": 3}),
-    "InstanceNorm": (without_flag(lambda: hk.InstanceNorm(True, True)), IMAGES, nj.instance_norm, {}),
+    "InstanceNorm": (
+        without_flag(lambda: hk.InstanceNorm(True, True)),
+        IMAGES,
+        nj.instance_norm,
+        {},
+    ),
     "SpectralNorm": (with_flag(SpectralLinear), (8, 6), spectral_linear, {}),
 }
 
@@ -86,7 +106,10 @@ def ours(apply, settings):
     """Networks of one layer, whose name is that of Haiku's only module with params or state."""
 
     def train(params, batch_stats, x):
-        (name,) = {*params, *batch_stats} - {"spectral_linear/spectral_norm", "spectral_linear/~/spectral_norm"} or {""}
+        (name,) = {*params, *batch_stats} - {
+            "spectral_linear/spectral_norm",
+            "spectral_linear/~/spectral_norm",
+        } or {""}
         inside = next((module for module in batch_stats if module.startswith(name)), name)
         y, new = apply(params.get(name, {}), batch_stats.get(inside, {}), x, True, **settings)
         return y, {inside: new} if new else batch_stats
@@ -99,7 +122,9 @@ def train_both(net, sides, haiku, trees, shape, seed):
         theirs, *haiku = sides[0](*haiku, x, weights)
         y, *trees = sides[1](*trees, x, weights)
         assert_close(y, theirs, **TOLERANCE)
-        assert_trees_close(tuple(trees), nj.convert.from_haiku(*haiku, like=tuple(trees)), **TOLERANCE)
+        assert_trees_close(
+            tuple(trees), nj.convert.from_haiku(*haiku, like=tuple(trees)), **TOLERANCE
+        )
     return haiku, trees
 
 
@@ -130,20 +155,33 @@ def test_training_starts_alike_from_nothing():
     net = hk.transform_with_state(with_flag(lambda: hk.BatchNorm(True, True, DECAY)))
     haiku = net.init(jax.random.key(0), jnp.zeros(IMAGES), True)
     assert nj.convert.from_haiku(*haiku)[1]["batch_norm"]["count"] == 0
-    train_both(net, (side_of(net), ours(batch_norm, {})), haiku, nj.convert.from_haiku(*haiku), IMAGES, seed=1)
+    train_both(
+        net,
+        (side_of(net), ours(batch_norm, {})),
+        haiku,
+        nj.convert.from_haiku(*haiku),
+        IMAGES,
+        seed=1,
+    )
 
 
 def test_statistics_without_a_count_go_on_as_with_a_plain_momentum():
     net = hk.transform_with_state(with_flag(lambda: hk.BatchNorm(True, True, DECAY)))
     start = net.init(jax.random.key(0), jnp.zeros(IMAGES), True)
     params, batch_stats = nj.batch_norm_init(6)
-    haiku = nj.convert.to_haiku({"batch_norm": params}, {"batch_norm": batch_stats}, decay_rate=DECAY, like=start)
+    haiku = nj.convert.to_haiku(
+        {"batch_norm": params}, {"batch_norm": batch_stats}, decay_rate=DECAY, like=start
+    )
     for x, _ in batches(1, IMAGES):
         _, state = net.apply(*haiku, None, x, True)
         haiku = haiku[0], state
         _, batch_stats = nj.batch_norm(params, batch_stats, jnp.asarray(x), True, momentum=DECAY)
-        assert_close(state["batch_norm/~/mean_ema"]["average"].ravel(), batch_stats["mean"], **TOLERANCE)
-        assert_close(state["batch_norm/~/var_ema"]["average"].ravel(), batch_stats["var"], **TOLERANCE)
+        assert_close(
+            state["batch_norm/~/mean_ema"]["average"].ravel(), batch_stats["mean"], **TOLERANCE
+        )
+        assert_close(
+            state["batch_norm/~/var_ema"]["average"].ravel(), batch_stats["var"], **TOLERANCE
+        )
 
 
 def test_a_network_of_linear_layers_and_embeddings_goes_there_and_back():
@@ -156,7 +194,9 @@ def test_a_network_of_linear_layers_and_embeddings_goes_there_and_back():
     params, batch_stats = nj.convert.from_haiku(*haiku)
     assert jax.tree.map(jnp.shape, params)["conv1_d"] == {"kernel": (2, 4, 3), "bias": (3,)}
     assert jax.tree.map(jnp.shape, params)["embed"] == {"embedding": (7, 5)}
-    assert_trees_close(nj.convert.to_haiku(params, batch_stats, decay_rate=DECAY, like=haiku), haiku)
+    assert_trees_close(
+        nj.convert.to_haiku(params, batch_stats, decay_rate=DECAY, like=haiku), haiku
+    )
 
 
 @pytest.mark.parametrize("decay_rate", [0.0, 0.5, 0.999])

@@ -19,26 +19,49 @@ from tests.convert.training import TOLERANCE, batches, step
 IMAGES = (4, 5, 5, 6)
 pytestmark = [
     pytest.mark.usefixtures("promotion_as_in_flax"),  # Keras, too, mixes dtypes
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of its get_weights
+    # of its get_weights
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
 
 def spectral_dense(params, batch_stats, x, train, **settings):
     (name,) = params
-    kernel, batch_stats = nj.weights.spectral_norm({}, batch_stats, params[name]["kernel"], train, **settings)
+    kernel, batch_stats = nj.weights.spectral_norm(
+        {}, batch_stats, params[name]["kernel"], train, **settings
+    )
     return x @ kernel + params[name]["bias"], batch_stats
 
 
 CASES = {
     "BatchNormalization": (layers.BatchNormalization, IMAGES, nj.batch_norm),
-    "BatchNormalization, axis 1": (lambda: layers.BatchNormalization(axis=1, momentum=0.9), IMAGES, nj.batch_norm),
-    "BatchNormalization, plain": (lambda: layers.BatchNormalization(center=False, scale=False), (8, 6), nj.batch_norm),
-    "BatchNormalization, no scale": (lambda: layers.BatchNormalization(scale=False), (8, 6), nj.batch_norm),
+    "BatchNormalization, axis 1": (
+        lambda: layers.BatchNormalization(axis=1, momentum=0.9),
+        IMAGES,
+        nj.batch_norm,
+    ),
+    "BatchNormalization, plain": (
+        lambda: layers.BatchNormalization(center=False, scale=False),
+        (8, 6),
+        nj.batch_norm,
+    ),
+    "BatchNormalization, no scale": (
+        lambda: layers.BatchNormalization(scale=False),
+        (8, 6),
+        nj.batch_norm,
+    ),
     "LayerNormalization": (layers.LayerNormalization, IMAGES, nj.layer_norm),
-    "LayerNormalization of 2 axes": (lambda: layers.LayerNormalization(axis=(-2, -1)), IMAGES, nj.layer_norm),
+    "LayerNormalization of 2 axes": (
+        lambda: layers.LayerNormalization(axis=(-2, -1)),
+        IMAGES,
+        nj.layer_norm,
+    ),
     "RMSNormalization": (layers.RMSNormalization, IMAGES, nj.rms_norm),
     "GroupNormalization": (lambda: layers.GroupNormalization(3), IMAGES, nj.group_norm),
-    "GroupNormalization of channels": (lambda: layers.GroupNormalization(-1), IMAGES, nj.group_norm),
+    "GroupNormalization of channels": (
+        lambda: layers.GroupNormalization(-1),
+        IMAGES,
+        nj.group_norm,
+    ),
     "SpectralNormalization": (
         lambda: layers.SpectralNormalization(layers.Dense(4), power_iterations=2),
         (8, 6),
@@ -50,11 +73,17 @@ CASES = {
 def keras_side(layer):
     """A step of descent on Keras' side, by its stateless API."""
     flag = {"training": True} if "training" in inspect.signature(layer.call).parameters else {}
-    side = jax.jit(lambda *args: step(lambda params, state, x: layer.stateless_call(params, state, x, **flag), *args))
+    side = jax.jit(
+        lambda *args: step(
+            lambda params, state, x: layer.stateless_call(params, state, x, **flag), *args
+        )
+    )
 
     def train(x, weights):
         variables = layer.trainable_variables, layer.non_trainable_variables
-        y, *values = side(*([variable.value for variable in group] for group in variables), x, weights)
+        y, *values = side(
+            *([variable.value for variable in group] for group in variables), x, weights
+        )
         for variable, value in zip(sum(variables, []), sum(values, []), strict=True):
             variable.assign(value)
         return y
@@ -117,7 +146,13 @@ def test_a_model_goes_there_and_back_also_by_a_file(tmp_path):
     from safetensors.numpy import save_file
 
     model = keras.Sequential(
-        [keras.Input((8, 8, 3)), layers.Conv2D(4, 3), layers.BatchNormalization(name="bn"), layers.Dense(2)], name="net"
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3),
+            layers.BatchNormalization(name="bn"),
+            layers.Dense(2),
+        ],
+        name="net",
     )
     params, batch_stats = nj.convert.from_keras(model)
     assert params["bn"]["scale"].shape == batch_stats["bn"]["var"].shape == (4,)
@@ -128,7 +163,8 @@ def test_a_model_goes_there_and_back_also_by_a_file(tmp_path):
 
 
 def test_without_like_the_weights_come_in_keras_own_order():
-    params, batch_stats = jax.tree.map(lambda leaf: leaf, nj.batch_norm_init(2))  # which sorts the names
+    # which sorts the names
+    params, batch_stats = jax.tree.map(lambda leaf: leaf, nj.batch_norm_init(2))
     layer = layers.BatchNormalization()
     layer.build((4, 2))
     layer.set_weights(list(nj.convert.to_keras(params, batch_stats).values()))
@@ -138,7 +174,9 @@ def test_without_like_the_weights_come_in_keras_own_order():
 def test_layers_without_weights_give_empty_trees():
     layer = layers.UnitNormalization()
     layer.build((4, 2))
-    assert nj.convert.from_keras(layer) == ({}, {}) and nj.convert.to_keras({}, {}, like=layer) == {}
+    assert (
+        nj.convert.from_keras(layer) == ({}, {}) and nj.convert.to_keras({}, {}, like=layer) == {}
+    )
 
 
 def test_what_normjax_has_no_settings_for_is_refused():

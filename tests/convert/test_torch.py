@@ -23,7 +23,9 @@ TRANSPOSED = {"dimension_numbers": ("NCHW", "HWIO", "NCHW"), "strides": (2, 2), 
 
 def without_running(settings, params, batch_stats, x, train):
     """BatchNorm(track_running_stats=False): the batch's statistics, at inference too."""
-    return nj.batch_norm(params, nj.batch_norm_init(x.shape[1])[1], x, True, **settings)[0], batch_stats
+    return nj.batch_norm(params, nj.batch_norm_init(x.shape[1])[1], x, True, **settings)[
+        0
+    ], batch_stats
 
 
 def tracked_instance_norm(momentum, settings, params, batch_stats, x, train):
@@ -33,7 +35,9 @@ def tracked_instance_norm(momentum, settings, params, batch_stats, x, train):
     seen = nj.moments(x, tuple(range(2, x.ndim)))
     mean = nj.Moments(math.prod(x.shape[2:]), seen.mean.mean(0), seen.var.mean(0))
     count = batch_stats["count"]  # which PyTorch leaves at 0
-    batch_stats = nj.update_batch_stats(batch_stats, mean, momentum=momentum, running_var="unbiased")
+    batch_stats = nj.update_batch_stats(
+        batch_stats, mean, momentum=momentum, running_var="unbiased"
+    )
     return nj.instance_norm(params, {}, x, True, **settings)[0], batch_stats | {"count": count}
 
 
@@ -83,23 +87,47 @@ IMAGES = (4, 6, 5, 5)
 
 CASES = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(6), (8, 6), plain(nj.batch_norm)),
-    "BatchNorm1d of sequences": (lambda: nn.BatchNorm1d(6, momentum=0.3), (8, 6, 5), plain(nj.batch_norm)),
+    "BatchNorm1d of sequences": (
+        lambda: nn.BatchNorm1d(6, momentum=0.3),
+        (8, 6, 5),
+        plain(nj.batch_norm),
+    ),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(6, eps=1e-3), IMAGES, plain(nj.batch_norm)),
-    "BatchNorm2d, cumulative": (lambda: nn.BatchNorm2d(6, momentum=None), IMAGES, plain(nj.batch_norm)),
+    "BatchNorm2d, cumulative": (
+        lambda: nn.BatchNorm2d(6, momentum=None),
+        IMAGES,
+        plain(nj.batch_norm),
+    ),
     "BatchNorm2d, plain": (lambda: nn.BatchNorm2d(6, affine=False), IMAGES, plain(nj.batch_norm)),
-    "BatchNorm2d, not tracked": (lambda: nn.BatchNorm2d(6, track_running_stats=False), IMAGES, without_running),
+    "BatchNorm2d, not tracked": (
+        lambda: nn.BatchNorm2d(6, track_running_stats=False),
+        IMAGES,
+        without_running,
+    ),
     "BatchNorm3d": (lambda: nn.BatchNorm3d(3), (2, 3, 2, 4, 3), plain(nj.batch_norm)),
     "SyncBatchNorm": (lambda: nn.SyncBatchNorm(6), IMAGES, plain(nj.batch_norm)),
     "LayerNorm": (lambda: nn.LayerNorm(5), IMAGES, plain(nj.layer_norm)),
     "LayerNorm of 3 axes": (lambda: nn.LayerNorm((6, 5, 5)), IMAGES, plain(nj.layer_norm)),
-    "LayerNorm of 2 axes, no bias": (lambda: nn.LayerNorm((5, 5), bias=False), IMAGES, plain(nj.layer_norm)),
-    "LayerNorm, plain": (lambda: nn.LayerNorm(5, elementwise_affine=False), IMAGES, plain(nj.layer_norm)),
+    "LayerNorm of 2 axes, no bias": (
+        lambda: nn.LayerNorm((5, 5), bias=False),
+        IMAGES,
+        plain(nj.layer_norm),
+    ),
+    "LayerNorm, plain": (
+        lambda: nn.LayerNorm(5, elementwise_affine=False),
+        IMAGES,
+        plain(nj.layer_norm),
+    ),
     "RMSNorm": (lambda: nn.RMSNorm(5), IMAGES, plain(nj.rms_norm)),
     "RMSNorm of 2 axes": (lambda: nn.RMSNorm((5, 5), eps=1e-4), IMAGES, plain(nj.rms_norm)),
     "GroupNorm": (lambda: nn.GroupNorm(3, 6), IMAGES, plain(nj.group_norm)),
     "GroupNorm, plain": (lambda: nn.GroupNorm(2, 6, affine=False), IMAGES, plain(nj.group_norm)),
     "InstanceNorm1d": (lambda: nn.InstanceNorm1d(6), (4, 6, 9), plain(nj.instance_norm)),
-    "InstanceNorm2d, affine": (lambda: nn.InstanceNorm2d(6, affine=True), IMAGES, plain(nj.instance_norm)),
+    "InstanceNorm2d, affine": (
+        lambda: nn.InstanceNorm2d(6, affine=True),
+        IMAGES,
+        plain(nj.instance_norm),
+    ),
     "InstanceNorm2d, tracked": (
         lambda: nn.InstanceNorm2d(6, affine=True, momentum=0.2, **tracked),
         IMAGES,
@@ -110,7 +138,11 @@ CASES = {
         (2, 3, 2, 4, 3),
         functools.partial(tracked_instance_norm, 0.9),
     ),
-    "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(6, 4)), (8, 6), with_weights(wn, linear)),
+    "weight_norm": (
+        lambda: parametrizations.weight_norm(nn.Linear(6, 4)),
+        (8, 6),
+        with_weights(wn, linear),
+    ),
     "weight_norm of a whole": (
         lambda: parametrizations.weight_norm(nn.Linear(6, 4), dim=None),
         (8, 6),
@@ -121,13 +153,21 @@ CASES = {
         IMAGES,
         with_weights(wn, conv),
     ),
-    "weight_norm, hook": (lambda: old_weight_norm(nn.Conv2d(6, 4, 3)), IMAGES, with_weights(wn, conv)),
+    "weight_norm, hook": (
+        lambda: old_weight_norm(nn.Conv2d(6, 4, 3)),
+        IMAGES,
+        with_weights(wn, conv),
+    ),
     "weight_norm, transposed": (
         lambda: parametrizations.weight_norm(nn.ConvTranspose2d(6, 4, 3, 2)),
         IMAGES,
         with_weights(wn, transposed),
     ),
-    "spectral_norm": (lambda: parametrizations.spectral_norm(nn.Linear(6, 4)), (8, 6), with_weights(sn, linear)),
+    "spectral_norm": (
+        lambda: parametrizations.spectral_norm(nn.Linear(6, 4)),
+        (8, 6),
+        with_weights(sn, linear),
+    ),
     "spectral_norm, hook": (
         lambda: old_spectral_norm(nn.Conv2d(6, 4, 3), n_power_iterations=2),
         IMAGES,
@@ -215,12 +255,15 @@ def test_there_and_back_nothing_changes(name):
     make, shape, _ = CASES[name]
     module = initial(make, shape)
     state = {key: value.numpy() for key, value in module.state_dict().items()}
-    back = nj.convert.to_torch(*nj.convert.from_torch(state, like=nj.convert.from_torch(module)), like=module)
+    back = nj.convert.to_torch(
+        *nj.convert.from_torch(state, like=nj.convert.from_torch(module)), like=module
+    )
     back = {key: value.numpy() for key, value in back.items()}
     vectors = {key for key in state if "spectral" in name and key.endswith(("0._u", "weight_v"))}
     assert [*back] == [*state]
     assert_identical(
-        {k: v for k, v in back.items() if k not in vectors}, {k: state[k] for k in back if k not in vectors}
+        {k: v for k, v in back.items() if k not in vectors},
+        {k: state[k] for k in back if k not in vectors},
     )
     for key in vectors:  # normjax keeps one: the other is what power iteration gives
         assert back[key] @ state[key] > 0.8
@@ -238,7 +281,9 @@ def test_a_file_of_safetensors_and_a_mapping_of_numpy_are_enough(tmp_path):
         params, batch_stats = nj.convert.from_torch(source)
         assert_identical((params["net"]["bn"], batch_stats["net"]["bn"]), expected)
     save_file(nj.convert.to_torch(params, batch_stats), tmp_path / "back.safetensors")
-    assert_identical(nj.convert.from_torch(str(tmp_path / "back.safetensors")), (params, batch_stats))
+    assert_identical(
+        nj.convert.from_torch(str(tmp_path / "back.safetensors")), (params, batch_stats)
+    )
 
 
 def test_without_the_package_safetensors_the_error_says_what_to_install(monkeypatch):
@@ -257,8 +302,14 @@ def test_half_precision_is_kept_for_parameters_and_widened_for_statistics():
 
 def test_the_tree_of_like_decides_names_dtypes_and_whether_there_is_a_count():
     state = {"weight": np.ones((3, 2), np.float32)}
-    norm = (nj.layer_norm_init((3, 2), use_bias=False, param_dtype=jnp.bfloat16), {"scale": jnp.bfloat16})
-    for like, dtypes in (norm, (({"embedding": jnp.zeros((3, 2))}, {}), {"embedding": jnp.float32})):
+    norm = (
+        nj.layer_norm_init((3, 2), use_bias=False, param_dtype=jnp.bfloat16),
+        {"scale": jnp.bfloat16},
+    )
+    for like, dtypes in (
+        norm,
+        (({"embedding": jnp.zeros((3, 2))}, {}), {"embedding": jnp.float32}),
+    ):
         params, _ = nj.convert.from_torch(state, like=like)
         assert {leaf: value.dtype for leaf, value in params.items()} == dtypes
     assert nj.convert.from_torch(state)[0]["kernel"].shape == (2, 3)

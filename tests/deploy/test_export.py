@@ -50,19 +50,27 @@ def folded(source, x):
 
 def test_any_batch_size_with_the_variables_as_arguments(source, folded, x):
     (batch,) = export.symbolic_shape("batch")
-    exported = export.export(folded.apply)(folded.variables, jax.ShapeDtypeStruct((batch, 6, 6, 3), x.dtype))
+    exported = export.export(folded.apply)(
+        folded.variables, jax.ShapeDtypeStruct((batch, 6, 6, 3), x.dtype)
+    )
     reloaded = export.deserialize(exported.serialize())
     assert "rsqrt" not in reloaded.mlir_module()
     model, variables = source
     for inputs in (x, x[:1], jnp.concatenate([x, -x])):
-        assert_close(reloaded.call(folded.variables, inputs), jax.jit(model.apply)(variables, inputs), atol=1e-5)
+        assert_close(
+            reloaded.call(folded.variables, inputs),
+            jax.jit(model.apply)(variables, inputs),
+            atol=1e-5,
+        )
 
 
 def test_elsewhere_with_the_variables_inside(source, folded, x, tmp_path):
     exported = export.export(jax.jit(partial(folded.apply, folded.variables)))(x)
     (tmp_path / "model").write_bytes(exported.serialize())
     np.save(tmp_path / "x.npy", x)
-    done = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     model, variables = source
     assert_close(np.load(tmp_path / "y.npy"), jax.jit(model.apply)(variables, x), atol=1e-5)

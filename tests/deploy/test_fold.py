@@ -29,7 +29,9 @@ def x(rng):
 
 def assert_agrees(actual, expected, relative=RELATIVE):
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    assert np.linalg.norm(widest(actual) - widest(expected)) < relative * np.linalg.norm(widest(expected))
+    assert np.linalg.norm(widest(actual) - widest(expected)) < relative * np.linalg.norm(
+        widest(expected)
+    )
 
 
 def assert_folds(model, variables, x, count, relative=RELATIVE):
@@ -38,7 +40,9 @@ def assert_folds(model, variables, x, count, relative=RELATIVE):
     assert [found.reason for found in folded.found] == [None] * count
     kept = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(folded.variables)}
     assert not any("mean" in path or "var" in path or "scale" in path for path in kept)
-    assert not re.search(r"\b(rsqrt|sub|sqrt)\b", str(jax.make_jaxpr(folded.apply)(folded.variables, x)))
+    assert not re.search(
+        r"\b(rsqrt|sub|sqrt)\b", str(jax.make_jaxpr(folded.apply)(folded.variables, x))
+    )
     apply = jax.jit(model.apply if isinstance(model, nn.Module) else model)
     for inputs in (x, jnp.concatenate([x, -x])[:, ::-1]):
         assert_agrees(folded.apply(folded.variables, inputs), apply(variables, inputs), relative)
@@ -54,14 +58,20 @@ LAYERS = {
     "circular": lambda x: BN()(nn.Conv(4, (3, 3), padding="CIRCULAR")(x)),
     "unshared": lambda x: BN()(nn.ConvLocal(4, (2, 2))(x)),
     "transposed": lambda x: BN()(nn.ConvTranspose(4, (3, 3), (2, 2))(x)),
-    "transposed kernel": lambda x: BN()(nn.ConvTranspose(4, (3, 3), (2, 2), transpose_kernel=True)(x)),
+    "transposed kernel": lambda x: BN()(
+        nn.ConvTranspose(4, (3, 3), (2, 2), transpose_kernel=True)(x)
+    ),
     "dense": lambda x: BN()(nn.Dense(4)(x)),
     "dense of two features": lambda x: BN(axis=(-2, -1))(nn.DenseGeneral((2, 3))(x)),
     "dense, one of two features": lambda x: BN()(nn.DenseGeneral((2, 3))(x)),
     "einsum": lambda x: BN()(nn.Einsum((3, 4), "bhwi,io->bohw")(x).transpose(0, 2, 3, 1)),
-    "no scale, no bias": lambda x: BN(use_scale=False, use_bias=False)(nn.Dense(4, use_bias=False)(x)),
+    "no scale, no bias": lambda x: BN(use_scale=False, use_bias=False)(
+        nn.Dense(4, use_bias=False)(x)
+    ),
     "renorm": lambda x: nj.linen.BatchRenorm(use_running_average=True)(nn.Dense(4)(x)),
-    "layout between": lambda x: BN(axis=1)(nn.Conv(4, (3, 3))(x).transpose(0, 3, 1, 2).reshape(-1, 4, 36)),
+    "layout between": lambda x: BN(axis=1)(
+        nn.Conv(4, (3, 3))(x).transpose(0, 3, 1, 2).reshape(-1, 4, 36)
+    ),
     "dropout between": lambda x: BN()(nn.Dropout(0.5, deterministic=True)(nn.Dense(4)(x))),
     "used twice after": lambda x: nn.gelu(BN()(nn.Dense(4)(x))),
     "rematerialized": lambda x: nn.remat(Model)(lambda x: BN()(nn.Dense(4)(x)))(x),
@@ -89,13 +99,23 @@ def by_hand(variables, x):
     """Kernel first, Keras's epsilon, and a formula of its own."""
     norm = variables[1]
     y = variables[0][0] @ x.reshape(-1, 3).T
-    return -(norm["mean"][:, None] - y) / jnp.sqrt(norm["var"] + 1e-3)[:, None] * jnp.exp(norm["log_scale"])[:, None]
+    return (
+        -(norm["mean"][:, None] - y)
+        / jnp.sqrt(norm["var"] + 1e-3)[:, None]
+        * jnp.exp(norm["log_scale"])[:, None]
+    )
 
 
 def test_functions_of_any_tree(rng, x):
-    norm = {"mean": rng.normal(size=4), "var": rng.uniform(0.5, 2, 4), "log_scale": rng.normal(size=4)}
+    norm = {
+        "mean": rng.normal(size=4),
+        "var": rng.uniform(0.5, 2, 4),
+        "log_scale": rng.normal(size=4),
+    }
     kernel = rng.normal(size=(4, 3))
-    folded = assert_folds_by_hand(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), ([kernel], norm)), x)
+    folded = assert_folds_by_hand(
+        jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), ([kernel], norm)), x
+    )
     assert jax.tree.map(jnp.shape, folded.variables) == {"0": {"0": (4, 3), "0_bias": (4,)}}
 
 
@@ -110,7 +130,9 @@ def test_a_functional_network(x):
     norm, batch_stats = drawn(nj.batch_norm_init(5))
 
     def network(variables, x):
-        y, _ = nj.batch_norm(variables["params"]["norm"], variables["batch_stats"], x @ variables["kernel"], False)
+        y, _ = nj.batch_norm(
+            variables["params"]["norm"], variables["batch_stats"], x @ variables["kernel"], False
+        )
         return jax.nn.relu(y)
 
     variables = {"params": {"norm": norm}, "batch_stats": batch_stats, "kernel": jnp.ones((3, 5))}
@@ -142,21 +164,27 @@ def test_a_resnet_of_linen(rng, monkeypatch):
 
 
 def test_half_precision_rounds_once(x):
-    model, variables = linen_model(lambda x: BN(dtype=jnp.bfloat16)(nn.Conv(4, (3, 3), dtype=jnp.bfloat16)(x)), x)
+    model, variables = linen_model(
+        lambda x: BN(dtype=jnp.bfloat16)(nn.Conv(4, (3, 3), dtype=jnp.bfloat16)(x)), x
+    )
     folded = assert_folds(model, variables, x, 1, 0.02)
     assert {leaf.dtype for leaf in jax.tree.leaves(folded.variables)} == {jnp.dtype("float32")}
 
 
 def test_the_variables_are_those_of_the_model_without_its_norms(x):
     """So that what works on modules, as quantizers do, has one."""
-    model, variables = linen_model(lambda x: nn.Dense(2)(nn.relu(BN()(nn.Conv(4, (3, 3), use_bias=False)(x)))), x)
+    model, variables = linen_model(
+        lambda x: nn.Dense(2)(nn.relu(BN()(nn.Conv(4, (3, 3), use_bias=False)(x)))), x
+    )
     plain = Model(lambda x: nn.Dense(2)(nn.relu(nn.Conv(4, (3, 3))(x))))
     folded = nj.deploy.fold(model, variables, x, show=False)
     assert_close(plain.apply(folded.variables, x), folded.apply(folded.variables, x), atol=1e-6)
 
 
 def two(x):
-    return BN(name="norm2")(nn.Dense(3, name="dense2")(nn.relu(BN(name="norm1")(nn.Dense(5, name="dense1")(x)))))
+    return BN(name="norm2")(
+        nn.Dense(3, name="dense2")(nn.relu(BN(name="norm1")(nn.Dense(5, name="dense1")(x))))
+    )
 
 
 def test_pairs_that_are_named(x):
@@ -191,15 +219,17 @@ def test_the_folded_model_is_a_function_like_any_other(x):
     def loss(apply, variables, x):
         return (apply(variables, x) ** 2).sum()
 
-    assert_close(jax.vmap(folded.apply, (None, 0))(folded.variables, x), model.apply(variables, x), atol=1e-5)
+    assert_close(
+        jax.vmap(folded.apply, (None, 0))(folded.variables, x), model.apply(variables, x), atol=1e-5
+    )
     actual, expected = (
         jax.grad(partial(loss, apply), argnums=1)(own, x)
         for apply, own in ((folded.apply, folded.variables), (model.apply, variables))
     )
     assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert jax.tree.structure(jax.grad(partial(loss, folded.apply))(folded.variables, x)) == jax.tree.structure(
-        folded.variables
-    )
+    assert jax.tree.structure(
+        jax.grad(partial(loss, folded.apply))(folded.variables, x)
+    ) == jax.tree.structure(folded.variables)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), folded.variables)
     assert_close(folded.apply(half, x.astype(jnp.bfloat16)), model.apply(variables, x), atol=0.1)
 

@@ -58,7 +58,9 @@ def convolve(x, kernel, bias, **settings):
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("leaves", [{}, {"scale": False}, {"bias": False}, {"scale": False, "bias": False}])
+@pytest.mark.parametrize(
+    "leaves", [{}, {"scale": False}, {"bias": False}, {"scale": False, "bias": False}]
+)
 def test_dense_with_any_leaves(rng, use_bias, leaves):
     x, kernel, bias = normal(rng, 7, 5), normal(rng, 5, 4), normal(rng, 4) if use_bias else None
     after, before = statistics(rng, 4, **leaves), statistics(rng, 5, **leaves)
@@ -81,7 +83,9 @@ def test_dense_with_any_leaves(rng, use_bias, leaves):
     before=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_convolutions(rank, groups, inputs, outputs, window, strides, dilation, padding, before, seed):
+def test_convolutions(
+    rank, groups, inputs, outputs, window, strides, dilation, padding, before, seed
+):
     """Of any rank, in groups, one of which may be all inputs (depthwise), strided and dilated."""
     rng = np.random.default_rng(seed)
     features_in, features_out = groups * inputs, groups * outputs
@@ -113,7 +117,10 @@ def test_transposed(rng, transpose_kernel, strides):
     variables = layer.init(jax.random.key(0), x)
     own = statistics(rng, 4)
     kernel, bias = fold(*layer_leaves(variables), *own, feature_axes=-2 if transpose_kernel else -1)
-    assert_agrees(layer.apply({"params": {"kernel": kernel, "bias": bias}}, x), norm(*own, layer.apply(variables, x)))
+    assert_agrees(
+        layer.apply({"params": {"kernel": kernel, "bias": bias}}, x),
+        norm(*own, layer.apply(variables, x)),
+    )
 
 
 def layer_leaves(variables):
@@ -137,7 +144,10 @@ def test_layers_of_flax(rng, layer, shape):
     own = statistics(rng, layer.features)
     kernel, bias = fold(*layer_leaves(variables), *own)
     folded = layer.clone(use_bias=True)
-    assert_agrees(folded.apply({"params": {"kernel": kernel, "bias": bias}}, x), norm(*own, layer.apply(variables, x)))
+    assert_agrees(
+        folded.apply({"params": {"kernel": kernel, "bias": bias}}, x),
+        norm(*own, layer.apply(variables, x)),
+    )
 
 
 @pytest.mark.parametrize("padding", ["CIRCULAR", "REFLECT", "VALID", 0, ((0, 0), (0, 0))])
@@ -145,7 +155,10 @@ def test_before_a_convolution_whose_padding_is_normalized_too(rng, padding):
     layer, x, own = nn.Conv(4, (3, 3), padding=padding), normal(rng, 2, 6, 6, 3), statistics(rng, 3)
     variables = layer.init(jax.random.key(0), x)
     kernel, bias = fold(*layer_leaves(variables), *own, before=True, padding=padding)
-    assert_agrees(layer.apply({"params": {"kernel": kernel, "bias": bias}}, x), layer.apply(variables, norm(*own, x)))
+    assert_agrees(
+        layer.apply({"params": {"kernel": kernel, "bias": bias}}, x),
+        layer.apply(variables, norm(*own, x)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +180,10 @@ def test_before_a_pointwise_convolution_padding_need_not_be_known(rng, padding, 
     kernel, own = normal(rng, window, window, 3, 4), statistics(rng, 3)
     x = normal(rng, 2, 5, 5, 3)
     folded = fold(kernel, None, *own, before=True, padding=padding)
-    assert_agrees(convolve(x, *folded, padding="VALID"), convolve(norm(*own, x), kernel, None, padding="VALID"))
+    assert_agrees(
+        convolve(x, *folded, padding="VALID"),
+        convolve(norm(*own, x), kernel, None, padding="VALID"),
+    )
 
 
 def test_layouts_of_others(rng):
@@ -176,14 +192,22 @@ def test_layouts_of_others(rng):
     layout = ("NCHW", "OIHW", "NCHW")
     y = lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=layout)
     folded, bias = fold(kernel, None, *own, feature_axes=0)
-    actual = lax.conv_general_dilated(x, folded, (1, 1), "VALID", dimension_numbers=layout) + bias[:, None, None]
+    actual = (
+        lax.conv_general_dilated(x, folded, (1, 1), "VALID", dimension_numbers=layout)
+        + bias[:, None, None]
+    )
     assert_agrees(actual, norm(*own, y, feature_axes=1))
     own = statistics(rng, 3)
     expected = lax.conv_general_dilated(
         norm(*own, x, feature_axes=1), kernel, (1, 1), "VALID", dimension_numbers=layout
     )
-    folded, bias = fold(kernel, None, *own, before=True, feature_axes=1, output_axes=0, padding="VALID")
-    actual = lax.conv_general_dilated(x, folded, (1, 1), "VALID", dimension_numbers=layout) + bias[:, None, None]
+    folded, bias = fold(
+        kernel, None, *own, before=True, feature_axes=1, output_axes=0, padding="VALID"
+    )
+    actual = (
+        lax.conv_general_dilated(x, folded, (1, 1), "VALID", dimension_numbers=layout)
+        + bias[:, None, None]
+    )
     assert_agrees(actual, expected)
 
 
@@ -191,21 +215,29 @@ def test_layouts_of_others(rng):
 def test_several_feature_axes(rng, before):
     x, kernel = normal(rng, 5, 2, 3), normal(rng, 2, 3, 4, 6)
     own = statistics(rng, (2, 3) if before else (4, 6))
-    how = {"feature_axes": (0, 1), "output_axes": (2, 3), "before": True} if before else {"feature_axes": (2, 3)}
+    how = (
+        {"feature_axes": (0, 1), "output_axes": (2, 3), "before": True}
+        if before
+        else {"feature_axes": (2, 3)}
+    )
     folded, bias = fold(kernel, None, *own, **how)
 
     def linear(x, kernel):
         return jnp.einsum("nij,ijkl->nkl", x, kernel)
 
     both = {"feature_axes": (1, 2)}
-    expected = linear(norm(*own, x, **both), kernel) if before else norm(*own, linear(x, kernel), **both)
+    expected = (
+        linear(norm(*own, x, **both), kernel) if before else norm(*own, linear(x, kernel), **both)
+    )
     assert_agrees(linear(x, folded) + bias, expected)
 
 
 def test_float64_inside_and_the_kernels_dtype_outside(rng):
     """The exact values, rounded once: to within half a unit in the last place of any dtype."""
     params, batch_stats = statistics(rng, 4)
-    scale, bias, mean, var = (widest(leaf) for leaf in (*map(params.get, ("scale", "bias")), *batch_stats.values()))
+    scale, bias, mean, var = (
+        widest(leaf) for leaf in (*map(params.get, ("scale", "bias")), *batch_stats.values())
+    )
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, np.float64):
         make = np.asarray if dtype is np.float64 else jnp.asarray
         kernel, constant = make(rng.normal(size=(5, 4)), dtype), make(rng.normal(size=4), dtype)
@@ -234,13 +266,17 @@ def refuses(error, *values, **changed):
     with pytest.raises(error) as refused:
         nj.fold_batch_norm(**GOOD | changed)
     message = str(refused.value)
-    assert re.fullmatch(r"fold_batch_norm: .*\. Expected .*; got .*\. .*\.", message, re.DOTALL), message
+    assert re.fullmatch(r"fold_batch_norm: .*\. Expected .*; got .*\. .*\.", message, re.DOTALL), (
+        message
+    )
     for value in values:
         assert str(value) in message, f"{value!r} is not in: {message}"
 
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
-@pytest.mark.parametrize("leaf", ["batch_stats['mean']", "batch_stats['var']", "params['scale']", "params['bias']"])
+@pytest.mark.parametrize(
+    "leaf", ["batch_stats['mean']", "batch_stats['var']", "params['scale']", "params['bias']"]
+)
 def test_leaves_that_are_not_finite(leaf, value):
     tree, name = leaf[:-2].split("['")
     changed = GOOD[tree] | {name: jnp.ones(4).at[2].set(value)}
@@ -294,7 +330,12 @@ def test_axes_and_groups_that_do_not_fit():
 @pytest.mark.parametrize("padding", [None, "SAME", "CAUSAL", 1, ((0, 1), (0, 0))])
 def test_shifts_that_do_not_reach_the_border(padding):
     refuses(
-        ValueError, f"padding={padding!r}", (3, 3, 4, 4), kernel=jnp.ones((3, 3, 4, 4)), before=True, padding=padding
+        ValueError,
+        f"padding={padding!r}",
+        (3, 3, 4, 4),
+        kernel=jnp.ones((3, 3, 4, 4)),
+        before=True,
+        padding=padding,
     )
 
 

@@ -50,7 +50,9 @@ class Layer(nn.Module):
 
 
 def scanned(x):
-    stack = nn.scan(Layer, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=2)
+    stack = nn.scan(
+        Layer, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=2
+    )
     return stack()(x, None)[0]
 
 
@@ -60,11 +62,26 @@ KEPT = {
     "shared": (shared, "params/Dense_0/kernel is used more than once"),
     "tied": (tied, "params/Dense_0/kernel is used more than once"),
     "first": (lambda x: nn.Dense(3)(BN()(x)), "it comes first: its input is the model's"),
-    "relu": (lambda x: BN()(nn.relu(nn.Dense(3)(x))), "its input comes from `relu`, not from a linear layer"),
-    "sum": (lambda x: BN()(x + nn.Dense(3)(x)), "its input comes from `add`, not from a linear layer"),
-    "attention": (lambda x: BN()(x @ nn.Dense(3)(x).mT), "its input comes from `dot_general`, not from a linear layer"),
-    "other axis": (lambda x: BN(axis=1)(nn.Dense(3)(x)), "`sub` of batch_stats/BatchNorm_0/mean, which is not one"),
-    "merged": (lambda x: BN()(nn.DenseGeneral((2, 3))(x).reshape(4, 6, 6)), "`reshape` mixes the features"),
+    "relu": (
+        lambda x: BN()(nn.relu(nn.Dense(3)(x))),
+        "its input comes from `relu`, not from a linear layer",
+    ),
+    "sum": (
+        lambda x: BN()(x + nn.Dense(3)(x)),
+        "its input comes from `add`, not from a linear layer",
+    ),
+    "attention": (
+        lambda x: BN()(x @ nn.Dense(3)(x).mT),
+        "its input comes from `dot_general`, not from a linear layer",
+    ),
+    "other axis": (
+        lambda x: BN(axis=1)(nn.Dense(3)(x)),
+        "`sub` of batch_stats/BatchNorm_0/mean, which is not one",
+    ),
+    "merged": (
+        lambda x: BN()(nn.DenseGeneral((2, 3))(x).reshape(4, 6, 6)),
+        "`reshape` mixes the features",
+    ),
     "scan": (scanned, "it is used by `scan`"),
     "weight norm": (
         lambda x: BN()(nj.linen.WeightNorm(nn.Dense(3))(x)),
@@ -74,7 +91,10 @@ KEPT = {
         lambda x: BN()(x @ jnp.eye(3)),
         "the kernel of the linear layer before it is no leaf of variables",
     ),
-    "mask": (lambda x: BN()(nn.Dense(3)(x), mask=jnp.ones((4, 1, 1), bool)), "its input comes from `select_n`"),
+    "mask": (
+        lambda x: BN()(nn.Dense(3)(x), mask=jnp.ones((4, 1, 1), bool)),
+        "its input comes from `select_n`",
+    ),
 }
 
 
@@ -84,7 +104,11 @@ def test_what_is_kept(name, x):
     model, variables = linen_model(function, x)
     folded = nj.deploy.fold(model, variables, x, show=False)
     assert [found.kernel for found in folded.found] == [None] and reason in folded.found[0].reason
-    assert folded.error == 0 and folded.found[0].reason in str(folded) and "0 of 1 folded" in str(folded)
+    assert (
+        folded.error == 0
+        and folded.found[0].reason in str(folded)
+        and "0 of 1 folded" in str(folded)
+    )
     assert_identical(folded.variables, variables)
     assert_identical(folded.apply(variables, x), jax.jit(model.apply)(variables, x))
 
@@ -107,13 +131,18 @@ def test_constants_in_between(x):
     ):
         folded = nj.deploy.fold(partial(network, constant), variables, x, show=False)
         assert folded.found[0].kernel is None
-        assert folded.found[0].reason.startswith("between kernel and it ") and reason in folded.found[0].reason
+        assert (
+            folded.found[0].reason.startswith("between kernel and it ")
+            and reason in folded.found[0].reason
+        )
 
 
 def test_statistics_of_the_batch_are_not_folded(x):
     model, variables = linen_model(lambda x: BN()(nn.Dense(3)(x)), x)
     training = Model(lambda x: BN(use_running_average=False)(nn.Dense(3)(x)))
-    folded = nj.deploy.fold(partial(training.apply, mutable=["batch_stats"]), variables, x, show=False)
+    folded = nj.deploy.fold(
+        partial(training.apply, mutable=["batch_stats"]), variables, x, show=False
+    )
     assert folded.found[0].kernel is None and "not from a linear layer" in folded.found[0].reason
 
 
@@ -128,13 +157,17 @@ def refuses(error, *values, function="fold", call):
     with pytest.raises(error) as refused:
         call()
     message = str(refused.value)
-    assert re.fullmatch(function + r": .*\. Expected .*; got .*\. .*[.?]", message, re.DOTALL), message
+    assert re.fullmatch(function + r": .*\. Expected .*; got .*\. .*[.?]", message, re.DOTALL), (
+        message
+    )
     for value in values:
         assert str(value) in message, f"{value!r} is not in: {message}"
 
 
 def network(x):
-    return BN(name="norm2")(nn.Dense(3, name="dense2")(nn.relu(BN(name="norm1")(nn.Dense(5, name="dense1")(x)))))
+    return BN(name="norm2")(
+        nn.Dense(3, name="dense2")(nn.relu(BN(name="norm1")(nn.Dense(5, name="dense1")(x))))
+    )
 
 
 @pytest.fixture
@@ -154,10 +187,17 @@ def test_pairs_that_are_none(model, x):
         ValueError,
         "used more than once",
         call=partial(
-            nj.deploy.fold, *linen_model(shared, x), x, pairs=[("params/Dense_0/kernel", "batch_stats/BatchNorm_0")]
+            nj.deploy.fold,
+            *linen_model(shared, x),
+            x,
+            pairs=[("params/Dense_0/kernel", "batch_stats/BatchNorm_0")],
         ),
     )
-    refuses(ValueError, "'params/dense1/kernel' is no", call=partial(call, pairs=["params/dense1/kernel"]))
+    refuses(
+        ValueError,
+        "'params/dense1/kernel' is no",
+        call=partial(call, pairs=["params/dense1/kernel"]),
+    )
     both = linen_model(lambda x: BN(name="b")(BN(name="a")(nn.Dense(3)(x))), x)
     refuses(
         ValueError,
@@ -222,14 +262,21 @@ def test_transformations_and_what_is_no_model(model, x):
     with pytest.raises(TypeError, match=r"fold: an input is traced.*float32\[4,6,3\]"):
         jax.jit(lambda x: nj.deploy.fold(model, variables, x).variables)(x)
     refuses(TypeError, "dict", call=partial(nj.deploy.fold, variables, model, x))
-    refuses(TypeError, "an input is a bool", "partial", call=partial(nj.deploy.fold, model, variables, x, False))
+    refuses(
+        TypeError,
+        "an input is a bool",
+        "partial",
+        call=partial(nj.deploy.fold, model, variables, x, False),
+    )
 
 
 def test_models_that_cannot_be_compared(model, x):
     model, variables = model
     refuses(ValueError, "nan", call=lambda: nj.deploy.fold(model, variables, x * jnp.nan))
     refuses(
-        ValueError, "no floats", call=lambda: nj.deploy.fold(lambda v, x: model.apply(v, x).argmax(-1), variables, x)
+        ValueError,
+        "no floats",
+        call=lambda: nj.deploy.fold(lambda v, x: model.apply(v, x).argmax(-1), variables, x),
     )
 
 
@@ -241,5 +288,10 @@ def test_models_that_disagree(model, x):
     def moving(variables, x):
         return model.apply(variables, x) + next(calls)
 
-    refuses(ValueError, "does not agree with its source", "1e-05", call=lambda: nj.deploy.fold(moving, variables, x))
+    refuses(
+        ValueError,
+        "does not agree with its source",
+        "1e-05",
+        call=lambda: nj.deploy.fold(moving, variables, x),
+    )
     assert 0.1 < nj.deploy.fold(moving, variables, x, tolerance=10.0, show=False).error < 10

@@ -20,7 +20,9 @@ def data(examples, seed=0):
     rng = np.random.default_rng(seed)
     centers = np.random.default_rng(7).normal(1, 1, (CLASSES, FEATURES))
     labels = rng.integers(CLASSES, size=examples)
-    return jnp.asarray(centers[labels] + 0.7 * rng.normal(size=(examples, FEATURES)), jnp.float32), jnp.asarray(labels)
+    return jnp.asarray(
+        centers[labels] + 0.7 * rng.normal(size=(examples, FEATURES)), jnp.float32
+    ), jnp.asarray(labels)
 
 
 class Residual(nn.Module):
@@ -32,7 +34,11 @@ class Residual(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        settings = {"use_running_average": not train, "momentum": self.momentum} if self.has_statistics else {}
+        settings = (
+            {"use_running_average": not train, "momentum": self.momentum}
+            if self.has_statistics
+            else {}
+        )
         x = nn.relu(self.norm(**settings, name="stem_norm")(nn.Dense(WIDTH)(x)))
         for _ in range(self.blocks):
             y = nn.relu(self.norm(**settings)(nn.Dense(WIDTH)(x)))
@@ -68,7 +74,10 @@ def trained(model, steps=120, batch_size=64):
 @cache
 def _trained(model, steps, batch_size):
     variables = init(model)
-    params, rest = variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
+    params, rest = (
+        variables["params"],
+        {name: tree for name, tree in variables.items() if name != "params"},
+    )
     optimizer = optax.sgd(optax.cosine_decay_schedule(0.1, steps), momentum=0.9)
     state = optimizer.init(params)
 
@@ -91,7 +100,10 @@ def _trained(model, steps, batch_size):
 class NNX(nnx.Module):
     def __init__(self, norm=nj.nnx.BatchNorm, momentum=0.5):
         rngs = nnx.Rngs(0)
-        self.first, self.second = nnx.Linear(FEATURES, WIDTH, rngs=rngs), nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.first, self.second = (
+            nnx.Linear(FEATURES, WIDTH, rngs=rngs),
+            nnx.Linear(WIDTH, WIDTH, rngs=rngs),
+        )
         self.norms = nnx.List([norm(WIDTH, momentum=momentum, rngs=rngs) for _ in range(2)])
 
     def __call__(self, x):
@@ -105,7 +117,12 @@ def healthy(seed=0, channels=32):
     return {
         "params": {
             "conv": {"kernel": rng.normal(size=(3, channels))},
-            "norm": {"scale": rng.uniform(0.5, 1.5, channels), "bias": 0.1 * rng.normal(size=channels)},
+            "norm": {
+                "scale": rng.uniform(0.5, 1.5, channels),
+                "bias": 0.1 * rng.normal(size=channels),
+            },
         },
-        "batch_stats": {"norm": {"mean": rng.normal(size=channels), "var": rng.uniform(0.1, 10, channels)}},
+        "batch_stats": {
+            "norm": {"mean": rng.normal(size=channels), "var": rng.uniform(0.1, 10, channels)}
+        },
     }

@@ -26,7 +26,9 @@ def pool(rng):
 
 
 def measure(function, x, pool, **settings):
-    return batch_variance(function, x, pool, **{"key": jax.random.key(1), "batch_size": BATCH} | settings)
+    return batch_variance(
+        function, x, pool, **{"key": jax.random.key(1), "batch_size": BATCH} | settings
+    )
 
 
 def test_the_mean_of_a_batch_varies_as_sampling_without_repetition_does(x, pool):
@@ -56,10 +58,14 @@ def test_the_signal_is_without_the_noise_that_is_left_in_means(pool):
 @pytest.mark.parametrize("n", [16, 64])
 def test_batch_norm_falls_with_the_batch(rng, n):
     x, pool = (jnp.asarray(rng.normal(size=(size, 20)), jnp.float32) for size in (20, 2000))
-    found = measure(lambda x: nj.batch_norm({}, nj.batch_norm_init(20)[1], x, True)[0], x, pool, batch_size=n)
+    found = measure(
+        lambda x: nj.batch_norm({}, nj.batch_norm_init(20)[1], x, True)[0], x, pool, batch_size=n
+    )
     assert_close(found.ratio, 1.5 / n, rtol=0.25)
     of_ghosts = measure(
-        lambda x: nj.batch_norm({}, nj.batch_norm_init(20)[1], x, True, virtual_batch_size=n // 4)[0],
+        lambda x: nj.batch_norm({}, nj.batch_norm_init(20)[1], x, True, virtual_batch_size=n // 4)[
+            0
+        ],
         x,
         pool,
         batch_size=n,
@@ -70,7 +76,9 @@ def test_batch_norm_falls_with_the_batch(rng, n):
 def test_layer_norm_has_none(x, pool):
     found = measure(lambda x: nj.layer_norm({}, {}, x, True)[0], x, pool)
     assert not found.noise.any() and found.ratio == 0
-    assert_close(found.signal, np.var(nj.layer_norm({}, {}, x, True)[0], axis=0, ddof=1).mean(), rtol=1e-5)
+    assert_close(
+        found.signal, np.var(nj.layer_norm({}, {}, x, True)[0], axis=0, ddof=1).mean(), rtol=1e-5
+    )
 
 
 def test_images_bfloat16_and_float64(rng):
@@ -78,7 +86,9 @@ def test_images_bfloat16_and_float64(rng):
     with jax.enable_x64(True):
         for dtype, own in ((jnp.bfloat16, jnp.float32), (jnp.float64, jnp.float64)):
             x = jnp.asarray(images, dtype)
-            found = measure(lambda x: nj.batch_norm({}, nj.batch_norm_init(2)[1], x, True)[0], x[:4], x[4:])
+            found = measure(
+                lambda x: nj.batch_norm({}, nj.batch_norm_init(2)[1], x, True)[0], x[:4], x[4:]
+            )
             assert found.noise.shape == (4,) and found.noise.dtype == found.ratio.dtype == own
             assert (found.noise > 0).all() and 0 < found.ratio < 1
 
@@ -86,7 +96,9 @@ def test_images_bfloat16_and_float64(rng):
 def test_nnx(x, pool, promotion_as_in_flax):
     module = nj.nnx.BatchNorm(FEATURES, use_running_average=False, rngs=nnx.Rngs(0))
     found = measure(module, x, pool)
-    same = measure(lambda x: nj.batch_norm({}, nj.batch_norm_init(FEATURES)[1], x, True)[0], x, pool)
+    same = measure(
+        lambda x: nj.batch_norm({}, nj.batch_norm_init(FEATURES)[1], x, True)[0], x, pool
+    )
     assert_close(found.noise, same.noise, rtol=1e-4)
     assert not module.mean.get_value().any()
 
@@ -106,7 +118,13 @@ def test_nnx(x, pool, promotion_as_in_flax):
     ],
 )
 def test_mistakes(x, pool, settings, values):
-    arguments = {"function": lambda x: x, "x": x, "pool": pool, "key": jax.random.key(0), "batch_size": BATCH}
+    arguments = {
+        "function": lambda x: x,
+        "x": x,
+        "pool": pool,
+        "key": jax.random.key(0),
+        "batch_size": BATCH,
+    }
     with pytest.raises(ValueError, match="^batch_variance: ") as caught:
         nj.diagnostics.batch_variance(**arguments | settings)
     assert values in str(caught.value)

@@ -50,7 +50,9 @@ def gradient(kernels, i):
 def test_a_deep_linear_network():
     old, new = matrices(0), matrices(1)
     with jax.enable_x64(True):
-        shift = internal_covariate_shift(loss, tree(old), tree(new), layers=[f"layer_{i}" for i in range(DEPTH)])
+        shift = internal_covariate_shift(
+            loss, tree(old), tree(new), layers=[f"layer_{i}" for i in range(DEPTH)]
+        )
     for i in range(DEPTH):
         before, after = gradient(old, i), gradient(new[:i] + old[i:], i)
         assert_close(shift.distance[i], np.linalg.norm(before - after), rtol=1e-10, atol=1e-12)
@@ -63,9 +65,13 @@ def test_a_deep_linear_network():
 def test_layers_go_in_the_order_that_is_given():
     old, new = matrices(0), matrices(1)
     with jax.enable_x64(True):
-        shift = internal_covariate_shift(loss, tree(old), tree(new), layers=["layer_2", "layer_0", "layer_1"])
+        shift = internal_covariate_shift(
+            loss, tree(old), tree(new), layers=["layer_2", "layer_0", "layer_1"]
+        )
     mixed = [old[0], old[1], new[2]]
-    assert_close(shift.distance[1], np.linalg.norm(gradient(old, 0) - gradient(mixed, 0)), rtol=1e-10)
+    assert_close(
+        shift.distance[1], np.linalg.norm(gradient(old, 0) - gradient(mixed, 0)), rtol=1e-10
+    )
     assert float(shift.distance[0]) == 0
 
 
@@ -167,5 +173,8 @@ def test_layers_that_do_not_fit(layers, message):
 
 def test_trees_that_do_not_fit():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree(matrices(0)))
-    with pytest.raises(ValueError, match="which updated lacks"), jax.numpy_dtype_promotion("standard"):
+    with (
+        pytest.raises(ValueError, match="which updated lacks"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
         internal_covariate_shift(loss, params, {"layer_0": params["layer_0"]}, layers=list(params))

@@ -31,7 +31,9 @@ def late(history, start):
 
 def test_a_gradient_of_one_length_reaches_the_closed_form():
     """Norms are at rest where cos(angle) = 1 - lr wd, and norm^4 = lr^2 / (1 - (1 - lr wd)^2)."""
-    (found,) = equilibrium(late(circle(5000, [1.0, 0.0]), 4000), learning_rate=RATE, weight_decay=DECAY).values()
+    (found,) = equilibrium(
+        late(circle(5000, [1.0, 0.0]), 4000), learning_rate=RATE, weight_decay=DECAY
+    ).values()
     product = RATE * DECAY
     assert_close(found.angle.observed, np.arccos(1 - product), rtol=1e-6)
     assert_close(found.norm.observed, (RATE**2 / (1 - (1 - product) ** 2)) ** 0.25, rtol=1e-6)
@@ -52,7 +54,12 @@ def test_the_way_to_equilibrium_has_the_time_constant(start):
 
 OPTIMIZERS = {
     "sgd": (optax.chain(optax.add_decayed_weights(0.02), optax.sgd(0.1)), 0.1, 0.02, 0.0),
-    "momentum": (optax.chain(optax.add_decayed_weights(0.002), optax.sgd(0.1, momentum=0.9)), 0.1, 0.002, 0.9),
+    "momentum": (
+        optax.chain(optax.add_decayed_weights(0.002), optax.sgd(0.1, momentum=0.9)),
+        0.1,
+        0.002,
+        0.9,
+    ),
     "adam": (optax.adamw(0.01, weight_decay=0.2), 0.01, 0.2, 0.9),
 }
 
@@ -70,12 +77,22 @@ def test_random_gradients_lead_to_the_predicted_rotation(name):
         g = jax.grad(lambda w: jnp.sum(noise * w / jnp.linalg.norm(w, axis=0)))(w)
         updates, state = optimizer.update(g, state, w)
         new = optax.apply_updates(w, updates)
-        return (new, state), rotation(w, g, new, learning_rate=rate, feature_axes=-1, optimizer=kind)
+        return (new, state), rotation(
+            w, g, new, learning_rate=rate, feature_axes=-1, optimizer=kind
+        )
 
-    w = jax.random.normal(jax.random.key(1), (50, 64)) / 7  # Adam's mean of squares forgets another norm slowly
+    # Adam's mean of squares forgets another norm slowly
+    w = jax.random.normal(jax.random.key(1), (50, 64)) / 7
     with jax.numpy_dtype_promotion("standard"):  # optax's
-        _, history = jax.lax.scan(step, (w, optimizer.init(w)), jax.random.split(jax.random.key(0), 4000))
-    settings = {"learning_rate": rate, "weight_decay": decay, "momentum": momentum, "optimizer": kind}
+        _, history = jax.lax.scan(
+            step, (w, optimizer.init(w)), jax.random.split(jax.random.key(0), 4000)
+        )
+    settings = {
+        "learning_rate": rate,
+        "weight_decay": decay,
+        "momentum": momentum,
+        "optimizer": kind,
+    }
     (found,) = equilibrium(late(history, 2500), **settings).values()
     assert found.time_constant < 500
     assert_close(found.angle.predicted, np.full(64, nj.optim.rotational_equilibrium(rate, decay, momentum=momentum,
@@ -102,11 +119,19 @@ def test_other_angles_are_other_ratios():
 def test_bad_input_is_refused():
     w = {"w": jnp.ones(3)}
     once = rotation(w, w, w, learning_rate=0.1)
-    with pytest.raises(ValueError, match=r"equilibrium: history has no steps.*got norm of shape \(\) for 'w'"):
+    with pytest.raises(
+        ValueError, match=r"equilibrium: history has no steps.*got norm of shape \(\) for 'w'"
+    ):
         equilibrium(once, learning_rate=0.1, weight_decay=0.1)
-    with pytest.raises(TypeError, match=r"equilibrium: history is that of a single kernel.*got a Rotation"):
+    with pytest.raises(
+        TypeError, match=r"equilibrium: history is that of a single kernel.*got a Rotation"
+    ):
         equilibrium(once["w"], learning_rate=0.1, weight_decay=0.1)
-    with pytest.raises(ValueError, match=r"equilibrium: weight_decay is out of range.*got weight_decay=0.0"):
+    with pytest.raises(
+        ValueError, match=r"equilibrium: weight_decay is out of range.*got weight_decay=0.0"
+    ):
         equilibrium(once, learning_rate=0.1, weight_decay=0.0)
-    with pytest.raises(ValueError, match=r"equilibrium: momentum is out of range.*got momentum=1.0"):
+    with pytest.raises(
+        ValueError, match=r"equilibrium: momentum is out of range.*got momentum=1.0"
+    ):
         equilibrium(once, learning_rate=0.1, weight_decay=0.1, momentum=1.0)

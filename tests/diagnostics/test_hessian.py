@@ -50,9 +50,13 @@ def test_known_spectra(which, rng):
     """Also where there are fewer parameters, or distinct eigenvalues, than iterations; all at once, under vmap."""
     matrices = np.stack([matrix(eigenvalues, rng) for eigenvalues in SPECTRA.values()])
     with jax.enable_x64(True):
-        found = jax.vmap(lambda hessian: solve(hessian, which=which, tolerance=1e-10))(jnp.asarray(matrices))
+        found = jax.vmap(lambda hessian: solve(hessian, which=which, tolerance=1e-10))(
+            jnp.asarray(matrices)
+        )
         vectors = np.asarray(jax.vmap(flat)(found.vector))
-    expected = np.asarray([(max if which == "largest" else min)(eigenvalues) for eigenvalues in SPECTRA.values()])
+    expected = np.asarray(
+        [(max if which == "largest" else min)(eigenvalues) for eigenvalues in SPECTRA.values()]
+    )
     assert_close(found.value, expected, atol=1e-9, dtype=np.float64)
     assert_close(np.linalg.norm(vectors, axis=1), np.ones(len(SPECTRA)), atol=1e-12)
     assert_close(np.einsum("nij,nj->ni", matrices, vectors), expected[:, None] * vectors, atol=1e-8)
@@ -75,7 +79,9 @@ def test_the_residual_bounds_the_error_before_it_has_converged(rng):
             found = solve(hessian, iterations=iterations)
             vector = np.asarray(flat(found.vector))
             values.append(float(found.value))
-            assert_close(found.residual, np.linalg.norm(hessian @ vector - values[-1] * vector), atol=1e-12)
+            assert_close(
+                found.residual, np.linalg.norm(hessian @ vector - values[-1] * vector), atol=1e-12
+            )
             assert np.abs(eigenvalues - values[-1]).min() <= float(found.residual)
             assert int(found.iterations) == iterations and not bool(found.converged)
     assert values[0] < values[1] < 1.0
@@ -91,13 +97,18 @@ def test_orthogonalization_keeps_rounding_from_making_copies(rng):
 def network(kind, dtype):
     """A loss of a small network with a normalization, and its parameters."""
     rng = np.random.default_rng(3)
-    x, labels = jnp.asarray(rng.normal(size=(16, 5)), dtype), jnp.asarray(rng.integers(3, size=(16, 1)))
+    x, labels = (
+        jnp.asarray(rng.normal(size=(16, 5)), dtype),
+        jnp.asarray(rng.integers(3, size=(16, 1))),
+    )
     norm, stats = getattr(nj, f"{kind}_init")(4)
     params = {"in": rng.normal(size=(5, 4)), "norm": norm, "out": rng.normal(size=(4, 3))}
 
     def loss(params):
         h, _ = getattr(nj, kind)(params["norm"], stats, x @ params["in"], train=True)
-        return -jnp.take_along_axis(jax.nn.log_softmax(jnp.tanh(h) @ params["out"]), labels, 1).mean()
+        return -jnp.take_along_axis(
+            jax.nn.log_softmax(jnp.tanh(h) @ params["out"]), labels, 1
+        ).mean()
 
     return loss, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
 
@@ -140,7 +151,10 @@ def test_half_precision_is_read_in_single():
 
 
 def test_an_nnx_module():
-    model, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), np.asarray([[1.0, 0, 0], [0, 2, 0], [0, 0, 3]], np.float32)
+    model, x = (
+        nnx.Linear(3, 2, rngs=nnx.Rngs(0)),
+        np.asarray([[1.0, 0, 0], [0, 2, 0], [0, 0, 3]], np.float32),
+    )
     found = hessian_eigenvalue(lambda model: 0.5 * jnp.sum(model(jnp.asarray(x)) ** 2), model)
     assert jax.tree.structure(found.vector) == jax.tree.structure(nnx.state(model, nnx.Param))
     inputs = np.concatenate([x, np.ones((3, 1))], 1)
@@ -157,14 +171,22 @@ def good(params):
         ((good, {"w": jnp.ones(2)}), {"iterations": 0}, "iterations=0"),
         ((good, {"w": jnp.ones(2)}), {"iterations": 2.5}, "iterations=2.5"),
         ((good, {"w": jnp.ones(2)}), {"tolerance": -1.0}, "tolerance=-1.0"),
-        ((good, {"w": jnp.ones(2)}), {"which": "middle"}, "'largest' or 'smallest'; got which='middle'"),
+        (
+            (good, {"w": jnp.ones(2)}),
+            {"which": "middle"},
+            "'largest' or 'smallest'; got which='middle'",
+        ),
         (({"w": jnp.ones(2)}, good), {}, "loss of type dict"),
         ((good, {"w": jnp.arange(2)}), {}, "dtype int32 for params['w']"),
         ((good, {"w": jnp.ones(2, jnp.complex64)}), {}, "dtype complex64 for params['w']"),
         ((good, {"w": jnp.array([1.0, jnp.nan])}), {}, "1 NaN or infinite of 2 in params['w']"),
         ((good, {}), {}, "params is empty"),
         ((lambda params: params["w"], {"w": jnp.ones(2)}), {}, "float32[2]"),
-        ((lambda params: (good(params), {}), {"w": jnp.ones(2)}), {}, "lambda params: loss(params)[0]"),
+        (
+            (lambda params: (good(params), {}), {"w": jnp.ones(2)}),
+            {},
+            "lambda params: loss(params)[0]",
+        ),
     ],
 )
 def test_refusals(arguments, settings, message):

@@ -22,7 +22,9 @@ def x(rng):
 
 def batch_normed(kernel, **settings):
     features = kernel.shape[-1]
-    return lambda x: nj.batch_norm({}, nj.batch_norm_init(features)[1], x @ kernel, True, **settings)[0]
+    return lambda x: nj.batch_norm(
+        {}, nj.batch_norm_init(features)[1], x @ kernel, True, **settings
+    )[0]
 
 
 def expected_of_batch_norm(x, kernel, epsilon=1e-5):
@@ -37,7 +39,10 @@ def expected_of_batch_norm(x, kernel, epsilon=1e-5):
 @pytest.mark.parametrize("features", [2, 7], ids=["by outputs", "by inputs"])
 def test_batch_norm_behind_a_linear_map(rng, features):
     with jax.enable_x64(True):
-        x, kernel = jnp.asarray(rng.normal(size=(BATCH, INPUTS))), jnp.asarray(rng.normal(size=(INPUTS, features)))
+        x, kernel = (
+            jnp.asarray(rng.normal(size=(BATCH, INPUTS))),
+            jnp.asarray(rng.normal(size=(INPUTS, features))),
+        )
         found = interactions(batch_normed(kernel), x)
     expected = expected_of_batch_norm(x, kernel)
     assert_close(found.matrix, expected, rtol=1e-10, dtype=np.float64)
@@ -82,7 +87,9 @@ def test_a_linear_map_by_hand(x):
 def test_ghost_batches_are_blocks(x):
     found = interactions(batch_normed(jnp.eye(INPUTS), virtual_batch_size=3), x)
     together = np.kron(np.eye(2), np.ones((3, 3))) > 0
-    assert (np.asarray(found.matrix)[~together] == 0).all() and (np.asarray(found.matrix)[together] > 0).all()
+    assert (np.asarray(found.matrix)[~together] == 0).all() and (
+        np.asarray(found.matrix)[together] > 0
+    ).all()
 
 
 def test_outputs_that_depend_on_nothing(x):
@@ -91,10 +98,14 @@ def test_outputs_that_depend_on_nothing(x):
 
 
 def test_probes_estimate_without_bias_and_know_their_error(rng):
-    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((BATCH, INPUTS), (INPUTS, 8)))
+    x, kernel = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((BATCH, INPUTS), (INPUTS, 8))
+    )
     exact = interactions(batch_normed(kernel), x)
     keys = jax.random.split(jax.random.key(0), 400)
-    draws = jax.jit(jax.vmap(lambda key: interactions(batch_normed(kernel), x, probes=8, key=key)))(keys)
+    draws = jax.jit(jax.vmap(lambda key: interactions(batch_normed(kernel), x, probes=8, key=key)))(
+        keys
+    )
     errors = np.asarray(draws.off_diagonal - exact.off_diagonal)
     claimed = np.sqrt((np.asarray(draws.standard_error) ** 2).mean())
     assert_close(errors.std(), claimed, rtol=0.15)
@@ -106,7 +117,9 @@ def test_probes_estimate_without_bias_and_know_their_error(rng):
 
 def test_probes_are_exact_for_one_output(x):
     found = interactions(batch_normed(jnp.ones((INPUTS, 1))), x, probes=2, key=jax.random.key(0))
-    assert_close(found.matrix, expected_of_batch_norm(x, jnp.ones((INPUTS, 1))), rtol=1e-4, atol=1e-6)
+    assert_close(
+        found.matrix, expected_of_batch_norm(x, jnp.ones((INPUTS, 1))), rtol=1e-4, atol=1e-6
+    )
     assert found.standard_error < 1e-6
 
 
@@ -114,20 +127,29 @@ def test_images_and_bfloat16(rng):
     images = jnp.asarray(rng.normal(size=(4, 3, 3, 2)), jnp.bfloat16)
     found = interactions(lambda x: nj.batch_norm({}, nj.batch_norm_init(2)[1], x, True)[0], images)
     assert found.matrix.shape == (4, 4) and found.matrix.dtype == jnp.float32
-    exact = interactions(lambda x: nj.batch_norm({}, nj.batch_norm_init(2)[1], x, True)[0], images.astype(jnp.float32))
+    exact = interactions(
+        lambda x: nj.batch_norm({}, nj.batch_norm_init(2)[1], x, True)[0],
+        images.astype(jnp.float32),
+    )
     assert_close(found.matrix, exact.matrix, rtol=0.05, atol=0.01)
 
 
 def test_under_jit(x):
     function = batch_normed(jnp.eye(INPUTS))
-    assert_close(jax.jit(lambda x: interactions(function, x).matrix)(x), interactions(function, x).matrix, rtol=1e-5)
+    assert_close(
+        jax.jit(lambda x: interactions(function, x).matrix)(x),
+        interactions(function, x).matrix,
+        rtol=1e-5,
+    )
 
 
 def test_linen_and_nnx_agree_and_keep_their_statistics(x, promotion_as_in_flax):
     model = linen.Sequential([linen.Dense(3), nj.linen.BatchNorm(use_running_average=False)])
     variables = model.init(jax.random.key(0), x)
     found = interactions(lambda x: model.apply(variables, x, mutable=["batch_stats"])[0], x)
-    module = nnx.Sequential(nnx.Linear(INPUTS, 3, rngs=nnx.Rngs(0)), nj.nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    module = nnx.Sequential(
+        nnx.Linear(INPUTS, 3, rngs=nnx.Rngs(0)), nj.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    )
     kernel = variables["params"]["layers_0"]["kernel"]
     module.layers[0].kernel.set_value(kernel)
     of_module = interactions(module, x)

@@ -28,7 +28,12 @@ def expected(w, direction):
     points = np.asarray(w) + np.asarray(SIZES)[:, None] * direction
     losses = 0.5 * (CURVATURE * points**2).sum(1)
     gradients = np.linalg.norm(CURVATURE * (points - w), axis=1)
-    return 0.5 * (CURVATURE * np.asarray(w) ** 2).sum(), losses, gradients, np.linalg.norm(points - w, axis=1)
+    return (
+        0.5 * (CURVATURE * np.asarray(w) ** 2).sum(),
+        losses,
+        gradients,
+        np.linalg.norm(points - w, axis=1),
+    )
 
 
 def test_a_quadratic_along_its_gradient():
@@ -75,7 +80,9 @@ def test_the_smoothness_is_that_of_the_sharpest_direction():
     """Along an eigenvector, beta is its eigenvalue; nowhere more than the largest."""
     for i in range(3):
         w = np.eye(3)[i]
-        assert_close(landscape(loss, params_at(w), step_sizes=SIZES).smoothness, CURVATURE[i], rtol=1e-4)
+        assert_close(
+            landscape(loss, params_at(w), step_sizes=SIZES).smoothness, CURVATURE[i], rtol=1e-4
+        )
     anywhere = landscape(loss, params_at(np.ones(3)), step_sizes=SIZES).smoothness
     sharpest = nj.diagnostics.hessian_eigenvalue(loss, params_at(np.ones(3))).value
     assert 1.0 < float(anywhere) < float(sharpest)
@@ -104,13 +111,16 @@ def test_a_history_from_a_scan():
     sizes = jnp.asarray([0.05, 0.1])
     _, history = jax.jit(lambda params: jax.lax.scan(step, params, length=4))(params_at(np.ones(3)))
     assert history.losses.shape == (4, 2) and history.smoothness.shape == (4,)
-    assert_close(history.loss[1:], np.asarray(history.losses[:-1, 0]), rtol=1e-5)  # the point that the step goes to
+    # the point that the step goes to
+    assert_close(history.loss[1:], np.asarray(history.losses[:-1, 0]), rtol=1e-5)
 
 
 def test_half_precision_is_read_in_single():
     """In bfloat16 the smallest of these steps would not move the parameters."""
     seen = landscape(loss, params_at(np.ones(3), jnp.bfloat16), step_sizes=(1e-4,))
-    assert_close(seen.distances, np.asarray([1e-4 * np.linalg.norm(CURVATURE)]), rtol=1e-3, dtype=np.float32)
+    assert_close(
+        seen.distances, np.asarray([1e-4 * np.linalg.norm(CURVATURE)]), rtol=1e-3, dtype=np.float32
+    )
     assert float(seen.variation) > 0
 
 
@@ -121,7 +131,10 @@ def test_half_precision_is_read_in_single():
         ({"step_sizes": ()}, "step_sizes of shape (0,)"),
         ({"step_sizes": jnp.float32(0.1)}, "step_sizes of shape ()"),
         ({"step_sizes": (0.1, float("nan"))}, "step_sizes=nan"),
-        ({"step_sizes": SIZES, "direction": {"a": jnp.ones(1)}}, "params['b']['c'], which direction lacks"),
+        (
+            {"step_sizes": SIZES, "direction": {"a": jnp.ones(1)}},
+            "params['b']['c'], which direction lacks",
+        ),
         (
             {"step_sizes": SIZES, "direction": {"a": jnp.ones(1), "b": {"c": jnp.ones(2)}}},
             "shape (2,) for direction['b']['c']",

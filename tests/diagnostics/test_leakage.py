@@ -72,7 +72,9 @@ def test_the_standard_error_is_that_of_a_mean_of_differences(unrelated):
 
 ALONE = {
     "no norm": lambda queries, keys: (queries, keys),
-    "layer norm": lambda queries, keys: tuple(nj.layer_norm({}, {}, x, True)[0] for x in (queries, keys)),
+    "layer norm": lambda queries, keys: tuple(
+        nj.layer_norm({}, {}, x, True)[0] for x in (queries, keys)
+    ),
     "synced": normalized("devices"),
 }
 
@@ -95,7 +97,9 @@ def test_two_encoders_that_normalize_apart_leak_in_small_batches(views):
     """As in MoCo: the queries of a device have nearly the statistics of their own keys."""
 
     def function(queries, keys):
-        return tuple(nj.batch_norm({}, nj.batch_norm_init(FEATURES)[1], x, True)[0] for x in (queries, keys))
+        return tuple(
+            nj.batch_norm({}, nj.batch_norm_init(FEATURES)[1], x, True)[0] for x in (queries, keys)
+        )
 
     found = measure(function, views, shuffles=8)
     assert found.leak > 4 * found.standard_error
@@ -109,11 +113,15 @@ def test_a_mean_that_is_removed_pushes_a_device_apart(rng):
 
 
 def test_the_name_of_the_axis_is_free(views):
-    assert_identical(measure(normalized("pod"), views, axis_name="pod"), measure(normalized("devices"), views))
+    assert_identical(
+        measure(normalized("pod"), views, axis_name="pod"), measure(normalized("devices"), views)
+    )
 
 
 def test_bfloat16_and_lists(views):
-    found = measure(lambda queries, keys: [queries, keys], tuple(x.astype(jnp.bfloat16) for x in views))
+    found = measure(
+        lambda queries, keys: [queries, keys], tuple(x.astype(jnp.bfloat16) for x in views)
+    )
     assert found.leak == 0 and found.together.dtype == jnp.float32
 
 
@@ -136,7 +144,11 @@ def test_nnx(views, promotion_as_in_flax):
     ("settings", "kind", "values"),
     [
         ({"devices": 1}, ValueError, "devices=1"),
-        ({"devices": 7}, ValueError, "queries.shape=(64, 8), keys.shape=(64, 8) for devices=7. Pass 63 of each"),
+        (
+            {"devices": 7},
+            ValueError,
+            "queries.shape=(64, 8), keys.shape=(64, 8) for devices=7. Pass 63 of each",
+        ),
         ({"keys": jnp.ones((60, 8))}, ValueError, "keys.shape=(60, 8)"),
         ({"shuffles": 0}, ValueError, "shuffles=0"),
         ({"function": lambda queries, keys: queries}, TypeError, "got a ShapeDtypeStruct"),
@@ -153,5 +165,7 @@ def test_nnx(views, promotion_as_in_flax):
 def test_mistakes(views, settings, kind, values):
     arguments = {"function": ALONE["no norm"], "queries": views[0], "keys": views[1]}
     with pytest.raises(kind, match="^leakage: ") as caught:
-        nj.diagnostics.leakage(**arguments | {"devices": DEVICES, "key": jax.random.key(0)} | settings)
+        nj.diagnostics.leakage(
+            **arguments | {"devices": DEVICES, "key": jax.random.key(0)} | settings
+        )
     assert values in str(caught.value)

@@ -24,7 +24,11 @@ def only(found: Lint, rule: str):
 def linen(model, x, *, dropout=False):
     variables = model.init(jax.random.key(0), x)
     rngs = {"dropout": jax.random.key(1)} if dropout else None
-    return lambda variables, x: model.apply(variables, x, mutable=["batch_stats"], rngs=rngs), variables, x
+    return (
+        lambda variables, x: model.apply(variables, x, mutable=["batch_stats"], rngs=rngs),
+        variables,
+        x,
+    )
 
 
 def training(norm, **settings):
@@ -47,7 +51,9 @@ class TestCancelledBias:
     @BOTH
     def test_in_linen(self, norm, promotion_as_in_flax):
         biased = nn.Sequential([nn.Conv(4, (3, 3)), training(norm), nn.relu, nn.Dense(2)])
-        plain = nn.Sequential([nn.Conv(4, (3, 3), use_bias=False), training(norm), nn.relu, nn.Dense(2)])
+        plain = nn.Sequential(
+            [nn.Conv(4, (3, 3), use_bias=False), training(norm), nn.relu, nn.Dense(2)]
+        )
         x = jnp.ones((8, 6, 6, 1))
         assert rules(lint(*linen(biased, x))) == [("cancelled-bias", "layers_0")]
         assert lint(*linen(plain, x)) == ()
@@ -57,7 +63,9 @@ class TestCancelledBias:
         rngs = nnx.Rngs(0)
         model = nnx.Sequential(nnx.Linear(5, 4, rngs=rngs), norm(4, rngs=rngs), nnx.relu)
         before = jax.tree.map(jnp.array, nnx.state(model))
-        assert rules(lint(lambda model, x: model(x), model, ROWS)) == [("cancelled-bias", "layers/0")]
+        assert rules(lint(lambda model, x: model(x), model, ROWS)) == [
+            ("cancelled-bias", "layers/0")
+        ]
         assert jax.tree.all(jax.tree.map(jnp.array_equal, before, nnx.state(model)))
 
 
@@ -76,13 +84,24 @@ class TestDecayedScale:
             optax.contrib.schedule_free_adamw(1e-3, weight_decay=1e-2),
             optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3),
         ],
-        ids=["adamw", "warm-up", "lion", "sgd", "MultiSteps", "schedule-free", "inject_hyperparams"],
+        ids=[
+            "adamw",
+            "warm-up",
+            "lion",
+            "sgd",
+            "MultiSteps",
+            "schedule-free",
+            "inject_hyperparams",
+        ],
     )
     def test_without_a_mask(self, optimizer):
         network = Dense(hidden=1)
         finding = only(lint(network, network.variables, ROWS, optimizer=optimizer), "decayed-scale")
         assert (finding.path, finding.severity) == ("norm_0", "warning")
-        assert finding.message == "the optimizer decays its 'bias' and 'scale'" and "decay_mask" in finding.advice
+        assert (
+            finding.message == "the optimizer decays its 'bias' and 'scale'"
+            and "decay_mask" in finding.advice
+        )
 
     @pytest.mark.parametrize(
         "optimizer",
@@ -94,7 +113,9 @@ class TestDecayedScale:
             optax.lamb(1e-3),
             optax.contrib.schedule_free_sgd(1e-3),
             optax.chain(optax.add_noise(0.1, 0.55, 0), optax.sgd(0.1)),
-            nj.optim.renormalize(lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params), masked()),
+            nj.optim.renormalize(
+                lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params), masked()
+            ),
         ],
         ids=["adamw", "MultiSteps", "adam", "sgd", "lamb", "schedule-free", "noise", "renormalize"],
     )
@@ -115,12 +136,19 @@ class TestDecayedScale:
             x = linear(params["dense"], jax.nn.relu(x))
             return nj.rms_norm({"scale": 1 + params["gemma"]["scale"]}, {}, x, train=True)[0]
 
-        params = {"layer": nj.layer_norm_init(5)[0], "dense": dense(0, 5, 4), "gemma": {"scale": jnp.zeros(4)}}
-        assert rules(lint(apply, params, ROWS, optimizer=optax.adamw(1e-3))) == [("decayed-scale", "layer")]
+        params = {
+            "layer": nj.layer_norm_init(5)[0],
+            "dense": dense(0, 5, 4),
+            "gemma": {"scale": jnp.zeros(4)},
+        }
+        assert rules(lint(apply, params, ROWS, optimizer=optax.adamw(1e-3))) == [
+            ("decayed-scale", "layer")
+        ]
 
     def test_of_an_nnx_module(self):
         model = nnx.Sequential(
-            nnx.Linear(5, 4, use_bias=False, rngs=nnx.Rngs(0)), nj.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+            nnx.Linear(5, 4, use_bias=False, rngs=nnx.Rngs(0)),
+            nj.nnx.BatchNorm(4, rngs=nnx.Rngs(0)),
         )
         found = lint(lambda model, x: model(x), model, ROWS, optimizer=optax.adamw(1e-3))
         assert rules(found) == [("decayed-scale", "layers/1")]
@@ -133,19 +161,29 @@ class TestDropoutBefore:
         drop = nn.Dropout(0.5, deterministic=False)
         direct = nn.Sequential([nn.Dense(8, use_bias=False), drop, training(norm)])
         found = lint(*linen(direct, ROWS, dropout=True))
-        assert rules(found) == [("dropout-before", "layers_2")] and "no linear layer between" in found[0].message
+        assert (
+            rules(found) == [("dropout-before", "layers_2")]
+            and "no linear layer between" in found[0].message
+        )
         before = nn.Sequential([drop, nn.relu, nn.Dense(8, use_bias=False), training(norm)])
         found = lint(*linen(before, ROWS, dropout=True))
-        assert rules(found) == [("dropout-before", "layers_3")] and "one linear layer between" in found[0].message
+        assert (
+            rules(found) == [("dropout-before", "layers_3")]
+            and "one linear layer between" in found[0].message
+        )
         assert found[0].severity == "warning" and "behind the last batch norm" in found[0].advice
 
     @BOTH
     def test_none_behind_or_far_before(self, norm, promotion_as_in_flax):
         drop = nn.Dropout(0.5, deterministic=False)
-        behind = nn.Sequential([nn.Dense(8, use_bias=False), training(norm), nn.relu, drop, nn.Dense(2)])
+        behind = nn.Sequential(
+            [nn.Dense(8, use_bias=False), training(norm), nn.relu, drop, nn.Dense(2)]
+        )
         assert lint(*linen(behind, ROWS, dropout=True)) == ()
         layers = [nn.Dense(8), nn.relu, nn.Dense(8, use_bias=False)]
-        assert lint(*linen(nn.Sequential([drop, *layers, training(norm)]), ROWS, dropout=True)) == ()
+        assert (
+            lint(*linen(nn.Sequential([drop, *layers, training(norm)]), ROWS, dropout=True)) == ()
+        )
         other = nn.Sequential([drop, nn.LayerNorm(), nn.Dense(8, use_bias=False), training(norm)])
         assert lint(*linen(other, ROWS, dropout=True)) == ()
         assert lint(*linen(nn.Sequential([drop, nn.LayerNorm()]), ROWS, dropout=True)) == ()
@@ -170,7 +208,9 @@ class TestDropoutBefore:
             elif kind == "flip":
                 x = jnp.where(jax.random.bernoulli(key, 0.5, (len(x), 1)), x, x[:, ::-1])
             else:
-                x = jnp.where(jnp.arange(x.shape[1]) < jax.random.randint(key, (len(x), 1), 0, 5), 0.0, x)
+                x = jnp.where(
+                    jnp.arange(x.shape[1]) < jax.random.randint(key, (len(x), 1), 0, 5), 0.0, x
+                )
             return network(variables, x)
 
         network = Dense(hidden=1)
@@ -193,9 +233,14 @@ class TestFewValues:
         assert lint(network, network.variables, ROWS) == ()
 
     def test_one_is_an_error(self):
-        model = nn.Sequential([nn.Dense(4, use_bias=False), nj.linen.BatchNorm(use_running_average=False)])
+        model = nn.Sequential(
+            [nn.Dense(4, use_bias=False), nj.linen.BatchNorm(use_running_average=False)]
+        )
         finding = only(lint(*linen(model, ROWS[:1])), "few-values")
-        assert finding.severity == "error" and "has 1 value for each statistic: variances are 0" in finding.message
+        assert (
+            finding.severity == "error"
+            and "has 1 value for each statistic: variances are 0" in finding.message
+        )
 
     def test_pixels_and_devices_count(self):
         def images(variables, x):
@@ -207,13 +252,23 @@ class TestFewValues:
 
         network = Dense(hidden=1, axis_name="data")
         assert lint(network, network.variables, ROWS[:4], axis_name="data", axis_size=4) == ()
-        finding = only(lint(network, network.variables, ROWS[:4], axis_name="data", axis_size=2), "few-values")
+        finding = only(
+            lint(network, network.variables, ROWS[:4], axis_name="data", axis_size=2), "few-values"
+        )
         assert "has 8 values for each statistic, all over 'data'" in finding.message
 
     def test_groups_of_devices_count(self, promotion_as_in_flax):
-        norm = nn.BatchNorm(use_running_average=False, axis_name="data", axis_index_groups=[[0, 1], [2, 3]])
+        norm = nn.BatchNorm(
+            use_running_average=False, axis_name="data", axis_index_groups=[[0, 1], [2, 3]]
+        )
         variables = nn.BatchNorm(use_running_average=False).init(jax.random.key(0), ROWS)
-        found = lint(partial(norm.apply, mutable=["batch_stats"]), variables, ROWS[:4], axis_name="data", axis_size=4)
+        found = lint(
+            partial(norm.apply, mutable=["batch_stats"]),
+            variables,
+            ROWS[:4],
+            axis_name="data",
+            axis_size=4,
+        )
         assert "has 8 values" in only(found, "few-values").message
 
     def test_none_for_layers_without_a_batch(self):
@@ -242,7 +297,9 @@ class TestSlowMomentum:
         batch_stats["norm_0"] |= {"count": jnp.zeros((), jnp.int32)} if momentum is None else {}
         assert lint(network, (params, batch_stats), ROWS, steps=steps) == ()
         if momentum:
-            assert rules(lint(network, (params, batch_stats), ROWS, steps=steps - 1)) == [("slow-momentum", "norm_0")]
+            assert rules(lint(network, (params, batch_stats), ROWS, steps=steps - 1)) == [
+                ("slow-momentum", "norm_0")
+            ]
 
     @BOTH
     def test_in_linen(self, norm, promotion_as_in_flax):
@@ -258,7 +315,10 @@ class TestSlowMomentum:
 
         network = Masked(hidden=1)
         x = {"rows": ROWS, "mask": jnp.ones(32, bool)}
-        assert "momentum 0.99" in only(lint(network, network.variables, x, steps=10), "slow-momentum").message
+        assert (
+            "momentum 0.99"
+            in only(lint(network, network.variables, x, steps=10), "slow-momentum").message
+        )
         network = Dense(hidden=1, virtual_batch_size=16, axis_name="i")
         found = lint(network, network.variables, ROWS, steps=10, axis_name="i", axis_size=2)
         assert "momentum 0.99" in only(found, "slow-momentum").message
@@ -276,8 +336,12 @@ class TestUnsynced:
         network = Dense(axis_name="data")
         assert lint(network, network.variables, ROWS, axis_name="data", axis_size=4) == ()
         network = Dense(axis_name=("rows", "columns"))
-        assert lint(network, network.variables, ROWS, axis_name=("rows", "columns"), axis_size=2) == ()
-        found = lint(network, network.variables, ROWS, axis_name=("rows", "columns", "more"), axis_size=2)
+        assert (
+            lint(network, network.variables, ROWS, axis_name=("rows", "columns"), axis_size=2) == ()
+        )
+        found = lint(
+            network, network.variables, ROWS, axis_name=("rows", "columns", "more"), axis_size=2
+        )
         assert "mapped axis 'more'" in only(found, "unsynced").message
 
     def test_none_where_devices_merge_what_they_learned_or_nothing_is_of_a_batch(self):
@@ -301,7 +365,11 @@ class TestUnsynced:
             mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
             split, whole = jax.P("data"), jax.P()
             step = jax.shard_map(
-                network, mesh=mesh, in_specs=(whole, split), out_specs=(split, whole), check_vma=axis_name is not None
+                network,
+                mesh=mesh,
+                in_specs=(whole, split),
+                out_specs=(split, whole),
+                check_vma=axis_name is not None,
             )
             x = ROWS
         found = lint(step, network.variables, x)
@@ -316,12 +384,18 @@ class TestResidualScale:
             new, h = {}, x
             for i in range(layers):
                 h, new[f"norm_{i}"] = nj.batch_norm(
-                    params[f"norm_{i}"], batch_stats[f"norm_{i}"], linear(params[f"dense_{i}"], h), train=True
+                    params[f"norm_{i}"],
+                    batch_stats[f"norm_{i}"],
+                    linear(params[f"dense_{i}"], h),
+                    train=True,
                 )
                 h = jax.nn.relu(h) if i < layers - 1 else h
             if shortcut == "projection":
                 x, new["shortcut"] = nj.batch_norm(
-                    params["shortcut"], batch_stats["shortcut"], linear(params["projection"], x), train=True
+                    params["shortcut"],
+                    batch_stats["shortcut"],
+                    linear(params["projection"], x),
+                    train=True,
                 )
             return (jax.nn.relu(x + h) if shortcut else h), new
 

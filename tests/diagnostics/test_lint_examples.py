@@ -30,7 +30,11 @@ def examples(monkeypatch, promotion_as_in_flax):
 def optimizer(steps):
     return optax.chain(
         optax.add_decayed_weights(1e-4, mask=nj.optim.decay_mask),
-        optax.sgd(optax.warmup_cosine_decay_schedule(0.0, 0.1, steps // 10, steps), momentum=0.9, nesterov=True),
+        optax.sgd(
+            optax.warmup_cosine_decay_schedule(0.0, 0.1, steps // 10, steps),
+            momentum=0.9,
+            nesterov=True,
+        ),
     )
 
 
@@ -40,10 +44,16 @@ def test_the_networks_of_speedup(normalize, activation):
     from common import networks
 
     style = networks.Style(normalize, activation)
-    for network, image, batch in ((networks.mlp(style), (8, 8, 1), 60), (networks.inception(style), (32, 32, 3), 32)):
+    for network, image, batch in (
+        (networks.mlp(style), (8, 8, 1), 60),
+        (networks.inception(style), (32, 32, 3), 32),
+    ):
         variables = shapes(network.init, KEY, image, 10)
         x = jax.ShapeDtypeStruct((batch, *image), jnp.float32)
-        assert lint(lambda v, x, apply=network.apply: apply(*v, x, True), variables, x, steps=500) == ()
+        assert (
+            lint(lambda v, x, apply=network.apply: apply(*v, x, True), variables, x, steps=500)
+            == ()
+        )
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
@@ -59,7 +69,10 @@ def test_the_cells_of_recurrent(kind, norm):
         return (outputs, state), batch_stats
 
     for length in (6, 8):  # within and beyond the statistics of each step
-        assert lint(apply, variables, jnp.ones((64, length, 8)), steps=600, optimizer=optimizer(600)) == ()
+        assert (
+            lint(apply, variables, jnp.ones((64, length, 8)), steps=600, optimizer=optimizer(600))
+            == ()
+        )
 
 
 def test_the_ways_of_domains_to_share():
@@ -132,7 +145,16 @@ def test_the_units_and_the_vgg(unit):
     network = vgg.vgg(units.UNITS[unit])
     variables = shapes(network.init, KEY, (8, 8, 1), 10)
     x = jax.ShapeDtypeStruct((64, 8, 8, 1), jnp.float32)
-    assert lint(lambda v, x: network.apply(*v, x, True), variables, x, steps=300, optimizer=optimizer(300)) == ()
+    assert (
+        lint(
+            lambda v, x: network.apply(*v, x, True),
+            variables,
+            x,
+            steps=300,
+            optimizer=optimizer(300),
+        )
+        == ()
+    )
 
 
 def test_the_encoders_of_contrastive():
@@ -162,7 +184,10 @@ def test_the_ways_of_adversarial_pairs():
     x = jnp.ones((32, 8, 8, 1))
     for way in adversarial.WAYS.values():
         variables = way.init(network, KEY, (8, 8, 1))
-        assert lint(lambda v, x, train=way.train: train(network, *v, x, x), variables, x, steps=300) == ()
+        assert (
+            lint(lambda v, x, train=way.train: train(network, *v, x, x), variables, x, steps=300)
+            == ()
+        )
 
 
 def test_the_methods_of_small_batch():
@@ -174,8 +199,13 @@ def test_the_methods_of_small_batch():
         if method.on_devices:
             network = small_batch.on_devices(network)
         variables = shapes(network.init, KEY, (8, 8, 1), 10)
-        x = jax.ShapeDtypeStruct((small_batch.DEVICES * small_batch.REFERENCE, 8, 8, 1), jnp.float32)
-        assert lint(lambda v, x, apply=network.apply: apply(*v, x, True), variables, x, steps=300) == ()
+        x = jax.ShapeDtypeStruct(
+            (small_batch.DEVICES * small_batch.REFERENCE, 8, 8, 1), jnp.float32
+        )
+        assert (
+            lint(lambda v, x, apply=network.apply: apply(*v, x, True), variables, x, steps=300)
+            == ()
+        )
 
 
 def test_the_networks_of_covariate_shift():
@@ -185,7 +215,10 @@ def test_the_networks_of_covariate_shift():
         network = noise.Sigmoids(normalize, disturbed).network
         variables = network.init(KEY, (8, 8, 1), 10)
         x = jax.ShapeDtypeStruct((60, 8, 8, 1), jnp.float32)
-        assert lint(lambda v, x, apply=network.apply: apply(*v, x, True), variables, x, steps=300) == ()
+        assert (
+            lint(lambda v, x, apply=network.apply: apply(*v, x, True), variables, x, steps=300)
+            == ()
+        )
 
 
 @pytest.mark.parametrize("norm", ["layer norm", "RMS norm"])

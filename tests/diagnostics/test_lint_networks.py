@@ -19,12 +19,18 @@ IMAGES = jax.random.normal(jax.random.key(2), (4, 6, 6, 3))
 
 
 def conv(kernel, x, padding="SAME"):
-    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def handwritten(x, axes, *, two_passes=False, mean=True):
     center = x.mean(axes, keepdims=True) if mean else 0.0
-    var = jnp.mean((x - center) ** 2, axes, keepdims=True) if two_passes or not mean else x.var(axes, keepdims=True)
+    var = (
+        jnp.mean((x - center) ** 2, axes, keepdims=True)
+        if two_passes or not mean
+        else x.var(axes, keepdims=True)
+    )
     return (x - center) / jnp.sqrt(var + 1e-5)
 
 
@@ -167,16 +173,24 @@ def test_positions_are_no_bias_of_a_feature():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_any_dtype(dtype):
     network = Dense(bias=True, hidden=1)
-    network.variables[0]["dense_0"] = jax.tree.map(lambda leaf: leaf.astype(dtype), network.variables[0]["dense_0"])
+    network.variables[0]["dense_0"] = jax.tree.map(
+        lambda leaf: leaf.astype(dtype), network.variables[0]["dense_0"]
+    )
     x = ROWS[:8].astype(dtype)
 
     def apply(variables, x):
         h = linear(variables[0]["dense_0"], x)
-        y, batch_stats = nj.batch_norm(variables[0]["norm_0"], variables[1]["norm_0"], h, train=True, momentum=0.98)
+        y, batch_stats = nj.batch_norm(
+            variables[0]["norm_0"], variables[1]["norm_0"], h, train=True, momentum=0.98
+        )
         return y, {"norm_0": batch_stats}
 
     found = lint(apply, network.variables, x, steps=100)
-    assert rules(found) == [("few-values", "norm_0"), ("slow-momentum", "norm_0"), ("cancelled-bias", "dense_0")]
+    assert rules(found) == [
+        ("few-values", "norm_0"),
+        ("slow-momentum", "norm_0"),
+        ("cancelled-bias", "dense_0"),
+    ]
 
 
 class TestTransformations:
@@ -184,7 +198,11 @@ class TestTransformations:
         network = Dense(bias=True, hidden=1, momentum=0.98)
         expected = lint(network, network.variables, ROWS, steps=10)
         assert rules(expected) == [("slow-momentum", "norm_0"), ("cancelled-bias", "dense_0")]
-        for transformed in (jax.jit(network), jax.checkpoint(network), jax.jit(jax.checkpoint(network))):
+        for transformed in (
+            jax.jit(network),
+            jax.checkpoint(network),
+            jax.jit(jax.checkpoint(network)),
+        ):
             assert lint(transformed, network.variables, ROWS, steps=10) == expected
         ensemble = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), network.variables)
         found = lint(jax.vmap(network, in_axes=(0, None)), ensemble, ROWS, steps=10)
@@ -194,17 +212,24 @@ class TestTransformations:
         def apply(variables, x):
             def block(x, variables):
                 params, batch_stats = variables
-                h, batch_stats = nj.batch_norm(params["norm"], batch_stats, linear(params["dense"], x), train=True)
+                h, batch_stats = nj.batch_norm(
+                    params["norm"], batch_stats, linear(params["dense"], x), train=True
+                )
                 return jax.nn.relu(h), batch_stats
 
             return lax.scan(block, x, variables)
 
         layers = [
-            ({"dense": dense(i, 5, 5), "norm": nj.batch_norm_init(5)[0]}, nj.batch_norm_init(5)[1]) for i in (0, 1)
+            ({"dense": dense(i, 5, 5), "norm": nj.batch_norm_init(5)[0]}, nj.batch_norm_init(5)[1])
+            for i in (0, 1)
         ]
         variables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
         found = lint(apply, variables, ROWS, steps=100, optimizer=optax.adamw(1e-3))
-        expected = [("decayed-scale", "norm"), ("slow-momentum", "norm"), ("cancelled-bias", "dense")]
+        expected = [
+            ("decayed-scale", "norm"),
+            ("slow-momentum", "norm"),
+            ("cancelled-bias", "dense"),
+        ]
         assert rules(found) == expected
 
     def test_passes_one_after_the_other(self):
@@ -215,14 +240,18 @@ class TestTransformations:
             return (first, second), batch_stats
 
         network = Dense(bias=True, hidden=2)
-        assert rules(lint(apply, network.variables, ROWS)) == rules(lint(network, network.variables, ROWS))
+        assert rules(lint(apply, network.variables, ROWS)) == rules(
+            lint(network, network.variables, ROWS)
+        )
 
     def test_shapes_are_enough(self):
         network = Dense(bias=True, hidden=1)
         shapes = jax.eval_shape(lambda: network.variables)
         x = jax.ShapeDtypeStruct((8, 5), jnp.float32)
         settings = {"steps": 100, "optimizer": optax.adamw(1e-3)}
-        assert lint(network, shapes, x, **settings) == lint(network, network.variables, ROWS[:8], **settings)
+        assert lint(network, shapes, x, **settings) == lint(
+            network, network.variables, ROWS[:8], **settings
+        )
 
     def test_nothing_is_run(self):
         def apply(variables, x):
@@ -238,17 +267,25 @@ class TestVariables:
     def test_batch_stats_alone_and_frozen_layers(self):
         network = Dense(hidden=2, momentum=0.98)
         params, batch_stats = network.variables
-        found = lint(lambda batch_stats, x: network((params, batch_stats), x), batch_stats, ROWS, steps=100)
+        found = lint(
+            lambda batch_stats, x: network((params, batch_stats), x), batch_stats, ROWS, steps=100
+        )
         assert rules(found) == [("slow-momentum", "norm_0"), ("slow-momentum", "norm_1")]
 
         def half_frozen(variables, x):
             params, batch_stats = variables
-            h, _ = nj.batch_norm(params["norm_0"], batch_stats["norm_0"], linear(params["dense_0"], x), train=False)
-            h, new = nj.batch_norm(params["norm_1"], batch_stats["norm_1"], jax.nn.relu(h), train=True)
+            h, _ = nj.batch_norm(
+                params["norm_0"], batch_stats["norm_0"], linear(params["dense_0"], x), train=False
+            )
+            h, new = nj.batch_norm(
+                params["norm_1"], batch_stats["norm_1"], jax.nn.relu(h), train=True
+            )
             return h, batch_stats | {"norm_1": new}
 
         biased = Dense(bias=True)
-        assert rules(lint(half_frozen, biased.variables, ROWS, steps=100)) == [("slow-momentum", "norm_1")]
+        assert rules(lint(half_frozen, biased.variables, ROWS, steps=100)) == [
+            ("slow-momentum", "norm_1")
+        ]
 
     def test_a_single_layer_in_linen_and_a_frozen_dict(self, promotion_as_in_flax):
         from flax.core import freeze
@@ -274,7 +311,9 @@ class TestVariables:
         class Model(nnx.Module):
             def __init__(self):
                 rngs = nnx.Rngs(0)
-                self.layers = nnx.List([nnx.Linear(5, 4, use_bias=False, rngs=rngs), nj.nnx.BatchNorm(4, rngs=rngs)])
+                self.layers = nnx.List(
+                    [nnx.Linear(5, 4, use_bias=False, rngs=rngs), nj.nnx.BatchNorm(4, rngs=rngs)]
+                )
                 self.dropout = nnx.Dropout(0.5, rngs=rngs)
 
             def __call__(self, x):
@@ -282,13 +321,15 @@ class TestVariables:
 
         model = Model()
         before = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey)))
-        assert rules(lint(lambda model, x: model(x), model, ROWS)) == [("dropout-before", "layers/1")]
+        assert rules(lint(lambda model, x: model(x), model, ROWS)) == [
+            ("dropout-before", "layers/1")
+        ]
         after = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey)))
         assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
 
 
 class TestErrors:
-    def refuse(self, message, *args, kind=ValueError, **settings):
+    def raise_error(self, message, *args, kind=ValueError, **settings):
         with pytest.raises(kind, match=message):
             lint(*args, **settings)
 
@@ -297,9 +338,13 @@ class TestErrors:
 
         def apply(variables, x):
             params, batch_stats = variables
-            return nj.batch_norm(params["norm_0"], batch_stats["norm_0"], linear(params["dense_0"], x), train=False)
+            return nj.batch_norm(
+                params["norm_0"], batch_stats["norm_0"], linear(params["dense_0"], x), train=False
+            )
 
-        self.refuse("runs in inference mode.*2 running statistics.*train=True", apply, variables, ROWS)
+        self.refuse(
+            "runs in inference mode.*2 running statistics.*train=True", apply, variables, ROWS
+        )
 
     def test_missing_statistics(self):
         network = Dense()
@@ -323,7 +368,9 @@ class TestErrors:
         self.refuse("The order is lint", network.variables, network, ROWS, kind=TypeError)
         alone = nj.batch_norm_init(5)[1]
         apply = partial(nj.batch_norm, {}, train=True)
-        self.refuse("no parameters", lambda s, x: apply(s, x), alone, ROWS, optimizer=optax.sgd(0.1))
+        self.refuse(
+            "no parameters", lambda s, x: apply(s, x), alone, ROWS, optimizer=optax.sgd(0.1)
+        )
 
 
 def test_findings_print_as_a_list_of_advice():

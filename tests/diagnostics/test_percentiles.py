@@ -51,11 +51,23 @@ def test_a_history_from_a_scan():
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        (({"a": jnp.ones(3)}, (50, 101)), {}, "percentiles: q is out of range. Expected a finite number, 0.0 <= q"),
+        (
+            ({"a": jnp.ones(3)}, (50, 101)),
+            {},
+            "percentiles: q is out of range. Expected a finite number, 0.0 <= q",
+        ),
         (({"a": jnp.ones(3)}, ()), {}, "percentiles: q is empty"),
-        (({"a": jnp.ones((3, 2))},), {"feature_axes": 2}, "percentiles at inputs['a']: axis 2 of feature_axes"),
+        (
+            ({"a": jnp.ones((3, 2))},),
+            {"feature_axes": 2},
+            "percentiles at inputs['a']: axis 2 of feature_axes",
+        ),
         (({"a": jnp.arange(3)},), {}, "x.dtype=int32"),
-        (({"a": jnp.ones(3, jnp.complex64)},), {}, "percentiles at inputs['a']: complex numbers have no order"),
+        (
+            ({"a": jnp.ones(3, jnp.complex64)},),
+            {},
+            "percentiles at inputs['a']: complex numbers have no order",
+        ),
     ],
 )
 def test_refusals(arguments, settings, message):
@@ -89,7 +101,9 @@ def linen():
 
 def test_linen(linen):
     x, variables = linen
-    (y, updates), inputs = layer_inputs(Linen().apply, variables, x, train=True, mutable=["batch_stats"])
+    (y, updates), inputs = layer_inputs(
+        Linen().apply, variables, x, train=True, mutable=["batch_stats"]
+    )
     expected, new = Linen().apply(variables, x, train=True, mutable=["batch_stats"])
     assert_identical((y, updates), (expected, new))
     assert list(inputs) == [
@@ -98,7 +112,9 @@ def test_linen(linen):
     ]  # and not what is within remat
     assert inputs["Block_0"] is x
     dense = variables["params"]["Block_0"]["Dense_0"]
-    assert_close(inputs["Block_0/BatchNorm_0"], np.asarray(x @ dense["kernel"] + dense["bias"]), atol=1e-5)
+    assert_close(
+        inputs["Block_0/BatchNorm_0"], np.asarray(x @ dense["kernel"] + dense["bias"]), atol=1e-5
+    )
     head = variables["params"]["Dense_0"]
     assert_close(y, np.asarray(inputs["Dense_0"] @ head["kernel"] + head["bias"]), atol=1e-5)
 
@@ -109,7 +125,10 @@ def test_linen_in_a_jitted_gradient(linen):
 
     def loss(params):
         (y, _), inputs = layer_inputs(
-            lambda x: Linen().apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"]), x
+            lambda x: Linen().apply(
+                variables | {"params": params}, x, train=True, mutable=["batch_stats"]
+            ),
+            x,
         )
         return jnp.mean(y**2), percentiles(inputs)
 
@@ -143,7 +162,11 @@ def test_nnx():
     assert list(inputs) == ["layers/0", "norm", "layers/1", "norm[1]"]
     assert_identical(y, other(x))
     assert_identical(nnx.state(model), nnx.state(other))
-    assert_close(inputs["norm"], np.asarray(x @ model.layers[0].kernel[...] + model.layers[0].bias[...]), atol=1e-5)
+    assert_close(
+        inputs["norm"],
+        np.asarray(x @ model.layers[0].kernel[...] + model.layers[0].bias[...]),
+        atol=1e-5,
+    )
     assert (
         nnx.Linear.__call__ is call
         and "__call__" not in vars(nj.nnx.BatchNorm)
@@ -163,5 +186,7 @@ def test_nnx_classes_are_restored_when_a_call_fails():
 def test_models_whose_layers_cannot_be_seen(linen):
     x, variables = linen
     for model in (jnp.sin, jax.jit(lambda x: Linen().apply(variables, x, train=False))):
-        with pytest.raises(TypeError, match="layer_inputs: no layer was seen.*Jit around layer_inputs"):
+        with pytest.raises(
+            TypeError, match="layer_inputs: no layer was seen.*Jit around layer_inputs"
+        ):
             layer_inputs(model, x)

@@ -22,20 +22,29 @@ def test_a_row_for_each_layer_a_mark_for_each_channel_in_the_color_of_its_findin
     figure = plot.report(found)
     var, scale = figure.axes
     assert [label.get_text() for label in var.get_yticklabels()] == ["norm", "other"]
-    assert to_hex(var.get_yticklabels()[0].get_color()) == plot.report.__globals__["COLORS"]["warning"]
+    assert (
+        to_hex(var.get_yticklabels()[0].get_color()) == plot.report.__globals__["COLORS"]["warning"]
+    )
     marks, median = var.lines
     np.testing.assert_allclose(marks.get_xdata(), np.maximum(found.layers[0].leaves["var"], 1e-8))
-    assert median.get_xdata()[0] == pytest.approx(found.layers[0].var.median) and len(scale.lines) == 4
+    assert (
+        median.get_xdata()[0] == pytest.approx(found.layers[0].var.median) and len(scale.lines) == 4
+    )
     figure.savefig(tmp_path / "report.png")
 
 
 def test_the_gap_where_there_is_one_and_axes_of_one_s_own():
-    found = report(sick(), measured=sick() | {"batch_stats": {"norm": {"mean": np.zeros(32), "var": np.ones(32)}}})
+    found = report(
+        sick(),
+        measured=sick() | {"batch_stats": {"norm": {"mean": np.zeros(32), "var": np.ones(32)}}},
+    )
     figure = Figure()
     axes = figure.subplots(1, 3)
     assert plot.report(found, axes) is figure
     (bar, empty) = axes[2].patches
     assert bar.get_width() == pytest.approx(found.layers[0].gap) and empty.get_width() == 0
-    with pytest.raises(ValueError, match="plot.report: axes are not one for each panel.*3 matplotlib Axes; got 2"):
+    with pytest.raises(
+        ValueError, match="plot.report: axes are not one for each panel.*3 matplotlib Axes; got 2"
+    ):
         plot.report(found, axes[:2])
     assert len(plot.report(report(nj.layer_norm_init(4))).axes) == 1

@@ -48,14 +48,21 @@ def test_zeros_are_drawn_without_a_warning():
 
 def test_bad_input_is_refused():
     single = jax.tree.map(lambda field: field[0], history(2))
-    with pytest.raises(ValueError, match=r"plot.rotation: there are no steps.*norm of shape \(\) for 'w'"):
+    with pytest.raises(
+        ValueError, match=r"plot.rotation: there are no steps.*norm of shape \(\) for 'w'"
+    ):
         plot.rotation(single)
-    with pytest.raises(ValueError, match="plot.rotation: axes are not one for each panel.*Expected 3"):
+    with pytest.raises(
+        ValueError, match="plot.rotation: axes are not one for each panel.*Expected 3"
+    ):
         plot.rotation(history(2), axes=Figure().subplots(1, 2))
 
 
 def test_a_mark_for_each_number_hollow_without_influence():
-    found = {"a": ScaleInvariance(True, 1e-5, 1e-7, 1e-2, 1.0), "b": ScaleInvariance(False, 0.0, 0.0, 0.1, 0.0)}
+    found = {
+        "a": ScaleInvariance(True, 1e-5, 1e-7, 1e-2, 1.0),
+        "b": ScaleInvariance(False, 0.0, 0.0, 0.1, 0.0),
+    }
     (axes,) = plot.scale_invariance(found).axes
     changes, cosines = axes.collections
     assert_close(changes.get_offsets(), [[1e-5, 0], [1e-8, 1]], rtol=1e-12)

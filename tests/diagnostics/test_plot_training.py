@@ -13,16 +13,25 @@ from tests.compare import assert_close
 @pytest.fixture
 def distributions(rng):
     """Of 5 steps: two layers, one of three features that move by 0, 5 and 100."""
-    x = rng.normal(size=(5, 40, 3)) * 1e-3 + np.arange(5)[:, None, None] * np.asarray([0.0, 25.0, 1.25])
+    x = rng.normal(size=(5, 40, 3)) * 1e-3 + np.arange(5)[:, None, None] * np.asarray(
+        [0.0, 25.0, 1.25]
+    )
     x = jnp.asarray(x, jnp.float32)
-    seen = [percentiles({"a": x[i]}, feature_axes=-1).values | percentiles({"b": x[i]}).values for i in range(5)]
-    return Percentiles(jnp.tile(jnp.asarray([15.0, 50, 85]), (5, 1)), jax.tree.map(lambda *s: jnp.stack(s), *seen))
+    seen = [
+        percentiles({"a": x[i]}, feature_axes=-1).values | percentiles({"b": x[i]}).values
+        for i in range(5)
+    ]
+    return Percentiles(
+        jnp.tile(jnp.asarray([15.0, 50, 85]), (5, 1)), jax.tree.map(lambda *s: jnp.stack(s), *seen)
+    )
 
 
 def test_percentiles_of_a_typical_feature(distributions):
     figure = plot.percentiles(distributions, steps=range(0, 50, 10))
     assert [panel.get_title() for panel in figure.axes] == ["a, feature 2 of 3", "b"]
-    for panel, values in zip(figure.axes, (distributions.values["a"][:, :, 2], distributions.values["b"]), strict=True):
+    for panel, values in zip(
+        figure.axes, (distributions.values["a"][:, :, 2], distributions.values["b"]), strict=True
+    ):
         lines = [line.get_ydata() for line in panel.lines]
         assert_close(np.stack(lines, 1), np.asarray(values))
         assert panel.lines[0].get_xdata().tolist() == [0, 10, 20, 30, 40]
@@ -56,7 +65,9 @@ def test_landscapes():
 
 def test_refusals(distributions):
     single = percentiles(jnp.ones((4, 2)))
-    with pytest.raises(ValueError, match=r"plot.percentiles: there are no steps.*q of shape \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"plot.percentiles: there are no steps.*q of shape \(3,\)"
+    ):
         plot.percentiles(single)
     with pytest.raises(ValueError, match=r"Expected 5 steps; got steps of shape \(2,\)"):
         plot.percentiles(distributions, steps=(1, 2))

@@ -17,14 +17,20 @@ from normjax.diagnostics._html import page
 from tests.diagnostics.networks import CLASSES, NNX, Residual, healthy, init, trained
 
 FAMILY = {
-    **{name: getattr(nj.linen, name) for name in ("BatchNorm", "LayerNorm", "RMSNorm", "FilterResponseNorm")},
+    **{
+        name: getattr(nj.linen, name)
+        for name in ("BatchNorm", "LayerNorm", "RMSNorm", "FilterResponseNorm")
+    },
     **{name: getattr(nj.linen, name) for name in ("BatchRenorm", "DynamicTanh")},
     "GroupNorm": partial(nj.linen.GroupNorm, num_groups=4),
 }
 
 
 def rules(variables, **settings):
-    return [(finding.path, finding.rule, finding.severity) for finding in report(variables, **settings).findings]
+    return [
+        (finding.path, finding.rule, finding.severity)
+        for finding in report(variables, **settings).findings
+    ]
 
 
 def sick(collection, leaf, channels, value, **settings):
@@ -49,7 +55,11 @@ def test_a_healthy_layer_is_reported_in_numbers_and_nothing_is_found():
 def test_constant_inputs_are_dead_channels():
     finding = sick("batch_stats", "var", [3, 17], [0, 9e-8])
     assert (finding.rule, finding.severity) == ("dead-channels", "warning")
-    assert "2 of 32" in finding.message and "(channels 3, 17)" in finding.message and "9e-08" in finding.message
+    assert (
+        "2 of 32" in finding.message
+        and "(channels 3, 17)" in finding.message
+        and "9e-08" in finding.message
+    )
     assert "ReLU" in finding.advice
     assert sick("batch_stats", "var", slice(None), 0).severity == "error"
     tree = healthy()
@@ -73,7 +83,10 @@ def test_channels_far_larger_than_the_layer_s_explode():
             and "(channel 5)" in finding.message
         )
     assert sick("params", "scale", [5], -300).rule == "exploding-channels"
-    assert "32 of 32 channels is as large as 3.16e+04" in sick("batch_stats", "var", slice(None), 1e9).message
+    assert (
+        "32 of 32 channels is as large as 3.16e+04"
+        in sick("batch_stats", "var", slice(None), 1e9).message
+    )
     assert sick("batch_stats", "mean", [5], 1e9).severity == "error"
     tree = healthy()
     tree["batch_stats"]["norm"]["mean"][5] = 50
@@ -88,21 +101,30 @@ def test_channels_far_larger_than_the_layer_s_explode():
 def test_scales_near_0_of_single_channels_and_of_whole_layers():
     finding = sick("params", "scale", [0, 9], [1e-5, 0])
     assert (finding.rule, finding.severity) == ("near-zero-scale", "warning")
-    assert "2 of 32" in finding.message and "(channels 0, 9)" in finding.message and "prune" in finding.advice
+    assert (
+        "2 of 32" in finding.message
+        and "(channels 0, 9)" in finding.message
+        and "prune" in finding.advice
+    )
     finding = sick("params", "scale", slice(None), 0)
-    assert (finding.rule, finding.severity) == ("zero-scale", "note") and "residual" in finding.advice
+    assert (finding.rule, finding.severity) == (
+        "zero-scale",
+        "note",
+    ) and "residual" in finding.advice
     wide = healthy(channels=1000)
     wide["params"]["norm"]["scale"][3] = 0  # one of a thousand
     assert rules(wide) == [("norm", "near-zero-scale", "note")]
     spread = healthy()
-    spread["params"]["norm"]["scale"] = np.random.default_rng(1).normal(0, 0.05, 32)  # as from zeros
+    # as from zeros
+    spread["params"]["norm"]["scale"] = np.random.default_rng(1).normal(0, 0.05, 32)
     spread["params"]["norm"]["scale"][4] = 1e-7
     assert rules(spread) == [("norm", "near-zero-scale", "note")]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
-    "place", [("batch_stats", "mean"), ("batch_stats", "var"), ("params", "scale"), ("params", "bias")]
+    "place",
+    [("batch_stats", "mean"), ("batch_stats", "var"), ("params", "scale"), ("params", "bias")],
 )
 def test_what_is_not_finite_is_an_error(place, value):
     tree = healthy()
@@ -128,7 +150,10 @@ def test_a_leaf_of_nothing_but_nan():
 
 def test_a_variance_below_0_is_an_error():
     finding = sick("batch_stats", "var", [2], -0.5)
-    assert (finding.rule, finding.severity) == ("negative-variance", "error") and "-0.5" in finding.message
+    assert (finding.rule, finding.severity) == (
+        "negative-variance",
+        "error",
+    ) and "-0.5" in finding.message
 
 
 def test_statistics_that_were_thrown_away():
@@ -169,7 +194,10 @@ def test_paths_and_kinds_in_each_kind_of_model():
         ("norms/0", "batch norm"),
         ("norms/1", "batch norm"),
     ]
-    assert report(nnx.state(model)).layers[0].path == report(nnx.to_pure_dict(nnx.state(model))).layers[0].path
+    assert (
+        report(nnx.state(model)).layers[0].path
+        == report(nnx.to_pure_dict(nnx.state(model))).layers[0].path
+    )
     params, batch_stats = nj.batch_norm_init(3)
     assert [layer.path for layer in report((params, batch_stats)).layers] == ["/"]
     assert [layer.path for layer in report({"a": {"b": batch_stats}}).layers] == ["a/b"]
@@ -198,7 +226,12 @@ def test_modules_of_unlucky_names(name):
         {"params": {"n": {name: params}}, "batch_stats": {"n": {name: batch_stats}}},
     ):
         (layer,) = report(variables).layers
-        assert layer.path in (f"{name}/n", f"n/{name}") and sorted(layer.leaves) == ["bias", "mean", "scale", "var"]
+        assert layer.path in (f"{name}/n", f"n/{name}") and sorted(layer.leaves) == [
+            "bias",
+            "mean",
+            "scale",
+            "var",
+        ]
 
 
 def test_a_state_of_training_is_reported_without_its_optimizer_and_copies_by_their_name():
@@ -230,7 +263,12 @@ def test_names_of_pytorch_and_keras():
         ("bn1", "batch norm", ["count", "mean", "scale", "var"]),
         ("ln", "layer norm", ["scale"]),
     ]
-    keras = {"gamma": np.ones(2), "beta": np.zeros(2), "moving_mean": np.zeros(2), "moving_variance": np.ones(2)}
+    keras = {
+        "gamma": np.ones(2),
+        "beta": np.zeros(2),
+        "moving_mean": np.zeros(2),
+        "moving_variance": np.ones(2),
+    }
     assert sorted(report({"norm": keras}).layers[0].leaves) == ["bias", "mean", "scale", "var"]
 
 
@@ -264,14 +302,18 @@ def test_it_prints_and_becomes_json():
     contents = json.loads(found.to_json())
     assert contents["counts"] == {"error": 0, "warning": 1, "note": 0}
     assert contents["findings"][0] == found.findings[0]._asdict()
-    assert contents["layers"][0]["var"] == found.layers[0].var._asdict() and contents["layers"][0]["gap"] is None
+    assert (
+        contents["layers"][0]["var"] == found.layers[0].var._asdict()
+        and contents["layers"][0]["gap"] is None
+    )
     assert str(report(healthy())).endswith("1 normalization layer: nothing wrong")
 
 
 def test_it_refuses_what_it_cannot_examine():
     variables = {"params": {"Dense_0": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}}
     with pytest.raises(
-        ValueError, match="no normalization layer.*2 arrays: params/Dense_0/bias, params/Dense_0/kernel"
+        ValueError,
+        match="no normalization layer.*2 arrays: params/Dense_0/bias, params/Dense_0/kernel",
     ):
         report(variables)
     with pytest.raises(TypeError, match="bias of type .*Tracer"):

@@ -57,13 +57,18 @@ def save_orbax(path, tree):
 
 
 def flat(tree, mark):
-    return {name: np.asarray(leaf) for name, leaf in traverse_util.flatten_dict(tree, sep=mark).items()}
+    return {
+        name: np.asarray(leaf) for name, leaf in traverse_util.flatten_dict(tree, sep=mark).items()
+    }
 
 
 @pytest.mark.parametrize("name", ["functional", "linen", "nnx"])
 def test_checkpoints_of_the_first_version(capsys, name):
     folder = CHECKPOINTS / "0.1.0"
-    found = [reported(capsys, path) for path in (folder / f"{name}.msgpack", folder / f"{name}.safetensors")]
+    found = [
+        reported(capsys, path)
+        for path in (folder / f"{name}.msgpack", folder / f"{name}.safetensors")
+    ]
     assert found[0] == found[1] and found[0][0] == 0 and len(found[0][1]["layers"]) >= 12
     status, by_orbax = reported(capsys, folder / "orbax" / name)
     assert status == 0 and {layer["kind"] for layer in by_orbax["layers"]} == {
@@ -100,7 +105,9 @@ def test_the_newest_step_of_a_manager_and_any_other(capsys, tmp_path, items):
     (tmp_path / "run" / "11.orbax-checkpoint-tmp").mkdir()  # as a process leaves it that dies
     rules = {folder: [finding["rule"] for finding in reported(capsys, tmp_path / folder)[1]["findings"]]
              for folder in ("run", "run/9", "run/10")}  # fmt: skip
-    assert rules["run"] == rules["run/10"] == ["dead-channels", "zero-scale"] and rules["run/9"] == ["zero-scale"]
+    assert rules["run"] == rules["run/10"] == ["dead-channels", "zero-scale"] and rules[
+        "run/9"
+    ] == ["zero-scale"]
 
 
 def test_msgpack_and_safetensors_with_any_divider(capsys, tmp_path):
@@ -109,7 +116,10 @@ def test_msgpack_and_safetensors_with_any_divider(capsys, tmp_path):
     for mark in "./|":
         save_file(flat(init(Residual()), mark), tmp_path / "model")
         assert paths(capsys, tmp_path / "model") == PATHS
-    bfloat16 = {name: np.asarray(jnp.asarray(leaf, jnp.bfloat16)) for name, leaf in flat(healthy(), "/").items()}
+    bfloat16 = {
+        name: np.asarray(jnp.asarray(leaf, jnp.bfloat16))
+        for name, leaf in flat(healthy(), "/").items()
+    }
     save_file(bfloat16, tmp_path / "half.safetensors")
     assert paths(capsys, tmp_path / "half.safetensors") == ["norm"]
 
@@ -132,17 +142,34 @@ def test_the_table_the_page_and_the_status(capsys, tmp_path):
     assert run(tmp_path / "sick", "--json", tmp_path / "a.json", "--html", tmp_path / "a.html") == 1
     table = capsys.readouterr().out
     assert "x  <norm>  batch norm  32" in table and "1 error, 1 warning" in table
-    assert json.loads((tmp_path / "a.json").read_text())["counts"] == {"error": 1, "warning": 1, "note": 0}
+    assert json.loads((tmp_path / "a.json").read_text())["counts"] == {
+        "error": 1,
+        "warning": 1,
+        "note": 0,
+    }
     shown = Page((tmp_path / "a.html").read_text())
     assert shown.balanced and shown.count["svg"] >= 2 and shown.count["section"] == 2
-    assert not shown.links and "(channel 3)" in shown.text and "prune" in shown.text and "<norm>" in shown.text
-    assert shown.text.index("non-finite") < shown.text.index("near-zero-scale") < shown.text.index("Histograms")
+    assert (
+        not shown.links
+        and "(channel 3)" in shown.text
+        and "prune" in shown.text
+        and "<norm>" in shown.text
+    )
+    assert (
+        shown.text.index("non-finite")
+        < shown.text.index("near-zero-scale")
+        < shown.text.index("Histograms")
+    )
 
 
 def test_a_page_folds_what_many_layers_have_in_common(tmp_path):
     silent = {"params": {f"norm{i}": {"scale": np.zeros(4)} for i in range(12)}}
     found = Page(page(report(silent), "silent"))
-    assert found.balanced and found.count["section"] == found.count["details"] == 1 and found.count["li"] == 12
+    assert (
+        found.balanced
+        and found.count["section"] == found.count["details"] == 1
+        and found.count["li"] == 12
+    )
 
 
 class Page(HTMLParser):
@@ -156,7 +183,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.count[tag] = self.count.get(tag, 0) + 1
-        self.links += [value for name, value in attrs if name in ("src", "href") and not value.startswith("#")]
+        self.links += [
+            value for name, value in attrs if name in ("src", "href") and not value.startswith("#")
+        ]
         if tag not in ("meta", "br", "rect", "line"):
             self.open.append(tag)
 
@@ -190,7 +219,9 @@ def test_what_cannot_be_read_is_one_line_and_status_2(capsys, tmp_path):
     save_file({"Dense_0.kernel": np.ones((2, 2))}, tmp_path / "dense")
     assert "there is no normalization layer" in refused(capsys, tmp_path / "dense", "--json")
     (tmp_path / "good").write_bytes(serialization.to_bytes(healthy()))
-    assert "nowhere/a.html: No such file" in refused(capsys, tmp_path / "good", "--html", tmp_path / "nowhere/a.html")
+    assert "nowhere/a.html: No such file" in refused(
+        capsys, tmp_path / "good", "--html", tmp_path / "nowhere/a.html"
+    )
 
 
 @pytest.mark.parametrize("part", [0.05, 0.5, 0.99])
@@ -212,7 +243,9 @@ def test_orbax_with_files_missing(capsys, tmp_path):
 
 @pytest.mark.parametrize("package", ["orbax", "safetensors"])
 def test_a_package_that_is_missing_is_named_with_the_extra(capsys, monkeypatch, tmp_path, package):
-    path = save_orbax(tmp_path / "a", healthy()) if package == "orbax" else tmp_path / "a.safetensors"
+    path = (
+        save_orbax(tmp_path / "a", healthy()) if package == "orbax" else tmp_path / "a.safetensors"
+    )
     if package == "safetensors":
         save_file(flat(healthy(), "/"), path)
     monkeypatch.setattr(builtins, "__import__", without(package))
@@ -257,7 +290,11 @@ def test_as_a_process(tmp_path):
     (tmp_path / "a").write_bytes(serialization.to_bytes(healthy()))
     command = [sys.executable, "-m", "normjax.diagnostics"]
     done = subprocess.run([*command, "--json", tmp_path / "a"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "" and json.loads(done.stdout)["layers"][0]["path"] == "norm"
+    assert (
+        done.returncode == 0
+        and done.stderr == ""
+        and json.loads(done.stdout)["layers"][0]["path"] == "norm"
+    )
     asked = [sys.executable, "-X", "importtime", *command[1:], "--help"]
     done = subprocess.run(asked, capture_output=True, text=True)
     assert "CHECKPOINT [--json [FILE]]" in done.stdout

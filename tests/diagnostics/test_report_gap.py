@@ -17,7 +17,9 @@ X = data(256)[0]
 
 def moved(variables, apply_fn, x, steps=1):
     """The variables with statistics moved towards those of a batch."""
-    step = jax.jit(lambda variables, x: {**variables, "batch_stats": apply_fn(variables, x)[1]["batch_stats"]})
+    step = jax.jit(
+        lambda variables, x: {**variables, "batch_stats": apply_fn(variables, x)[1]["batch_stats"]}
+    )
     for _ in range(steps):
         variables = step(variables, x)
     return variables
@@ -31,16 +33,26 @@ def test_the_gap_is_the_distance_of_the_layer_s_outputs():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         x = jnp.asarray(rng.normal(2, 3, (50, 4)) * [1, 2, 1e-3, 1])
-        running = {"mean": jnp.asarray(rng.normal(size=4)), "var": jnp.asarray([5.0, 30.0, 1e-4, 2.0])}
+        running = {
+            "mean": jnp.asarray(rng.normal(size=4)),
+            "var": jnp.asarray([5.0, 30.0, 1e-4, 2.0]),
+        }
         apart = single(x, True, running)[0] - single(x, False, running)[0]
-        (layer,), _ = report(({}, running), apply_fn=lambda variables, x: single(x, True, variables[1]), batch=x)
-    assert_close(np.float64(layer.gap), np.sqrt(np.mean(np.asarray(apart) ** 2)), rtol=1e-10, atol=0)
+        (layer,), _ = report(
+            ({}, running), apply_fn=lambda variables, x: single(x, True, variables[1]), batch=x
+        )
+    assert_close(
+        np.float64(layer.gap), np.sqrt(np.mean(np.asarray(apart) ** 2)), rtol=1e-10, atol=0
+    )
 
 
 def test_none_remains_after_recalibration_and_none_is_told_without_a_batch():
     variables = nj.recalibrate(updated(Residual()), init(Residual()), [X])
     found = report(variables, apply_fn=updated(Residual()), batch=X)
-    assert all(layer.gap < 1e-3 for layer in found.layers) and found.count("warning") == found.count("error") == 0
+    assert (
+        all(layer.gap < 1e-3 for layer in found.layers)
+        and found.count("warning") == found.count("error") == 0
+    )
     assert [layer.gap for layer in report(variables).layers] == [None] * 3
 
 
@@ -49,7 +61,8 @@ def test_a_network_that_has_trained_has_none_to_speak_of():
     variables = trained(model)
     found = report(variables, apply_fn=updated(model), batch=X)
     assert found.findings == () and all(0 < layer.gap < 0.25 for layer in found.layers)
-    few = report(variables, apply_fn=updated(model), batch=X[:8])  # whose chance is larger than that
+    # whose chance is larger than that
+    few = report(variables, apply_fn=updated(model), batch=X[:8])
     assert few.findings == () and max(layer.gap for layer in few.layers) > 0.25
 
 
@@ -70,14 +83,20 @@ def test_statistics_at_their_start_are_a_note_and_those_on_their_way_a_warning()
     assert gaps and {finding.severity for finding in gaps} == {"note"}
     after = report(moved(init(model), updated(model), X, 50), apply_fn=updated(model), batch=X)
     stem = next(finding for finding in after.findings if finding.path == "stem_norm")
-    assert stem.severity == "warning" and "more steps" in stem.advice  # 0.99^50 = 60% of the start is left
+    # 0.99^50 = 60% of the start is left
+    assert stem.severity == "warning" and "more steps" in stem.advice
 
 
 @pytest.mark.parametrize("norm", [nj.linen.BatchNorm, nn.BatchNorm, nj.linen.BatchRenorm])
 def test_of_linen_whoever_wrote_the_layer(norm):
     model = Residual(norm)
     variables = moved(init(model), updated(model), X, 3)
-    assert_gaps(report(variables, apply_fn=updated(model), batch=X), "stem_norm", X @ kernel(variables), variables)
+    assert_gaps(
+        report(variables, apply_fn=updated(model), batch=X),
+        "stem_norm",
+        X @ kernel(variables),
+        variables,
+    )
 
 
 def kernel(variables):
@@ -103,7 +122,9 @@ def test_of_nnx_whose_module_stays_as_it_is(norm):
     h = X @ model.first.kernel[...]
     running = {"0": {leaf: getattr(model.norms[0], leaf)[...] for leaf in ("mean", "var")}}
     found = found._replace(
-        layers=tuple(layer._replace(path=layer.path.removeprefix("norms/")) for layer in found.layers)
+        layers=tuple(
+            layer._replace(path=layer.path.removeprefix("norms/")) for layer in found.layers
+        )
     )
     assert_gaps(found, "0", h, {"batch_stats": running})
     jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model)))
@@ -113,11 +134,19 @@ def test_what_was_measured_beforehand_does_as_well():
     model = Residual()
     variables = moved(init(model), updated(model), X)
     measured = nj.recalibrate(updated(model), variables, [X])
-    one, other = report(variables, apply_fn=updated(model), batch=X), report(variables, measured=measured)
+    one, other = (
+        report(variables, apply_fn=updated(model), batch=X),
+        report(variables, measured=measured),
+    )
     for a, b in zip(one.layers, other.layers, strict=True):
         assert_close(np.float64(a.gap), np.float64(b.gap), rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match=r"does not fit the layer BatchNorm_0.*shape \(24,\).*\(7,\)"):
-        other = {"batch_stats": measured["batch_stats"] | {"BatchNorm_0": {"mean": jnp.ones(7), "var": jnp.ones(7)}}}
+    with pytest.raises(
+        ValueError, match=r"does not fit the layer BatchNorm_0.*shape \(24,\).*\(7,\)"
+    ):
+        other = {
+            "batch_stats": measured["batch_stats"]
+            | {"BatchNorm_0": {"mean": jnp.ones(7), "var": jnp.ones(7)}}
+        }
         report(variables, measured=other)
     with pytest.raises(ValueError, match="layer stem_norm.*got layers"):
         del measured["batch_stats"]["stem_norm"], measured["params"]["stem_norm"]
@@ -134,7 +163,9 @@ def test_a_batch_with_nan_is_found_where_it_goes():
 def test_a_network_that_is_not_finite_is_reported_all_the_same():
     model = Residual()
     variables = moved(init(model), updated(model), X)
-    variables["batch_stats"]["stem_norm"]["var"] = variables["batch_stats"]["stem_norm"]["var"].at[5].set(jnp.nan)
+    variables["batch_stats"]["stem_norm"]["var"] = (
+        variables["batch_stats"]["stem_norm"]["var"].at[5].set(jnp.nan)
+    )
     found = report(variables, apply_fn=updated(model), batch=X)
     assert found.findings[0].rule == "non-finite" and "(channel 5)" in found.findings[0].message
 
@@ -142,8 +173,14 @@ def test_a_network_that_is_not_finite_is_reported_all_the_same():
 def test_it_refuses_a_forward_pass_that_tells_nothing():
     model = Residual()
     variables = init(model)
-    with pytest.raises(ValueError, match=r"report: no layer saw the batch.*3 layer\(s\).*train=True"):
-        report(variables, apply_fn=lambda v, x: model.apply(v, x, False, mutable=["batch_stats"]), batch=X)
+    with pytest.raises(
+        ValueError, match=r"report: no layer saw the batch.*3 layer\(s\).*train=True"
+    ):
+        report(
+            variables,
+            apply_fn=lambda v, x: model.apply(v, x, False, mutable=["batch_stats"]),
+            batch=X,
+        )
     with pytest.raises(TypeError, match="report: apply_fn did not return a pair"):
         report(variables, apply_fn=lambda v, x: updated(model)(v, x)[0], batch=X)
     with pytest.raises(ValueError, match="report: there are no batch statistics"):

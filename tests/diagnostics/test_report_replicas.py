@@ -15,7 +15,11 @@ DEVICES = 8
 
 
 def diverged(variables, **settings):
-    return [finding for finding in report(variables, **settings).findings if finding.rule == "diverged-replicas"]
+    return [
+        finding
+        for finding in report(variables, **settings).findings
+        if finding.rule == "diverged-replicas"
+    ]
 
 
 def stacked(tree, copies=4):
@@ -29,10 +33,15 @@ def test_statistics_that_devices_keep_apart_under_pmap():
     x = data(DEVICES * 16)[0].reshape(DEVICES, 16, FEATURES)
     _, updates = jax.pmap(updated(model))(variables, x)
     found = diverged({**variables, **updates})
-    assert {finding.path for finding in found} == {*(f"BatchNorm_{i}" for i in range(2)), "stem_norm"}
+    assert {finding.path for finding in found} == {
+        *(f"BatchNorm_{i}" for i in range(2)),
+        "stem_norm",
+    }
     assert {finding.severity for finding in found} == {"warning"}
     assert "8 of 8 replicas" in found[0].message and "sync_batch_stats" in found[0].advice
-    merged = jax.pmap(lambda stats: nj.sync_batch_stats(stats, "d"), axis_name="d")(updates["batch_stats"])
+    merged = jax.pmap(lambda stats: nj.sync_batch_stats(stats, "d"), axis_name="d")(
+        updates["batch_stats"]
+    )
     assert diverged({**variables, "batch_stats": merged}) == []
 
 
@@ -61,15 +70,21 @@ def test_layers_of_a_scan_members_of_an_ensemble_and_conditional_scales_are_no_c
     members = [init(Residual(), seed) for seed in range(4)]
     rng = np.random.default_rng(0)
     ensemble = jax.tree.map(lambda *leaves: np.stack(leaves), *members)
-    ensemble["batch_stats"] = jax.tree.map(lambda leaf: rng.uniform(1, 2, leaf.shape), ensemble["batch_stats"])
+    ensemble["batch_stats"] = jax.tree.map(
+        lambda leaf: rng.uniform(1, 2, leaf.shape), ensemble["batch_stats"]
+    )
     assert diverged(ensemble) == []
     assert report(ensemble).layers[0].shape == (4, 24)
     assert len(diverged(ensemble, replicated=True)) == 3
-    conditional = ({"scale": rng.normal(size=(5, 3)), "bias": np.zeros((5, 3))}, nj.batch_norm_init(3)[1])
+    conditional = (
+        {"scale": rng.normal(size=(5, 3)), "bias": np.zeros((5, 3))},
+        nj.batch_norm_init(3)[1],
+    )
     assert diverged(conditional) == []
     scan = {"norms": {"scale": rng.uniform(1, 2, (4, 6)), "bias": np.zeros((4, 6))}}
     assert diverged(scan) == []
-    by_place = {"mean": rng.normal(size=(4, 6)), "var": rng.uniform(1, 2, (4, 6))}  # feature_axes=(1, -1)
+    # feature_axes=(1, -1)
+    by_place = {"mean": rng.normal(size=(4, 6)), "var": rng.uniform(1, 2, (4, 6))}
     assert diverged(({"scale": rng.uniform(1, 2, (4, 6))}, by_place)) == []
 
 
@@ -80,7 +95,10 @@ def test_a_layer_alone():
     assert "1 of 4 replicas (3)" in finding.message
     assert diverged((params, batch_stats), replicated=False) == []
     with pytest.raises(ValueError, match="replicated.*one size of the first axis"):
-        report({"params": params, "batch_stats": {"mean": np.ones(6), "var": np.ones(6)}}, replicated=True)
+        report(
+            {"params": params, "batch_stats": {"mean": np.ones(6), "var": np.ones(6)}},
+            replicated=True,
+        )
 
 
 def on_devices(copies, mesh, *axes):
@@ -88,7 +106,9 @@ def on_devices(copies, mesh, *axes):
     sharding = NamedSharding(mesh, PartitionSpec(*axes))
     shards = [
         jax.device_put(copies[i][index], device)
-        for i, (device, index) in enumerate(sharding.addressable_devices_indices_map(copies[0].shape).items())
+        for i, (device, index) in enumerate(
+            sharding.addressable_devices_indices_map(copies[0].shape).items()
+        )
     ]
     return jax.make_array_from_single_device_arrays(copies[0].shape, sharding, shards)
 
@@ -112,7 +132,11 @@ def test_arrays_that_are_sharded_along_one_axis_of_the_mesh_and_replicated_along
     assert diverged((params | {"scale": array}, batch_stats)) == []
     copies[6] = copies[6] + 1  # the second replica's third quarter
     (finding,) = diverged((params | {"scale": on_devices(copies, mesh, "model")}, batch_stats))
-    assert "2 replicas" in finding.message and "scale" in finding.message and finding.severity == "error"
+    assert (
+        "2 replicas" in finding.message
+        and "scale" in finding.message
+        and finding.severity == "error"
+    )
 
 
 def test_the_gap_of_copies_is_the_first_one_s():

@@ -20,7 +20,9 @@ def plane(angle, length=1.0):
 
 @pytest.mark.parametrize("angle", [1e-7, 1e-3, 0.5, np.pi / 2, 3.0, np.pi])
 def test_angles_keep_their_digits_in_float32(angle):
-    w, new = (jnp.asarray(plane(a, length), jnp.float32) for a, length in ((0.0, 2.0), (angle, 5.0)))
+    w, new = (
+        jnp.asarray(plane(a, length), jnp.float32) for a, length in ((0.0, 2.0), (angle, 5.0))
+    )
     found = rotation({"w": w}, {"w": new}, {"w": new}, learning_rate=0.5)["w"]
     assert_close(found.angle, angle, rtol=1e-5, dtype=jnp.float32)
     assert_close(found.cosine, np.cos(angle), atol=1e-6)
@@ -33,12 +35,16 @@ def test_angles_keep_their_digits_in_float32(angle):
 def test_features_have_directions_of_their_own(rng):
     w, g, new = (rng.standard_normal((3, 3, 4, 5)) for _ in range(3))
     with jax.enable_x64(True):
-        found = rotation({"w": w}, {"w": g}, {"w": new}, learning_rate=0.1, feature_axes=-1, optimizer="adam")["w"]
+        found = rotation(
+            {"w": w}, {"w": g}, {"w": new}, learning_rate=0.1, feature_axes=-1, optimizer="adam"
+        )["w"]
         columns = [array.reshape(-1, 5) for array in (w, g, new)]
         lengths = [np.linalg.norm(array, axis=0) for array in columns]
         assert_close(found.norm, lengths[0], rtol=1e-12, dtype=jnp.float64)
         assert_close(found.gradient_norm, lengths[1], rtol=1e-12)
-        assert_close(found.cosine, (columns[0] * columns[1]).sum(0) / lengths[0] / lengths[1], rtol=1e-10)
+        assert_close(
+            found.cosine, (columns[0] * columns[1]).sum(0) / lengths[0] / lengths[1], rtol=1e-10
+        )
         cosines = (columns[0] * columns[2]).sum(0) / lengths[0] / lengths[2]
         assert_close(found.angle, np.arccos(cosines), rtol=1e-10)
         assert_close(found.effective_learning_rate, 0.1 / lengths[0], rtol=1e-12)
@@ -54,10 +60,16 @@ def test_norms_grow_by_the_gradient_where_it_is_orthogonal():
 
         def step(params, data):
             gradients = jax.grad(networks.loss)(params, *data)
-            updated = optax.apply_updates(params, optimizer.update(gradients, optimizer.init(params))[0])
-            return updated, rotation(params, gradients, updated, learning_rate=rate, mask=nj.optim.decay_mask)
+            updated = optax.apply_updates(
+                params, optimizer.update(gradients, optimizer.init(params))[0]
+            )
+            return updated, rotation(
+                params, gradients, updated, learning_rate=rate, mask=nj.optim.decay_mask
+            )
 
-        data = jax.tree.map(lambda *each: jnp.stack(each), *[networks.batch(seed) for seed in range(20)])
+        data = jax.tree.map(
+            lambda *each: jnp.stack(each), *[networks.batch(seed) for seed in range(20)]
+        )
         last, history = jax.lax.scan(step, params, data)
     assert sorted(history) == ["first/kernel", "head/kernel", "second/kernel"]
     for name in ("first", "second"):
@@ -95,9 +107,14 @@ def test_half_precision_is_measured_in_float32(rng):
 
 def test_only_what_the_mask_chooses_and_only_numbers():
     params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "step": jnp.arange(2)}
-    assert sorted(rotation(params, params, params, learning_rate=0.1)) == ["dense/bias", "dense/kernel"]
+    assert sorted(rotation(params, params, params, learning_rate=0.1)) == [
+        "dense/bias",
+        "dense/kernel",
+    ]
     mask = {"dense": {"kernel": True, "bias": False}, "step": False}
-    assert sorted(rotation(params, params, params, learning_rate=0.1, mask=mask)) == ["dense/kernel"]
+    assert sorted(rotation(params, params, params, learning_rate=0.1, mask=mask)) == [
+        "dense/kernel"
+    ]
 
 
 def test_linen_and_nnx_go_by_the_same_paths():
@@ -110,7 +127,9 @@ def test_linen_and_nnx_go_by_the_same_paths():
         def __init__(self, rngs):
             self.dense = nnx.Linear(2, 3, rngs=rngs)
 
-    params = jax.tree.map(lambda w: w + 1, Linen().init(jax.random.key(0), jnp.ones((1, 2)))["params"])
+    params = jax.tree.map(
+        lambda w: w + 1, Linen().init(jax.random.key(0), jnp.ones((1, 2)))["params"]
+    )
     module = NNX(nnx.Rngs(0))
     nnx.update(module, params)
     expected = rotation(params, params, params, learning_rate=0.1)
@@ -121,11 +140,19 @@ def test_linen_and_nnx_go_by_the_same_paths():
 
 def test_bad_input_is_refused():
     w = {"a": {"w": jnp.ones((2, 3))}}
-    with pytest.raises(ValueError, match=r"rotation: gradients and params differ in shape.*\(2, 3\).*\(3,\) for grad"):
+    with pytest.raises(
+        ValueError,
+        match=r"rotation: gradients and params differ in shape.*\(2, 3\).*\(3,\) for grad",
+    ):
         rotation(w, {"a": {"w": jnp.ones(3)}}, w, learning_rate=0.1)
-    with pytest.raises(ValueError, match=r"rotation: updated and params do not have the same leaves"):
+    with pytest.raises(
+        ValueError, match=r"rotation: updated and params do not have the same leaves"
+    ):
         rotation(w, w, {}, learning_rate=0.1)
-    with pytest.raises(ValueError, match=r"rotation at params\['a'\]\['w'\].*axis 2 of feature_axes is out of range"):
+    with pytest.raises(
+        ValueError,
+        match=r"rotation at params\['a'\]\['w'\].*axis 2 of feature_axes is out of range",
+    ):
         rotation(w, w, w, learning_rate=0.1, feature_axes=2)
     with pytest.raises(ValueError, match=r"rotation: optimizer is unknown.*got optimizer='lion'"):
         rotation(w, w, w, learning_rate=0.1, optimizer="lion")

@@ -23,9 +23,14 @@ def mesh(**axes) -> Mesh:
 def operands(rng, *, dtype=jnp.float32, offset=0.0, mask=None, features=FEATURES):
     """Scale, bias and running statistics that are no special case, and x of 4 examples a device."""
     params, batch_stats = nj.batch_norm_init(features)
-    params = {leaf: value + jnp.asarray(rng.normal(size=features), jnp.float32) for leaf, value in params.items()}
+    params = {
+        leaf: value + jnp.asarray(rng.normal(size=features), jnp.float32)
+        for leaf, value in params.items()
+    }
     batch_stats["mean"] += 0.5
-    x, weight = (jnp.asarray(rng.normal(size=(4 * DEVICES, 5, features)), jnp.float32) for _ in range(2))
+    x, weight = (
+        jnp.asarray(rng.normal(size=(4 * DEVICES, 5, features)), jnp.float32) for _ in range(2)
+    )
     return params, batch_stats, (x + offset).astype(dtype), weight / x.size, mask
 
 
@@ -79,7 +84,9 @@ def shard_mapped(*operands, check_vma, **settings):
 
 def collectives(compiled):
     """Kind and number of elements of each collective outside of conditionals' branches."""
-    return [(found.kind, found.elements) for found in hlo.collectives(compiled) if not found.in_branch]
+    return [
+        (found.kind, found.elements) for found in hlo.collectives(compiled) if not found.in_branch
+    ]
 
 
 def stacked(tree):
@@ -91,7 +98,9 @@ def over_axis(transform):
     """pmap or vmap as a function of whole batches."""
 
     def build(*_, **settings):
-        mapped = transform(summed(step, **settings), axis_name="data", in_axes=(None, None, 0, 0, 0))
+        mapped = transform(
+            summed(step, **settings), axis_name="data", in_axes=(None, None, 0, 0, 0)
+        )
 
         def run(params, batch_stats, *examples):
             y, batch_stats, d_params, dx = mapped(params, batch_stats, *stacked(examples))
@@ -109,7 +118,9 @@ def sharded_jit(params, batch_stats, *examples, explicit, **settings):
     devices = jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,))
 
     def run(params, batch_stats, *examples):
-        examples = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(devices, SPLIT)), examples)
+        examples = jax.tree.map(
+            lambda a: jax.device_put(a, NamedSharding(devices, SPLIT)), examples
+        )
         with jax.set_mesh(devices):
             return jax.jit(partial(step, **settings))(params, batch_stats, *examples)
 

@@ -40,7 +40,11 @@ def compiled(program, way, masked):
     check_vma = way == "shard_map"
     outputs = (SPLIT, WHOLE) if program is forward else (WHOLE if check_vma else SPLIT, SPLIT)
     mapped = jax.shard_map(
-        run, mesh=mesh(data=DEVICES), in_specs=(WHOLE, WHOLE, SPLIT, SPLIT), out_specs=outputs, check_vma=check_vma
+        run,
+        mesh=mesh(data=DEVICES),
+        in_specs=(WHOLE, WHOLE, SPLIT, SPLIT),
+        out_specs=outputs,
+        check_vma=check_vma,
     )
     return jax.jit(mapped).lower(*operands).compile()
 
@@ -80,7 +84,9 @@ def test_plain_jit_with_a_sharded_batch_sends_no_more(kind, masked):
 def test_checked_shard_map_sends_two_numbers_a_feature():
     """With check_vma the types prove that replicas agree, and scale and bias get their gradients from the same sum."""
     assert collectives(compiled(forward, "shard_map", False)) == [(REDUCE, 2 * FEATURES)]
-    assert sorted(collectives(compiled(backward, "shard_map", False))) == [(REDUCE, 2 * FEATURES)] * 2
+    assert (
+        sorted(collectives(compiled(backward, "shard_map", False))) == [(REDUCE, 2 * FEATURES)] * 2
+    )
     assert collectives(compiled(forward, "shard_map", True)) == [(REDUCE, 2 * FEATURES + 1)]
 
 
@@ -106,7 +112,9 @@ def test_the_second_pass_is_taken_when_it_must_be_on_all_devices_at_once(offset,
     params, batch_stats = nj.batch_norm_init(2)
     x = jax.random.normal(jax.random.key(0), (4 * DEVICES, 3, 2)) + jnp.asarray([0.0, offset])
     jax.block_until_ready(
-        jax.pmap(partial(forward, params, batch_stats, mask=None, axis_name="data"), axis_name="data")(*stacked((x,)))
+        jax.pmap(
+            partial(forward, params, batch_stats, mask=None, axis_name="data"), axis_name="data"
+        )(*stacked((x,)))
     )
     jax.effects_barrier()
     passes = 2 if offset else 1
@@ -127,7 +135,12 @@ def test_the_program_of_a_device_does_not_grow_with_their_number():
             out_specs=(WHOLE, SPLIT),
         )
         x = jax.ShapeDtypeStruct((4 * devices, 3, FEATURES), jnp.float32)
-        texts[devices] = jax.jit(mapped).trace(params, batch_stats, x).lower(lowering_platforms=("tpu",)).as_text()
+        texts[devices] = (
+            jax.jit(mapped)
+            .trace(params, batch_stats, x)
+            .lower(lowering_platforms=("tpu",))
+            .as_text()
+        )
     # What differs is the global shapes, and the list of who takes part in a sum.
     numbers = r'dense<(?:\[\[[\d, ]*\]\]|"0x[0-9A-F]*")>|\d+'
     per_device = {devices: re.sub(numbers, "N", text) for devices, text in texts.items()}

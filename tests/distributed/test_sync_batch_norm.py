@@ -46,7 +46,9 @@ def test_an_empty_shard_and_nan_under_the_mask_change_nothing(rng, way):
     result = jax.tree.map(np.asarray, WAYS[way](*given)(*given))
     rows = kept[:, 0, 0]
     y, new, d_params, dx = one_device(params, batch_stats, x[rows], weight[rows], None)
-    assert_steps_close((result[0][rows], result[1], result[2], result[3][rows]), (y, new, d_params, dx))
+    assert_steps_close(
+        (result[0][rows], result[1], result[2], result[3][rows]), (y, new, d_params, dx)
+    )
     assert not np.any(result[3][~rows])
 
 
@@ -74,8 +76,11 @@ def test_a_common_offset_of_1e4_on_the_first_step(rng, way):
     y, batch_stats, _, _ = WAYS[way](*given)(*given)
     x = np.asarray(given[2], np.float64)
     assert_close(batch_stats["var"], 0.99 + 0.01 * x.var((0, 1)), rtol=1e-5)
-    # y is offset by the rounding of the mean, half a unit in the last place of 1e4 at most, that is 5e-4.
-    assert_close(y, (x - x.mean((0, 1))) / x.std((0, 1)) * given[0]["scale"] + given[0]["bias"], atol=5e-3)
+    # y is offset by the rounding of the mean, half a unit in the last place of 1e4 at most, that is
+    # 5e-4.
+    assert_close(
+        y, (x - x.mean((0, 1))) / x.std((0, 1)) * given[0]["scale"] + given[0]["bias"], atol=5e-3
+    )
 
 
 @pytest.mark.slow
@@ -97,7 +102,9 @@ def test_groups_of_devices_are_batches_of_their_own(rng, way):
     run = partial(step, **axis)
     if way in ("pmap", "vmap"):
         split = lambda a: a.reshape(DEVICES, 4, *a.shape[1:])  # noqa: E731
-        mapped = getattr(jax, way)(lambda *a: run(*a, None), axis_name="data", in_axes=(None, None, 0, 0))
+        mapped = getattr(jax, way)(
+            lambda *a: run(*a, None), axis_name="data", in_axes=(None, None, 0, 0)
+        )
         y, stats, d_params, dx = mapped(params, batch_stats, split(x), split(weight))
         y, dx = (jnp.asarray(a).reshape(x.shape) for a in (y, dx))
         stats = jax.tree.map(lambda a: a[jnp.asarray([0, 4])], stats)
@@ -119,9 +126,14 @@ def test_groups_of_devices_are_batches_of_their_own(rng, way):
         )
         y, stats, d_params, dx = jax.jit(mapped)(params, batch_stats, x, weight)
         stats = jax.tree.map(lambda a: a[jnp.asarray([0, 4])], stats)
-    halves = [one_device(params, batch_stats, x[half], weight[half], None) for half in (slice(16), slice(16, None))]
+    halves = [
+        one_device(params, batch_stats, x[half], weight[half], None)
+        for half in (slice(16), slice(16, None))
+    ]
     assert_steps_close(y, jnp.concatenate([half[0] for half in halves]))
-    assert_steps_close(stats, jax.tree.map(lambda a, b: jnp.stack([a, b]), halves[0][1], halves[1][1]))
+    assert_steps_close(
+        stats, jax.tree.map(lambda a, b: jnp.stack([a, b]), halves[0][1], halves[1][1])
+    )
     assert_steps_close(d_params, jax.tree.map(jnp.add, halves[0][2], halves[1][2]))
     assert_steps_close(dx, jnp.concatenate([half[3] for half in halves]))
 
@@ -135,7 +147,8 @@ def test_replicas_that_trained_apart_agree_once_they_share(rng, transform):
         "var": jnp.ones((DEVICES, FEATURES)),
     }
     mapped = transform(
-        lambda stats, x: nj.batch_norm(params, stats, x, True, axis_name="data", momentum=0.0), axis_name="data"
+        lambda stats, x: nj.batch_norm(params, stats, x, True, axis_name="data", momentum=0.0),
+        axis_name="data",
     )
     y, new = mapped(apart, x.reshape(DEVICES, 4, 5, FEATURES))
     expected_y, expected = nj.batch_norm(params, batch_stats, x, True, momentum=0.0)
@@ -157,7 +170,9 @@ def test_sync_inside_scan_and_remat(rng):
         batch_stats, losses = lax.scan(body, batch_stats, x.reshape(2, -1, 5, FEATURES))
         return lax.psum(losses.sum(), "data"), batch_stats
 
-    mapped = jax.shard_map(epoch, mesh=mesh(data=DEVICES), in_specs=(WHOLE, WHOLE, SPLIT), out_specs=(WHOLE, WHOLE))
+    mapped = jax.shard_map(
+        epoch, mesh=mesh(data=DEVICES), in_specs=(WHOLE, WHOLE, SPLIT), out_specs=(WHOLE, WHOLE)
+    )
     (_, stats), grads = jax.jit(jax.value_and_grad(mapped, has_aux=True))(params, batch_stats, x)
 
     def alone(params):
@@ -169,7 +184,8 @@ def test_sync_inside_scan_and_remat(rng):
         return total, carry
 
     (_, expected_stats), expected = jax.value_and_grad(alone, has_aux=True)(params)
-    assert_steps_close((stats, grads), (expected_stats, expected), rtol=1e-4)  # sums of cubes grow to 1e2
+    # sums of cubes grow to 1e2
+    assert_steps_close((stats, grads), (expected_stats, expected), rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -178,9 +194,12 @@ def test_forward_mode_and_second_order_equal_one_device(rng):
 
     def mapped(x):
         local = lambda x, w: lax.psum(  # noqa: E731
-            jnp.sum(nj.batch_norm(params, batch_stats, x, True, axis_name="data")[0] ** 2 * w), "data"
+            jnp.sum(nj.batch_norm(params, batch_stats, x, True, axis_name="data")[0] ** 2 * w),
+            "data",
         )
-        return jax.shard_map(local, mesh=mesh(data=DEVICES), in_specs=(SPLIT, SPLIT), out_specs=WHOLE)(x, weight)
+        return jax.shard_map(
+            local, mesh=mesh(data=DEVICES), in_specs=(SPLIT, SPLIT), out_specs=WHOLE
+        )(x, weight)
 
     def alone(x):
         return jnp.sum(nj.batch_norm(params, batch_stats, x, True)[0] ** 2 * weight)
@@ -192,7 +211,9 @@ def test_forward_mode_and_second_order_equal_one_device(rng):
         lambda f: jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), tangent))(x),
     ):
         assert_steps_close(
-            jax.jit(lambda d=derivative: d(mapped))(), jax.jit(lambda d=derivative: d(alone))(), rtol=1e-4
+            jax.jit(lambda d=derivative: d(mapped))(),
+            jax.jit(lambda d=derivative: d(alone))(),
+            rtol=1e-4,
         )
 
 
@@ -207,6 +228,8 @@ def test_evaluation_and_initialization_never_touch_the_axis(rng):
 def test_a_misspelt_axis_is_named_beside_those_in_scope(rng):
     params, batch_stats, x, _, _ = operands(rng)
     with pytest.raises(NameError, match=r"'dta' is not bound.*\['data'\].*axis_name='dta'"):
-        jax.vmap(lambda x: nj.batch_norm(params, batch_stats, x, True, axis_name="dta"), axis_name="data")(x)
+        jax.vmap(
+            lambda x: nj.batch_norm(params, batch_stats, x, True, axis_name="dta"), axis_name="data"
+        )(x)
     with pytest.raises(NameError, match=r"'data' is not bound.*no axis is in scope"):
         nj.batch_norm(params, batch_stats, x, True, axis_name="data")

@@ -21,7 +21,9 @@ def over_devices(function, check_vma=True, out_specs=WHOLE):
     """Maps a function of one device's tree over trees that are stacked along their first axis."""
     run = lambda tree: function(jax.tree.map(lambda leaf: leaf[0], tree))  # noqa: E731
     return jax.jit(
-        jax.shard_map(run, mesh=mesh(data=DEVICES), in_specs=SPLIT, out_specs=out_specs, check_vma=check_vma)
+        jax.shard_map(
+            run, mesh=mesh(data=DEVICES), in_specs=SPLIT, out_specs=out_specs, check_vma=check_vma
+        )
     )
 
 
@@ -44,13 +46,18 @@ def test_equals_the_union_and_comes_back_replicated(rng, check_vma):
     tree = model(rng)
     merged = over_devices(partial(nj.sync_batch_stats, axis_name="data"), check_vma)(tree)
     assert merged["first"].pop("count") == 100
-    for actual, layer in ((merged["first"], tree["first"]), (merged["block"]["second"], tree["block"]["second"])):
+    for actual, layer in (
+        (merged["first"], tree["first"]),
+        (merged["block"]["second"], tree["block"]["second"]),
+    ):
         assert_trees_close(actual, expected(layer), rtol=1e-6)
 
 
 def test_devices_that_saw_one_batch_each_know_the_whole_batch(rng):
     """With momentum 0 the running statistics are the batch's: merged, they are those of all examples."""
-    x = jnp.asarray(rng.normal(3, 2, (4 * DEVICES, 5)) + np.arange(4 * DEVICES)[:, None], jnp.float32)
+    x = jnp.asarray(
+        rng.normal(3, 2, (4 * DEVICES, 5)) + np.arange(4 * DEVICES)[:, None], jnp.float32
+    )
     params, batch_stats = nj.batch_norm_init(5)
 
     def device(x):
@@ -65,10 +72,14 @@ def test_devices_that_saw_one_batch_each_know_the_whole_batch(rng):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
 @pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], None])
-def test_after_a_step_in_groups_they_are_those_of_a_step_on_the_whole_batch(rng, groups, momentum, check_vma):
+def test_after_a_step_in_groups_they_are_those_of_a_step_on_the_whole_batch(
+    rng, groups, momentum, check_vma
+):
     params, batch_stats = nj.batch_norm_init(5)
     batch_stats = jax.tree.map(lambda leaf: leaf + 0.5, batch_stats)
-    x = jnp.asarray(rng.normal(3, 2, (4 * DEVICES, 5)) + np.arange(4 * DEVICES)[:, None], jnp.float32)
+    x = jnp.asarray(
+        rng.normal(3, 2, (4 * DEVICES, 5)) + np.arange(4 * DEVICES)[:, None], jnp.float32
+    )
     axis = {"axis_name": "data", "axis_index_groups": groups} if groups else {}
 
     def device(x):
@@ -84,7 +95,9 @@ def test_after_a_step_in_groups_they_are_those_of_a_step_on_the_whole_batch(rng,
 def test_a_momentum_that_takes_no_step(momentum):
     batch_stats = nj.batch_norm_init(2)[1]
     with pytest.raises(ValueError, match=f"momentum={momentum}"):
-        jax.vmap(lambda _: nj.sync_batch_stats(batch_stats, "data", momentum=momentum), axis_name="data")(jnp.ones(2))
+        jax.vmap(
+            lambda _: nj.sync_batch_stats(batch_stats, "data", momentum=momentum), axis_name="data"
+        )(jnp.ones(2))
 
 
 @pytest.mark.parametrize("transform", [jax.pmap, jax.vmap])
@@ -99,17 +112,26 @@ def test_under_pmap_and_vmap(rng, transform):
 
 def test_layers_without_statistics_have_nothing_to_merge():
     tree: dict = {"group_norm": {}, "layer_norm": {}}
-    assert jax.vmap(partial(nj.sync_batch_stats, axis_name="data"), axis_name="data", axis_size=2)(tree) == tree
+    assert (
+        jax.vmap(partial(nj.sync_batch_stats, axis_name="data"), axis_name="data", axis_size=2)(
+            tree
+        )
+        == tree
+    )
 
 
 def test_groups_merge_among_themselves(rng):
     tree = model(rng)["block"]["second"]
     groups = [[0, 2, 4, 6], [1, 3, 5, 7]]
     run = partial(nj.sync_batch_stats, axis_name="data", axis_index_groups=groups)
-    merged = over_devices(lambda own: jax.tree.map(lambda leaf: leaf[None], run(own)), out_specs=SPLIT)(tree)
+    merged = over_devices(
+        lambda own: jax.tree.map(lambda leaf: leaf[None], run(own)), out_specs=SPLIT
+    )(tree)
     for device in (0, 1):
         members = {leaf: value[np.array(groups[device])] for leaf, value in tree.items()}
-        assert_trees_close({leaf: value[device] for leaf, value in merged.items()}, expected(members), rtol=1e-6)
+        assert_trees_close(
+            {leaf: value[device] for leaf, value in merged.items()}, expected(members), rtol=1e-6
+        )
 
 
 def test_two_axes_merge_as_one(rng):
@@ -124,7 +146,9 @@ def test_two_axes_merge_as_one(rng):
 
 
 def test_a_model_of_any_depth_takes_two_collectives(rng):
-    compiled = over_devices(partial(nj.sync_batch_stats, axis_name="data")).lower(model(rng)).compile()
+    compiled = (
+        over_devices(partial(nj.sync_batch_stats, axis_name="data")).lower(model(rng)).compile()
+    )
     assert [kind for kind, _ in collectives(compiled)] == ["all-reduce", "all-reduce"]
 
 
@@ -137,7 +161,14 @@ def test_means_far_from_zero_lose_nothing(rng):
 
 
 def test_flax_collections_and_complex_means_keep_their_kind():
-    tree = freeze({"norm": {"mean": jnp.ones((DEVICES, 2), jnp.complex64) * 1j, "var": jnp.ones((DEVICES, 2))}})
+    tree = freeze(
+        {
+            "norm": {
+                "mean": jnp.ones((DEVICES, 2), jnp.complex64) * 1j,
+                "var": jnp.ones((DEVICES, 2)),
+            }
+        }
+    )
     merged = jax.vmap(partial(nj.sync_batch_stats, axis_name="data"), axis_name="data")(tree)
     assert isinstance(merged, FrozenDict)
     assert_same_kind(merged, tree)
@@ -145,13 +176,19 @@ def test_flax_collections_and_complex_means_keep_their_kind():
 
 
 def test_an_axis_that_is_not_there():
-    with pytest.raises(NameError, match="sync_batch_stats: axis name 'dta' is not bound here.*'data'"):
-        over_devices(partial(nj.sync_batch_stats, axis_name="dta"))({"mean": jnp.ones((8, 1)), "var": jnp.ones((8, 1))})
+    with pytest.raises(
+        NameError, match="sync_batch_stats: axis name 'dta' is not bound here.*'data'"
+    ):
+        over_devices(partial(nj.sync_batch_stats, axis_name="dta"))(
+            {"mean": jnp.ones((8, 1)), "var": jnp.ones((8, 1))}
+        )
 
 
 def test_a_variance_without_its_mean():
     with pytest.raises(ValueError, match=r"variance without a mean.*\['norm'\]\['var'\]"):
-        over_devices(partial(nj.sync_batch_stats, axis_name="data"))({"norm": {"var": jnp.ones((8, 1))}})
+        over_devices(partial(nj.sync_batch_stats, axis_name="data"))(
+            {"norm": {"var": jnp.ones((8, 1))}}
+        )
 
 
 def test_it_is_not_the_mean_of_the_variances(rng):

@@ -11,10 +11,23 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import normjax as nj
 from tests.compare import assert_trees_close
-from tests.distributed.mapped import DEVICES, WHOLE, assert_steps_close, mesh, one_device, operands, step
+from tests.distributed.mapped import (
+    DEVICES,
+    WHOLE,
+    assert_steps_close,
+    mesh,
+    one_device,
+    operands,
+    step,
+)
 
 MESHES = {2: {"data": 4, "model": 2}, 3: {"pod": 2, "data": 2, "model": 2}}
-OVER = [(axes, names) for axes in MESHES.values() for n in range(1, 4) for names in combinations(axes, n)]
+OVER = [
+    (axes, names)
+    for axes in MESHES.values()
+    for n in range(1, 4)
+    for names in combinations(axes, n)
+]
 
 
 @pytest.mark.slow
@@ -29,7 +42,8 @@ def test_statistics_over_any_axes_of_a_mesh(rng, axes, names, check_vma):
         d_params = d_params if check_vma else lax.psum(d_params, tuple(axes))
         return y, jax.tree.map(lambda a: a[None], stats), d_params, dx
 
-    # What shares its statistics holds them replicated; the axes that are left tell the groups apart.
+    # What shares its statistics holds them replicated; the axes that are left tell the groups
+    # apart.
     others = tuple(axis for axis in axes if axis not in names)
     mapped = jax.shard_map(
         local,
@@ -39,9 +53,15 @@ def test_statistics_over_any_axes_of_a_mesh(rng, axes, names, check_vma):
         check_vma=check_vma,
     )
     y, stats, d_params, dx = jax.jit(mapped)(params, batch_stats, x, weight)
-    place = dict(zip(axes, np.unravel_index(np.arange(4 * DEVICES) // 4, tuple(axes.values())), strict=True))
+    place = dict(
+        zip(axes, np.unravel_index(np.arange(4 * DEVICES) // 4, tuple(axes.values())), strict=True)
+    )
     sizes = [axes[axis] for axis in others]
-    group = np.ravel_multi_index([place[axis] for axis in others], sizes) if others else np.zeros(4 * DEVICES, int)
+    group = (
+        np.ravel_multi_index([place[axis] for axis in others], sizes)
+        if others
+        else np.zeros(4 * DEVICES, int)
+    )
     total = jax.tree.map(jnp.zeros_like, params)
     for index in range(group.max() + 1):
         rows = group == index
@@ -91,7 +111,10 @@ def test_jit_with_examples_and_features_sharded(rng, axes, kind, masked):
         return jax.device_put(tree, NamedSharding(devices, PartitionSpec(*spec)))
 
     with jax.set_mesh(devices):
-        operand = (*placed((params, batch_stats), "model"), *placed((x, weight), batch, None, "model"))
+        operand = (
+            *placed((params, batch_stats), "model"),
+            *placed((x, weight), batch, None, "model"),
+        )
         assert_steps_close(jax.jit(step)(*operand, placed(mask, batch)), one_device(*given))
 
 
@@ -102,7 +125,9 @@ def test_jit_with_ghost_batches_of_several_devices(rng, kind):
     given = operands(rng)
     devices = jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,))
     with jax.set_mesh(devices):
-        x, weight = (jax.device_put(a, NamedSharding(devices, PartitionSpec("data"))) for a in given[2:4])
+        x, weight = (
+            jax.device_put(a, NamedSharding(devices, PartitionSpec("data"))) for a in given[2:4]
+        )
         sharded = jax.jit(lambda *a: step(*a, None, virtual_batch_size=8))(*given[:2], x, weight)
     assert_steps_close(sharded, one_device(*given, virtual_batch_size=8))
 

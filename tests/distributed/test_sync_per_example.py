@@ -28,7 +28,9 @@ CASES = {
 
 
 def operands(rng, offset=0.0):
-    params = {leaf: jnp.asarray(rng.normal(1, 0.1, SHAPE[-1]), jnp.float32) for leaf in ("scale", "bias")}
+    params = {
+        leaf: jnp.asarray(rng.normal(1, 0.1, SHAPE[-1]), jnp.float32) for leaf in ("scale", "bias")
+    }
     x, weight = (jnp.asarray(rng.normal(size=SHAPE), jnp.float32) for _ in range(2))
     return params, x + offset, weight
 
@@ -53,7 +55,11 @@ def shard_mapped(layer, cut, mask, check_vma):
 
     return jax.jit(
         jax.shard_map(
-            run, mesh=mesh(data=DEVICES), in_specs=(own, cut, cut, cut), out_specs=(cut, own, cut), check_vma=check_vma
+            run,
+            mesh=mesh(data=DEVICES),
+            in_specs=(own, cut, cut, cut),
+            out_specs=(cut, own, cut),
+            check_vma=check_vma,
         )
     )
 
@@ -62,7 +68,9 @@ def jitted(layer, cut, mask, kind):
     devices = jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,))
 
     def run(params, x, weight, mask):
-        placed = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(devices, cut)), (x, weight, mask))
+        placed = jax.tree.map(
+            lambda a: jax.device_put(a, NamedSharding(devices, cut)), (x, weight, mask)
+        )
         with jax.set_mesh(devices):
             return jax.jit(partial(step, layer))(params, *placed)
 
@@ -103,13 +111,17 @@ def test_offsets_of_1e4_between_devices(rng, case, way):
         assert_close(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("case", ["layer_norm", "group_norm", "instance_norm", "filter_response_norm"])
+@pytest.mark.parametrize(
+    "case", ["layer_norm", "group_norm", "instance_norm", "filter_response_norm"]
+)
 def test_examples_on_different_devices_do_not_talk(rng, case):
     """Cut over the examples, no layer with statistics of each example compiles to any collective."""
     layer, _ = CASES[case]
     devices = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     params, _, _ = operands(rng)
-    x = jax.device_put(jnp.ones((2 * DEVICES, 16, 16)), NamedSharding(devices, PartitionSpec("data")))
+    x = jax.device_put(
+        jnp.ones((2 * DEVICES, 16, 16)), NamedSharding(devices, PartitionSpec("data"))
+    )
     compiled = jax.jit(lambda params, x: layer(params, {}, x, True)[0]).lower(params, x).compile()
     assert collectives(compiled) == []
 

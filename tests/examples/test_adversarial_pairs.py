@@ -47,7 +47,9 @@ def test_each_way_normalizes_by_the_statistics_that_it_names(images):
     }
     for name, means in expected.items():
         way, (params, batch_stats) = WAYS[name], start(name)
-        logits, new = jax.jit(lambda p, s, way=way: way.train(NETWORK, p, s, *images))(params, batch_stats)
+        logits, new = jax.jit(lambda p, s, way=way: way.train(NETWORK, p, s, *images))(
+            params, batch_stats
+        )
         assert len(logits) == (6 if name == "clean only" else 12)
         for own, mean in zip(new, means, strict=True):
             assert_close(own["conv_0_0"]["mean"], 0.1 * mean, atol=1e-5)
@@ -57,10 +59,15 @@ def test_two_scales_start_as_two_sets_and_can_differ(images):
     (params, batch_stats), (split, _) = start("two sets"), start("two sets, two scales")
     one, two = WAYS["two sets"], WAYS["two sets, two scales"]
     assert_trees_close(
-        two.train(NETWORK, split, batch_stats, *images), one.train(NETWORK, params, batch_stats, *images), atol=1e-5
+        two.train(NETWORK, split, batch_stats, *images),
+        one.train(NETWORK, params, batch_stats, *images),
+        atol=1e-5,
     )
     split["conv_1_0"]["norm"]["scale"] = split["conv_1_0"]["norm"]["scale"].at[ATTACKED].set(0)
-    clean, attacked = (two.apply(NETWORK, split, batch_stats, images[0], kind, True)[0] for kind in (CLEAN, ATTACKED))
+    clean, attacked = (
+        two.apply(NETWORK, split, batch_stats, images[0], kind, True)[0]
+        for kind in (CLEAN, ATTACKED)
+    )
     assert (jnp.ptp(clean, axis=0) > 1e-3).any() and not attacked.any()
 
 
@@ -69,7 +76,10 @@ def test_inference_answers_with_the_set_that_is_asked_for(images):
     _, batch_stats = WAYS["two sets"].train(NETWORK, params, batch_stats, *images)
     for kind in (CLEAN, ATTACKED):
         expected, _ = NETWORK.apply(params, batch_stats[kind], images[0], False)
-        assert_identical(WAYS["two sets"].apply(NETWORK, params, batch_stats, images[0], kind, False)[0], expected)
+        assert_identical(
+            WAYS["two sets"].apply(NETWORK, params, batch_stats, images[0], kind, False)[0],
+            expected,
+        )
 
 
 def test_the_adversary_of_a_linear_loss_goes_to_the_corner(rng):

@@ -11,7 +11,18 @@ from contrastive import main, parse
 
 from tests.compare import assert_close, assert_trees_close
 
-OPTIONS = ["--steps", "2", "--eval-every", "1", "--train-examples", "96", "--test-examples", "64", "--labels", "48"]
+OPTIONS = [
+    "--steps",
+    "2",
+    "--eval-every",
+    "1",
+    "--train-examples",
+    "96",
+    "--test-examples",
+    "64",
+    "--labels",
+    "48",
+]
 
 
 @pytest.fixture
@@ -33,9 +44,14 @@ def test_the_loss_is_nt_xent(rng):
     q, k = (unit_rows(rng, 6, 3) for _ in range(2))
     z = np.stack([q, k], 1).reshape(12, 3)
     similarity = np.exp(z @ z.T / TEMPERATURE)
-    losses = [-np.log(similarity[i, i ^ 1] / (similarity[i].sum() - similarity[i, i])) for i in range(12)]
+    losses = [
+        -np.log(similarity[i, i ^ 1] / (similarity[i].sum() - similarity[i, i])) for i in range(12)
+    ]
     with jax.enable_x64(True):
-        shares = [contrast(jnp.asarray(q), jnp.asarray(k), jnp.arange(first, first + 2)) for first in (0, 2, 4)]
+        shares = [
+            contrast(jnp.asarray(q), jnp.asarray(k), jnp.arange(first, first + 2))
+            for first in (0, 2, 4)
+        ]
     for share, first in zip(shares, (0, 4, 8), strict=True):
         assert_close(share[0], np.mean(losses[first : first + 4]), rtol=1e-9)
     found = ((q @ k.T).argmax(1) == np.arange(6)).reshape(3, 2).mean(1)
@@ -48,7 +64,9 @@ def gradients(way, key):
     state = own.init(0)
     specs = (simclr.WHOLE, simclr.WHOLE, jax.sharding.PartitionSpec(AXIS), simclr.WHOLE)
     mapped = jax.shard_map(
-        lambda params, stats, images, key: jax.grad(own._loss, has_aux=True)(params, stats, images, key)[0],
+        lambda params, stats, images, key: jax.grad(own._loss, has_aux=True)(
+            params, stats, images, key
+        )[0],
         mesh=own.everywhere.mesh,
         in_specs=specs,
         out_specs=simclr.WHOLE,
@@ -108,7 +126,9 @@ def test_end_to_end(tmp_path, capsys, small, monkeypatch, promotion_as_in_flax):
     content = json.loads((tmp_path / "contrastive.json").read_text())
     assert content["status"] == "finished" and list(content["results"]) == ["per device"]
     (found,) = content["results"]["per device"]
-    assert found["step"] == [0, 1, 2] and any(found["leak"]) and 0.2 < content["probe_of_pixels"] < 1
+    assert (
+        found["step"] == [0, 1, 2] and any(found["leak"]) and 0.2 < content["probe_of_pixels"] < 1
+    )
     assert_close(found["leak"], np.subtract(found["together"], found["apart"]), atol=1e-6)
     assert (tmp_path / "contrastive.png").read_bytes().startswith(b"\x89PNG")
     assert "Reported by Chen et al. 2020" in capsys.readouterr().out

@@ -22,7 +22,9 @@ def test_without_noise_it_is_the_network_of_speedup(normalize):
     network, expected = Sigmoids(normalize), mlp(Style(normalize, "sigmoid"), 3)
     variables = network.network.init(jax.random.key(0), (4, 4, 1), 10)
     assert_identical(variables, expected.init(jax.random.key(0), (4, 4, 1), 10))
-    assert_identical(network.network.apply(*variables, IMAGES, True), expected.apply(*variables, IMAGES, True))
+    assert_identical(
+        network.network.apply(*variables, IMAGES, True), expected.apply(*variables, IMAGES, True)
+    )
 
 
 def test_the_noise_is_drawn_anew_for_each_step_and_unit_and_around_it_for_each_example():
@@ -31,7 +33,11 @@ def test_the_noise_is_drawn_anew_for_each_step_and_unit_and_around_it_for_each_e
     scale = np.asarray(disturbed(jax.random.key(0), x + 1)) - shift
     means, deviations = shift.mean(0), scale.mean(0)
     assert (np.abs(means) < MEAN + 0.01).all() and np.ptp(means) > 0.1
-    assert (deviations > 0.99).all() and (deviations < DEVIATION + 0.01).all() and np.ptp(deviations) > 0.02
+    assert (
+        (deviations > 0.99).all()
+        and (deviations < DEVIATION + 0.01).all()
+        and np.ptp(deviations) > 0.02
+    )
     assert_close(np.ptp(shift, axis=0), np.full(6, 2 * SPREAD), atol=0.01)
     assert_close(scale.std(0), np.full(6, SPREAD), atol=0.01)
     assert (np.abs(np.asarray(disturbed(jax.random.key(1), x)).mean(0) - means) > 1e-3).all()
@@ -44,7 +50,10 @@ def test_noise_is_there_in_training_alone_and_its_key_moves_on():
     _, new, inputs = network.forward(params, batch_stats, IMAGES, True)
     _, _, undisturbed = Sigmoids(normalize=True).forward(params, clean, IMAGES, True)
     assert (np.abs(np.asarray(inputs["hidden_0"] - undisturbed["hidden_0"])).max(0) > 1e-3).all()
-    assert jax.random.key_data(new["noise"]).tolist() != jax.random.key_data(batch_stats["noise"]).tolist()
+    assert (
+        jax.random.key_data(new["noise"]).tolist()
+        != jax.random.key_data(batch_stats["noise"]).tolist()
+    )
     logits, _, _ = network.forward(params, batch_stats, IMAGES, False)
     assert_identical(logits, Sigmoids(normalize=True).forward(params, clean, IMAGES, False)[0])
 
@@ -56,7 +65,9 @@ def test_the_instruments_see_the_batch_and_the_probe():
     labels = jnp.arange(12, dtype=jnp.int32) % 10
     train = Examples(jnp.asarray(255 * IMAGES, jnp.uint8), labels, jnp.zeros(1), jnp.full(1, 255.0))
     still, moved = (
-        Instruments(network, train, rate).look(State(params, batch_stats, None), train, jnp.arange(4))
+        Instruments(network, train, rate).look(
+            State(params, batch_stats, None), train, jnp.arange(4)
+        )
         for rate in (0.0, 1.0)
     )
     assert still[0].values.shape == (3, 100)
@@ -77,7 +88,10 @@ def test_the_numbers_of_a_run():
 
 
 def test_steps_to():
-    runs = [{"steps": [10, 20, 30], "accuracy": accuracies} for accuracies in ([0.1, 0.9, 0.95], [0.9, 0.2, 1.0])]
+    runs = [
+        {"steps": [10, 20, 30], "accuracy": accuracies}
+        for accuracies in ([0.1, 0.9, 0.95], [0.9, 0.2, 1.0])
+    ]
     assert steps_to(0.9, runs) == "15" and steps_to(0.99, runs) == "not reached"
 
 
@@ -88,8 +102,14 @@ def test_end_to_end(tmp_path, capsys):
     assert content["status"] == "finished" and list(content["results"]) == list(VARIANTS)
     for runs in content["results"].values():
         assert [run["seed"] for run in runs] == [0, 1] and runs[0]["steps"] == [3, 6]
-        assert np.shape(runs[0]["band"]) == (2, 3) and len(runs[1]["distance"]) == len(runs[1]["cosine"]) == 2
-    assert content["results"]["noisy batch norm"][0]["jump"] > content["results"]["batch norm"][0]["jump"]
+        assert (
+            np.shape(runs[0]["band"]) == (2, 3)
+            and len(runs[1]["distance"]) == len(runs[1]["cosine"]) == 2
+        )
+    assert (
+        content["results"]["noisy batch norm"][0]["jump"]
+        > content["results"]["batch norm"][0]["jump"]
+    )
     assert all("noisy batch norm:" in claim["measured"] for claim in content["claims"])
     assert (tmp_path / "covariate_shift.png").read_bytes().startswith(b"\x89PNG")
     assert "Reported by Ioffe & Szegedy (2015)" in capsys.readouterr().out

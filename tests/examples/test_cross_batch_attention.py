@@ -34,11 +34,15 @@ def test_what_is_asked_was_defined():
         values = {tuple(record[:KEY_TOKENS]): record[-1] for record in of}
         assert [values[tuple(question[:KEY_TOKENS])] for question in questions] == answers.tolist()
     assert (asked[:, 0, :KEY_TOKENS] != defined[:, 0, :KEY_TOKENS]).any(), "in another order"
-    assert_identical(jnp.asarray(records(documents.current, LOOKUP)[:, :, -1]), LOOKUP.read(documents.current))
+    assert_identical(
+        jnp.asarray(records(documents.current, LOOKUP)[:, :, -1]), LOOKUP.read(documents.current)
+    )
 
 
 def test_definitions_hide_in_passages_of_a_text():
-    text = np.frombuffer(b"What is the answer? It is in the question: forty-two, as they say.", np.uint8)
+    text = np.frombuffer(
+        b"What is the answer? It is in the question: forty-two, as they say.", np.uint8
+    )
     lookup = Lookup(pairs=3, gap=4, text=jnp.asarray(text))
     documents = lookup.draw(jax.random.key(0), 20)
     assert documents.previous.shape == documents.current.shape == (20, lookup.length) == (20, 24)
@@ -52,7 +56,12 @@ def test_definitions_hide_in_passages_of_a_text():
 
 def test_whom_a_document_sees():
     assert seen(2, 4, 1).astype(int).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
-    assert seen(4, 4, 2).astype(int).tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]]
+    assert seen(4, 4, 2).astype(int).tolist() == [
+        [1, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 0, 1, 1],
+        [1, 0, 0, 1],
+    ]
     assert seen(3, 3, 3).all()
     assert memories(parse(["--distractors", "15"])) == [1, 2, 4, 8, 16]
     assert memories(parse(["--distractors", "11"])) == [1, 2, 4, 8, 12]
@@ -63,17 +72,31 @@ def test_attention_against_numpy(rng):
     documents, length, heads, features, contexts = 2, 3, 2, 4, 4
     of = lambda *shape: rng.normal(size=shape)  # noqa: E731
     queries, values = of(documents, length, heads, features), of(documents, length, heads, features)
-    scores, keys, remembered = of(documents, heads, length, length), *(of(contexts, 5, heads, features) for _ in "kv")
+    scores, keys, remembered = (
+        of(documents, heads, length, length),
+        *(of(contexts, 5, heads, features) for _ in "kv"),
+    )
     sees = np.array([[True, False, True, False], [False, True, True, True]])
-    arrays = [jnp.asarray(array, jnp.float32) for array in (queries, scores, values, keys, remembered)]
+    arrays = [
+        jnp.asarray(array, jnp.float32) for array in (queries, scores, values, keys, remembered)
+    ]
     attended, focus = _attend(*arrays[:3], tuple(arrays[3:]), jnp.asarray(sees))
     for b, h, q in np.ndindex(documents, heads, length):
-        far = np.exp([[queries[b, q, h] @ keys[c, k, h] * sees[b, c] for k in range(5)] for c in range(contexts)])
+        far = np.exp(
+            [
+                [queries[b, q, h] @ keys[c, k, h] * sees[b, c] for k in range(5)]
+                for c in range(contexts)
+            ]
+        )
         near, far = np.exp(scores[b, h, q]), far * sees[b][:, None]
         total = near.sum() + far.sum()
         expected = near @ values[b, :, h] + np.einsum("ck,ckf->f", far, remembered[:, :, h])
         assert_close(attended[b, q, h], expected / total, atol=1e-5)
-    own = [[np.exp(keys[b, :, h] @ queries[b, q, h]).sum() for h in range(heads)] for b in range(2) for q in range(3)]
+    own = [
+        [np.exp(keys[b, :, h] @ queries[b, q, h]).sum() for h in range(heads)]
+        for b in range(2)
+        for q in range(3)
+    ]
     everything = [
         [sum(np.exp(keys[c, :, h] @ queries[b, q, h]).sum() for c in range(contexts) if sees[b, c]) for h in range(2)]
         for b in range(2) for q in range(3)
@@ -83,7 +106,9 @@ def test_attention_against_numpy(rng):
 
 @pytest.fixture(scope="module", params=NORMS)
 def model(request):
-    return LanguageModel(NORMS[request.param], LOOKUP.vocabulary, LOOKUP.length, ("local", "memory", "local"))
+    return LanguageModel(
+        NORMS[request.param], LOOKUP.vocabulary, LOOKUP.length, ("local", "memory", "local")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +126,9 @@ def test_a_document_sees_what_it_should(model, case):
     params, documents = case
     other = documents._replace(previous=documents.previous.at[2].set(documents.previous[2, ::-1]))
     for count, changed in ((1, [2]), (2, [1, 2]), (3, [0, 1, 2])):
-        before, after = (np.asarray(answer(model, params, of, count)[0]) for of in (documents, other))
+        before, after = (
+            np.asarray(answer(model, params, of, count)[0]) for of in (documents, other)
+        )
         assert np.flatnonzero(abs(before - after).max((1, 2)) > 1e-3).tolist() == changed
         assert_close(np.delete(after, changed, axis=0), np.delete(before, changed, axis=0))
 
@@ -149,7 +176,9 @@ def test_negatives_are_differentiable(model, case):
     for count in (1, 3):
         ((keys, values),) = of_first(memory, count)
         for of in (keys, values):
-            assert (jnp.abs(of).max((1, 2, 3)) > 0).tolist() == [True] * count + [False] * (CONTEXTS - count)
+            assert (jnp.abs(of).max((1, 2, 3)) > 0).tolist() == [True] * count + [False] * (
+                CONTEXTS - count
+            )
 
 
 TINY = ["--seeds", "1", "--test-batches", "1", "--pairs", "4"]
@@ -157,7 +186,17 @@ TINY = ["--seeds", "1", "--test-batches", "1", "--pairs", "4"]
 
 @pytest.mark.slow
 def test_negatives_help_among_distractors(tmp_path, capsys):
-    arguments = [*TINY, "--steps", "240", "--norms", "RMS norm", "--distractors", "31", "--out", str(tmp_path)]
+    arguments = [
+        *TINY,
+        "--steps",
+        "240",
+        "--norms",
+        "RMS norm",
+        "--distractors",
+        "31",
+        "--out",
+        str(tmp_path),
+    ]
     with jax.numpy_dtype_promotion("standard"):  # which optax.adam asks for
         assert main(arguments) == 0
     content = json.loads((tmp_path / "cross_batch_attention.json").read_text())
@@ -176,12 +215,26 @@ def test_negatives_help_among_distractors(tmp_path, capsys):
 def test_a_text_and_other_blocks(tmp_path):
     text = tmp_path / "text"
     text.write_text("Call me Ishmael. " * 9)
-    arguments = [*TINY, "--steps", "3", "--norms", "layer norm", "--distractors", "3", "--text", str(text)]
+    arguments = [
+        *TINY,
+        "--steps",
+        "3",
+        "--norms",
+        "layer norm",
+        "--distractors",
+        "3",
+        "--text",
+        str(text),
+    ]
     with jax.numpy_dtype_promotion("standard"):
         assert main([*arguments, "--blocks", "memory", "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "cross_batch_attention.json").read_text())
     ((run,), _) = (result["runs"] for result in content["results"].values())
-    assert run["switched"] is None and len(run["accuracies"]) == len(run["focus"]) == 3 and run["focus"][0] == 1
+    assert (
+        run["switched"] is None
+        and len(run["accuracies"]) == len(run["focus"]) == 3
+        and run["focus"][0] == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,7 +248,11 @@ def test_a_text_and_other_blocks(tmp_path):
 def test_mistakes_get_one_line(arguments, said, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("cross_batch_attention.py: error: ") and said in error and error.count("\n") == 1
+    assert (
+        error.startswith("cross_batch_attention.py: error: ")
+        and said in error
+        and error.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,9 @@ def write_cifar(folder):
 @pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("subfolder", ["", "mnist"])
 def test_mnist_round_trip(tmp_path, subfolder, compress):
-    train_images, train_labels, test_images, test_labels = write_mnist(tmp_path / subfolder, compress)
+    train_images, train_labels, test_images, test_labels = write_mnist(
+        tmp_path / subfolder, compress
+    )
     data = load("mnist", tmp_path)
     np.testing.assert_array_equal(data.train_images, train_images[..., None])
     np.testing.assert_array_equal(data.train_labels, train_labels)
@@ -54,7 +56,9 @@ def test_cifar_round_trip(tmp_path, subfolder):
     # The record of example 5: a label, then the red, green and blue planes, row by row.
     record = records[1][1]
     assert data.train_labels[5] == record[0]
-    assert data.train_images[5, 7, 9].tolist() == [record[1 + plane * 1024 + 7 * 32 + 9] for plane in range(3)]
+    assert data.train_images[5, 7, 9].tolist() == [
+        record[1 + plane * 1024 + 7 * 32 + 9] for plane in range(3)
+    ]
     np.testing.assert_array_equal(data.test_labels, records[5][:, 0])
 
 
@@ -86,7 +90,11 @@ BROKEN_IDX = {
     "magic number": (IMAGES, change(at=2, value=9), "0x00000903 instead of 0x00000803"),
     "label": (LABELS, change(at=8, value=10), "label 10 of example 0"),
     "counts": (LABELS, lambda content: idx(np.zeros(19, np.uint8)), "19 labels for the 20 images"),
-    "image size": ("t10k-images-idx3-ubyte", lambda content: idx(np.zeros((20, 4, 5), np.uint8)), "(4, 5) pixels"),
+    "image size": (
+        "t10k-images-idx3-ubyte",
+        lambda content: idx(np.zeros((20, 4, 5), np.uint8)),
+        "(4, 5) pixels",
+    ),
 }
 
 
@@ -136,7 +144,8 @@ def test_broken_cifar(tmp_path, name, broken, says):
 
 
 @pytest.mark.parametrize(
-    ("data", "write", "name"), [("mnist", write_mnist, LABELS), ("cifar10", write_cifar, "data_batch_5.bin")]
+    ("data", "write", "name"),
+    [("mnist", write_mnist, LABELS), ("cifar10", write_cifar, "data_batch_5.bin")],
 )
 def test_missing_and_unreadable(tmp_path, data, write, name):
     write(tmp_path)

@@ -45,9 +45,9 @@ def test_in_turn_and_own_train_the_same_params(images):
     gradients = {}
     for name in ("in turn", "own"):
         params, batch_stats = start(name)
-        gradients[name] = jax.grad(lambda params, way, stats: (way.train(params, stats, images)[0] ** 2).sum())(
-            params, WAYS[name], batch_stats
-        )
+        gradients[name] = jax.grad(
+            lambda params, way, stats: (way.train(params, stats, images)[0] ** 2).sum()
+        )(params, WAYS[name], batch_stats)
     assert_trees_close(gradients["in turn"], gradients["own"], rtol=1e-4, atol=1e-4)
 
 
@@ -69,9 +69,14 @@ def test_conditional_examples_get_the_scale_and_bias_of_their_domain(images, rng
     assert chosen["hidden_0"]["norm"]["scale"].shape == (BATCH_SIZE, 128)
     assert chosen["logits"] is params["logits"]
     x = hidden(params, images[0])
-    y, _ = nj.batch_norm(chosen["hidden_0"]["norm"], batch_stats["hidden_0"], jnp.asarray(x, jnp.float32), True)
+    y, _ = nj.batch_norm(
+        chosen["hidden_0"]["norm"], batch_stats["hidden_0"], jnp.asarray(x, jnp.float32), True
+    )
     normalized = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
-    scale, bias = (np.asarray(params["hidden_0"]["norm"][leaf])[np.asarray(domains)] for leaf in ("scale", "bias"))
+    scale, bias = (
+        np.asarray(params["hidden_0"]["norm"][leaf])[np.asarray(domains)]
+        for leaf in ("scale", "bias")
+    )
     assert_close(y, scale * normalized + bias, atol=1e-4)
 
 
@@ -83,7 +88,9 @@ def test_conditional_training_gathers_the_rows_of_each_domain(images):
 
 
 def test_conditional_starts_as_mixed(images):
-    (logits, _), (same, _) = (WAYS[name].train(*start(name), images) for name in ("mixed", "conditional"))
+    (logits, _), (same, _) = (
+        WAYS[name].train(*start(name), images) for name in ("mixed", "conditional")
+    )
     assert_close(logits, same, atol=1e-5)
     params, batch_stats = init(jax.random.key(0), PIXELS)
     assert_identical(start("mixed"), (params, batch_stats))
@@ -96,7 +103,9 @@ def test_domains_show_the_same_digits(shift, rng):
     assert made.images.shape == (2, 3, 64) and made.labels.tolist() == [0, 1, 2]
     assert_close(made.images[0], pixels.reshape(3, 64) / 16, atol=1e-6)
     correlation = np.corrcoef(made.images[0].ravel(), made.images[1].ravel())[0, 1]
-    assert abs(correlation) > 0.4 and math.copysign(1, correlation) == (-1 if shift == "inverted" else 1)
+    assert abs(correlation) > 0.4 and math.copysign(1, correlation) == (
+        -1 if shift == "inverted" else 1
+    )
 
 
 @pytest.mark.slow

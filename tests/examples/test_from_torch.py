@@ -38,7 +38,10 @@ def test_running_statistics_are_not_those_at_the_start(network, moved):
 
 
 def test_a_file_gives_what_the_network_gives(network, moved, tmp_path):
-    save_file({key: value.numpy() for key, value in network.state_dict().items()}, tmp_path / "weights.safetensors")
+    save_file(
+        {key: value.numpy() for key, value in network.state_dict().items()},
+        tmp_path / "weights.safetensors",
+    )
     _, variables = load(tmp_path / "weights.safetensors", CLASSES)
     jax.tree.map(np.testing.assert_array_equal, variables, moved[1])
 
@@ -48,7 +51,11 @@ def test_a_key_that_is_missing_is_named(network):
     del state["layer2.0.downsample.1.running_var"]
     with pytest.raises(ValueError, match=r"'layer2\.0\.downsample\.1\.running_var' is missing"):
         load(state, CLASSES)
-    state = {key: value for key, value in network.state_dict().items() if not key.startswith("layer2.0.bn1")}
+    state = {
+        key: value
+        for key, value in network.state_dict().items()
+        if not key.startswith("layer2.0.bn1")
+    }
     with pytest.raises(ValueError, match=r"'layer2\.0\.bn1\.\w+' is missing"):
         load(state, CLASSES)
 

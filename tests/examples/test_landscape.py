@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import landscape
-from common.landscape import STEP_SIZES, compared, eigenvalues, finite, history, instruments, listed, number, shown
+from common.landscape import (
+    STEP_SIZES,
+    compared,
+    eigenvalues,
+    finite,
+    history,
+    instruments,
+    listed,
+    number,
+    shown,
+)
 from common.training import Examples, State
 from landscape import main, parse
 
@@ -22,10 +32,14 @@ def test_the_instruments_see_the_batch():
     """Softmax regression: the loss along its gradient, and the largest eigenvalue of its Hessian, by hand."""
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (20, 5)), rng.integers(3, size=20)
-    train = Examples(jnp.asarray(pixels, jnp.uint8), jnp.asarray(labels), jnp.zeros(1), jnp.full(1, 255.0))
+    train = Examples(
+        jnp.asarray(pixels, jnp.uint8), jnp.asarray(labels), jnp.zeros(1), jnp.full(1, 255.0)
+    )
     params, rows = rng.normal(size=(5, 3)), np.arange(3, 11)
     state = State(jnp.asarray(params, jnp.float32), {}, None)
-    walk, sharpness = instruments(lambda params, batch_stats, images, train: (images @ params, batch_stats))
+    walk, sharpness = instruments(
+        lambda params, batch_stats, images, train: (images @ params, batch_stats)
+    )
     x, y = pixels[rows] / 255, labels[rows]
     p = np.exp(x @ params) / np.exp(x @ params).sum(1, keepdims=True)
     gradient = x.T @ (p - np.eye(3)[y]) / len(rows)
@@ -33,7 +47,9 @@ def test_the_instruments_see_the_batch():
     assert_close(seen.loss, softmax_loss(params, x, y), rtol=1e-5)
     expected = [softmax_loss(params - size * gradient, x, y) for size in STEP_SIZES]
     assert_close(seen.losses, np.asarray(expected), rtol=1e-5)
-    hessian = sum(np.kron(np.outer(a, a), np.diag(b) - np.outer(b, b)) for a, b in zip(x, p, strict=True)) / len(rows)
+    hessian = sum(
+        np.kron(np.outer(a, a), np.diag(b) - np.outer(b, b)) for a, b in zip(x, p, strict=True)
+    ) / len(rows)
     found = sharpness(state, train, jnp.asarray(rows))
     assert_close(found.value, np.linalg.eigvalsh(hessian)[-1], rtol=1e-4)
     assert jax.tree.leaves(found.vector) == []
@@ -50,14 +66,28 @@ def test_what_diverged_is_no_number():
 
 def test_medians_over_the_seeds():
     fields = {name: [[1.0, 2.0]] for name in ("losses", "gradient_distances", "distances")}
-    runs = [{"landscape": {"loss": [value], **fields}, "eigenvalues": [value, value + 1]} for value in (1.0, 5.0, 2.0)]
+    runs = [
+        {"landscape": {"loss": [value], **fields}, "eigenvalues": [value, value + 1]}
+        for value in (1.0, 5.0, 2.0)
+    ]
     assert history(runs).loss.tolist() == [2.0] and history(runs).losses.tolist() == [[1.0, 2.0]]
     assert eigenvalues(runs).tolist() == [2.0, 3.0]
 
 
 def test_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(landscape, "WIDTHS", ((4,), (4,)))
-    arguments = ["--steps", "4", "--eval-every", "2", "--seeds", "1", "--learning-rates", "0.1", "--checkpoints", "2"]
+    arguments = [
+        "--steps",
+        "4",
+        "--eval-every",
+        "2",
+        "--seeds",
+        "1",
+        "--learning-rates",
+        "0.1",
+        "--checkpoints",
+        "2",
+    ]
     assert main([*arguments, "--train-examples", "100", "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "landscape.json").read_text())
     assert content["status"] == "finished"

@@ -19,7 +19,9 @@ def test_shapes_and_states(make, shape):
     network = make(Style(True, "relu"))
     params, batch_stats = network.init(jax.random.key(0), shape, 10)
     images = jax.ShapeDtypeStruct((6, *shape), jnp.float32)
-    logits, new = jax.eval_shape(lambda images: network.apply(params, batch_stats, images, True), images)
+    logits, new = jax.eval_shape(
+        lambda images: network.apply(params, batch_stats, images, True), images
+    )
     assert logits.shape == (6, 10) and jax.tree.structure(new) == jax.tree.structure(batch_stats)
     # No bias under batch normalization but that of the normalization.
     assert all(("bias" in layer) == (name == "logits") for name, layer in params.items())
@@ -28,7 +30,8 @@ def test_shapes_and_states(make, shape):
 @pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
 def test_variants_start_from_the_same_kernels(make):
     (plain, none), (normalized, _) = (
-        make(Style(normalize, "relu")).init(jax.random.key(1), (8, 8, 1), 10) for normalize in (False, True)
+        make(Style(normalize, "relu")).init(jax.random.key(1), (8, 8, 1), 10)
+        for normalize in (False, True)
     )
     assert none == {} and plain.keys() == normalized.keys()
     for name in plain:
@@ -41,7 +44,11 @@ def test_a_convolution_is_a_convolution(size, stride):
     x = jnp.asarray(rng.normal(size=(2, 5, 6, 3)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(size, size, 3, 4)), jnp.float32)
     expected = lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(size // 2, size // 2)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel,
+        (stride, stride),
+        [(size // 2, size // 2)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     np.testing.assert_allclose(linear({"kernel": kernel}, x, stride), expected, atol=1e-5)
 
@@ -49,7 +56,9 @@ def test_a_convolution_is_a_convolution(size, stride):
 @pytest.mark.slow
 def test_training_of_a_small_inception():
     data = load("digits").limit(600, 101)
-    trainer = Trainer(SMALL["inception"](Style(True, "relu")), examples(data, standardize=True), 32, 0.9)
+    trainer = Trainer(
+        SMALL["inception"](Style(True, "relu")), examples(data, standardize=True), 32, 0.9
+    )
     seen = []
     run = trainer.run(0, 0.05, 500, 200, lambda steps, accuracy: seen.append((steps, accuracy)))
     assert run.steps == [200, 400, 500] and [steps for steps, _ in seen] == [200, 200, 100]

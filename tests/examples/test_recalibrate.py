@@ -14,7 +14,20 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def trainer(rng):
-    options = parse(["--batch-size", "4", "--steps", "3", "--eval-every", "2", "--calibrate", "150", "--ema", "10"])
+    options = parse(
+        [
+            "--batch-size",
+            "4",
+            "--steps",
+            "3",
+            "--eval-every",
+            "2",
+            "--calibrate",
+            "150",
+            "--ema",
+            "10",
+        ]
+    )
     pixels, labels = rng.integers(0, 17, (200, 4, 4, 1)).astype(np.uint8), rng.integers(0, 10, 200)
     made = {
         name: recalibration.examples(pixels, labels, 16, shift, 0)
@@ -25,7 +38,9 @@ def trainer(rng):
 
 def test_shifted_images_show_the_same(rng):
     pixels = rng.integers(0, 17, (3, 8, 8, 1)).astype(np.uint8)
-    plain, faint = (recalibration.examples(pixels, np.arange(3), 16, shift, 0) for shift in (None, "faint"))
+    plain, faint = (
+        recalibration.examples(pixels, np.arange(3), 16, shift, 0) for shift in (None, "faint")
+    )
     assert_close(plain.images, pixels / 16, atol=1e-6)
     assert plain.images.shape == faint.images.shape and faint.labels.tolist() == [0, 1, 2]
     assert np.corrcoef(plain.images.ravel(), faint.images.ravel())[0, 1] > 0.4
@@ -35,7 +50,9 @@ def test_the_average_is_that_of_weights_and_statistics(trainer):
     start, images = trainer._init(0), trainer.train["as they are"]
     rows = next(trainer._batches(0))
     one = trainer._steps(start, images, rows[:1])
-    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, start.average, (one.params, one.batch_stats))
+    expected = jax.tree.map(
+        lambda old, new: 0.9 * old + 0.1 * new, start.average, (one.params, one.batch_stats)
+    )
     assert_trees_close(one.average, expected, rtol=1e-5, atol=1e-6)
     assert rows.shape == (2, 4)
 
@@ -61,7 +78,18 @@ def test_each_line_is_evaluated_after_every_so_many_steps(trainer):
 
 
 def test_end_to_end(tmp_path, capsys):
-    arguments = ["--steps", "200", "--eval-every", "100", "--seeds", "1", "--ema", "100", "--out", str(tmp_path)]
+    arguments = [
+        "--steps",
+        "200",
+        "--eval-every",
+        "100",
+        "--seeds",
+        "1",
+        "--ema",
+        "100",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(arguments) == 0
     content = json.loads((tmp_path / "recalibrate.json").read_text())
     assert content["status"] == "finished"
@@ -71,7 +99,10 @@ def test_end_to_end(tmp_path, capsys):
     for way in recalibration.WAYS:
         assert last[f"as they are / EMA / {way}"] > 0.9
         assert last[f"faint / trained / {way}"] > last["faint / trained / running"] + 0.3
-    assert run["curves"]["as they are / EMA / recalibrated"][0] > run["curves"]["as they are / EMA / running"][0] + 0.05
+    assert (
+        run["curves"]["as they are / EMA / recalibrated"][0]
+        > run["curves"]["as they are / EMA / running"][0] + 0.05
+    )
     assert (tmp_path / "recalibrate.png").read_bytes().startswith(b"\x89PNG")
     assert "layer by layer" in capsys.readouterr().out
 

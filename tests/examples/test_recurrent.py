@@ -23,13 +23,17 @@ def case(kind, norm, time, rng):
     """Returns a cell with parameters and statistics that are nowhere at their start, x, and a mask over NaN."""
     cell = CELLS[kind](NORMS[norm])
     params, batch_stats = cell.init(jax.random.key(0), INPUTS, UNITS, MAX_STEPS)
-    params = jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), params)
+    params = jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), params
+    )
     batch_stats = jax.tree.map(
         lambda leaf: leaf + jnp.asarray(rng.uniform(0, 0.5, leaf.shape), jnp.float32), batch_stats
     )
     mask = np.arange(time) < rng.permutation(np.linspace(2, time, BATCH_SIZE).astype(int))[:, None]
     mask[0, 0] = False  # one that starts late
-    x = np.where(mask[..., None], rng.normal(size=(BATCH_SIZE, time, INPUTS)), np.nan).astype(np.float32)
+    x = np.where(mask[..., None], rng.normal(size=(BATCH_SIZE, time, INPUTS)), np.nan).astype(
+        np.float32
+    )
     return cell, params, batch_stats, jnp.asarray(x), jnp.asarray(mask)
 
 
@@ -41,7 +45,13 @@ class Reference:
 
     def __init__(self, kind, norm, params, batch_stats, train):
         wide = functools.partial(jax.tree.map, lambda leaf: np.array(leaf, np.float64))
-        self.kind, self.norm, self.train, self.params, self.stats = kind, norm, train, wide(params), wide(batch_stats)
+        self.kind, self.norm, self.train, self.params, self.stats = (
+            kind,
+            norm,
+            train,
+            wide(params),
+            wide(batch_stats),
+        )
 
     def normalize(self, name, rows, counts, t):
         """`rows` is a list with a vector for each example."""
@@ -61,7 +71,9 @@ class Reference:
         return [scale * (row - mean) / np.sqrt(var + 1e-5) + bias for row in rows]
 
     def lstm(self, state, xs, counts, t):
-        hidden = self.normalize("hidden", [h @ self.params["hidden_kernel"] for h, _ in state], counts, t)
+        hidden = self.normalize(
+            "hidden", [h @ self.params["hidden_kernel"] for h, _ in state], counts, t
+        )
         inputs = self.normalize("input", [x @ self.params["input_kernel"] for x in xs], counts, t)
         cells, outputs = [], []
         for a, b, (_, c) in zip(hidden, inputs, state, strict=True):
@@ -76,7 +88,9 @@ class Reference:
         for name, part in (("_gates", slice(2 * UNITS)), ("", slice(2 * UNITS, None))):
             rows = [h @ kernels["hidden_kernel"][:, part] for (h,) in state]
             hidden[name] = self.normalize(f"hidden{name}", rows, counts, t)
-            inputs[name] = self.normalize(f"input{name}", [x @ kernels["input_kernel"][:, part] for x in xs], counts, t)
+            inputs[name] = self.normalize(
+                f"input{name}", [x @ kernels["input_kernel"][:, part] for x in xs], counts, t
+            )
         bias = kernels.get("bias", np.zeros(3 * UNITS))
         new = []
         for n, (h,) in enumerate(state):
@@ -100,7 +114,9 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-@pytest.mark.parametrize(("norm", "train"), [("plain", True), ("layer", True), ("batch", True), ("batch", False)])
+@pytest.mark.parametrize(
+    ("norm", "train"), [("plain", True), ("layer", True), ("batch", True), ("batch", False)]
+)
 @pytest.mark.parametrize("kind", CELLS)
 def test_equations_masks_and_statistics_against_numpy(kind, norm, train, rng):
     """Over more steps than there are statistics: those beyond use, and update, the last."""
@@ -144,8 +160,11 @@ def test_scan_is_a_python_loop(rng):
 def test_statistics_of_a_step_are_the_moments_of_its_batch(rng):
     cell, params, batch_stats, x, mask = case("gru", "batch", MAX_STEPS + 2, rng)
     _, _, new = run(cell, params, batch_stats, x, True, mask=mask)
-    # Of W_x x, since no state comes in there. Step 1 is a step of its own, the last statistics are updated three times.
-    projected = np.asarray(x, np.float64) @ np.asarray(params["input_kernel"], np.float64)[:, : 2 * UNITS]
+    # Of W_x x, since no state comes in there. Step 1 is a step of its own, the last statistics are
+    # updated three times.
+    projected = (
+        np.asarray(x, np.float64) @ np.asarray(params["input_kernel"], np.float64)[:, : 2 * UNITS]
+    )
     for own, steps in ((1, [1]), (MAX_STEPS - 1, [2, 3, 4])):
         mean, var = (np.float64(batch_stats["input_gates"][leaf][own]) for leaf in ("mean", "var"))
         for t in steps:
@@ -170,7 +189,9 @@ def test_a_padded_sequence_is_the_sequence(norm, rng):
     cell, params, batch_stats, x, mask = case("gru", norm, MAX_STEPS, rng)
     _, (last,), _ = run(cell, params, batch_stats, x, False, mask=mask)
     (short, *_) = (n for n in range(1, BATCH_SIZE) if not mask[n, -1])
-    _, (alone,), _ = run(cell, params, batch_stats, x[short : short + 1, : mask[short].sum()], False)
+    _, (alone,), _ = run(
+        cell, params, batch_stats, x[short : short + 1, : mask[short].sum()], False
+    )
     assert_close(last[short], alone[0], atol=1e-6)
 
 
@@ -182,9 +203,9 @@ def loss(cell, params, batch_stats, x, mask):
 @pytest.mark.parametrize(("kind", "norm"), [("gru", "layer"), ("lstm", "batch")])
 def test_gradients_are_finite_over_nan(kind, norm, rng):
     cell, params, batch_stats, x, mask = case(kind, norm, MAX_STEPS, rng)
-    of_params, of_x = jax.jit(jax.grad(lambda params, x: loss(cell, params, batch_stats, x, mask)[0], (0, 1)))(
-        params, x
-    )
+    of_params, of_x = jax.jit(
+        jax.grad(lambda params, x: loss(cell, params, batch_stats, x, mask)[0], (0, 1))
+    )(params, x)
     assert_finite((of_params, of_x))
     assert any(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(of_params))
     assert (jnp.where(mask[..., None], 0, of_x) == 0).all()
@@ -193,7 +214,8 @@ def test_gradients_are_finite_over_nan(kind, norm, rng):
 @pytest.mark.slow
 def test_gradients_against_differences(rng):
     cell, *arrays, mask = case("gru", "batch", MAX_STEPS + 1, rng)
-    # In float64: where two examples are left, batch norm is nearly their sign, too steep for the steps float32 needs.
+    # In float64: where two examples are left, batch norm is nearly their sign, too steep for the
+    # steps float32 needs.
     with jax.enable_x64(True):
         params, batch_stats, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), arrays)
         f = jax.jit(lambda params: loss(cell, params, batch_stats, x, mask)[0])
@@ -231,7 +253,9 @@ def test_pieces_of_an_image():
 
 def test_statistics_of_each_pixel_s_step():
     network = classifier(lstm(BATCH), 4, None, "pixels")
-    params, batch_stats = jax.eval_shape(lambda key: network.init(key, (8, 8, 1), 10), jax.random.key(0))
+    params, batch_stats = jax.eval_shape(
+        lambda key: network.init(key, (8, 8, 1), 10), jax.random.key(0)
+    )
     assert params["cell"]["input_kernel"].shape == (1, 16)
     assert {len(leaf) for leaf in jax.tree.leaves(batch_stats)} == {64}
 
@@ -246,7 +270,9 @@ def test_claims_are_of_the_best_rate():
     study = Reading(parse([]))
     for name, rate, accuracies in (("LSTM", 0.1, [0.2, 0.8]), ("LSTM", 0.2, [0.5, 0.95]), ("BN-LSTM", 0.1, [0.9, 0.97]),
                                    ("GRU", 0.1, [0.99, 0.99])):  # fmt: skip
-        study.results[f"{name} {rate}"] = result_content(Result(name, rate, [Run(0, [10, 20], accuracies, 1.0)]))
+        study.results[f"{name} {rate}"] = result_content(
+            Result(name, rate, [Run(0, [10, 20], accuracies, 1.0)])
+        )
     claims = {claim.what: claim for claim in study.claims()}
     assert claims["best accuracy, LSTM"].measured == "95.0% of Digits row by row"
     assert claims["best accuracy, BN-LSTM"].measured == "97.0% of Digits row by row"

@@ -35,11 +35,16 @@ def dense(epsilon):
     def init(key, image_shape, num_classes):
         kernel = jax.random.normal(key, (int(np.prod(image_shape)), num_classes))
         norm, batch_stats = nj.batch_norm_init(num_classes)
-        return {"hidden": {"kernel": kernel, "norm": norm}, "logits": {"kernel": jnp.eye(num_classes)}}, batch_stats
+        return {
+            "hidden": {"kernel": kernel, "norm": norm},
+            "logits": {"kernel": jnp.eye(num_classes)},
+        }, batch_stats
 
     def apply(params, batch_stats, images, train):
         x = images.reshape(len(images), -1) @ params["hidden"]["kernel"]
-        x, batch_stats = nj.batch_norm(params["hidden"]["norm"], batch_stats, x, train, epsilon=epsilon)
+        x, batch_stats = nj.batch_norm(
+            params["hidden"]["norm"], batch_stats, x, train, epsilon=epsilon
+        )
         return x @ params["logits"]["kernel"], batch_stats
 
     return Network(init, apply)
@@ -55,9 +60,13 @@ def run(trainer, setting, steps=4, every=4):
 def test_hidden_kernels_are_all_but_the_last():
     for name in ("batch", "weight norm", "none"):
         network = vgg(UNITS[name], ((8,),))
-        params, _ = jax.eval_shape(lambda key, network=network: network.init(key, SIZE, CLASSES), jax.random.key(0))
+        params, _ = jax.eval_shape(
+            lambda key, network=network: network.init(key, SIZE, CLASSES), jax.random.key(0)
+        )
         paths = jax.tree_util.tree_leaves_with_path(hidden_kernels(params))
-        assert [jax.tree_util.keystr(path) for path, chosen in paths if chosen] == ["['conv_0_0']['kernel']"]
+        assert [jax.tree_util.keystr(path) for path, chosen in paths if chosen] == [
+            "['conv_0_0']['kernel']"
+        ]
 
 
 def test_scaled_kernels_take_the_same_path_bit_for_bit(examples):
@@ -74,7 +83,8 @@ def test_kernels_have_a_rate_and_decay_of_their_own(examples):
     recorded, seen = run(trainer, Setting(0.0, 3.0), steps=6)
     assert seen == [4, 2] and len(recorded.losses) == 6 and len(recorded.accuracies) == 2
     assert_identical(
-        recorded.history["hidden/kernel"].norm, np.full_like(recorded.losses, recorded.history["hidden/kernel"].norm[0])
+        recorded.history["hidden/kernel"].norm,
+        np.full_like(recorded.losses, recorded.history["hidden/kernel"].norm[0]),
     )
     decayed, _ = run(trainer, Setting(1e-6, 1e5))
     norms = decayed.history["hidden/kernel"].norm
@@ -83,12 +93,16 @@ def test_kernels_have_a_rate_and_decay_of_their_own(examples):
 
 def rotations(norms, gradients=(1.0, 1.0, 1.0, 1.0)):
     norms, gradients = np.array(norms), np.array(gradients)
-    return nj.diagnostics.Rotation(norms, gradients, 0.1 * norms, 0 * norms + 0.5, 0.3 * norms, 0.2 / norms**2)
+    return nj.diagnostics.Rotation(
+        norms, gradients, 0.1 * norms, 0 * norms + 0.5, 0.3 * norms, 0.2 / norms**2
+    )
 
 
 def test_curves_are_means_over_kernels_and_blocks():
     history = {"a": rotations([1.0, 2.0, 3.0, 4.0]), "b": rotations([1.0, 8.0, 12.0, 1.0])}
-    found = scaling.curves(Setting(0.2, 0.0), Recorded(np.array([4.0, 2.0, 1.0, 9.0]), history, [0.5, 0.6]), 3)
+    found = scaling.curves(
+        Setting(0.2, 0.0), Recorded(np.array([4.0, 2.0, 1.0, 9.0]), history, [0.5, 0.6]), 3
+    )
     assert found["steps"] == [3, 4] and found["accuracy"] == [0.5, 0.6]
     assert_close(found["loss"], [7 / 3, 9.0], rtol=1e-12)
     assert_close(found["norm"], [1.0, 6.0, 2.0], rtol=1e-12)
@@ -110,7 +124,11 @@ def test_growth_is_that_of_pythagoras():
 
 def test_settings_share_their_products():
     found = list(scaling.settings(0.1, "batch"))
-    assert_close([setting.rate * setting.decay for setting in found], [0.002, 0.002, 0.002, 0.004, 0.008], rtol=1e-12)
+    assert_close(
+        [setting.rate * setting.decay for setting in found],
+        [0.002, 0.002, 0.002, 0.004, 0.008],
+        rtol=1e-12,
+    )
     assert [setting.rate for setting in found] == [0.025, 0.1, 0.4, 0.1, 0.1]
     assert len(list(scaling.settings(0.1, "layer"))) == 3
 
@@ -137,7 +155,10 @@ def test_claims_are_made_of_what_is_finished():
 def test_runs_that_diverge_are_said_to(tmp_path):
     study = scaling.Scaling(Namespace(data="digits"))
     history = {"a": rotations([1.0, 2.0, np.nan, np.nan])}
-    setting, recorded = Setting(0.2, 0.01), Recorded(np.array([1.0, np.nan, np.nan, np.nan]), history, [0.1, 0.1])
+    setting, recorded = (
+        Setting(0.2, 0.01),
+        Recorded(np.array([1.0, np.nan, np.nan, np.nan]), history, [0.1, 0.1]),
+    )
     curves = setting._asdict() | scaling.curves(setting, recorded, 2)
     study.results["growth/none"] = curves | scaling.growth(setting, recorded)
     study.results["rotation/none/0.2 x 0.01"] = curves | scaling.rotation(setting, recorded)
@@ -146,7 +167,10 @@ def test_runs_that_diverge_are_said_to(tmp_path):
     assert "diverged" in list(table.columns[4].cells)
     study.draw(tmp_path / "plot.png")
     report.write_json(tmp_path / "results.json", study.results)
-    assert json.loads((tmp_path / "results.json").read_text())["growth/none"]["loss"] == [None, None]
+    assert json.loads((tmp_path / "results.json").read_text())["growth/none"]["loss"] == [
+        None,
+        None,
+    ]
 
 
 @pytest.mark.slow
@@ -154,17 +178,37 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scaling, "WIDTHS", {"digits": ((4,),)})
     monkeypatch.setattr(scaling, "KINDS", ("batch", "none"))
     with jax.numpy_dtype_promotion("standard"):
-        arguments = ["--steps", "40", "--eval-every", "20", "--train-examples", "200", "--test-examples", "50"]
+        arguments = [
+            "--steps",
+            "40",
+            "--eval-every",
+            "20",
+            "--train-examples",
+            "200",
+            "--test-examples",
+            "50",
+        ]
         assert main([*arguments, "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "scale_invariance.json").read_text())
     assert content["status"] == "finished" and content["config"]["learning_rate"] == 0.1
     results = content["results"]
     assert len(results) == 3 + 2 * 2 + 5 + 3
-    invariant = {kind: results[f"test/{kind}"]["conv_0_0/kernel"]["invariant"] for kind in scaling.KINDS}
+    invariant = {
+        kind: results[f"test/{kind}"]["conv_0_0/kernel"]["invariant"] for kind in scaling.KINDS
+    }
     assert invariant == {"batch": True, "none": False}
-    assert results["scaled/0.25"]["losses"] == results["scaled/1"]["losses"] == results["scaled/4"]["losses"]
-    (normalized,), (plain,) = (results[f"growth/{kind}"]["kernels"].values() for kind in ("batch", "none"))
-    assert normalized["grown"] == pytest.approx(normalized["explained"], rel=1e-4) and normalized["grown"] > 1.001
+    assert (
+        results["scaled/0.25"]["losses"]
+        == results["scaled/1"]["losses"]
+        == results["scaled/4"]["losses"]
+    )
+    (normalized,), (plain,) = (
+        results[f"growth/{kind}"]["kernels"].values() for kind in ("batch", "none")
+    )
+    assert (
+        normalized["grown"] == pytest.approx(normalized["explained"], rel=1e-4)
+        and normalized["grown"] > 1.001
+    )
     assert abs(plain["grown"] / plain["explained"] - 1) > 0.01
     assert (tmp_path / "scale_invariance.png").read_bytes().startswith(b"\x89PNG")
     assert "Reported by van Laarhoven" in capsys.readouterr().out

@@ -12,7 +12,8 @@ from small_batch import main, parse
 
 from tests.compare import assert_trees_close
 
-WIDTHS = ((8,),)  # one layer: what the first device hands on does not differ by what it was normalized with
+# one layer: what the first device hands on does not differ by what it was normalized with
+WIDTHS = ((8,),)
 SHARE = 4  # images a device
 
 
@@ -53,7 +54,9 @@ def test_inference_needs_no_devices(images):
     network = on_devices(vgg(batch(axis_name="devices"), WIDTHS))
     params, batch_stats = network.init(jax.random.key(0), images.shape[1:], 10)
     logits, same = network.apply(params, batch_stats, images[:3], False)
-    assert logits.shape == (3, 10) and jax.tree.all(jax.tree.map(jnp.array_equal, same, batch_stats))
+    assert logits.shape == (3, 10) and jax.tree.all(
+        jax.tree.map(jnp.array_equal, same, batch_stats)
+    )
 
 
 def test_the_limits_of_renorm_rise_as_in_its_paper():
@@ -73,7 +76,10 @@ def test_every_batch_size_sees_as_many_examples():
 
 def test_the_paper_stands_beside_what_is_finished():
     study = SmallBatch(Namespace(sizes=(32, 16, 2), norms=("batch", "group"), seeds=3))
-    study.results = {"batch, 32": {"errors": [2.0, 1.0, 4.0]}, "batch, 2": {"errors": [30.0, 31.0, 8.0]}}
+    study.results = {
+        "batch, 32": {"errors": [2.0, 1.0, 4.0]},
+        "batch, 2": {"errors": [30.0, 31.0, 8.0]},
+    }
     study.results["group, 16"] = {"errors": [3.0, 3.0, 5.0]}
     assert study.curve("batch") == {32: 2.0, 2: 30.0}
     claims = {claim.what: (claim.reported, claim.measured) for claim in study.claims()}
@@ -83,7 +89,17 @@ def test_the_paper_stands_beside_what_is_finished():
 
 
 def test_end_to_end(tmp_path, capsys):
-    arguments = ["--norms", "batch", "ghost", "--sizes", "2", "--steps", "20", "--test-examples", "100"]
+    arguments = [
+        "--norms",
+        "batch",
+        "ghost",
+        "--sizes",
+        "2",
+        "--steps",
+        "20",
+        "--test-examples",
+        "100",
+    ]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "small_batch.json").read_text())
     assert content["status"] == "finished" and list(content["results"]) == ["batch, 2", "ghost, 2"]

@@ -44,7 +44,10 @@ def test_all_parts_are_run_and_left_behind(tmp_path, capsys):
     content = json.loads((tmp_path / "new" / "squares.json").read_text())
     assert content["status"] == "finished" and content["results"] == {"2": 4, "3": 9}
     assert content["claims"] == [{"what": "of 2", "reported": "4", "measured": "4"}]
-    assert content["config"] == {"out": str(tmp_path / "new"), "steps": 2} and content["source"] == "Euclid"
+    assert (
+        content["config"] == {"out": str(tmp_path / "new"), "steps": 2}
+        and content["source"] == "Euclid"
+    )
     assert (tmp_path / "new" / "squares.png").stat().st_size > 0
     assert "Reported by Euclid" in capsys.readouterr().out
 
@@ -60,11 +63,15 @@ def test_ctrl_c_leaves_what_is_finished(tmp_path, capsys, at, left):
     assert f"Interrupted: {len(left)} of 2 runs are finished" in capsys.readouterr().out
 
 
-DEFAULTS = {"digits": {"steps": 10, "learning_rate": 0.1}, "mnist": {"steps": 20, "learning_rate": 0.2}}
+DEFAULTS = {
+    "digits": {"steps": 10, "learning_rate": 0.1},
+    "mnist": {"steps": 20, "learning_rate": 0.2},
+}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "steps", "rate"), [([], 10, 0.1), (["--data", "mnist", "--data-dir", ".", "--steps", "5"], 5, 0.2)]
+    ("arguments", "steps", "rate"),
+    [([], 10, 0.1), (["--data", "mnist", "--data-dir", ".", "--steps", "5"], 5, 0.2)],
 )
 def test_defaults_are_those_of_the_data(arguments, steps, rate):
     parser = Parser("description")

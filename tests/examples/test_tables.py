@@ -27,7 +27,9 @@ def rows(table):
 
 def test_medians_and_ratios():
     # Seed by seed the targets 0.8, 0.7, 0.9 are reached after 10, 10, 40 steps: the median is 10.
-    variant = result("BN", [0.8, 0.9, 0.9, 0.9], [0.7, 0.7, 0.7, 0.7], [0.8, 0.8, 0.8, 0.95], rate=0.5)
+    variant = result(
+        "BN", [0.8, 0.9, 0.9, 0.9], [0.7, 0.7, 0.7, 0.7], [0.8, 0.8, 0.8, 0.95], rate=0.5
+    )
     table = compare("title", BASELINE, [variant], 10)
     assert (table.target, table.trained) == (0.8, True)
     assert rows(table)["Baseline"] == ("Baseline", 0.1, 30, 1.0, 0.8, 1.0)
@@ -63,8 +65,14 @@ def printed(table):
 
 
 def test_what_is_printed_and_written():
-    table = compare("title", BASELINE, [result("BN-x5-Sigmoid", [0.1] * 4, [0.1] * 4, [0.1] * 4)], 10)
-    assert "steps to 80.0%" in printed(table) and "not reached" in printed(table) and "1.0x" in printed(table)
+    table = compare(
+        "title", BASELINE, [result("BN-x5-Sigmoid", [0.1] * 4, [0.1] * 4, [0.1] * 4)], 10
+    )
+    assert (
+        "steps to 80.0%" in printed(table)
+        and "not reached" in printed(table)
+        and "1.0x" in printed(table)
+    )
     assert report.table_content(table)["rows"][1]["steps"] is None
     chance = compare("title", result("Baseline", [0.1]), [result("BN", [0.9])], 10)
     lines = [line for line in printed(chance).splitlines() if line.lstrip().startswith("B")]
@@ -72,10 +80,14 @@ def test_what_is_printed_and_written():
 
 
 def test_the_paper_stands_beside_what_was_measured():
-    table = compare("title", BASELINE, [result("BN-x5", [0.9] * 4, [0.9] * 4, [0.9] * 4)], 10, PAPER)
+    table = compare(
+        "title", BASELINE, [result("BN-x5", [0.9] * 4, [0.9] * 4, [0.9] * 4)], 10, PAPER
+    )
     (line,) = (line for line in printed(table).splitlines() if line.lstrip().startswith("BN-x5"))
     assert line.rstrip().endswith("14.8x 73.0%") and "the paper's" in printed(table)
-    assert report.table_content(table)["reported"] == PAPER and "paper" not in printed(compare("", BASELINE, [], 10))
+    assert report.table_content(table)["reported"] == PAPER and "paper" not in printed(
+        compare("", BASELINE, [], 10)
+    )
 
 
 def test_the_better_rate_of_each_depth_is_shown():
@@ -101,7 +113,10 @@ def test_defaults_and_sweep():
     options = parse(["--sweep", "1/2,4", "8", "--steps", "80"], "")
     assert options.sweep == (0.5, 1, 4, 8) and options.depth == 3 and options.steps == 80
     assert options.depths == (2, 3, 4, 6, 12) and parse(["--network", "inception"], "").depths == ()
-    assert parse(["--depths", "6", "2", "6"], "").depths == (2, 6) and parse(["--depths"], "").depths == ()
+    assert (
+        parse(["--depths", "6", "2", "6"], "").depths == (2, 6)
+        and parse(["--depths"], "").depths == ()
+    )
     # A fortieth of the default budget of 8,000, and as many evaluations.
     assert 1 <= options.eval_every <= 2
 

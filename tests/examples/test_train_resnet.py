@@ -18,8 +18,27 @@ from train_resnet.launch import without_processes
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, str(ROOT / "examples" / "train_resnet")]
-TINY = ["--network", "resnet8", "--width", "4", "--image-size", "8", "--dtype", "float32", "--no-distributed"]
-TINY += ["--batch-size", "32", "--norm-group", "16", "--train-examples", "96", "--test-examples", "40"]
+TINY = [
+    "--network",
+    "resnet8",
+    "--width",
+    "4",
+    "--image-size",
+    "8",
+    "--dtype",
+    "float32",
+    "--no-distributed",
+]
+TINY += [
+    "--batch-size",
+    "32",
+    "--norm-group",
+    "16",
+    "--train-examples",
+    "96",
+    "--test-examples",
+    "40",
+]
 TINY += ["--steps", "40", "--checkpoint-every", "10", "--eval-every", "20", "--log-every", "1"]
 ALONE = ["--devices", "4"]
 MINUTE = 60
@@ -32,7 +51,11 @@ def environment(tmp_path_factory):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     cache["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200", "JAX_PLATFORMS": "cpu"} | cache
+    return (
+        os.environ
+        | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200", "JAX_PLATFORMS": "cpu"}
+        | cache
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +66,12 @@ def start(environment):
     def begin(out, *arguments):
         command = [*PROGRAM, *TINY, "--out", str(out), *map(str, arguments)]
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         started.append(process)
         return process
@@ -86,7 +114,10 @@ def started_apart(start):
             address = f"127.0.0.1:{listener.getsockname()[1]}"
         place = ["--coordinator", address, "--process-count", count, "--process-index"]
         rest = [own.get(f"process{index}", []) for index in range(count)]
-        return [start(out, "--devices", 4 // count, *place, index, *rest[index]) for index in range(count)]
+        return [
+            start(out, "--devices", 4 // count, *place, index, *rest[index])
+            for index in range(count)
+        ]
 
     return begin
 
@@ -103,7 +134,10 @@ def final_stats(out):
         tree = checkpointer.metadata(folder).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         restored = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(restored["batch_stats"])}
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree.leaves_with_path(restored["batch_stats"])
+    }
 
 
 def assert_same_run(out, expected):
@@ -112,7 +146,9 @@ def assert_same_run(out, expected):
         seen, right = lines(out, split), lines(expected, split)
         assert [line["step"] for line in seen] == [line["step"] for line in right]
         for name in ("loss", "accuracy"):
-            np.testing.assert_allclose([x[name] for x in seen], [x[name] for x in right], rtol=2e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                [x[name] for x in seen], [x[name] for x in right], rtol=2e-4, atol=1e-5
+            )
     seen, right = final_stats(out), final_stats(expected)
     assert seen.keys() == right.keys() and len(right) == 18
     for name, value in right.items():
@@ -123,7 +159,9 @@ def wait_for(condition, processes, timeout=120):
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        assert all(process.poll() is None for process in processes), [
+            p.communicate() for p in processes
+        ]
         time.sleep(0.005)
 
 
@@ -134,11 +172,20 @@ def in_mid_training(out):
 
 def test_metrics_and_checkpoints_are_left(undisturbed):
     train, test = lines(undisturbed), lines(undisturbed, "test")
-    assert [line["step"] for line in train] == list(range(1, 41)) and [line["step"] for line in test] == [20, 40]
+    assert [line["step"] for line in train] == list(range(1, 41)) and [
+        line["step"] for line in test
+    ] == [20, 40]
     assert train[-1]["loss"] < 0.9 * train[0]["loss"] and train[-1]["images_per_second"] > 0
     (events,) = (undisturbed / "tensorboard").iterdir()
-    assert all(tag in events.read_bytes() for tag in (b"train/loss", b"train/images_per_second", b"test/accuracy"))
-    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["20", "30", "40"]
+    assert all(
+        tag in events.read_bytes()
+        for tag in (b"train/loss", b"train/images_per_second", b"test/accuracy")
+    )
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == [
+        "20",
+        "30",
+        "40",
+    ]
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -155,7 +202,9 @@ def test_devices_make_no_difference(devices, run, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_killed_process_ends_the_others_and_a_restart_goes_on(victim, started_apart, run, undisturbed, tmp_path):
+def test_a_killed_process_ends_the_others_and_a_restart_goes_on(
+    victim, started_apart, run, undisturbed, tmp_path
+):
     soon = ["--heartbeat", "15"]
     processes = started_apart(tmp_path, process0=soon, process1=soon)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and in_mid_training(tmp_path), processes)
@@ -164,9 +213,13 @@ def test_a_killed_process_ends_the_others_and_a_restart_goes_on(victim, started_
     _, error = processes[1 - victim].communicate(timeout=MINUTE)
     assert time.monotonic() - killed < MINUTE
     assert processes[1 - victim].returncode != 0
-    # Either a collective fails, or JAX's runtime misses the other's heartbeats first and ends the process.
+    # Either a collective fails, or JAX's runtime misses the other's heartbeats first and ends the
+    # process.
     last = error.splitlines()[-1]
-    assert last.startswith(f"train_resnet: error: process {1 - victim} ") and "Start all processes again" in last
+    assert (
+        last.startswith(f"train_resnet: error: process {1 - victim} ")
+        and "Start all processes again" in last
+    )
     assert "which may have died" in last or "as another process is gone" in last
     assert len(lines(tmp_path)) < 40
 
@@ -175,7 +228,9 @@ def test_a_killed_process_ends_the_others_and_a_restart_goes_on(victim, started_
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_sigterm_to_one_process_saves_and_ends_all_with_0(started_apart, run, undisturbed, tmp_path):
+def test_sigterm_to_one_process_saves_and_ends_all_with_0(
+    started_apart, run, undisturbed, tmp_path
+):
     processes = started_apart(tmp_path)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(lines(tmp_path)) >= 3, processes)
     processes[1].send_signal(signal.SIGTERM)
@@ -193,7 +248,8 @@ def test_checkpoints_that_are_cut_off_or_changed_are_skipped(run, undisturbed, t
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     checkpoints = tmp_path / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["20", "30", "40"]
-    (checkpoints / "40").rename(checkpoints / "50.orbax-checkpoint-tmp")  # as a process leaves it that dies
+    # as a process leaves it that dies
+    (checkpoints / "40").rename(checkpoints / "50.orbax-checkpoint-tmp")
     shutil.copytree(checkpoints / "30", checkpoints / "40")
     for path in (checkpoints / "40").rglob("d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -206,13 +262,22 @@ def test_checkpoints_that_are_cut_off_or_changed_are_skipped(run, undisturbed, t
         assert f"{checkpoints / str(step)}: skipped for the checkpoint before it" in error
     assert "arrays are not as they were written" in error
     assert_same_run(tmp_path, undisturbed)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["20", "30", "40", "corrupt-30", "corrupt-40"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "20",
+        "30",
+        "40",
+        "corrupt-30",
+        "corrupt-40",
+    ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--norm-group", "12"], "--norm-group 12 does not partition --batch-size 32 on 4 devices of 8 examples"),
+        (
+            ["--norm-group", "12"],
+            "--norm-group 12 does not partition --batch-size 32 on 4 devices of 8 examples",
+        ),
         (["--data", "cifar10", "--data-dir", "nowhere"], "nowhere/data_batch_1.bin: not found"),
         (["--data", "cifar10"], "--data cifar10 needs --data-dir"),
     ],

@@ -29,11 +29,15 @@ def parse(*arguments):
 def abstract_params(network, classes, pixels):
     model = ResNet(network, 64, classes)
     image = jax.ShapeDtypeStruct((1, pixels, pixels, 3), jnp.float32)
-    return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), image)["params"]
+    return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), image)[
+        "params"
+    ]
 
 
 # torchvision's resnet18 and resnet50, documented with these numbers.
-@pytest.mark.parametrize(("network", "parameters"), [("resnet18", 11_689_512), ("resnet50", 25_557_032)])
+@pytest.mark.parametrize(
+    ("network", "parameters"), [("resnet18", 11_689_512), ("resnet50", 25_557_032)]
+)
 def test_networks_have_as_many_parameters_as_torchvisions(network, parameters):
     params = abstract_params(network, 1000, 224)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
@@ -43,10 +47,13 @@ def test_kernels_are_decayed_and_scales_and_biases_are_not(promotion_as_in_flax)
     params = abstract_params("resnet8", 10, 32)
     asked = parse("--weight-decay", "0.5", "--learning-rate", "1", "--warmup", "0")
     chosen = optimizer(asked, 10)
-    zeros, ones = (jax.tree.map(lambda leaf, n=n: jnp.full(leaf.shape, n), params) for n in (0.0, 1.0))
+    zeros, ones = (
+        jax.tree.map(lambda leaf, n=n: jnp.full(leaf.shape, n), params) for n in (0.0, 1.0)
+    )
     updates, _ = chosen.update(zeros, chosen.init(ones), ones)
     for path, leaf in jax.tree.leaves_with_path(updates):
-        assert bool(leaf.any()) == (leaf.ndim > 1), path  # no layer of a ResNet has a scale or bias of rank above 1
+        # no layer of a ResNet has a scale or bias of rank above 1
+        assert bool(leaf.any()) == (leaf.ndim > 1), path
 
 
 @pytest.mark.parametrize("block", [BasicBlock, BottleneckBlock])
@@ -100,11 +107,16 @@ def collect(loaded):
 @pytest.mark.parametrize("count", [2, 4])
 def test_parts_of_processes_make_up_the_batches_of_one(source, count):
     whole = collect(batches.training(source, Part(16, 0, 1), 3, 0, 96, workers=0))
-    parts = [collect(batches.training(source, Part(16, i, count), 3, 0, 96, workers=0)) for i in range(count)]
+    parts = [
+        collect(batches.training(source, Part(16, i, count), 3, 0, 96, workers=0))
+        for i in range(count)
+    ]
     assert len(whole) == 6
     for i, batch in enumerate(whole):
         for name in batch:
-            np.testing.assert_array_equal(np.concatenate([part[i][name] for part in parts]), batch[name])
+            np.testing.assert_array_equal(
+                np.concatenate([part[i][name] for part in parts]), batch[name]
+            )
 
 
 def test_a_position_is_all_that_is_needed_to_go_on(source):
@@ -122,7 +134,9 @@ def test_an_epoch_has_every_example_once(source):
         def load(self, index, rng):
             return np.zeros((1, 1, 3), np.uint8), index
 
-    labels = np.concatenate([b["label"] for b in batches.training(Names(), Part(8, 0, 1), 0, 0, 80, workers=0)])
+    labels = np.concatenate(
+        [b["label"] for b in batches.training(Names(), Part(8, 0, 1), 0, 0, 80, workers=0)]
+    )
     assert sorted(labels[:40]) == sorted(labels[40:]) == list(range(40))
     assert list(labels[:40]) != list(labels[40:])
 
@@ -139,7 +153,9 @@ def folder(tmp_path):
         for label, name in enumerate(("cat", "dog")):
             (tmp_path / part / name).mkdir(parents=True)
             for i in range(size):
-                Image.new("RGB", (20 + i, 30), (100 * label, 0, 0)).save(tmp_path / part / name / f"{i}.png")
+                Image.new("RGB", (20 + i, 30), (100 * label, 0, 0)).save(
+                    tmp_path / part / name / f"{i}.png"
+                )
     return tmp_path
 
 
@@ -166,23 +182,32 @@ def test_what_is_wrong_with_a_folder_is_named(folder):
 
 def test_metrics_of_steps_that_are_taken_again_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 8)) + '{"step": 8, "lo')
+    path.write_text(
+        "".join(json.dumps({"step": step}) + "\n" for step in range(1, 8)) + '{"step": 8, "lo'
+    )
     forget(path, 5)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("group", "of_layers"), [(32, 18), (16, 18), (8, 0), (4, 0)])
-def test_a_step_sends_what_its_layers_share_and_the_gradients(group, of_layers, promotion_as_in_flax):
+def test_a_step_sends_what_its_layers_share_and_the_gradients(
+    group, of_layers, promotion_as_in_flax
+):
     """On 4 devices of 8 examples: for each of 9 layers one collective forward and one backward, or none."""
-    asked = parse("--batch-size", "32", "--norm-group", str(group), "--network", "resnet8", "--width", "4")
+    asked = parse(
+        "--batch-size", "32", "--norm-group", str(group), "--network", "resnet8", "--width", "4"
+    )
     program = Program(asked, Mesh(np.array(jax.devices()[:4]), (AXIS,)), 10, 10, 8)
     shapes = {"image": ((32, 8, 8, 3), jnp.uint8), "label": ((32,), jnp.int32)}
     shapes |= {"weight": ((32,), jnp.float32), "stop": ((4,), jnp.int32)}
-    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=program.split) for name, shape in shapes.items()}
+    batch = {
+        name: jax.ShapeDtypeStruct(*shape, sharding=program.split) for name, shape in shapes.items()
+    }
     found = hlo.collectives(program.train.lower(program.abstract_state(), batch).compile())
     sent = [one for one in found if not one.in_branch]
-    # Beside them the vote to stop, the gradients with the metrics, and the statistics of groups; XLA packs what it can.
+    # Beside them the vote to stop, the gradients with the metrics, and the statistics of groups;
+    # XLA packs what it can.
     assert of_layers - 4 < len(sent) <= of_layers + 4
     parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state().params))
     assert max(one.elements for one in sent) <= parameters + 200
@@ -195,4 +220,6 @@ def test_options_that_go_together(capsys):
     with pytest.raises(SystemExit):
         parse("--coordinator", "127.0.0.1:1", "--process-count", "2", "--process-index", "2")
     assert "--process-index 2 is not one of 0 to 1" in capsys.readouterr().err
-    assert SimpleNamespace(**parse("--data", "folder", "--data-dir", "x").course()).image_size == 224
+    assert (
+        SimpleNamespace(**parse("--data", "folder", "--data-dir", "x").course()).image_size == 224
+    )

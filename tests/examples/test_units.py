@@ -27,5 +27,8 @@ def test_a_network_of_any_unit_learns_from_every_parameter(name, rng):
 
 
 def test_all_units_start_from_the_same_kernels():
-    kernels = [np.asarray(unit.init(jax.random.key(1), (3, 3, 2, 8))[0]["kernel"]) for unit in UNITS.values()]
+    kernels = [
+        np.asarray(unit.init(jax.random.key(1), (3, 3, 2, 8))[0]["kernel"])
+        for unit in UNITS.values()
+    ]
     assert all(np.array_equal(kernels[0], kernel) for kernel in kernels)

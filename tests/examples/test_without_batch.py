@@ -9,7 +9,14 @@ import pytest
 from common.networks import linear
 from common.units import UNITS
 from common.vgg import vgg
-from common.without_batch import GAIN, InitializingUnit, WithoutBatch, influence, initialized_from, units
+from common.without_batch import (
+    GAIN,
+    InitializingUnit,
+    WithoutBatch,
+    influence,
+    initialized_from,
+    units,
+)
 from without_batch import NORMS, main, parse
 
 import normjax as nj
@@ -34,7 +41,9 @@ def test_data_dependent_initialization_gives_the_first_batch_mean_0_and_variance
         np.testing.assert_allclose(y.std((0, 1, 2)), 1, atol=1e-3)
         x = jax.nn.relu(y)
     # Found again by a second pass, layers behind the pooling included.
-    _, found = MAKE(InitializingUnit(*UNITS["weight norm"])).apply(params, batch_stats, images, True)
+    _, found = MAKE(InitializingUnit(*UNITS["weight norm"])).apply(
+        params, batch_stats, images, True
+    )
     assert_trees_close(found, {name: params[name] for name in found}, rtol=1e-4, atol=1e-4)
     assert set(found) == {"conv_0_0", "conv_0_1", "conv_1_0"}
 
@@ -50,7 +59,10 @@ def test_data_dependent_initialization_starts_from_the_kernels_of_all(images):
 
 def test_the_gain_is_what_relu_takes_from_the_variance(rng):
     assert abs(np.maximum(rng.normal(size=1_000_000), 0).var() * GAIN**2 - 1) < 0.01
-    unit, kernel = units()["weight standardization"], jnp.asarray(rng.normal(size=(3, 3, 8, 4)), jnp.float32)
+    unit, kernel = (
+        units()["weight standardization"],
+        jnp.asarray(rng.normal(size=(3, 3, 8, 4)), jnp.float32),
+    )
     norm, _ = unit.make(kernel)
     assert unit.of_kernel is not None
     standardized, _ = unit.of_kernel(norm, {}, kernel, True)
@@ -69,7 +81,9 @@ def result(training, test, others=0.0):
 
 
 def test_each_is_shown_at_its_best_rate():
-    study = WithoutBatch(Namespace(norms=("batch", "none"), learning_rates=(1.0, 0.1, 0.01), seeds=3, steps=10))
+    study = WithoutBatch(
+        Namespace(norms=("batch", "none"), learning_rates=(1.0, 0.1, 0.01), seeds=3, steps=10)
+    )
     study.results = {
         "batch, 1": result([1.0, 0.9, 0.8], [0.7, 0.9, 0.8], 0.5),
         "batch, 0.1": result([1.0] * 3, [0.84] * 3, 0.5),
@@ -87,12 +101,40 @@ def test_each_is_shown_at_its_best_rate():
 
 
 def test_end_to_end(tmp_path, capsys):
-    arguments = ["--norms", "weight norm", "--learning-rates", "0.01", "0.1", "--steps", "20", "--seeds", "2"]
-    assert main([*arguments, "--train-examples", "200", "--test-examples", "100", "--out", str(tmp_path)]) == 0
+    arguments = [
+        "--norms",
+        "weight norm",
+        "--learning-rates",
+        "0.01",
+        "0.1",
+        "--steps",
+        "20",
+        "--seeds",
+        "2",
+    ]
+    assert (
+        main(
+            [
+                *arguments,
+                "--train-examples",
+                "200",
+                "--test-examples",
+                "100",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     content = json.loads((tmp_path / "without_batch.json").read_text())
-    assert content["status"] == "finished" and list(content["results"]) == ["weight norm, 0.01", "weight norm, 0.1"]
+    assert content["status"] == "finished" and list(content["results"]) == [
+        "weight norm, 0.01",
+        "weight norm, 0.1",
+    ]
     for found in content["results"].values():
-        assert all(len(found[which]) == 2 and 0 <= min(found[which]) <= 1 for which in ("training", "test"))
+        assert all(
+            len(found[which]) == 2 and 0 <= min(found[which]) <= 1 for which in ("training", "test")
+        )
         assert found["others"] < 1e-5
     assert (tmp_path / "without_batch.png").read_bytes().startswith(b"\x89PNG")
     assert "rates within 5%" in " ".join(capsys.readouterr().out.split())
@@ -104,4 +146,6 @@ def test_mistakes_get_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(["--learning-rates", "0"])
     error = capsys.readouterr().err
-    assert "--learning-rates: expected a positive number, got '0'" in error and error.count("\n") == 1
+    assert (
+        "--learning-rates: expected a positive number, got '0'" in error and error.count("\n") == 1
+    )

@@ -32,7 +32,9 @@ def two_layers(params, batch_stats, x, train, activation):
 
 
 def one_layer(params, batch_stats, x, train, activation):
-    return nj.activated_batch_norm(params, batch_stats, x, train, momentum=0.9, activation=activation)
+    return nj.activated_batch_norm(
+        params, batch_stats, x, train, momentum=0.9, activation=activation
+    )
 
 
 def loss_of(layer, train, activation, weights):
@@ -79,7 +81,9 @@ def test_the_error_of_the_gradients_is_rounding(rng, activation, dtype, rounding
         params, batch_stats, x.astype(jnp.float32)
     )
     for actual, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        error = jnp.sqrt(jnp.mean((actual.astype(jnp.float32) - expected) ** 2) / jnp.mean(expected**2))
+        error = jnp.sqrt(
+            jnp.mean((actual.astype(jnp.float32) - expected) ** 2) / jnp.mean(expected**2)
+        )
         assert error < roundings * float(jnp.finfo(dtype).eps)
 
 
@@ -90,17 +94,27 @@ def test_second_derivatives_are_those_of_two_layers(rng, activation):
         (params, batch_stats, x), weights = arguments(rng)
 
         def hessian(layer):
-            loss = lambda params, x: jnp.sum(weights * jnp.tanh(layer(params, batch_stats, x, True, activation)[0]))  # noqa: E731
-            return jax.jit(jax.hessian(loss, (0, 1)))(params | {"scale": jnp.asarray([-1.5, 0.7, 1.2])}, x)
+            def loss(params, x):
+                return jnp.sum(
+                    weights * jnp.tanh(layer(params, batch_stats, x, True, activation)[0])
+                )
 
-        assert_trees_close(hessian(one_layer), hessian(two_layers), rtol=1e5 * EPS64, atol=1e5 * EPS64)
+            return jax.jit(jax.hessian(loss, (0, 1)))(
+                params | {"scale": jnp.asarray([-1.5, 0.7, 1.2])}, x
+            )
+
+        assert_trees_close(
+            hessian(one_layer), hessian(two_layers), rtol=1e5 * EPS64, atol=1e5 * EPS64
+        )
 
 
 @each_activation
 def test_the_output_is_all_that_is_kept(rng, activation):
     (params, batch_stats, x), _ = arguments(rng, np.float32)
     for dtype in (jnp.float32, jnp.bfloat16):
-        z, backward = jax.vjp(lambda x: one_layer(params, batch_stats, x, True, activation)[0], x.astype(dtype))  # noqa: B023
+        z, backward = jax.vjp(
+            lambda x: one_layer(params, batch_stats, x, True, activation)[0], x.astype(dtype)
+        )  # noqa: B023
         (kept,) = [leaf for leaf in jax.tree.leaves(backward) if leaf.size == x.size]
         assert kept.dtype == dtype
         np.testing.assert_array_equal(kept.astype(jnp.float32), z.astype(jnp.float32))
@@ -117,7 +131,12 @@ def test_a_scale_near_zero_still_learns(rng, scale):
 
     ours = jax.grad(partial(loss, one_layer), (0, 1))(params, x)
     theirs = jax.grad(partial(loss, two_layers), (0, 1))(
-        params | {"scale": jnp.where(scale < 0, -1, 1) * abs(params["scale"]) + (1e-12 if scale == 0 else 0)}, x
+        params
+        | {
+            "scale": jnp.where(scale < 0, -1, 1) * abs(params["scale"])
+            + (1e-12 if scale == 0 else 0)
+        },
+        x,
     )
     assert jnp.abs(ours[0]["scale"]).min() > 1e-3
     assert_steps_close(ours, theirs)
@@ -184,9 +203,14 @@ def test_it_is_recalibrated_like_batch_norm(rng, activation):
     batches = [jnp.asarray(rng.normal(3, 2, (8, 3)), jnp.float32) for _ in range(4)]
     for layer_by_layer in (False, True):
         given = {"layer_by_layer": layer_by_layer}
-        apply_fn = lambda variables, x: one_layer(*variables, x, True, activation)  # noqa: E731
+
+        def apply_fn(variables, x):
+            return one_layer(*variables, x, True, activation)
+
         ours = nj.recalibrate(apply_fn, nj.batch_norm_init(3), batches, **given)
-        theirs = nj.recalibrate(lambda v, x: nj.batch_norm(*v, x, True), nj.batch_norm_init(3), batches, **given)
+        theirs = nj.recalibrate(
+            lambda v, x: nj.batch_norm(*v, x, True), nj.batch_norm_init(3), batches, **given
+        )
         assert_trees_close(ours, theirs, rtol=1e-6)
 
 
@@ -207,8 +231,12 @@ def test_unfit_arguments_are_refused(settings, error, value):
     params, batch_stats = nj.activated_batch_norm_init(3)
     x = settings.pop("x", jnp.ones((4, 3)))
     with pytest.raises(error) as raised:
-        jax.eval_shape(lambda x: nj.activated_batch_norm(params, batch_stats, x, True, **settings), x)
-    assert re.fullmatch(r"activated_batch_norm: .*\. Expected .*; got .*\. .*\.", str(raised.value), re.DOTALL)
+        jax.eval_shape(
+            lambda x: nj.activated_batch_norm(params, batch_stats, x, True, **settings), x
+        )
+    assert re.fullmatch(
+        r"activated_batch_norm: .*\. Expected .*; got .*\. .*\.", str(raised.value), re.DOTALL
+    )
     assert value in str(raised.value)
 
 

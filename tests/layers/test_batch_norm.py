@@ -32,8 +32,16 @@ def test_it_computes_the_formula_for_a_plain_batch(rng, dtype):
         batch_stats["var"] = jnp.abs(batch_stats["var"])
         for train in (True, False):
             y, new = nj.batch_norm(params, batch_stats, x.astype(dtype), train)
-            expected, expected_new = reference.batch_norm(params, batch_stats, np.asarray(x.astype(dtype)), train)
-            assert_close(y, expected, rtol=4 * jnp.finfo(dtype).eps, atol=100 * jnp.finfo(wide).eps, dtype=dtype)
+            expected, expected_new = reference.batch_norm(
+                params, batch_stats, np.asarray(x.astype(dtype)), train
+            )
+            assert_close(
+                y,
+                expected,
+                rtol=4 * jnp.finfo(dtype).eps,
+                atol=100 * jnp.finfo(wide).eps,
+                dtype=dtype,
+            )
             assert_trees_close(new, expected_new, rtol=100 * float(jnp.finfo(wide).eps))
             assert_same_kind(new, batch_stats)
 
@@ -51,16 +59,22 @@ def test_evaluation_returns_the_statistics_unchanged(rng):
     params, batch_stats, x = small(rng)
     batch_stats["count"] = jnp.array(3, jnp.int32)
     for momentum in (0.5, None):
-        assert_identical(nj.batch_norm(params, batch_stats, x, False, momentum=momentum)[1], batch_stats)
+        assert_identical(
+            nj.batch_norm(params, batch_stats, x, False, momentum=momentum)[1], batch_stats
+        )
 
 
 def test_evaluation_after_training_applies_the_statistics_of_training(rng):
     params, batch_stats = nj.batch_norm_init(3)
     for mean in (1.0, 2.0, 3.0):
-        _, batch_stats = nj.batch_norm(params, batch_stats, small(rng, mean=mean)[2], True, momentum=0.5)
+        _, batch_stats = nj.batch_norm(
+            params, batch_stats, small(rng, mean=mean)[2], True, momentum=0.5
+        )
     x = small(rng)[2]
     y, _ = nj.batch_norm(params, batch_stats, x, False)
-    by_hand = (np.float64(x) - np.float64(batch_stats["mean"])) / np.sqrt(np.float64(batch_stats["var"]) + 1e-5)
+    by_hand = (np.float64(x) - np.float64(batch_stats["mean"])) / np.sqrt(
+        np.float64(batch_stats["var"]) + 1e-5
+    )
     assert_close(y, by_hand, atol=16 * EPS * np.abs(by_hand).max())
 
 
@@ -74,7 +88,9 @@ def test_nothing_is_mutated(rng):
 @pytest.mark.parametrize("train", [True, False])
 def test_numpy_arguments_do(rng, train):
     arguments = small(rng)
-    assert_identical(nj.batch_norm(*jax.tree.map(np.asarray, arguments), train), nj.batch_norm(*arguments, train))
+    assert_identical(
+        nj.batch_norm(*jax.tree.map(np.asarray, arguments), train), nj.batch_norm(*arguments, train)
+    )
 
 
 @pytest.mark.parametrize("feature_axes", [(1, 3), (3, 1), (-1, 1), (-3, -1), [3, -3]], ids=str)
@@ -91,13 +107,17 @@ def test_several_feature_axes_mean_the_same_in_any_order_and_sign(rng, feature_a
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("given, returned", [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)], ids=str)
+@pytest.mark.parametrize(
+    "given, returned", [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)], ids=str
+)
 def test_the_dtype_argument_is_that_of_y_and_of_nothing_else(rng, given, returned, train):
     params, batch_stats, x = small(rng)
     x = x.astype(given)
     y, new = nj.batch_norm(params, batch_stats, x, train, dtype=returned)
     wide, wide_new = nj.batch_norm(params, batch_stats, x.astype(jnp.float32), train)
-    assert_close(y, wide.astype(returned), rtol=float(jnp.finfo(returned).eps), atol=8 * EPS, dtype=returned)
+    assert_close(
+        y, wide.astype(returned), rtol=float(jnp.finfo(returned).eps), atol=8 * EPS, dtype=returned
+    )
     assert_trees_close(new, wide_new, rtol=8 * EPS)
 
 
@@ -108,7 +128,8 @@ def test_a_nan_that_counts_shows_in_its_feature_alone(rng):
         assert jnp.isnan(y[:, 1]).all() and jnp.isnan(new["mean"][1]) and jnp.isnan(new["var"][1])
         clean, clean_new = nj.batch_norm(params, batch_stats, x, True)
         rest = jnp.array([0, 2])
-        # The NaN calls for a second pass, which rounds the others' statistics otherwise: relative errors, then a sum.
+        # The NaN calls for a second pass, which rounds the others' statistics otherwise: relative
+        # errors, then a sum.
         assert_close(y[:, rest], clean[:, rest], rtol=16 * EPS, atol=16 * EPS)
         assert_close(new["mean"][rest], clean_new["mean"][rest], rtol=4 * EPS)
 
@@ -123,8 +144,11 @@ def test_a_nan_shows_at_evaluation_unless_it_is_masked(rng):
 
 def test_momentum_may_be_a_traced_schedule(rng):
     arguments = small(rng)
-    traced = jax.jit(lambda momentum: nj.batch_norm(*arguments, True, momentum=momentum)[1])(jnp.float32(0.3))
-    # Two programs: whether a product and a difference are rounded once or twice shows in a variance around zero.
+    traced = jax.jit(lambda momentum: nj.batch_norm(*arguments, True, momentum=momentum)[1])(
+        jnp.float32(0.3)
+    )
+    # Two programs: whether a product and a difference are rounded once or twice shows in a variance
+    # around zero.
     assert_trees_close(traced, nj.batch_norm(*arguments, True, momentum=0.3)[1], rtol=16 * EPS)
 
 
@@ -137,7 +161,9 @@ def test_the_start_is_the_identity_at_evaluation_but_for_epsilon(rng):
 def test_init_makes_the_leaves_that_were_asked_for():
     params, batch_stats = nj.batch_norm_init((2, 3), use_bias=False, count=True)
     assert_identical(params, {"scale": jnp.ones((2, 3))})
-    assert_identical(batch_stats, {"mean": jnp.zeros((2, 3)), "var": jnp.ones((2, 3)), "count": jnp.int32(0)})
+    assert_identical(
+        batch_stats, {"mean": jnp.zeros((2, 3)), "var": jnp.ones((2, 3)), "count": jnp.int32(0)}
+    )
     assert nj.batch_norm_init(2, use_bias=False, use_scale=False)[0] == {}
 
 

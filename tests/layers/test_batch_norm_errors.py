@@ -22,7 +22,9 @@ def refuses(error, *values, params=PARAMS, batch_stats=BATCH_STATS, x=X, train=T
         jax.eval_shape(lambda x: nj.batch_norm(params, batch_stats, x, train, **settings), x)
     for raised in (eager, traced):
         message = str(raised.value)
-        assert re.fullmatch(r"batch_norm: .*\. Expected .*; got .*\. .*\.", message, re.DOTALL), message
+        assert re.fullmatch(r"batch_norm: .*\. Expected .*; got .*\. .*\.", message, re.DOTALL), (
+            message
+        )
         for value in values:
             assert str(value) in message, f"{value!r} is not in: {message}"
 
@@ -49,7 +51,12 @@ def test_axes_that_are_no_ints(axes):
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_])
 def test_x_that_is_not_floating_point(dtype):
-    refuses(TypeError, f"x.dtype={dtype.__name__.rstrip('_')}", "x.shape=(4, 3)", x=jnp.ones((4, 3), dtype))
+    refuses(
+        TypeError,
+        f"x.dtype={dtype.__name__.rstrip('_')}",
+        "x.shape=(4, 3)",
+        x=jnp.ones((4, 3), dtype),
+    )
 
 
 @pytest.mark.parametrize("train", [1, 0, None, "train", 0.0], ids=repr)
@@ -65,13 +72,28 @@ def test_train_that_is_traced():
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("running_var", ["unbaised", None, True], ids=repr)
 def test_an_unknown_running_var(running_var, train):
-    refuses(ValueError, f"running_var={running_var!r}", "'biased'", "'unbiased'", running_var=running_var, train=train)
+    refuses(
+        ValueError,
+        f"running_var={running_var!r}",
+        "'biased'",
+        "'unbiased'",
+        running_var=running_var,
+        train=train,
+    )
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("momentum", [-0.1, 1.01, 9, float("nan"), np.float32(2), np.float64(2)], ids=repr)
+@pytest.mark.parametrize(
+    "momentum", [-0.1, 1.01, 9, float("nan"), np.float32(2), np.float64(2)], ids=repr
+)
 def test_a_momentum_out_of_range(momentum, train):
-    refuses(ValueError, "momentum=", str(float(momentum)).removesuffix(".0"), momentum=momentum, train=train)
+    refuses(
+        ValueError,
+        "momentum=",
+        str(float(momentum)).removesuffix(".0"),
+        momentum=momentum,
+        train=train,
+    )
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -97,7 +119,9 @@ def test_one_value_per_feature_in_training(shape, settings):
 
 
 def test_one_value_per_feature_is_several_where_devices_share():
-    function = jax.vmap(lambda x: nj.batch_norm(PARAMS, BATCH_STATS, x, True, axis_name="i")[0], axis_name="i")
+    function = jax.vmap(
+        lambda x: nj.batch_norm(PARAMS, BATCH_STATS, x, True, axis_name="i")[0], axis_name="i"
+    )
     assert function(jnp.arange(6.0).reshape(2, 1, 3)).shape == (2, 1, 3)
 
 
@@ -115,16 +139,31 @@ def test_a_mask_that_is_not_boolean(dtype):
 @pytest.mark.parametrize("train", [True, False])
 def test_batch_stats_of_another_structure(train):
     refuses(ValueError, "batch_stats", "['mean']", batch_stats={"mean": jnp.zeros(3)}, train=train)
-    refuses(ValueError, "batch_stats", "'std'", batch_stats=BATCH_STATS | {"std": jnp.ones(3)}, train=train)
+    refuses(
+        ValueError,
+        "batch_stats",
+        "'std'",
+        batch_stats=BATCH_STATS | {"std": jnp.ones(3)},
+        train=train,
+    )
     refuses(ValueError, "batch_stats", "[]", batch_stats={}, train=train)
     refuses(TypeError, "batch_stats", "tuple", batch_stats=tuple(BATCH_STATS.values()), train=train)
     refuses(TypeError, "batch_stats", "NoneType", batch_stats=None, train=train)
-    refuses(TypeError, "batch_stats", "FrozenDict", "unfreeze", batch_stats=freeze(BATCH_STATS), train=train)
+    refuses(
+        TypeError,
+        "batch_stats",
+        "FrozenDict",
+        "unfreeze",
+        batch_stats=freeze(BATCH_STATS),
+        train=train,
+    )
 
 
 @pytest.mark.parametrize("leaf", ["mean", "var", "count"])
 def test_batch_stats_of_another_shape(leaf):
-    refuses(ValueError, f"batch_stats['{leaf}']", "(2,)", batch_stats=BATCH_STATS | {leaf: jnp.ones(2)})
+    refuses(
+        ValueError, f"batch_stats['{leaf}']", "(2,)", batch_stats=BATCH_STATS | {leaf: jnp.ones(2)}
+    )
 
 
 @pytest.mark.parametrize("leaf", ["mean", "var"])
@@ -135,7 +174,13 @@ def test_batch_stats_that_are_integers(leaf):
 
 def test_a_count_that_is_no_integer():
     batch_stats = BATCH_STATS | {"count": jnp.zeros(())}
-    refuses((TypeError, ValueError), "batch_stats['count']", "float32", batch_stats=batch_stats, momentum=None)
+    refuses(
+        (TypeError, ValueError),
+        "batch_stats['count']",
+        "float32",
+        batch_stats=batch_stats,
+        momentum=None,
+    )
 
 
 def test_params_of_another_structure():
@@ -147,7 +192,12 @@ def test_params_of_another_structure():
 
 
 def test_params_that_are_integers():
-    refuses((TypeError, ValueError), "params['scale']", "int32", params={"scale": jnp.ones(3, jnp.int32)})
+    refuses(
+        (TypeError, ValueError),
+        "params['scale']",
+        "int32",
+        params={"scale": jnp.ones(3, jnp.int32)},
+    )
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -163,20 +213,27 @@ def test_complex_x_with_a_real_running_mean(train):
 def test_an_axis_name_that_is_not_bound():
     refuses(NameError, "axis_name='devices'", "no axis is in scope", axis_name="devices")
     with pytest.raises(NameError, match="batch_norm: .*'devcies'.*'devices'"):
-        jax.vmap(lambda x: nj.batch_norm(PARAMS, BATCH_STATS, x, True, axis_name="devcies")[0], axis_name="devices")(
-            X[None]
-        )
+        jax.vmap(
+            lambda x: nj.batch_norm(PARAMS, BATCH_STATS, x, True, axis_name="devcies")[0],
+            axis_name="devices",
+        )(X[None])
 
 
 def test_evaluation_and_init_never_touch_the_axis():
-    y, _ = nj.batch_norm(PARAMS, BATCH_STATS, X, False, axis_name="devices", axis_index_groups=[[0], [1]])
+    y, _ = nj.batch_norm(
+        PARAMS, BATCH_STATS, X, False, axis_name="devices", axis_index_groups=[[0], [1]]
+    )
     assert y.shape == X.shape
 
 
-@pytest.mark.parametrize("groups", [[[0, 1], [2]], [[0, 1], [1, 2]], [[0, 1]], [[0, 1], [2, 4]], []], ids=str)
+@pytest.mark.parametrize(
+    "groups", [[[0, 1], [2]], [[0, 1], [1, 2]], [[0, 1]], [[0, 1], [2, 4]], []], ids=str
+)
 def test_groups_that_do_not_partition_the_axis(groups):
     def per_device(x):
-        return nj.batch_norm(PARAMS, BATCH_STATS, x, True, axis_name="i", axis_index_groups=groups)[0]
+        return nj.batch_norm(PARAMS, BATCH_STATS, x, True, axis_name="i", axis_index_groups=groups)[
+            0
+        ]
 
     with pytest.raises(ValueError, match=f"batch_norm: .*{re.escape(repr(groups))}"):
         jax.eval_shape(jax.vmap(per_device, axis_name="i"), jnp.ones((4, 4, 3)))
@@ -188,7 +245,12 @@ def test_groups_without_an_axis():
 
 @pytest.mark.parametrize("size", [3, 5, 0, -2, 2.0], ids=repr)
 def test_ghosts_that_do_not_divide_the_batch(size):
-    refuses((TypeError, ValueError), f"virtual_batch_size={size!r}", "4 examples", virtual_batch_size=size)
+    refuses(
+        (TypeError, ValueError),
+        f"virtual_batch_size={size!r}",
+        "4 examples",
+        virtual_batch_size=size,
+    )
 
 
 def test_ghosts_across_a_feature_axis():
@@ -200,8 +262,14 @@ def test_ghosts_across_a_feature_axis():
 def test_a_dtype_that_cannot_hold_y(train):
     refuses(TypeError, "dtype=int32", "x.dtype=float32", dtype=jnp.int32, train=train)
     complex_stats = nj.batch_norm_init(3, param_dtype=jnp.complex64)
-    settings = {"params": complex_stats[0], "batch_stats": complex_stats[1], "x": X.astype(jnp.complex64)}
-    refuses(TypeError, "dtype=float32", "x.dtype=complex64", dtype=jnp.float32, train=train, **settings)
+    settings = {
+        "params": complex_stats[0],
+        "batch_stats": complex_stats[1],
+        "x": X.astype(jnp.complex64),
+    }
+    refuses(
+        TypeError, "dtype=float32", "x.dtype=complex64", dtype=jnp.float32, train=train, **settings
+    )
 
 
 def test_a_dtype_that_does_not_exist():
@@ -210,7 +278,9 @@ def test_a_dtype_that_does_not_exist():
 
 @pytest.mark.parametrize("num_features", [0, -1, (3, 0), 2.5], ids=repr)
 def test_init_of_no_features(num_features):
-    with pytest.raises((TypeError, ValueError), match=f"batch_norm_init: .*{re.escape(repr(num_features))}"):
+    with pytest.raises(
+        (TypeError, ValueError), match=f"batch_norm_init: .*{re.escape(repr(num_features))}"
+    ):
         nj.batch_norm_init(num_features)
 
 

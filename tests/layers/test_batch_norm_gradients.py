@@ -27,7 +27,10 @@ def textbook(params, batch_stats, x, mode, mask):
         flat = x.reshape(-1, x.shape[-1])
         mean = jnp.mean(flat, 0, where=mask if mode == "masked" else None)
         var = jnp.mean((flat - mean) ** 2, 0, where=mask if mode == "masked" else None)
-        batch_stats = {"mean": 0.9 * batch_stats["mean"] + 0.1 * mean, "var": 0.9 * batch_stats["var"] + 0.1 * var}
+        batch_stats = {
+            "mean": 0.9 * batch_stats["mean"] + 0.1 * mean,
+            "var": 0.9 * batch_stats["var"] + 0.1 * var,
+        }
     return y.reshape(-1, y.shape[-1]), batch_stats
 
 
@@ -45,7 +48,11 @@ def layer(params, batch_stats, x, mode, mask):
 
 def arguments(rng):
     params, batch_stats, x = small(rng, dtype=np.float64)
-    return (params, batch_stats, x), jnp.asarray(rng.random(x.shape) < 0.7), jnp.asarray(rng.normal(size=x.shape))
+    return (
+        (params, batch_stats, x),
+        jnp.asarray(rng.random(x.shape) < 0.7),
+        jnp.asarray(rng.normal(size=x.shape)),
+    )
 
 
 def loss_of(function, mode, mask, weights):
@@ -107,10 +114,14 @@ def test_gradients_are_right_far_from_zero_where_the_second_pass_is_taken(rng):
 
 
 def test_the_gradient_of_x_is_orthogonal_to_ones_and_to_x(rng):
-    # y does not change when x is shifted, nor (epsilon aside) when it is scaled: Ioffe & Szegedy, section 3.3.
+    # y does not change when x is shifted, nor (epsilon aside) when it is scaled: Ioffe & Szegedy,
+    # section 3.3.
     with jax.enable_x64(True):
         (params, batch_stats, x), _, weights = arguments(rng)
-        loss = lambda x: jnp.sum(weights * nj.batch_norm(params, batch_stats, x, True, epsilon=0.0)[0])  # noqa: E731
+
+        def loss(x):
+            return jnp.sum(weights * nj.batch_norm(params, batch_stats, x, True, epsilon=0.0)[0])
+
         dx = jax.grad(loss)(x)
         assert jnp.abs(dx).max() > 1e-2
         assert_close(dx.sum(0), np.zeros(3), atol=1e3 * EPS64)
@@ -119,7 +130,10 @@ def test_the_gradient_of_x_is_orthogonal_to_ones_and_to_x(rng):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_gradients_are_those_of_float32_rounded_once(rng, dtype):
-    (params, batch_stats, x), weights = small(rng, (64, 3)), jnp.asarray(rng.normal(size=(64, 3)), jnp.float32)
+    (params, batch_stats, x), weights = (
+        small(rng, (64, 3)),
+        jnp.asarray(rng.normal(size=(64, 3)), jnp.float32),
+    )
 
     def grads(x):
         def loss(params, x):
@@ -128,7 +142,10 @@ def test_half_precision_gradients_are_those_of_float32_rounded_once(rng, dtype):
 
         return jax.grad(loss, argnums=(0, 1))(params, x)
 
-    (dparams, dx), (wide_dparams, wide_dx) = grads(x.astype(dtype)), grads(x.astype(dtype).astype(jnp.float32))
+    (dparams, dx), (wide_dparams, wide_dx) = (
+        grads(x.astype(dtype)),
+        grads(x.astype(dtype).astype(jnp.float32)),
+    )
     assert_trees_close(dparams, wide_dparams, rtol=1e-5, atol=1e-5)
     assert_close(dx, wide_dx, rtol=float(jnp.finfo(dtype).eps), atol=1e-6, dtype=dtype)
 
@@ -150,5 +167,8 @@ def test_complex_gradients_are_those_of_real_and_imaginary_parts(rng):
 
     parts = jnp.asarray(x.real), jnp.asarray(x.imag)
     assert_trees_close(
-        jax.grad(loss, argnums=(0, 1))(*parts), jax.grad(expected, argnums=(0, 1))(*parts), rtol=1e-5, atol=1e-5
+        jax.grad(loss, argnums=(0, 1))(*parts),
+        jax.grad(expected, argnums=(0, 1))(*parts),
+        rtol=1e-5,
+        atol=1e-5,
     )

@@ -65,15 +65,21 @@ def test_garbage_in_masked_elements_poisons_no_second_derivative(rng):
 
     def hessian(x):
         def loss(x):
-            return jnp.sum(jnp.where(mask, nj.batch_norm(params, batch_stats, x, True, mask=mask)[0], 0) ** 3)
+            return jnp.sum(
+                jnp.where(mask, nj.batch_norm(params, batch_stats, x, True, mask=mask)[0], 0) ** 3
+            )
 
         return jax.jit(jax.hessian(loss))(x)
 
     expected = hessian(x)
-    assert_close(hessian(x.at[0].set(jnp.nan)), expected, atol=64 * EPS * float(jnp.abs(expected).max()))
+    assert_close(
+        hessian(x.at[0].set(jnp.nan)), expected, atol=64 * EPS * float(jnp.abs(expected).max())
+    )
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (1, 1), (4, 1), (1, 4, 3), (6, 4, 1), (6, 1, 3), (6, 4, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(), (3,), (1, 1), (4, 1), (1, 4, 3), (6, 4, 1), (6, 1, 3), (6, 4, 3)], ids=str
+)
 def test_any_mask_that_broadcasts_is_taken(rng, shape):
     params, batch_stats, x = small(rng, (6, 4, 3))
     mask = rng.random(shape) < 0.6
@@ -105,7 +111,9 @@ def empty_batches(x):
 @pytest.mark.parametrize("case", range(3), ids=["masked", "masked nan", "no examples"])
 @pytest.mark.parametrize("momentum", [0.9, None])
 @pytest.mark.parametrize("running_var", ["biased", "unbiased"])
-def test_where_nothing_counts_statistics_stay_and_y_and_gradients_are_finite(rng, case, momentum, running_var):
+def test_where_nothing_counts_statistics_stay_and_y_and_gradients_are_finite(
+    rng, case, momentum, running_var
+):
     params, batch_stats, x = small(rng)
     batch_stats["count"] = jnp.array(5, jnp.int32)
     x, settings = list(empty_batches(x))[case]
@@ -116,10 +124,14 @@ def test_where_nothing_counts_statistics_stay_and_y_and_gradients_are_finite(rng
     assert_identical(new, batch_stats)
 
     def loss(params, mean, var, x):
-        y, new = nj.batch_norm(params, batch_stats | {"mean": mean, "var": var}, x, True, **settings)
+        y, new = nj.batch_norm(
+            params, batch_stats | {"mean": mean, "var": var}, x, True, **settings
+        )
         return jnp.sum(y) + jnp.sum(new["mean"]) + jnp.sum(new["var"])
 
-    assert_finite(jax.grad(loss, argnums=(0, 1, 2, 3))(params, batch_stats["mean"], batch_stats["var"], x))
+    assert_finite(
+        jax.grad(loss, argnums=(0, 1, 2, 3))(params, batch_stats["mean"], batch_stats["var"], x)
+    )
 
 
 def test_where_nothing_counts_y_is_that_of_evaluation(rng):
@@ -131,8 +143,12 @@ def test_where_nothing_counts_y_is_that_of_evaluation(rng):
 def test_one_element_that_counts_is_no_division_by_zero(rng):
     params, batch_stats, x = small(rng)
     mask = (jnp.arange(8) == 3)[:, None]
-    y, new = nj.batch_norm(params, batch_stats, x, True, mask=mask, momentum=0.0, running_var="unbiased")
-    assert_finite((y, gradients(params, batch_stats, x, jnp.ones_like(x), mask=mask, running_var="unbiased")))
+    y, new = nj.batch_norm(
+        params, batch_stats, x, True, mask=mask, momentum=0.0, running_var="unbiased"
+    )
+    assert_finite(
+        (y, gradients(params, batch_stats, x, jnp.ones_like(x), mask=mask, running_var="unbiased"))
+    )
     assert_close(y[3], np.asarray(params["bias"]), atol=8 * EPS)
     assert_close(new["mean"], np.asarray(x[3]), rtol=2 * EPS)
     assert_identical(new["var"], batch_stats["var"])

@@ -27,8 +27,14 @@ def test_a_huge_offset_is_normalized_exactly_wherever_the_running_mean_is(rng, s
     assert_close(new["var"], expected.var, rtol=1e-5)
     # The mean is stored with a relative error of a few roundings.
     assert_close(new["mean"], expected.mean, rtol=4 * float(jnp.finfo(jnp.float32).eps))
-    # Normalizing subtracts that rounded mean: an absolute error of a few ulps of 1e4, in units of the deviation, 1.
-    assert_close(y, (x - expected.mean) / np.sqrt(expected.var + 1e-5), rtol=1e-5, atol=2 * np.spacing(np.float32(1e4)))
+    # Normalizing subtracts that rounded mean: an absolute error of a few ulps of 1e4, in units of
+    # the deviation, 1.
+    assert_close(
+        y,
+        (x - expected.mean) / np.sqrt(expected.var + 1e-5),
+        rtol=1e-5,
+        atol=2 * np.spacing(np.float32(1e4)),
+    )
 
 
 def test_gradients_survive_a_huge_offset(rng):
@@ -38,12 +44,15 @@ def test_gradients_survive_a_huge_offset(rng):
     def grad(x):
         params, batch_stats = nj.batch_norm_init(3)
         weight = jnp.asarray(weights, x.dtype)
-        return jax.grad(lambda x: jnp.sum(weight * nj.batch_norm(params, batch_stats, x, True)[0]))(x)
+        return jax.grad(lambda x: jnp.sum(weight * nj.batch_norm(params, batch_stats, x, True)[0]))(
+            x
+        )
 
     x = (1e4 + noise).astype(np.float32)
     with jax.enable_x64(True):
         expected = grad(jnp.asarray(x, jnp.float64))
-    # The mean is off by a few ulps of 1e4 (1e-3), and it enters the gradient times the deviation and the weights.
+    # The mean is off by a few ulps of 1e4 (1e-3), and it enters the gradient times the deviation
+    # and the weights.
     assert_close(grad(jnp.asarray(x)), np.asarray(expected), atol=4e-3)
 
 
@@ -75,7 +84,9 @@ def test_bfloat16_inputs_are_averaged_in_float32(rng):
 
 def test_bfloat16_keeps_its_digits_at_evaluation():
     batch_stats = {"mean": jnp.full(1, 1000.3, jnp.float32), "var": jnp.ones(1)}
-    y, _ = nj.batch_norm({}, batch_stats, jnp.full((1, 1), 1004.0, jnp.bfloat16), False, epsilon=0.0)
+    y, _ = nj.batch_norm(
+        {}, batch_stats, jnp.full((1, 1), 1004.0, jnp.bfloat16), False, epsilon=0.0
+    )
     assert_close(y, np.full((1, 1), 3.7), rtol=2**-8, dtype=jnp.bfloat16)
 
 
@@ -84,7 +95,8 @@ def test_a_constant_feature_gives_the_bias_and_a_finite_gradient():
     params, batch_stats = nj.batch_norm_init(2)
     loss = lambda x: jnp.sum(nj.batch_norm(params, batch_stats, x, True)[0] ** 2)  # noqa: E731
     y, new = nj.batch_norm(params, batch_stats, x, True, momentum=0.0)
-    # The mean of equal values is that value up to one ulp (1e-3), which sqrt(1e-5) magnifies by 316.
+    # The mean of equal values is that value up to one ulp (1e-3), which sqrt(1e-5) magnifies by
+    # 316.
     assert_close(y, np.zeros((16, 2)), atol=316 * np.spacing(np.float32(12_345)))
     assert (new["var"] >= 0).all()
     assert jnp.isfinite(jax.grad(loss)(x)).all()

@@ -11,7 +11,8 @@ from tests.compare import assert_close, assert_identical
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 STEPS, LEARNING_RATE = 4, 0.1
-# Both round in float32: each step's own error (some tens of roundings, as in test_batch_norm.py) adds to the last.
+# Both round in float32: each step's own error (some tens of roundings, as in test_batch_norm.py)
+# adds to the last.
 TOLERANCE = {"rtol": 200 * EPS, "atol": 200 * EPS}
 SHAPES = {"rank 2": (8, 3), "rank 3": (4, 3, 5), "rank 4": (4, 3, 2, 5)}
 
@@ -20,12 +21,17 @@ def torch_layer(rng, shape, affine, momentum, epsilon):
     """A torch layer whose weights and statistics are not at their start."""
     kind = torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d
     layer = kind(shape[1], eps=epsilon, momentum=momentum, affine=affine)
-    state = {"running_mean": rng.normal(size=shape[1]), "running_var": rng.gamma(2.0, size=shape[1])}
+    state = {
+        "running_mean": rng.normal(size=shape[1]),
+        "running_var": rng.gamma(2.0, size=shape[1]),
+    }
     if momentum is None:
         state = {}  # the cumulative mean forgets its start
     if affine:
         state |= {"weight": rng.normal(1, 0.3, shape[1]), "bias": rng.normal(size=shape[1])}
-    layer.load_state_dict({k: torch.tensor(v, dtype=torch.float32) for k, v in state.items()}, strict=False)
+    layer.load_state_dict(
+        {k: torch.tensor(v, dtype=torch.float32) for k, v in state.items()}, strict=False
+    )
     return layer
 
 
@@ -43,7 +49,9 @@ def compare_step(layer, params, batch_stats, x, weights, settings):
         y, new = nj.batch_norm(params, batch_stats, x, True, **settings)
         return jnp.sum(jnp.asarray(weights) * y), (y, new)
 
-    (dparams, dx), (y, batch_stats) = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, jnp.asarray(x))
+    (dparams, dx), (y, batch_stats) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+        params, jnp.asarray(x)
+    )
     torch_x = torch.tensor(x, requires_grad=True)
     torch_y = layer(torch_x)
     layer.zero_grad()
@@ -53,7 +61,8 @@ def compare_step(layer, params, batch_stats, x, weights, settings):
     assert_close(batch_stats["mean"], layer.running_mean.numpy(), **TOLERANCE)
     assert_close(batch_stats["var"], layer.running_var.numpy(), **TOLERANCE)
     if params:
-        # Sums over the batch of terms up to 5: their rounding is relative to the terms, not to the sum.
+        # Sums over the batch of terms up to 5: their rounding is relative to the terms, not to the
+        # sum.
         terms = 200 * EPS * np.abs(weights).sum()
         assert_close(dparams["scale"], layer.weight.grad.numpy(), atol=terms)
         assert_close(dparams["bias"], layer.bias.grad.numpy(), atol=terms)
@@ -66,7 +75,8 @@ def compare_step(layer, params, batch_stats, x, weights, settings):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize(
-    "momentum", [0.1, None, *(pytest.param(momentum, marks=pytest.mark.slow) for momentum in (0.01, 1.0))]
+    "momentum",
+    [0.1, None, *(pytest.param(momentum, marks=pytest.mark.slow) for momentum in (0.01, 1.0))],
 )
 def test_training_follows_torch(rng, shape, affine, momentum):
     epsilon = float(rng.choice([1e-5, 1e-3]))

@@ -40,7 +40,10 @@ def state(name, rng, channels=C):
     params = {"alpha": jnp.float32(0.7)} if name == "dynamic_tanh" else {}
     if name not in ("batch_norm", "batch_renorm"):
         return params, {}
-    return params, {"mean": draw(rng, channels), "var": jnp.asarray(rng.gamma(2.0, size=channels), jnp.float32)}
+    return params, {
+        "mean": draw(rng, channels),
+        "var": jnp.asarray(rng.gamma(2.0, size=channels), jnp.float32),
+    }
 
 
 def apply(name, params, batch_stats, x, train=True, **settings):
@@ -102,19 +105,26 @@ def test_with_channels_first_leading_dimensions_are_those_of_the_other_axes(rng,
     x = draw(rng, (B, H, W, C))
     leaves = {"scale": draw(rng, (*leading, C), 1.0), "bias": draw(rng, (*leading, C))}
     axes = {"reduction_axes": 1} if name in ("layer_norm", "rms_norm") else {}
-    moved, _ = apply(name, params | leaves, batch_stats, jnp.moveaxis(x, -1, 1), feature_axes=1, **axes)
+    moved, _ = apply(
+        name, params | leaves, batch_stats, jnp.moveaxis(x, -1, 1), feature_axes=1, **axes
+    )
     y, _ = apply(name, params | leaves, batch_stats, x)
     close(jnp.moveaxis(moved, 1, -1), np.asarray(y))
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "batch_renorm", "layer_norm", "rms_norm", "instance_norm"])
+@pytest.mark.parametrize(
+    "name", ["batch_norm", "batch_renorm", "layer_norm", "rms_norm", "instance_norm"]
+)
 def test_several_feature_axes_come_last_in_ascending_order(rng, name):
     x = draw(rng, (4, 2, 5, 3))
     params, batch_stats = state(name, rng, (2, 3))
     leaves = {"scale": draw(rng, (4, 5, 2, 3), 1.0), "bias": draw(rng, (4, 2, 3))}
     y, _ = apply(name, params | leaves, batch_stats, x, feature_axes=(3, 1))
     plain = normalized(name, params, batch_stats, x, True, feature_axes=(1, 3))
-    scale, bias = np.float64(leaves["scale"]).transpose(0, 2, 1, 3), np.float64(leaves["bias"])[:, :, None]
+    scale, bias = (
+        np.float64(leaves["scale"]).transpose(0, 2, 1, 3),
+        np.float64(leaves["bias"])[:, :, None],
+    )
     close(y, plain * scale + bias)
 
 
@@ -132,7 +142,10 @@ def test_gradients_of_the_leaves_are_the_sums_over_what_shares_them(rng, name, s
 
     plain, weights = normalized(name, params, batch_stats, x, True), np.float64(cotangent)
     shared = tuple(axis for axis in range(3) if (*shape[:-1], 1, 1)[axis] == 1)
-    expected = {"scale": (weights * plain).sum(shared).reshape(shape), "bias": weights.sum(shared).reshape(shape)}
+    expected = {
+        "scale": (weights * plain).sum(shared).reshape(shape),
+        "bias": weights.sum(shared).reshape(shape),
+    }
     terms = 64 * EPS * np.abs(weights * plain).max() * H * W
     assert_trees_close(grads(leaves), expected, rtol=64 * EPS, atol=terms)
 
@@ -167,7 +180,9 @@ def test_ghosts_take_the_leaves_of_their_own_examples(rng, name, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm"])
+@pytest.mark.parametrize(
+    "name", ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm"]
+)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_hidden_garbage_becomes_the_bias_of_its_example(rng, name, train):
     params, batch_stats = state(name, rng)
@@ -195,17 +210,24 @@ def test_narrow_x_and_wide_leaves(rng, name):
     y, _ = apply(name, params | leaves, batch_stats, x)
     expected = family.affine(leaves, normalized(name, params, batch_stats, np.asarray(x), True), -1)
     bfloat16 = float(jnp.finfo(jnp.bfloat16).eps)
-    assert_close(y, expected, rtol=bfloat16, atol=64 * EPS * np.abs(expected).max(), dtype=jnp.bfloat16)
+    assert_close(
+        y, expected, rtol=bfloat16, atol=64 * EPS * np.abs(expected).max(), dtype=jnp.bfloat16
+    )
 
 
 def test_conditional_batch_norm_looks_its_leaves_up(rng):
     """Dumoulin et al. 2017; de Vries et al. 2017: one scale and bias per class, shared statistics."""
-    labels, tables = jnp.array([2, 0, 2, 4]), {"scale": draw(rng, (5, C), 1.0), "bias": draw(rng, (5, C))}
+    labels, tables = (
+        jnp.array([2, 0, 2, 4]),
+        {"scale": draw(rng, (5, C), 1.0), "bias": draw(rng, (5, C))},
+    )
     _, batch_stats = state("batch_norm", rng)
     x, cotangent = draw(rng, SHAPE), draw(rng, SHAPE)
 
     def loss(tables):
-        y, new = nj.batch_norm(jax.tree.map(lambda table: table[labels], tables), batch_stats, x, True)
+        y, new = nj.batch_norm(
+            jax.tree.map(lambda table: table[labels], tables), batch_stats, x, True
+        )
         return jnp.sum(cotangent * y), (y, new)
 
     grads, (y, new) = jax.jit(jax.grad(loss, has_aux=True))(tables)
@@ -217,9 +239,13 @@ def test_conditional_batch_norm_looks_its_leaves_up(rng):
         params = {leaf: table[label] for leaf, table in tables.items()}
         close(y[own], family.affine(params, plain[own], -1)) if own.any() else None
         weights = np.float64(cotangent)[own]
-        assert_close(grads["bias"][label], weights.sum((0, 1, 2)), atol=64 * EPS * np.abs(weights).sum())
+        assert_close(
+            grads["bias"][label], weights.sum((0, 1, 2)), atol=64 * EPS * np.abs(weights).sum()
+        )
         expected = (weights * plain[own]).sum((0, 1, 2))
-        assert_close(grads["scale"][label], expected, atol=64 * EPS * np.abs(weights * plain[own]).sum())
+        assert_close(
+            grads["scale"][label], expected, atol=64 * EPS * np.abs(weights * plain[own]).sum()
+        )
 
 
 def test_adaptive_layer_norm_and_film(rng):
@@ -238,7 +264,9 @@ def test_adaptive_instance_norm_transfers_mean_and_deviation(rng):
     """Huang & Belongie 2017, eq. 8: sigma(style) * (x - mu(x)) / sigma(x) + mu(style)."""
     content, style = draw(rng, (2, 8, 7, C), 2.0), 3 * draw(rng, (2, 5, 6, C), -1.0)
     _, mean, var = nj.moments(style, (1, 2))
-    y, _ = nj.instance_norm({"scale": jnp.sqrt(var), "bias": mean}, {}, content, True, epsilon=1e-10)
+    y, _ = nj.instance_norm(
+        {"scale": jnp.sqrt(var), "bias": mean}, {}, content, True, epsilon=1e-10
+    )
     x, s = np.float64(content), np.float64(style)
     over = {"axis": (1, 2), "keepdims": True}
     close(y, s.std(**over) * (x - x.mean(**over)) / x.std(**over) + s.mean(**over))
@@ -268,7 +296,13 @@ def test_leaves_that_do_not_fit_are_refused(rng, name, leaf, shape):
     for train in (True, False):
         with pytest.raises(ValueError) as refused:
             params = params | {leaf: jnp.ones(shape)}
-            jax.eval_shape(lambda x, p=params, t=train: apply(name, p, batch_stats, x, t), jnp.ones(SHAPE))
+            jax.eval_shape(
+                lambda x, p=params, t=train: apply(name, p, batch_stats, x, t), jnp.ones(SHAPE)
+            )
         message = str(refused.value)
-        assert re.fullmatch(name + r": .*\. Expected .*; got .*\. .*\.", message, re.DOTALL), message
-        assert f"params['{leaf}']" in message and str(shape) in message and f"({C},)" in message, message
+        assert re.fullmatch(name + r": .*\. Expected .*; got .*\. .*\.", message, re.DOTALL), (
+            message
+        )
+        assert f"params['{leaf}']" in message and str(shape) in message and f"({C},)" in message, (
+            message
+        )

@@ -50,7 +50,9 @@ def refuses(name, error, *values, x=X, train=True, params=None, batch_stats=None
         jax.eval_shape(call, x)
     for raised in (eager, abstract):
         message = str(raised.value)
-        assert re.fullmatch(name + r": .*\. Expected .*; got .*\. .*\.", message, re.DOTALL), message
+        assert re.fullmatch(name + r": .*\. Expected .*; got .*\. .*\.", message, re.DOTALL), (
+            message
+        )
         for value in values:
             assert str(value) in message, f"{value!r} is not in: {message}"
 
@@ -82,14 +84,28 @@ def test_another_number_of_features(name, train):
 @pytest.mark.parametrize("axes", [3, -4, (0, 5), (1, 1), (2, -1)], ids=str)
 def test_feature_axes_out_of_range_or_repeated(name, axes):
     for train in (True, False):
-        refuses(name, ValueError, f"feature_axes={axes!r}", "x.shape=(4, 2, 3)", feature_axes=axes, train=train)
+        refuses(
+            name,
+            ValueError,
+            f"feature_axes={axes!r}",
+            "x.shape=(4, 2, 3)",
+            feature_axes=axes,
+            train=train,
+        )
 
 
 @every(REDUCING)
 @pytest.mark.parametrize("axes", [3, -4, (0, 5), (1, 1), (2, -1)], ids=str)
 def test_reduction_axes_out_of_range_or_repeated(name, axes):
     for train in (True, False):
-        refuses(name, ValueError, f"reduction_axes={axes!r}", "x.shape=(4, 2, 3)", reduction_axes=axes, train=train)
+        refuses(
+            name,
+            ValueError,
+            f"reduction_axes={axes!r}",
+            "x.shape=(4, 2, 3)",
+            reduction_axes=axes,
+            train=train,
+        )
 
 
 @every(REDUCING)
@@ -102,7 +118,13 @@ def test_axes_that_are_no_ints(name, argument, axes):
 @every(SETTINGS)
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_])
 def test_x_that_is_not_floating_point(name, dtype):
-    refuses(name, TypeError, f"x.dtype={dtype.__name__.rstrip('_')}", "x.shape=(4, 2, 3)", x=jnp.ones_like(X, dtype))
+    refuses(
+        name,
+        TypeError,
+        f"x.dtype={dtype.__name__.rstrip('_')}",
+        "x.shape=(4, 2, 3)",
+        x=jnp.ones_like(X, dtype),
+    )
 
 
 @every(SETTINGS)
@@ -130,7 +152,14 @@ def test_an_epsilon_out_of_range(name, epsilon):
 @pytest.mark.parametrize("shape", [(5,), (2, 1, 3), (4, 3, 1), (1, 4, 2, 3)], ids=str)
 def test_a_mask_that_does_not_broadcast(name, shape):
     for train in (True, False):
-        refuses(name, ValueError, f"mask.shape={shape}", "(4, 2, 3)", mask=jnp.ones(shape, bool), train=train)
+        refuses(
+            name,
+            ValueError,
+            f"mask.shape={shape}",
+            "(4, 2, 3)",
+            mask=jnp.ones(shape, bool),
+            train=train,
+        )
 
 
 @every(MASKED)
@@ -151,7 +180,14 @@ def test_groups_without_an_axis(name):
 @every(STATELESS)
 def test_batch_stats_where_there_are_none(name):
     for train in (True, False):
-        refuses(name, ValueError, "batch_stats", "'mean'", batch_stats={"mean": jnp.zeros(3)}, train=train)
+        refuses(
+            name,
+            ValueError,
+            "batch_stats",
+            "'mean'",
+            batch_stats={"mean": jnp.zeros(3)},
+            train=train,
+        )
         refuses(name, TypeError, "batch_stats", "tuple", batch_stats=(), train=train)
         refuses(name, TypeError, "batch_stats", "FrozenDict", batch_stats=freeze({}), train=train)
 
@@ -187,7 +223,9 @@ def test_a_dtype_that_cannot_hold_y(name):
 @every(SETTINGS)
 @pytest.mark.parametrize("num_features", [0, -1, (3, 0), 2.5], ids=repr)
 def test_init_of_no_features(name, num_features):
-    with pytest.raises((TypeError, ValueError), match=f"{name}_init: .*{re.escape(repr(num_features))}"):
+    with pytest.raises(
+        (TypeError, ValueError), match=f"{name}_init: .*{re.escape(repr(num_features))}"
+    ):
         init(name, num_features)
 
 
@@ -226,7 +264,8 @@ def test_one_value_a_statistic_in_training(name, shape, settings):
 def test_one_value_a_statistic_is_several_where_devices_share(name):
     x, params = jnp.arange(2.0).reshape(2, 1, 1, 1), init(name, 1)[0]
     function = jax.vmap(
-        lambda x: getattr(nj, name)(params, {}, x, True, axis_name="i", **SETTINGS[name])[0], axis_name="i"
+        lambda x: getattr(nj, name)(params, {}, x, True, axis_name="i", **SETTINGS[name])[0],
+        axis_name="i",
     )
     np.testing.assert_allclose(function(x).ravel(), [-1, 1], rtol=1e-4)
 
@@ -262,17 +301,36 @@ def test_layers_of_one_feature_axis(name, axes):
 @every(["instance_norm", "filter_response_norm"])
 @pytest.mark.parametrize(
     "settings",
-    [{"reduction_axes": (0, 1)}, {"reduction_axes": (0,)}, {"feature_axes": (0,)}, {"feature_axes": (0, 2)}],
+    [
+        {"reduction_axes": (0, 1)},
+        {"reduction_axes": (0,)},
+        {"feature_axes": (0,)},
+        {"feature_axes": (0, 2)},
+    ],
     ids=str,
 )
 def test_statistics_of_one_example_leave_axis_0_alone(name, settings):
     ((argument, axes),) = settings.items()
     for train in (True, False):
-        refuses(name, ValueError, f"{argument}={axes!r}", "x.shape=(4, 2, 3)", params={}, train=train, **settings)
+        refuses(
+            name,
+            ValueError,
+            f"{argument}={axes!r}",
+            "x.shape=(4, 2, 3)",
+            params={},
+            train=train,
+            **settings,
+        )
 
 
 def test_instance_norm_over_a_feature_axis():
-    refuses("instance_norm", ValueError, "reduction_axes=(1, 2)", "feature_axes=(2,)", reduction_axes=(1, 2))
+    refuses(
+        "instance_norm",
+        ValueError,
+        "reduction_axes=(1, 2)",
+        "feature_axes=(2,)",
+        reduction_axes=(1, 2),
+    )
 
 
 def test_a_threshold_for_complex_x():
@@ -287,17 +345,37 @@ def test_a_scale_offset_that_is_no_number(value):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("size", 0), ("size", -3), ("size", 2.5), ("k", 0.0), ("k", -1.0), ("beta", -0.75), ("alpha", -1e-4)]
+    [
+        ("size", 0),
+        ("size", -3),
+        ("size", 2.5),
+        ("k", 0.0),
+        ("k", -1.0),
+        ("beta", -0.75),
+        ("alpha", -1e-4),
+    ]
     + [(argument, float("nan")) for argument in ("k", "beta", "alpha")],
 )
 def test_a_response_out_of_range(argument, value):
     for train in (True, False):
-        refuses("local_response_norm", (TypeError, ValueError), f"{argument}={value}", train=train, **{argument: value})
+        refuses(
+            "local_response_norm",
+            (TypeError, ValueError),
+            f"{argument}={value}",
+            train=train,
+            **{argument: value},
+        )
 
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("r_max", 0.99), ("r_max", -1.0), ("d_max", -0.1), ("r_max", float("nan")), ("d_max", float("nan"))],
+    [
+        ("r_max", 0.99),
+        ("r_max", -1.0),
+        ("d_max", -0.1),
+        ("r_max", float("nan")),
+        ("d_max", float("nan")),
+    ],
 )
 def test_limits_of_batch_renorm_out_of_range(argument, value):
     for train in (True, False):
@@ -315,13 +393,31 @@ def test_a_schedule_without_a_count():
     del batch_stats["count"]
     for argument in ("r_max", "d_max"):
         limit = {argument: lambda count: 1.0}
-        refuses("batch_renorm", ValueError, argument, "'mean', 'var'", "count", batch_stats=batch_stats, **limit)
+        refuses(
+            "batch_renorm",
+            ValueError,
+            argument,
+            "'mean', 'var'",
+            "count",
+            batch_stats=batch_stats,
+            **limit,
+        )
     nj.batch_renorm({}, batch_stats, X, True, r_max=2.0, d_max=1.0)
 
 
 def test_statistics_of_batch_renorm_of_another_structure():
     _, batch_stats = init("batch_renorm")
     assert batch_stats.keys() == {"mean", "var", "count"}
-    refuses("batch_renorm", ValueError, "batch_stats", "['mean']", batch_stats={"mean": jnp.zeros(3)})
-    refuses("batch_renorm", ValueError, "batch_stats", "'std'", batch_stats=batch_stats | {"std": jnp.ones(3)})
-    refuses("batch_renorm", TypeError, "batch_stats", "tuple", batch_stats=tuple(batch_stats.values()))
+    refuses(
+        "batch_renorm", ValueError, "batch_stats", "['mean']", batch_stats={"mean": jnp.zeros(3)}
+    )
+    refuses(
+        "batch_renorm",
+        ValueError,
+        "batch_stats",
+        "'std'",
+        batch_stats=batch_stats | {"std": jnp.ones(3)},
+    )
+    refuses(
+        "batch_renorm", TypeError, "batch_stats", "tuple", batch_stats=tuple(batch_stats.values())
+    )

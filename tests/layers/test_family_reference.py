@@ -42,7 +42,10 @@ def draw_axes(draw, name, shape):
     rank = len(shape)
     if name in ("layer_norm", "rms_norm"):
         reduced, features = (some_of(draw, range(rank), 1) for _ in range(2))
-        return {"reduction_axes": signed(draw, reduced, rank), "feature_axes": signed(draw, features, rank)}
+        return {
+            "reduction_axes": signed(draw, reduced, rank),
+            "feature_axes": signed(draw, features, rank),
+        }
     if name in ("instance_norm", "filter_response_norm"):
         features = some_of(draw, range(1, rank), 1)
         space = [axis for axis in range(1, rank) if axis not in features]
@@ -70,14 +73,20 @@ def per_statistic(name, shape, settings):
     values = int(np.prod([shape[axis] for axis in axes]))
     if name == "group_norm":
         channels = shape[settings["feature_axes"]]
-        values = values * settings.get("group_size", channels // settings.get("num_groups", channels)) // channels
+        values = (
+            values
+            * settings.get("group_size", channels // settings.get("num_groups", channels))
+            // channels
+        )
     return values
 
 
 def draw_leaf(draw, rng, shape, feature_axes, dtype, mean=0.0):
     """Of the features' shape, behind leading dimensions of size 1 or of the axes that they belong to."""
     features = [shape[axis] for axis in family.axes_of(feature_axes, len(shape))]
-    others = [draw(st.sampled_from((1, shape[axis]))) for axis in family.others(feature_axes, len(shape))]
+    others = [
+        draw(st.sampled_from((1, shape[axis]))) for axis in family.others(feature_axes, len(shape))
+    ]
     leading = others[: draw(st.sampled_from((0, 0, 1, len(others))))]
     return draw_normal(rng, (*leading, *features), dtype, mean)
 
@@ -87,18 +96,34 @@ def family_cases(draw, name):
     dtype = jnp.dtype(draw(st.sampled_from(DTYPES)))
     wide = np.result_type(np.float32, dtype if dtype.itemsize > 2 else np.float32)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    rank = draw(st.integers(2 if name in ("group_norm", "instance_norm", "filter_response_norm") else 1, 5))
+    rank = draw(
+        st.integers(2 if name in ("group_norm", "instance_norm", "filter_response_norm") else 1, 5)
+    )
     shape = [draw(st.integers(1, 4)) for _ in range(rank)]
     settings = draw_axes(draw, name, shape)
     leaves = draw(st.sets(st.sampled_from(("scale", "bias"))))
-    params = {leaf: draw_leaf(draw, rng, shape, settings["feature_axes"], wide, 1.0) for leaf in sorted(leaves)}
-    x = draw_normal(rng, shape, dtype, draw(st.sampled_from((0.0, 3.0))), draw(st.sampled_from((0.1, 1.0))))
-    train = draw(st.booleans()) and (name not in CENTERED or per_statistic(name, shape, settings) > 1)
+    params = {
+        leaf: draw_leaf(draw, rng, shape, settings["feature_axes"], wide, 1.0)
+        for leaf in sorted(leaves)
+    }
+    x = draw_normal(
+        rng, shape, dtype, draw(st.sampled_from((0.0, 3.0))), draw(st.sampled_from((0.1, 1.0)))
+    )
+    train = draw(st.booleans()) and (
+        name not in CENTERED or per_statistic(name, shape, settings) > 1
+    )
     if name == "dynamic_tanh":
         params["alpha"] = draw_normal(rng, (), np.finfo(wide).dtype, 0.5)
     elif name == "local_response_norm":
-        numbers = {"alpha": (0.0, 1e-4, 1.0), "beta": (0.0, 0.5, 0.75), "k": (0.5, 1.0, 2.0), "size": (1, 2, 3, 5, 8)}
-        settings |= {argument: draw(st.sampled_from(values)) for argument, values in numbers.items()}
+        numbers = {
+            "alpha": (0.0, 1e-4, 1.0),
+            "beta": (0.0, 0.5, 0.75),
+            "k": (0.5, 1.0, 2.0),
+            "size": (1, 2, 3, 5, 8),
+        }
+        settings |= {
+            argument: draw(st.sampled_from(values)) for argument, values in numbers.items()
+        }
     else:
         settings["epsilon"] = draw(st.sampled_from((1e-5, 1e-3, 0.5)))
         settings["mask"] = draw_mask(draw, rng, x)
@@ -159,7 +184,13 @@ def check(case):
     narrow = jnp.dtype(case.x.dtype).itemsize == 2
     eps = float(jnp.finfo(jnp.float32 if narrow else case.x.dtype).eps)
     output = float(jnp.finfo(case.x.dtype).eps) if narrow else 0.0
-    assert_close(y, expected, rtol=output, atol=ROUNDINGS * eps * roundings_of(case, expected), dtype=case.x.dtype)
+    assert_close(
+        y,
+        expected,
+        rtol=output,
+        atol=ROUNDINGS * eps * roundings_of(case, expected),
+        dtype=case.x.dtype,
+    )
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -182,13 +213,22 @@ def test_it_computes_the_formula_with_its_defaults_in_any_dtype(rng, name, dtype
         if wide.kind == "c":
             params.pop("threshold", None)
         numbers = {"mask": None, "epsilon": 1e-6 if name == "filter_response_norm" else 1e-5}
-        settings = {"reduction_axes": -1 if name == "layer_norm" else None, "feature_axes": -1} | numbers
+        settings = {
+            "reduction_axes": -1 if name == "layer_norm" else None,
+            "feature_axes": -1,
+        } | numbers
         case = Case(name, jax.tree.map(np.asarray, params), x, True, {})
         y, _ = getattr(nj, name)(params, {}, jnp.asarray(x), True)
         expected = getattr(family, name)(case.params, x)
         rounded = roundings_of(case._replace(settings=settings), expected)
         output = float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize == 2 else 0.0
-        assert_close(y, expected, rtol=output, atol=ROUNDINGS * float(jnp.finfo(wide).eps) * rounded, dtype=dtype)
+        assert_close(
+            y,
+            expected,
+            rtol=output,
+            atol=ROUNDINGS * float(jnp.finfo(wide).eps) * rounded,
+            dtype=dtype,
+        )
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype is not jnp.complex64])
@@ -209,7 +249,9 @@ def test_batch_renorm_computes_the_formula_for_any_arguments(data, dtype):
     of_x = {name: settings[name] for name in ("feature_axes", "mask", "virtual_batch_size")}
     applied = [reference.applied_statistics(batch_stats, x, t, **of_x) for t in (train, False)]
     size = np.abs(widest(x)).max() + max(np.abs(mean).max() for mean, _ in applied)
-    gain = max((1 / np.sqrt(var + settings["epsilon"])).max() for _, var in applied) * limits["r_max"]
+    gain = (
+        max((1 / np.sqrt(var + settings["epsilon"])).max() for _, var in applied) * limits["r_max"]
+    )
     scale = np.abs(widest(params.get("scale", 1.0))).max()
     eps, narrow = float(jnp.finfo(batch_stats["mean"].dtype).eps), jnp.dtype(dtype).itemsize == 2
     output = float(jnp.finfo(dtype).eps) if narrow else 0.0
@@ -218,5 +260,7 @@ def test_batch_renorm_computes_the_formula_for_any_arguments(data, dtype):
     # The statistics are those of batch_norm, whose tests say what rounding they are allowed.
     assert_close(new["mean"], expected_new["mean"], rtol=4 * eps, atol=ROUNDINGS * eps * size)
     largest = max(var.max() for _, var in applied) + settings["epsilon"]
-    assert_close(new["var"], expected_new["var"], rtol=ROUNDINGS * eps, atol=2 * ROUNDINGS * eps * largest)
+    assert_close(
+        new["var"], expected_new["var"], rtol=ROUNDINGS * eps, atol=2 * ROUNDINGS * eps * largest
+    )
     assert new["count"] == expected_new["count"]

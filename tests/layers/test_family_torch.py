@@ -86,10 +86,16 @@ def run_torch(layer, x, cotangent):
     y = layer(x)
     torch.sum(torch.tensor(cotangent) * y).backward()
     grads = {leaf: getattr(layer, name, None) for leaf, name in LEAVES.items()}
-    return y.detach().numpy(), x.grad.numpy(), {leaf: w.grad.numpy() for leaf, w in grads.items() if w is not None}
+    return (
+        y.detach().numpy(),
+        x.grad.numpy(),
+        {leaf: w.grad.numpy() for leaf, w in grads.items() if w is not None},
+    )
 
 
-@pytest.mark.parametrize(("dtype", "train"), [(np.float32, True), (np.float64, False)], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "train"), [(np.float32, True), (np.float64, False)], ids=["float32", "float64"]
+)
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 def test_outputs_and_gradients_are_torchs(rng, pair, dtype, train):
     with jax.enable_x64(dtype == np.float64):
@@ -109,7 +115,9 @@ def test_outputs_and_gradients_are_torchs(rng, pair, dtype, train):
         eps = float(np.finfo(dtype).eps)
         # Both round: some tens of roundings for the statistics, times a gain 1/std of up to 3 here.
         assert_close(y, expected, rtol=64 * eps, atol=64 * eps, dtype=dtype)
-        assert_close(dx, expected_dx, rtol=64 * eps, atol=64 * eps * np.abs(expected_dx).max(), dtype=dtype)
+        assert_close(
+            dx, expected_dx, rtol=64 * eps, atol=64 * eps * np.abs(expected_dx).max(), dtype=dtype
+        )
         # Sums over x of terms of either sign: their rounding is relative to the terms.
         terms = 64 * eps * np.abs(cotangent * expected).sum() + 64 * eps * np.abs(cotangent).max()
         assert grads.keys() == expected_grads.keys()
@@ -120,7 +128,9 @@ def test_outputs_and_gradients_are_torchs(rng, pair, dtype, train):
 def test_the_paper_of_alexnet_sums_where_torch_averages(rng):
     """Krizhevsky et al. 2012, section 3.3: alpha = 1e-4 times a sum over 5 channels is our default."""
     x = rng.normal(0, 20, (2, 3, 9)).astype(np.float32)
-    sums = np.stack([(np.float64(x[..., max(c - 2, 0) : c + 3]) ** 2).sum(-1) for c in range(9)], -1)
+    sums = np.stack(
+        [(np.float64(x[..., max(c - 2, 0) : c + 3]) ** 2).sum(-1) for c in range(9)], -1
+    )
     y, _ = nj.local_response_norm({}, {}, jnp.asarray(x), True)
     eps = float(np.finfo(np.float32).eps)
     np.testing.assert_allclose(y, x / (2 + 1e-4 * sums) ** 0.75, rtol=32 * eps)

@@ -24,7 +24,9 @@ def assert_same_function(rng, left, right, *arguments, roundings=64):
 
     both = jax.jit(lambda *given: (run(left, *given), run(right, *given)))
     (y, grads), (expected, expected_grads) = both(arguments, cotangent)
-    assert_close(y, expected, rtol=roundings * EPS, atol=roundings * EPS * float(jnp.abs(expected).max()))
+    assert_close(
+        y, expected, rtol=roundings * EPS, atol=roundings * EPS * float(jnp.abs(expected).max())
+    )
     # Sums over x, of terms of about the largest of them.
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected_grads))
     assert_trees_close(grads, expected_grads, rtol=roundings * EPS, atol=roundings * EPS * largest)
@@ -45,19 +47,26 @@ SHAPES = [(4, 6), (3, 5, 6), (2, 3, 4, 6)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layer_norm_over_an_example_is_group_norm_with_one_group(rng, shape):
     axes = tuple(range(1, len(shape)))
-    one_group, all_of_it = layer(nj.group_norm, num_groups=1), layer(nj.layer_norm, reduction_axes=axes)
+    one_group, all_of_it = (
+        layer(nj.group_norm, num_groups=1),
+        layer(nj.layer_norm, reduction_axes=axes),
+    )
     assert_same_function(rng, one_group, all_of_it, *affine_and_x(rng, shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 @pytest.mark.parametrize("groups", [{"group_size": 1}, {"num_groups": 6}], ids=str)
 def test_instance_norm_is_group_norm_with_one_channel_a_group(rng, shape, groups):
-    assert_same_function(rng, layer(nj.group_norm, **groups), layer(nj.instance_norm), *affine_and_x(rng, shape))
+    assert_same_function(
+        rng, layer(nj.group_norm, **groups), layer(nj.instance_norm), *affine_and_x(rng, shape)
+    )
 
 
 def test_group_norm_over_everything_is_layer_norm_over_everything(rng):
     group = layer(nj.group_norm, num_groups=1, reduction_axes=(0, 1, 2))
-    assert_same_function(rng, group, layer(nj.layer_norm, reduction_axes=(0, 1, 2)), *affine_and_x(rng, (3, 4, 6)))
+    assert_same_function(
+        rng, group, layer(nj.layer_norm, reduction_axes=(0, 1, 2)), *affine_and_x(rng, (3, 4, 6))
+    )
 
 
 def test_group_norm_is_layer_norm_of_each_run_of_channels(rng):
@@ -66,15 +75,21 @@ def test_group_norm_is_layer_norm_of_each_run_of_channels(rng):
         y = layer(nj.layer_norm, reduction_axes=(1, 3))({}, runs).reshape(x.shape)
         return params["scale"] * y + params["bias"]
 
-    assert_same_function(rng, layer(nj.group_norm, num_groups=2), by_layer_norm, *affine_and_x(rng, (3, 4, 6)))
+    assert_same_function(
+        rng, layer(nj.group_norm, num_groups=2), by_layer_norm, *affine_and_x(rng, (3, 4, 6))
+    )
 
 
 def test_instance_norm_is_batch_norm_of_each_example(rng):
     def by_batch_norm(params, x):
         _, batch_stats = nj.batch_norm_init(6)
-        return jax.vmap(lambda x: nj.batch_norm(params, batch_stats, x, True, epsilon=EPSILON)[0])(x)
+        return jax.vmap(lambda x: nj.batch_norm(params, batch_stats, x, True, epsilon=EPSILON)[0])(
+            x
+        )
 
-    assert_same_function(rng, layer(nj.instance_norm), by_batch_norm, *affine_and_x(rng, (3, 4, 5, 6)))
+    assert_same_function(
+        rng, layer(nj.instance_norm), by_batch_norm, *affine_and_x(rng, (3, 4, 5, 6))
+    )
 
 
 def test_layer_norm_is_batch_norm_with_the_examples_as_features(rng):
@@ -90,7 +105,9 @@ def test_layer_norm_is_rms_norm_of_centered_x(rng, axes):
     def by_rms_norm(params, x):
         return layer(nj.rms_norm, reduction_axes=axes)(params, x - x.mean(axes, keepdims=True))
 
-    assert_same_function(rng, layer(nj.layer_norm, reduction_axes=axes), by_rms_norm, *affine_and_x(rng, (4, 5, 6)))
+    assert_same_function(
+        rng, layer(nj.layer_norm, reduction_axes=axes), by_rms_norm, *affine_and_x(rng, (4, 5, 6))
+    )
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -131,7 +148,11 @@ def test_layer_norm_undoes_an_affine_map_of_each_example(rng):
 
 def test_local_response_norm_without_a_response_divides_by_a_constant(rng):
     x = jnp.asarray(draw_normal(rng, (2, 3, 6), np.float32))
-    for settings, divisor in (({"alpha": 0.0}, 2**0.75), ({"beta": 0.0}, 1.0), ({"alpha": 0.0, "k": 1.0}, 1.0)):
+    for settings, divisor in (
+        ({"alpha": 0.0}, 2**0.75),
+        ({"beta": 0.0}, 1.0),
+        ({"alpha": 0.0, "k": 1.0}, 1.0),
+    ):
         y, _ = nj.local_response_norm({}, {}, x, True, **settings)
         assert_close(y, np.float64(x) / divisor, rtol=4 * EPS)
 
@@ -158,13 +179,19 @@ def test_batch_renorm_that_may_not_correct_is_batch_norm(rng, settings, train):
     expected, expected_new = nj.batch_norm(params, batch_stats, x, train, **settings)
     # Factored otherwise, so rounded otherwise; in bfloat16 that may tip a value to its neighbour.
     output = float(jnp.finfo(y.dtype).eps)
-    assert_close(y, expected, rtol=8 * output, atol=64 * EPS, dtype=settings.get("dtype", jnp.float32))
+    assert_close(
+        y, expected, rtol=8 * output, atol=64 * EPS, dtype=settings.get("dtype", jnp.float32)
+    )
     assert_trees_close(new, expected_new, rtol=8 * EPS)
 
     def loss(apply, extra):
         def value(params, x):
             y, new = apply(params, batch_stats, x, train, **extra, **settings)
-            return jnp.sum(y.astype(jnp.float32) ** 3) + jnp.sum(new["mean"] ** 2) + jnp.sum(new["var"])
+            return (
+                jnp.sum(y.astype(jnp.float32) ** 3)
+                + jnp.sum(new["mean"] ** 2)
+                + jnp.sum(new["var"])
+            )
 
         return jax.jit(jax.grad(value, argnums=(0, 1)))(params, x)
 
@@ -177,13 +204,21 @@ def test_batch_renorm_that_may_not_correct_is_batch_norm(rng, settings, train):
 TINY_X = np.array([[1.0], [3.0]], np.float32)
 TINY_STATS = {"mean": np.zeros(1, np.float32), "var": np.full(1, 13.0, np.float32)}
 # r_max = 1 + count / 10, d_max = count / 40, both worked out by hand.
-BY_HAND = {0: (-0.5, 0.5), 1: (-0.5 / 1.1 + 0.025, 0.5 / 1.1 + 0.025), 10: (0.0, 0.5), 30: (0.25, 0.75)}
+BY_HAND = {
+    0: (-0.5, 0.5),
+    1: (-0.5 / 1.1 + 0.025, 0.5 / 1.1 + 0.025),
+    10: (0.0, 0.5),
+    30: (0.25, 0.75),
+}
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("count", BY_HAND)
 def test_batch_renorm_by_hand_with_the_limits_on_a_schedule(count, jit):
-    schedules = {"r_max": optax.linear_schedule(1.0, 5.0, 40), "d_max": optax.linear_schedule(0.0, 1.0, 40)}
+    schedules = {
+        "r_max": optax.linear_schedule(1.0, 5.0, 40),
+        "d_max": optax.linear_schedule(0.0, 1.0, 40),
+    }
     batch_stats = jax.tree.map(jnp.asarray, TINY_STATS | {"count": np.array(count, np.int32)})
 
     def step(batch_stats, x):
@@ -191,7 +226,11 @@ def test_batch_renorm_by_hand_with_the_limits_on_a_schedule(count, jit):
 
     y, new = (jax.jit(step) if jit else step)(batch_stats, jnp.asarray(TINY_X))
     assert_close(y, np.array(BY_HAND[count])[:, None], atol=8 * EPS)
-    assert_trees_close(new, {"mean": np.ones(1), "var": np.full(1, 7.0), "count": np.array(count + 1)}, rtol=4 * EPS)
+    assert_trees_close(
+        new,
+        {"mean": np.ones(1), "var": np.full(1, 7.0), "count": np.array(count + 1)},
+        rtol=4 * EPS,
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,8 +246,16 @@ def test_batch_renorm_by_hand_with_the_limits_on_a_schedule(count, jit):
 @pytest.mark.parametrize("array", [False, True], ids=["float", "scalar array"])
 def test_batch_renorm_by_hand_at_each_limit(r_max, d_max, mean, var, expected, array):
     x = jnp.array([[-1.0], [5.0]])  # mean 2, sqrt(var + 16) = 5
-    batch_stats = {"mean": jnp.full(1, mean), "var": jnp.full(1, var), "count": jnp.array(7, jnp.int32)}
-    limits = {"r_max": jnp.float32(r_max), "d_max": jnp.float32(d_max)} if array else {"r_max": r_max, "d_max": d_max}
+    batch_stats = {
+        "mean": jnp.full(1, mean),
+        "var": jnp.full(1, var),
+        "count": jnp.array(7, jnp.int32),
+    }
+    limits = (
+        {"r_max": jnp.float32(r_max), "d_max": jnp.float32(d_max)}
+        if array
+        else {"r_max": r_max, "d_max": d_max}
+    )
     y, _ = nj.batch_renorm({}, batch_stats, x, True, epsilon=16.0, **limits)
     assert_close(y, np.array(expected)[:, None], atol=8 * EPS)
 
@@ -232,13 +279,17 @@ def test_the_gradient_of_batch_renorm_treats_r_and_d_as_constants(rng):
     r, d = std / old_std, (x.mean(0) - batch_stats["mean"]) / old_std
 
     def renorm(params, x):
-        return jnp.sum(cotangent * nj.batch_renorm(params, batch_stats, x, True, r_max=1e6, d_max=1e6)[0])
+        return jnp.sum(
+            cotangent * nj.batch_renorm(params, batch_stats, x, True, r_max=1e6, d_max=1e6)[0]
+        )
 
     def constants(params, x):
         normalized = nj.batch_norm({}, batch_stats, x, True)[0]
         return jnp.sum(cotangent * (params["scale"] * (normalized * r + d) + params["bias"]))
 
-    actual, expected = (jax.jit(jax.grad(f, argnums=(0, 1)))(params, x) for f in (renorm, constants))
+    actual, expected = (
+        jax.jit(jax.grad(f, argnums=(0, 1)))(params, x) for f in (renorm, constants)
+    )
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     assert_trees_close(actual, expected, rtol=64 * EPS, atol=64 * EPS * largest)
 
@@ -247,7 +298,10 @@ def test_no_gradient_reaches_the_old_statistics_through_r_and_d(rng):
     params, batch_stats, x = small(rng)
 
     def loss(mean, var):
-        return jnp.sum(nj.batch_renorm(params, {"mean": mean, "var": var}, x, True, r_max=1e6, d_max=1e6)[0] ** 2)
+        return jnp.sum(
+            nj.batch_renorm(params, {"mean": mean, "var": var}, x, True, r_max=1e6, d_max=1e6)[0]
+            ** 2
+        )
 
     for grad in jax.grad(loss, argnums=(0, 1))(batch_stats["mean"], batch_stats["var"]):
         assert_close(grad, np.zeros(3))

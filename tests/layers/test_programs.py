@@ -27,7 +27,9 @@ each_layer = pytest.mark.parametrize("layer", LAYERS)
 def traced(layer, shape=SHAPE, dtype=jnp.bfloat16):
     init, apply = LAYERS[layer]
     params, batch_stats = init(shape[-1])
-    return jax.jit(lambda x: apply(params, batch_stats, x, True)).trace(jax.ShapeDtypeStruct(shape, dtype))
+    return jax.jit(lambda x: apply(params, batch_stats, x, True)).trace(
+        jax.ShapeDtypeStruct(shape, dtype)
+    )
 
 
 def entry(compiled):
@@ -71,7 +73,8 @@ def test_the_family_on_one_device():
 def in_process(devices, *arguments):
     done = subprocess.run(
         [sys.executable, *arguments],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "NORMJAX_TEST_DEVICES": str(devices)},
+        env=os.environ
+        | {"JAX_NUM_CPU_DEVICES": str(devices), "NORMJAX_TEST_DEVICES": str(devices)},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -74,36 +74,49 @@ def test_a_convolutional_network_keeps_the_inputs_of_its_normalizations(rng):
     assert kept(network, *given)[wide] > 3
     assert kept(lean(network), *given)[wide] == 3
     assert kept(lean(network, recompute=lambda x: x.shape == wide), *given)[wide] == 0
-    assert_trees_close(gradients(lean(network), *given), gradients(network, *given), rtol=1e-5, atol=1e-6)
+    assert_trees_close(
+        gradients(lean(network), *given), gradients(network, *given), rtol=1e-5, atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("norm", [nj.linen.LayerNorm, nj.linen.RMSNorm, partial(nj.linen.GroupNorm, num_groups=2)])
+@pytest.mark.parametrize(
+    "norm", [nj.linen.LayerNorm, nj.linen.RMSNorm, partial(nj.linen.GroupNorm, num_groups=2)]
+)
 def test_a_transformer_keeps_the_inputs_of_its_normalizations_and_of_its_linear_layers(rng, norm):
     x = jnp.asarray(rng.normal(size=(3, 5, WIDTH)), jnp.float32)
     model = Transformer(norm)
     params = model.init(jax.random.key(0), x)["params"]
     network = applied(model, {})
     found = kept(lean(network), params, x)
-    # x, the stream before each of 5 normalizations but the first, which is x; with biases what is kept of a linear
-    # layer is its output before they are added.
+    # x, the stream before each of 5 normalizations but the first, which is x; with biases what is
+    # kept of a linear layer is its output before they are added.
     assert found[x.shape] == 5, found
     assert found[(3, 5, 4 * WIDTH)] == 2, found
     assert found[(3, 2, 5, 5)] == 0, found
-    assert_trees_close(gradients(lean(network), params, x), gradients(network, params, x), rtol=1e-5, atol=1e-5)
+    assert_trees_close(
+        gradients(lean(network), params, x), gradients(network, params, x), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_linen_and_nnx_take_it(rng):
     x = jnp.asarray(rng.normal(size=(4, 6, 6, 3)), jnp.float32)
     variables = Block().init(jax.random.key(0), x)
-    plain, lifted = applied(Block(), variables), applied(nn.remat(Block, policy=nj.remat_policy())(), variables)
+    plain, lifted = (
+        applied(Block(), variables),
+        applied(nn.remat(Block, policy=nj.remat_policy())(), variables),
+    )
     assert kept(lifted, variables["params"], x)[(4, 6, 6, WIDTH)] == 3
     assert_trees_close(
-        gradients(lifted, variables["params"], x), gradients(plain, variables["params"], x), rtol=1e-5, atol=1e-6
+        gradients(lifted, variables["params"], x),
+        gradients(plain, variables["params"], x),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
     def run(wrap):
         model = nnx.Sequential(
-            nnx.Linear(3, WIDTH, use_bias=False, rngs=nnx.Rngs(0)), nj.nnx.BatchNorm(WIDTH, rngs=nnx.Rngs(0))
+            nnx.Linear(3, WIDTH, use_bias=False, rngs=nnx.Rngs(0)),
+            nj.nnx.BatchNorm(WIDTH, rngs=nnx.Rngs(0)),
         )
         loss = wrap(lambda model, x: jnp.sum(nnx.relu(model(x)) ** 2))
         return nnx.value_and_grad(loss)(model, x), nnx.state(model, nnx.BatchStat)
@@ -125,7 +138,9 @@ def test_the_output_of_activated_batch_norm_is_kept_in_place_of_its_input(rng):
     z = nj.activated_batch_norm(params, batch_stats, given[1] @ kernels[0], True)[0]
     for array in (leaf for leaf in jax.tree.leaves(backward) if leaf.shape == z.shape):
         assert_trees_close(array, z, rtol=1e-6, atol=1e-6)
-    assert_trees_close(gradients(lean(network), *given), gradients(network, *given), rtol=1e-5, atol=1e-5)
+    assert_trees_close(
+        gradients(lean(network), *given), gradients(network, *given), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -133,14 +148,20 @@ def test_statistics_are_shared_once_each_way(check_vma):
     params, batch_stats = nj.batch_norm_init(WIDTH)
 
     def network(kernel, x):
-        return jax.nn.relu(nj.batch_norm(params, batch_stats, x @ kernel, True, axis_name="data")[0])
+        return jax.nn.relu(
+            nj.batch_norm(params, batch_stats, x @ kernel, True, axis_name="data")[0]
+        )
 
     def step(wrap, kernel, x):
         return jax.grad(lambda x: jnp.sum(wrap(network)(kernel, x) ** 2))(x)
 
     def sent(wrap):
         mapped = jax.shard_map(
-            partial(step, wrap), mesh=mesh(data=DEVICES), in_specs=(WHOLE, SPLIT), out_specs=SPLIT, check_vma=check_vma
+            partial(step, wrap),
+            mesh=mesh(data=DEVICES),
+            in_specs=(WHOLE, SPLIT),
+            out_specs=SPLIT,
+            check_vma=check_vma,
         )
         return collectives(jax.jit(mapped).lower(jnp.ones((3, WIDTH)), jnp.ones((16, 3))).compile())
 
@@ -148,5 +169,7 @@ def test_statistics_are_shared_once_each_way(check_vma):
 
 
 def test_what_is_no_function_is_refused():
-    with pytest.raises(TypeError, match=r"remat_policy: recompute .*Expected .*; got recompute=112\. Pass"):
+    with pytest.raises(
+        TypeError, match=r"remat_policy: recompute .*Expected .*; got recompute=112\. Pass"
+    ):
         nj.remat_policy(recompute=112)

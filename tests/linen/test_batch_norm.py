@@ -17,7 +17,8 @@ from tests.compare import assert_close, assert_identical, assert_same_kind, asse
 
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 EPS = float(jnp.finfo(jnp.float32).eps)
-# Flax's variance is the difference of two sums; near zero mean that costs it some tens of roundings.
+# Flax's variance is the difference of two sums; near zero mean that costs it some tens of
+# roundings.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 KEY = jax.random.key(0)
 ARGUMENTS = [
@@ -48,10 +49,14 @@ def trained(module, variables, x, **call):
 
     def loss(params, x):
         given = variables | ({"params": params} if "params" in variables else {})
-        y, updates = module.apply(given, x, use_running_average=False, mutable=["batch_stats"], **call)
+        y, updates = module.apply(
+            given, x, use_running_average=False, mutable=["batch_stats"], **call
+        )
         return jnp.sum(jnp.sin(jnp.arange(y.size)).reshape(y.shape) * y), (y, updates)
 
-    grads, (y, updates) = jax.grad(loss, argnums=(0, 1), has_aux=True)(variables.get("params", {}), x)
+    grads, (y, updates) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+        variables.get("params", {}), x
+    )
     return y, updates, grads
 
 
@@ -61,14 +66,21 @@ def evaluated(module, variables, x, **call):
 
 def rounding(*dtypes):
     """What half precision adds to the tolerance: Flax adds up the gradient of x in it, normjax rounds it once."""
-    return max(4 * float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize == 2 else 0.0 for dtype in dtypes)
+    return max(
+        4 * float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize == 2 else 0.0
+        for dtype in dtypes
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "dtype"),
     [(arguments, jnp.float32) for arguments in ARGUMENTS]
-    + [(arguments, jnp.bfloat16) for arguments in ARGUMENTS if not arguments or "dtype" in " ".join(arguments)],
+    + [
+        (arguments, jnp.bfloat16)
+        for arguments in ARGUMENTS
+        if not arguments or "dtype" in " ".join(arguments)
+    ],
 )
 def test_it_is_flaxs_for_every_constructor_argument(rng, arguments, dtype):
     ours, theirs = BatchNorm(**arguments), nn.BatchNorm(**arguments)
@@ -82,7 +94,9 @@ def test_it_is_flaxs_for_every_constructor_argument(rng, arguments, dtype):
     (y, updates, grads), (flax_y, flax_updates, flax_grads) = results
     assert_close(y, flax_y, rtol=1e-5 + half, atol=1e-5 + half)
     assert_trees_close(updates, flax_updates, rtol=1e-5 + half, atol=1e-5 + half)
-    size = max([float(jnp.abs(leaf.astype(jnp.float32)).max()) for leaf in jax.tree.leaves(flax_grads)])
+    size = max(
+        [float(jnp.abs(leaf.astype(jnp.float32)).max()) for leaf in jax.tree.leaves(flax_grads)]
+    )
     assert_trees_close(grads, flax_grads, rtol=1e-4 + half, atol=(1e-5 + half) * max(size, 1))
     y, flax_y = (evaluated(module, variables | updates, x) for module in (ours, theirs))
     assert_close(y, flax_y, rtol=1e-5 + half, atol=1e-5 + half, dtype=flax_y.dtype)
@@ -94,9 +108,15 @@ def test_every_field_and_call_argument_of_flax_is_there_with_its_default():
         assert field.name in ours
         assert ours[field.name].default == field.default, field.name
     positions = [field.name for field in dataclasses.fields(BatchNorm)]
-    wanted = [field.name for field in dataclasses.fields(nn.BatchNorm) if field.name not in ("parent", "name")]
+    wanted = [
+        field.name
+        for field in dataclasses.fields(nn.BatchNorm)
+        if field.name not in ("parent", "name")
+    ]
     assert [name for name in positions if name in wanted] == wanted
-    call, flax_call = (inspect.signature(kind.__call__).parameters for kind in (BatchNorm, nn.BatchNorm))
+    call, flax_call = (
+        inspect.signature(kind.__call__).parameters for kind in (BatchNorm, nn.BatchNorm)
+    )
     assert list(call) == list(flax_call)
     assert [p.default for p in call.values()] == [p.default for p in flax_call.values()]
     assert isinstance(BatchNorm(), nn.BatchNorm)
@@ -104,7 +124,9 @@ def test_every_field_and_call_argument_of_flax_is_there_with_its_default():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_without_float32_reductions_the_running_statistics_have_and_keep_the_dtype_of_parameters(rng, dtype):
+def test_without_float32_reductions_the_running_statistics_have_and_keep_the_dtype_of_parameters(
+    rng, dtype
+):
     arguments = {"param_dtype": jnp.bfloat16, "force_float32_reductions": False}
     x = batch(rng, dtype)
     variables = nn.BatchNorm(**arguments).init(KEY, x, use_running_average=False)
@@ -121,7 +143,10 @@ def test_without_float32_reductions_the_running_statistics_have_and_keep_the_dty
 def test_use_running_average_is_said_once():
     x = jnp.ones((2, 3))
     variables = BatchNorm(use_running_average=True).init(KEY, x)
-    for module, call in ((BatchNorm(), {}), (BatchNorm(use_running_average=True), {"use_running_average": True})):
+    for module, call in (
+        (BatchNorm(), {}),
+        (BatchNorm(use_running_average=True), {"use_running_average": True}),
+    ):
         with pytest.raises(ValueError, match="use_running_average"):
             module.apply(variables, x, **call)
     assert_identical(
@@ -135,7 +160,9 @@ def test_masks_are_flaxs_and_need_not_be_boolean(rng, shape):
     x = batch(rng)
     mask = jnp.asarray(rng.random(shape) < 0.7, jnp.float32)
     variables = nn.BatchNorm().init(KEY, x, use_running_average=False)
-    ours, theirs = (trained(module, variables, x, mask=mask) for module in (BatchNorm(), nn.BatchNorm()))
+    ours, theirs = (
+        trained(module, variables, x, mask=mask) for module in (BatchNorm(), nn.BatchNorm())
+    )
     assert_trees_close(ours, theirs, **CLOSE)
 
 
@@ -153,7 +180,9 @@ def test_init_leaves_the_statistics_at_their_start_and_touches_no_axis(rng):
     module = BatchNorm(use_running_average=False, axis_name="devices", axis_index_groups=[[0], [1]])
     variables = module.init(KEY, 5 + batch(rng))
     assert_identical(variables["batch_stats"], {"mean": jnp.zeros(3), "var": jnp.ones(3)})
-    y = module.clone(use_running_average=None).apply(variables, batch(rng), use_running_average=True)
+    y = module.clone(use_running_average=None).apply(
+        variables, batch(rng), use_running_average=True
+    )
     assert y.shape == (6, 4, 3)
 
 
@@ -164,7 +193,9 @@ def test_statistics_are_shared_over_an_axis_as_in_flax(rng, mapped):
 
     def step(kind):
         module = kind(use_running_average=False, axis_name="i")
-        return mapped(lambda x: module.apply(variables, x, mutable=["batch_stats"]), axis_name="i")(x)
+        return mapped(lambda x: module.apply(variables, x, mutable=["batch_stats"]), axis_name="i")(
+            x
+        )
 
     ours, theirs = step(BatchNorm), step(nn.BatchNorm)
     assert_trees_close(ours, theirs, **CLOSE)
@@ -197,7 +228,10 @@ def test_integers_are_accepted_as_in_flax(rng, dtype):
 def test_the_variance_is_safe_where_flaxs_is_not(rng):
     x = jnp.asarray(rng.normal(1e4, 1, (4096, 3)), jnp.float32)
     variables = BatchNorm().init(KEY, x, use_running_average=True)
-    stds = [np.float64(trained(module, variables, x)[0]).std(0) for module in (BatchNorm(), nn.BatchNorm())]
+    stds = [
+        np.float64(trained(module, variables, x)[0]).std(0)
+        for module in (BatchNorm(), nn.BatchNorm())
+    ]
     assert_close(stds[0], np.ones(3), atol=1e-3)
     assert (np.abs(stds[1] - 1) > 0.1).all()
 
@@ -218,7 +252,9 @@ def test_what_it_has_beyond_flax_is_that_of_the_function(rng):
     assert_identical(variables["batch_stats"]["count"], jnp.int32(0))
     y, updates, _ = trained(module, variables, x)
     assert_identical(updates["batch_stats"]["count"], jnp.int32(1))
-    assert_close(updates["batch_stats"]["var"], np.float64(x).reshape(24, 3).var(0, ddof=1), rtol=1e-5)
+    assert_close(
+        updates["batch_stats"]["var"], np.float64(x).reshape(24, 3).var(0, ddof=1), rtol=1e-5
+    )
     for half in (slice(3), slice(3, 6)):
         assert_close(np.float64(y[half]).mean((0, 1)), np.zeros(3), atol=1e-6)
 
@@ -258,7 +294,9 @@ def test_it_is_flaxs_under_flaxs_transformations(rng, name):
         variables = module.init(KEY, x)
 
         def loss(params, module=module, variables=variables):
-            (y, _), updates = module.apply(variables | {"params": params}, x, mutable=["batch_stats"])
+            (y, _), updates = module.apply(
+                variables | {"params": params}, x, mutable=["batch_stats"]
+            )
             return jnp.sum(jnp.sin(x) * y), (y, updates)
 
         results.append(jax.grad(loss, has_aux=True)(variables["params"]))
@@ -266,7 +304,10 @@ def test_it_is_flaxs_under_flaxs_transformations(rng, name):
 
 
 def test_partitioning_metadata_of_the_initializers_is_kept(rng):
-    module = BatchNorm(use_running_average=True, scale_init=nn.with_partitioning(nn.initializers.ones, ("features",)))
+    module = BatchNorm(
+        use_running_average=True,
+        scale_init=nn.with_partitioning(nn.initializers.ones, ("features",)),
+    )
     variables = module.init(KEY, batch(rng))
     assert isinstance(variables["params"]["scale"], meta.Partitioned)
     assert module.apply(variables, batch(rng)).shape == (6, 4, 3)
@@ -281,7 +322,9 @@ def test_it_trains_in_a_model_with_an_optimizer(rng):
     @jax.jit
     def step(variables, state):
         def loss(params):
-            (y, _), updates = model.apply(variables | {"params": params}, x, mutable=["batch_stats"])
+            (y, _), updates = model.apply(
+                variables | {"params": params}, x, mutable=["batch_stats"]
+            )
             return jnp.mean((y - target) ** 2), updates
 
         (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])

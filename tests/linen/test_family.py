@@ -23,7 +23,8 @@ from tests.compare import (
 )
 
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
-# Flax's variance is the difference of two sums; near zero mean that costs it some tens of roundings.
+# Flax's variance is the difference of two sums; near zero mean that costs it some tens of
+# roundings.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 KEY = jax.random.key(0)
 normal = nn.initializers.normal()
@@ -37,15 +38,28 @@ EVERY = [
     {"param_dtype": BRAIN, "force_float32_reductions": False},
 ]
 SHIFTED = [{"use_bias": False}, {"use_scale": False, "use_bias": False, "bias_init": normal}]
-SMALL = {"reduction_axes": -1, "use_fast_variance": False}  # a fast variance of three values is not one
-AXES = [{"reduction_axes": (1, 2)}, {"feature_axes": (1, -1)}, {"reduction_axes": (0, -1), "feature_axes": (2, 3)}]
+# a fast variance of three values is not one
+SMALL = {"reduction_axes": -1, "use_fast_variance": False}
+AXES = [
+    {"reduction_axes": (1, 2)},
+    {"feature_axes": (1, -1)},
+    {"reduction_axes": (0, -1), "feature_axes": (2, 3)},
+]
 OWN = {
     "LayerNorm": [*SHIFTED, *AXES],
     "RMSNorm": AXES,
-    "GroupNorm": [*SHIFTED, {"group_size": 3, "num_groups": None}, SMALL, {"reduction_axes": (1, -1)}],
+    "GroupNorm": [
+        *SHIFTED,
+        {"group_size": 3, "num_groups": None},
+        SMALL,
+        {"reduction_axes": (1, -1)},
+    ],
     "InstanceNorm": [*SHIFTED, {"feature_axes": (1, -1)}, {"feature_axes": (1, 2, 3)}],
 }
-GRADIENTS = [("LayerNorm", EVERY[4]), ("GroupNorm", {"reduction_axes": (1, -1), "use_scale": False})]
+GRADIENTS = [
+    ("LayerNorm", EVERY[4]),
+    ("GroupNorm", {"reduction_axes": (1, -1), "use_scale": False}),
+]
 ALWAYS = {"GroupNorm": {"num_groups": 2}}
 CASES = [(name, arguments, jnp.float32) for name in OWN for arguments in [*EVERY, *OWN[name]]]
 CASES += [(name, arguments, BRAIN) for name in OWN for arguments in (EVERY[0], EVERY[4])]
@@ -63,7 +77,9 @@ def batch(rng, dtype=np.float32):
 
 def moved(rng, variables):
     """The variables with other values, so that none is 0 or 1."""
-    return jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.uniform(0.2, 0.4, leaf.shape), leaf.dtype), variables)
+    return jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(rng.uniform(0.2, 0.4, leaf.shape), leaf.dtype), variables
+    )
 
 
 def results(module, variables, x, **call):
@@ -96,16 +112,24 @@ def test_its_gradients_are_flaxs(rng, name, arguments):
     (y, grads), (flax_y, flax_grads) = (results(module, variables, x) for module in modules)
     half = rounding(*(arguments.get(kind, x.dtype) for kind in ("dtype", "param_dtype")))
     assert_same_kind((y, grads), (flax_y, flax_grads))
-    assert_trees_close(grads, flax_grads, rtol=1e-4 + half, atol=(1e-5 + half) * largest(flax_grads))
+    assert_trees_close(
+        grads, flax_grads, rtol=1e-4 + half, atol=(1e-5 + half) * largest(flax_grads)
+    )
 
 
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("shape", [(2, 4, 1, 6), (1, 4, 3, 6)], ids=str)
 def test_masks_are_flaxs_and_need_not_be_boolean(rng, name, shape):
-    x, modules = batch(rng), pair(name, **({"reduction_axes": (1, 2, 3)} if name.startswith(("L", "R")) else {}))
-    mask = jnp.asarray(rng.random(shape) < 0.7).at[:, 0].set(True)  # each channel has something that counts
+    x, modules = (
+        batch(rng),
+        pair(name, **({"reduction_axes": (1, 2, 3)} if name.startswith(("L", "R")) else {})),
+    )
+    # each channel has something that counts
+    mask = jnp.asarray(rng.random(shape) < 0.7).at[:, 0].set(True)
     variables, mask = moved(rng, modules[1].init(KEY, x)), mask.astype(jnp.float32)
-    assert_close(*(module.apply(variables, x, mask=mask) for module in modules), rtol=1e-4, atol=1e-4)
+    assert_close(
+        *(module.apply(variables, x, mask=mask) for module in modules), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -126,7 +150,9 @@ def test_every_field_and_call_argument_of_flax_is_there_with_its_default(name):
     assert issubclass(ours, theirs)
     fields = {field.name: field for field in dataclasses.fields(ours)}
     wanted = [field for field in dataclasses.fields(theirs) if field.name not in ("parent", "name")]
-    assert [field for field in fields if field in {field.name for field in wanted}] == [field.name for field in wanted]
+    assert [field for field in fields if field in {field.name for field in wanted}] == [
+        field.name for field in wanted
+    ]
     assert all(fields[field.name].default == field.default for field in wanted)
     call, flax_call = (inspect.signature(kind.__call__).parameters for kind in (ours, theirs))
     assert list(call) == list(flax_call)
@@ -138,18 +164,26 @@ def test_checkpoints_load_both_ways(rng, name):
     x, modules = batch(rng), pair(name)
     for save, load in (modules, modules[::-1]):
         variables = moved(rng, save.init(KEY, x))
-        restored = flax.serialization.from_bytes(load.init(KEY, x), flax.serialization.to_bytes(variables))
+        restored = flax.serialization.from_bytes(
+            load.init(KEY, x), flax.serialization.to_bytes(variables)
+        )
         assert_close(jax.jit(load.apply)(restored, x), jax.jit(save.apply)(variables, x), **CLOSE)
 
 
-@pytest.mark.parametrize(("name", "axis"), [("LayerNorm", -1), ("RMSNorm", -1), ("GroupNorm", 1), ("InstanceNorm", 2)])
+@pytest.mark.parametrize(
+    ("name", "axis"), [("LayerNorm", -1), ("RMSNorm", -1), ("GroupNorm", 1), ("InstanceNorm", 2)]
+)
 def test_statistics_are_shared_over_an_axis_as_in_flax(rng, name, axis):
     x = jnp.asarray(rng.normal(0.5, 1, (2, 4, 4, 8)), jnp.float32)
     parts = jnp.stack(jnp.split(x, 4, axis))
     variables = pair(name)[1].init(KEY, parts[0])
     modules = pair(name, axis_name="i")
-    assert_identical(modules[0].init(KEY, parts[0]), variables)  # no axis is touched at initialization
-    ys = [jax.vmap(lambda x, m=module: m.apply(variables, x), axis_name="i")(parts) for module in modules]
+    # no axis is touched at initialization
+    assert_identical(modules[0].init(KEY, parts[0]), variables)
+    ys = [
+        jax.vmap(lambda x, m=module: m.apply(variables, x), axis_name="i")(parts)
+        for module in modules
+    ]
     assert_close(*ys, **CLOSE)
     whole = pair(name)[0]
     assert_close(jnp.concatenate(ys[0], axis), whole.apply(whole.init(KEY, x), x), **CLOSE)
@@ -158,7 +192,9 @@ def test_statistics_are_shared_over_an_axis_as_in_flax(rng, name, axis):
 @pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "InstanceNorm"])
 def test_the_variance_is_safe_where_flaxs_is_not(rng, name):
     x = jnp.asarray(rng.normal(1e4, 1, (2, 512, 4)), jnp.float32)
-    modules = pair(name, **{"LayerNorm": {"reduction_axes": 1}, "GroupNorm": {"num_groups": 4}}.get(name, {}))
+    modules = pair(
+        name, **{"LayerNorm": {"reduction_axes": 1}, "GroupNorm": {"num_groups": 4}}.get(name, {})
+    )
     variables = modules[1].init(KEY, x)
     stds = [np.float64(module.apply(variables, x)).std(1) for module in modules]
     assert_close(stds[0], np.ones((2, 4)), atol=1e-3)
@@ -192,7 +228,11 @@ def test_one_value_for_a_statistic_gives_the_bias_as_in_flax(name):
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
 def test_complex_numbers_are_flaxs(rng, name):
     x = jnp.asarray(rng.normal(size=(4, 6)) + 1j * rng.normal(size=(4, 6)), jnp.complex64)
-    for arguments, given in (({}, x), ({"param_dtype": jnp.complex64}, x), ({"param_dtype": jnp.complex64}, x.real)):
+    for arguments, given in (
+        ({}, x),
+        ({"param_dtype": jnp.complex64}, x),
+        ({"param_dtype": jnp.complex64}, x.real),
+    ):
         modules = pair(name, **arguments)
         variables = modules[1].init(KEY, given)
         ours, theirs = (module.apply(variables, given) for module in modules)
@@ -202,7 +242,9 @@ def test_complex_numbers_are_flaxs(rng, name):
 def test_the_offset_of_the_scale_is_that_of_the_function(rng):
     x = batch(rng)
     shifted = nj.RMSNorm(scale_offset=1.0, scale_init=nn.initializers.zeros)
-    assert_close(shifted.init_with_output(KEY, x)[0], nn.RMSNorm().init_with_output(KEY, x)[0], **CLOSE)
+    assert_close(
+        shifted.init_with_output(KEY, x)[0], nn.RMSNorm().init_with_output(KEY, x)[0], **CLOSE
+    )
 
 
 REFUSED = [

@@ -19,7 +19,13 @@ CASES = [
     (FRN, {}, nj.filter_response_norm, {"epsilon": 1e-6}, ["scale", "bias", "threshold"]),
     (
         FRN,
-        {"epsilon": 0.1, "learn_epsilon": True, "use_threshold": False, "use_scale": False, "feature_axes": (2, 3)},
+        {
+            "epsilon": 0.1,
+            "learn_epsilon": True,
+            "use_threshold": False,
+            "use_scale": False,
+            "feature_axes": (2, 3),
+        },
         nj.filter_response_norm,
         {"epsilon": 0.1, "feature_axes": (2, 3)},
         ["bias", "epsilon"],
@@ -27,13 +33,27 @@ CASES = [
     (LRN, {}, nj.local_response_norm, {}, []),
     (
         LRN,
-        {"size": 3, "alpha": 0.5, "beta": 0.5, "k": 1.5, "use_scale": True, "use_bias": True, "feature_axes": 1},
+        {
+            "size": 3,
+            "alpha": 0.5,
+            "beta": 0.5,
+            "k": 1.5,
+            "use_scale": True,
+            "use_bias": True,
+            "feature_axes": 1,
+        },
         nj.local_response_norm,
         {"size": 3, "alpha": 0.5, "beta": 0.5, "k": 1.5, "feature_axes": 1},
         ["scale", "bias"],
     ),
     (DYT, {}, nj.dynamic_tanh, {}, ["alpha", "scale", "bias"]),
-    (DYT, {"use_bias": False, "feature_axes": (1, 2)}, nj.dynamic_tanh, {"feature_axes": (1, 2)}, ["alpha", "scale"]),
+    (
+        DYT,
+        {"use_bias": False, "feature_axes": (1, 2)},
+        nj.dynamic_tanh,
+        {"feature_axes": (1, 2)},
+        ["alpha", "scale"],
+    ),
 ]
 
 
@@ -49,7 +69,9 @@ def test_it_is_the_function_of_its_variables(rng, door, arguments, function, opt
     params = {leaf: value + 0.25 for leaf, value in variables.get("params", {}).items()}
     y = module.apply({"params": params}, x)
     assert_identical(y, function(params, {}, x, False, **options)[0])
-    grads = jax.grad(lambda params: jnp.sum(jnp.sin(x) * module.apply({"params": params}, x)))(params)
+    grads = jax.grad(lambda params: jnp.sum(jnp.sin(x) * module.apply({"params": params}, x)))(
+        params
+    )
     assert all((jnp.abs(grad) > 0).any() for grad in grads.values())
 
 
@@ -64,7 +86,10 @@ def test_dtypes_promote_as_in_flax(rng, door):
     ):
         y, variables = door(**arguments, **given).init_with_output(KEY, x)
         assert y.dtype == expected
-        assert all(leaf.dtype == given.get("param_dtype", jnp.float32) for leaf in variables["params"].values())
+        assert all(
+            leaf.dtype == given.get("param_dtype", jnp.float32)
+            for leaf in variables["params"].values()
+        )
     y, _ = door().init_with_output(KEY, jnp.ones((2, 3), jnp.int32))
     assert y.dtype == jnp.float32
 
@@ -73,7 +98,12 @@ def test_initializers_are_used_each_with_a_key_of_its_own(rng):
     inits = {f"{leaf}_init": normal for leaf in ("scale", "bias", "threshold", "epsilon")}
     params = FRN(learn_epsilon=True, **inits).init(KEY, batch(rng))["params"]
     assert len({float(leaf[0]) for leaf in params.values()}) == 4
-    assert float(DYT(alpha_init=nn.initializers.constant(0.125)).init(KEY, batch(rng))["params"]["alpha"]) == 0.125
+    assert (
+        float(
+            DYT(alpha_init=nn.initializers.constant(0.125)).init(KEY, batch(rng))["params"]["alpha"]
+        )
+        == 0.125
+    )
 
 
 def test_masks_and_axis_names_reach_filter_response_norm(rng):
@@ -82,7 +112,8 @@ def test_masks_and_axis_names_reach_filter_response_norm(rng):
     variables = FRN().init(KEY, x)
     expected, _ = nj.filter_response_norm(variables["params"], {}, x, False, mask=mask)
     assert_identical(
-        FRN().apply(variables, jnp.where(mask, x, jnp.nan), mask=mask.astype(jnp.int32)) * mask, expected * mask
+        FRN().apply(variables, jnp.where(mask, x, jnp.nan), mask=mask.astype(jnp.int32)) * mask,
+        expected * mask,
     )
     parts = jnp.stack(jnp.split(x, 2, 1))
     shared = FRN(axis_name="i")
@@ -114,7 +145,9 @@ class TestBatchRenorm:
     def test_without_room_it_is_batch_norm(self, rng):
         x, ours = batch(rng), linen.BatchRenorm(r_max=1.0, d_max=0.0)
         variables = ours.init(KEY, x, use_running_average=False)
-        plain = variables | {"batch_stats": {leaf: variables["batch_stats"][leaf] for leaf in ("mean", "var")}}
+        plain = variables | {
+            "batch_stats": {leaf: variables["batch_stats"][leaf] for leaf in ("mean", "var")}
+        }
         y, updates = self.step(ours, variables, x)
         expected, flax_updates = self.step(nn.BatchNorm(), plain, x)
         assert_close(y, expected, rtol=1e-5, atol=1e-5)
@@ -131,7 +164,9 @@ class TestBatchRenorm:
 
 
 class TestWeightStandardization:
-    @pytest.mark.parametrize("options", [{}, {"scaled": True, "epsilon": 0.1}, {"feature_axes": None}], ids=str)
+    @pytest.mark.parametrize(
+        "options", [{}, {"scaled": True, "epsilon": 0.1}, {"feature_axes": None}], ids=str
+    )
     def test_weights_are_those_of_the_function(self, rng, options):
         x, layer = batch(rng), nn.Conv(5, (2, 2), bias_init=normal)
         norm = linen.WeightStandardization(layer, use_scale=True, **options)
@@ -139,7 +174,9 @@ class TestWeightStandardization:
         own = variables["params"]["layer_instance"]
         scale = variables["params"]["layer_instance/kernel/scale"] * 1.5
         arguments = options | {"feature_axes": () if options.get("feature_axes", 0) is None else -1}
-        kernel, _ = nj.weights.weight_standardization({"scale": scale}, {}, own["kernel"], True, **arguments)
+        kernel, _ = nj.weights.weight_standardization(
+            {"scale": scale}, {}, own["kernel"], True, **arguments
+        )
         params = {"layer_instance": own, "layer_instance/kernel/scale": scale}
         expected = layer.apply({"params": {"kernel": kernel, "bias": own["bias"]}}, x)
         y, updates = norm.apply({"params": params}, x, mutable=True)
@@ -149,7 +186,9 @@ class TestWeightStandardization:
     def test_what_the_filter_leaves_out_and_vectors_stay(self, rng):
         x, layer = batch(rng), nn.Dense(5, bias_init=normal)
         for chosen in ({"bias"}, {"other"}):
-            y, variables = linen.WeightStandardization(layer, variable_filter=chosen).init_with_output(KEY, x)
+            y, variables = linen.WeightStandardization(
+                layer, variable_filter=chosen
+            ).init_with_output(KEY, x)
             assert_close(y, layer.apply({"params": variables["params"]["layer_instance"]}, x))
         norm = linen.WeightStandardization(layer, variable_filter=None, use_scale=True)
         assert set(norm.init(KEY, x)["params"]) == {"layer_instance", "layer_instance/kernel/scale"}
@@ -164,6 +203,8 @@ def test_a_scale_for_each_example_needs_no_door(rng):
 
     x, condition = batch(rng), jnp.asarray(rng.normal(size=(2, 8)), jnp.float32)
     y, variables = Conditioned().init_with_output(KEY, x, condition)
-    scale, bias = jnp.split(nn.Dense(12).apply({"params": variables["params"]["Dense_0"]}, condition), 2, -1)
+    scale, bias = jnp.split(
+        nn.Dense(12).apply({"params": variables["params"]["Dense_0"]}, condition), 2, -1
+    )
     plain, _ = nn.LayerNorm(epsilon=1e-5).init_with_output(KEY, x)
     assert_close(y, plain * (1 + scale)[:, None, None] + bias[:, None, None], rtol=1e-4, atol=1e-5)

@@ -8,7 +8,14 @@ import pytest
 from flax import linen as nn
 
 from normjax import linen as nj
-from tests.compare import assert_close, assert_identical, assert_same_kind, assert_trees_close, rounding, weighted_sum
+from tests.compare import (
+    assert_close,
+    assert_identical,
+    assert_same_kind,
+    assert_trees_close,
+    rounding,
+    weighted_sum,
+)
 
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 KEY = jax.random.key(0)
@@ -42,8 +49,13 @@ SPECTRAL = [
     (conv, {"param_dtype": BRAIN}),
 ]
 CASES = [("WeightNorm", *case, {}) for case in WEIGHT]
-CASES += [("SpectralNorm", *case, {"update_stats": update}) for case in SPECTRAL for update in (True, False)]
-CASES.remove(("SpectralNorm", *SPECTRAL[-1], {"update_stats": True}))  # Flax's state drifts to float32; see below
+CASES += [
+    ("SpectralNorm", *case, {"update_stats": update})
+    for case in SPECTRAL
+    for update in (True, False)
+]
+# Flax's state drifts to float32; see below
+CASES.remove(("SpectralNorm", *SPECTRAL[-1], {"update_stats": True}))
 
 
 class Model(nn.Module):
@@ -56,7 +68,9 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, x, **call):
-        return getattr(self.package, self.norm)(self.layer(), **self.options)(nn.Dense(4)(x), **call)
+        return getattr(self.package, self.norm)(self.layer(), **self.options)(
+            nn.Dense(4)(x), **call
+        )
 
 
 def pair(norm, layer, options):
@@ -75,7 +89,9 @@ def test_it_is_flaxs_for_every_constructor_argument(rng, norm, layer, options, c
     mine = ours.init(KEY, x, **call)
     assert_same_kind(mine, variables)
     assert_trees_close(mine, variables, rtol=1e-5 + half, atol=1e-6 + half)
-    variables = jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.uniform(0.2, 0.4, leaf.shape), leaf.dtype), variables)
+    variables = jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(rng.uniform(0.2, 0.4, leaf.shape), leaf.dtype), variables
+    )
     state = [name for name in variables if name != "params"]
     results = [module.apply(variables, x, mutable=state, **call) for module in (ours, theirs)]
     assert_same_kind(*results)
@@ -92,14 +108,18 @@ def test_its_gradients_are_flaxs(rng, norm, layer, options, call):
     for module in modules:
 
         def loss(params, x, module=module):
-            return weighted_sum(module.apply(variables | {"params": params}, x, mutable=["batch_stats"], **call)[0])
+            return weighted_sum(
+                module.apply(variables | {"params": params}, x, mutable=["batch_stats"], **call)[0]
+            )
 
         grads.append(jax.grad(loss, argnums=(0, 1))(variables["params"], x))
     assert_same_kind(*grads)
     assert_trees_close(*grads, rtol=1e-4 + 4 * half, atol=1e-4 + 4 * half)
 
 
-@pytest.mark.parametrize(("norm", "call"), [("WeightNorm", {}), ("SpectralNorm", {"update_stats": True})])
+@pytest.mark.parametrize(
+    ("norm", "call"), [("WeightNorm", {}), ("SpectralNorm", {"update_stats": True})]
+)
 def test_checkpoints_load_both_ways(rng, norm, call):
     x = batch(rng)
     for save, load in (pair(norm, conv, {}), pair(norm, conv, {})[::-1]):
@@ -114,7 +134,9 @@ def test_checkpoints_load_both_ways(rng, norm, call):
         assert_close(*ys, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("norm", "call"), [("WeightNorm", {}), ("SpectralNorm", {"update_stats": True})])
+@pytest.mark.parametrize(
+    ("norm", "call"), [("WeightNorm", {}), ("SpectralNorm", {"update_stats": True})]
+)
 def test_weights_are_never_overwritten(rng, norm, call):
     x, (ours, theirs) = batch(rng), pair(norm, dense, {})
     variables = jax.tree.map(lambda leaf: 2 * leaf + 0.1, ours.init(KEY, x, **call))
@@ -122,7 +144,12 @@ def test_weights_are_never_overwritten(rng, norm, call):
     assert_identical(updates["params"], variables["params"])
     if norm == "SpectralNorm":
         _, updates = theirs.apply(variables, x, mutable=True, **call)
-        assert np.abs(updates["params"]["Dense_0"]["kernel"] - variables["params"]["Dense_0"]["kernel"]).max() > 0.1
+        assert (
+            np.abs(
+                updates["params"]["Dense_0"]["kernel"] - variables["params"]["Dense_0"]["kernel"]
+            ).max()
+            > 0.1
+        )
 
 
 class Stateful(nn.Module):
@@ -145,7 +172,9 @@ def test_running_statistics_of_the_layer_are_its_own(rng, norm, options, call):
     _, updates = module.apply(variables, x, mutable=["batch_stats"], **call)
     before, after = (tree["batch_stats"]["layer_instance"] for tree in (variables, updates))
     assert_identical(before["BatchNorm_1"], {"mean": jnp.zeros((3, 5)), "var": jnp.ones((3, 5))})
-    assert all((a != b).any() for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True))
+    assert all(
+        (a != b).any() for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
+    )
     names = {*variables["params"], *variables["batch_stats"]} - {"layer_instance"}
     assert not [name for name in names if "mean" in name or "var" in name]
 
@@ -164,7 +193,10 @@ def test_power_iteration_finds_the_largest_singular_value(rng):
     x, module = batch(rng), nj.SpectralNorm(nn.Dense(5, use_bias=False), n_steps=4)
     variables = module.init(KEY, x, update_stats=False)
     kernel = 5 * variables["params"]["layer_instance"]["kernel"]
-    variables = {"params": {"layer_instance": {"kernel": kernel}}, "batch_stats": variables["batch_stats"]}
+    variables = {
+        "params": {"layer_instance": {"kernel": kernel}},
+        "batch_stats": variables["batch_stats"],
+    }
     for _ in range(20):
         w, updates = module.apply(variables, jnp.eye(4), update_stats=True, mutable=["batch_stats"])
         variables |= updates
@@ -183,15 +215,25 @@ def test_weights_that_start_at_zero_are_left_alone_as_in_flax(rng):
         _, updates = module.apply(variables, x, update_stats=True, mutable=["batch_stats"])
         assert_identical(updates["batch_stats"]["layer_instance/kernel/u"], jnp.zeros((1, 5)))
         params = jax.tree.map(lambda leaf: leaf + 7, variables["params"])
-        y, _ = module.apply(updates | {"params": params}, x, update_stats=True, mutable=["batch_stats"])
+        y, _ = module.apply(
+            updates | {"params": params}, x, update_stats=True, mutable=["batch_stats"]
+        )
         assert_identical(y, layer.apply({"params": params["layer_instance"]}, x))
 
 
 def test_weights_far_from_zero_in_half_precision_have_the_norm_they_should():
-    kernel = jnp.full((4096, 1), 3.0, jnp.float16)  # the sum of squares, 36864, is near the largest float16
+    # the sum of squares, 36864, is near the largest float16
+    kernel = jnp.full((4096, 1), 3.0, jnp.float16)
     layer = nn.Dense(1, use_bias=False, param_dtype=jnp.float16)
-    variables = {"params": {"layer_instance": {"kernel": 2 * kernel}, "layer_instance/kernel/scale": jnp.ones(1)}}
-    w = nj.WeightNorm(layer, dtype=jnp.float32).apply(variables, jnp.eye(4096, dtype=jnp.float32)[:8])
+    variables = {
+        "params": {
+            "layer_instance": {"kernel": 2 * kernel},
+            "layer_instance/kernel/scale": jnp.ones(1),
+        }
+    }
+    w = nj.WeightNorm(layer, dtype=jnp.float32).apply(
+        variables, jnp.eye(4096, dtype=jnp.float32)[:8]
+    )
     assert_close(w, np.full((8, 1), 1 / 64), rtol=1e-3)
 
 

@@ -15,7 +15,8 @@ from tests.compare import assert_close, assert_identical, assert_same_kind, asse
 
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 EPS = float(jnp.finfo(jnp.float32).eps)
-# Flax's variance is the difference of two sums; near zero mean that costs it some tens of roundings.
+# Flax's variance is the difference of two sums; near zero mean that costs it some tens of
+# roundings.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 normal = nnx.initializers.normal()
 ARGUMENTS = [
@@ -49,7 +50,10 @@ def batch(rng, arguments, dtype=np.float32):
 
 
 def states(module):
-    return {str(kind.__name__): nnx.to_pure_dict(nnx.state(module, kind)) for kind in (nnx.Param, nnx.BatchStat)}
+    return {
+        str(kind.__name__): nnx.to_pure_dict(nnx.state(module, kind))
+        for kind in (nnx.Param, nnx.BatchStat)
+    }
 
 
 def trained(module, x, **call):
@@ -65,24 +69,40 @@ def trained(module, x, **call):
 
 def rounding(*dtypes):
     """What half precision adds to the tolerance."""
-    return max(8 * float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize == 2 else 0.0 for dtype in dtypes)
+    return max(
+        8 * float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize == 2 else 0.0
+        for dtype in dtypes
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "dtype"),
     [(arguments, jnp.float32) for arguments in ARGUMENTS]
-    + [(arguments, jnp.bfloat16) for arguments in ARGUMENTS if not arguments or "dtype" in " ".join(arguments)],
+    + [
+        (arguments, jnp.bfloat16)
+        for arguments in ARGUMENTS
+        if not arguments or "dtype" in " ".join(arguments)
+    ],
 )
 def test_it_is_flaxs_for_every_constructor_argument(rng, arguments, dtype):
     modules, x = pair(**arguments), batch(rng, arguments, dtype)
     assert_identical(*map(states, modules))
     (y, state, grads), (flax_y, flax_state, flax_grads) = (trained(module, x) for module in modules)
     assert_same_kind((y, state, grads), (flax_y, flax_state, flax_grads))
-    # Flax rounds x, the statistics and the parameters to the compute dtype before it uses them; normjax rounds y only.
+    # Flax rounds x, the statistics and the parameters to the compute dtype before it uses them;
+    # normjax rounds y only.
     half = rounding(x.dtype, *(arguments.get(name, x.dtype) for name in ("dtype", "param_dtype")))
     assert_close(y, flax_y, rtol=1e-5 + half, atol=1e-5 + half)
     assert_trees_close(state, flax_state, rtol=1e-5 + half, atol=1e-5 + half)
-    size = max([1.0, *(float(jnp.abs(leaf.astype(jnp.float32)).max()) for leaf in jax.tree.leaves(flax_grads))])
+    size = max(
+        [
+            1.0,
+            *(
+                float(jnp.abs(leaf.astype(jnp.float32)).max())
+                for leaf in jax.tree.leaves(flax_grads)
+            ),
+        ]
+    )
     assert_trees_close(grads, flax_grads, rtol=1e-4 + half, atol=(1e-5 + half) * size)
     y, flax_y = (module(x, use_running_average=True) for module in modules)
     assert_close(y, flax_y, rtol=1e-5 + half, atol=1e-5 + half, dtype=flax_y.dtype)
@@ -90,7 +110,10 @@ def test_it_is_flaxs_for_every_constructor_argument(rng, arguments, dtype):
 
 def test_every_argument_of_flax_is_there_with_its_default():
     for method in ("__init__", "__call__"):
-        ours, theirs = (inspect.signature(getattr(kind, method)).parameters for kind in (BatchNorm, nnx.BatchNorm))
+        ours, theirs = (
+            inspect.signature(getattr(kind, method)).parameters
+            for kind in (BatchNorm, nnx.BatchNorm)
+        )
         assert [name for name in ours if name in theirs] == list(theirs)
         for name, parameter in theirs.items():
             assert ours[name].kind == parameter.kind
@@ -151,7 +174,9 @@ def test_statistics_are_shared_over_an_axis_as_in_flax(rng, mapped):
         norm = kind(3, axis_name="i", rngs=nnx.Rngs(0))
         return norm(x), states(norm)
 
-    ours, theirs = (mapped(partial(per_device, kind), axis_name="i")(x) for kind in (BatchNorm, nnx.BatchNorm))
+    ours, theirs = (
+        mapped(partial(per_device, kind), axis_name="i")(x) for kind in (BatchNorm, nnx.BatchNorm)
+    )
     assert_trees_close(ours, theirs, **CLOSE)
     whole = pair()[0]
     assert_close(ours[0].reshape(24, 3), whole(x.reshape(24, 3)), **CLOSE)
@@ -173,7 +198,12 @@ def test_bfloat16_keeps_its_digits_at_evaluation():
     # 1003 is no bfloat16 (1004 is): rounding x first gives 4.
     for x, dtype in ((jnp.float32(1003), jnp.bfloat16), (jnp.bfloat16(1004), None)):
         norm = BatchNorm(
-            1, use_running_average=True, epsilon=0.0, dtype=dtype, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+            1,
+            use_running_average=True,
+            epsilon=0.0,
+            dtype=dtype,
+            param_dtype=jnp.bfloat16,
+            rngs=nnx.Rngs(0),
         )
         norm.mean[...] = jnp.full(1, 1000.0 if dtype else 1001.0)
         assert_close(norm(jnp.full((1, 1), x)).astype(jnp.float32), np.full((1, 1), 3.0))
@@ -204,7 +234,9 @@ def test_frozen_layers_keep_their_statistics_and_train_scale_and_bias(rng):
 
 def test_what_it_has_beyond_flax_is_that_of_the_function(rng):
     x = batch(rng, {})
-    norm = BatchNorm(3, momentum=None, running_var="unbiased", virtual_batch_size=3, rngs=nnx.Rngs(0))
+    norm = BatchNorm(
+        3, momentum=None, running_var="unbiased", virtual_batch_size=3, rngs=nnx.Rngs(0)
+    )
     y = norm(x)
     assert isinstance(norm.count, nnx.BatchStat)
     assert_identical(norm.count[...], jnp.int32(1))
@@ -261,7 +293,9 @@ def test_it_works_under_vmap_scan_and_remat_of_nnx(rng):
     assert_close(norms.mean[...], jnp.stack([single.mean[...]] * 2), **CLOSE)
 
     norms = make(nnx.Rngs(0).split(2))
-    scanned = nnx.scan(lambda x, norm: norm(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, norms)
+    scanned = nnx.scan(lambda x, norm: norm(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+        x, norms
+    )
     assert_close(scanned, ys[0], atol=1e-4)  # y has mean 0 and variance 1 already
 
     rematted = BatchNorm(3, momentum=0.5, rngs=nnx.Rngs(0))

@@ -22,7 +22,8 @@ from tests.compare import (
 )
 
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
-# Flax's variance is the difference of two sums; near zero mean that costs it some tens of roundings.
+# Flax's variance is the difference of two sums; near zero mean that costs it some tens of
+# roundings.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 normal = nnx.initializers.normal()
 HALF, BRAIN = jnp.float16, jnp.bfloat16
@@ -84,7 +85,9 @@ def test_it_is_flaxs_for_every_constructor_argument(rng, name, arguments, dtype)
 def test_its_gradients_are_flaxs(rng, name, arguments):
     modules, x = pair(name, **arguments), batch(rng)
     loss = lambda module, x: weighted_sum(module(x))  # noqa: E731
-    (grads, dx), (flax_grads, flax_dx) = (nnx.grad(loss, argnums=(0, 1))(module, x) for module in modules)
+    (grads, dx), (flax_grads, flax_dx) = (
+        nnx.grad(loss, argnums=(0, 1))(module, x) for module in modules
+    )
     ours, theirs = (nnx.to_pure_dict(grads), dx), (nnx.to_pure_dict(flax_grads), flax_dx)
     half = rounding(*(arguments.get(kind, x.dtype) for kind in ("dtype", "param_dtype")))
     assert_same_kind(ours, theirs)
@@ -117,7 +120,9 @@ def test_every_argument_of_flax_is_there_with_its_default(name):
     ours, theirs = getattr(nj, name), getattr(nnx, name)
     assert issubclass(ours, theirs)
     for method in ("__init__", "__call__"):
-        mine, flaxs = (inspect.signature(getattr(kind, method)).parameters for kind in (ours, theirs))
+        mine, flaxs = (
+            inspect.signature(getattr(kind, method)).parameters for kind in (ours, theirs)
+        )
         assert [argument for argument in mine if argument in flaxs] == list(flaxs)
         for argument, parameter in flaxs.items():
             assert mine[argument].kind == parameter.kind
@@ -136,11 +141,16 @@ def test_state_moves_both_ways(rng, name):
             assert_close(nnx.jit(lambda norm, x: norm(x))(receiver, x), giver(x), **CLOSE)
 
 
-@pytest.mark.parametrize(("name", "axis"), [("LayerNorm", -1), ("RMSNorm", -1), ("GroupNorm", 1), ("InstanceNorm", 2)])
+@pytest.mark.parametrize(
+    ("name", "axis"), [("LayerNorm", -1), ("RMSNorm", -1), ("GroupNorm", 1), ("InstanceNorm", 2)]
+)
 def test_statistics_are_shared_over_an_axis_as_in_flax(rng, name, axis):
     x = jnp.asarray(rng.normal(0.5, 1, (2, 4, 4, 8)), jnp.float32)
     parts = jnp.stack(jnp.split(x, 4, axis))
-    ys = [jax.vmap(norm, axis_name="i")(parts) for norm in pair(name, axis_name="i", num_features=parts.shape[-1])]
+    ys = [
+        jax.vmap(norm, axis_name="i")(parts)
+        for norm in pair(name, axis_name="i", num_features=parts.shape[-1])
+    ]
     assert_close(*ys, **CLOSE)
     assert_close(jnp.concatenate(ys[0], axis), pair(name, num_features=8)[0](x), **CLOSE)
 
@@ -198,7 +208,9 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "arguments", "match"), REFUSED)
 def test_what_does_not_fit_is_refused(rng, name, arguments, match):
     with pytest.raises(ValueError, match=match):
-        getattr(nj, name)(**{"num_features": 6} | ALWAYS.get(name, {}) | arguments, rngs=nnx.Rngs(0))(batch(rng))
+        getattr(nj, name)(
+            **{"num_features": 6} | ALWAYS.get(name, {}) | arguments, rngs=nnx.Rngs(0)
+        )(batch(rng))
 
 
 def test_the_metadata_of_the_variables_are_flaxs():

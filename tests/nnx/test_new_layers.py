@@ -13,10 +13,22 @@ pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 normal = nnx.initializers.normal()
 # name, arguments, function, its arguments, leaves; of several feature axes the sizes are 3 and 6
 CASES = [
-    ("FilterResponseNorm", {}, nj.filter_response_norm, {"epsilon": 1e-6}, ["scale", "bias", "threshold"]),
     (
         "FilterResponseNorm",
-        {"epsilon": 0.1, "learn_epsilon": True, "use_threshold": False, "use_scale": False, "feature_axes": (2, 3)},
+        {},
+        nj.filter_response_norm,
+        {"epsilon": 1e-6},
+        ["scale", "bias", "threshold"],
+    ),
+    (
+        "FilterResponseNorm",
+        {
+            "epsilon": 0.1,
+            "learn_epsilon": True,
+            "use_threshold": False,
+            "use_scale": False,
+            "feature_axes": (2, 3),
+        },
         nj.filter_response_norm,
         {"epsilon": 0.1, "feature_axes": (2, 3)},
         ["bias", "epsilon"],
@@ -70,7 +82,14 @@ def test_dtypes_promote_as_in_flax(rng, name):
         ({}, jnp.float32),
         ({"param_dtype": jnp.bfloat16}, jnp.bfloat16),
         ({"dtype": jnp.float16}, jnp.float16),
-        ({"promote_dtype": lambda arrays, dtype: nnx.nn.dtypes.promote_dtype(arrays, dtype=jnp.float16)}, jnp.float16),
+        (
+            {
+                "promote_dtype": lambda arrays, dtype: nnx.nn.dtypes.promote_dtype(
+                    arrays, dtype=jnp.float16
+                )
+            },
+            jnp.float16,
+        ),
     ):
         norm = make(6, use_scale=True, use_bias=True, **given, rngs=nnx.Rngs(0))
         assert norm(x).dtype == expected
@@ -80,7 +99,9 @@ def test_dtypes_promote_as_in_flax(rng, name):
 
 def test_initializers_are_used_each_with_a_key_of_its_own():
     inits = {f"{leaf}_init": normal for leaf in ("scale", "bias", "threshold", "epsilon")}
-    norm = nj.nnx.FilterResponseNorm(1, learn_epsilon=True, **inits, metadata={"tag": "x"}, rngs=nnx.Rngs(0))
+    norm = nj.nnx.FilterResponseNorm(
+        1, learn_epsilon=True, **inits, metadata={"tag": "x"}, rngs=nnx.Rngs(0)
+    )
     variables = [norm.scale, norm.bias, norm.threshold, norm.epsilon]
     assert len({float(variable[0]) for variable in variables}) == 4
     assert {variable.tag for variable in variables} == {"x"}
@@ -90,8 +111,12 @@ def test_initializers_are_used_each_with_a_key_of_its_own():
 
 def test_masks_and_axis_names_reach_filter_response_norm(rng):
     x, mask = batch(rng), jnp.asarray(rng.random((2, 4, 3, 1)) < 0.7)
-    norm, shared = (nj.nnx.FilterResponseNorm(6, axis_name=name, rngs=nnx.Rngs(0)) for name in (None, "i"))
-    expected, _ = nj.filter_response_norm(nj.filter_response_norm_init(6)[0], {}, x, False, mask=mask)
+    norm, shared = (
+        nj.nnx.FilterResponseNorm(6, axis_name=name, rngs=nnx.Rngs(0)) for name in (None, "i")
+    )
+    expected, _ = nj.filter_response_norm(
+        nj.filter_response_norm_init(6)[0], {}, x, False, mask=mask
+    )
     y = norm(jnp.where(mask, x, jnp.nan), mask=mask.astype(jnp.int32))
     assert_identical(y * mask, expected * mask)
     ys = jax.vmap(shared, axis_name="i")(jnp.stack(jnp.split(x, 2, 1)))
@@ -104,7 +129,9 @@ def test_batch_renorm_is_the_function_of_its_variables(rng):
     assert_identical(nnx.to_pure_dict(nnx.state(norm, nnx.BatchStat)), batch_stats)
     for _ in range(3):
         x = batch(rng)
-        y, batch_stats = nj.batch_renorm(params, batch_stats, x, True, r_max=1.5, d_max=0.5, momentum=0.9)
+        y, batch_stats = nj.batch_renorm(
+            params, batch_stats, x, True, r_max=1.5, d_max=0.5, momentum=0.9
+        )
         assert_identical(nnx.jit(lambda norm, x: norm(x))(norm, x), y)
         assert_identical(nnx.to_pure_dict(nnx.state(norm, nnx.BatchStat)), batch_stats)
     assert int(norm.count[...]) == 3
@@ -115,7 +142,10 @@ def test_batch_renorm_is_the_function_of_its_variables(rng):
 
 def test_without_room_batch_renorm_is_flaxs_batch_norm(rng):
     x = batch(rng)
-    ours, theirs = nj.nnx.BatchRenorm(6, r_max=1.0, d_max=0.0, rngs=nnx.Rngs(0)), nnx.BatchNorm(6, rngs=nnx.Rngs(0))
+    ours, theirs = (
+        nj.nnx.BatchRenorm(6, r_max=1.0, d_max=0.0, rngs=nnx.Rngs(0)),
+        nnx.BatchNorm(6, rngs=nnx.Rngs(0)),
+    )
     assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
     for leaf in ("mean", "var"):
         assert_close(getattr(ours, leaf)[...], getattr(theirs, leaf)[...], rtol=1e-5, atol=1e-6)
@@ -123,6 +153,8 @@ def test_without_room_batch_renorm_is_flaxs_batch_norm(rng):
 
 def test_schedules_go_by_the_count(rng):
     x = 10 + batch(rng)
-    norm = nj.nnx.BatchRenorm(6, r_max=1.0, d_max=lambda count: jnp.where(count < 1, 0.0, 5.0), rngs=nnx.Rngs(0))
+    norm = nj.nnx.BatchRenorm(
+        6, r_max=1.0, d_max=lambda count: jnp.where(count < 1, 0.0, 5.0), rngs=nnx.Rngs(0)
+    )
     first, second = norm(x), norm(x)
     assert abs(float(first.mean())) < 1e-4 < 4 < float(second.mean())

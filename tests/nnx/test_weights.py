@@ -9,7 +9,14 @@ from flax import linen, nnx
 
 import normjax
 from normjax import nnx as nj
-from tests.compare import assert_close, assert_identical, assert_same_kind, assert_trees_close, rounding, weighted_sum
+from tests.compare import (
+    assert_close,
+    assert_identical,
+    assert_same_kind,
+    assert_trees_close,
+    rounding,
+    weighted_sum,
+)
 
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -34,9 +41,18 @@ WEIGHT = [
     (dense, {"variable_filter": nnx.Param}),
     (conv, {"feature_axes": (0, -1), "dtype": HALF}),
 ]
-SPECTRAL = [(dense, {}), (dense, {"n_steps": 3, "epsilon": 1e-7}), (dense, {"n_steps": 0}), (conv, {"dtype": HALF})]
+SPECTRAL = [
+    (dense, {}),
+    (dense, {"n_steps": 3, "epsilon": 1e-7}),
+    (dense, {"n_steps": 0}),
+    (conv, {"dtype": HALF}),
+]
 CASES = [("WeightNorm", *case) for case in WEIGHT]
-CASES += [("SpectralNorm", layer, options | {"update_stats": u}) for layer, options in SPECTRAL for u in (True, False)]
+CASES += [
+    ("SpectralNorm", layer, options | {"update_stats": u})
+    for layer, options in SPECTRAL
+    for u in (True, False)
+]
 
 
 def wrap(package, name, layer=dense, **options):
@@ -61,7 +77,9 @@ def test_it_is_flaxs_for_every_constructor_argument(rng, name, layer, options):
     assert_close(ours(x), flax_y, rtol=1e-5 + half, atol=1e-5 + half, dtype=flax_y.dtype)
     assert_identical(values(ours)["layer_instance"], before)
     if name == "SpectralNorm":
-        assert_trees_close(values(ours).get("batch_stats"), values(theirs).get("batch_stats"), **CLOSE)
+        assert_trees_close(
+            values(ours).get("batch_stats"), values(theirs).get("batch_stats"), **CLOSE
+        )
 
 
 @pytest.mark.slow
@@ -70,7 +88,9 @@ def test_its_gradients_are_flaxs(rng, name, layer, options):
     x, half = batch(rng), rounding(HALF) if "dtype" in options else 0.0
     modules = [wrap(package, name, layer, **options) for package in (nj, nnx)]
     loss = lambda module: weighted_sum(module(x))  # noqa: E731
-    grads, flax_grads = (nnx.to_pure_dict(nnx.grad(loss)(module))["layer_instance"] for module in modules)
+    grads, flax_grads = (
+        nnx.to_pure_dict(nnx.grad(loss)(module))["layer_instance"] for module in modules
+    )
     assert_same_kind(grads, flax_grads)
     assert_trees_close(grads, flax_grads, rtol=1e-4 + half, atol=1e-4 + 4 * half)
 
@@ -85,7 +105,9 @@ def test_state_moves_both_ways(rng, name):
         assert_close(taker(x), giver(x), **CLOSE)
 
 
-@pytest.mark.parametrize(("name", "call"), [("WeightNorm", {}), ("SpectralNorm", {"update_stats": True})])
+@pytest.mark.parametrize(
+    ("name", "call"), [("WeightNorm", {}), ("SpectralNorm", {"update_stats": True})]
+)
 def test_training_is_that_of_linen(rng, name, call):
     x, target = batch(rng), jnp.asarray(rng.normal(size=(2, 3, 5)), jnp.float32)
     module = getattr(linen, name)(linen.Dense(5))
@@ -100,13 +122,19 @@ def test_training_is_that_of_linen(rng, name, call):
         grads = nnx.grad(lambda norm: jnp.mean((norm(x) - target) ** 2))(norm)
         optimizer.update(norm, grads)
 
-        def loss(params):
-            y, updates = module.apply(variables | {"params": params}, x, mutable=["batch_stats"], **call)  # noqa: B023
+        def loss(params, rest=variables):
+            y, updates = module.apply(rest | {"params": params}, x, mutable=["batch_stats"], **call)
             return jnp.mean((y - target) ** 2), updates
 
         grads, updates = jax.grad(loss, has_aux=True)(variables["params"])
-        variables = variables | updates | {"params": jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], grads)}
-    assert_trees_close(values(norm)["layer_instance"], variables["params"]["layer_instance"], **CLOSE)
+        variables = (
+            variables
+            | updates
+            | {"params": jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], grads)}
+        )
+    assert_trees_close(
+        values(norm)["layer_instance"], variables["params"]["layer_instance"], **CLOSE
+    )
     if name == "WeightNorm":
         scale = norm.scales["kernel",]
         assert isinstance(scale, nnx.Param)
@@ -176,7 +204,9 @@ class Stateful(nnx.Module):
         return self.dropout(self.norm(self.linear(x)))
 
 
-@pytest.mark.parametrize(("name", "jit"), [("WeightNorm", True), *((name, False) for name in WRAPPERS)])
+@pytest.mark.parametrize(
+    ("name", "jit"), [("WeightNorm", True), *((name, False) for name in WRAPPERS)]
+)
 def test_what_the_layer_updates_is_updated(rng, name, jit):
     x, norm = batch(rng), wrap(nj, name, Stateful)
     kernel = norm.layer_instance.linear.kernel[...]
@@ -214,9 +244,17 @@ def test_train_and_eval_choose_and_the_call_overrules_them(rng):
     norm(x)
     norm.eval()
     after = values(norm)
-    assert jnp.abs(after["batch_stats"]["kernel", "u"] - before["batch_stats"]["kernel", "u"]).max() > 0.01
+    assert (
+        jnp.abs(after["batch_stats"]["kernel", "u"] - before["batch_stats"]["kernel", "u"]).max()
+        > 0.01
+    )
     norm(x, True)
-    assert jnp.abs(values(norm)["batch_stats"]["kernel", "u"] - after["batch_stats"]["kernel", "u"]).max() > 0
+    assert (
+        jnp.abs(
+            values(norm)["batch_stats"]["kernel", "u"] - after["batch_stats"]["kernel", "u"]
+        ).max()
+        > 0
+    )
 
 
 def test_what_does_not_fit_is_refused_as_in_flax(rng):
@@ -233,12 +271,19 @@ def test_what_does_not_fit_is_refused_as_in_flax(rng):
         wrap(nj, "WeightNorm", feature_axes=2, use_scale=False)(batch(rng))
 
 
-@pytest.mark.parametrize("options", [{}, {"scaled": True, "epsilon": 0.1}, {"feature_axes": None}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"scaled": True, "epsilon": 0.1}, {"feature_axes": None}], ids=str
+)
 def test_weight_standardization_is_the_function_of_its_variables(rng, options):
-    x, norm = batch(rng), wrap(nj, "WeightStandardization", conv, use_scale=True, scale_init=normal, **options)
+    x, norm = (
+        batch(rng),
+        wrap(nj, "WeightStandardization", conv, use_scale=True, scale_init=normal, **options),
+    )
     scale, layer = norm.scales["kernel",], norm.layer_instance
     arguments = options | {"feature_axes": () if "feature_axes" in options else -1}
-    w, _ = normjax.weights.weight_standardization({"scale": scale[...]}, {}, layer.kernel[...], True, **arguments)
+    w, _ = normjax.weights.weight_standardization(
+        {"scale": scale[...]}, {}, layer.kernel[...], True, **arguments
+    )
     plain = conv(nnx.Rngs(0))
     plain.kernel[...] = w
     assert isinstance(scale, nnx.Param)

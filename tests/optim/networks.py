@@ -55,5 +55,7 @@ def path(optimizer, params, steps, *, state=None, loss=loss):
 
     data = jax.tree.map(lambda *each: jnp.stack(each), *[batch(seed) for seed in range(steps)])
     dtype = jax.tree.leaves(params)[0].dtype
-    (params, state), losses = jax.lax.scan(step, (params, state), jax.tree.map(lambda d: d.astype(dtype), data))
+    (params, state), losses = jax.lax.scan(
+        step, (params, state), jax.tree.map(lambda d: d.astype(dtype), data)
+    )
     return losses, params, state

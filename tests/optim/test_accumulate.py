@@ -53,7 +53,9 @@ def train(optimizer, statistics, params, batch_stats, data, loss=loss):
 def merged(data, old, momentum=0.9, running_var="biased", mask=None):
     """What the issue asks for, said with the public functions."""
     masks = [None] * len(data) if mask is None else mask
-    seen = [nj.moments(x, tuple(range(x.ndim - 1)), mask=m) for x, m in zip(data, masks, strict=True)]
+    seen = [
+        nj.moments(x, tuple(range(x.ndim - 1)), mask=m) for x, m in zip(data, masks, strict=True)
+    ]
     total = seen[0]
     for moments in seen[1:]:
         total = nj.merge_moments(total, moments)
@@ -63,11 +65,15 @@ def merged(data, old, momentum=0.9, running_var="biased", mask=None):
 def test_statistics_move_once_per_step_by_the_merged_moments():
     params, batch_stats = start()
     data = microbatches(2)
-    _, after = train(optax.MultiSteps(optax.sgd(0.1), K), accumulate(momentum=0.9), params, batch_stats, data)
+    _, after = train(
+        optax.MultiSteps(optax.sgd(0.1), K), accumulate(momentum=0.9), params, batch_stats, data
+    )
     first = merged(data[:K], batch_stats)
     second = merged(data[K:], first)
     for i, expected in enumerate([batch_stats] * (K - 1) + [first] * K + [second]):
-        assert_trees_close(jax.tree.map(lambda leaf, i=i: leaf[i], after), expected, rtol=2e-6, atol=1e-6)
+        assert_trees_close(
+            jax.tree.map(lambda leaf, i=i: leaf[i], after), expected, rtol=2e-6, atol=1e-6
+        )
     _, whole = loss(params, batch_stats, data[:K].reshape(-1, 5))
     assert_trees_close(first, whole, rtol=2e-6, atol=1e-6)
 
@@ -118,7 +124,9 @@ def test_masks_that_differ_by_feature(running_var):
     statistics = accumulate(momentum=0.9, running_var=running_var)
     optimizer = optax.MultiSteps(optax.sgd(0.1), K)
     (_, after, *_), _ = train(optimizer, statistics, params, batch_stats, (data, mask), moments)
-    assert_trees_close(after, merged(data, batch_stats, running_var=running_var, mask=mask), rtol=1e-6, atol=1e-6)
+    assert_trees_close(
+        after, merged(data, batch_stats, running_var=running_var, mask=mask), rtol=1e-6, atol=1e-6
+    )
     assert after["mean"][4] == batch_stats["mean"][4]
 
 
@@ -134,7 +142,9 @@ def test_microbatches_of_unequal_sizes_and_empty_ones():
         _, new = nj.batch_norm(params, after, x, train=True, momentum=0.9, mask=mask)
         _, state = optimizer.update(params, state, params)
         after, seen = jax.jit(statistics.update)(new, seen, after, state, count=jnp.sum(mask))
-    masks = [jnp.broadcast_to(jnp.arange(MICROBATCH)[:, None] < size, data[0].shape) for size in sizes]
+    masks = [
+        jnp.broadcast_to(jnp.arange(MICROBATCH)[:, None] < size, data[0].shape) for size in sizes
+    ]
     assert_trees_close(after, merged(data, batch_stats, mask=masks), rtol=2e-6, atol=1e-6)
 
 
@@ -146,7 +156,12 @@ def test_a_cumulative_mean_counts_each_step_once():
         return loss(params, batch_stats, x, momentum=None)
 
     (_, after, *_), _ = train(
-        optax.MultiSteps(optax.sgd(0.1), K), accumulate(momentum=None), params, batch_stats, data, cumulative
+        optax.MultiSteps(optax.sgd(0.1), K),
+        accumulate(momentum=None),
+        params,
+        batch_stats,
+        data,
+        cumulative,
     )
     expected = batch_stats
     for step in range(3):
@@ -186,7 +201,9 @@ def test_schedules_of_the_number_of_microbatches():
 def test_the_state_of_multi_steps_is_found_inside_others():
     params, batch_stats = start()
     data = microbatches()
-    inside = optax.chain(optax.clip(1.0), optax.MultiSteps(optax.adam(0.1), K).gradient_transformation())
+    inside = optax.chain(
+        optax.clip(1.0), optax.MultiSteps(optax.adam(0.1), K).gradient_transformation()
+    )
     (_, after, *_), _ = train(inside, accumulate(momentum=0.9), params, batch_stats, data)
     assert_trees_close(after, merged(data, batch_stats), rtol=2e-6, atol=1e-6)
 
@@ -195,7 +212,9 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nj.linen.BatchNorm(use_running_average=False, momentum=0.9, name="outer")(x)
-        x = nj.linen.SpectralNorm(nn.Conv(4, (3, 3)), error_on_non_matrix=False, name="sn")(x, update_stats=True)
+        x = nj.linen.SpectralNorm(nn.Conv(4, (3, 3)), error_on_non_matrix=False, name="sn")(
+            x, update_stats=True
+        )
         return nj.linen.BatchNorm(use_running_average=False, momentum=0.9, name="inner")(x)
 
 
@@ -206,12 +225,16 @@ def test_linen():
     variables = Net().init(jax.random.key(0), data[0])
 
     def apply(params, batch_stats, x):
-        y, updates = Net().apply({"params": params, "batch_stats": batch_stats}, x, mutable=["batch_stats"])
+        y, updates = Net().apply(
+            {"params": params, "batch_stats": batch_stats}, x, mutable=["batch_stats"]
+        )
         return jnp.mean(y**3), updates["batch_stats"]
 
     old = variables["batch_stats"]
     optimizer = optax.MultiSteps(optax.sgd(0.0), K)
-    (_, after, *_), path = train(optimizer, accumulate(momentum=0.9), variables["params"], old, data, apply)
+    (_, after, *_), path = train(
+        optimizer, accumulate(momentum=0.9), variables["params"], old, data, apply
+    )
     assert_same_kind(after, old)
     assert_trees_close(after["outer"], merged(data, old["outer"]), rtol=2e-6, atol=1e-6)
     assert_trees_close(jax.tree.map(lambda leaf: leaf[-2], path), old)
@@ -282,7 +305,9 @@ def test_under_shard_map_statistics_stay_replicated():
     whole = jax.P()
 
     @jax.jit
-    @jax.shard_map(mesh=mesh, in_specs=(whole, whole, whole, jax.P("data")), out_specs=(whole, whole, whole))
+    @jax.shard_map(
+        mesh=mesh, in_specs=(whole, whole, whole, jax.P("data")), out_specs=(whole, whole, whole)
+    )
     def step(batch_stats, state, seen, x):
         _, new = nj.batch_norm(params, batch_stats, x, train=True, momentum=0.9, axis_name="data")
         _, state = optimizer.update(params, state, params)
@@ -290,7 +315,9 @@ def test_under_shard_map_statistics_stay_replicated():
 
     seen, after = statistics.init(batch_stats, state), batch_stats
     for x in data:
-        after, seen, state = step(after, state, seen, jax.device_put(x, jax.NamedSharding(mesh, jax.P("data"))))
+        after, seen, state = step(
+            after, state, seen, jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+        )
     assert_trees_close(after, merged(data, batch_stats), rtol=2e-6, atol=1e-6)
 
 
@@ -321,12 +348,32 @@ NAN = {"norm": start()[1] | {"var": jnp.full(5, jnp.nan)}}
     ("settings", "new", "message"),
     [
         ({}, {}, r"new lacks statistics that batch_stats has.*nothing at new\['norm'\]"),
-        ({}, {"norm": start()[1], "more": start()[1]}, r"batch_stats lacks.*nothing at batch_stats\['more'\]"),
+        (
+            {},
+            {"norm": start()[1], "more": start()[1]},
+            r"batch_stats lacks.*nothing at batch_stats\['more'\]",
+        ),
         ({}, {"norm": nj.batch_norm_init(4)[1]}, r"new\['norm'\] does not fit.*\(4,\).*\(5,\)"),
-        ({}, {"norm": nj.Moments(1, jnp.ones(4), jnp.ones(4))}, r"new\['norm'\] does not fit.*\(4,\).*\(5,\)"),
-        ({}, {"norm": {"mean": jnp.ones(5)}}, r"more or less than a layer's.*new\['norm'\]\['mean'\]"),
-        ({}, {"norm": start()[1] | {"median": jnp.ones(5)}}, r"new\['norm'\] with \['mean', 'median', 'var'\]"),
-        ({"running_var": "unbiased"}, {"norm": start()[1]}, r"does not tell of how many.*new\['norm'\].*Moments"),
+        (
+            {},
+            {"norm": nj.Moments(1, jnp.ones(4), jnp.ones(4))},
+            r"new\['norm'\] does not fit.*\(4,\).*\(5,\)",
+        ),
+        (
+            {},
+            {"norm": {"mean": jnp.ones(5)}},
+            r"more or less than a layer's.*new\['norm'\]\['mean'\]",
+        ),
+        (
+            {},
+            {"norm": start()[1] | {"median": jnp.ones(5)}},
+            r"new\['norm'\] with \['mean', 'median', 'var'\]",
+        ),
+        (
+            {"running_var": "unbiased"},
+            {"norm": start()[1]},
+            r"does not tell of how many.*new\['norm'\].*Moments",
+        ),
         ({"momentum": None}, {"norm": start()[1]}, r"count of batches is missing.*new\['norm'\]"),
     ],
 )
@@ -340,10 +387,15 @@ def test_trees_that_do_not_fit_are_refused_by_their_path(settings, new, message)
 def test_statistics_that_are_not_finite_are_refused_by_their_path():
     batch_stats, state = setting()
     statistics = accumulate()
-    with pytest.raises(ValueError, match=r"batch_stats is not finite.*5 NaN.*of 5 in batch_stats\['norm'\]\['var'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"batch_stats is not finite.*5 NaN.*of 5 in batch_stats\['norm'\]\['var'\]",
+    ):
         statistics.init(NAN, state)
     seen = statistics.init(batch_stats, state)
-    with pytest.raises(ValueError, match=r"new is not finite.*5 NaN.*of 5 in new\['norm'\]\['var'\]"):
+    with pytest.raises(
+        ValueError, match=r"new is not finite.*5 NaN.*of 5 in new\['norm'\]\['var'\]"
+    ):
         statistics.update(NAN, seen, batch_stats, state._replace(mini_step=state.mini_step + 1))
 
 
@@ -353,7 +405,8 @@ def test_another_momentum_than_the_models_is_noticed():
     _, new = loss(start()[0], batch_stats["norm"], 0.1 * microbatches()[0], momentum=0.5)
     seen, state = statistics.init(batch_stats, state), state._replace(mini_step=state.mini_step + 1)
     with pytest.raises(
-        ValueError, match=r"negative variance.*at new\['norm'\], if momentum=0.99.*of the model's layers"
+        ValueError,
+        match=r"negative variance.*at new\['norm'\], if momentum=0.99.*of the model's layers",
     ):
         statistics.update({"norm": new}, seen, batch_stats, state)
 
@@ -368,7 +421,9 @@ def test_coarse_statistics_are_refused():
 
 def test_other_optimizers_and_settings_are_refused():
     batch_stats, state = setting()
-    with pytest.raises(ValueError, match="says nothing about steps.*0 MultiStepsState.*optax.MultiSteps"):
+    with pytest.raises(
+        ValueError, match="says nothing about steps.*0 MultiStepsState.*optax.MultiSteps"
+    ):
         accumulate().init(batch_stats, optax.sgd(0.1).init(batch_stats))
     with pytest.raises(ValueError, match="speaks of different steps.*2 MultiStepsState"):
         accumulate().init(batch_stats, (state, state))

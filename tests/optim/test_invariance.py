@@ -28,7 +28,9 @@ def true(tree):
 
 
 def test_whole_kernels():
-    found = scale_invariant(small(networks.params()), lambda params: networks.outputs(params, X, epsilon=1e-5))
+    found = scale_invariant(
+        small(networks.params()), lambda params: networks.outputs(params, X, epsilon=1e-5)
+    )
     assert true(found) == {"first/kernel", "second/kernel"}
     assert {type(leaf) for leaf in jax.tree.leaves(found)} == {bool}
 
@@ -51,7 +53,9 @@ def test_a_loss_does_as_well_as_outputs():
 @pytest.mark.slow
 def test_in_the_precision_of_params():
     params = small(networks.params())
-    found = scale_invariant(params, lambda params: networks.outputs(params, X, epsilon=1e-5), dtype=None)
+    found = scale_invariant(
+        params, lambda params: networks.outputs(params, X, epsilon=1e-5), dtype=None
+    )
     assert true(found) == {"first/kernel", "second/kernel"}
 
 
@@ -60,7 +64,9 @@ def test_running_statistics_make_nothing_invariant():
         h, _ = nj.batch_norm(*nj.batch_norm_init(7), X @ params["w"], train=False)
         return h
 
-    assert scale_invariant({"w": jnp.asarray(networks.params()["first"]["kernel"])}, evaluated) == {"w": False}
+    assert scale_invariant({"w": jnp.asarray(networks.params()["first"]["kernel"])}, evaluated) == {
+        "w": False
+    }
 
 
 def test_what_is_invariant_at_the_start_alone_is_not_found():
@@ -91,14 +97,18 @@ def test_what_has_no_influence_is_not_found():
 
 def test_saturation_is_not_invariance():
     params = {"kernel": 10 * jnp.asarray(networks.params()["first"]["kernel"])}
-    assert scale_invariant(params, lambda params: jnp.tanh(X @ params["kernel"])) == {"kernel": False}
+    assert scale_invariant(params, lambda params: jnp.tanh(X @ params["kernel"])) == {
+        "kernel": False
+    }
 
 
 def test_an_epsilon_that_rules_the_variance_leaves_no_invariance():
     params = {"kernel": 1e-3 * jnp.asarray(networks.params()["first"]["kernel"])}
 
     def function(params, epsilon):
-        return nj.batch_norm(*nj.batch_norm_init(7), X @ params["kernel"], train=True, epsilon=epsilon)[0]
+        return nj.batch_norm(
+            *nj.batch_norm_init(7), X @ params["kernel"], train=True, epsilon=epsilon
+        )[0]
 
     assert scale_invariant(params, lambda p: function(p, 1e-5)) == {"kernel": False}
     assert scale_invariant(params, lambda p: function(p, 1e-12)) == {"kernel": True}
@@ -108,7 +118,12 @@ def test_kernels_that_are_normalized_themselves():
     kernel = jnp.asarray(networks.params()["first"]["kernel"])
 
     def normed(params):
-        return X @ nj.weights.weight_norm({"scale": params["scale"]}, {}, params["kernel"], train=True)[0]
+        return (
+            X
+            @ nj.weights.weight_norm({"scale": params["scale"]}, {}, params["kernel"], train=True)[
+                0
+            ]
+        )
 
     found = scale_invariant({"kernel": kernel, "scale": jnp.ones(7)}, normed, feature_axes=-1)
     assert found == {"kernel": True, "scale": False}
@@ -120,14 +135,22 @@ def test_integers_and_keys_are_left_alone():
         "table": jnp.arange(3),
         "key": jax.random.key(0),
     }
-    found = scale_invariant(params, lambda params: nj.layer_norm({}, {}, X @ params["kernel"], train=True)[0])
+    found = scale_invariant(
+        params, lambda params: nj.layer_norm({}, {}, X @ params["kernel"], train=True)[0]
+    )
     assert found == {"kernel": True, "table": False, "key": False}
 
 
 def test_complex_kernels():
     rng = np.random.default_rng(0)
-    params = {"w": jnp.asarray(rng.standard_normal((5, 7)) + 1j * rng.standard_normal((5, 7)), jnp.complex64)}
-    assert scale_invariant(params, lambda p: nj.rms_norm({}, {}, X @ p["w"], train=True)[0]) == {"w": True}
+    params = {
+        "w": jnp.asarray(
+            rng.standard_normal((5, 7)) + 1j * rng.standard_normal((5, 7)), jnp.complex64
+        )
+    }
+    assert scale_invariant(params, lambda p: nj.rms_norm({}, {}, X @ p["w"], train=True)[0]) == {
+        "w": True
+    }
     assert scale_invariant(params, lambda p: X @ p["w"]) == {"w": False}
 
 
@@ -141,7 +164,9 @@ class Convolutional(nn.Module):
         x = nn.Conv(8, (3, 3), use_bias=False, name="stem", dtype=self.dtype)(x)
         x = nn.relu(nj.linen.BatchNorm(use_running_average=False, dtype=self.dtype)(x))
         y = nn.Conv(8, (3, 3), use_bias=False, name="branch", dtype=self.dtype)(x)
-        y = nj.linen.BatchNorm(use_running_average=False, scale_init=nn.initializers.zeros, dtype=self.dtype)(y)
+        y = nj.linen.BatchNorm(
+            use_running_average=False, scale_init=nn.initializers.zeros, dtype=self.dtype
+        )(y)
         x = nn.Conv(8, (1, 1), name="plain", dtype=self.dtype)(x + y)
         return nn.Dense(3, dtype=self.dtype)(x.mean((1, 2)))
 
@@ -158,7 +183,9 @@ def test_linen(feature_axes, dtype):
         return model.apply(variables | {"params": params}, images, mutable=["batch_stats"])[0]
 
     tolerance = 1e-2 if dtype is None else 0.1
-    found = scale_invariant(variables["params"], function, feature_axes=feature_axes, tolerance=tolerance)
+    found = scale_invariant(
+        variables["params"], function, feature_axes=feature_axes, tolerance=tolerance
+    )
     assert true(found) == {"stem/kernel", "branch/kernel"}
 
 
@@ -179,16 +206,22 @@ def test_nnx_modules_and_their_state():
     assert true(found) == {"first/kernel"}
     np.testing.assert_array_equal(model.norm.mean[...], before)
     graphdef, params, others = nnx.split(model, nnx.Param, ...)
-    assert scale_invariant(params, lambda params: nnx.merge(graphdef, params, others, copy=True)(X)) == found
+    assert (
+        scale_invariant(params, lambda params: nnx.merge(graphdef, params, others, copy=True)(X))
+        == found
+    )
 
 
 def test_bad_input_is_refused():
     params = {"a": {"w": jnp.array([[1.0, jnp.nan]])}}
     with pytest.raises(
-        ValueError, match=r"scale_invariant: params is not finite.*1 NaN or infinite of 2 in params\['a'\]"
+        ValueError,
+        match=r"scale_invariant: params is not finite.*1 NaN or infinite of 2 in params\['a'\]",
     ):
         scale_invariant(params, lambda params: params)
-    with pytest.raises(ValueError, match=r"function\(params\) is not finite.*function\(params\)\['y'\]"):
+    with pytest.raises(
+        ValueError, match=r"function\(params\) is not finite.*function\(params\)\['y'\]"
+    ):
         scale_invariant({"w": jnp.ones((2, 2))}, lambda params: {"y": params["w"] / 0})
     with pytest.raises(ValueError, match="returns nothing that could change.*int"):
         scale_invariant({"w": jnp.ones((2, 2))}, lambda params: jnp.argmax(params["w"]))
@@ -197,11 +230,16 @@ def test_bad_input_is_refused():
 
 
 def test_arguments_in_another_order_and_leaves_that_are_no_arrays_are_refused():
-    with pytest.raises(TypeError, match=r"function of type dict.*The order is scale_invariant\(params, function\)"):
+    with pytest.raises(
+        TypeError, match=r"function of type dict.*The order is scale_invariant\(params, function\)"
+    ):
         scale_invariant(jnp.sum, {"w": jnp.ones((2, 2))})
     with pytest.raises(TypeError, match=r"function\(params\)\['name'\] of type str"):
         scale_invariant({"w": jnp.ones((2, 2))}, lambda params: {"name": "x"})
-    for function in (lambda p: scale_invariant(p, jnp.sum), lambda p: effective_learning_rate(p, 0.1)):
+    for function in (
+        lambda p: scale_invariant(p, jnp.sum),
+        lambda p: effective_learning_rate(p, 0.1),
+    ):
         with pytest.raises(TypeError, match=r"params\['w'\] of type str"):
             function({"w": "kernel"})
 
@@ -211,8 +249,14 @@ def test_effective_learning_rates():
     for optimizer, power in (("sgd", 2), ("adam", 1)):
         rates = effective_learning_rate({"a": kernel}, 0.1, optimizer=optimizer)["a"]
         assert_close(rates, 0.1 / np.linalg.norm(kernel.astype(float)) ** power, rtol=1e-6)
-        rates = effective_learning_rate({"a": kernel}, 0.1, feature_axes=-1, optimizer=optimizer)["a"]
-        assert_close(rates, 0.1 / np.linalg.norm(kernel.astype(float).reshape(-1, 5), axis=0) ** power, rtol=1e-6)
+        rates = effective_learning_rate({"a": kernel}, 0.1, feature_axes=-1, optimizer=optimizer)[
+            "a"
+        ]
+        assert_close(
+            rates,
+            0.1 / np.linalg.norm(kernel.astype(float).reshape(-1, 5), axis=0) ** power,
+            rtol=1e-6,
+        )
 
 
 def test_effective_learning_rates_in_bfloat16_are_those_of_float32():
@@ -228,8 +272,11 @@ def test_effective_learning_rates_of_an_nnx_module():
 
 def test_feature_axes_that_a_leaf_lacks_are_refused_by_its_path():
     with pytest.raises(
-        ValueError, match=r"effective_learning_rate at params\['a'\]\['b'\].*out of range.*shape=\(3,\)"
+        ValueError,
+        match=r"effective_learning_rate at params\['a'\]\['b'\].*out of range.*shape=\(3,\)",
     ):
         effective_learning_rate({"a": {"b": jnp.ones(3)}}, 1.0, feature_axes=1)
-    with pytest.raises(ValueError, match="optimizer is unknown.*'sgd' or 'adam'; got optimizer='lion'"):
+    with pytest.raises(
+        ValueError, match="optimizer is unknown.*'sgd' or 'adam'; got optimizer='lion'"
+    ):
         effective_learning_rate({"b": jnp.ones(3)}, 1.0, optimizer="lion")

@@ -27,7 +27,9 @@ class Linen(nn.Module):
         x = nj.linen.SpectralNorm(nn.Dense(8))(x, update_stats=True)
         x = nn.RNN(nn.OptimizedLSTMCell(8))(x)
         x = nj.linen.DynamicTanh()(x)
-        x = nn.Dense(8, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model")))(x)
+        x = nn.Dense(
+            8, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+        )(x)
         y = nn.Conv(4, (3, 3))(images)
         y = nj.linen.BatchNorm(use_running_average=False)(y)
         y = nj.linen.FilterResponseNorm()(nn.ConvTranspose(4, (3, 3))(y))
@@ -58,7 +60,9 @@ def linen():
 
 def flat(tree):
     """Leaves by the names on their paths."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 @pytest.mark.slow
@@ -82,12 +86,19 @@ def test_the_mask_of_linen_has_the_structure_of_params(linen):
     assert jax.tree.structure(mask) == jax.tree.structure(params)
     assert {type(leaf) for leaf in jax.tree.leaves(mask)} == {bool}
     decayed = {path for path, leaf in flat(mask).items() if leaf}
-    assert decayed == {path for path in flat(mask) if path.split("'")[-2] in ("kernel", "embedding")}
+    assert decayed == {
+        path for path in flat(mask) if path.split("'")[-2] in ("kernel", "embedding")
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "of", [lambda m: m, lambda m: nnx.state(m, nnx.Param), lambda m: nnx.as_pure(nnx.state(m, nnx.Param))]
+    "of",
+    [
+        lambda m: m,
+        lambda m: nnx.state(m, nnx.Param),
+        lambda m: nnx.as_pure(nnx.state(m, nnx.Param)),
+    ],
 )
 def test_nnx(of):
     kinds = flat(kind_of(of(Nnx(nnx.Rngs(0)))))
@@ -110,7 +121,12 @@ def test_the_whole_state_of_an_nnx_model_has_statistics():
 FUNCTIONAL = {
     "layers": [{"w": (3, 4), "b": (4,)}, {"weight": (4, 4), "bias": (4,)}, {"kernel": (4,)}],
     "norm": {"scale": (10, 4), "bias": (10, 4)},
-    "block": {"bn_1": {"weight": (4,), "bias": (4,)}, "LayerNorm_0": {"w": (2, 4)}, "w_q": (4, 2, 2), "b_q": (2, 2)},
+    "block": {
+        "bn_1": {"weight": (4,), "bias": (4,)},
+        "LayerNorm_0": {"w": (2, 4)},
+        "w_q": (4, 2, 2),
+        "b_q": (2, 2),
+    },
     "weight_norm": {"w": (4, 4), "scale": (4,)},
     "frn": {"threshold": (4,), "epsilon": (4,)},
     "spectral": {"u": (1, 4), "sigma": ()},
@@ -119,7 +135,11 @@ FUNCTIONAL = {
     "linear/~/w": {"w_i": (4,)},
 }
 EXPECTED = {
-    "layers": [{"w": "kernel", "b": "bias"}, {"weight": "kernel", "bias": "bias"}, {"kernel": "kernel"}],
+    "layers": [
+        {"w": "kernel", "b": "bias"},
+        {"weight": "kernel", "bias": "bias"},
+        {"kernel": "kernel"},
+    ],
     "norm": {"scale": "scale", "bias": "bias"},
     "block": {
         "bn_1": {"weight": "scale", "bias": "bias"},
@@ -149,7 +169,8 @@ def test_shapes_suffice():
 
 
 @pytest.mark.parametrize(
-    "init", [nj.batch_norm_init, nj.layer_norm_init, nj.dynamic_tanh_init, nj.filter_response_norm_init]
+    "init",
+    [nj.batch_norm_init, nj.layer_norm_init, nj.dynamic_tanh_init, nj.filter_response_norm_init],
 )
 def test_no_parameter_of_a_normalization_decays(init):
     assert not any(jax.tree.leaves(decay_mask({"dense": init(4)[0]})))
@@ -187,12 +208,18 @@ def test_a_name_that_says_nothing_is_refused_by_its_path(params, path):
 def test_users_have_the_last_word():
     params = zeros({"vit": {"cls": (1, 1, 4), "head": {"table": (4, 4)}, "bias": (4,)}})
     names = {"cls": "bias", "head/table": "kernel", "vit/bias": "scale"}
-    assert kind_of(params, names=names) == {"vit": {"bias": "scale", "cls": "bias", "head": {"table": "kernel"}}}
-    assert decay_mask(params, names=names) == {"vit": {"bias": False, "cls": False, "head": {"table": True}}}
+    assert kind_of(params, names=names) == {
+        "vit": {"bias": "scale", "cls": "bias", "head": {"table": "kernel"}}
+    }
+    assert decay_mask(params, names=names) == {
+        "vit": {"bias": False, "cls": False, "head": {"table": True}}
+    }
 
 
 def test_unknown_kinds_are_refused():
-    with pytest.raises(ValueError, match=r"kind_of: names\['w'\] is unknown.*names\['w'\]='kernels'"):
+    with pytest.raises(
+        ValueError, match=r"kind_of: names\['w'\] is unknown.*names\['w'\]='kernels'"
+    ):
         kind_of({"w": jnp.zeros(2)}, names={"w": "kernels"})
     with pytest.raises(ValueError, match="decay_mask: kinds is unknown.*'kernels'"):
         decay_mask({"w": jnp.zeros(2)}, kinds=("kernels",))
@@ -201,7 +228,10 @@ def test_unknown_kinds_are_refused():
 def test_embeddings_can_be_left_out():
     params = zeros({"embed": {"embedding": (4, 4)}, "dense": {"kernel": (4, 4)}})
     assert decay_mask(params) == {"embed": {"embedding": True}, "dense": {"kernel": True}}
-    assert decay_mask(params, kinds=("kernel",)) == {"embed": {"embedding": False}, "dense": {"kernel": True}}
+    assert decay_mask(params, kinds=("kernel",)) == {
+        "embed": {"embedding": False},
+        "dense": {"kernel": True},
+    }
 
 
 def test_adamw_under_jit_decays_kernels_alone():
@@ -218,7 +248,9 @@ def test_nnx_optimizer_decays_kernels_alone():
     model = Nnx(nnx.Rngs(0))
     before = nnx.as_pure(nnx.state(model, nnx.Param))
     optimizer = nnx.Optimizer(
-        model, optax.chain(optax.add_decayed_weights(0.5, mask=decay_mask), optax.sgd(1.0)), wrt=nnx.Param
+        model,
+        optax.chain(optax.add_decayed_weights(0.5, mask=decay_mask), optax.sgd(1.0)),
+        wrt=nnx.Param,
     )
     optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
     kept = jax.tree.map(

@@ -35,7 +35,11 @@ def projected(w, gradient, u, delta, wd_ratio, eps=1e-8):
             if cosine.max() < delta / np.sqrt(rows.shape[1]):
                 unit = rows / (np.linalg.norm(rows, axis=1, keepdims=True) + eps)
                 new = rows_u - unit * (unit * rows_u).sum(1, keepdims=True)
-                back = new.T.reshape(w.shape) if len(rows) == w.shape[-1] and len(rows) > 1 else new.reshape(w.shape)
+                back = (
+                    new.T.reshape(w.shape)
+                    if len(rows) == w.shape[-1] and len(rows) > 1
+                    else new.reshape(w.shape)
+                )
                 return back, wd_ratio
     return u, 1.0
 
@@ -98,14 +102,20 @@ def test_as_in_the_paper(rule, kind, shape):
     gradients = [kind(seed) for seed in range(10)]
     with jax.enable_x64(True):
         optimizer = optax.chain(
-            project_scale_invariant(inner=inner, weight_decay=0.3, **settings), optax.scale_by_learning_rate(0.05)
+            project_scale_invariant(inner=inner, weight_decay=0.3, **settings),
+            optax.scale_by_learning_rate(0.05),
         )
         params = {"w": jnp.asarray(w)}
         state, update = optimizer.init(params), jax.jit(optimizer.update)
-        for gradient, expected in zip(gradients, reference(w, gradients, lr=0.05, wd=0.3, **settings), strict=True):
-            updates, state = update({"w": jnp.asarray(gradient(np.asarray(params["w"])))}, state, params)
+        for gradient, expected in zip(
+            gradients, reference(w, gradients, lr=0.05, wd=0.3, **settings), strict=True
+        ):
+            updates, state = update(
+                {"w": jnp.asarray(gradient(np.asarray(params["w"])))}, state, params
+            )
             params = optax.apply_updates(params, updates)
-            assert_close(params["w"], expected, rtol=1e-6, atol=1e-7, dtype=np.float64)  # of the paper's eps
+            # of the paper's eps
+            assert_close(params["w"], expected, rtol=1e-6, atol=1e-7, dtype=np.float64)
 
 
 def test_the_reference_projects_what_it_should():
@@ -135,29 +145,47 @@ def test_the_norm_stays_but_for_second_order():
             updates, state = projects.update(gradients, state, params)
             new = optax.apply_updates(params, updates)
             for name in ("first", "second"):
-                before, step, after = (jnp.sum(tree[name]["kernel"] ** 2) for tree in (params, updates, new))
+                before, step, after = (
+                    jnp.sum(tree[name]["kernel"] ** 2) for tree in (params, updates, new)
+                )
                 assert_close(after, before + step, rtol=1e-13)
             params = new
         _, ordinary, _ = networks.path(plain, networks.wide(networks.params()), 20)
         for name in ("first", "second"):
-            assert jnp.linalg.norm(params[name]["kernel"]) < jnp.linalg.norm(ordinary[name]["kernel"])
+            assert jnp.linalg.norm(params[name]["kernel"]) < jnp.linalg.norm(
+                ordinary[name]["kernel"]
+            )
 
 
 def test_a_link_of_its_own_equals_a_wrapper():
     with jax.enable_x64(True):
         params = networks.wide(networks.params())
-        link = optax.chain(optax.scale_by_adam(), project_scale_invariant(INVARIANT), optax.scale_by_learning_rate(0.1))
-        wrapper = optax.chain(
-            project_scale_invariant(INVARIANT, inner=optax.scale_by_adam()), optax.scale_by_learning_rate(0.1)
+        link = optax.chain(
+            optax.scale_by_adam(),
+            project_scale_invariant(INVARIANT),
+            optax.scale_by_learning_rate(0.1),
         )
-        assert_trees_close(networks.path(link, params, 5)[1], networks.path(wrapper, params, 5)[1], rtol=1e-14)
+        wrapper = optax.chain(
+            project_scale_invariant(INVARIANT, inner=optax.scale_by_adam()),
+            optax.scale_by_learning_rate(0.1),
+        )
+        assert_trees_close(
+            networks.path(link, params, 5)[1], networks.path(wrapper, params, 5)[1], rtol=1e-14
+        )
 
 
 def test_decay_of_projected_others_and_excluded_leaves():
-    params = {"in": {"kernel": jnp.ones((2, 2))}, "out": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    params = {
+        "in": {"kernel": jnp.ones((2, 2))},
+        "out": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    }
     mask = {"in": True, "out": False}
-    optimizer = project_scale_invariant(mask, weight_decay=0.5, wd_ratio=0.1, weight_decay_mask=decay_mask)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    optimizer = project_scale_invariant(
+        mask, weight_decay=0.5, wd_ratio=0.1, weight_decay_mask=decay_mask
+    )
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
     assert_close(updates["in"]["kernel"], np.full((2, 2), 0.05), rtol=1e-6)
     assert_close(updates["out"]["kernel"], np.full((2, 2), 0.5), rtol=1e-6)
     assert not updates["out"]["bias"].any()
@@ -165,7 +193,9 @@ def test_decay_of_projected_others_and_excluded_leaves():
 
 @pytest.mark.parametrize("feature_axes", [(), -1, (0, -1)])
 def test_directions_of_features(feature_axes):
-    w, u = (np.random.default_rng(seed).standard_normal((3, 4, 5)).astype(np.float32) for seed in (0, 1))
+    w, u = (
+        np.random.default_rng(seed).standard_normal((3, 4, 5)).astype(np.float32) for seed in (0, 1)
+    )
     optimizer = project_scale_invariant({"w": True}, feature_axes=feature_axes)
     new = optimizer.update({"w": jnp.asarray(u)}, optimizer.init({"w": w}), {"w": w})[0]["w"]
     axes = {(): (0, 1, 2), -1: (0, 1), (0, -1): (1,)}[feature_axes]
@@ -189,7 +219,9 @@ def test_zeros_have_no_direction():
     params, updates = {"w": jnp.zeros((3, 2))}, {"w": jnp.ones((3, 2))}
     for mask in ({"w": True}, None):
         optimizer = project_scale_invariant(mask)
-        assert_close(optimizer.update(updates, optimizer.init(params), params)[0]["w"], updates["w"])
+        assert_close(
+            optimizer.update(updates, optimizer.init(params), params)[0]["w"], updates["w"]
+        )
 
 
 MATRIX = {"w": jnp.ones((3, 2))}
@@ -205,8 +237,18 @@ MATRIX = {"w": jnp.ones((3, 2))}
             MATRIX,
             r"do not have the same leaves.*updates\['v'\], which params lacks",
         ),
-        ({"w": True}, {"w": jnp.ones((2, 2))}, MATRIX, r"differ in shape.*\(3, 2\).*params\['w'\]; got shape \(2, 2\)"),
-        ({"v": True}, MATRIX, MATRIX, r"mask does not fit.*nothing for params\['w'\] of shape \(3, 2\)"),
+        (
+            {"w": True},
+            {"w": jnp.ones((2, 2))},
+            MATRIX,
+            r"differ in shape.*\(3, 2\).*params\['w'\]; got shape \(2, 2\)",
+        ),
+        (
+            {"v": True},
+            MATRIX,
+            MATRIX,
+            r"mask does not fit.*nothing for params\['w'\] of shape \(3, 2\)",
+        ),
         ({"w": "yes"}, MATRIX, MATRIX, r"mask does not choose.*mask\['w'\]='yes'"),
     ],
 )
@@ -218,5 +260,7 @@ def test_bad_input_is_refused(mask, updates, params, message):
 
 def test_feature_axes_that_a_kernel_lacks_are_refused_by_its_path():
     optimizer = project_scale_invariant({"w": True}, feature_axes=3)
-    with pytest.raises(ValueError, match=r"project_scale_invariant at params\['w'\]: axis 3 .* out of range"):
+    with pytest.raises(
+        ValueError, match=r"project_scale_invariant at params\['w'\]: axis 3 .* out of range"
+    ):
         optimizer.update(MATRIX, optimizer.init(MATRIX), MATRIX)

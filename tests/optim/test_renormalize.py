@@ -41,7 +41,10 @@ def test_weight_decay_is_an_exponential_learning_rate(momentum):
     alpha = (b + np.sqrt(b * b - 4 * momentum)) / 2
     with jax.enable_x64(True):
         losses, last, _ = networks.path(
-            decayed(optax.sgd(lr, momentum=momentum), weight_decay), start(), STEPS, loss=spherical_loss
+            decayed(optax.sgd(lr, momentum=momentum), weight_decay),
+            start(),
+            STEPS,
+            loss=spherical_loss,
         )
         growing = optax.sgd(lambda t: lr * alpha ** (-2.0 * t - 1), momentum=momentum)
         velocity = jax.tree.map(lambda w: -(1 - alpha) / (lr * alpha) * w, start())
@@ -85,10 +88,16 @@ def test_each_channel_on_a_sphere_of_its_own():
     with jax.enable_x64(True):
         params = networks.wide(networks.params())
         losses, last, _ = networks.path(optimizer, params, 30)
-        others, other, state = networks.path(renormalize(mask, optimizer, feature_axes=-1), params, 30)
+        others, other, state = networks.path(
+            renormalize(mask, optimizer, feature_axes=-1), params, 30
+        )
         assert_close(others, losses, rtol=1e-10)
         assert_close(jnp.linalg.norm(other["first"]["kernel"], axis=0), np.ones(7), rtol=1e-14)
-        assert_close(state.radius["first"]["kernel"][0], jnp.linalg.norm(last["first"]["kernel"], axis=0), rtol=1e-10)
+        assert_close(
+            state.radius["first"]["kernel"][0],
+            jnp.linalg.norm(last["first"]["kernel"], axis=0),
+            rtol=1e-10,
+        )
 
 
 def test_a_step_on_the_sphere_is_one_at_the_effective_learning_rate():
@@ -98,9 +107,16 @@ def test_a_step_on_the_sphere_is_one_at_the_effective_learning_rate():
         params, data = start(), tuple(map(jnp.asarray, networks.batch()))
         rate = effective_learning_rate(params, lr)["w"]
         unit = params["w"] / jnp.linalg.norm(params["w"])
-        at_w, at_unit = (jax.grad(spherical_loss)({"w": w}, *data)["w"] for w in (params["w"], unit))
+        at_w, at_unit = (
+            jax.grad(spherical_loss)({"w": w}, *data)["w"] for w in (params["w"], unit)
+        )
         moved, expected = params["w"] - lr * at_w, unit - rate * at_unit
-        assert_close(moved / jnp.linalg.norm(moved), expected / jnp.linalg.norm(expected), rtol=1e-13, atol=1e-15)
+        assert_close(
+            moved / jnp.linalg.norm(moved),
+            expected / jnp.linalg.norm(expected),
+            rtol=1e-13,
+            atol=1e-15,
+        )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -133,11 +149,15 @@ def rotations(optimizer, steps, size=4096):
         cosine = new @ w / (jnp.linalg.norm(new) * jnp.linalg.norm(w))
         return (new, state), jnp.arccos(jnp.clip(cosine, -1, 1))
 
-    return jax.lax.scan(step, (w, optimizer.init({"w": w})), jax.random.split(jax.random.key(1), steps))[1]
+    return jax.lax.scan(
+        step, (w, optimizer.init({"w": w})), jax.random.split(jax.random.key(1), steps)
+    )[1]
 
 
 @pytest.mark.parametrize(
-    ("name", "momentum"), [("sgd", 0.0), ("sgd", 0.9), ("adam", 0.9)], ids=["sgd", "momentum", "adamw"]
+    ("name", "momentum"),
+    [("sgd", 0.0), ("sgd", 0.9), ("adam", 0.9)],
+    ids=["sgd", "momentum", "adamw"],
 )
 def test_weight_decay_leads_to_the_equilibrium(name, momentum):
     """Kosson et al. (2024), Table 1; the formulas are of first order in lr wd, here 1e-3."""
@@ -158,7 +178,9 @@ def test_a_given_rotation_holds_from_the_first_step():
     angles = jax.jit(lambda: rotations(optimizer, 200))()
     spread = 1 / np.sqrt(2 * 4096)  # of the length of a random step, relative
     assert_close(angles, np.full(200, np.arctan(0.05)), rtol=5 * spread)
-    assert_close(jnp.sqrt(jnp.mean(angles**2)), np.arctan(0.05), rtol=5 * spread / np.sqrt(200) + 1e-3)
+    assert_close(
+        jnp.sqrt(jnp.mean(angles**2)), np.arctan(0.05), rtol=5 * spread / np.sqrt(200) + 1e-3
+    )
 
 
 def test_a_rotation_is_the_rotational_variant_of_the_paper():
@@ -168,7 +190,9 @@ def test_a_rotation_is_the_rotational_variant_of_the_paper():
     gradients = rng.standard_normal((20, 6, 4)) * np.linspace(1, 5, 20)[:, None, None]
     theta, nu, m = w / np.linalg.norm(w), 0.0, np.zeros_like(w)
     with jax.enable_x64(True):
-        optimizer = renormalize({"w": True}, optax.sgd(0.3, momentum=0.5), rotation=lambda count: angle / (1 + count))
+        optimizer = renormalize(
+            {"w": True}, optax.sgd(0.3, momentum=0.5), rotation=lambda count: angle / (1 + count)
+        )
         params = {"w": jnp.asarray(w)}
         state = optimizer.init(params)
         for k, gradient in enumerate(gradients, 1):
@@ -177,7 +201,8 @@ def test_a_rotation_is_the_rotational_variant_of_the_paper():
             nu = beta * nu + (1 - beta) * (t**2).sum()
             theta = theta - angle / k * t / np.sqrt(nu / (1 - beta**k))
             theta /= np.linalg.norm(theta)
-            own = {"w": jnp.asarray(gradient) / jnp.linalg.norm(params["w"])}  # of norm 1 from the second step on
+            # of norm 1 from the second step on
+            own = {"w": jnp.asarray(gradient) / jnp.linalg.norm(params["w"])}
             updates, state = jax.jit(optimizer.update)(own, state, params)
             params = optax.apply_updates(params, updates)
             assert_close(params["w"], theta, rtol=1e-12, atol=1e-14)
@@ -211,12 +236,18 @@ def test_zeros_wait_for_a_direction():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(TypeError, match=r"inner of type dict. The order is renormalize\(mask, inner\)"):
+    with pytest.raises(
+        TypeError, match=r"inner of type dict. The order is renormalize\(mask, inner\)"
+    ):
         renormalize(optax.sgd(0.1), {"w": True})
     params = {"a": {"w": jnp.ones((3, 2))}}
-    with pytest.raises(ValueError, match=r"renormalize: mask does not fit.*params\['a'\]\['w'\] of shape \(3, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"renormalize: mask does not fit.*params\['a'\]\['w'\] of shape \(3, 2\)"
+    ):
         renormalize({"b": True}, optax.sgd(0.1)).init(params)
-    with pytest.raises(ValueError, match=r"renormalize at params\['a'\]\['w'\]: axis 2 .*out of range"):
+    with pytest.raises(
+        ValueError, match=r"renormalize at params\['a'\]\['w'\]: axis 2 .*out of range"
+    ):
         renormalize(True, optax.sgd(0.1), feature_axes=2).init(params)
     optimizer = renormalize(True, optax.sgd(0.1))
     with pytest.raises(ValueError, match="renormalize: params are missing"):

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")  # and in optax's t
 def adamp(mask=None, **settings):
     inner = optax.scale_by_adam()
     return optax.chain(
-        project_scale_invariant(mask, inner=inner, weight_decay=0.1, **settings), optax.scale_by_learning_rate(0.1)
+        project_scale_invariant(mask, inner=inner, weight_decay=0.1, **settings),
+        optax.scale_by_learning_rate(0.1),
     )
 
 
@@ -116,10 +117,15 @@ def test_multi_transform_and_masked(make, params):
 def test_hyperparameters_are_injected(params):
     make = optax.inject_hyperparams(renormalize, static_args=("mask", "inner"))
     optimizer = make(INVARIANT, optax.adamw(0.1), rotation=optax.linear_schedule(0.1, 0.2, 10))
-    expected = renormalize(INVARIANT, optax.adamw(0.1), rotation=optax.linear_schedule(0.1, 0.2, 10))
+    expected = renormalize(
+        INVARIANT, optax.adamw(0.1), rotation=optax.linear_schedule(0.1, 0.2, 10)
+    )
     state, other = optimizer.init(params), expected.init(params)
     for seed in range(3):
-        (params, state), (others, other) = step(optimizer, params, state, seed), step(expected, params, other, seed)
+        (params, state), (others, other) = (
+            step(optimizer, params, state, seed),
+            step(expected, params, other, seed),
+        )
         assert_trees_close(params, others, rtol=1e-5, atol=1e-6)
     make = optax.inject_hyperparams(project_scale_invariant, static_args=("inner",))
     optimizer = make(inner=optax.scale_by_adam(), weight_decay=0.5, delta=0.1, wd_ratio=0.1)
@@ -137,7 +143,10 @@ def test_extra_arguments_reach_the_inner_transformation(params):
         return updates, state
 
     inner = optax.GradientTransformationExtraArgs(optax.sgd(0.1).init, update)
-    for optimizer in (project_scale_invariant(INVARIANT, inner=inner), renormalize(INVARIANT, inner)):
+    for optimizer in (
+        project_scale_invariant(INVARIANT, inner=inner),
+        renormalize(INVARIANT, inner),
+    ):
         optimizer.update(params, optimizer.init(params), params, value=3.0)
     assert got == [{"value": 3.0}] * 2
 
@@ -153,7 +162,11 @@ def test_multi_steps_may_be_the_inner_transformation(params):
     state = inside.init(params)
     kept, state = step(inside, params, state, 0)  # on the sphere, and not turned
     for name in ("first", "second"):
-        assert_close(kept[name]["kernel"] * jnp.linalg.norm(params[name]["kernel"]), params[name]["kernel"], rtol=1e-5)
+        assert_close(
+            kept[name]["kernel"] * jnp.linalg.norm(params[name]["kernel"]),
+            params[name]["kernel"],
+            rtol=1e-5,
+        )
     assert_finite(step(inside, kept, state, 1)[0])
     assert_finite(step(outside, params)[0])
 
@@ -163,7 +176,9 @@ def test_masks_may_be_functions_and_prefixes(params):
         return decay_mask(tree) | {"head": False}
 
     prefix = {"first": True, "norm": False, "second": {"kernel": True}, "head": False}
-    results = [step(renormalize(given, optax.adamw(0.1)), params)[0] for given in (INVARIANT, mask, prefix)]
+    results = [
+        step(renormalize(given, optax.adamw(0.1)), params)[0] for given in (INVARIANT, mask, prefix)
+    ]
     for result in results[1:]:
         assert_trees_close(result, results[0])
 
@@ -182,7 +197,9 @@ class Model(nnx.Module):
 def test_nnx_optimizer(kind):
     x, labels = single(networks.batch())
     model = Model(nnx.Rngs(0))
-    mask = nj.optim.scale_invariant(nj_state := nnx.state(model, nnx.Param), functools.partial(outputs, model, x))
+    mask = nj.optim.scale_invariant(
+        nj_state := nnx.state(model, nnx.Param), functools.partial(outputs, model, x)
+    )
     assert not mask["first"]["kernel"], "its bias lets the scale matter"
     mask["first"]["kernel"] = True
     tx = {"project": adamp(mask), "renormalize": renormalize(mask, optax.adamw(0.1))}[kind]
@@ -213,7 +230,9 @@ def outputs(model, x, state):
 def test_pmap(make, params):
     optimizer = make()
     many = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), (params, optimizer.init(params)))
-    data = jax.tree.map(lambda *each: jnp.stack(each), *[single(networks.batch(seed)) for seed in range(8)])
+    data = jax.tree.map(
+        lambda *each: jnp.stack(each), *[single(networks.batch(seed)) for seed in range(8)]
+    )
 
     def update(params, state, x, labels):
         own = jax.lax.pmean(jax.grad(networks.loss)(params, x, labels), "data")
@@ -221,8 +240,12 @@ def test_pmap(make, params):
         return optax.apply_updates(params, updates)
 
     each = jax.pmap(update, axis_name="data")(*many, *data)
-    mean = jax.tree.map(lambda *each: sum(each) / 8, *[gradients(params, seed) for seed in range(8)])
-    expected = optax.apply_updates(params, optimizer.update(mean, optimizer.init(params), params)[0])
+    mean = jax.tree.map(
+        lambda *each: sum(each) / 8, *[gradients(params, seed) for seed in range(8)]
+    )
+    expected = optax.apply_updates(
+        params, optimizer.update(mean, optimizer.init(params), params)[0]
+    )
     assert_trees_close(jax.tree.map(lambda leaf: leaf[5], each), expected, rtol=1e-3, atol=2e-5)
 
 

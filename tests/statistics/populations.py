@@ -26,14 +26,19 @@ def merged(batches, ddof=0):
 
 def algorithm_2(batches):
     flat = [widest(x).reshape(-1, x.shape[-1]) for x in batches]
-    return {"mean": np.mean([x.mean(0) for x in flat], 0), "var": np.mean([x.var(0, ddof=1) for x in flat], 0)}
+    return {
+        "mean": np.mean([x.mean(0) for x in flat], 0),
+        "var": np.mean([x.var(0, ddof=1) for x in flat], 0),
+    }
 
 
 def network(variables, x, train=True, **settings):
     """Three layers whose inputs depend on the normalization before them."""
     new = []
     for params, batch_stats in zip(variables["params"], variables["batch_stats"], strict=True):
-        x, batch_stats = nj.batch_norm(params["norm"], batch_stats, x @ params["kernel"], train, **settings)
+        x, batch_stats = nj.batch_norm(
+            params["norm"], batch_stats, x @ params["kernel"], train, **settings
+        )
         x = jax.nn.relu(x)
         new.append(batch_stats)
     return x, new
@@ -43,8 +48,13 @@ def init(rng, depth=3, width=5):
     params, statistics = [], []
     for size in [3, *[width] * (depth - 1)]:
         norm, batch_stats = nj.batch_norm_init(width)
-        norm = {leaf: value + jnp.asarray(0.2 * rng.normal(size=width), jnp.float32) for leaf, value in norm.items()}
-        params.append({"kernel": jnp.asarray(rng.normal(size=(size, width)), jnp.float32), "norm": norm})
+        norm = {
+            leaf: value + jnp.asarray(0.2 * rng.normal(size=width), jnp.float32)
+            for leaf, value in norm.items()
+        }
+        params.append(
+            {"kernel": jnp.asarray(rng.normal(size=(size, width)), jnp.float32), "norm": norm}
+        )
         statistics.append(batch_stats)
     return {"params": params, "batch_stats": statistics}
 
@@ -59,6 +69,8 @@ def in_float64(variables, batches, by):
         for i, x in enumerate(xs):
             if by == "batch":
                 mean, var = x.mean(0), x.var(0)
-            x = (x - mean) / np.sqrt(var + 1e-5) * widest(params["norm"]["scale"]) + widest(params["norm"]["bias"])
+            x = (x - mean) / np.sqrt(var + 1e-5) * widest(params["norm"]["scale"]) + widest(
+                params["norm"]["bias"]
+            )
             xs[i] = np.maximum(x, 0)
     return found

@@ -18,8 +18,14 @@ X = np.random.default_rng(0).normal(3, 2, (16, 3)).astype(np.float32)
 
 def labelled(params, batch_stats, of=""):
     """The page's function; `of` narrows it to the layers whose paths hold it."""
-    layers = {path[:-1] for path, _ in jax.tree.leaves_with_path(batch_stats) if of in jax.tree_util.keystr(path)}
-    return jax.tree.map_with_path(lambda path, _: "frozen" if path[:-1] in layers else "trained", params)
+    layers = {
+        path[:-1]
+        for path, _ in jax.tree.leaves_with_path(batch_stats)
+        if of in jax.tree_util.keystr(path)
+    }
+    return jax.tree.map_with_path(
+        lambda path, _: "frozen" if path[:-1] in layers else "trained", params
+    )
 
 
 def freezing(marks):
@@ -50,7 +56,11 @@ class Net(nn.Module):
     def __call__(self, x):
         for name in ("first", "second"):
             x = nn.Dense(3, use_bias=False, name=f"{name}_dense")(x)
-            x = nn.relu(nj.linen.BatchNorm(use_running_average=False, frozen=name in self.frozen, name=name)(x))
+            x = nn.relu(
+                nj.linen.BatchNorm(
+                    use_running_average=False, frozen=name in self.frozen, name=name
+                )(x)
+            )
         return x
 
 
@@ -64,7 +74,9 @@ def functional(params, batch_stats, x, frozen):
 
 
 def linen(params, batch_stats, x, frozen):
-    y, updates = Net(frozen).apply({"params": params, "batch_stats": batch_stats}, x, mutable=["batch_stats"])
+    y, updates = Net(frozen).apply(
+        {"params": params, "batch_stats": batch_stats}, x, mutable=["batch_stats"]
+    )
     return y, updates["batch_stats"]
 
 
@@ -89,7 +101,9 @@ def test_frozen_statistics_stay_while_scale_and_bias_are_trained(apply, frozen):
 
     trained, new = train(loss, params, batch_stats, optax.adamw(0.1))
     assert moved(params, trained) == KERNELS | AFFINE
-    assert moved(batch_stats, new) == {path for path in STATISTICS if path.split("/")[0] not in frozen}
+    assert moved(batch_stats, new) == {
+        path for path in STATISTICS if path.split("/")[0] not in frozen
+    }
 
 
 @pytest.mark.parametrize("apply", [functional, linen])
@@ -110,7 +124,9 @@ def test_marked_scales_and_biases_stay_also_under_weight_decay(apply, of):
 class NNXNet(nnx.Module):
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.first_dense, self.second_dense = (nnx.Linear(3, 3, use_bias=False, rngs=rngs) for _ in range(2))
+        self.first_dense, self.second_dense = (
+            nnx.Linear(3, 3, use_bias=False, rngs=rngs) for _ in range(2)
+        )
         self.first, self.second = (nj.nnx.BatchNorm(3, rngs=rngs) for _ in range(2))
 
     def __call__(self, x):
@@ -135,12 +151,16 @@ def test_frozen_layers_of_nnx(statistics, affine):
 
     @nnx.jit
     def step(model, optimizer):
-        gradients = nnx.grad(lambda model: jnp.sum((model(X) - 1) ** 2), argnums=nnx.DiffState(0, trained))(model)
+        gradients = nnx.grad(
+            lambda model: jnp.sum((model(X) - 1) ** 2), argnums=nnx.DiffState(0, trained)
+        )(model)
         optimizer.update(model, gradients)
 
     for _ in range(STEPS):
         step(model, optimizer)
-    assert moved(params, values(model, nnx.Param)) == KERNELS | {p for p in AFFINE if p.split("/")[0] not in affine}
+    assert moved(params, values(model, nnx.Param)) == KERNELS | {
+        p for p in AFFINE if p.split("/")[0] not in affine
+    }
     assert moved(batch_stats, values(model, nnx.BatchStat)) == {
         path for path in STATISTICS if path.split("/")[0] not in statistics
     }

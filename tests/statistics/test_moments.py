@@ -15,7 +15,8 @@ from tests import reference
 from tests.compare import assert_close, assert_finite, assert_identical, assert_trees_close
 
 EPS = float(jnp.finfo(jnp.float32).eps)
-# One pass is taken up to a mean of 8 standard deviations: (1 + 8^2) roundings of the variance, and a few for the sums.
+# One pass is taken up to a mean of 8 standard deviations: (1 + 8^2) roundings of the variance, and
+# a few for the sums.
 ROUNDINGS = 100
 
 
@@ -29,12 +30,16 @@ def inputs(draw, dtype):
     x = rng.normal(draw(st.sampled_from((0.0, 3.0, 100.0))), 1.0, shape)
     if np.issubdtype(dtype, np.complexfloating):
         x = x + 1j * rng.normal(size=shape)
-    kept = tuple(draw(st.sampled_from((1, size))) for size in shape)[draw(st.integers(0, len(shape))) :]
+    kept = tuple(draw(st.sampled_from((1, size))) for size in shape)[
+        draw(st.integers(0, len(shape))) :
+    ]
     mask = rng.random(kept) < 0.6 if draw(st.booleans()) else None
     return x.astype(dtype), axes, mask
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64, jnp.complex64])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64, jnp.complex64]
+)
 @pytest.mark.slow
 @given(data=st.data())
 def test_moments_are_those_of_float64_for_any_axes_and_mask(data, dtype):
@@ -45,7 +50,9 @@ def test_moments_are_those_of_float64_for_any_axes_and_mask(data, dtype):
     wide = {jnp.float64: np.float64, jnp.complex64: np.complex64}.get(dtype, np.float32)
     eps = float(np.finfo(wide).eps)
     largest = np.abs(reference.widest(x)).max()
-    np.testing.assert_array_equal(np.broadcast_to(actual.count, expected.count.shape), expected.count)
+    np.testing.assert_array_equal(
+        np.broadcast_to(actual.count, expected.count.shape), expected.count
+    )
     assert_close(actual.mean, expected.mean, atol=ROUNDINGS * eps * largest, dtype=wide)
     assert_close(
         actual.var,
@@ -80,13 +87,18 @@ def test_float16_at_60000_does_not_overflow(rng):
 def test_what_the_mask_hides_may_be_anything(rng):
     x = rng.normal(size=(8, 3)).astype(np.float32)
     mask = rng.random((8, 3)) < 0.5
-    hidden = np.where(mask, x, rng.choice([np.nan, np.inf, -np.inf, 3e38], (8, 3)).astype(np.float32))
-    assert_identical(nj.moments(jnp.asarray(hidden), 0, mask=mask), nj.moments(jnp.asarray(x), 0, mask=mask))
+    hidden = np.where(
+        mask, x, rng.choice([np.nan, np.inf, -np.inf, 3e38], (8, 3)).astype(np.float32)
+    )
+    assert_identical(
+        nj.moments(jnp.asarray(hidden), 0, mask=mask), nj.moments(jnp.asarray(x), 0, mask=mask)
+    )
 
 
 def test_where_nothing_counts_moments_are_zero_and_finite():
     assert_identical(
-        nj.moments(jnp.full((4, 2), jnp.nan), 0, mask=jnp.zeros((4, 1), bool)), nj.Moments(*jnp.zeros((3, 2)))
+        nj.moments(jnp.full((4, 2), jnp.nan), 0, mask=jnp.zeros((4, 1), bool)),
+        nj.Moments(*jnp.zeros((3, 2))),
     )
     assert_identical(nj.moments(jnp.zeros((0, 2)), 0), nj.Moments(*jnp.zeros((3, 2))))
 
@@ -129,16 +141,21 @@ def test_the_merge_commutes_bit_for_bit(rng):
 def test_the_merge_of_halves_far_from_zero_keeps_the_variance(rng):
     x = rng.normal(1e4, 1, (2, 1000, 3)).astype(np.float32)
     a, b = (nj.moments(jnp.asarray(half), 0) for half in x)
-    # A quarter of the squared distance of the halves' means adds to the variance; each mean is rounded to half a ulp.
+    # A quarter of the squared distance of the halves' means adds to the variance; each mean is
+    # rounded to half a ulp.
     distance = np.abs(np.diff(x.mean(1, dtype=np.float64), axis=0)).max()
     rounded = distance / 2 * (1e4 * EPS)
-    assert_close(nj.merge_moments(a, b).var, reference.moments(x, (0, 1)).var, rtol=1e-5, atol=rounded)
+    assert_close(
+        nj.merge_moments(a, b).var, reference.moments(x, (0, 1)).var, rtol=1e-5, atol=rounded
+    )
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e38])
 def test_an_empty_set_changes_nothing_whatever_its_mean_and_variance(rng, garbage):
     (a,), _ = parts(rng, 1)
-    empty = nj.Moments(jnp.zeros(4), jnp.full(4, garbage, jnp.float32), jnp.full(4, garbage, jnp.float32))
+    empty = nj.Moments(
+        jnp.zeros(4), jnp.full(4, garbage, jnp.float32), jnp.full(4, garbage, jnp.float32)
+    )
     assert_identical(nj.merge_moments(a, empty), a)
     assert_identical(nj.merge_moments(empty, a), a)
 
@@ -146,13 +163,16 @@ def test_an_empty_set_changes_nothing_whatever_its_mean_and_variance(rng, garbag
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
 def test_an_empty_set_leaves_no_trace_in_the_gradient_of_a_merge(rng, garbage):
     (a,), _ = parts(rng, 1)
-    empty = nj.Moments(jnp.zeros(4), jnp.full(4, garbage, jnp.float32), jnp.full(4, garbage, jnp.float32))
+    empty = nj.Moments(
+        jnp.zeros(4), jnp.full(4, garbage, jnp.float32), jnp.full(4, garbage, jnp.float32)
+    )
 
     def loss(mean, other):
         _, merged_mean, merged_var = nj.merge_moments(a._replace(mean=mean), other)
         return jnp.sum(merged_mean + merged_var)
 
-    # The union is `a` itself: its mean has derivative 1, its variance does not depend on its own mean.
+    # The union is `a` itself: its mean has derivative 1, its variance does not depend on its own
+    # mean.
     assert_close(jax.grad(loss)(a.mean, empty), np.ones(4))
 
 
@@ -165,9 +185,14 @@ def test_features_are_merged_each_with_its_own_count(rng):
     x = rng.normal(3, 2, (12, 4)).astype(np.float32)
     mask = rng.random((12, 4)) < 0.5
     mask[:6, 0] = mask[:, 1] = False
-    halves = [nj.moments(jnp.asarray(x[s]), 0, mask=jnp.asarray(mask[s])) for s in (slice(6), slice(6, 12))]
+    halves = [
+        nj.moments(jnp.asarray(x[s]), 0, mask=jnp.asarray(mask[s]))
+        for s in (slice(6), slice(6, 12))
+    ]
     expected = reference.moments(x, 0, mask)
-    assert_trees_close(tuple(nj.merge_moments(*halves)), tuple(expected), rtol=ROUNDINGS * EPS, atol=EPS)
+    assert_trees_close(
+        tuple(nj.merge_moments(*halves)), tuple(expected), rtol=ROUNDINGS * EPS, atol=EPS
+    )
 
 
 def test_complex_moments_merge_too(rng):
@@ -182,7 +207,8 @@ def test_the_derivative_of_moments_is_that_of_their_definition(rng):
     n = mask.sum(0)
     with jax.enable_x64(True):
         mean, var = (
-            jax.jacobian(lambda x, k=k: nj.moments(x, 0, mask=jnp.asarray(mask))[k])(jnp.asarray(x)) for k in (1, 2)
+            jax.jacobian(lambda x, k=k: nj.moments(x, 0, mask=jnp.asarray(mask))[k])(jnp.asarray(x))
+            for k in (1, 2)
         )
     for feature in range(2):
         deviation = np.where(mask, x - reference.moments(x, 0, mask).mean, 0)

@@ -35,7 +35,9 @@ def test_averaged_is_the_papers_algorithm_2_whatever_the_layer_stores(rng, shape
     apply_fn = functools.partial(layer, running_var=running_var)
     _, batch_stats = nj.recalibrate(apply_fn, nj.batch_norm_init(3), batches, estimate="averaged")
     assert_trees_close(batch_stats, algorithm_2(batches), **PROMISED)
-    assert np.abs(merged(batches)["var"] / batch_stats["var"] - 1).min() > 0.1, "the two estimates differ here"
+    assert np.abs(merged(batches)["var"] / batch_stats["var"] - 1).min() > 0.1, (
+        "the two estimates differ here"
+    )
 
 
 @pytest.mark.parametrize("estimate, expected", [("merged", merged), ("averaged", algorithm_2)])
@@ -52,7 +54,9 @@ def test_the_sum_keeps_what_rounding_loses():
     """2 ** 24 + 1 + 1 + ... in float32 is 2 ** 24."""
     _, batch_stats = nj.batch_norm_init(1)
     population = nj.statistics.population.empty_population(batch_stats, "averaged", False)
-    add = jax.jit(lambda population, mean: population.add(nj.Moments(2.0, mean, jnp.ones(1)), unbiased=False))
+    add = jax.jit(
+        lambda population, mean: population.add(nj.Moments(2.0, mean, jnp.ones(1)), unbiased=False)
+    )
     for mean in [0.0, 2.0**24] + [1.0] * 98:
         population = add(population, jnp.full(1, mean))
     assert_close(population.statistics()[0], [(2.0**24 + 98) / 100], rtol=EPS)
@@ -74,7 +78,9 @@ def test_other_dtypes(rng, dtype):
 def test_float64_keeps_its_precision(rng):
     with jax.enable_x64(True):
         batches = [jnp.asarray(x, jnp.float64) for x in make(rng, dtype=np.float64)]
-        _, batch_stats = nj.recalibrate(layer, nj.batch_norm_init(3, param_dtype=jnp.float64), batches)
+        _, batch_stats = nj.recalibrate(
+            layer, nj.batch_norm_init(3, param_dtype=jnp.float64), batches
+        )
         assert_trees_close(batch_stats, merged(batches), rtol=1e-14)
 
 
@@ -90,12 +96,17 @@ def with_masks(rng):
     masks[0][:, 0], masks[1][:, 0] = False, np.arange(8) == 3
     for mask in masks:
         mask[:, 3] = False
-    return [(np.where(mask, x, np.nan).astype(np.float32), mask) for x, mask in zip(xs, masks, strict=True)]
+    return [
+        (np.where(mask, x, np.nan).astype(np.float32), mask)
+        for x, mask in zip(xs, masks, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("running_var", ["biased", "unbiased"])
 @pytest.mark.parametrize("estimate", ["merged", "averaged"])
-def test_masked_elements_do_not_count_and_unseen_features_keep_their_own(rng, estimate, running_var):
+def test_masked_elements_do_not_count_and_unseen_features_keep_their_own(
+    rng, estimate, running_var
+):
     batches = with_masks(rng)
     params, start = nj.batch_norm_init(4)
     start = {"mean": start["mean"] + 7, "var": start["var"] + 7}
@@ -104,7 +115,10 @@ def test_masked_elements_do_not_count_and_unseen_features_keep_their_own(rng, es
     for feature in range(3):
         parts = [x[mask[:, feature], feature].astype(np.float64) for x, mask in batches]
         if estimate == "merged":
-            mean, var = np.concatenate(parts).mean(), np.concatenate(parts).var(ddof=running_var == "unbiased")
+            mean, var = (
+                np.concatenate(parts).mean(),
+                np.concatenate(parts).var(ddof=running_var == "unbiased"),
+            )
         else:
             mean = np.mean([x.mean() for x in parts if len(x)])
             var = np.mean([x.var(ddof=1) for x in parts if len(x) > 1])
@@ -116,14 +130,20 @@ def test_masked_elements_do_not_count_and_unseen_features_keep_their_own(rng, es
 def test_one_element_in_all_has_no_unbiased_variance():
     mask = np.arange(4)[:, None] == 1
     apply_fn = functools.partial(masked_layer, running_var="unbiased")
-    _, batch_stats = nj.recalibrate(apply_fn, nj.batch_norm_init(1), [(np.arange(4.0)[:, None], mask)])
+    _, batch_stats = nj.recalibrate(
+        apply_fn, nj.batch_norm_init(1), [(np.arange(4.0)[:, None], mask)]
+    )
     assert_trees_close(batch_stats, {"mean": np.ones(1), "var": np.ones(1)})
 
 
-@pytest.mark.parametrize("settings", [{"momentum": 0.0}, {"momentum": 1.0}, {"virtual_batch_size": 4}])
+@pytest.mark.parametrize(
+    "settings", [{"momentum": 0.0}, {"momentum": 1.0}, {"virtual_batch_size": 4}]
+)
 def test_settings_of_training_make_no_difference(rng, settings):
     batches = make(rng, sizes=(8, 8, 4))
-    _, batch_stats = nj.recalibrate(functools.partial(layer, **settings), nj.batch_norm_init(3), batches)
+    _, batch_stats = nj.recalibrate(
+        functools.partial(layer, **settings), nj.batch_norm_init(3), batches
+    )
     assert_trees_close(batch_stats, merged(batches), **PROMISED)
 
 
@@ -150,8 +170,12 @@ def test_batch_renorm_collects_what_batch_norm_does_whatever_it_starts_from(rng)
 
     params, start = nj.batch_renorm_init(3)
     stale = {"mean": start["mean"] + 50, "var": start["var"] * 9, "count": jnp.int32(30)}
-    _, expected = nj.recalibrate(functools.partial(two_layers, norm=nj.batch_norm), (params, (start, start)), batches)
-    _, found = nj.recalibrate(functools.partial(two_layers, norm=nj.batch_renorm), (params, (stale, stale)), batches)
+    _, expected = nj.recalibrate(
+        functools.partial(two_layers, norm=nj.batch_norm), (params, (start, start)), batches
+    )
+    _, found = nj.recalibrate(
+        functools.partial(two_layers, norm=nj.batch_renorm), (params, (stale, stale)), batches
+    )
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.pop("count") == 30 and theirs.pop("count") == 0
         assert_trees_close(mine, theirs, **ROUNDED)

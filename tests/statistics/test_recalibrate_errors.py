@@ -35,7 +35,9 @@ def test_no_batches(rng):
 def test_what_is_no_iterable_of_batches(rng):
     x = make(rng)[0]
     for batches in (x, jnp.asarray(x)):
-        with refused(TypeError, "batches is not an iterable of batches", type(batches).__name__, "[batch]"):
+        with refused(
+            TypeError, "batches is not an iterable of batches", type(batches).__name__, "[batch]"
+        ):
             nj.recalibrate(network, init(rng), batches)
     with refused(TypeError, "got int"):
         nj.recalibrate(network, init(rng), 3)
@@ -62,7 +64,9 @@ def test_an_unknown_estimate(rng):
 )
 def test_a_model_without_batch_statistics(variables, named):
     with refused(
-        ValueError, "there are no batch statistics", f"variables with {'a dict with ' * ('[' in named)}{named}"
+        ValueError,
+        "there are no batch statistics",
+        f"variables with {'a dict with ' * ('[' in named)}{named}",
     ):
         nj.recalibrate(one_layer, variables, [np.ones((4, 3))])
 
@@ -70,14 +74,18 @@ def test_a_model_without_batch_statistics(variables, named):
 def test_the_state_of_a_module_without_the_module():
     graphdef, state = nnx.split(nnx.Sequential(nj.nnx.BatchNorm(3, rngs=nnx.Rngs(0))))
     for variables in (state, (graphdef, state)):
-        with refused(TypeError, "an nnx.State", type(variables).__name__, "nnx.merge(graphdef, state)"):
+        with refused(
+            TypeError, "an nnx.State", type(variables).__name__, "nnx.merge(graphdef, state)"
+        ):
             nj.recalibrate(one_layer, variables, [np.ones((4, 3))])
 
 
 @pytest.mark.parametrize("leaf, other", [("mean", "var"), ("var", "mean")])
 def test_a_layer_whose_statistics_are_not_complete(leaf, other):
     batch_stats = {"norm": {leaf: jnp.ones(3)}}
-    with refused(ValueError, "not complete", f"batch_stats['norm']['{leaf}'] and no '{other}' beside it"):
+    with refused(
+        ValueError, "not complete", f"batch_stats['norm']['{leaf}'] and no '{other}' beside it"
+    ):
         nj.recalibrate(one_layer, ({}, batch_stats), [np.ones((4, 3))])
 
 
@@ -85,7 +93,12 @@ def test_a_layer_whose_statistics_are_not_complete(leaf, other):
 def test_running_statistics_that_are_not_finite(rng, leaf):
     variables = init(rng)
     variables["batch_stats"][1][leaf] = variables["batch_stats"][1][leaf].at[2].set(jnp.nan)
-    with refused(ValueError, "to start from are not finite", f"infinity in batch_stats[1]['{leaf}']", "variance 1"):
+    with refused(
+        ValueError,
+        "to start from are not finite",
+        f"infinity in batch_stats[1]['{leaf}']",
+        "variance 1",
+    ):
         nj.recalibrate(network, variables, make(rng))
     norm = nj.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     getattr(norm, leaf)[...] = jnp.full(3, jnp.inf)
@@ -101,7 +114,10 @@ def test_a_batch_that_is_not_finite_is_named(rng, bad, layer_by_layer):
     batches[bad][1, 2] = np.inf
     variables = init(rng)
     with refused(
-        ValueError, f"batch {bad} are not finite", "batch_stats[0]['mean'], in 3 of 3 layer(s)", f"batch {bad} ("
+        ValueError,
+        f"batch {bad} are not finite",
+        "batch_stats[0]['mean'], in 3 of 3 layer(s)",
+        f"batch {bad} (",
     ):
         nj.recalibrate(network, variables, batches, layer_by_layer=layer_by_layer)
 
@@ -109,16 +125,31 @@ def test_a_batch_that_is_not_finite_is_named(rng, bad, layer_by_layer):
 def test_a_parameter_that_is_not_finite_is_found_at_the_layer_behind_it(rng):
     variables = init(rng)
     variables["params"][1]["norm"]["scale"] *= jnp.nan
-    with refused(ValueError, "batch 0 are not finite", "batch_stats[2]['mean'], in 1 of 3 layer(s)", "parameters"):
+    with refused(
+        ValueError,
+        "batch 0 are not finite",
+        "batch_stats[2]['mean'], in 1 of 3 layer(s)",
+        "parameters",
+    ):
         nj.recalibrate(network, variables, make(rng))
 
 
 def test_layers_that_do_not_update(rng):
-    with refused(ValueError, "no layer collected anything", "3 layer(s)", "batch_stats[0]", "train=True"):
-        nj.recalibrate(lambda variables, x: network(variables, x, train=False), init(rng), make(rng))
+    with refused(
+        ValueError, "no layer collected anything", "3 layer(s)", "batch_stats[0]", "train=True"
+    ):
+        nj.recalibrate(
+            lambda variables, x: network(variables, x, train=False), init(rng), make(rng)
+        )
     model = nnx.Sequential(nj.nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     model.eval()
-    with refused(ValueError, "no layer collected anything", "1 layer(s)", "model['layers'][0]", "model.train()"):
+    with refused(
+        ValueError,
+        "no layer collected anything",
+        "1 layer(s)",
+        "model['layers'][0]",
+        "model.train()",
+    ):
         nj.recalibrate(lambda model, x: model(x), model, make(rng))
 
 
@@ -138,10 +169,18 @@ def test_layers_of_flax(rng):
             return nn.BatchNorm(use_running_average=False, name="theirs")(x)
 
     variables = Mixed().init(jax.random.key(0), np.ones((4, 3), np.float32))
-    with refused(ValueError, "updated its running statistics", "batch_stats['theirs']", "nj.linen.BatchNorm"):
-        nj.recalibrate(lambda v, x: Mixed().apply(v, x, mutable=["batch_stats"]), variables, make(rng))
-    model = nnx.Sequential(nj.nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
-    with refused(ValueError, "updated its running statistics", "model['layers'][1]", "nj.nnx.BatchNorm"):
+    with refused(
+        ValueError, "updated its running statistics", "batch_stats['theirs']", "nj.linen.BatchNorm"
+    ):
+        nj.recalibrate(
+            lambda v, x: Mixed().apply(v, x, mutable=["batch_stats"]), variables, make(rng)
+        )
+    model = nnx.Sequential(
+        nj.nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    )
+    with refused(
+        ValueError, "updated its running statistics", "model['layers'][1]", "nj.nnx.BatchNorm"
+    ):
         nj.recalibrate(lambda model, x: model(x), model, make(rng))
     assert (model.layers[1].mean[...] == 0).all()
 
@@ -170,17 +209,24 @@ def test_statistics_that_are_not_returned(rng):
         return y, batch_stats[:2]
 
     with refused(
-        ValueError, "did not return the statistics of a layer", "batch_stats[2]['mean']", "got batch_stats[0]"
+        ValueError,
+        "did not return the statistics of a layer",
+        "batch_stats[2]['mean']",
+        "got batch_stats[0]",
     ):
         nj.recalibrate(apply_fn, init(rng), make(rng))
-    with refused(ValueError, "did not return the statistics of a layer", "batch_stats[0]", "got no layer"):
+    with refused(
+        ValueError, "did not return the statistics of a layer", "batch_stats[0]", "got no layer"
+    ):
         nj.recalibrate(lambda variables, x: (network(variables, x), {}), init(rng), make(rng))
 
 
 def test_statistics_of_another_layer(rng):
     variables = init(rng)
     variables["batch_stats"][1] = nj.batch_norm_init(4)[1]
-    with pytest.raises(ValueError, match=r"batch_norm: batch_stats\['mean'\] does not fit .*\(5,\).*\(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"batch_norm: batch_stats\['mean'\] does not fit .*\(5,\).*\(4,\)"
+    ):
         nj.recalibrate(network, variables, make(rng))
 
 
@@ -194,6 +240,12 @@ def test_statistics_that_do_not_settle(rng):
         return y, own
 
     with refused(
-        ValueError, "do not settle", "after", "3 passes for 1 layer(s)", "batch_stats", "%", "layer_by_layer=False"
+        ValueError,
+        "do not settle",
+        "after",
+        "3 passes for 1 layer(s)",
+        "batch_stats",
+        "%",
+        "layer_by_layer=False",
     ):
         nj.recalibrate(apply_fn, nj.batch_norm_init(3), make(rng), layer_by_layer=True)

@@ -42,7 +42,10 @@ class NNXNet(nnx.Module):
         for params in variables["params"]:
             size, width = params["kernel"].shape
             dense, own = nnx.Linear(size, width, use_bias=False, rngs=rngs), norm(width, rngs=rngs)
-            dense.kernel[...], own.scale[...], own.bias[...] = params["kernel"], *map(params["norm"].get, LEAVES)
+            dense.kernel[...], own.scale[...], own.bias[...] = (
+                params["kernel"],
+                *map(params["norm"].get, LEAVES),
+            )
             self.blocks.append(nnx.Sequential(dense, own, nnx.relu))
 
     def __call__(self, x):
@@ -60,7 +63,9 @@ def linen_apply(variables, x, train=True, net=None):
 
 def as_linen(variables):
     params, batch_stats = {}, {}
-    for i, (own, running) in enumerate(zip(variables["params"], variables["batch_stats"], strict=True)):
+    for i, (own, running) in enumerate(
+        zip(variables["params"], variables["batch_stats"], strict=True)
+    ):
         params |= {f"dense_{i}": {"kernel": own["kernel"]}, f"norm_{i}": own["norm"]}
         batch_stats[f"norm_{i}"] = running
     return {"params": params, "batch_stats": batch_stats}
@@ -80,14 +85,19 @@ def test_linen_is_the_functional_model(rng, settings):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("apply_fn", [lambda model, x: model(x), nnx.jit(lambda model, x: model(x))])
+@pytest.mark.parametrize(
+    "apply_fn", [lambda model, x: model(x), nnx.jit(lambda model, x: model(x))]
+)
 def test_nnx_is_the_functional_model_and_updated_itself(rng, settings, apply_fn):
     variables, batches = init(rng), make(rng)
     expected = nj.recalibrate(network, variables, batches, **settings)["batch_stats"]
     model = NNXNet(variables)
     graph = nnx.graphdef(model)
     assert nj.recalibrate(apply_fn, model, batches, **settings) is model
-    found = [{leaf: getattr(block.layers[1], leaf)[...] for leaf in ("mean", "var")} for block in model.blocks]
+    found = [
+        {leaf: getattr(block.layers[1], leaf)[...] for leaf in ("mean", "var")}
+        for block in model.blocks
+    ]
     assert_trees_close(found, expected, **ROUNDED)
     assert nnx.graphdef(model) == graph
 
@@ -96,7 +106,9 @@ def test_nnx_is_the_functional_model_and_updated_itself(rng, settings, apply_fn)
 def test_layer_by_layer_in_either_mode(rng, train):
     variables, batches = init(rng), make(rng)
     expected = in_float64(variables, batches, "population")
-    found = nj.recalibrate(partial(linen_apply, train=train), as_linen(variables), batches, layer_by_layer=True)
+    found = nj.recalibrate(
+        partial(linen_apply, train=train), as_linen(variables), batches, layer_by_layer=True
+    )
     assert_trees_close(list(found["batch_stats"].values()), expected, **ROUNDED)
     model = NNXNet(variables)
     model.train() if train else model.eval()
@@ -137,7 +149,9 @@ def test_shared_layers_see_all_their_inputs(rng):
 
     expected = merged([*batches, *(3 * x[:4] for x in batches)])
     variables = Shared().init(jax.random.key(0), batches[0])
-    found = nj.recalibrate(lambda v, x: Shared().apply(v, x, mutable=["batch_stats"]), variables, batches)
+    found = nj.recalibrate(
+        lambda v, x: Shared().apply(v, x, mutable=["batch_stats"]), variables, batches
+    )
     assert_trees_close(found["batch_stats"]["BatchNorm_0"], expected, **PROMISED)
     model = nj.recalibrate(lambda model, x: model(x), NNXShared(), batches)
     assert_close(model.norm.var[...], expected["var"], **PROMISED)
@@ -145,7 +159,10 @@ def test_shared_layers_see_all_their_inputs(rng):
 
 def test_lifted_transformations_of_linen(rng):
     """Three layers stacked by nn.scan, each rematerialized; a stale start, which must not shine through."""
-    batches = [x @ np.ones((3, 5), np.float32) + rng.normal(size=(len(x), 5)).astype(np.float32) for x in make(rng)]
+    batches = [
+        x @ np.ones((3, 5), np.float32) + rng.normal(size=(len(x), 5)).astype(np.float32)
+        for x in make(rng)
+    ]
 
     class Block(nn.Module):
         @nn.compact
@@ -153,11 +170,16 @@ def test_lifted_transformations_of_linen(rng):
             return nn.relu(nj.linen.BatchNorm(use_running_average=False)(nn.Dense(5)(x))), None
 
     stack = nn.scan(
-        nn.remat(Block), variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3
+        nn.remat(Block),
+        variable_axes={"params": 0, "batch_stats": 0},
+        split_rngs={"params": True},
+        length=3,
     )
     variables = stack().init(jax.random.key(0), batches[0], None)
     apply_fn = lambda v, x: stack().apply(v, x, None, mutable=["batch_stats"])  # noqa: E731
-    found = nj.recalibrate(apply_fn, variables, batches, layer_by_layer=True)["batch_stats"]["BatchNorm_0"]
+    found = nj.recalibrate(apply_fn, variables, batches, layer_by_layer=True)["batch_stats"][
+        "BatchNorm_0"
+    ]
     dense, norm = variables["params"]["Dense_0"], variables["params"]["BatchNorm_0"]
     params = [
         {"kernel": jnp.concatenate([dense["kernel"][i], dense["bias"][None, i]]),
@@ -165,7 +187,10 @@ def test_lifted_transformations_of_linen(rng):
     ]  # fmt: skip
     xs = [x.astype(np.float64) for x in batches]
     for i, own in enumerate(params):
-        xs = [np.concatenate([x, np.ones((len(x), 1))], 1) @ np.asarray(own["kernel"], np.float64) for x in xs]
+        xs = [
+            np.concatenate([x, np.ones((len(x), 1))], 1) @ np.asarray(own["kernel"], np.float64)
+            for x in xs
+        ]
         seen = merged(xs)
         assert_trees_close(jax.tree.map(lambda leaf, i=i: leaf[i], found), seen, **ROUNDED)
         xs = [np.maximum((x - seen["mean"]) / np.sqrt(seen["var"] + 1e-5), 0) for x in xs]
@@ -181,7 +206,9 @@ def test_nnx_layers_stacked_by_vmap(rng):
     model = stacked(nnx.Rngs(0).split(2))
     both = nnx.vmap(lambda norm, x: norm(x), in_axes=(0, 0))
     nj.recalibrate(lambda model, x: both(model, jnp.stack([x, 2 * x])), model, batches)
-    assert_close(model.var[...], np.stack([merged(batches)["var"], 4 * merged(batches)["var"]]), **PROMISED)
+    assert_close(
+        model.var[...], np.stack([merged(batches)["var"], 4 * merged(batches)["var"]]), **PROMISED
+    )
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -195,7 +222,9 @@ def test_frozen_layers_keep_their_statistics(rng, settings):
             return nj.linen.BatchNorm(use_running_average=False)(x)
 
     variables = Half().init(jax.random.key(0), batches[0])
-    found = nj.recalibrate(lambda v, x: Half().apply(v, x, mutable=["batch_stats"]), variables, batches, **settings)
+    found = nj.recalibrate(
+        lambda v, x: Half().apply(v, x, mutable=["batch_stats"]), variables, batches, **settings
+    )
     assert_identical(found["batch_stats"]["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"])
     assert (found["batch_stats"]["BatchNorm_1"]["mean"] != 0).all()
     frozen = nj.nnx.BatchNorm(3, frozen=True, rngs=nnx.Rngs(0))
@@ -207,7 +236,9 @@ def test_frozen_layers_keep_their_statistics(rng, settings):
 def test_dtypes_of_the_doors(rng):
     """bfloat16 in and stored; a mean that turns complex with x; batch renorm and its count; a cumulative mean."""
     batches = make(rng)
-    norm = nj.linen.BatchNorm(use_running_average=False, param_dtype=jnp.bfloat16, force_float32_reductions=False)
+    norm = nj.linen.BatchNorm(
+        use_running_average=False, param_dtype=jnp.bfloat16, force_float32_reductions=False
+    )
     halves = [jnp.asarray(x, jnp.bfloat16) for x in batches]
     variables = norm.init(jax.random.key(0), halves[0])
     apply_fn = lambda v, x: norm.apply(v, x, mutable=["batch_stats"])  # noqa: E731
@@ -217,8 +248,12 @@ def test_dtypes_of_the_doors(rng):
     complex_norm = nj.linen.BatchNorm(use_running_average=False)
     turned = [x + 1j * x[::-1] for x in batches]
     variables = complex_norm.init(jax.random.key(0), batches[0])
-    found = nj.recalibrate(lambda v, x: complex_norm.apply(v, x, mutable=["batch_stats"]), variables, turned)
-    assert_close(found["batch_stats"]["mean"], np.concatenate(turned).mean(0), rtol=1e-5, dtype=jnp.complex64)
+    found = nj.recalibrate(
+        lambda v, x: complex_norm.apply(v, x, mutable=["batch_stats"]), variables, turned
+    )
+    assert_close(
+        found["batch_stats"]["mean"], np.concatenate(turned).mean(0), rtol=1e-5, dtype=jnp.complex64
+    )
     renorm = nj.nnx.BatchRenorm(3, rngs=nnx.Rngs(0))
     renorm.count[...] = jnp.int32(5)
     nj.recalibrate(lambda model, x: model(x), renorm, batches)
@@ -291,5 +326,7 @@ def test_a_progress_bar_is_shown_when_asked_for(rng, capsys):
 def test_without_rich_there_is_no_bar(rng, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     nj.recalibrate(network, init(rng), make(rng))
-    with pytest.raises(ImportError, match="recalibrate: progress=True shows a bar of rich.*pip install rich"):
+    with pytest.raises(
+        ImportError, match="recalibrate: progress=True shows a bar of rich.*pip install rich"
+    ):
         nj.recalibrate(network, init(rng), make(rng), progress=True)

@@ -24,7 +24,9 @@ def test_layer_by_layer_each_layer_sees_what_inference_shows_it(rng, train):
     variables, batches = init(rng), make(rng)
     apply_fn = functools.partial(network, train=train)
     found = nj.recalibrate(apply_fn, variables, batches, layer_by_layer=True)
-    assert_trees_close(found["batch_stats"], in_float64(variables, batches, "population"), **ROUNDED)
+    assert_trees_close(
+        found["batch_stats"], in_float64(variables, batches, "population"), **ROUNDED
+    )
 
 
 def test_layer_by_layer_over_small_batches_is_training_on_one_that_holds_them_all(rng):
@@ -39,7 +41,9 @@ def test_layer_by_layer_over_small_batches_is_training_on_one_that_holds_them_al
 def test_layer_by_layer_batches_of_one_example_are_enough(rng):
     variables, batches = init(rng), make(rng, sizes=(1,) * 12)
     found = nj.recalibrate(network, variables, batches, layer_by_layer=True)
-    assert_trees_close(found["batch_stats"], in_float64(variables, batches, "population"), **ROUNDED)
+    assert_trees_close(
+        found["batch_stats"], in_float64(variables, batches, "population"), **ROUNDED
+    )
 
 
 def test_layer_by_layer_takes_a_pass_more_than_there_are_layers(rng):
@@ -100,13 +104,17 @@ def test_memory_does_not_grow_with_the_number_of_batches(rng):
     assert max(alive[5:]) <= alive[5]
 
 
-@pytest.mark.parametrize("wrap", [lambda variables: (variables["params"], variables["batch_stats"]), dict])
+@pytest.mark.parametrize(
+    "wrap", [lambda variables: (variables["params"], variables["batch_stats"]), dict]
+)
 def test_variables_may_be_a_pair_or_a_dict(rng, wrap):
     variables, batches = init(rng), make(rng)
     given = wrap(variables)
 
     def apply_fn(given, x):
-        params, batch_stats = given if isinstance(given, tuple) else (given["params"], given["batch_stats"])
+        params, batch_stats = (
+            given if isinstance(given, tuple) else (given["params"], given["batch_stats"])
+        )
         return network({"params": params, "batch_stats": batch_stats}, x)
 
     found = nj.recalibrate(apply_fn, given, batches)
@@ -117,7 +125,9 @@ def test_variables_may_be_a_pair_or_a_dict(rng, wrap):
 def test_variables_may_be_batch_stats_alone(rng):
     variables, batches = init(rng), make(rng)
     found = nj.recalibrate(
-        lambda own, x: network(variables | {"batch_stats": own}, x), variables["batch_stats"], batches
+        lambda own, x: network(variables | {"batch_stats": own}, x),
+        variables["batch_stats"],
+        batches,
     )
     assert_identical(found, nj.recalibrate(network, variables, batches)["batch_stats"])
 
@@ -132,7 +142,9 @@ def test_a_layer_that_is_called_twice_sees_both_inputs(rng):
         return (y, z), batch_stats
 
     _, batch_stats = nj.recalibrate(twice, nj.batch_norm_init(3), batches)
-    assert_trees_close(batch_stats, merged([*batches, *(3 * x[:4] - 1 for x in batches)]), rtol=1e-5)
+    assert_trees_close(
+        batch_stats, merged([*batches, *(3 * x[:4] - 1 for x in batches)]), rtol=1e-5
+    )
 
 
 def test_layers_stacked_for_scan(rng):
@@ -150,14 +162,19 @@ def test_layers_stacked_for_scan(rng):
         return jax.lax.scan(jax.checkpoint(cell), jnp.zeros_like(x), variables[1])
 
     for layer_by_layer in (False, True):
-        _, found = nj.recalibrate(apply_fn, (params, stacked), batches, layer_by_layer=layer_by_layer)
+        _, found = nj.recalibrate(
+            apply_fn, (params, stacked), batches, layer_by_layer=layer_by_layer
+        )
         hs, means = [np.zeros_like(x, np.float64) for x in batches], []
         for _ in range(steps):
             inputs = [h + x for h, x in zip(hs, batches, strict=True)]
             seen = merged(inputs)
             means.append(seen["mean"])
             by = [seen if layer_by_layer else merged([x]) for x in inputs]
-            hs = [np.maximum((x - s["mean"]) / np.sqrt(s["var"] + 1e-5), 0) for x, s in zip(inputs, by, strict=True)]
+            hs = [
+                np.maximum((x - s["mean"]) / np.sqrt(s["var"] + 1e-5), 0)
+                for x, s in zip(inputs, by, strict=True)
+            ]
         assert_close(found["mean"], np.stack(means), **ROUNDED)
 
 

@@ -24,7 +24,10 @@ def batches(rng, size=5):
 def closed_form(xs, momentum, running_var):
     """The weighted sum over all batches so far, without recursion; the start weighs momentum ** steps."""
     steps, size = len(xs), xs.shape[1]
-    mean, var = xs.astype(np.float64).mean(1), xs.astype(np.float64).var(1, ddof=running_var == "unbiased")
+    mean, var = (
+        xs.astype(np.float64).mean(1),
+        xs.astype(np.float64).var(1, ddof=running_var == "unbiased"),
+    )
     assert size > 1
     if momentum is None:
         return {"mean": mean.mean(0), "var": var.mean(0)}
@@ -40,15 +43,20 @@ def start(count=False):
 @pytest.mark.parametrize("momentum", [0.9, 0.99, None, 0.0, 1.0])
 def test_running_statistics_at_steps_1_10_and_100_are_the_closed_form(rng, momentum, running_var):
     xs = batches(rng)
-    update = jax.jit(functools.partial(nj.update_batch_stats, momentum=momentum, running_var=running_var))
+    update = jax.jit(
+        functools.partial(nj.update_batch_stats, momentum=momentum, running_var=running_var)
+    )
     batch_stats = start(count=momentum is None)
     for step, x in enumerate(jnp.asarray(xs), 1):
         batch_stats = update(batch_stats, nj.moments(x, 0))
         if step in (1, 10, 100):
             expected = closed_form(xs[:step], momentum, running_var)
-            # Each of the steps rounds the running value twice or thrice, and the batch's own moments once.
+            # Each of the steps rounds the running value twice or thrice, and the batch's own
+            # moments once.
             for leaf in ("mean", "var"):
-                assert_close(batch_stats[leaf], expected[leaf], rtol=(4 + 3 * step**0.5) * EPS, atol=8 * EPS)
+                assert_close(
+                    batch_stats[leaf], expected[leaf], rtol=(4 + 3 * step**0.5) * EPS, atol=8 * EPS
+                )
             if momentum is None:
                 assert batch_stats["count"] == step
 
@@ -92,7 +100,9 @@ def test_an_empty_batch_leaves_everything_count_included(rng, momentum, running_
 
 
 def test_a_count_is_kept_with_a_fixed_momentum_too():
-    batch_stats = nj.update_batch_stats(start(count=True), nj.moments(jnp.ones((2, 3)), 0), momentum=0.9)
+    batch_stats = nj.update_batch_stats(
+        start(count=True), nj.moments(jnp.ones((2, 3)), 0), momentum=0.9
+    )
     assert batch_stats["count"] == 1
 
 
@@ -114,19 +124,25 @@ def test_microbatches_merged_and_updated_once_equal_the_whole_batch(rng, momentu
     accumulated = nj.update_batch_stats(start(count=True), merged, **settings)
     whole = nj.update_batch_stats(start(count=True), nj.moments(jnp.asarray(x), 0), **settings)
     assert_trees_close(accumulated, whole, rtol=16 * EPS)
-    assert_trees_close(whole, reference.update(start(count=True), reference.moments(x, 0), **settings), rtol=1e-5)
+    assert_trees_close(
+        whole, reference.update(start(count=True), reference.moments(x, 0), **settings), rtol=1e-5
+    )
 
 
 def test_momentum_may_be_traced_as_on_a_schedule(rng):
     seen = nj.moments(jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), 0)
-    traced = jax.jit(lambda momentum: nj.update_batch_stats(start(), seen, momentum=momentum))(jnp.float32(0.25))
+    traced = jax.jit(lambda momentum: nj.update_batch_stats(start(), seen, momentum=momentum))(
+        jnp.float32(0.25)
+    )
     assert_trees_close(traced, nj.update_batch_stats(start(), seen, momentum=0.25), rtol=4 * EPS)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_the_dtypes_of_the_running_statistics_are_kept(dtype):
     batch_stats = jax.tree.map(lambda leaf: leaf.astype(dtype), start())
-    new = nj.update_batch_stats(batch_stats, nj.moments(jnp.ones((2, 3), jnp.float32), 0), momentum=0.5)
+    new = nj.update_batch_stats(
+        batch_stats, nj.moments(jnp.ones((2, 3), jnp.float32), 0), momentum=0.5
+    )
     assert_same_kind(new, batch_stats)
     assert_close(new["mean"], np.full(3, 0.5))
 

@@ -14,7 +14,13 @@ def hard(rng, shape):
     outlier, half = normal.copy(), normal.copy()
     outlier[0] = 1e4
     half[: shape[0] // 2] += 1e3
-    return {"offset": normal + 1e4, "outlier": outlier, "half": half, "constant": normal * 0 + 3, "plain": normal}
+    return {
+        "offset": normal + 1e4,
+        "outlier": outlier,
+        "half": half,
+        "constant": normal * 0 + 3,
+        "plain": normal,
+    }
 
 
 @pytest.mark.parametrize("shape", [(1000, 3), (64, 20, 3), (7, 3), (33, 5, 5, 3), (1, 2, 3)])

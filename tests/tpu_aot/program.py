@@ -1,6 +1,7 @@
 """Compiles synced batch norm for a TPU pod that is not there, and prints what was compiled as JSON.
 
-A process of its own: libtpu must be told of its topology before JAX starts, and may be loaded by one process at a time.
+A process of its own: libtpu must be told of its topology before JAX starts, and may be loaded by
+  one process at a time.
 """
 
 import json
@@ -28,7 +29,8 @@ def main(topology: str, way: str, masked: bool) -> None:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     params, batch_stats = jax.tree.map(
-        lambda leaf: shaped(leaf.shape, leaf.dtype, whole), jax.eval_shape(partial(nj.batch_norm_init, FEATURES))
+        lambda leaf: shaped(leaf.shape, leaf.dtype, whole),
+        jax.eval_shape(partial(nj.batch_norm_init, FEATURES)),
     )
     batch = 4 * len(devices)
     x = shaped((batch, 8, 8, FEATURES), jnp.bfloat16, split)
@@ -39,16 +41,25 @@ def main(topology: str, way: str, masked: bool) -> None:
         return nj.batch_norm(params, batch_stats, x, True, mask=mask, axis_name=axis_name)
 
     def backward(params, batch_stats, x, mask):
-        loss = lambda params, x: jnp.sum(forward(params, batch_stats, x, mask)[0].astype(jnp.float32) ** 2)  # noqa: E731
+        def loss(params, x):
+            return jnp.sum(forward(params, batch_stats, x, mask)[0].astype(jnp.float32) ** 2)
+
         return jax.grad(loss, argnums=(0, 1))(params, x)
 
     found = {"devices": len(devices)}
-    for name, run, outputs in (("forward", forward, (split, whole)), ("backward", backward, (whole, split))):
+    for name, run, outputs in (
+        ("forward", forward, (split, whole)),
+        ("backward", backward, (whole, split)),
+    ):
         if way == "jit":
             places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), outputs)
             program = jax.jit(run, out_shardings=places)
         else:
-            program = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=outputs))
+            program = jax.jit(
+                jax.shard_map(
+                    run, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=outputs
+                )
+            )
         seen = collectives(program.lower(params, batch_stats, x, mask).compile())
         found[name] = [(one.kind, one.elements) for one in seen if not one.in_branch]
     print(json.dumps(found))

@@ -12,7 +12,9 @@ PODS = {"v5e:16x16": 256, "v5p:4x4x4": 64}
 
 
 def compiled(*arguments):
-    run = subprocess.run([sys.executable, "-m", "tests.tpu_aot.program", *arguments], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.tpu_aot.program", *arguments], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -24,7 +26,9 @@ def test_one_all_reduce_each_way(topology, masked):
     assert found["devices"] == PODS[topology]
     numbers = 2 * FEATURES + (masked == "masked")
     assert found["forward"] == [["all-reduce", numbers]]
-    assert sorted(found["backward"]) == sorted([["all-reduce", numbers], ["all-reduce", 2 * FEATURES]])
+    assert sorted(found["backward"]) == sorted(
+        [["all-reduce", numbers], ["all-reduce", 2 * FEATURES]]
+    )
 
 
 def test_plain_jit_with_a_sharded_batch_is_no_different_forward():

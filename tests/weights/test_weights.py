@@ -60,11 +60,18 @@ def test_weight_norm_is_the_formula(rng, shape, feature_axes, with_scale):
     kernel = draw(rng, shape)
     params = {"scale": draw(rng, features(shape, feature_axes), 1.0)} if with_scale else {}
     y, batch_stats = apply("weight_norm", params, {}, kernel, feature_axes=feature_axes)
-    assert_close(y, family.weight_norm(params, kernel, feature_axes=feature_axes), rtol=16 * EPS, dtype=jnp.float32)
+    assert_close(
+        y,
+        family.weight_norm(params, kernel, feature_axes=feature_axes),
+        rtol=16 * EPS,
+        dtype=jnp.float32,
+    )
     assert batch_stats == {}
     axes = family.others(feature_axes, len(shape))
     norms = np.sqrt((np.float64(y) ** 2).sum(axes))
-    assert_close(norms, np.abs(np.broadcast_to(params.get("scale", 1.0), norms.shape)), rtol=16 * EPS)
+    assert_close(
+        norms, np.abs(np.broadcast_to(params.get("scale", 1.0), norms.shape)), rtol=16 * EPS
+    )
 
 
 @every_kernel
@@ -72,9 +79,18 @@ def test_weight_norm_starts_at_the_kernel_itself(rng, shape, feature_axes):
     kernel = draw(rng, shape, 0.5)
     params, batch_stats = init("weight_norm", kernel, feature_axes)
     assert params.keys() == {"scale"} and params["scale"].shape == features(shape, feature_axes)
-    assert_close(apply("weight_norm", params, batch_stats, kernel, feature_axes=feature_axes)[0], kernel, rtol=16 * EPS)
+    assert_close(
+        apply("weight_norm", params, batch_stats, kernel, feature_axes=feature_axes)[0],
+        kernel,
+        rtol=16 * EPS,
+    )
     axes = family.others(feature_axes, len(shape))
-    assert_close(params["scale"], np.sqrt((np.float64(kernel) ** 2).sum(axes)), rtol=16 * EPS, dtype=jnp.float32)
+    assert_close(
+        params["scale"],
+        np.sqrt((np.float64(kernel) ** 2).sum(axes)),
+        rtol=16 * EPS,
+        dtype=jnp.float32,
+    )
 
 
 @every_kernel
@@ -87,8 +103,11 @@ def test_weight_standardization_is_the_formula(rng, shape, feature_axes, scaled,
     # The fan-in is not a factor of epsilon: one that is not small tells.
     y, batch_stats = apply("weight_standardization", params, {}, kernel, epsilon=0.5, **settings)
     expected = family.weight_standardization(params, kernel, epsilon=0.5, **settings)
-    # The mean, 3 standard deviations (up to 8 for a few elements), is rounded before it is subtracted.
-    assert_close(y, expected, rtol=64 * EPS, atol=64 * EPS * np.abs(expected).max(), dtype=jnp.float32)
+    # The mean, 3 standard deviations (up to 8 for a few elements), is rounded before it is
+    # subtracted.
+    assert_close(
+        y, expected, rtol=64 * EPS, atol=64 * EPS * np.abs(expected).max(), dtype=jnp.float32
+    )
     assert batch_stats == {}
     if not with_scale:
         y, _ = apply("weight_standardization", params, {}, kernel, epsilon=1e-10, **settings)
@@ -106,7 +125,9 @@ def test_spectral_norm_takes_its_steps_from_where_it_was(rng, shape, feature_axe
     kernel = draw(rng, shape)
     params, batch_stats = init("spectral_norm", kernel, feature_axes)
     columns = int(np.prod(features(shape, feature_axes)))
-    assert params == {} and batch_stats.keys() == {"u", "sigma"} and batch_stats["sigma"].shape == ()
+    assert (
+        params == {} and batch_stats.keys() == {"u", "sigma"} and batch_stats["sigma"].shape == ()
+    )
     assert batch_stats["u"].shape == (1, columns)
     assert_close(jnp.linalg.norm(batch_stats["u"]), 1.0, rtol=8 * EPS)
     settings = {"feature_axes": feature_axes, "n_steps": n_steps}
@@ -129,7 +150,11 @@ def test_spectral_norm_converges_to_the_largest_singular_value(rng, shape, featu
         matrix = np.float64(kernel).transpose(*family.others(axes, len(shape)), *axes)
         return np.linalg.svd(matrix.reshape(-1, batch_stats["u"].size), compute_uv=False)[0]
 
-    step = jax.jit(lambda stats: apply("spectral_norm", {}, stats, kernel, feature_axes=feature_axes, n_steps=4))
+    step = jax.jit(
+        lambda stats: apply(
+            "spectral_norm", {}, stats, kernel, feature_axes=feature_axes, n_steps=4
+        )
+    )
     for _ in range(250):
         y, batch_stats = step(batch_stats)
     assert_close(batch_stats["sigma"], largest(kernel), rtol=32 * EPS)
@@ -158,13 +183,18 @@ def torch_conv(rng, shape):
 @pytest.mark.parametrize("dim", [0, 1, 3, -1, None])
 def test_weight_norm_is_torchs(rng, dim):
     layer = parametrizations.weight_norm(torch_conv(rng, (4, 3, 2, 5)), dim=dim)
-    scale, direction = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
+    scale, direction = (
+        layer.parametrizations.weight.original0,
+        layer.parametrizations.weight.original1,
+    )
     with torch.no_grad():
         scale *= torch.tensor(draw_normal(rng, tuple(scale.shape), np.float32, 1.0))
     # torch takes dim=-1 for None: one norm for the tensor.
     feature_axes = () if dim in (None, -1) else dim
     cotangent = draw_normal(rng, (4, 3, 2, 5), np.float32)
-    params = {"scale": jnp.asarray(scale.detach().numpy()).reshape(features((4, 3, 2, 5), feature_axes))}
+    params = {
+        "scale": jnp.asarray(scale.detach().numpy()).reshape(features((4, 3, 2, 5), feature_axes))
+    }
 
     def run(params, kernel):
         return apply("weight_norm", params, {}, kernel, feature_axes=feature_axes)[0]
@@ -173,7 +203,9 @@ def test_weight_norm_is_torchs(rng, dim):
     assert_close(y, layer.weight.detach().numpy(), rtol=16 * EPS)
     torch.sum(torch.tensor(cotangent) * layer.weight).backward()
     grads, dkernel = pullback(jnp.asarray(cotangent))
-    assert_close(grads["scale"].ravel(), scale.grad.numpy().ravel(), atol=64 * EPS * np.abs(cotangent).max())
+    assert_close(
+        grads["scale"].ravel(), scale.grad.numpy().ravel(), atol=64 * EPS * np.abs(cotangent).max()
+    )
     assert_close(dkernel, direction.grad.numpy(), rtol=64 * EPS, atol=64 * EPS)
 
 
@@ -182,7 +214,9 @@ def test_weight_norm_is_torchs(rng, dim):
 def test_spectral_norm_follows_torch_while_the_kernel_changes(rng, dim, n_steps):
     """torch keeps the direction on the other side of `dim`, and starts each step from it as we do from u."""
     shape = (4, 3, 2, 5)
-    layer = parametrizations.spectral_norm(torch_conv(rng, shape), n_power_iterations=n_steps, dim=dim)
+    layer = parametrizations.spectral_norm(
+        torch_conv(rng, shape), n_power_iterations=n_steps, dim=dim
+    )
     theirs, original = layer.parametrizations.weight[0], layer.parametrizations.weight.original
     rest = tuple(axis for axis in range(4) if axis != dim)
     batch_stats = {"u": jnp.asarray(theirs._v.numpy().copy())[None], "sigma": jnp.ones(())}
@@ -190,17 +224,25 @@ def test_spectral_norm_follows_torch_while_the_kernel_changes(rng, dim, n_steps)
         cotangent = draw_normal(rng, shape, np.float32)
 
         def run(kernel, batch_stats=batch_stats):
-            return apply("spectral_norm", {}, batch_stats, kernel, feature_axes=rest, n_steps=n_steps)
+            return apply(
+                "spectral_norm", {}, batch_stats, kernel, feature_axes=rest, n_steps=n_steps
+            )
 
-        y, pullback, batch_stats = jax.vjp(run, jnp.asarray(original.detach().numpy().copy()), has_aux=True)
+        y, pullback, batch_stats = jax.vjp(
+            run, jnp.asarray(original.detach().numpy().copy()), has_aux=True
+        )
         weight = layer.weight  # in training, each access takes the steps
-        sigma = original.detach().flatten() @ weight.detach().flatten() / (weight.detach() ** 2).sum()
+        sigma = (
+            original.detach().flatten() @ weight.detach().flatten() / (weight.detach() ** 2).sum()
+        )
         original.grad = None
         torch.sum(torch.tensor(cotangent) * weight).backward()
         assert_close(y, weight.detach().numpy(), rtol=64 * EPS, atol=64 * EPS)
         assert_close(batch_stats["sigma"], sigma.numpy(), rtol=64 * EPS)
         assert_close(batch_stats["u"][0], theirs._v.numpy(), atol=64 * EPS)
-        assert_close(pullback(jnp.asarray(cotangent))[0], original.grad.numpy(), rtol=64 * EPS, atol=64 * EPS)
+        assert_close(
+            pullback(jnp.asarray(cotangent))[0], original.grad.numpy(), rtol=64 * EPS, atol=64 * EPS
+        )
         with torch.no_grad():
             original += torch.tensor(draw_normal(rng, shape, np.float32, 0.0, 0.3))
 
@@ -218,14 +260,25 @@ CONVS = {
 def test_weight_norm_from_data_starts_with_mean_0_and_variance_1(rng, layout):
     if layout == "dense":
         x, kernel, feature_axes, output_axes = draw(rng, (64, 5), 2.0), draw(rng, (5, 4)), -1, -1
-        linear = lambda kernel: x @ kernel  # noqa: E731
+
+        def linear(kernel):
+            return x @ kernel
     else:
         numbers, shape, kernel_shape, feature_axes, output_axes = CONVS[layout]
         x, kernel = draw(rng, shape, 2.0), draw(rng, kernel_shape)
-        linear = lambda kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)  # noqa: E731
+
+        def linear(kernel):
+            return jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=numbers
+            )
+
     settings = {"feature_axes": feature_axes, "output_axes": output_axes, "epsilon": 1e-10}
     params, batch_stats, bias = nj.weights.weight_norm_init_from_data(linear, kernel, **settings)
-    assert params.keys() == {"scale"} and batch_stats == {} and params["scale"].shape == bias.shape == (4,)
+    assert (
+        params.keys() == {"scale"}
+        and batch_stats == {}
+        and params["scale"].shape == bias.shape == (4,)
+    )
     y = linear(apply("weight_norm", params, batch_stats, kernel, feature_axes=feature_axes)[0])
     axes = family.others(output_axes, y.ndim)
     y = np.float64(y) + np.expand_dims(np.float64(bias), axes)
@@ -280,7 +333,9 @@ def test_complex_kernels(rng, name):
     kernel = draw(rng, (5, 4), dtype=np.complex64)
     params, batch_stats = init(name, kernel, -1)
     y, _ = apply(name, params, batch_stats, kernel)
-    assert_close(y, getattr(family, name)(params, kernel), rtol=64 * EPS, atol=64 * EPS, dtype=jnp.complex64)
+    assert_close(
+        y, getattr(family, name)(params, kernel), rtol=64 * EPS, atol=64 * EPS, dtype=jnp.complex64
+    )
 
 
 @pytest.mark.parametrize("narrow", [jnp.bfloat16, jnp.float16])
@@ -291,7 +346,10 @@ def test_narrow_kernels_are_rounded_once_and_last(rng, name, narrow):
     y, new = apply(name, params, batch_stats, kernel)
     wide, wide_new = apply(name, params, batch_stats, kernel.astype(jnp.float32))
     # Where float16 is subnormal, it is its spacing there that is rounded to.
-    half = {"rtol": float(jnp.finfo(narrow).eps) / 2, "atol": float(jnp.finfo(narrow).smallest_subnormal) / 2}
+    half = {
+        "rtol": float(jnp.finfo(narrow).eps) / 2,
+        "atol": float(jnp.finfo(narrow).smallest_subnormal) / 2,
+    }
     assert_close(y, wide, rtol=half["rtol"] + 32 * EPS, atol=half["atol"], dtype=narrow)
     assert_trees_close(new, wide_new, rtol=32 * EPS, atol=32 * EPS)
     kept, _ = apply(name, params, batch_stats, kernel, dtype=jnp.float32)
@@ -303,7 +361,9 @@ def test_jit_vmap_and_grad(rng, name):
     kernels = draw(rng, (3, 5, 4), 1.0)
     trees = [init(name, kernel, -1, key) for key, kernel in enumerate(kernels)]
     one_by_one = [apply(name, *tree, kernel) for tree, kernel in zip(trees, kernels, strict=True)]
-    stacked, expected = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *these) for these in (trees, one_by_one))
+    stacked, expected = (
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *these) for these in (trees, one_by_one)
+    )
     mapped = jax.jit(jax.vmap(lambda tree, kernel: apply(name, *tree, kernel)))(stacked, kernels)
     assert_trees_close(mapped, expected, rtol=32 * EPS, atol=32 * EPS)
     if (

@@ -18,7 +18,9 @@ STATES = {
 every_layer = pytest.mark.parametrize("name", STATES)
 
 
-def refuses(name, error, *values, kernel=KERNEL, train=True, params=None, batch_stats=None, **settings):
+def refuses(
+    name, error, *values, kernel=KERNEL, train=True, params=None, batch_stats=None, **settings
+):
     """Asserts that both the call and its abstract evaluation raise `error`, with all of `values` in one message."""
     own_params, own_stats = STATES[name]
     params = own_params if params is None else params
@@ -31,7 +33,9 @@ def refuses(name, error, *values, kernel=KERNEL, train=True, params=None, batch_
         with pytest.raises(error) as refused:
             run(kernel)
         message = str(refused.value)
-        assert re.fullmatch(name + r": .*\. Expected .*; got .*\. .*\.", message, re.DOTALL), message
+        assert re.fullmatch(name + r": .*\. Expected .*; got .*\. .*\.", message, re.DOTALL), (
+            message
+        )
         for value in values:
             assert str(value) in message, f"{value!r} is not in: {message}"
 
@@ -48,7 +52,9 @@ def test_kernels_that_are_none(name):
 @pytest.mark.parametrize("axes", [2, -3, (0, 5), (1, 1), (1, -1)], ids=str)
 def test_feature_axes_out_of_range_or_repeated(name, axes):
     for train in (True, False):
-        refuses(name, ValueError, f"feature_axes={axes!r}", "(4, 3)", feature_axes=axes, train=train)
+        refuses(
+            name, ValueError, f"feature_axes={axes!r}", "(4, 3)", feature_axes=axes, train=train
+        )
 
 
 @every_layer
@@ -76,12 +82,24 @@ def test_params_of_another_structure_or_shape(name):
     refuses(name, TypeError, "params", "FrozenDict", params=freeze(params))
     if params:
         refuses(name, ValueError, "params['scale']", "(4,)", "(3,)", params={"scale": jnp.ones(4)})
-        refuses(name, (TypeError, ValueError), "params['scale']", "int32", params={"scale": jnp.ones(3, jnp.int32)})
+        refuses(
+            name,
+            (TypeError, ValueError),
+            "params['scale']",
+            "int32",
+            params={"scale": jnp.ones(3, jnp.int32)},
+        )
 
 
 @every_layer
 def test_batch_stats_of_another_structure(name):
-    refuses(name, ValueError, "batch_stats", "'mean'", batch_stats=STATES[name][1] | {"mean": jnp.zeros(3)})
+    refuses(
+        name,
+        ValueError,
+        "batch_stats",
+        "'mean'",
+        batch_stats=STATES[name][1] | {"mean": jnp.zeros(3)},
+    )
     refuses(name, TypeError, "batch_stats", "tuple", batch_stats=())
 
 
@@ -90,9 +108,24 @@ def test_a_direction_that_does_not_fit():
     for train in (True, False):
         refuses("spectral_norm", ValueError, "batch_stats", "[]", batch_stats={}, train=train)
         unfit = batch_stats | {"u": jnp.ones((1, 4))}
-        refuses("spectral_norm", ValueError, "batch_stats['u']", "(1, 4)", "(1, 3)", batch_stats=unfit, train=train)
+        refuses(
+            "spectral_norm",
+            ValueError,
+            "batch_stats['u']",
+            "(1, 4)",
+            "(1, 3)",
+            batch_stats=unfit,
+            train=train,
+        )
         unfit = batch_stats | {"sigma": jnp.ones(3)}
-        refuses("spectral_norm", ValueError, "batch_stats['sigma']", "(3,)", batch_stats=unfit, train=train)
+        refuses(
+            "spectral_norm",
+            ValueError,
+            "batch_stats['sigma']",
+            "(3,)",
+            batch_stats=unfit,
+            train=train,
+        )
 
 
 def test_spectral_norm_of_a_complex_kernel():

@@ -10,7 +10,16 @@ from normjax.diagnostics._lint.graph import Node
 Axes = frozenset[int]
 NOWHERE: Axes = frozenset()
 
-REDUCING = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin", "reduce_and", "reduce_or"}
+REDUCING = {
+    "reduce_sum",
+    "reduce_max",
+    "reduce_min",
+    "reduce_prod",
+    "argmax",
+    "argmin",
+    "reduce_and",
+    "reduce_or",
+}
 POOLING = {"reduce_window_sum", "reduce_window_max", "reduce_window_min"}
 
 
@@ -40,12 +49,18 @@ def spread(node: Node, operand: int, shape: tuple[int, ...], axes: Collection[in
     if op == "conv_general_dilated":
         return _convolved(node, operand, axes)
     if op in POOLING:
-        padded = {axis for axis, sides in enumerate(params["padding"]) if op == "reduce_window_sum" and any(sides)}
+        padded = {
+            axis
+            for axis, sides in enumerate(params["padding"])
+            if op == "reduce_window_sum" and any(sides)
+        }
         return frozenset(axes) | padded
     if op == "concatenate":
         return frozenset(axes) | {params["dimension"]}
     if op == "pad":
-        return frozenset(axes) | {axis for axis, sides in enumerate(params["padding_config"]) if any(sides)}
+        return frozenset(axes) | {
+            axis for axis, sides in enumerate(params["padding_config"]) if any(sides)
+        }
     if op == "take":
         return frozenset(axis - 1 for axis in axes if axis > 0)
     if op == "stack":
@@ -83,7 +98,9 @@ def _reshaped(before: tuple[int, ...], after: tuple[int, ...], axes: Collection[
 def _multiplied(node: Node, operand: int, shape: tuple[int, ...], axes: Collection[int]) -> Axes:
     """Along its free axes the other operand varies, in all likelihood."""
     contracted, batch = node.params["dimension_numbers"]
-    free = [axis for axis in range(len(shape)) if axis not in (*contracted[operand], *batch[operand])]
+    free = [
+        axis for axis in range(len(shape)) if axis not in (*contracted[operand], *batch[operand])
+    ]
     others = len(node.shape) - len(batch[0]) - len(free)
     first = len(batch[0]) + (others if operand == 1 else 0)
     result = {first + free.index(axis) for axis in axes if axis in free}
@@ -96,8 +113,14 @@ def _convolved(node: Node, operand: int, axes: Collection[int]) -> Axes | None:
     if operand != 0:
         return None
     params, numbers = node.params, node.params["dimension_numbers"]
-    moved = {numbers.out_spec[numbers.lhs_spec.index(axis)] for axis in axes if axis != numbers.lhs_spec[1]}
-    for axis, sides, dilation in zip(numbers.out_spec[2:], params["padding"], params["lhs_dilation"], strict=True):
+    moved = {
+        numbers.out_spec[numbers.lhs_spec.index(axis)]
+        for axis in axes
+        if axis != numbers.lhs_spec[1]
+    }
+    for axis, sides, dilation in zip(
+        numbers.out_spec[2:], params["padding"], params["lhs_dilation"], strict=True
+    ):
         if any(sides) or dilation > 1:
             moved.add(axis)
     return frozenset(moved | {numbers.out_spec[1]})

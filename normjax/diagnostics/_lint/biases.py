@@ -11,7 +11,8 @@ from normjax.diagnostics._lint.graph import Kind
 from normjax.diagnostics._lint.network import Network
 from normjax.diagnostics._lint.norms import VIEWS, Norm
 
-# What passes a constant on: f(x + c) = f(x) + c, or plus a multiple of it. Layers end what is "right behind".
+# What passes a constant on: f(x + c) = f(x) + c, or plus a multiple of it. Layers end what is
+# "right behind".
 SUMS = ("add", "sub")
 MULTIPLES = ("mul", "div")
 PASSING = VIEWS | POOLING | {
@@ -58,10 +59,17 @@ class _Search:
             seen.add((number, axes))
             if number in self.graph.outputs:
                 return []
-            cancelling = [norm for norm in self.norms.get(number, ()) if norm.centered and not norm.axes & axes]
+            cancelling = [
+                norm
+                for norm in self.norms.get(number, ())
+                if norm.centered and not norm.axes & axes
+            ]
             found += cancelling
             for user in self.graph.users[number]:
-                if any(user in norm.inside for norm in cancelling) or self.graph.nodes[user].op == "is_finite":
+                if (
+                    any(user in norm.inside for norm in cancelling)
+                    or self.graph.nodes[user].op == "is_finite"
+                ):
                     continue
                 after = self._after(number, user, axes)
                 if after is None:
@@ -76,10 +84,18 @@ class _Search:
             return self.varying[user]
         others = [given for given in node.inputs if given != number]
         operand = node.inputs.index(number)
-        if node.op not in PASSING or (node.op == "branch" and operand == 0) or (node.op == "div" and operand == 1):
+        if (
+            node.op not in PASSING
+            or (node.op == "branch" and operand == 0)
+            or (node.op == "div" and operand == 1)
+        ):
             return None
         if node.op in MULTIPLES:
-            if len(self.graph.data(user)) != 1 or len(others) != 1 or self.graph.nodes[number].kind != Kind.DATA:
+            if (
+                len(self.graph.data(user)) != 1
+                or len(others) != 1
+                or self.graph.nodes[number].kind != Kind.DATA
+            ):
                 return None
             axes = axes | self.varying[others[0]]
         if self.graph.nodes[number].kind != Kind.DATA and node.op not in SUMS:

@@ -23,11 +23,17 @@ NOTHING = 1e-13  # of a parameter of 1, in float64
 def decayed_scales(network: Network, optimizer: Any, params: PyTree) -> Iterator[Finding]:
     """Yields normalizations whose scale or bias an optimizer decays."""
     names = [leaf for leaf, name in network.leaves.items() if name.collection == "params"]
-    decayed = {leaf for leaf, moves in zip(names, jax.tree.leaves(decays(optimizer, params)), strict=True) if moves}
+    decayed = {
+        leaf
+        for leaf, moves in zip(names, jax.tree.leaves(decays(optimizer, params)), strict=True)
+        if moves
+    }
     for norm in network.norms:
         hit = sorted(norm.leaves & decayed)
         try:
-            harmless = bool(norm.factors) and all(bool(jnp.any(f != 0)) for f in network.factors(norm, zeros=True))
+            harmless = bool(norm.factors) and all(
+                bool(jnp.any(f != 0)) for f in network.factors(norm, zeros=True)
+            )
         except Unknown:
             harmless = False
         if hit and not harmless:
@@ -43,7 +49,7 @@ def decayed_scales(network: Network, optimizer: Any, params: PyTree) -> Iterator
 def decays(optimizer: Any, params: PyTree) -> PyTree[bool]:
     """Returns which parameters change without a gradient, and the more, the larger they are."""
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        _checks.refuse(
+        _checks.raise_error(
             FUNCTION,
             "optimizer is no optax transformation",
             expected="a pair of init and update, such as optax.adamw(1e-3)",
@@ -52,8 +58,15 @@ def decays(optimizer: Any, params: PyTree) -> PyTree[bool]:
             kind=TypeError,
         )
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        ones, twos = (jax.tree.map(lambda leaf, value=value: _filled(leaf, value), params) for value in (1.0, 2.0))
-        step = jax.jit(lambda state, params: optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params))
+        ones, twos = (
+            jax.tree.map(lambda leaf, value=value: _filled(leaf, value), params)
+            for value in (1.0, 2.0)
+        )
+        step = jax.jit(
+            lambda state, params: optimizer.update(
+                jax.tree.map(jnp.zeros_like, params), state, params
+            )
+        )
         states = optimizer.init(ones), optimizer.init(twos)
         found = jax.tree.map(lambda _: False, params)
         for _ in range(STEPS):

@@ -18,7 +18,14 @@ def examples(graph: Graph) -> list[Axes]:
     found: list[Axes] = []
     for node in graph.nodes:
         first = frozenset([0]) if node.op == "input" and node.shape else NOWHERE
-        found.append(first.union(*(_followed(graph, node, operand, found[i]) for operand, i in enumerate(node.inputs))))
+        found.append(
+            first.union(
+                *(
+                    _followed(graph, node, operand, found[i])
+                    for operand, i in enumerate(node.inputs)
+                )
+            )
+        )
     return found
 
 
@@ -46,19 +53,29 @@ def devices(graph: Graph, names: frozenset[Hashable]) -> list[frozenset[Hashable
 
 
 def _names(spec: Any) -> list[Hashable]:
-    return [name for part in spec if part is not None for name in (part if isinstance(part, tuple) else (part,))]
+    return [
+        name
+        for part in spec
+        if part is not None
+        for name in (part if isinstance(part, tuple) else (part,))
+    ]
 
 
 def dropouts(graph: Graph, along: list[Axes]) -> set[int]:
     """Returns the activations that a random mask, one of more than whole examples, sets to 0 in places."""
-    drawn: list[Axes | None] = []  # along which axes there are numbers of their own; None for what is not random
+    # along which axes there are numbers of their own; None for what is not random
+    drawn: list[Axes | None] = []
     masks: set[int] = set()
     found = set()
     for number, node in enumerate(graph.nodes):
         drawn.append(_drawn(graph, node, drawn))
         if node.kind != Kind.MASK:
             data = graph.data(number)
-            chance = [given for given in node.inputs if given in masks and (drawn[given] or NOWHERE) - along[number]]
+            chance = [
+                given
+                for given in node.inputs
+                if given in masks and (drawn[given] or NOWHERE) - along[number]
+            ]
             zeroed = node.op in ("mul", "div") or (node.op == "select_n" and len(node.inputs) == 3)
             if chance and zeroed and len(data) == 1:
                 found.add(number)
@@ -74,7 +91,9 @@ def _drawn(graph: Graph, node: Node, drawn: list[Axes | None]) -> Axes | None:
     if node.kind != Kind.MASK:
         return None
     axes = NOWHERE
-    chance = [(operand, given) for operand, given in enumerate(node.inputs) if drawn[given] is not None]
+    chance = [
+        (operand, given) for operand, given in enumerate(node.inputs) if drawn[given] is not None
+    ]
     for operand, given in chance:
         axes |= spread(node, operand, graph.nodes[given].shape, drawn[given] or NOWHERE) or NOWHERE
     return axes if chance else None
@@ -86,7 +105,14 @@ def varying(graph: Graph) -> list[Axes]:
     for node in graph.nodes:
         shape = getattr(node.aval, "shape", ())
         everywhere = frozenset(axis for axis, size in enumerate(shape) if size > 1)
-        parts = [spread(node, i, graph.nodes[given].shape, found[given]) for i, given in enumerate(node.inputs)]
+        parts = [
+            spread(node, i, graph.nodes[given].shape, found[given])
+            for i, given in enumerate(node.inputs)
+        ]
         known = parts and node.kind != Kind.DATA and None not in parts
-        found.append(everywhere & frozenset().union(*(part or NOWHERE for part in parts)) if known else everywhere)
+        found.append(
+            everywhere & frozenset().union(*(part or NOWHERE for part in parts))
+            if known
+            else everywhere
+        )
     return found

@@ -29,7 +29,8 @@ class Node(NamedTuple):
     """A value, and what makes it.
 
     Attributes:
-      op: the primitive, or one of: leaf, input, constant; carry, take, stack, branch (of loops and conditions).
+      op: the primitive, or one of: leaf, input, constant; carry, take, stack, branch (of loops and
+        conditions).
       inputs: the values that it is made from.
       aval: its shape and dtype.
       params: of the primitive.
@@ -84,7 +85,14 @@ class Graph:
         self._above: list[int] = []  # the immediate dominator among activations
         self._depth: list[int] = []
 
-    def add(self, op: str, inputs: Sequence[int], aval: Any, params: Mapping[str, Any] = {}, eqn: Any = None) -> int:
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[int],
+        aval: Any,
+        params: Mapping[str, Any] = {},
+        eqn: Any = None,
+    ) -> int:
         """Adds a value and returns its number."""
         number = len(self.nodes)
         node = Node(op, tuple(inputs), aval, params, eqn, self._kind(op, inputs, aval))
@@ -92,7 +100,11 @@ class Graph:
         self.users.append([])
         for given in dict.fromkeys(inputs):
             self.users[given].append(number)
-        above = functools.reduce(self.common, self.data(number)) if self.data(number) and op != "carry" else ROOT
+        above = (
+            functools.reduce(self.common, self.data(number))
+            if self.data(number) and op != "carry"
+            else ROOT
+        )
         self._above.append(above)
         self._depth.append(0 if above == ROOT else self._depth[above] + 1)
         return number
@@ -181,14 +193,21 @@ class Graph:
         if node.op == "optimization_barrier":
             return self.value(node.inputs[0], given)
         expensive = node.op in MIXING and node.kind == Kind.DATA
-        if node.eqn is None or node.eqn.primitive.multiple_results or collective_axes(node) or expensive:
+        if (
+            node.eqn is None
+            or node.eqn.primitive.multiple_results
+            or collective_axes(node)
+            or expensive
+        ):
             raise Unknown
         values = [self.value(each, given) for each in node.inputs]
         return node.eqn.primitive.bind(*values, **node.params)
 
     def _kind(self, op: str, inputs: Sequence[int], aval: Any) -> Kind:
         inexact = hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.inexact)
-        if op in ("input", "carry") and not (op == "carry" and self.nodes[inputs[0]].kind == Kind.PARAM):
+        if op in ("input", "carry") and not (
+            op == "carry" and self.nodes[inputs[0]].kind == Kind.PARAM
+        ):
             return Kind.DATA if inexact else Kind.MASK
         if op == "leaf":
             return Kind.PARAM
@@ -197,7 +216,8 @@ class Graph:
         if op.startswith("random") or (kind == Kind.DATA and not inexact):
             return Kind.MASK
         if kind == Kind.DATA and op == "add" and any(map(self._is_old, inputs)):
-            return Kind.MASK  # new running statistics, which no activation of a later call owes itself to
+            # new running statistics, which no activation of a later call owes itself to
+            return Kind.MASK
         if kind == Kind.MASK and op in MIXING and inexact and Kind.PARAM in kinds:
             return Kind.DATA  # of an embedding
         return kind
@@ -205,7 +225,9 @@ class Graph:
     def _is_old(self, number: int) -> bool:
         """Whether that is a multiple of old running statistics."""
         node = self.nodes[number]
-        return node.op == "mul" and node.kind == Kind.PARAM and self.sources(number) <= self.statistics
+        return (
+            node.op == "mul" and node.kind == Kind.PARAM and self.sources(number) <= self.statistics
+        )
 
 
 def collective_axes(node: Node) -> tuple[Hashable, ...]:

@@ -71,11 +71,17 @@ def open_model(apply_fn: Callable[[Any, Any], Any], variables: Any) -> Model:
 
     def function(collections: dict[str, PyTree], x: PyTree) -> tuple[PyTree, PyTree]:
         result = apply_fn(pack(collections), x)
-        if isinstance(result, tuple) and len(result) == 2 and (has_statistics or _is_updates(result[1])):
+        if (
+            isinstance(result, tuple)
+            and len(result) == 2
+            and (has_statistics or _is_updates(result[1]))
+        ):
             updates = result[1]
-            return result[0], updates.get("batch_stats", updates) if isinstance(updates, Mapping) else updates
+            return result[0], updates.get("batch_stats", updates) if isinstance(
+                updates, Mapping
+            ) else updates
         if has_statistics:
-            _checks.refuse(
+            _checks.raise_error(
                 FUNCTION,
                 "apply_fn returns no new statistics, and they are half of what training does",
                 expected="(y, batch_stats), or what linen's apply(..., mutable=['batch_stats']) returns",
@@ -95,7 +101,11 @@ def _of_nnx(apply_fn: Callable[[Any, Any], Any], module: Any) -> Model:
     collections = {"batch_stats": batch_stats, "others": others, "params": params}
 
     def function(collections: dict[str, PyTree], x: PyTree) -> tuple[PyTree, PyTree]:
-        model = nnx.merge(graphdef, *(collections[name] for name in ("params", "batch_stats", "others")), copy=True)
+        model = nnx.merge(
+            graphdef,
+            *(collections[name] for name in ("params", "batch_stats", "others")),
+            copy=True,
+        )
         return apply_fn(model, x), nnx.state(model, nnx.BatchStat)
 
     return Model(function, collections, _names(collections))

@@ -31,15 +31,22 @@ class Network:
     def __init__(self, model: Model, x: Any, sizes: Mapping[Hashable, int]):
         self.sizes = dict(sizes)
         statistics = [i for i, leaf in enumerate(model.names) if leaf.is_statistic]
-        self.graph, made = trace(model.function, model.variables, x, axes=tuple(sizes.items()), statistics=statistics)
+        self.graph, made = trace(
+            model.function, model.variables, x, axes=tuple(sizes.items()), statistics=statistics
+        )
         self.leaves = dict(zip(self.graph.leaves, model.names, strict=True))
         self.norms = find_norms(self.graph, self.sizes)
         self.examples = flow.examples(self.graph)
         self.devices = flow.devices(self.graph, frozenset(sizes))
         values = zip(self.graph.leaves, jax.tree.leaves(model.variables), strict=True)
-        self._values = {leaf: value for leaf, value in values if not isinstance(value, jax.ShapeDtypeStruct)}
+        self._values = {
+            leaf: value for leaf, value in values if not isinstance(value, jax.ShapeDtypeStruct)
+        }
         paths = [name_of(path) for path, _ in jax.tree.leaves_with_path(made[1])]
-        self.updates = {Leaf("batch_stats", *path): new for path, new in zip(paths, self.graph.updates, strict=True)}
+        self.updates = {
+            Leaf("batch_stats", *path): new
+            for path, new in zip(paths, self.graph.updates, strict=True)
+        }
         self._running = self._find_running()
 
     def path(self, norm: Norm) -> str:
@@ -68,18 +75,24 @@ class Network:
 
     def momenta(self) -> dict[int, float]:
         """Returns the weight of the old running statistics in the new ones, by y, where it is known."""
-        found = jax.jit(lambda: {norm.y: self._momentum(norm) for norm in self.norms if self.running(norm)})()
+        found = jax.jit(
+            lambda: {norm.y: self._momentum(norm) for norm in self.norms if self.running(norm)}
+        )()
         return {y: float(momentum) for y, momentum in found.items() if not jnp.isnan(momentum)}
 
     def _momentum(self, norm: Norm) -> Array:
         """Returns by how much the new statistics move with the old, whatever is measured; NaN where that is unknown."""
         layer = self.running(norm)[0]
         (leaf,) = (leaf for leaf, name in self.leaves.items() if name == layer)
-        measured = {number: jnp.full_like(self.graph.nodes[number].aval, 2) for number in (norm.h, *norm.inside)}
+        measured = {
+            number: jnp.full_like(self.graph.nodes[number].aval, 2)
+            for number in (norm.h, *norm.inside)
+        }
         try:
             zero, one = (
                 self.graph.value(
-                    self.updates[layer], self._values | measured | {leaf: make(self.graph.nodes[leaf].aval)}
+                    self.updates[layer],
+                    self._values | measured | {leaf: make(self.graph.nodes[leaf].aval)},
                 )
                 for make in (jnp.zeros_like, jnp.ones_like)
             )
@@ -90,9 +103,14 @@ class Network:
     def _find_running(self) -> dict[int, list[Leaf]]:
         """Goes from old statistics to what they are put together with, and back to what measured that."""
         found: dict[int, list[Leaf]] = {}
-        for leaf, layer in sorted(self.leaves.items(), key=lambda each: each[1].name):  # means before variances
+        # means before variances
+        for leaf, layer in sorted(self.leaves.items(), key=lambda each: each[1].name):
             if layer.is_statistic and layer in self.updates:
-                owners = [owner for meeting in self._meetings(leaf) if (owner := self._measuring(meeting)) is not None]
+                owners = [
+                    owner
+                    for meeting in self._meetings(leaf)
+                    if (owner := self._measuring(meeting)) is not None
+                ]
                 for owner in dict.fromkeys(owners):
                     found.setdefault(owner, []).append(layer)
         return found

@@ -74,14 +74,22 @@ def _from_root(graph: Graph, root: int, sizes: dict[Hashable, int]) -> Iterator[
                 continue
             seen.add(user)
             first, *others = graph.nodes[user].inputs
-            multiplies = (op == "mul" and inverse) or (op == "div" and not inverse and first != number)
+            multiplies = (op == "mul" and inverse) or (
+                op == "div" and not inverse and first != number
+            )
             others = [each for each in (first, *others) if each != number]
             if multiplies and len(graph.data(user)) == 2 and len(others) == 1:
                 if (norm := _norm(graph, variance, user, others[0], scales, sizes)) is not None:
                     yield norm
                     continue
-            flips = (op == "div" and first != number) or (op == "integer_pow" and graph.nodes[user].params["y"] < 0)
-            factors = [each for each in others if graph.nodes[each].kind != Kind.CONSTANT] if op == "mul" else []
+            flips = (op == "div" and first != number) or (
+                op == "integer_pow" and graph.nodes[user].params["y"] < 0
+            )
+            factors = (
+                [each for each in others if graph.nodes[each].kind != Kind.CONSTANT]
+                if op == "mul"
+                else []
+            )
             waiting.append((user, inverse ^ flips, (*scales, *factors)))
 
 
@@ -93,7 +101,12 @@ def _is_inverse(graph: Graph, root: int) -> bool:
 
 
 def _norm(
-    graph: Graph, variance: int, y: int, centered: int, scales: tuple[int, ...], sizes: dict[Hashable, int]
+    graph: Graph,
+    variance: int,
+    y: int,
+    centered: int,
+    scales: tuple[int, ...],
+    sizes: dict[Hashable, int],
 ) -> Norm | None:
     """Returns what makes y of two activations, a variance and what is divided by it; None for something else."""
     h = graph.common(variance, centered)
@@ -108,7 +121,9 @@ def _norm(
     end, more, biases = _affine(graph, y)
     shared, devices = _sharing(graph, measuring, sizes)
     inside = measuring | around
-    params = [given for number in inside for given in graph.nodes[number].inputs if graph.is_param(given)]
+    params = [
+        given for number in inside for given in graph.nodes[number].inputs if graph.is_param(given)
+    ]
     factors = tuple(number for number in (*scales, *more) if graph.is_param(number))
     return Norm(
         h=h,
@@ -116,7 +131,9 @@ def _norm(
         y=y,
         end=end,
         axes=_measured_axes(graph, h, measuring),
-        values=devices * graph.nodes[h].size // max(1, min(graph.nodes[number].size for number in measuring)),
+        values=devices
+        * graph.nodes[h].size
+        // max(1, min(graph.nodes[number].size for number in measuring)),
         shared=shared,
         centered=bool(_means(graph, h, inside) & around),
         factors=factors,
@@ -126,7 +143,10 @@ def _norm(
 
 
 def _has_reduction(graph: Graph, region: set[int]) -> bool:
-    return any(graph.nodes[number].op in REDUCING or graph.nodes[number].op == "dot_general" for number in region)
+    return any(
+        graph.nodes[number].op in REDUCING or graph.nodes[number].op == "dot_general"
+        for number in region
+    )
 
 
 def _uncentered(graph: Graph, h: int) -> int:
@@ -137,7 +157,11 @@ def _uncentered(graph: Graph, h: int) -> int:
         return h
     region = graph.between(above, h)
     means = _means(graph, above, region)
-    return above if _measures(graph, region) and any(number in means for number in graph.data(h)) else h
+    return (
+        above
+        if _measures(graph, region) and any(number in means for number in graph.data(h))
+        else h
+    )
 
 
 def _shifted(graph: Graph, h: int, y: int) -> int:
@@ -153,7 +177,11 @@ def _shifted(graph: Graph, h: int, y: int) -> int:
 
 def _measures(graph: Graph, region: set[int]) -> bool:
     """Whether nothing happens in a region but what makes statistics."""
-    return {graph.nodes[number].op for number in region} <= ARITHMETIC | REDUCING | {*ROOTS, *SHARED, "square"}
+    return {graph.nodes[number].op for number in region} <= ARITHMETIC | REDUCING | {
+        *ROOTS,
+        *SHARED,
+        "square",
+    }
 
 
 def _means(graph: Graph, h: int, region: set[int]) -> set[int]:
@@ -175,7 +203,11 @@ def _means(graph: Graph, h: int, region: set[int]) -> set[int]:
                 means.add(number)
     # The difference of an activation and its mean is no mean.
     small = graph.nodes[h].size
-    return {number for number in means if graph.nodes[number].size < small or not _subtracts(graph, number)}
+    return {
+        number
+        for number in means
+        if graph.nodes[number].size < small or not _subtracts(graph, number)
+    }
 
 
 def _subtracts(graph: Graph, number: int) -> bool:
@@ -197,11 +229,15 @@ def _measured_axes(graph: Graph, h: int, region: set[int]) -> Axes:
             for axis, at in enumerate(places[given]):
                 if at & reduced(node, operand):
                     measured.add(axis)
-                places[number][axis] |= (spread(node, operand, shape, at) if at else at) or frozenset()
+                places[number][axis] |= (
+                    spread(node, operand, shape, at) if at else at
+                ) or frozenset()
     return frozenset(measured)
 
 
-def _sharing(graph: Graph, region: set[int], sizes: dict[Hashable, int]) -> tuple[frozenset[Hashable], int]:
+def _sharing(
+    graph: Graph, region: set[int], sizes: dict[Hashable, int]
+) -> tuple[frozenset[Hashable], int]:
     """Returns the mapped axes that statistics are shared over, and how many devices share one."""
     shared: dict[Hashable, int] = {}
     for number in region:

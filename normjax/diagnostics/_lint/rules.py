@@ -98,7 +98,11 @@ def unsynced(network: Network) -> Iterator[Finding]:
     """Yields batch norms with statistics of one device, where the examples are split over several."""
     for norm in network.norms:
         names = network.devices[norm.h] - norm.shared
-        merged = [layer for layer in network.running(norm) if not names & network.devices[network.updates[layer]]]
+        merged = [
+            layer
+            for layer in network.running(norm)
+            if not names & network.devices[network.updates[layer]]
+        ]
         if names and network.over_examples(norm) and not merged:
             listed = ", ".join(sorted(map(repr, names)))
             yield Finding(
@@ -151,5 +155,7 @@ def _most_layers(graph: Graph, start: int, end: int) -> int:
     most = {start: 0}
     for number in sorted(graph.between(start, end)):
         is_layer = graph.nodes[number].op in LAYERS and len(graph.data(number)) == 1
-        most[number] = is_layer + max((most.get(given, 0) for given in graph.data(number)), default=0)
+        most[number] = is_layer + max(
+            (most.get(given, 0) for given in graph.data(number)), default=0
+        )
     return most[end]

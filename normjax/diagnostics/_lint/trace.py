@@ -36,9 +36,13 @@ def trace(
       The graph, and what the function returns, as shapes.
     """
     try:
-        closed, made = jax.make_jaxpr(function, axis_env=list(axes), return_shape=True)(variables, x)
+        closed, made = jax.make_jaxpr(function, axis_env=list(axes), return_shape=True)(
+            variables, x
+        )
     except NameError as error:  # of an axis, in all likelihood
-        error.add_note("lint: if apply_fn is to be mapped over an axis, pass its name: lint(..., axis_name='data')")
+        error.add_note(
+            "lint: if apply_fn is to be mapped over an axis, pass its name: lint(..., axis_name='data')"
+        )
         raise
     graph, count = Graph(frozenset(statistics)), len(jax.tree.leaves(variables))
     avals = [var.aval for var in closed.jaxpr.invars]
@@ -58,7 +62,9 @@ class _Writer:
 
     def write(self, jaxpr: Any, arguments: Sequence[int]) -> list[int]:
         """Adds what a jaxpr, closed or not, makes of its arguments; returns its results."""
-        jaxpr, constants = (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
+        jaxpr, constants = (
+            (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
+        )
         numbers = dict(zip(jaxpr.invars, arguments, strict=True))
         for var, value in zip(jaxpr.constvars, constants, strict=True):
             numbers[var] = self.graph.constant(value, var.aval)
@@ -85,13 +91,16 @@ class _Writer:
             if name == "shard_map":
                 inputs = [
                     self.graph.add("shard", (number,), var.aval, {"spec": spec})
-                    for number, var, spec in zip(inputs, body.invars, params["in_specs"], strict=True)
+                    for number, var, spec in zip(
+                        inputs, body.invars, params["in_specs"], strict=True
+                    )
                 ]
             return self.write(body, inputs)
         apart = name in ONE_BY_ONE and len(inputs) == len(eqn.outvars)
         each = [[number] for number in inputs] if apart else [inputs] * len(eqn.outvars)
         return [
-            self.graph.add(name, given, var.aval, params, eqn) for given, var in zip(each, eqn.outvars, strict=True)
+            self.graph.add(name, given, var.aval, params, eqn)
+            for given, var in zip(each, eqn.outvars, strict=True)
         ]
 
     def _scan(self, params: Mapping[str, Any], inputs: list[int]) -> list[int]:
@@ -102,9 +111,13 @@ class _Writer:
         sliced = zip(inputs[consts + carries :], body.jaxpr.invars[consts + carries :], strict=True)
         taken = [self.graph.add("take", (number,), var.aval) for number, var in sliced]
         results = self.write(body, [*inputs[:consts], *carried, *taken])
-        avals = [_stacked(self.graph.nodes[number].aval, params["length"]) for number in results[carries:]]
+        avals = [
+            _stacked(self.graph.nodes[number].aval, params["length"])
+            for number in results[carries:]
+        ]
         stacked = [
-            self.graph.add("stack", (number,), aval) for number, aval in zip(results[carries:], avals, strict=True)
+            self.graph.add("stack", (number,), aval)
+            for number, aval in zip(results[carries:], avals, strict=True)
         ]
         return [*results[:carries], *stacked]
 
@@ -120,8 +133,12 @@ class _Writer:
 
 def _body(eqn: Any) -> Any:
     """Returns the jaxpr of an equation that does what it says, whatever else it is for: jit, remat, derivatives."""
-    bodies = [param for param in eqn.params.values() if isinstance(param, (core.Jaxpr, core.ClosedJaxpr))]
-    if len(bodies) != 1 or eqn.primitive.name.startswith(("reduce", "scatter", "pallas", "select_and")):
+    bodies = [
+        param for param in eqn.params.values() if isinstance(param, (core.Jaxpr, core.ClosedJaxpr))
+    ]
+    if len(bodies) != 1 or eqn.primitive.name.startswith(
+        ("reduce", "scatter", "pallas", "select_and")
+    ):
         return None
     body = getattr(bodies[0], "jaxpr", bodies[0])
     fits = len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars)

@@ -22,7 +22,7 @@ def panels(function: str, axes: Any, count: int, columns: int = 4) -> tuple[Figu
         return figure, grid[:count]
     given = list(np.asarray(axes, object).flat)
     if len(given) != count or not all(isinstance(one, Axes) for one in given):
-        _checks.refuse(
+        _checks.raise_error(
             f"plot.{function}",
             "axes are not one for each panel",
             expected=f"{count} matplotlib Axes",
@@ -43,7 +43,7 @@ def panel(axes: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 def refuse_single(function: str, got: str, fix: str) -> NoReturn:
     """Refuses what was recorded at one step only."""
-    _checks.refuse(
+    _checks.raise_error(
         f"plot.{function}",
         "there are no steps to draw over",
         expected="one leading axis of steps",
@@ -56,7 +56,7 @@ def steps_of(function: str, steps: Any, count: int) -> np.ndarray:
     """Returns the steps to draw over, from 0 unless given; refuses another number of them."""
     found = np.arange(count) if steps is None else np.asarray(steps)
     if found.shape != (count,):
-        _checks.refuse(
+        _checks.raise_error(
             f"plot.{function}",
             "steps do not fit the history",
             expected=f"{count} steps",

@@ -21,8 +21,10 @@ _DECADES = 4  # below the largest entry; what is less is shown as nothing
 def interactions(result: Interactions, axes: Axes | None = None) -> Figure:
     """Draws the matrix of `nj.diagnostics.interactions` as a heat map, on a logarithmic scale of four decades.
 
-    What to see: a network without batch statistics is a diagonal on an empty ground; batch norm fills the ground;
-    ghost batches and unsynced devices are blocks along the diagonal. The share off the diagonal is in the title.
+    What to see: a network without batch statistics is a diagonal on an empty ground; batch norm
+      fills the ground;
+    ghost batches and unsynced devices are blocks along the diagonal. The share off the diagonal is
+    in the title.
 
     Args:
       result: what `interactions` returned.
@@ -44,10 +46,15 @@ def interactions(result: Interactions, axes: Axes | None = None) -> Figure:
     top = matrix.max() or 1.0
     bottom = top / 10**_DECADES
     drawn = axes.imshow(
-        np.ma.masked_less(matrix, bottom), norm=LogNorm(bottom, top), cmap="viridis", interpolation="nearest"
+        np.ma.masked_less(matrix, bottom),
+        norm=LogNorm(bottom, top),
+        cmap="viridis",
+        interpolation="nearest",
     )
     axes.set(xlabel="input of example j", ylabel="output of example i")
     axes.set_title(f"Off the diagonal: {float(result.off_diagonal):.1%}")
     axes.set_facecolor("white")
-    figure.colorbar(drawn, ax=axes, label=r"$\Vert \partial y_i / \partial x_j \Vert^2$", extend="min")
+    figure.colorbar(
+        drawn, ax=axes, label=r"$\Vert \partial y_i / \partial x_j \Vert^2$", extend="min"
+    )
     return figure

@@ -19,11 +19,15 @@ class _Look(NamedTuple):
 
 
 def landscape(
-    histories: Landscape | Mapping[str, Landscape], steps: Sequence[int] | None = None, *, axes: Any = None
+    histories: Landscape | Mapping[str, Landscape],
+    steps: Sequence[int] | None = None,
+    *,
+    axes: Any = None,
 ) -> Figure:
     """Draws the range of the loss, that of the gradient's distance, and the smoothness, over the steps of training.
 
-    What to see: narrow bands, low down, are a landscape in which the gradient says what a step will bring. The axes are
+    What to see: narrow bands, low down, are a landscape in which the gradient says what a step will
+      bring. The axes are
     logarithmic.
 
     Args:
@@ -58,8 +62,12 @@ def landscape(
         at, look = steps_of("landscape", steps, len(history.loss)), _Look(f"C{i}", name)
         _band(grid[0], at, history.loss_range, look)
         _band(grid[1], at, history.gradient_range, look)
-        grid[2].plot(at, np.asarray(history.smoothness), linewidth=1.4, color=look.color, label=look.name)
-    for panel, title in zip(grid, ("loss", "distance of gradients", "effective smoothness"), strict=True):
+        grid[2].plot(
+            at, np.asarray(history.smoothness), linewidth=1.4, color=look.color, label=look.name
+        )
+    for panel, title in zip(
+        grid, ("loss", "distance of gradients", "effective smoothness"), strict=True
+    ):
         panel.set(yscale="log", xlabel="step")
         panel.set_title(title, fontsize="medium")
         panel.grid(alpha=0.3)

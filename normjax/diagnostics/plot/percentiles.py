@@ -17,17 +17,22 @@ from normjax.optim._trees import path_names
 
 
 def percentiles(
-    history: Percentiles, steps: Sequence[int] | None = None, *, feature: int | None = None, axes: Any = None
+    history: Percentiles,
+    steps: Sequence[int] | None = None,
+    *,
+    feature: int | None = None,
+    axes: Any = None,
 ) -> Figure:
     """Draws percentiles over the steps of training, a panel for each layer: a line for each, and the band they span.
 
-    What to see: a band that moves, widens or narrows is a distribution that the layer has to follow.
+    What to see: a band that moves, widens or narrows is a distribution that the layer has to
+      follow.
 
     Args:
       history: `percentiles` of each step, stacked: values of `(steps, q, *features)`.
       steps: the steps at which they were recorded; None for 0, 1, 2, ...
-      feature: which feature, counted over all feature axes; None for a typical one: that whose middle percentile moves
-        by the median amount.
+      feature: which feature, counted over all feature axes; None for a typical one: that whose
+        middle percentile moves by the median amount.
       axes: matplotlib axes, one for each layer; None for those of a new figure.
 
     Returns:
@@ -68,7 +73,7 @@ def _feature(feature: int, count: int) -> int:
     if count == 1:
         return 0
     if not -count <= feature < count:
-        _checks.refuse(
+        _checks.raise_error(
             "plot.percentiles",
             "feature is out of range",
             expected=f"from 0 to {count - 1}",
@@ -92,6 +97,12 @@ def _draw(panel: Axes, steps: np.ndarray, q: np.ndarray, values: np.ndarray) -> 
     panel.fill_between(steps, values.min(1), values.max(1), color=color, alpha=0.2, linewidth=0)
     for i, percentile in enumerate(q[1:], 1):
         middle = i == len(q) // 2
-        panel.plot(steps, values[:, i], color=color, linewidth=1.8 if middle else 0.8, label=f"{percentile:g}%")
+        panel.plot(
+            steps,
+            values[:, i],
+            color=color,
+            linewidth=1.8 if middle else 0.8,
+            label=f"{percentile:g}%",
+        )
     panel.set_xlabel("step")
     panel.grid(alpha=0.3)

@@ -13,20 +13,25 @@ from normjax.diagnostics.plot._panels import panels
 from normjax.diagnostics.report import Report
 
 COLORS = {"error": "#c62f2f", "warning": "#d98c0a", "note": "#2f7f9e", None: "#7d8894"}
-PANELS = {"var": "running variance", "scale": "|scale|", "gap": "gap, training to inference\n(standard deviations)"}
+PANELS = {
+    "var": "running variance",
+    "scale": "|scale|",
+    "gap": "gap, training to inference\n(standard deviations)",
+}
 FLOOR = 1e-8  # stands for 0 on logarithmic axes
 
 
 def report(report: Report, axes: Sequence[Axes] | None = None) -> Figure:
     """Draws all layers at a glance: a row each, a mark for each channel, in the color of the worst finding.
 
-    The panels are the running variance, the size of scale, and the gap between training and inference; one that no
-    layer has anything for is left out. A sick channel lies apart from the others of its row, a sick layer from other
-    rows; 0 is at the left edge.
+    The panels are the running variance, the size of scale, and the gap between training and
+    inference; one that no layer has anything for is left out. A sick channel lies apart from the
+    others of its row, a sick layer from other rows; 0 is at the left edge.
 
     Args:
       report: of `normjax.diagnostics.report`.
-      axes: to draw on, one for each panel that there is something for; None for those of a new figure.
+      axes: to draw on, one for each panel that there is something for; None for those of a new
+        figure.
 
     Returns:
       The figure.
@@ -59,7 +64,11 @@ def _new_figure(columns: int, layers: int) -> tuple[Figure, list[Axes]]:
 
 def _values(layer: LayerReport, name: str) -> np.ndarray:
     """What a panel shows of a layer, at 1e-8 where it is 0."""
-    values = np.array([np.nan if layer.gap is None else layer.gap]) if name == "gap" else layer.leaves.get(name)
+    values = (
+        np.array([np.nan if layer.gap is None else layer.gap])
+        if name == "gap"
+        else layer.leaves.get(name)
+    )
     values = np.zeros(0) if values is None else np.abs(values).ravel()
     return np.maximum(values[np.isfinite(values)], 0 if name == "gap" else FLOOR)
 

@@ -29,12 +29,14 @@ def rotation(
 ) -> Figure:
     """Draws how long kernels are, the learning rate that acts on their direction, and how far each step turns them.
 
-    What to see: without weight decay, kernels before normalization grow, and turn less and less. With it, all of them
-    come to the dashed line, whatever their gradients: rotational equilibrium. The axes are logarithmic.
+    What to see: without weight decay, kernels before normalization grow, and turn less and less.
+      With it, all of them
+    come to the dashed line, whatever their gradients: rotational equilibrium. The axes are
+    logarithmic.
 
     Args:
-      history: what `rotation` returned, stacked over steps: each field `(steps, *features)`. Lines are root mean
-        squares over features, and over blocks of steps where there are more than 200.
+      history: what `rotation` returned, stacked over steps: each field `(steps, *features)`. Lines
+        are root mean squares over features, and over blocks of steps where there are more than 200.
       equilibria: what `equilibrium` returned; its predicted angles are the dashed lines.
       steps: the steps at which the history was recorded; None for 0, 1, 2, ...
       axes: three matplotlib axes; None for those of a new figure.
@@ -66,8 +68,12 @@ def rotation(
                     fix="Stack what rotation returned: jax.tree.map(lambda *steps: jnp.stack(steps), *measured)",
                 )
             at = steps_of("rotation", steps, len(values))
-            panel.plot(_blocks(at), np.sqrt(_blocks(values**2)), color=f"C{i}", linewidth=1.4, label=path)
-    for height in sorted({float(np.mean(found.angle.predicted)) for found in (equilibria or {}).values()}):
+            panel.plot(
+                _blocks(at), np.sqrt(_blocks(values**2)), color=f"C{i}", linewidth=1.4, label=path
+            )
+    for height in sorted(
+        {float(np.mean(found.angle.predicted)) for found in (equilibria or {}).values()}
+    ):
         grid[-1].axhline(height, color="black", linestyle="--", linewidth=1, label="predicted")
     for panel, title in zip(grid, _PANELS.values(), strict=True):
         drawn = any((np.asarray(line.get_ydata()) > 0).any() for line in panel.lines)
