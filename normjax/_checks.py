@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -19,6 +19,9 @@ from jax.core import Tracer
 from normjax._typing import Axes
 
 Shape = tuple[int, ...]
+
+SCALARS = ("count", "alpha", "sigma")
+REAL = ("var", "threshold", "epsilon", "alpha", "sigma")
 
 
 def raise_error(
@@ -94,45 +97,46 @@ def activations(function: str, x: Any, name: str = "x") -> jax.Array:
 
 
 def axes(function: str, name: str, given: Axes, shape: Shape) -> tuple[int, ...]:
-    """Returns axes as non-negative ints in ascending order; refuses repeated and out-of-range ones."""
+    """Returns axes as non-negative ints in ascending order; raises for repeated and unknown ones."""
     entries = tuple(given) if isinstance(given, Sequence) else (given,)
     rank = len(shape)
     got = f"{name}={given!r} for x.shape={shape}"
-    try:
-        entries = tuple(operator.index(axis) for axis in entries)
-    except TypeError:
-        raise_error(
-            function,
-            f"{name} is not made of ints",
-            expected="an int or a tuple of ints",
-            got=got,
-            fix="Name axes by their position, as in -1 or (1, 2)",
-            kind=TypeError,
-        )
-    outside = [axis for axis in entries if not -rank <= axis < rank]
-    if outside:
-        raise_error(
-            function,
-            f"axis {outside[0]} of {name} is out of range",
-            expected=f"axes from {-rank} to {rank - 1}",
-            got=got,
-            fix="Check the rank of x",
-        )
-    canonical = sorted(axis % rank for axis in entries)
+    canonical = []
+    for entry in entries:
+        try:
+            axis = operator.index(entry)
+        except TypeError:
+            raise_error(
+                function,
+                f"{name} is not made of ints",
+                expected="an int or a tuple of ints",
+                got=got,
+                fix="Name axes by their position, as in -1 or (1, 2)",
+                kind=TypeError,
+            )
+        if not -rank <= axis < rank:
+            raise_error(
+                function,
+                f"axis {axis} of {name} is out of range",
+                expected=f"axes from {-rank} to {rank - 1}",
+                got=got,
+                fix="Check the rank of x",
+            )
+        canonical.append(axis % rank)
     if len(set(canonical)) < len(canonical):
         raise_error(
             function,
             f"{name} names an axis twice",
             expected="each axis once",
             got=got,
-            fix=f"Name each once: {tuple(dict.fromkeys(canonical))}",
+            fix=f"Name each once: {tuple(dict.fromkeys(sorted(canonical)))}",
         )
-    return tuple(canonical)
+    return tuple(sorted(canonical))
 
 
 def other_axes(axes: Collection[int], rank: int) -> tuple[int, ...]:
     """Returns the axes of x that are not among `axes`, ascending."""
-    return tuple(axis for axis in range(rank) if axis not in axes)
+    return tuple(sorted(set(range(rank)).difference(axes)))
 
 
 def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
@@ -181,6 +185,130 @@ def sizes(function: str, name: str, given: Any) -> tuple[int, ...]:
             fix="Pass the size of x along feature_axes, as in x.shape[-1]",
         )
     return entries
+
+
+def leaves(
+    function: str,
+    name: str,
+    tree: Any,
+    *,
+    shape: Shape,
+    dtype: Any,
+    required: Collection[str] = (),
+    optional: Collection[str] = (),
+    leading: Shape = (),
+) -> None:
+    """Raises for a tree that is not a dict of the named arrays, each of `shape` and fit for x.
+
+    Args:
+      function: that the error begins with.
+      name: of the tree.
+      tree: what was given.
+      shape: of each leaf, but for scalars.
+      dtype: of x.
+      required: leaves that must be there.
+      optional: leaves that may be there.
+      leading: the sizes of x's non-feature axes; a leaf may have some of them (or ones) in front.
+    """
+    known = {*required, *optional}
+    if not isinstance(tree, dict) or not known.issuperset(tree) or not set(required) <= set(tree):
+        _raise_for_tree(function, name, tree, sorted(required), sorted(known))
+    for leaf, value in tree.items():
+        given = np.shape(value)
+        features, allowed = ((), ()) if leaf in SCALARS else (shape, leading)
+        extra = len(given) - len(features)
+        fits = given == features
+        if not fits and 0 < extra <= len(allowed) and given[extra:] == features:
+            sizes = zip(given[:extra], allowed, strict=False)
+            fits = all([size in (1, full) for size, full in sizes])
+        if not fits:
+            _raise_for_shape(function, f"{name}[{leaf!r}]", given, features, allowed)
+        if leaf == "count" or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            _check_kind(function, f"{name}[{leaf!r}]", jnp.result_type(value), leaf, dtype)
+
+
+def _check_kind(function: str, where: str, given: Any, leaf: str, dtype: Any) -> None:
+    """Raises for the wrong kind: counts are ints, variances real, others complex only if x is."""
+    kind, words = jnp.floating, "a real float"
+    if leaf == "count":
+        kind, words = jnp.integer, "an int"
+    elif leaf not in REAL and jnp.issubdtype(dtype, jnp.complexfloating):
+        kind, words = jnp.inexact, "a float, real or complex"
+    if not jnp.issubdtype(given, kind):
+        raise_error(
+            function,
+            f"{where} holds the wrong kind of number",
+            expected=words,
+            got=f"dtype {given}",
+            fix="Pass it in the dtype that the init function gave it",
+            kind=TypeError,
+        )
+
+
+def params(
+    function: str,
+    tree: Any,
+    x: jax.Array,
+    feature_axes: Shape,
+    other_axes: Shape,
+    *,
+    known: Collection[str] = ("scale", "bias"),
+    required: Collection[str] = (),
+) -> Shape:
+    """Raises for params that do not fit x; returns the sizes of its feature axes."""
+    features = tuple(map(x.shape.__getitem__, feature_axes))
+    leading = tuple(map(x.shape.__getitem__, other_axes))
+    leaves(
+        function,
+        "params",
+        tree,
+        shape=features,
+        dtype=x.dtype,
+        required=required,
+        optional=known,
+        leading=leading,
+    )
+    return features
+
+
+def _raise_for_tree(
+    function: str, name: str, tree: Any, required: list[str], known: list[str]
+) -> NoReturn:
+    wanted = f"a dict with {required} and at most {known}" if known else "an empty dict"
+    if isinstance(tree, dict):
+        raise_error(
+            function,
+            f"{name} has the wrong leaves",
+            expected=wanted,
+            got=f"{name} with {sorted(map(str, tree))}",
+            fix="Pass this layer's own sub-tree, as its init function returned it",
+        )
+    frozen = isinstance(tree, Mapping)
+    raise_error(
+        function,
+        f"{name} is not a dict",
+        expected=wanted,
+        got=f"{type(tree).__name__}",
+        fix="Unfreeze it: flax.core.unfreeze(tree)"
+        if frozen
+        else "Pass it as the layer's init function returned it",
+        kind=TypeError,
+    )
+
+
+def _raise_for_shape(
+    function: str, leaf: str, given: Shape, features: Shape, leading: Shape
+) -> NoReturn:
+    expected = f"shape {features}"
+    if leading:
+        expected += f", or with leading sizes of x's non-feature axes, {leading}, or ones"
+    raise_error(
+        function,
+        f"{leaf} does not fit the features of x, of shape {features}",
+        expected=expected,
+        got=f"shape {given}",
+        fix="Channels first? Pass feature_axes=1; else check num_features of the init function",
+    )
 
 
 def output_dtype(function: str, dtype: Any, x: jax.Array) -> Any:

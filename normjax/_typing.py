@@ -23,6 +23,7 @@ FeatureArray = Inexact[Array, "*features"]
 Mask = Bool[Array, "..."]
 Params = dict[str, Inexact[Array, "..."]]
 BatchStats = dict[str, Num[Array, "..."]]
+WIDE = frozenset(map(np.dtype, ("float32", "float64", "complex64", "complex128")))
 PRNGKey = Key[Array, ""] | Shaped[Array, "2"]
 
 
@@ -36,6 +37,16 @@ def admissible(x: jax.Array, dtype: Any) -> jax.Array:
     """Returns x in a dtype that the functions take: integers as numbers, and complex where y is."""
     wanted = jnp.complexfloating if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.inexact
     return x if jnp.issubdtype(x.dtype, wanted) else x.astype(promote(dtype, jnp.float32))
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """Casts to the precision that statistics are computed in: at least float32."""
+    return x if is_wide(x) else x.astype(jnp.float32)
+
+
+def is_wide(x: jax.Array) -> bool:
+    """Whether x has at least float32's precision."""
+    return x.dtype in WIDE
 
 
 @runtime_checkable
@@ -61,5 +72,7 @@ __all__ = [
     "Params",
     "RunningVar",
     "admissible",
+    "is_wide",
     "promote",
+    "widen",
 ]

@@ -12,7 +12,6 @@ import numpy as np
 from jax.core import Tracer
 
 from normjax import _checks
-from normjax._leaves import check_leaves
 from normjax._typing import Axes, BatchStats, FeatureArray, Kernel, Params
 from normjax.deploy._wide import narrowed, widened
 
@@ -152,7 +151,7 @@ def _affine(
     params: Params, batch_stats: BatchStats, epsilon: float, dtype: Any, features: tuple[int, ...]
 ) -> Affine:
     """Checks the leaves of a batch norm; returns its multiplier, mean and bias."""
-    check = partial(check_leaves, FUNCTION, shape=features, dtype=dtype)
+    check = partial(_checks.leaves, FUNCTION, shape=features, dtype=dtype)
     check("params", params, optional=("scale", "bias"))
     check("batch_stats", batch_stats, required=("mean", "var"), optional=("count",))
     _checks.between(FUNCTION, "epsilon", epsilon, 0.0, math.inf)

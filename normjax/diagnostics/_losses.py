@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from normjax import _checks
-from normjax._typing import promote
+from normjax._typing import promote, widen
 from normjax.optim._invariance import opened
 from normjax.optim._trees import check_arrays, check_finite, show
-from normjax.statistics.reduction import widen
 
 Loss = Callable[[Any], Float[Array, ""]]
 Scalar = Float[Array, ""]

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from normjax import _checks
-from normjax._typing import Axes
+from normjax._typing import Axes, widen
 from normjax.optim._trees import Path, check_arrays, show
-from normjax.statistics.reduction import widen
 
 
 class Percentiles(NamedTuple):

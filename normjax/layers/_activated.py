@@ -9,6 +9,7 @@ the rule uses.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -18,10 +19,18 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax import _checks
-from normjax._typing import Params, promote
-from normjax.statistics.reduction import OUTPUT, Moments, Reduction, named, widen
-from normjax.statistics.safe_moments import safe_moments
-from normjax.statistics.sharing import vary_like
+from normjax._typing import Params, promote, widen
+from normjax.layers._batch_step import BatchSpec
+from normjax.statistics.devices import pcast_like
+from normjax.statistics.reduction import (
+    OUTPUT,
+    Input,
+    Moments,
+    batch_moments,
+    moments_dot,
+    named,
+    recomputed,
+)
 
 Name = Literal["leaky_relu", "elu", "identity"]
 
@@ -85,94 +94,106 @@ def check_activation(function: str, activation: Activation, x: Array) -> None:
         )
 
 
-class How(NamedTuple):
-    """The static part of a step: the reduction, the activation, and the dtype of the output."""
+@dataclass(frozen=True)
+class ActivatedSpec(BatchSpec):
+    """The static part of a step, and its activation."""
 
-    reduction: Reduction
-    activation: Activation
-    dtype: Any
-
-
-def activate_by_batch(
-    how: How, params: Params, x: Array, shift: Array | None
-) -> tuple[Array, Moments]:
-    """Normalizes x by its own moments and activates it; returns the moments, too. Params have the rank of x."""
-    wide = widen(x)
-    return _by_batch(how, wide, lax.stop_gradient(x), shift, *_gain_and_bias(how, params, wide))
+    activation: Activation = Activation("identity", 1.0)
 
 
-def activate(how: How, params: Params, x: Array, mean: Array, var: Array) -> Array:
-    """Normalizes x by statistics that are given and activates it. They and params have the rank of x."""
-    wide = widen(x)
-    return _by_population(how, wide, *_gain_and_bias(how, params, wide), mean, var)
+def activate_by_batch(spec: ActivatedSpec, params: Params, x: Array) -> tuple[Array, Moments]:
+    """Normalizes x by its own moments, which it returns, and activates it; params have x's rank."""
+    x32 = widen(x)
+    gain, bias = _gain_and_bias(spec, params, x32)
+    z, batch = _by_batch(spec, Input(lax.stop_gradient(x), x32), gain, bias)
+    return z, batch._replace(count=spec.count(x))
 
 
-def _gain_and_bias(how: How, params: Params, x: Array) -> tuple[Array, Array]:
-    """The gain is |scale| + epsilon: to invert the affine map divides by it. At scale 0 its derivative is 1."""
-    dtype = promote(x.dtype, *(leaf.dtype for leaf in params.values()))
+def activate(spec: ActivatedSpec, params: Params, x: Array, mean: Array, var: Array) -> Array:
+    """Normalizes x by given statistics and activates it. They and params have the rank of x."""
+    x32 = widen(x)
+    return _by_population(spec, x32, *_gain_and_bias(spec, params, x32), mean, var)
+
+
+def _gain_and_bias(spec: ActivatedSpec, params: Params, x32: Array) -> tuple[Array, Array]:
+    """The gain is |scale| + epsilon: to invert the affine map divides by it.
+
+    At scale 0 its derivative is 1.
+    """
+    dtype = promote(x32.dtype, *(leaf.dtype for leaf in params.values()))
     gain, bias = jnp.ones((), dtype), jnp.zeros((), dtype)
     if "scale" in params:
         scale = params["scale"].astype(dtype)
-        gain = jnp.where(scale < 0, -scale, scale) + how.reduction.epsilon
+        gain = jnp.where(scale < 0, -scale, scale) + spec.epsilon
     if "bias" in params:
         bias = params["bias"].astype(dtype)
     return gain, bias
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _by_population(how: How, x: Array, gain: Array, bias: Array, mean: Array, var: Array) -> Array:
-    multiplier = gain * lax.rsqrt(var + how.reduction.epsilon).astype(gain.dtype)
-    y = (x.astype(gain.dtype) - mean.astype(gain.dtype)) * multiplier + bias
-    return how.activation(y).astype(how.dtype)
+def _by_population(
+    spec: ActivatedSpec, x32: Array, gain: Array, bias: Array, mean: Array, var: Array
+) -> Array:
+    multiplier = gain * lax.rsqrt(var + spec.epsilon).astype(gain.dtype)
+    y = (x32.astype(gain.dtype) - mean.astype(gain.dtype)) * multiplier + bias
+    return spec.activation(y).astype(spec.dtype)
 
 
 @_by_population.defjvp
-def _by_population_jvp(how: How, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    x, gain, bias, mean, var = primals
-    z = named(_by_population(how, *primals), OUTPUT)
-    return z, _dot(how, z, (gain, bias, var), tangents)
+def _by_population_jvp(spec: ActivatedSpec, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    _, gain, bias, _, var = primals
+    z = named(_by_population(spec, *primals), OUTPUT)
+    derivative = recomputed(partial(_dot, spec))
+    return z, derivative(z, gain, bias, var, tangents)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _by_batch(
-    how: How, wide: Array, x: Array, shift: Array | None, gain: Array, bias: Array
-) -> tuple[Array, Moments]:
-    axes, sharing, epsilon, _ = how.reduction
-    seen = safe_moments(x, wide, axes, shift=shift, sharing=sharing, epsilon=epsilon)
-    mean, var = how.reduction.expand(seen.mean), how.reduction.expand(seen.var)
-    return _by_population(how, wide, gain, bias, mean, var), seen
+def _by_batch(spec: ActivatedSpec, x: Input, gain: Array, bias: Array) -> tuple[Array, Moments]:
+    batch = batch_moments(spec, x, None)._replace(count=None)
+    mean, var = spec.expand(batch.mean), spec.expand(batch.var)
+    return _by_population(spec, x.x32, gain, bias, mean, var), batch
 
 
 @_by_batch.defjvp
 def _by_batch_jvp(
-    how: How, primals: tuple, tangents: tuple
+    spec: ActivatedSpec, primals: tuple, tangents: tuple
 ) -> tuple[tuple[Array, Moments], tuple[Array, Moments]]:
-    *_, gain, bias = primals
-    x_dot, _, _, gain_dot, bias_dot = tangents
-    z, seen = _by_batch(how, *primals)
-    z, seen = named(z, OUTPUT), jax.tree.map(named, seen)
-    expand = how.reduction.expand
-    var = expand(seen.var)
-    centered = _normalized(how, z, gain, bias) * jnp.sqrt(var + how.reduction.epsilon)
-    around_zero = seen._replace(mean=jnp.zeros_like(seen.mean))
-    seen_dot = how.reduction.moments_dot(around_zero, centered, None, x_dot)
-    moved = x_dot, gain_dot, bias_dot, expand(seen_dot.mean), expand(seen_dot.var)
-    return (z, seen), (_dot(how, z, (gain, bias, var), moved), seen_dot)
+    _, gain, bias = primals
+    z, batch = _by_batch(spec, *primals)
+    z, batch = named(z, OUTPUT), jax.tree.map(named, batch)
+    x_dot, gain_dot, bias_dot = tangents
+    derivative = recomputed(partial(_by_batch_dot, spec))
+    return (z, batch), derivative(z, batch, gain, bias, (x_dot.x32, gain_dot, bias_dot))
 
 
-def _normalized(how: How, z: Array, gain: Array, bias: Array) -> Array:
+def _by_batch_dot(
+    spec: ActivatedSpec, z: Array, batch: Moments, gain: Array, bias: Array, dots: tuple
+) -> tuple[Array, Moments]:
+    """Returns the derivatives of z and of the moments, by way of x - mean as z gives it."""
+    x_dot, gain_dot, bias_dot = dots
+    var = spec.expand(batch.var)
+    centered = _normalized(spec, z, gain, bias) * jnp.sqrt(var + spec.epsilon)
+    around_zero = batch._replace(mean=jnp.zeros_like(batch.mean))
+    batch_dot = moments_dot(spec, around_zero, centered, None, x_dot)
+    moved = x_dot, gain_dot, bias_dot, spec.expand(batch_dot.mean), spec.expand(batch_dot.var)
+    return _dot(spec, z, gain, bias, var, moved), batch_dot
+
+
+def _normalized(spec: ActivatedSpec, z: Array, gain: Array, bias: Array) -> Array:
     """Returns (x - mean) / sqrt(var + epsilon), from z."""
-    return (how.activation.inverse(z.astype(gain.dtype), z.dtype) - bias) / gain
+    return (spec.activation.inverse(z.astype(gain.dtype), z.dtype) - bias) / gain
 
 
-def _dot(how: How, z: Array, at: tuple[Array, Array, Array], dots: tuple) -> Array:
-    """Returns the derivative of z along those of x, gain, bias, mean and var, in two reductions once transposed."""
-    gain, bias, var = at
+def _dot(spec: ActivatedSpec, z: Array, gain: Array, bias: Array, var: Array, dots: tuple) -> Array:
+    """Returns the derivative of z along those of x, gain, bias, mean and var.
+
+    Transposed, it is two reductions.
+    """
     x_dot, gain_dot, bias_dot, mean_dot, var_dot = (dot.astype(gain.dtype) for dot in dots)
-    inverse = lax.rsqrt(var + how.reduction.epsilon).astype(gain.dtype)
-    slope = gain_dot - gain * inverse**2 * var_dot / 2
+    inverse = lax.rsqrt(var + spec.epsilon).astype(gain.dtype)
+    slope = gain_dot - gain * (inverse * (inverse * var_dot)) / 2
     offset = bias_dot - gain * inverse * mean_dot
-    slope, offset = vary_like(z, slope, offset)
-    (multiplier,) = vary_like(z, gain * inverse)  # apart: it is no tangent
-    y_dot = _normalized(how, z, gain, bias) * slope + offset + x_dot * multiplier
-    return (how.activation.derivative(z.astype(gain.dtype)) * y_dot).astype(z.dtype)
+    slope, offset = pcast_like(z, slope, offset)
+    (multiplier,) = pcast_like(z, gain * inverse)  # alone: it is not a tangent
+    y_dot = _normalized(spec, z, gain, bias) * slope + offset + x_dot * multiplier
+    return (spec.activation.derivative(z.astype(gain.dtype)) * y_dot).astype(z.dtype)

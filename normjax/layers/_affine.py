@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Inexact
 
 from normjax import _checks
+from normjax._checks import SCALARS, other_axes
 from normjax._typing import (
     Activations,
     DTypeLike,
@@ -20,8 +21,9 @@ from normjax._typing import (
     PRNGKey,
     promote,
 )
-from normjax.statistics.reduction import apart, apart_if_narrow, named, written_out
-from normjax.statistics.sharing import vary_like
+from normjax.platforms.cpu import materialize, separate_if_narrow, separate_operands
+from normjax.statistics.devices import pcast_like
+from normjax.statistics.reduction import Input, named, recomputed
 
 
 def init_params(
@@ -58,111 +60,118 @@ def init_params(
         ) from error
 
 
-def lay_out(leaf: FeatureArray, rank: int, feature_axes: tuple[int, ...]) -> Array:
-    """Gives `(*leading, *features)` the rank of x: leading dimension i is that of the i-th axis that is no feature."""
-    others = _checks.other_axes(feature_axes, rank)
-    axes = (*others[: leaf.ndim - len(feature_axes)], *feature_axes)
-    return jnp.expand_dims(
-        leaf.transpose(sorted(range(leaf.ndim), key=axes.__getitem__)),
-        _checks.other_axes(axes, rank),
-    )
+def lay_out(params: Params, rank: int, feature_axes: tuple[int, ...]) -> Params:
+    """Gives leaves `(*leading, *features)` the rank of x; scalars stay as they are.
+
+    Leading dimension i is that of the i-th non-feature axis of x.
+    """
+    return {
+        leaf: value if leaf in SCALARS else _lay_out(value, rank, feature_axes)
+        for leaf, value in params.items()
+    }
+
+
+def _lay_out(leaf: FeatureArray, rank: int, feature_axes: tuple[int, ...]) -> Array:
+    extra = leaf.ndim - len(feature_axes)
+    if not extra:
+        return jnp.expand_dims(leaf, other_axes(feature_axes, rank))
+    leading = other_axes(feature_axes, rank)[:extra]
+    axes = (*leading, *feature_axes)
+    in_order = leaf.transpose(sorted(range(leaf.ndim), key=axes.__getitem__))
+    return jnp.expand_dims(in_order, other_axes(axes, rank))
 
 
 def normalize(
-    x: Activations,
-    wide: Activations,
+    x: Input,
     mean: Inexact[Array, "..."] | None,
     var: Inexact[Array, "..."],
     params: Params,
-    *,
-    mask: Mask | None,
     epsilon: float | Array,
 ) -> Activations:
     r"""Returns `(x - mean) / sqrt(var + epsilon) * scale + bias` in the widest dtype among them.
 
-    Where the mask hides a NaN or an infinity, y is the bias, a constant.
-
     Args:
-      x: the input as it came, from which the backward pass takes it.
-      wide: `widen(x)`, which gradients flow through.
+      x: the input.
       mean: of x, with its rank; None to subtract nothing.
-      var: of x, or the mean of its squares, likewise.
-      params: `scale` and `bias`, or what there is of them, likewise.
-      mask: None, or bool, likewise.
+      var: of x, or the mean of its squares, with its rank.
+      params: `scale` and `bias`, or what there is of them, with the rank of x.
       epsilon: added to the variance.
     """
-    if mask is None:
-        return _normalize(x, wide, mean, var, params, epsilon)
-    # A NaN times a gradient of zero is NaN: it must not get as far as the derivative of the scale.
-    sound = mask | jnp.isfinite(wide)
-    center = (
-        jnp.zeros((), wide.dtype) if mean is None else lax.stop_gradient(mean).astype(wide.dtype)
-    )
-    wide = jnp.where(sound, wide, center)
-    y = _normalize(wide, wide, mean, var, params, epsilon)
-    return jnp.where(sound, y, lax.stop_gradient(y))
-
-
-def _normalize(
-    x: Array, wide: Array, mean: Array | None, var: Array, params: Params, epsilon: float | Array
-) -> Array:
-    mean = jnp.zeros((), wide.dtype) if mean is None else mean
-    dtype = promote(*(leaf.dtype for leaf in (wide, mean, var, *params.values())))
-    inverse = _inverse_root(var + epsilon).astype(dtype)
-    leaves = {"scale": jnp.ones((), dtype), "bias": jnp.zeros((), dtype)} | params
-    scale, bias = (leaves[leaf].astype(dtype) for leaf in ("scale", "bias"))
-    return _affine(wide.astype(dtype), x, mean.astype(dtype), inverse, *vary_like(var, scale, bias))
+    mean = jnp.zeros((), x.x32.dtype) if mean is None else mean
+    dtype = promote(x.x32.dtype, mean.dtype, var.dtype, *(leaf.dtype for leaf in params.values()))
+    scale = params["scale"].astype(dtype) if "scale" in params else jnp.ones((), dtype)
+    bias = params["bias"].astype(dtype) if "bias" in params else jnp.zeros((), dtype)
+    scale, bias = pcast_like(var, scale, bias)
+    x = x._replace(x32=x.x32.astype(dtype))
+    return _affine(x, mean.astype(dtype), var + epsilon, scale, bias)
 
 
 @jax.custom_jvp
-def _inverse_root(x: Array) -> Array:
-    r"""Returns :math:`x^{-1/2}`, whose derivative is its cube, and is kept for the backward pass instead of x."""
-    return lax.rsqrt(x)
-
-
-@_inverse_root.defjvp
-def _inverse_root_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    inverse = named(_inverse_root(*primals))
-    return inverse, -0.5 * inverse * inverse * inverse * tangents[0]
-
-
-@jax.custom_jvp
-def _affine(wide: Array, x: Array, mean: Array, inverse: Array, scale: Array, bias: Array) -> Array:
-    """Returns `(x - mean) * inverse * scale + bias`."""
+def _affine(x: Input, mean: Array, var: Array, scale: Array, bias: Array) -> Array:
+    """Returns `(x - mean) / sqrt(var) * scale + bias`."""
+    inverse = lax.rsqrt(var).astype(mean.dtype)
     if scale.shape == inverse.shape:
-        return (wide - mean) * (inverse * scale) + bias
-    return (wide - mean) * inverse * scale + bias
+        return (x.x32 - mean) * (inverse * scale) + bias
+    return (x.x32 - mean) * inverse * scale + bias
 
 
 @_affine.defjvp
 def _affine_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    inverse, scale = primals[3:5]
+    x, mean, var, scale, _ = primals
+    inverse = named(lax.rsqrt(var))
+    x_dot, mean_dot, var_dot, scale_dot, bias_dot = tangents
+    # From right to left, so that the cube of the inverse is never formed: it underflows at
+    # deviations of 1e13.
+    inverse_dot = -0.5 * inverse * (inverse * (inverse * var_dot))
+    inverse, inverse_dot = inverse.astype(mean.dtype), inverse_dot.astype(mean.dtype)
     fits = jnp.broadcast_shapes(scale.shape, inverse.shape) == inverse.shape
-    return _affine(*primals), (_by_multiplier if fits else _by_scale)(primals, tangents)
+    derivative = recomputed(_by_multiplier if fits else _by_scale)
+    dots = x_dot.x32, mean_dot, inverse_dot, scale_dot, bias_dot
+    return _affine(*primals), derivative(x.x, mean, inverse, scale, *dots)
 
 
-def _by_multiplier(primals: tuple, tangents: tuple) -> Array:
-    r"""The derivative by way of the multiplier :math:`m = s / \sigma`, which is no larger than the statistics.
+def _by_multiplier(
+    x: Array,
+    mean: Array,
+    inverse: Array,
+    scale: Array,
+    x_dot: Array,
+    mean_dot: Array,
+    inverse_dot: Array,
+    scale_dot: Array,
+    bias_dot: Array,
+) -> Array:
+    r"""The derivative by way of the multiplier :math:`m = s / \sigma`, which is not larger than \sigma.
 
     .. math:: dy = m\, dx + (x - \mu)\, dm + (d\beta - m\, d\mu)
 
-    The last term is added up before it meets x: so the backward pass reduces two arrays of x's size
+    The last term is added up before it meets x. So the backward pass reduces two arrays of x's size
     (the gradients of multiplier and offset) instead of three.
     """
-    _, x, mean, inverse, scale, _ = primals
-    dx, _, d_mean, d_inverse, d_scale, d_bias = tangents
-    multiplier, d_multiplier = inverse * scale, d_inverse * scale + inverse * d_scale
-    d_offset = d_bias - d_mean * multiplier
+    multiplier = inverse * scale
+    multiplier_dot = inverse_dot * scale + inverse * scale_dot
+    offset_dot = bias_dot - mean_dot * multiplier
     if scale.shape != inverse.shape:
-        d_multiplier, d_offset = written_out(d_multiplier, d_offset)
-    d_multiplier, d_offset = vary_like(dx, d_multiplier, d_offset)
-    (multiplier,) = vary_like(dx, multiplier)  # apart: it is no tangent
-    x = apart_if_narrow(x)
-    return dx * multiplier + (x.astype(mean.dtype) - mean) * d_multiplier + d_offset
+        multiplier_dot, offset_dot = materialize(multiplier_dot, offset_dot)
+    multiplier_dot, offset_dot = pcast_like(x_dot, multiplier_dot, offset_dot)
+    (multiplier,) = pcast_like(x_dot, multiplier)  # alone: it is not a tangent
+    (x,) = separate_if_narrow(x, 1)
+    centered = x.astype(mean.dtype) - mean
+    return x_dot * multiplier + centered * multiplier_dot + offset_dot
 
 
-def _by_scale(primals: tuple, tangents: tuple) -> Array:
-    r"""The derivative where each example has statistics of its own: the multiplier would be as large as x.
+def _by_scale(
+    x: Array,
+    mean: Array,
+    inverse: Array,
+    scale: Array,
+    x_dot: Array,
+    mean_dot: Array,
+    inverse_dot: Array,
+    scale_dot: Array,
+    bias_dot: Array,
+) -> Array:
+    r"""The derivative where each example has statistics of its own: m would be as large as x.
 
     .. math:: dy = \frac{s}{\sigma}\, dx + (x - \mu) s\, d\sigma^{-1} - s\, \frac{d\mu}{\sigma}
                    + \frac{x - \mu}{\sigma}\, ds + d\beta
@@ -170,25 +179,45 @@ def _by_scale(primals: tuple, tangents: tuple) -> Array:
     Each term but the first and the last is a reduction in the backward pass, of operands that it
     has to itself.
     """
-    _, x, mean, inverse, scale, _ = primals
-    dx, _, d_mean, d_inverse, d_scale, d_bias = tangents
-    d_inverse, d_center = vary_like(dx, d_inverse, -inverse * d_mean)
-    d_scale, d_bias = vary_like(dx, d_scale, d_bias)
-    x, mean, inverse, scale = apart(x, mean, inverse, scale)
-    dy = dx * inverse * scale
-    x, mean, inverse, scale = apart(x, mean, inverse, scale)
-    dy += (x.astype(mean.dtype) - mean) * scale * d_inverse
-    x, mean, inverse, scale = apart(x, mean, inverse, scale)
-    dy += scale * d_center
-    x, mean, inverse, scale = apart(x, mean, inverse, scale)
-    return dy + (x.astype(mean.dtype) - mean) * inverse * d_scale + d_bias
+    inverse_dot, center_dot = pcast_like(x_dot, inverse_dot, -inverse * mean_dot)
+    scale_dot, bias_dot = pcast_like(x_dot, scale_dot, bias_dot)
+    own = zip(*(separate_operands(each, 4) for each in (x, mean, inverse, scale)), strict=True)
+    (
+        (_, _, a_inverse, a_scale),
+        (b, b_mean, _, b_scale),
+        (_, _, _, c_scale),
+        (d, d_mean, d_inverse, _),
+    ) = own
+    dy = x_dot * a_inverse * a_scale
+    dy += (b.astype(mean.dtype) - b_mean) * b_scale * inverse_dot
+    dy += c_scale * center_dot
+    return dy + (d.astype(mean.dtype) - d_mean) * d_inverse * scale_dot + bias_dot
+
+
+def without_garbage(x: Array, mask: Mask | None) -> tuple[Array, Array | None]:
+    """Returns x with zeros where the mask hides a NaN or an infinity, and where there is none.
+
+    A NaN times a gradient of zero is NaN: it must not get as far as the derivative of the scale.
+    """
+    if mask is None:
+        return x, None
+    sound = mask | jnp.isfinite(x)
+    return jnp.where(sound, x, 0), sound
+
+
+def bias_if_garbage(y: Array, sound: Array | None, params: Params) -> Array:
+    """Returns y, and the bias, as a constant, where x was hidden garbage."""
+    if sound is None:
+        return y
+    bias = params["bias"].astype(y.dtype) if "bias" in params else jnp.zeros((), y.dtype)
+    return jnp.where(sound, y, lax.stop_gradient(bias))
 
 
 def scale_and_shift(x: Activations, params: Params) -> Activations:
     """Returns `x * scale + bias` in the widest dtype among them, or what there is of it."""
     leaves = {leaf: params[leaf] for leaf in ("scale", "bias") if leaf in params}
     dtype = promote(x.dtype, *(leaf.dtype for leaf in leaves.values()))
-    leaves = dict(zip(leaves, vary_like(x, *leaves.values()), strict=True))
+    leaves = dict(zip(leaves, pcast_like(x, *leaves.values()), strict=True))
     y = x.astype(dtype)
     if "scale" in leaves:
         y *= leaves["scale"].astype(dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,17 +15,10 @@ from normjax._typing import BatchStats, Params, promote
 Limit = float | ArrayLike | Callable[[Array], ArrayLike]
 
 
-class Limits(NamedTuple):
-    """How far batch and population may differ: values, or schedules of the number of batches so far."""
-
-    r_max: Limit
-    d_max: Limit
-
-
-def take_limits(limits: Limits, batch_stats: BatchStats) -> tuple[Array, Array]:
-    """Returns r_max and d_max as scalar arrays, schedules at the present count; refuses what is no limit."""
+def take_limits(r_max: Limit, d_max: Limit, batch_stats: BatchStats) -> tuple[Array, Array]:
+    """Returns both limits as scalar arrays, schedules at the present count; raises for others."""
     taken = []
-    for name, limit, low in (("r_max", limits.r_max, 1.0), ("d_max", limits.d_max, 0.0)):
+    for name, limit, low in (("r_max", r_max, 1.0), ("d_max", d_max, 0.0)):
         if callable(limit):
             if "count" not in batch_stats:
                 _checks.raise_error(
@@ -48,11 +40,10 @@ def take_limits(limits: Limits, batch_stats: BatchStats) -> tuple[Array, Array]:
                 fix="Reduce it to one number for all features",
             )
         taken.append(limit)
-    r_max, d_max = taken
-    return r_max, d_max
+    return taken[0], taken[1]
 
 
-def corrected(
+def correct(
     params: Params,
     batch: tuple[Array, Array],
     running: tuple[Array, Array],

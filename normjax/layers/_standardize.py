@@ -1,43 +1,40 @@
-"""Subtract the mean of each example, divide by its deviation: what layer, group and instance norm have in common."""
+"""Subtract the mean of each example, divide by its deviation: layer, group and instance norm."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from normjax._typing import Params
-from normjax.layers._affine import normalize
-from normjax.layers._arguments import compiled_within_examples
+from normjax.layers._affine import bias_if_garbage, normalize, without_garbage
+from normjax.layers._jit_step import jit_step_within_examples
 from normjax.statistics.per_example import example_moments
-from normjax.statistics.reduction import Reduction, widen
+from normjax.statistics.reduction import Spec, read
 
 
-class Plan(NamedTuple):
-    """What is static about a step; hashable, so that eager calls compile it once.
+@dataclass(frozen=True)
+class StandardizeSpec(Spec):
+    """What is static about a step.
 
     Attributes:
-      how: the reduction.
-      dtype: of y.
       gain: a constant factor of the scale.
     """
 
-    how: Reduction
-    dtype: Any
     gain: float = 1.0
 
 
-@compiled_within_examples
-def standardize(params: Params, x: Array, mask: Array | None, plan: Plan) -> Array:
-    """Normalizes x by its own moments; params and mask have its rank."""
-    wide = widen(x)
-    count, mean, var = example_moments(plan.how, x, wide, mask)
+@jit_step_within_examples
+def standardize(params: Params, x: Array, mask: Array | None, spec: StandardizeSpec) -> Array:
+    """Normalizes x by its own moments. Where nothing counts the mean is 0 and the variance 1."""
+    x, sound = without_garbage(x, mask)
+    x = read(x)
+    count, mean, var = example_moments(spec, x, mask)
     if mask is not None:
-        var = jnp.where(jnp.asarray(count) > 0, var, 1)
-    mean, var = plan.how.expand(mean), plan.how.expand(var)
-    if plan.gain != 1:
-        params = params | {"scale": params.get("scale", jnp.ones((), var.dtype)) * plan.gain}
-    return normalize(x, wide, mean, var, params, mask=mask, epsilon=plan.how.epsilon).astype(
-        plan.dtype
-    )
+        var = jnp.where(count > 0, var, 1)
+    if spec.gain != 1:
+        scale = params["scale"] if "scale" in params else jnp.ones((), var.dtype)
+        params = params | {"scale": scale * spec.gain}
+    y = normalize(x, spec.expand(mean), spec.expand(var), params, spec.epsilon)
+    return bias_if_garbage(y, sound, params).astype(spec.dtype)

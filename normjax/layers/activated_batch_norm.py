@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
 from normjax._typing import (
@@ -22,9 +23,17 @@ from normjax._typing import (
     PRNGKey,
     RunningVar,
 )
-from normjax.layers._activated import Activation, Name
-from normjax.layers._affine import init_params
-from normjax.layers._batch import Settings, normalize_by_batch
+from normjax.layers._activated import (
+    ActivatedSpec,
+    Activation,
+    Name,
+    activate,
+    activate_by_batch,
+    check_activation,
+)
+from normjax.layers._affine import init_params, lay_out
+from normjax.layers._batch_step import check_batch_step, into_ghosts, take_step
+from normjax.layers._jit_step import jit_step
 from normjax.statistics.running import init_batch_stats
 
 
@@ -146,15 +155,49 @@ def activated_batch_norm(
       Rota Bulo, Porzi & Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training
       of DNNs" (CVPR 2018), section 3.
     """
-    settings = Settings(
-        feature_axes,
-        momentum,
-        epsilon,
-        running_var,
-        axis_name,
-        axis_index_groups,
-        virtual_batch_size,
-        dtype,
-        activation=Activation(activation, negative_slope),
+    chosen = Activation(activation, negative_slope)
+    step = check_batch_step(
+        "activated_batch_norm",
+        params,
+        batch_stats,
+        x,
+        train,
+        feature_axes=feature_axes,
+        momentum=momentum,
+        epsilon=epsilon,
+        running_var=running_var,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=virtual_batch_size,
+        dtype=dtype,
+        make_spec=partial(ActivatedSpec, activation=chosen),
     )
-    return normalize_by_batch(params, batch_stats, x, train, None, settings)
+    check_activation("activated_batch_norm", chosen, step.x)
+    return take_step(step, _train_step, _infer_step)
+
+
+@jit_step
+def _train_step(
+    params: Params,
+    batch_stats: BatchStats,
+    x: Array,
+    mask: None,
+    momentum: Array | None,
+    spec: ActivatedSpec,
+) -> tuple[Array, BatchStats]:
+    """Normalizes x by its own statistics, activates it, and moves the running statistics."""
+    shape = x.shape
+    params = lay_out(params, x.ndim, spec.feature_axes)
+    params, x, _, spec = into_ghosts(params, x, mask, spec)
+    z, batch = activate_by_batch(spec, params, x)
+    return z.reshape(shape), spec.update(batch_stats, batch, momentum)
+
+
+@jit_step
+def _infer_step(
+    params: Params, batch_stats: BatchStats, x: Array, mask: None, spec: ActivatedSpec
+) -> Array:
+    """Normalizes x by the running statistics, and activates it."""
+    params = lay_out(params, x.ndim, spec.feature_axes)
+    mean, var = spec.expand(batch_stats["mean"]), spec.expand(batch_stats["var"])
+    return activate(spec, params, x, mean, var)

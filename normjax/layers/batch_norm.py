@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
 from normjax._typing import (
@@ -23,8 +23,22 @@ from normjax._typing import (
     PRNGKey,
     RunningVar,
 )
-from normjax.layers._affine import init_params
-from normjax.layers._batch import Settings, normalize_by_batch
+from normjax.layers._affine import (
+    bias_if_garbage,
+    init_params,
+    lay_out,
+    normalize,
+    without_garbage,
+)
+from normjax.layers._batch_step import (
+    BatchSpec,
+    batch_or_running,
+    check_batch_step,
+    into_ghosts,
+    take_step,
+)
+from normjax.layers._jit_step import jit_step
+from normjax.statistics.reduction import batch_moments, read
 from normjax.statistics.running import init_batch_stats
 
 
@@ -156,14 +170,55 @@ def batch_norm(
       (2017), Algorithm 1. Conditional: de Vries et al., "Modulating early visual processing by
       language" (2017), eq. 4.
     """
-    settings = Settings(
-        feature_axes,
-        momentum,
-        epsilon,
-        running_var,
-        axis_name,
-        axis_index_groups,
-        virtual_batch_size,
-        dtype,
+    step = check_batch_step(
+        "batch_norm",
+        params,
+        batch_stats,
+        x,
+        train,
+        feature_axes=feature_axes,
+        momentum=momentum,
+        epsilon=epsilon,
+        running_var=running_var,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=virtual_batch_size,
+        dtype=dtype,
     )
-    return normalize_by_batch(params, batch_stats, x, train, mask, settings)
+    return take_step(step, train_step, infer_step)
+
+
+@jit_step
+def train_step(
+    params: Params,
+    batch_stats: BatchStats,
+    x: Array,
+    mask: Array | None,
+    momentum: Array | None,
+    spec: BatchSpec,
+) -> tuple[Array, BatchStats]:
+    """Normalizes x by its own statistics, and moves the running ones towards them."""
+    shape = x.shape
+    params = lay_out(params, x.ndim, spec.feature_axes)
+    params, x, mask, spec = into_ghosts(params, x, mask, spec)
+    x, sound = without_garbage(x, mask)
+    x = read(x)
+    batch = batch_moments(spec, x, mask)
+    mean, var = batch_or_running(batch, batch_stats, spec)
+    y = normalize(x, mean, var, params, spec.epsilon)
+    y = bias_if_garbage(y, sound, params)
+    new = spec.update(batch_stats, batch, momentum)
+    return y.reshape(shape).astype(spec.dtype), new
+
+
+@jit_step
+def infer_step(
+    params: Params, batch_stats: BatchStats, x: Array, mask: Array | None, spec: BatchSpec
+) -> Array:
+    """Normalizes x by the running statistics."""
+    params = lay_out(params, x.ndim, spec.feature_axes)
+    x, sound = without_garbage(x, mask)
+    mean, var = spec.expand(batch_stats["mean"]), spec.expand(batch_stats["var"])
+    y = normalize(read(x), mean, var, params, spec.epsilon)
+    return bias_if_garbage(y, sound, params).astype(spec.dtype)

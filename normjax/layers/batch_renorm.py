@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
 from normjax._typing import (
@@ -23,9 +23,27 @@ from normjax._typing import (
     PRNGKey,
     RunningVar,
 )
-from normjax.layers._affine import init_params
-from normjax.layers._batch import Settings, normalize_by_batch
-from normjax.layers._renorm import Limit, Limits
+from normjax.layers._affine import (
+    bias_if_garbage,
+    init_params,
+    lay_out,
+    normalize,
+    without_garbage,
+)
+from normjax.layers._batch_step import (
+    BatchSpec,
+    BatchStep,
+    batch_or_running,
+    check_batch_step,
+    into_ghosts,
+    running_like,
+    take_step,
+)
+from normjax.layers._jit_step import jit_step
+from normjax.layers._renorm import Limit, correct, take_limits
+from normjax.layers.batch_norm import infer_step, train_step
+from normjax.statistics.population import POPULATION
+from normjax.statistics.reduction import batch_moments, read
 from normjax.statistics.running import init_batch_stats
 
 
@@ -151,15 +169,55 @@ def batch_renorm(
         Models" (NeurIPS 2017),
       Algorithm 1 and section 4.
     """
-    settings = Settings(
-        feature_axes,
-        momentum,
-        epsilon,
-        running_var,
-        axis_name,
-        axis_index_groups,
-        virtual_batch_size,
-        dtype,
-        renorm=Limits(r_max, d_max),
+    step = check_batch_step(
+        "batch_renorm",
+        params,
+        batch_stats,
+        x,
+        train,
+        feature_axes=feature_axes,
+        momentum=momentum,
+        epsilon=epsilon,
+        running_var=running_var,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=virtual_batch_size,
+        dtype=dtype,
     )
-    return normalize_by_batch(params, batch_stats, x, train, mask, settings)
+    return take_renorm_step(step, r_max, d_max)
+
+
+def take_renorm_step(step: BatchStep, r_max: Limit, d_max: Limit) -> tuple[Array, BatchStats]:
+    """Takes a step with limits that are yet to be checked; infers as batch norm does."""
+    limits = take_limits(r_max, d_max, step.batch_stats)
+    if POPULATION in step.batch_stats:  # which owes nothing to the statistics that it replaces
+        return take_step(step, train_step, infer_step)
+    return take_step(step, renorm_step, infer_step, limits)
+
+
+@jit_step
+def renorm_step(
+    params: Params,
+    batch_stats: BatchStats,
+    x: Array,
+    mask: Array | None,
+    momentum: Array | None,
+    limits: tuple[Array, Array],
+    spec: BatchSpec,
+) -> tuple[Array, BatchStats]:
+    """Does what batch norm's `train_step` does, with scale and bias corrected by r and d."""
+    shape = x.shape
+    params = lay_out(params, x.ndim, spec.feature_axes)
+    params, x, mask, spec = into_ghosts(params, x, mask, spec)
+    x, sound = without_garbage(x, mask)
+    x = read(x)
+    batch = batch_moments(spec, x, mask)
+    mean, var = batch_or_running(batch, batch_stats, spec)
+    running_mean, running_var = running_like(batch, batch_stats)
+    running = spec.expand(running_mean), spec.expand(running_var)
+    corrected = correct(params, (mean, var), running, limits, spec.epsilon)
+    y = normalize(x, mean, var, corrected, spec.epsilon)
+    y = bias_if_garbage(y, sound, corrected)
+    new = spec.update(batch_stats, batch, momentum)
+    return y.reshape(shape).astype(spec.dtype), new

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,10 @@ from jaxtyping import Array
 
 from normjax import _checks
 from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Initializer, Params, PRNGKey
-from normjax.layers._affine import init_params, scale_and_shift
-from normjax.layers._arguments import admit, compiled
-from normjax.statistics.reduction import widen
+from normjax.layers._affine import init_params, lay_out, scale_and_shift
+from normjax.layers._jit_step import jit_step
+from normjax.layers._operands import check_operands
+from normjax.statistics.reduction import Spec, read
 
 
 def dynamic_tanh_init(
@@ -110,7 +110,7 @@ def dynamic_tanh(
       Zhu, Chen, He, LeCun & Liu, "Transformers without Normalization" (CVPR 2025), eq. 3 and
       Algorithm 1.
     """
-    given = admit(
+    operands = check_operands(
         "dynamic_tanh",
         params,
         batch_stats,
@@ -121,12 +121,13 @@ def dynamic_tanh(
         leaves=("scale", "bias"),
         required=("alpha",),
     )
-    return _dynamic_tanh(given.params, given.x, given.dtype), batch_stats
+    spec = Spec(axes=(), feature_axes=operands.feature_axes, dtype=operands.dtype)
+    return _dynamic_tanh(operands.params, operands.x, spec), batch_stats
 
 
-@compiled
-def _dynamic_tanh(params: Params, x: Array, dtype: Any) -> Array:
-    wide = widen(x)
-    return scale_and_shift(jnp.tanh(params["alpha"].astype(wide.dtype) * wide), params).astype(
-        dtype
-    )
+@jit_step
+def _dynamic_tanh(params: Params, x: Array, spec: Spec) -> Array:
+    params = lay_out(params, x.ndim, spec.feature_axes)
+    x32 = read(x).x32
+    squashed = jnp.tanh(params["alpha"].astype(x32.dtype) * x32)
+    return scale_and_shift(squashed, params).astype(spec.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +21,13 @@ from normjax._typing import (
     Mask,
     Params,
     PRNGKey,
+    widen,
 )
-from normjax.layers._affine import init_params, normalize
-from normjax.layers._arguments import (
-    admit,
-    axes_within_examples,
-    compiled_within_examples,
-    reduction,
-)
+from normjax.layers._affine import bias_if_garbage, init_params, normalize, without_garbage
+from normjax.layers._jit_step import jit_step_within_examples
+from normjax.layers._operands import axes_within_examples, check_operands, check_spec
 from normjax.statistics.per_example import mean_square
-from normjax.statistics.reduction import Reduction, widen
+from normjax.statistics.reduction import Spec, read
 
 
 def filter_response_norm_init(
@@ -151,7 +147,7 @@ def filter_response_norm(
     """
     function = "filter_response_norm"
     leaves = ("scale", "bias", "threshold", "epsilon")
-    given = admit(
+    operands = check_operands(
         function,
         params,
         batch_stats,
@@ -162,40 +158,33 @@ def filter_response_norm(
         dtype=dtype,
         leaves=leaves,
     )
-    if "threshold" in params and jnp.iscomplexobj(given.x):
+    if "threshold" in params and jnp.iscomplexobj(operands.x):
         _checks.raise_error(
             function,
             "complex numbers have no maximum",
             expected="a real x",
-            got=f"x.dtype={given.x.dtype} and a threshold for x.shape={given.x.shape}",
+            got=f"x.dtype={operands.x.dtype} and a threshold for x.shape={operands.x.shape}",
             fix="Leave the threshold out: filter_response_norm_init(..., use_threshold=False)",
             kind=TypeError,
         )
-    axes = axes_within_examples(function, given, reduction_axes)
-    how = reduction(function, axes, epsilon, axis_name, axis_index_groups)
-    return _filter_response_norm(
-        given.params, given.x, given.mask, _Plan(how, given.dtype)
-    ), batch_stats
+    axes = axes_within_examples(function, operands, reduction_axes)
+    spec = check_spec(function, operands, axes, epsilon, axis_name, axis_index_groups)
+    return _filter_response_norm(operands.params, operands.x, operands.mask, spec), batch_stats
 
 
-class _Plan(NamedTuple):
-    """What is static about a step."""
-
-    how: Reduction
-    dtype: Any
-
-
-@compiled_within_examples
-def _filter_response_norm(params: Params, x: Array, mask: Array | None, plan: _Plan) -> Array:
-    wide, how = widen(x), plan.how
-    count, square = mean_square(how, x, wide, mask)
+@jit_step_within_examples
+def _filter_response_norm(params: Params, x: Array, mask: Array | None, spec: Spec) -> Array:
+    x, sound = without_garbage(x, mask)
+    x = read(x)
+    count, square = mean_square(spec, x, mask)
     if mask is not None:
         square = jnp.where(count > 0, square, 1)
+    epsilon = spec.epsilon
+    if "epsilon" in params:
+        epsilon += jnp.abs(widen(params["epsilon"]))
     affine = {leaf: params[leaf] for leaf in ("scale", "bias") if leaf in params}
-    epsilon = (
-        how.epsilon + jnp.abs(widen(params["epsilon"])) if "epsilon" in params else how.epsilon
-    )
-    y = normalize(x, wide, None, how.expand(square), affine, mask=mask, epsilon=epsilon)
+    y = normalize(x, None, spec.expand(square), affine, epsilon)
+    y = bias_if_garbage(y, sound, affine)
     if "threshold" in params:
         y = jnp.maximum(y, params["threshold"].astype(y.dtype))
-    return y.astype(plan.dtype)
+    return y.astype(spec.dtype)

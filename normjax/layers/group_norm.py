@@ -22,8 +22,13 @@ from normjax._typing import (
     PRNGKey,
 )
 from normjax.layers._affine import init_params
-from normjax.layers._arguments import admit, more_than_one_value, one_feature_axis, reduction
-from normjax.layers._standardize import Plan, standardize
+from normjax.layers._operands import (
+    check_operands,
+    check_spec,
+    more_than_one_value,
+    one_feature_axis,
+)
+from normjax.layers._standardize import StandardizeSpec, standardize
 
 DEFAULT_GROUPS = 32  # Wu & He (2018), table 3
 
@@ -101,7 +106,7 @@ def group_norm(
       x: floating-point or complex, such as `(batch, height, width, channels)`.
       train: Python bool.
       num_groups: how many groups, a divisor of the channels. 32 if neither this nor `group_size` is
-        given.
+        operands.
       group_size: channels in a group, instead of `num_groups`.
       reduction_axes: the axes that mean and variance are taken over, the feature axis among them;
         all but the first by default. With more axes of examples, leave them out of it.
@@ -136,31 +141,29 @@ def group_norm(
       Wu & He, "Group Normalization" (ECCV 2018), eq. 1-7.
     """
     function = "group_norm"
-    given = admit(
+    operands = check_operands(
         function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype
     )
-    channel = one_feature_axis(function, given)
-    shape = given.x.shape
+    channel = one_feature_axis(function, operands)
+    shape = operands.x.shape
     num_groups = _number_of_groups(shape[channel], num_groups, group_size, shape)
-    axes = (
-        tuple(sorted({*range(1, len(shape)), channel}))
-        if reduction_axes is None
-        else reduction_axes
-    )
+    axes = (*{*range(1, len(shape)), channel},) if reduction_axes is None else reduction_axes
     axes = _checks.axes(function, "reduction_axes", axes, shape)
     _must_hold_channels(axes, channel, shape)
     others = tuple(axis for axis in axes if axis != channel)
-    how = reduction(function, others, epsilon, axis_name, axis_index_groups)
+    spec = check_spec(
+        function,
+        operands,
+        others,
+        epsilon,
+        axis_name,
+        axis_index_groups,
+        StandardizeSpec,
+        groups=(channel, shape[channel] // num_groups),
+    )
     if train:
-        more_than_one_value(
-            function,
-            given.x,
-            others,
-            devices=how.sharing.size,
-            members=shape[channel] // num_groups,
-        )
-    plan = Plan(how._replace(groups=(channel, shape[channel] // num_groups)), given.dtype)
-    return standardize(given.params, given.x, given.mask, plan), batch_stats
+        more_than_one_value(function, operands.x, spec)
+    return standardize(operands.params, operands.x, operands.mask, spec), batch_stats
 
 
 def _number_of_groups(

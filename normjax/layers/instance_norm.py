@@ -21,8 +21,13 @@ from normjax._typing import (
     PRNGKey,
 )
 from normjax.layers._affine import init_params
-from normjax.layers._arguments import admit, axes_within_examples, more_than_one_value, reduction
-from normjax.layers._standardize import Plan, standardize
+from normjax.layers._operands import (
+    axes_within_examples,
+    check_operands,
+    check_spec,
+    more_than_one_value,
+)
+from normjax.layers._standardize import StandardizeSpec, standardize
 
 
 def instance_norm_init(
@@ -133,11 +138,13 @@ def instance_norm(
       Adaptive Instance Normalization" (2017), eq. 8.
     """
     function = "instance_norm"
-    given = admit(
+    operands = check_operands(
         function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype
     )
-    axes = axes_within_examples(function, given, reduction_axes)
-    how = reduction(function, axes, epsilon, axis_name, axis_index_groups)
+    axes = axes_within_examples(function, operands, reduction_axes)
+    spec = check_spec(
+        function, operands, axes, epsilon, axis_name, axis_index_groups, StandardizeSpec
+    )
     if train:
-        more_than_one_value(function, given.x, axes, devices=how.sharing.size)
-    return standardize(given.params, given.x, given.mask, Plan(how, given.dtype)), batch_stats
+        more_than_one_value(function, operands.x, spec)
+    return standardize(operands.params, operands.x, operands.mask, spec), batch_stats

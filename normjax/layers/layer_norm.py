@@ -22,8 +22,8 @@ from normjax._typing import (
     PRNGKey,
 )
 from normjax.layers._affine import init_params
-from normjax.layers._arguments import admit, more_than_one_value, reduction
-from normjax.layers._standardize import Plan, standardize
+from normjax.layers._operands import check_operands, check_spec, more_than_one_value
+from normjax.layers._standardize import StandardizeSpec, standardize
 
 
 def layer_norm_init(
@@ -131,11 +131,13 @@ def layer_norm(
         with Transformers" (2023), adaLN.
     """
     function = "layer_norm"
-    given = admit(
+    operands = check_operands(
         function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype
     )
-    axes = _checks.axes(function, "reduction_axes", reduction_axes, given.x.shape)
-    how = reduction(function, axes, epsilon, axis_name, axis_index_groups)
+    axes = _checks.axes(function, "reduction_axes", reduction_axes, operands.x.shape)
+    spec = check_spec(
+        function, operands, axes, epsilon, axis_name, axis_index_groups, StandardizeSpec
+    )
     if train:
-        more_than_one_value(function, given.x, axes, devices=how.sharing.size)
-    return standardize(given.params, given.x, given.mask, Plan(how, given.dtype)), batch_stats
+        more_than_one_value(function, operands.x, spec)
+    return standardize(operands.params, operands.x, operands.mask, spec), batch_stats

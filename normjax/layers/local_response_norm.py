@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ from jaxtyping import Array
 
 from normjax import _checks
 from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Initializer, Params, PRNGKey
-from normjax.layers._affine import init_params, scale_and_shift
-from normjax.layers._arguments import admit, compiled, one_feature_axis
-from normjax.statistics.reduction import abs2, widen
+from normjax.layers._affine import init_params, lay_out, scale_and_shift
+from normjax.layers._jit_step import jit_step
+from normjax.layers._operands import check_operands, one_feature_axis
+from normjax.statistics.reduction import Spec, abs2, read
 
 
 def local_response_norm_init(
@@ -111,8 +112,10 @@ def local_response_norm(
       Networks" (NeurIPS 2012), section 3.3.
     """
     function = "local_response_norm"
-    given = admit(function, params, batch_stats, x, train, feature_axes=feature_axes, dtype=dtype)
-    channel = one_feature_axis(function, given)
+    operands = check_operands(
+        function, params, batch_stats, x, train, feature_axes=feature_axes, dtype=dtype
+    )
+    channel = one_feature_axis(function, operands)
     _checks.between(function, "alpha", alpha, 0.0, math.inf)
     _checks.between(function, "beta", beta, 0.0, math.inf)
     _checks.between(function, "k", k, 0.0, math.inf)
@@ -122,35 +125,46 @@ def local_response_norm(
             function,
             "size or k is not positive",
             expected="an int size of 1 or more, and a finite k above 0",
-            got=f"size={size!r} and k={k!r} for x.shape={given.x.shape}",
+            got=f"size={size!r} and k={k!r} for x.shape={operands.x.shape}",
             fix="The paper has size=5 and k=2.0",
         )
-    plan = _Plan(channel, neighbours, float(alpha), float(beta), float(k), given.dtype)
-    return _local_response_norm(given.params, given.x, plan), batch_stats
+    spec = LocalSpec(
+        axes=(),
+        feature_axes=operands.feature_axes,
+        dtype=operands.dtype,
+        channel=channel,
+        size=neighbours,
+        alpha=float(alpha),
+        beta=float(beta),
+        k=float(k),
+    )
+    return _local_response_norm(operands.params, operands.x, spec), batch_stats
 
 
-class _Plan(NamedTuple):
-    """What is static about a step."""
+@dataclass(frozen=True, kw_only=True)
+class LocalSpec(Spec):
+    """What is static about a step; it reduces no axis."""
 
     channel: int
     size: int
     alpha: float
     beta: float
     k: float
-    dtype: Any
 
 
-@compiled
-def _local_response_norm(params: Params, x: Array, plan: _Plan) -> Array:
-    wide = widen(x)
-    energy = abs2(wide)
-    window = [plan.size if axis == plan.channel else 1 for axis in range(x.ndim)]
-    around = [
-        (plan.size // 2, (plan.size - 1) // 2) if axis == plan.channel else (0, 0)
-        for axis in range(x.ndim)
-    ]
-    near = lax.reduce_window(
-        energy, np.zeros((), energy.dtype), lax.add, window, [1] * x.ndim, around
-    )
-    multiplier = (plan.k + plan.alpha / plan.size * near) ** -plan.beta
-    return scale_and_shift(wide * multiplier.astype(wide.dtype), params).astype(plan.dtype)
+@jit_step
+def _local_response_norm(params: Params, x: Array, spec: LocalSpec) -> Array:
+    params = lay_out(params, x.ndim, spec.feature_axes)
+    x32 = read(x).x32
+    scale = (spec.k + spec.alpha / spec.size * _energy_nearby(abs2(x32), spec)) ** -spec.beta
+    return scale_and_shift(x32 * scale.astype(x32.dtype), params).astype(spec.dtype)
+
+
+def _energy_nearby(energy: Array, spec: LocalSpec) -> Array:
+    """Sums over a window of channels around each."""
+    ones, none = [1] * energy.ndim, [(0, 0)] * energy.ndim
+    window, padding = list(ones), none
+    window[spec.channel] = spec.size
+    padding[spec.channel] = (spec.size // 2, (spec.size - 1) // 2)
+    zero = np.zeros((), energy.dtype)
+    return lax.reduce_window(energy, zero, lax.add, window, ones, padding)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,13 @@ from normjax._typing import (
     Mask,
     Params,
     PRNGKey,
+    widen,
 )
-from normjax.layers._affine import init_params, normalize
-from normjax.layers._arguments import admit, compiled_within_examples, reduction
+from normjax.layers._affine import bias_if_garbage, init_params, normalize, without_garbage
+from normjax.layers._jit_step import jit_step_within_examples
+from normjax.layers._operands import check_operands, check_spec
 from normjax.statistics.per_example import mean_square
-from normjax.statistics.reduction import Reduction, widen
+from normjax.statistics.reduction import Spec, read
 
 
 def rms_norm_init(
@@ -134,33 +136,39 @@ def rms_norm(
       Zhang & Sennrich, "Root Mean Square Layer Normalization" (NeurIPS 2019), eq. 4.
     """
     function = "rms_norm"
-    given = admit(
+    operands = check_operands(
         function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype
     )
-    axes = _checks.axes(function, "reduction_axes", reduction_axes, given.x.shape)
-    how = reduction(function, axes, epsilon, axis_name, axis_index_groups)
+    axes = _checks.axes(function, "reduction_axes", reduction_axes, operands.x.shape)
     _checks.between(function, "scale_offset", scale_offset, -math.inf, math.inf)
-    plan = _Plan(how, given.dtype, float(scale_offset))
-    return _rms_norm(given.params, given.x, given.mask, plan), batch_stats
+    spec = check_spec(
+        function,
+        operands,
+        axes,
+        epsilon,
+        axis_name,
+        axis_index_groups,
+        RMSSpec,
+        scale_offset=float(scale_offset),
+    )
+    return _rms_norm(operands.params, operands.x, operands.mask, spec), batch_stats
 
 
-class _Plan(NamedTuple):
+@dataclass(frozen=True)
+class RMSSpec(Spec):
     """What is static about a step."""
 
-    how: Reduction
-    dtype: Any
-    scale_offset: float
+    scale_offset: float = 0.0
 
 
-@compiled_within_examples
-def _rms_norm(params: Params, x: Array, mask: Array | None, plan: _Plan) -> Array:
-    wide = widen(x)
-    count, square = mean_square(plan.how, x, wide, mask)
+@jit_step_within_examples
+def _rms_norm(params: Params, x: Array, mask: Array | None, spec: RMSSpec) -> Array:
+    x, sound = without_garbage(x, mask)
+    x = read(x)
+    count, square = mean_square(spec, x, mask)
     if mask is not None:
         square = jnp.where(count > 0, square, 1)
-    if "scale" in params and plan.scale_offset:
-        params = params | {"scale": widen(params["scale"]) + plan.scale_offset}
-    y = normalize(
-        x, wide, None, plan.how.expand(square), params, mask=mask, epsilon=plan.how.epsilon
-    )
-    return y.astype(plan.dtype)
+    if "scale" in params and spec.scale_offset:
+        params = params | {"scale": widen(params["scale"]) + spec.scale_offset}
+    y = normalize(x, None, spec.expand(square), params, spec.epsilon)
+    return bias_if_garbage(y, sound, params).astype(spec.dtype)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from normjax._typing import RunningVar
-from normjax.layers._batch import Settings, normalize_by_batch
-from normjax.layers._renorm import Limits
+from normjax._typing import BatchStats, RunningVar
+from normjax.layers._batch_step import (
+    BatchStep,
+    check_batch_step,
+    take_step,
+    with_complex_mean,
+)
+from normjax.layers.batch_norm import infer_step, train_step
 from normjax.linen._shared import common, declare, promoted, sizes
 from normjax.statistics.population import POPULATION
 
@@ -70,40 +76,47 @@ class BatchNorm(nn.BatchNorm):
         Returns:
           y, of x's shape; its dtype is `dtype`, or that of x, scale and bias together.
         """
-        return normalize(self, x, use_running_average, mask)
+        return normalize(self, "batch_norm", _take, x, use_running_average, mask)
+
+
+def _take(step: BatchStep) -> tuple[jax.Array, BatchStats]:
+    return take_step(step, train_step, infer_step)
 
 
 def normalize(
     norm: BatchNorm,
+    function: str,
+    take: Callable[[BatchStep], tuple[jax.Array, BatchStats]],
     x: jax.Array,
     use_running_average: bool | None,
     mask: Any,
-    renorm: Limits | None = None,
 ) -> jax.Array:
-    """Declares the variables of a batch norm, or renorm, and does its step."""
-    infer = norm.frozen or nn.merge_param(
-        "use_running_average", norm.use_running_average, use_running_average
-    )
+    """Declares the variables of a batch norm, or renorm, and takes its step."""
+    given = nn.merge_param("use_running_average", norm.use_running_average, use_running_average)
+    infer = norm.frozen or given
     x = jnp.asarray(x)
     features = sizes(norm, x, "axis")
-    running = _declare_running(norm, features, count=norm.momentum is None or renorm is not None)
+    count = norm.momentum is None or function == "batch_renorm"
+    running = _declare_running(norm, features, count=count)
     params = declare(norm, features, scale=norm.use_scale, bias=norm.use_bias)
     x, dtype = promoted(norm, x, *params.values())
-    arguments = common(norm, mask)
-    mask = arguments.pop("mask")
-    settings = Settings(
+    values = {leaf: variable.value for leaf, variable in running.items()}
+    step = check_batch_step(
+        function,
+        params,
+        with_complex_mean(values, x),
+        x,
+        not infer,
         feature_axes=norm.axis,
         momentum=norm.momentum,
         running_var=norm.running_var,
         virtual_batch_size=norm.virtual_batch_size,
         dtype=dtype,
-        renorm=renorm,
-        drop_in=True,
-        **arguments,
+        one_value=True,
+        **common(norm, mask),
     )
-    given = {leaf: variable.value for leaf, variable in running.items()}
-    y, batch_stats = normalize_by_batch(params, given, x, not infer, mask, settings)
-    if POPULATION in given or not (infer or norm.is_initializing()):
+    y, batch_stats = take(step)
+    if POPULATION in running or not (infer or norm.is_initializing()):
         for leaf, value in batch_stats.items():
             running[leaf].value = value
     return y

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 from flax import linen as nn
 
-from normjax.layers._renorm import Limit, Limits
+from normjax.layers._renorm import Limit
+from normjax.layers.batch_renorm import take_renorm_step
 from normjax.linen.batch_norm import BatchNorm, normalize
 
 
@@ -52,4 +55,5 @@ class BatchRenorm(BatchNorm):
         Returns:
           y, of x's shape; its dtype is `dtype`, or that of x, scale and bias together.
         """
-        return normalize(self, x, use_running_average, mask, Limits(self.r_max, self.d_max))
+        take = partial(take_renorm_step, r_max=self.r_max, d_max=self.d_max)
+        return normalize(self, "batch_renorm", take, x, use_running_average, mask)

@@ -13,8 +13,14 @@ from flax.nnx.nn import dtypes
 from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import ones, zeros
 
-from normjax._typing import AxisIndexGroups, DTypeLike, Initializer, RunningVar
-from normjax.layers._batch import Settings, normalize_by_batch
+from normjax._typing import AxisIndexGroups, BatchStats, DTypeLike, Initializer, RunningVar
+from normjax.layers._batch_step import (
+    BatchStep,
+    check_batch_step,
+    take_step,
+    with_complex_mean,
+)
+from normjax.layers.batch_norm import infer_step, train_step
 from normjax.nnx._shared import common, present, promoted, read
 from normjax.statistics.population import POPULATION
 
@@ -71,6 +77,8 @@ class BatchNorm(nnx.BatchNorm):
       >>> print(y.round(3).ravel(), norm.mean[...])
       [-1.  1.] [1.]
     """
+
+    _function = "batch_norm"  # the name that errors begin with
 
     def __init__(
         self,
@@ -156,12 +164,21 @@ class BatchNorm(nnx.BatchNorm):
             running[POPULATION] = getattr(self, POPULATION).get_value()
         leaves = read(self, "scale", "bias")
         x, dtype = promoted(self, x, leaves, (running["mean"], running["var"]))
-        arguments = common(self, mask) | {"dtype": dtype}
-        mask = arguments.pop("mask")
-        params = present(leaves, self, x, self.axis)
-        y, batch_stats = normalize_by_batch(
-            params, running, x, not infer, mask, self._settings(arguments)
+        step = check_batch_step(
+            self._function,
+            present(leaves, self, x, self.axis),
+            with_complex_mean(running, x),
+            x,
+            not infer,
+            feature_axes=self.axis,
+            momentum=self.momentum,
+            running_var=self.running_var,
+            virtual_batch_size=self.virtual_batch_size,
+            dtype=dtype,
+            one_value=True,
+            **common(self, mask),
         )
+        y, batch_stats = self._take(step)
         if POPULATION in running:
             getattr(self, POPULATION).set_value(batch_stats.pop(POPULATION))
         if POPULATION in running or not infer:
@@ -169,13 +186,5 @@ class BatchNorm(nnx.BatchNorm):
                 getattr(self, leaf)[...] = jax.lax.stop_gradient(value)
         return y
 
-    def _settings(self, arguments: dict[str, Any]) -> Settings:
-        """Flax's names in normjax's."""
-        return Settings(
-            feature_axes=self.axis,
-            momentum=self.momentum,
-            running_var=self.running_var,
-            virtual_batch_size=self.virtual_batch_size,
-            drop_in=True,
-            **arguments,
-        )
+    def _take(self, step: BatchStep) -> tuple[jax.Array, BatchStats]:
+        return take_step(step, train_step, infer_step)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from normjax.layers._batch import Settings
-from normjax.layers._renorm import Limit, Limits
+from normjax._typing import BatchStats
+from normjax.layers._batch_step import BatchStep
+from normjax.layers._renorm import Limit
+from normjax.layers.batch_renorm import take_renorm_step
 from normjax.nnx.batch_norm import BatchNorm
 
 
@@ -36,6 +39,8 @@ class BatchRenorm(BatchNorm):
       [-1.  1.] 1
     """
 
+    _function = "batch_renorm"
+
     def __init__(
         self, num_features: int, *, r_max: Limit = 3.0, d_max: Limit = 5.0, **arguments: Any
     ):
@@ -44,5 +49,5 @@ class BatchRenorm(BatchNorm):
         self.d_max = d_max
         self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
-    def _settings(self, arguments: dict[str, Any]) -> Settings:
-        return super()._settings(arguments)._replace(renorm=Limits(self.r_max, self.d_max))
+    def _take(self, step: BatchStep) -> tuple[jax.Array, BatchStats]:
+        return take_renorm_step(step, self.r_max, self.d_max)

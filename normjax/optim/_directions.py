@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from normjax import _checks
-from normjax._typing import Axes
+from normjax._typing import Axes, widen
 from normjax.optim._trees import Path, show
-from normjax.statistics.reduction import abs2, real_product, widen
+from normjax.statistics.reduction import abs2, real_product
 
 
 def reduced_axes(function: str, feature_axes: Axes, kernel: Array, path: Path) -> tuple[int, ...]:

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike
 
-from normjax._typing import Axes
+from normjax._typing import Axes, widen
 from normjax.optim._directions import inner as inner_product
 from normjax.optim._directions import reduced_axes, tangent, unit
 from normjax.optim._trees import Mask, Path, check_params, spread, transformation
-from normjax.statistics.reduction import widen
 
 
 def project_scale_invariant(

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
-from normjax._typing import Axes
+from normjax._typing import Axes, widen
 from normjax.optim._directions import norm, reduced_axes, tangent, unit
 from normjax.optim._trees import Mask, Path, check_params, spread, transformation
-from normjax.statistics.reduction import widen
 
 _BETA = 0.9  # of the mean of squared lengths
 Rotation = ArrayLike | Callable[[Array], ArrayLike]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from normjax import _checks
-from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, Mask
-from normjax.statistics.reduction import Moments, abs2, widen
-from normjax.statistics.safe_moments import safe_moments
-from normjax.statistics.sharing import share
+from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, Mask, widen
+from normjax.statistics.devices import device_group
+from normjax.statistics.reduction import Input, Moments, Spec, abs2, batch_moments
 
 
 def moments(
@@ -56,8 +59,16 @@ def moments(
     x = _checks.activations("moments", x)
     axes = _checks.axes("moments", "reduction_axes", reduction_axes, x.shape)
     mask = _checks.mask("moments", mask, x.shape)
-    sharing = share("moments", axis_name, axis_index_groups)
-    return safe_moments(x, widen(x), axes, mask=mask, sharing=sharing)
+    spec = Spec(axes, devices=device_group("moments", axis_name, axis_index_groups))
+    return compiled_moments(spec, x, mask)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def compiled_moments(spec: Spec, x: Array, mask: Array | None) -> Moments:
+    """Returns the moments of x; compiled, so that eager calls compile the branch once."""
+    count, mean, var = batch_moments(spec, Input(x, widen(x)), mask)
+    # Of the variance's shape, and sharded as it is on Explicit meshes.
+    return Moments(count + jnp.zeros_like(var), mean, var)
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:

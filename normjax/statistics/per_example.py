@@ -1,10 +1,8 @@
-"""Statistics that each example has of its own: no branch, so that examples on different devices never wait for another.
+"""Statistics that each example has of its own, so that examples on different devices never wait.
 
-`safe_moments` asks of all features at once whether a second pass is due. For statistics of examples
-that question would be a collective in layers that need none, and one example far from zero would
-cost all of them the second pass. Here the two passes are always taken, since a row that was just
-read is at hand; but on the CPU of a process that has one device, where the question is free and a
-pass is not.
+`batch_moments` asks of all features at once whether a second pass is due. For statistics of
+examples that question would be a collective in layers that need none, and one example far from
+zero would cost all of them the second pass.
 """
 
 from __future__ import annotations
@@ -13,87 +11,93 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Inexact
 
-from normjax._typing import Mask
+from normjax._typing import Mask, widen
+from normjax.platforms import on_cpu, one_device
+from normjax.platforms.cpu import separate_operands
+from normjax.statistics.devices import ALONE
 from normjax.statistics.reduction import (
+    Input,
     Moments,
-    Reduction,
+    Spec,
     abs2,
-    apart,
+    around,
+    at_least_one,
     masked,
+    moments_by,
     named,
+    one_pass_if_safe,
     real_product,
-    widen,
+    recomputed,
 )
-from normjax.statistics.safe_moments import guarded_moments, shifted_sums
-from normjax.statistics.sharing import ALONE, one_device
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def example_moments(
-    how: Reduction, x: Inexact[Array, "..."], wide: Inexact[Array, "..."], mask: Mask | None
-) -> Moments:
-    """Returns the moments of `wide`, which is `x` in at least float32; those of an empty set are 0.
+def example_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
+    """Returns the moments of x; of an empty set they are 0.
 
-    The second pass is taken around the mean of the first. Devices that share do so in each of them.
+    Devices that share do so in each of the two passes.
     """
-    if how.sharing == ALONE and one_device():
-        return lax.platform_dependent(
-            x, mask, cpu=partial(_if_need_be, how), default=partial(_two_passes, how)
-        )
-    return _two_passes(how, x, mask)
+    return moments_by(_moments, spec, x, mask)
 
 
-@example_moments.defjvp
-def _example_moments_jvp(
-    how: Reduction, primals: tuple, tangents: tuple
-) -> tuple[Moments, Moments]:
-    x, _, mask = primals
-    result = jax.tree.map(named, example_moments(how, *primals))
-    x, mean = apart(x, result.mean)
-    return result, how.moments_dot(result._replace(mean=mean), x, mask, tangents[1])
+def _moments(spec: Spec, x: Array, mask: Mask | None) -> Moments:
+    """Takes two passes: a row that was just read is at hand. On a single CPU, one if it is safe."""
+    if spec.devices == ALONE and one_device():
+        return on_cpu(partial(one_pass_if_safe, spec), partial(two_passes, spec), x, mask)
+    return two_passes(spec, x, mask)
 
 
-def _two_passes(how: Reduction, x: Array, mask: Array | None) -> Moments:
-    """The sum of many numbers far from zero is off by more than their mean's last digit: the second pass mends that."""
-    (x,) = apart(x)
-    _, shift = _mean(how, masked(widen(x), mask), mask)
-    (again,) = apart(shift)
-    return shifted_sums(how, x, mask, shift, again=again)[0].moments()
+def two_passes(spec: Spec, x: Array, mask: Mask | None) -> Moments:
+    """Takes the mean, then the moments around it."""
+    (x,) = separate_operands(x, 1)
+    count, mean = _mean(spec, masked(widen(x), mask), mask)
+    return around(spec, x, mask, Moments(None if mask is None else count, mean, mean.real))
 
 
-def _if_need_be(how: Reduction, x: Array, mask: Array | None) -> Moments:
-    """One pass around zero, and a second one where some example's cancelled."""
-    sums = jax.eval_shape(lambda x: how.local_sum(widen(x)), x)
-    return guarded_moments(how, x, mask, jnp.zeros(sums.shape, sums.dtype))
+def mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array, Array]:
+    r"""Returns how many elements count, and the mean of their squares :math:`\frac1n \sum_i |x_i|^2`.
+
+    Of none, the mean is 0.
+    """
+    count, square = _mean_square(spec, x, mask)
+    return (spec.count(x.x) if mask is None else count), square
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def mean_square(
-    how: Reduction, x: Inexact[Array, "..."], wide: Inexact[Array, "..."], mask: Mask | None
-) -> tuple[Inexact[Array, "..."], Inexact[Array, "..."]]:
-    r"""Returns how many elements count, and the mean of their squares :math:`\frac1n \sum_i |x_i|^2` (of none: 0)."""
-    (x,) = apart(x)
-    return _mean(how, abs2(masked(widen(x), mask)), mask)
+def _mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array | None, Array]:
+    (own,) = separate_operands(x.x, 1)
+    return _mean(spec, abs2(masked(widen(own), mask)), mask)
 
 
-@mean_square.defjvp
-def _mean_square_jvp(how: Reduction, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    x, wide, mask = primals
-    count, square = mean_square(how, *primals)
-    (x,) = apart(x)
-    product = real_product(masked(widen(x), mask), masked(tangents[1], mask))
-    (dot,) = how.sharing.sum(how.local_sum(product))
-    return (count, named(square)), (jnp.zeros_like(count), 2 * dot / jnp.maximum(count, 1))
+@_mean_square.defjvp
+def _mean_square_jvp(spec: Spec, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    x, mask = primals
+    count, square = _mean_square(spec, x, mask)
+    dot = recomputed(partial(_mean_square_dot, spec))(count, x.x, mask, tangents[0].x32)
+    return (count, named(square)), (jax.tree.map(jnp.zeros_like, count), dot)
 
 
-def _mean(how: Reduction, x: Array, mask: Array | None) -> tuple[Array, Array]:
-    """Returns how many elements count, and their mean; x is zero where it does not count."""
-    total, count = how.local_sum(x), how.local_count(x, mask)
+def _mean_square_dot(
+    spec: Spec, count: Array | None, x: Array, mask: Mask | None, x_dot: Array
+) -> Array:
+    r"""Returns :math:`\frac2n \sum_i \mathrm{Re}\,\overline{x_i}\, dx_i`."""
+    (x,) = separate_operands(x, 1)
+    product = real_product(masked(widen(x), mask), masked(x_dot, mask))
+    (total,) = spec.devices.sum(spec.local_sum(product))
+    return 2 * total / at_least_one(spec.count(x) if count is None else count)
+
+
+def _mean(
+    spec: Spec, values: Inexact[Array, "..."], mask: Mask | None
+) -> tuple[Array | None, Array]:
+    """Returns how many elements count (None: all), and their mean; what does not count is zero."""
+    total = spec.local_sum(values)
     if mask is None:
-        (total,), count = how.sharing.sum(total), count * how.sharing.size
+        (total,) = spec.devices.sum(total)
+        count, n = None, spec.count(values)
     else:
-        total, count = how.sharing.sum(total, count)
-    return count, total / jnp.maximum(count, 1).astype(total.dtype)
+        total, count = spec.devices.sum(total, spec.local_count(values, mask))
+        n = count
+    n = at_least_one(n)
+    return count, total / (n if isinstance(n, float) else n.astype(total.dtype))

@@ -1,24 +1,32 @@
-"""What every statistic is made of: which elements are reduced, how many count, and what is kept of them."""
+"""What every statistic is made of: which elements are reduced, and how they add up to moments."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, Self
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, ArrayLike, Inexact, Real
 
-from normjax._typing import Activations, Mask, promote
-from normjax.statistics.sharing import ALONE, Sharing
+from normjax._typing import Activations, Mask, promote, widen
+from normjax.platforms.cpu import separate_if_narrow
+from normjax.statistics.devices import ALONE, DeviceGroup
 
-# The names under which a layer's statistics, its input, and an output that stands for it, can be
-# kept for the backward pass.
+# The names under which `jax.checkpoint` can keep a layer's statistics, its input, and an output
+# that stands for the input.
 STATISTICS = "normjax_statistics"
 INPUT = "normjax_input"
 OUTPUT = "normjax_output"
+
+# A variance v that is found around zero carries an error of about (v + mean^2) rounding errors.
+# Up to mean^2 = 64 v that is 4e-6 of v in float32.
+TOLERATED_MEAN_SQUARE = 64.0
 
 
 class Moments(NamedTuple):
@@ -38,76 +46,83 @@ class Moments(NamedTuple):
     var: Inexact[Array, "..."]
 
 
-class Reduction(NamedTuple):
-    """The static part of a reduction.
+class Input(NamedTuple):
+    """The input of a layer as it came, and in at least float32.
+
+    Gradients flow through `x32`, so that they are added up before they are rounded to the dtype of
+    `x`. Whatever reads x and keeps it for the backward pass reads `x`, which is smaller.
+    """
+
+    x: Inexact[Array, "..."]
+    x32: Inexact[Array, "..."]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is static about a layer's step; hashable, so that eager calls compile it once.
 
     Attributes:
       axes: the reduced axes, not negative.
-      sharing: the devices to share with.
-      epsilon: what the caller adds to the variance.
+      feature_axes: the axes of scale and bias, ascending.
+      devices: the devices to share with.
+      epsilon: what the layer adds to the variance.
+      dtype: of y.
       groups: None, or the axis of x whose neighbours share their statistics, and how many of them
-        do. x is never cut
-        into groups: its minor axis would be as small as a group, which accelerators pad.
+        do. x is never cut into groups: its minor axis would be as small as a group, which
+        accelerators pad.
     """
 
     axes: tuple[int, ...]
-    sharing: Sharing = ALONE
+    feature_axes: tuple[int, ...] = ()
+    devices: DeviceGroup = ALONE
     epsilon: float = 0.0
+    dtype: Any = None
     groups: tuple[int, int] | None = None
 
-    def without(self, axes: tuple[int, ...]) -> Reduction:
+    def without(self, dropped: tuple[int, ...]) -> Self:
         """Returns the same of x without some axes that are not reduced."""
-        groups = self.groups and (_place(self.groups[0], axes), self.groups[1])
-        return self._replace(axes=tuple(_place(axis, axes) for axis in self.axes), groups=groups)
+        groups = self.groups and (_place(self.groups[0], dropped), self.groups[1])
+        axes = tuple(_place(axis, dropped) for axis in self.axes)
+        return replace(self, axes=axes, groups=groups)
 
     def expand(self, statistic: Array) -> Array:
         """Gives a statistic the rank of x."""
         return jnp.expand_dims(statistic, self.axes)
 
+    def count(self, x: Activations) -> Any:
+        """How many elements of x each statistic is over: a float, or an array of a symbolic size."""
+        count = math.prod(map(x.shape.__getitem__, self.axes))
+        if self.groups is not None:
+            count *= self.groups[1]
+        if self.devices is not ALONE:
+            count *= self.devices.size
+        if isinstance(count, int):
+            return float(count)
+        return jnp.asarray(count).astype(_real_dtype(x))
+
     def local_sum(self, x: Array) -> Array:
         """Sums over this device's part of the reduced axes, and over groups."""
-        return self._over_groups(jnp.sum(x, self.axes))
+        total = jnp.sum(x, self.axes)
+        return total if self.groups is None else self._over_groups(total, self.groups)
 
-    def local_count(self, x: Activations, mask: Mask | None) -> Array:
+    def local_count(self, x: Activations, mask: Mask) -> Array:
         """How many elements count on this device: real, broadcastable to the features."""
-        dtype = jnp.finfo(promote(x.dtype, jnp.float32)).dtype
-        if mask is None:
-            members = 1 if self.groups is None else self.groups[1]
-            return jnp.asarray(math.prod(x.shape[axis] for axis in self.axes) * members, dtype)
         repeats = math.prod(x.shape[axis] for axis in self.axes if mask.shape[axis] == 1)
-        cut = [axis for axis in self.axes if mask.shape[axis] != 1]
-        # Exact within an example; over examples in the sums' own dtype, so that under jit, where
-        # that sum is one over devices, XLA sends it along with the others.
-        seen = jnp.sum(mask, cut[1:], jnp.int32, keepdims=True).astype(dtype)
-        counts = (jnp.sum(seen, cut[:1], keepdims=True) * repeats).squeeze(self.axes)
+        axes = [axis for axis in self.axes if mask.shape[axis] != 1]
+        # Exact within an example. Over examples in the sums' own dtype: under jit, where that sum
+        # is one over devices, XLA sends it along with the others.
+        counts = jnp.sum(mask, axes[1:], jnp.int32, keepdims=True).astype(_real_dtype(x))
+        counts = (jnp.sum(counts, axes[:1], keepdims=True) * repeats).squeeze(self.axes)
         if self.groups is not None and mask.shape[self.groups[0]] == 1:
             return counts * self.groups[1]
-        return self._over_groups(counts)
+        return counts if self.groups is None else self._over_groups(counts, self.groups)
 
-    def _over_groups(self, sums: Array) -> Array:
+    def _over_groups(self, sums: Array, groups: tuple[int, int]) -> Array:
         """Gives each channel the sum over the channels of its group."""
-        if self.groups is None:
-            return sums
-        axis, size = self.groups
+        axis, size = groups
         axis = _place(axis, self.axes)
-        groups = sums.reshape(*sums.shape[:axis], -1, size, *sums.shape[axis + 1 :]).sum(axis + 1)
-        return jnp.repeat(groups, size, axis)
-
-    def moments_dot(self, moments: Moments, x: Array, mask: Mask | None, dx: Array) -> Moments:
-        r"""Returns the derivative of the moments of x along dx, however they were computed.
-
-        .. math:: d\mu = \frac1n \sum_i dx_i, \qquad
-                  d\sigma^2 = \frac2n \sum_i \mathrm{Re}\,\overline{(x_i - \mu)}\, dx_i
-        """
-        dx = masked(dx, mask)
-        centered = masked(widen(x) - self.expand(moments.mean), mask)
-        n = jnp.maximum(moments.count, 1)
-        mean_dot, var_dot = self.sharing.sum(
-            self.local_sum(dx), self.local_sum(real_product(centered, dx))
-        )
-        return Moments(
-            jnp.zeros_like(moments.count), mean_dot / n.astype(mean_dot.dtype), 2 * var_dot / n
-        )
+        cut = sums.reshape(*sums.shape[:axis], -1, size, *sums.shape[axis + 1 :])
+        return jnp.repeat(cut.sum(axis + 1), size, axis)
 
 
 def _place(axis: int, dropped: tuple[int, ...]) -> int:
@@ -115,53 +130,146 @@ def _place(axis: int, dropped: tuple[int, ...]) -> int:
     return axis - sum(other < axis for other in dropped)
 
 
-def widen(x: Activations) -> Activations:
-    """Casts to the precision that statistics are computed in: at least float32."""
-    return x.astype(promote(x.dtype, jnp.float32))
+def batch_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
+    """Returns the moments of x: one pass around zero, and a second one if the first one cancelled.
 
-
-def apart(*arrays: Array) -> tuple[Array, ...]:
-    """Returns arrays as they are; on CPUs the compiler takes them for others.
-
-    XLA's reductions on CPUs cast, subtract and multiply on the fly (and read bfloat16 as it is),
-    but not where the
-    result has another user: then it is written out first. Reductions of copies have their operands
-      to themselves.
+    On several devices the second pass is a collective of its own, and whether it is due is asked of
+    all features at once. See `example_moments` for statistics that each example has of its own.
     """
-    return _on_cpus(lax.optimization_barrier, *arrays)
+    return moments_by(one_pass_if_safe, spec, x, mask)
 
 
-def apart_if_narrow(x: Array) -> Array:
-    """Returns x; apart, where a reduction casts it."""
-    return x if widen(x).dtype == x.dtype else apart(x)[0]
+def moments_by(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask | None) -> Moments:
+    """Returns the moments that `forward(spec, x, mask)` computes, with the derivative of the formula."""
+    moments = _moments(forward, spec, x, mask)
+    return moments._replace(count=spec.count(x.x)) if mask is None else moments
 
 
-def written_out(*arrays: Array) -> tuple[Array, ...]:
-    """Returns small arrays as they are; on CPUs they are stored before x meets them, and so are their gradients.
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _moments(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask | None) -> Moments:
+    return forward(spec, x.x, mask)
 
-    Else XLA computes them again for each element of x, or makes one slow fusion of the reductions
-    of x and their uses. Rounding to the precision that they have is what it does not fuse.
+
+@_moments.defjvp
+def _moments_jvp(
+    forward: Callable[..., Moments], spec: Spec, primals: tuple, tangents: tuple
+) -> tuple[Moments, Moments]:
+    """The derivative does not know of passes and branches; of x's size it keeps x alone."""
+    x, mask = primals
+    moments = jax.tree.map(named, _moments(forward, spec, x, mask))
+    derivative = recomputed(partial(moments_dot, spec))
+    return moments, derivative(moments, x.x, mask, tangents[0].x32)
+
+
+def moments_dot(spec: Spec, moments: Moments, x: Array, mask: Mask | None, x_dot: Array) -> Moments:
+    r"""Returns the derivative of the moments of x along `x_dot`, however they were computed.
+
+    .. math:: d\mu = \frac1n \sum_i dx_i, \qquad
+              d\sigma^2 = \frac2n \sum_i \mathrm{Re}\,\overline{(x_i - \mu)}\, dx_i
     """
+    (x,) = separate_if_narrow(x, 1)
+    x_dot = masked(x_dot, mask)
+    centered = masked(widen(x) - spec.expand(moments.mean), mask)
+    n = spec.count(x) if mask is None else moments.count
+    n = at_least_one(n)
+    sums = spec.local_sum(x_dot), spec.local_sum(real_product(centered, x_dot))
+    mean_dot, var_dot = spec.devices.sum(*sums)
+    count_dot = jax.tree.map(jnp.zeros_like, moments.count)
+    return Moments(count_dot, _ratio(mean_dot, n), 2 * var_dot / n)
 
-    def rounded(array: Array) -> Array:
-        if jnp.iscomplexobj(array):
-            return array
-        kind = jnp.finfo(array.dtype)
-        return lax.reduce_precision(array, kind.nexp, kind.nmant)
 
-    return _on_cpus(rounded, *arrays)
+def one_pass_if_safe(spec: Spec, x: Array, mask: Mask | None) -> Moments:
+    r"""Takes the moments around zero, and again around their mean if it is far from zero.
+
+    .. math:: \mu = \frac1n \sum_i x_i, \qquad \sigma^2 = \frac1n \sum_i |x_i|^2 - |\mu|^2
+
+    The predicate is made of sums over the devices alone, so all of them take the same branch, and
+    the collective within it finds its partners.
+    """
+    count, mean, square = means(spec, x, mask)
+    mean_squared = abs2(mean)
+    var = square - mean_squared
+    scale = TOLERATED_MEAN_SQUARE
+    safe = jnp.all(mean_squared <= scale * var + scale * spec.epsilon)
+
+    def keep(x: Array, mask: Mask | None, first: Moments) -> tuple[Array, Array]:
+        return first.mean, first.var
+
+    def second_pass(x: Array, mask: Mask | None, first: Moments) -> tuple[Array, Array]:
+        return around(spec, x, mask, first)[1:]
+
+    mean, var = lax.cond(safe, keep, second_pass, x, mask, Moments(count, mean, var))
+    return Moments(count, mean, jnp.maximum(var, 0))
 
 
-def _on_cpus(change: Callable[[Array], Array], *arrays: Array) -> tuple[Array, ...]:
-    """Changes each array where the program is compiled for CPUs, and there alone."""
-    return lax.platform_dependent(
-        *arrays, cpu=lambda *arrays: tuple(map(change, arrays)), default=lambda *arrays: arrays
-    )
+def around(spec: Spec, x: Array, mask: Mask | None, first: Moments) -> Moments:
+    r"""Takes the moments around a mean m that a first pass found, and corrects it.
+
+    .. math:: \delta = \frac1n \sum_i (x_i - m), \qquad \mu = m + \delta, \qquad
+              \sigma^2 = \frac1n \sum_i |x_i - m|^2 - |\delta|^2
+
+    A sum of many numbers far from zero is off by more than the last digit of their mean.
+    """
+    count, offset, square = means(spec, x, mask, first)
+    return Moments(count, first.mean + offset, square - abs2(offset))
+
+
+def means(
+    spec: Spec, x: Array, mask: Mask | None, first: Moments | None = None
+) -> tuple[Array | None, Array, Array]:
+    """Returns the count (None: all), the mean, and the mean square of x in one pass.
+
+    With the moments of a first pass they are those of x less its mean. Of an empty set they are 0.
+    """
+    values, squares = _values(spec, x, mask, first)
+    sums = spec.local_sum(values), spec.local_sum(squares)
+    count = None
+    if mask is None:
+        total, square = spec.devices.sum(*sums)
+    elif first is None:
+        total, square, count = spec.devices.sum(*sums, spec.local_count(x, mask))
+    else:
+        total, square = spec.devices.sum(*sums)
+        count = first.count
+    n = at_least_one(spec.count(x) if count is None else count)
+    return count, _ratio(total, n), square / n
+
+
+def _values(spec: Spec, x: Array, mask: Mask | None, first: Moments | None) -> tuple[Array, Array]:
+    """Returns the terms of the sum, and their squares; 0 for what does not count."""
+    own, other = separate_if_narrow(x, 2)
+
+    def values(x: Array) -> Array:
+        x32 = widen(x)
+        return masked(x32 if first is None else x32 - spec.expand(first.mean), mask)
+
+    value = values(own)
+    return value, abs2(value if other is own else values(other))
+
+
+def at_least_one(count: Any) -> Any:
+    """Returns a count to divide by."""
+    return max(count, 1.0) if isinstance(count, float) else jnp.maximum(count, 1)
+
+
+def _ratio(total: Array, n: Any) -> Array:
+    return total / (n if isinstance(n, float) else n.astype(total.dtype))
+
+
+def read(x: Activations) -> Input:
+    """Returns x as it came, under the name by which a checkpoint policy finds it, and widened."""
+    x = named(x, INPUT)
+    return Input(x, widen(x))
 
 
 def masked(x: Array, mask: Mask | None) -> Array:
     """Returns x with zeros where it does not count."""
     return x if mask is None else jnp.where(mask, x, 0)
+
+
+def recomputed(derivative: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a derivative of which the backward pass keeps the arguments alone, and no step."""
+    return jax.checkpoint(derivative, prevent_cse=False)
 
 
 def named(value: Array, name: str = STATISTICS) -> Array:
@@ -173,9 +281,13 @@ def named(value: Array, name: str = STATISTICS) -> Array:
 
 def abs2(x: Array) -> Array:
     """Returns |x|^2, real."""
-    return real_product(x, x)
+    return real_product(x, x) if jnp.iscomplexobj(x) else x * x
 
 
 def real_product(a: Array, b: Array) -> Array:
     """Re(conj(a) b), without the complex product where both are real."""
     return a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b
+
+
+def _real_dtype(x: Array) -> Any:
+    return jnp.finfo(promote(x.dtype, jnp.float32)).dtype

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
-from normjax._leaves import check_leaves
 from normjax._typing import BatchStats, DTypeLike, RunningVar, promote
 from normjax.statistics.population import POPULATION
 from normjax.statistics.reduction import Moments
@@ -72,16 +71,31 @@ def update_batch_stats(
     """
     _check(batch_stats, moments, momentum, running_var)
     if POPULATION in batch_stats:
-        return _collect(batch_stats, moments, momentum, running_var)
-    n, mean, var = moments
-    enough = jnp.asarray(n) > 0
+        return collect(batch_stats, moments, momentum is None, running_var)
+    return update(batch_stats, moments, momentum, running_var)
+
+
+def update(
+    batch_stats: BatchStats,
+    batch: Moments,
+    momentum: float | ArrayLike | None,
+    running_var: RunningVar,
+) -> BatchStats:
+    """Does what `update_batch_stats` says, with arguments that have been checked.
+
+    A count that is a float is known when the program is compiled, and nothing has to be asked.
+    """
+    count, mean, var = batch
+    known = isinstance(count, float)
+    enough = count > 0
     enough_for_var = enough
     if running_var == "unbiased":
-        var = var * (n / jnp.maximum(n - 1, 1))
-        enough_for_var = jnp.asarray(n) > 1
+        var = var * (count / (max(count - 1, 1) if known else jnp.maximum(count - 1, 1)))
+        enough_for_var = count > 1
     new = {}
     if "count" in batch_stats:
-        new["count"] = batch_stats["count"] + jnp.any(enough).astype(batch_stats["count"].dtype)
+        old = batch_stats["count"]
+        new["count"] = old + jnp.any(enough).astype(old.dtype)
     if momentum is None:
         momentum = 1 - 1 / jnp.maximum(new["count"], 1).astype(var.dtype)
     new["mean"] = _blend(batch_stats["mean"], mean, momentum, enough)
@@ -89,24 +103,27 @@ def update_batch_stats(
     return {leaf: new[leaf] for leaf in batch_stats}
 
 
-def _collect(
-    batch_stats: BatchStats, moments: Moments, momentum: ArrayLike | None, running_var: RunningVar
+def collect(
+    batch_stats: BatchStats, batch: Moments, cumulative: bool, running_var: RunningVar
 ) -> BatchStats:
-    """Adds the batch to the population instead, and counts it where the running mean is one over batches."""
+    """Adds the batch to the population instead, and counts it if the running mean is cumulative."""
     population: Any = batch_stats[POPULATION]
-    new = {POPULATION: population.add(moments, unbiased=running_var == "unbiased")}
-    if momentum is None:
+    new = {POPULATION: population.add(batch, unbiased=running_var == "unbiased")}
+    if cumulative:
         so_far = jnp.where(jnp.any(population.seen[0]), batch_stats["count"], 0)
-        new["count"] = so_far + jnp.any(jnp.asarray(moments.count) > 0).astype(so_far.dtype)
+        new["count"] = so_far + jnp.any(jnp.asarray(batch.count) > 0).astype(so_far.dtype)
     return batch_stats | new
 
 
-def _blend(old: Array, batch: Array, momentum: ArrayLike, enough: Array) -> Array:
+def _blend(old: Array, batch: Array, momentum: ArrayLike, enough: bool | Array) -> Array:
     """The convex combination in the precision of the batch, then in the dtype of the old value."""
+    if enough is False:
+        return old
     if isinstance(momentum, jax.Array):
         momentum = momentum.astype(batch.dtype)
     new = momentum * old.astype(batch.dtype) + (1 - momentum) * batch
-    return jnp.where(enough, new.astype(old.dtype), old)
+    new = new.astype(old.dtype)
+    return new if enough is True else jnp.where(enough, new, old)
 
 
 def _check(
@@ -127,13 +144,13 @@ def check_batch_stats(
     """Refuses running statistics that do not fit the features, the dtype or the momentum."""
     if momentum is not None:
         _checks.between(function, "momentum", momentum, 0.0, 1.0)
-    leaves = batch_stats
+    tree = batch_stats
     if isinstance(batch_stats, dict):
-        leaves = {leaf: value for leaf, value in batch_stats.items() if leaf != POPULATION}
-    check_leaves(
+        tree = {leaf: value for leaf, value in batch_stats.items() if leaf != POPULATION}
+    _checks.leaves(
         function,
         "batch_stats",
-        leaves,
+        tree,
         shape=features,
         dtype=dtype,
         required=("mean", "var"),

@@ -11,8 +11,8 @@ from jaxtyping import Array, PyTree
 
 from normjax import _checks
 from normjax._typing import AxisIndexGroups, AxisName, promote
+from normjax.statistics.devices import DeviceGroup, device_group
 from normjax.statistics.reduction import abs2
-from normjax.statistics.sharing import Sharing, share
 
 Path = tuple[Any, ...]
 
@@ -28,15 +28,14 @@ def sync_batch_stats(
 
     .. math:: \mu = \frac1D \sum_d \mu_d, \qquad \sigma^2 = \frac1D \sum_d \left(\sigma_d^2 + |\mu_d - \mu|^2\right)
 
-    For those who train without `axis_name`, each device by statistics of its own: call it before
-    evaluation or a checkpoint. The mean of the variances alone would leave out how far the devices'
-    means lie apart. Devices count alike.
+    If you train without `axis_name`, each device has statistics of its own: call this function
+    before evaluation or a checkpoint. The mean of the variances alone would leave out how far the
+    devices' means lie apart. Devices count alike.
 
-    For those who share statistics within groups of devices and want them to leave each step
-    replicated: call it after each step with the `momentum` m of that step. From equal statistics,
-      means have gone only the `1 - m`-th part of the
-    way to those of their batches; with `|\mu_d - \mu|^2 / (1 - m)` in the formula, the result is
-    what one step on the whole batch gives.
+    If you share statistics within groups of devices, and they are to leave each step replicated,
+    call it after each step with the `momentum` m of that step. Means that started equal have moved
+    by a fraction `1 - m` towards those of their batches. With `|\mu_d - \mu|^2 / (1 - m)` in the
+    formula, the result is what one step on the whole batch gives.
 
     Args:
       batch_stats: of one layer, or of a whole model: dicts of dicts, as in Flax's `batch_stats`
@@ -65,16 +64,16 @@ def sync_batch_stats(
     References:
       Chan, Golub & LeVeque, "Algorithms for computing the sample variance" (1983), eq. 2.1.
     """
-    sharing = share("sync_batch_stats", axis_name, axis_index_groups)
+    devices = device_group("sync_batch_stats", axis_name, axis_index_groups)
     step = 1.0 if momentum is None else 1.0 - _below_one(momentum)
     leaves, structure = jax.tree.flatten_with_path(jax.tree.map(jnp.asarray, batch_stats))
     own = dict(leaves)
     means_beside = {path: _mean_beside(path, own) for path in own if _name(path) == "var"}
-    merged = _averaged(own, sharing)
-    apart = {
+    merged = _averaged(own, devices)
+    spreads = {
         path: abs2(_wide(own[mean]) - _wide(merged[mean])) for path, mean in means_beside.items()
     }
-    for path, spread in _averaged(apart, sharing).items():
+    for path, spread in _averaged(spreads, devices).items():
         merged[path] = (_wide(merged[path]) + spread / step).astype(own[path].dtype)
     return jax.tree.unflatten(structure, list(merged.values()))
 
@@ -92,11 +91,11 @@ def _below_one(momentum: float) -> float:
     return momentum
 
 
-def _averaged(leaves: dict[Any, Array], sharing: Sharing) -> dict[Any, Array]:
+def _averaged(leaves: dict[Any, Array], devices: DeviceGroup) -> dict[Any, Array]:
     """The devices' mean of each leaf, in the leaf's dtype, by one collective."""
     if not leaves:  # of layers without statistics, there is nothing to send
         return {}
-    means = (total / sharing.size for total in sharing.sum(*map(_wide, leaves.values())))
+    means = (total / devices.size for total in devices.sum(*map(_wide, leaves.values())))
     return {
         path: (jnp.round(mean) if jnp.issubdtype(leaf.dtype, jnp.integer) else mean).astype(
             leaf.dtype

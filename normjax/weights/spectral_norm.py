@@ -11,10 +11,9 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax import _checks
-from normjax._leaves import check_leaves
-from normjax._typing import Axes, BatchStats, DTypeLike, Kernel, Params, PRNGKey
-from normjax.layers._arguments import compiled
-from normjax.statistics.reduction import abs2, widen
+from normjax._typing import Axes, BatchStats, DTypeLike, Kernel, Params, PRNGKey, widen
+from normjax.layers._jit_step import jit_step
+from normjax.statistics.reduction import abs2
 
 
 def spectral_norm_init(
@@ -103,8 +102,8 @@ def spectral_norm(
     train = _checks.static_train(function, train)
     kernel = _real(function, kernel)
     kept = _checks.axes(function, "feature_axes", feature_axes, kernel.shape)
-    check_leaves(function, "params", params, shape=(), dtype=kernel.dtype)
-    check_leaves(
+    _checks.leaves(function, "params", params, shape=(), dtype=kernel.dtype)
+    _checks.leaves(
         function,
         "batch_stats",
         batch_stats,
@@ -144,7 +143,7 @@ class _Plan(NamedTuple):
     dtype: Any
 
 
-@compiled
+@jit_step
 def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, Array]:
     wide = widen(kernel)
     matrix = jnp.moveaxis(wide, plan.feature_axes, range(-len(plan.feature_axes), 0)).reshape(

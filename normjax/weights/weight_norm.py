@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,12 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax import _checks
-from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Kernel, Params
-from normjax.layers._affine import scale_and_shift
-from normjax.layers._arguments import admit, compiled, reduction
+from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Kernel, Params, widen
+from normjax.layers._affine import lay_out, scale_and_shift
+from normjax.layers._jit_step import jit_step
+from normjax.layers._operands import check_operands, check_spec
 from normjax.statistics.moments import moments
-from normjax.statistics.reduction import Reduction, abs2, widen
+from normjax.statistics.reduction import Spec, abs2
 
 
 def weight_norm_init(
@@ -94,7 +94,7 @@ def weight_norm(
       Salimans & Kingma, "Weight Normalization" (NeurIPS 2016), eq. 2.
     """
     function = "weight_norm"
-    given = admit(
+    operands = check_operands(
         function,
         params,
         batch_stats,
@@ -105,23 +105,18 @@ def weight_norm(
         leaves=("scale",),
         name="kernel",
     )
-    axes = _checks.other_axes(given.feature_axes, given.x.ndim)
-    plan = _Plan(reduction(function, axes, epsilon, None, None), given.dtype)
-    return _weight_norm(given.params, given.x, plan), batch_stats
+    axes = _checks.other_axes(operands.feature_axes, operands.x.ndim)
+    spec = check_spec(function, operands, axes, epsilon)
+    return _weight_norm(operands.params, operands.x, spec), batch_stats
 
 
-class _Plan(NamedTuple):
-    """What is static about a step."""
-
-    how: Reduction
-    dtype: Any
-
-
-@compiled
-def _weight_norm(params: Params, kernel: Array, plan: _Plan) -> Array:
-    wide = widen(kernel)
-    inverse = lax.rsqrt(jnp.sum(abs2(wide), plan.how.axes, keepdims=True) + plan.how.epsilon)
-    return scale_and_shift(wide * inverse.astype(wide.dtype), params).astype(plan.dtype)
+@jit_step
+def _weight_norm(params: Params, kernel: Array, spec: Spec) -> Array:
+    params = lay_out(params, kernel.ndim, spec.feature_axes)
+    kernel = widen(kernel)
+    square = jnp.sum(abs2(kernel), spec.axes, keepdims=True)
+    direction = kernel * lax.rsqrt(square + spec.epsilon).astype(kernel.dtype)
+    return scale_and_shift(direction, params).astype(spec.dtype)
 
 
 def weight_norm_init_from_data(

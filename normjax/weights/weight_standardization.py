@@ -12,8 +12,8 @@ from jax.nn.initializers import ones
 from normjax import _checks
 from normjax._typing import Axes, BatchStats, DTypeLike, Initializer, Kernel, Params, PRNGKey
 from normjax.layers._affine import init_params
-from normjax.layers._arguments import admit, more_than_one_value, reduction
-from normjax.layers._standardize import Plan, standardize
+from normjax.layers._operands import check_operands, check_spec, more_than_one_value
+from normjax.layers._standardize import StandardizeSpec, standardize
 
 
 def weight_standardization_init(
@@ -103,7 +103,7 @@ def weight_standardization(
       close the performance gap in unnormalized ResNets" (ICLR 2021), eq. 1.
     """
     function = "weight_standardization"
-    given = admit(
+    operands = check_operands(
         function,
         params,
         batch_stats,
@@ -114,12 +114,18 @@ def weight_standardization(
         leaves=("scale",),
         name="kernel",
     )
-    shape = given.x.shape
-    axes = _checks.other_axes(given.feature_axes, len(shape))
-    if train:
-        more_than_one_value(function, given.x, axes)
+    shape = operands.x.shape
+    axes = _checks.other_axes(operands.feature_axes, len(shape))
     fan_in = math.prod(shape[axis] for axis in axes) if scaled else 1
     # (v - mu) / sqrt(N var + epsilon) is that of var + epsilon / N, divided by the root of N.
-    how = reduction(function, axes, epsilon / fan_in, None, None)
-    plan = Plan(how, given.dtype, gain=1 / math.sqrt(fan_in))
-    return standardize(given.params, given.x, None, plan), batch_stats
+    spec = check_spec(
+        function,
+        operands,
+        axes,
+        epsilon / fan_in,
+        make_spec=StandardizeSpec,
+        gain=1 / math.sqrt(fan_in),
+    )
+    if train:
+        more_than_one_value(function, operands.x, spec)
+    return standardize(operands.params, operands.x, None, spec), batch_stats

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Inexact, Int
+from jaxtyping import Array, Inexact, Int
 
 from normjax import _checks
 from normjax._typing import AxisIndexGroups, AxisName, promote
 
 
-class Sharing(NamedTuple):
-    """The mapped axes that statistics are shared over, and the groups within them; hashable."""
+@dataclass(frozen=True)
+class DeviceGroup:
+    """The devices that share statistics.
+
+    Attributes:
+      axis_name: the mapped axes that statistics are shared over; none: each device by itself.
+      groups: of indices of the one mapped axis, which share among themselves; None: all do.
+    """
 
     axis_name: tuple[Hashable, ...] = ()
     groups: tuple[tuple[int, ...], ...] | None = None
@@ -28,7 +35,7 @@ class Sharing(NamedTuple):
         """The number of devices that share."""
         if self.groups is not None:
             return len(self.groups[0])
-        return math.prod(lax.axis_size(name) for name in self.axis_name)
+        return math.prod(map(lax.axis_size, self.axis_name))
 
     def sum(self, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "..."], ...]:
         """Sums each part over the devices, in one collective of all parts end to end."""
@@ -55,47 +62,18 @@ class Sharing(NamedTuple):
             lax.axis_index(self.axis_name)
         ]
 
-    def knows_equal(self, value: Array) -> bool:
-        """Whether the types alone prove that all who share hold the same `value`."""
-        return all(
-            _tracks_variation(name) and name not in varying_axes(value) for name in self.axis_name
-        )
+
+ALONE = DeviceGroup()
 
 
-ALONE = Sharing()
-
-
-def one_device() -> bool:
-    """Whether JAX has a single device, so that no array can be sharded, whatever the compiler is told later."""
-    return jax.device_count() == 1
-
-
-def share(
+def device_group(
     function: str, axis_name: AxisName | None, axis_index_groups: AxisIndexGroups | None
-) -> Sharing:
-    """Returns how to share over the named axes; refuses names that are not in scope and uneven groups."""
+) -> DeviceGroup:
+    """Returns the devices to share with; raises for names out of scope and for uneven groups."""
+    if axis_name is None and axis_index_groups is None:
+        return ALONE
     names = _bound_axes(function, axis_name)
-    return Sharing(names, _index_groups(function, axis_index_groups, names))
-
-
-def fingerprint(value: Inexact[Array, "..."]) -> Inexact[Array, "32"]:
-    """Returns the 32 bits of a checksum of `value`, as zeros and ones that devices can add up.
-
-    Only sums travel, and a sum of equal values is not told from one of different values; but
-    devices hold the same value if each bit of its checksum adds up to zero or to the number of
-    devices.
-    """
-    parts = (value.real, value.imag) if jnp.iscomplexobj(value) else (value,)
-    words = jnp.concatenate([lax.bitcast_convert_type(part, jnp.uint32).ravel() for part in parts])
-    odd = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
-    checksum = jnp.sum(words * odd * jnp.uint32(2654435761), dtype=jnp.uint32)
-    bits = (checksum >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return bits.astype(parts[0].dtype)
-
-
-def all_equal(bit_sums: Inexact[Array, "32"], devices: int) -> Bool[Array, ""]:
-    """Whether the summed fingerprints show that all devices hold the same value."""
-    return jnp.all((bit_sums == 0) | (bit_sums == devices))
+    return DeviceGroup(names, _index_groups(function, axis_index_groups, names))
 
 
 def varying_axes(value: Any) -> frozenset[Hashable]:
@@ -108,7 +86,7 @@ def _tracks_variation(name: Hashable) -> bool:
     return name in varying_axes(lax.axis_index(name))
 
 
-def vary_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "..."], ...]:
+def pcast_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "..."], ...]:
     """Casts parts to vary over the mapped axes that `x` varies over, all in one cast.
 
     The transpose of that cast is a sum over devices. Left to JAX it happens part by part: an
@@ -134,7 +112,7 @@ def _packed(collective: Callable[[Array], Array], parts: Sequence[Array]) -> tup
 
 
 def _bound_axes(function: str, axis_name: AxisName | None) -> tuple[Hashable, ...]:
-    """Returns the mapped axis names as a tuple; refuses one that is not in scope."""
+    """Returns the mapped axis names as a tuple; raises an error for one that is not in scope."""
     if axis_name is None:
         return ()
     names = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
@@ -161,7 +139,7 @@ def _bound_axes(function: str, axis_name: AxisName | None) -> tuple[Hashable, ..
 def _index_groups(
     function: str, groups: Sequence[Sequence[int]] | None, names: tuple[Hashable, ...]
 ) -> tuple[tuple[int, ...], ...] | None:
-    """Returns groups as tuples; refuses those that do not partition the one mapped axis evenly."""
+    """Returns groups as tuples; raises an error for those that do not partition the one mapped axis evenly."""
     if groups is None:
         return None
     got = f"axis_index_groups={groups!r} for axis_name={names!r}"

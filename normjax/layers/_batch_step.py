@@ -1,0 +1,268 @@
+"""What batch norm, batch renorm and activated batch norm do before and after their arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, ArrayLike
+
+from normjax import _checks
+from normjax._typing import (
+    Activations,
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    BatchStats,
+    DTypeLike,
+    Mask,
+    Params,
+    RunningVar,
+    promote,
+)
+from normjax.statistics.devices import device_group
+from normjax.statistics.moments import compiled_moments, merge_stacked
+from normjax.statistics.population import POPULATION, is_layer_by_layer
+from normjax.statistics.reduction import Moments, Spec
+from normjax.statistics.running import OPTIONS, check_batch_stats, collect, update
+
+
+@dataclass(frozen=True)
+class BatchSpec(Spec):
+    """What is static about a step that normalizes by statistics of the batch.
+
+    Attributes:
+      momentum: weight of the old running value; None if it is traced, or 1 - 1 / count.
+      running_var: which estimate of the variance is stored.
+      virtual_batch_size: the examples of a ghost batch; None: there are none.
+    """
+
+    momentum: float | None = None
+    running_var: RunningVar = "biased"
+    virtual_batch_size: int | None = None
+
+    def update(self, batch_stats: BatchStats, batch: Moments, momentum: Array | None) -> BatchStats:
+        """Moves the running statistics towards those of the batch, of all its ghosts together."""
+        if self.virtual_batch_size is not None:
+            batch = merge_stacked(batch)
+        momentum = self.momentum if momentum is None else momentum
+        return update(batch_stats, batch, momentum, self.running_var)
+
+
+class BatchStep(NamedTuple):
+    """The checked arguments of a step."""
+
+    params: Params
+    batch_stats: BatchStats
+    x: Array
+    train: bool
+    mask: Array | None
+    momentum: Array | None
+    spec: BatchSpec
+
+
+def check_batch_step(
+    function: str,
+    params: Params,
+    batch_stats: BatchStats,
+    x: Activations,
+    train: bool,
+    *,
+    feature_axes: Axes = -1,
+    momentum: float | ArrayLike | None = 0.99,
+    epsilon: float = 1e-5,
+    running_var: RunningVar = "biased",
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    virtual_batch_size: int | None = None,
+    dtype: DTypeLike | None = None,
+    one_value: bool = False,
+    make_spec: Callable[..., BatchSpec] = BatchSpec,
+) -> BatchStep:
+    """Checks the arguments that the three layers have in common.
+
+    `one_value` allows training on one value per feature, where y is the bias, as Flax does.
+    """
+    train = _checks.static_train(function, train)
+    x = _checks.activations(function, x)
+    feature_axes = _checks.axes(function, "feature_axes", feature_axes, x.shape)
+    axes = _checks.other_axes(feature_axes, x.ndim)
+    features = _checks.params(function, params, x, feature_axes, axes)
+    check_batch_stats(function, batch_stats, features, x.dtype, momentum)
+    if running_var not in OPTIONS:
+        _checks.choice(function, "running_var", running_var, OPTIONS)
+    _checks.between(function, "epsilon", epsilon, 0.0, math.inf)
+    static = momentum is None or isinstance(momentum, float | int)
+    spec = make_spec(
+        axes=axes,
+        feature_axes=feature_axes,
+        epsilon=float(epsilon),
+        dtype=x.dtype if dtype is None else _checks.output_dtype(function, dtype, x),
+        momentum=momentum if static else None,
+        running_var=running_var,
+    )
+    mask = None if mask is None else _checks.mask(function, mask, x.shape)
+    traced = None if static else jnp.asarray(momentum)
+    step = BatchStep(params, batch_stats, x, train, mask, traced, spec)
+    if not (train or POPULATION in batch_stats):
+        return step
+    if axis_name is not None or axis_index_groups is not None:
+        spec = replace(spec, devices=device_group(function, axis_name, axis_index_groups))
+    if virtual_batch_size is not None:
+        _check_ghosts(function, x, axes, virtual_batch_size)
+        spec = replace(spec, virtual_batch_size=virtual_batch_size)
+    if not one_value:
+        _check_values(function, x, spec, layer_by_layer=is_layer_by_layer(batch_stats))
+    return step._replace(spec=spec)
+
+
+def _check_ghosts(function: str, x: Array, axes: tuple[int, ...], size: int) -> None:
+    """Raises for examples that do not divide into ghost batches of `size`."""
+    examples, positive = x.shape[0], _checks.positive_int(size)
+    if positive is None or examples % positive:
+        _checks.raise_error(
+            function,
+            "the examples do not divide into ghost batches",
+            expected="a positive virtual_batch_size that divides the number of examples",
+            got=f"virtual_batch_size={size!r} and {examples} examples for x.shape={x.shape}",
+            fix="Choose a divisor, or drop the last, smaller batch",
+        )
+    if 0 not in axes:
+        _checks.raise_error(
+            function,
+            "virtual_batch_size cuts axis 0, which is a feature axis",
+            expected="examples along axis 0",
+            got=f"virtual_batch_size={size} and reduced axes {axes} for x.shape={x.shape}",
+            fix="Move the examples to axis 0: jnp.moveaxis(x, batch_axis, 0)",
+        )
+
+
+def _check_values(function: str, x: Array, spec: BatchSpec, *, layer_by_layer: bool) -> None:
+    """Raises for one value per feature, unless the layer normalizes by other statistics."""
+    size = spec.virtual_batch_size
+    slices = 1 if size is None else x.shape[0] // size
+    if layer_by_layer or spec.count(x) != slices or not slices:
+        return
+    _checks.raise_error(
+        function,
+        "there is one value per feature: its variance is 0, and y would be the bias whatever x is",
+        expected="at least 2 values per feature in training",
+        got=f"1 for x.shape={x.shape}, feature_axes={spec.feature_axes}, "
+        f"virtual_batch_size={size!r} and {spec.devices.size} device(s)",
+        fix="Use a larger batch, share statistics with axis_name, or pass train=False",
+    )
+
+
+def take_step(
+    step: BatchStep,
+    train_step: Callable[..., tuple[Array, BatchStats]],
+    infer_step: Callable[..., Array],
+    *extra: Any,
+) -> tuple[Array, BatchStats]:
+    """Takes one step of training or inference; `extra` are further operands of the training step."""
+    params, batch_stats, x, train, mask, momentum, spec = step
+    if POPULATION in batch_stats:
+        return _collecting_step(step, train_step, infer_step, *extra)
+    if not train:
+        return infer_step(params, batch_stats, x, mask, spec), batch_stats
+    operands = params, batch_stats, x, mask, momentum, *extra
+    if spec.virtual_batch_size is not None and jax.typeof(x).sharding.mesh.explicit_axes:
+        return _laid_out_by_the_compiler(partial(_apply, train_step, spec), x, batch_stats)(
+            *operands
+        )
+    return train_step(*operands, spec)
+
+
+def _apply(step: Callable[..., Any], spec: BatchSpec, *operands: Any) -> Any:
+    return step(*operands, spec)
+
+
+def _collecting_step(
+    step: BatchStep,
+    train_step: Callable[..., tuple[Array, BatchStats]],
+    infer_step: Callable[..., Array],
+    *extra: Any,
+) -> tuple[Array, BatchStats]:
+    """Adds the moments of x to those of the population, and leaves the running statistics alone."""
+    params, batch_stats, x, train, mask, momentum, spec = step
+    layer_by_layer = is_layer_by_layer(batch_stats)
+    running = {leaf: value for leaf, value in batch_stats.items() if leaf != POPULATION}
+    if train and not layer_by_layer:
+        plain = step._replace(batch_stats=running)
+        y, _ = take_step(plain, train_step, infer_step, *extra)
+    else:
+        y = infer_step(params, running, x, mask, spec)
+    if not (train or layer_by_layer):
+        return y, batch_stats
+    batch = compiled_moments(spec, x, mask)
+    cumulative = spec.momentum is None and momentum is None
+    return y, collect(batch_stats, batch, cumulative, spec.running_var)
+
+
+def _laid_out_by_the_compiler(
+    step: Callable[..., Any], x: Array, batch_stats: BatchStats
+) -> Callable[..., Any]:
+    """Returns a step whose results are sharded as x and batch_stats, which lie on Explicit axes.
+
+    JAX's types cannot say how ghost batches are sharded that span devices, or parts of them. The
+    compiler knows.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+
+    def like(leaf: Array) -> NamedSharding:
+        return NamedSharding(mesh, jax.typeof(leaf).sharding.spec)
+
+    return jax.sharding.auto_axes(step, out_sharding=jax.tree.map(like, (x, batch_stats)))
+
+
+def into_ghosts(
+    params: Params, x: Array, mask: Array | None, spec: BatchSpec
+) -> tuple[Params, Array, Array | None, BatchSpec]:
+    """Cuts axis 0 into ghost batches, which a new axis 0 counts like one more feature axis.
+
+    Hoffer, Hubara & Soudry (2017), Algorithm 1. Params and mask have the rank of x.
+    """
+    size = spec.virtual_batch_size
+    if size is None:
+        return params, x, mask, spec
+
+    def cut(part: Array) -> Array:
+        return part[None] if part.shape[0] == 1 else part.reshape(-1, size, *part.shape[1:])
+
+    params, x, mask = jax.tree.map(cut, (params, x, mask))
+    return params, x, mask, replace(spec, axes=tuple([axis + 1 for axis in spec.axes]))
+
+
+def batch_or_running(
+    batch: Moments, batch_stats: BatchStats, spec: BatchSpec
+) -> tuple[Array, Array]:
+    """Returns the batch's mean and variance, or running ones if nothing counts; with x's rank."""
+    if isinstance(batch.count, float):
+        return spec.expand(batch.mean), spec.expand(batch.var)
+    counted = batch.count > 0
+    mean, var = running_like(batch, batch_stats)
+    mean, var = jnp.where(counted, batch.mean, mean), jnp.where(counted, batch.var, var)
+    return spec.expand(mean), spec.expand(var)
+
+
+def running_like(batch: Moments, batch_stats: BatchStats) -> tuple[Array, Array]:
+    """Returns the running statistics in the batch's precision and rank, of which ghosts have more."""
+    new_axes = tuple(range(batch.var.ndim - jnp.ndim(batch_stats["var"])))
+    mean, var = batch_stats["mean"], batch_stats["var"]
+    mean = jnp.expand_dims(mean.astype(batch.mean.dtype), new_axes)
+    return mean, jnp.expand_dims(var.astype(batch.var.dtype), new_axes)
+
+
+def with_complex_mean(batch_stats: BatchStats, x: Array) -> BatchStats:
+    """Returns statistics whose mean turns complex with x, as it does in Flax."""
+    if not jnp.iscomplexobj(x):
+        return batch_stats
+    mean = jnp.asarray(batch_stats["mean"])
+    return batch_stats | {"mean": mean.astype(promote(mean.dtype, x.dtype))}

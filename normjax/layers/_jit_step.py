@@ -1,0 +1,36 @@
+"""How the step of a layer is compiled."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from normjax._typing import Params
+from normjax.layers._affine import lay_out
+from normjax.platforms.cpu import without_unit_axes
+
+
+def jit_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a step once for each value of its last argument, which is static.
+
+    Under an outer jit the step is a part of that program, as if it had been written there.
+    """
+    last = len(inspect.signature(step).parameters) - 1
+    return jax.jit(step, static_argnums=last, inline=True)
+
+
+def jit_step_within_examples(step: Callable[..., Array]) -> Callable[..., Array]:
+    """Compiles a step `(params, x, mask, spec)` that reduces x within its examples.
+
+    The step gets params with the rank of x.
+    """
+    squeezed = without_unit_axes(step)
+
+    def with_rank_of_x(params: Params, x: Array, mask: Array | None, spec: Any) -> Array:
+        return squeezed(lay_out(params, x.ndim, spec.feature_axes), x, mask, spec)
+
+    return jit_step(with_rank_of_x)

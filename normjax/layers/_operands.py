@@ -1,0 +1,146 @@
+"""What layers without statistics of the batch ask of their arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from jaxtyping import Array
+
+from normjax import _checks
+from normjax._typing import (
+    Activations,
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    BatchStats,
+    DTypeLike,
+    Mask,
+    Params,
+)
+from normjax.statistics.devices import device_group
+from normjax.statistics.reduction import Spec
+
+
+class Operands(NamedTuple):
+    """The checked arguments of a layer.
+
+    Attributes:
+      params: as they were given.
+      x: an array.
+      mask: None, or with the rank of x.
+      feature_axes: not negative, ascending.
+      dtype: of y.
+    """
+
+    params: Params
+    x: Array
+    mask: Array | None
+    feature_axes: tuple[int, ...]
+    dtype: Any
+
+
+def check_operands(
+    function: str,
+    params: Params,
+    batch_stats: BatchStats,
+    x: Activations,
+    train: bool,
+    *,
+    feature_axes: Axes,
+    mask: Mask | None = None,
+    dtype: DTypeLike | None = None,
+    leaves: Collection[str] = ("scale", "bias"),
+    required: Collection[str] = (),
+    name: str = "x",
+) -> Operands:
+    """Checks what all layers without statistics of the batch have in common."""
+    _checks.static_train(function, train)
+    x = _checks.activations(function, x, name)
+    mask = _checks.mask(function, mask, x.shape)
+    feature_axes = _checks.axes(function, "feature_axes", feature_axes, x.shape)
+    _checks.leaves(function, "batch_stats", batch_stats, shape=(), dtype=x.dtype)
+    others = _checks.other_axes(feature_axes, x.ndim)
+    _checks.params(function, params, x, feature_axes, others, known=leaves, required=required)
+    dtype = _checks.output_dtype(function, dtype, x)
+    return Operands(params, x, mask, feature_axes, dtype)
+
+
+def check_spec(
+    function: str,
+    operands: Operands,
+    axes: tuple[int, ...],
+    epsilon: float,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    make_spec: type[Spec] = Spec,
+    **static: Any,
+) -> Any:
+    """Checks epsilon and the names of mapped axes; returns what is static about the step."""
+    _checks.between(function, "epsilon", epsilon, 0.0, math.inf)
+    devices = device_group(function, axis_name, axis_index_groups)
+    return make_spec(
+        axes=axes,
+        feature_axes=operands.feature_axes,
+        devices=devices,
+        epsilon=float(epsilon),
+        dtype=operands.dtype,
+        **static,
+    )
+
+
+def one_feature_axis(function: str, operands: Operands) -> int:
+    """Returns the feature axis of a layer that has exactly one."""
+    if len(operands.feature_axes) != 1:
+        _checks.raise_error(
+            function,
+            "there must be one feature axis",
+            expected="an int, or one of them",
+            got=f"feature_axes={operands.feature_axes} for x.shape={operands.x.shape}",
+            fix="Name the axis of the channels, as in -1",
+        )
+    return operands.feature_axes[0]
+
+
+def axes_within_examples(
+    function: str, operands: Operands, reduction_axes: Axes | None
+) -> tuple[int, ...]:
+    """Returns the axes to reduce, all but the first and the features by default; refuses the axis of the examples."""
+    kept, shape = operands.feature_axes, operands.x.shape
+    if reduction_axes is None:
+        axes = tuple(axis for axis in range(1, len(shape)) if axis not in kept)
+    else:
+        axes = _checks.axes(function, "reduction_axes", reduction_axes, shape)
+    got = f"reduction_axes={reduction_axes} and feature_axes={kept} for x.shape={shape}"
+    if 0 in axes or 0 in kept:
+        _checks.raise_error(
+            function,
+            "axis 0 holds the examples, and the statistics are of each by itself",
+            expected="reduction_axes and feature_axes without axis 0",
+            got=got,
+            fix="Move the examples to axis 0, or use batch_norm to reduce over them",
+        )
+    if set(axes) & set(kept):
+        _checks.raise_error(
+            function,
+            "an axis is both reduced and a feature",
+            expected="reduction_axes and feature_axes that have no axis in common",
+            got=got,
+            fix="Use layer_norm to reduce over features",
+        )
+    return axes
+
+
+def more_than_one_value(function: str, x: Array, spec: Spec) -> None:
+    """Raises for statistics over one value: its variance is 0, and y would be the bias."""
+    if spec.count(x) == 1:
+        members = 1 if spec.groups is None else spec.groups[1]
+        _checks.raise_error(
+            function,
+            "each statistic is over one value: its variance is 0, and y would be the bias whatever x is",
+            expected="at least 2 values for each mean and variance in training",
+            got=f"1 for x.shape={x.shape}, reduced over axes {spec.axes}, {members} channel(s) "
+            f"and {spec.devices.size} device(s)",
+            fix="Reduce over more axes, or use rms_norm",
+        )
