@@ -54,6 +54,11 @@ def test_compare_shows_what_changed_beyond_the_noise(files):
     assert "versions, jax: 0.10.2 -> 0.11.2" in worse
     better = call("compare.py", *files(a=result(1.0, 64), b=result(1.0, 32)))
     assert "| temporary_bytes | 64 | 32 | 0.500x |" in better
+    counted = [result(1.0, 64), result(1.0, 64)]
+    for each, cycles in zip(counted, (1000, 1060), strict=True):
+        each["rows"][0]["peers"]["normjax"]["estimated_cycles"] = cycles
+    slower = call("compare.py", *files(a=counted[0], b=counted[1]), status=1)
+    assert "| estimated_cycles | 1000 | 1060 | 1.060x |" in slower
     other = call("compare.py", *files(a=result(1.0, 64), b=result(1.0, 64, name="another")))
     assert "not in B: batch norm forward 8x4 float32" in other and "not in A: another" in other
 
