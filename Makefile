@@ -42,8 +42,10 @@ docs: $(VENV)/.docs ## the site, in site/
 bench: $(VENV)/.bench ## layers and training steps against their peers, on this backend, in half an hour
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/layers.py --suite sync
+	$(BIN)/python benchmarks/layers.py --suite drawn
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/small.py
+	$(BIN)/python benchmarks/overhead.py --json benchmarks/results/overhead-cpu.json
 	$(BIN)/python benchmarks/plot.py benchmarks/results/layers-cpu.json docs/pages/images/layers-cpu.svg
 
 bench-gpu: ## the whole table on a GPU, in one call under 8 minutes, by whatever $(PYTHON) has; installs nothing

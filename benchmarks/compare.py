@@ -5,9 +5,9 @@
     python benchmarks/compare.py A B --peer flax.linen --all
 
 For each row and figure of normjax's (or another peer's): A, B and their ratio, where it is beyond
-the noise. Times are where the quartiles of one lie outside those of the other; bytes and counts
-wherever they differ. Rows that are in one of the files only are named. Exits with 1 if something
-got worse by more than --tolerance.
+the noise. A time is beyond it if its quartiles lie outside the other file's; bytes, cycles and
+counts if they differ. Rows that only one of the files has are named. Exits with 1 if something got
+worse by more than --tolerance.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from typing import Any, NamedTuple
 
 from harness import records
 
-BYTES = ("temporary_bytes", "peak_bytes", "kept_bytes", "bytes_accessed", "collectives")
+COUNTED = (  # the same in every run, so that any difference is one
+    *("temporary_bytes", "peak_bytes", "kept_bytes", "bytes_accessed", "collectives"),
+    *("estimated_cycles", "estimated_cycles_untaken"),  # static.py
+    *("calls", "functions", "files", "climbs", "calls_again"),  # overhead.py
+    *("equations", "equations_with_gradients"),
+)
 
 
 class Change(NamedTuple):
@@ -47,7 +52,7 @@ def changes(a: dict[str, Any], b: dict[str, Any], peer: str) -> Iterator[Change]
         if "ms" in old and "ms" in new:
             apart = new["ms_low"] > old["ms_high"] or new["ms_high"] < old["ms_low"]
             yield Change(name, "ms", old["ms"], new["ms"], apart)
-        for figure in BYTES:
+        for figure in COUNTED:
             if figure in old and figure in new:
                 yield Change(name, figure, old[figure], new[figure], old[figure] != new[figure])
 

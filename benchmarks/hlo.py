@@ -1,4 +1,4 @@
-"""Reads the collectives off a compiled program's text."""
+"""Reads collectives, bytes and estimated cycles off a compiled program's text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ COLLECTIVE = re.compile(
     r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
 SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+CALLED = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)")
 
 
 class Collective(NamedTuple):
@@ -20,6 +23,13 @@ class Collective(NamedTuple):
     elements: int
     bytes: int
     in_branch: bool  # of a conditional: sent only where that branch is taken
+
+
+class Cycles(NamedTuple):
+    """What a compiler expects of a program: cycles of a run, and of the branches not taken in it."""
+
+    taken: int
+    untaken: int
 
 
 def collectives(compiled: Any) -> list[Collective]:
@@ -36,6 +46,30 @@ def collectives(compiled: Any) -> list[Collective]:
     ]
 
 
+def estimated_cycles(text: str) -> Cycles | None:
+    """Sums the cycles that libtpu's compiler writes into the instructions of a program.
+
+    They stand in the backend_config of fusions, convolutions among them, and include the time that
+    the memory needs. Transfers that run beside them (copy-start, slice-start) and a few small
+    instructions carry no estimate. A loop counts as often as its known trip count, or once.
+
+    The cheapest branch of each conditional counts as taken: for a guard that is the branch that
+    returns what there is. All other branches are counted apart.
+
+    Args:
+      text: the compiled program's, `compiled.as_text()`.
+
+    Returns:
+      The cycles; None if no instruction has an estimate, as on CPUs and GPUs.
+    """
+    if not ESTIMATE.search(text):
+        return None
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, flags=re.MULTILINE)
+    if entry is None:
+        raise ValueError("The program's text has no ENTRY computation.")
+    return _cycles_of(entry[1], computations(text))
+
+
 def computations(text: str) -> dict[str, str]:
     """Returns each computation's body by name."""
     parts = re.split(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{$", text, flags=re.MULTILINE)
@@ -44,12 +78,7 @@ def computations(text: str) -> dict[str, str]:
 
 def branches(bodies: Mapping[str, str]) -> set[str]:
     """Returns the computations that conditionals choose from."""
-    found = set()
-    for body in bodies.values():
-        for names in re.findall(r"branch_computations=\{([^}]*)\}", body):
-            found |= set(_names(names))
-        found |= set(re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", body))
-    return found
+    return {name for body in bodies.values() for name in _branches_of(body)}
 
 
 def in_branches(bodies: Mapping[str, str]) -> set[str]:
@@ -58,10 +87,7 @@ def in_branches(bodies: Mapping[str, str]) -> set[str]:
     while waiting:
         name = waiting.pop()
         reached.add(name)
-        waiting |= (
-            set(re.findall(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)", bodies[name]))
-            - reached
-        )
+        waiting |= set(CALLED.findall(bodies[name])) - reached
     return reached
 
 
@@ -81,6 +107,35 @@ def _bytes_accessed(body: str) -> int:
         for name, _, kind, operands in found
         if kind not in free
     )
+
+
+def _cycles_of(name: str, bodies: Mapping[str, str]) -> Cycles:
+    """The cycles of a computation and of all that it calls."""
+    taken = untaken = 0
+    for line in bodies[name].splitlines():
+        own = ESTIMATE.search(line)
+        if own:  # the estimate of a fusion is for all that is in it
+            taken += int(own[1])
+            continue
+        trips = TRIPS.search(line)
+        times = int(trips[1]) if trips else 1
+        for called in CALLED.findall(line):
+            found = _cycles_of(called, bodies)
+            taken += times * found.taken
+            untaken += times * found.untaken
+        branches = sorted(_cycles_of(branch, bodies) for branch in _branches_of(line))
+        if branches:
+            taken += branches[0].taken
+            untaken += branches[0].untaken + sum(sum(branch) for branch in branches[1:])
+    return Cycles(taken, untaken)
+
+
+def _branches_of(text: str) -> list[str]:
+    """The computations that the conditionals in a piece of a program choose from."""
+    found = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", text)
+    for names in re.findall(r"branch_computations=\{([^}]*)\}", text):
+        found += _names(names)
+    return found
 
 
 def _names(text: str) -> list[str]:

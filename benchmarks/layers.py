@@ -3,14 +3,18 @@
 
     python benchmarks/layers.py                    # the suite of this backend: minutes on a CPU
     python benchmarks/layers.py --suite sync       # synced batch norm, on 8 CPU devices
-    python benchmarks/layers.py --suite tiny --rounds 3 --only "batch norm" --peers normjax
-    flax.linen
+    python benchmarks/layers.py --suite drawn --seed 7 --count 40   # shapes that nobody tuned for
+    python benchmarks/layers.py --suite tiny --rounds 3 --only "batch norm" --peers normjax flax.linen
 
 A row is a layer in a mode, at a shape and dtype of a real network. Each peer's y and gradients are
 compared with normjax's before it is timed; peers that are absent, unable or wrong are named at the
 end. The floor is the bytes that must move (harness/cases.py) at the bandwidth of a copy of x's
 bytes, which takes its turn with the peers. Medians, quartiles and bytes go to benchmarks/results/;
 the table is in milliseconds, with the ratio to normjax's.
+
+The suite `drawn` draws its shapes (harness/drawn.py says how), times the libraries on JAX, and ends
+with geometric means and the rows on which normjax is behind. Three shapes at which group norm was
+reported to be behind come first; they are not in the means.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax
-from harness import records, rows, timing
+from harness import drawn, peers, records, rows, timing
 from harness.cases import suite
 
 
@@ -33,11 +37,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--suite", choices=["tiny", "cpu", "gpu", "sync"], help="default: that of the backend"
+        "--suite",
+        choices=["tiny", "cpu", "gpu", "sync", "drawn"],
+        help="default: that of the backend",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the suite drawn")
+    parser.add_argument("--count", type=int, default=20, help="rows of the suite drawn")
     parser.add_argument("--only", default="", help="rows whose name has this in it")
     parser.add_argument(
-        "--peers", nargs="+", choices=rows.PEERS, default=rows.PEERS, metavar="PEER"
+        "--peers", nargs="+", choices=rows.PEERS, metavar="PEER", help="default: all of the suite"
     )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=1800, help="begin no row after that")
@@ -50,14 +58,20 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", 8)
     timing.keep_memory()
     name = options.suite or ("gpu" if jax.default_backend() == "gpu" else "cpu")
-    cases = [case for case in suite(name) if options.only in case.name]
+    drawing = {"seed": options.seed, "count": options.count} if name == "drawn" else {}
+    cases = [*drawn.REPORTED, *drawn.draw(**drawing)] if drawing else suite(name)
+    cases = [case for case in cases if options.only in case.name]
     if not cases:
         parser.error(f"no row of the suite {name} has {options.only!r} in its name")
-    results = records.header()
-    results["rows"] = rows.run(cases, options.peers, options.rounds, options.seconds)
-    records.write(results, options.out or records.RESULTS / f"layers-{name}.json")
+    chosen = options.peers or (peers.PEERS if drawing else rows.PEERS)
+    file = f"layers-drawn-{options.seed}.json" if drawing else f"layers-{name}.json"
+    results = records.header() | drawing
+    results["rows"] = rows.run(cases, chosen, options.rounds, options.seconds)
+    records.write(results, options.out or records.RESULTS / file)
     print(records.skipped(results["rows"]) + "\n")
     print(records.peer_table(results["rows"], rows.cell))
+    if drawing:
+        print("\n" + "\n".join(drawn.summary(results["rows"])))
 
 
 if __name__ == "__main__":

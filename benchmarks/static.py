@@ -5,17 +5,21 @@
     python benchmarks/static.py                                       # minutes; one chip
     python benchmarks/static.py --only resnet50 --peers normjax flax.linen
 
-JAX compiles ahead of time by libtpu's compiler, on any x86-64 machine. Bytes accessed are XLA's
-count, which takes a
-branch as taken every time: the second pass of normjax's batch norm, which runs only where the first
-  one cancelled, is
-in them. The table shows bytes accessed / temporary bytes in MB, collectives, and seconds to
-compile.
+JAX compiles ahead of time by libtpu's compiler, on any x86-64 machine. The first table shows bytes
+accessed / temporary bytes in MB, collectives, and seconds to compile. Bytes accessed are XLA's
+count, which takes every branch as taken: the second pass of normjax's batch norm, which runs only
+where the first one cancelled, is in them.
+
+The second table shows the cycles, in thousands, that the compiler expects of a run, and their ratio
+to normjax's. It writes an estimate into each fusion, with the time that memory needs. Branches that
+are not taken are counted apart, as untaken (`hlo.estimated_cycles`). It is the compiler's own cost
+model, and no clock: good for one program beside another.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import pathlib
 import sys
 import time
@@ -31,7 +35,7 @@ from harness import networks, peers, programs, records
 from harness.cases import Case, storage, suite
 from jax.sharding import SingleDeviceSharding
 
-LAYERS = ("256x56x56x256", "8x2048x4096", "256x197x768")
+LAYERS = ("256x56x56x256", "8x2048x4096", "256x197x768", "64x56x56x256")
 
 
 def main() -> None:
@@ -74,7 +78,9 @@ def main() -> None:
         )
         records.write(results, out)  # at once: a network takes minutes to compile
     print(records.skipped(results["rows"]) + "\n")
-    print(records.peer_table(results["rows"], cell))
+    print(records.peer_table(results["rows"], cell) + "\n")
+    print(records.peer_table(results["rows"], cell_of_cycles) + "\n")
+    print("\n".join(means(results["rows"], options.peers)))
 
 
 def cases(name: str) -> list[Case]:
@@ -132,8 +138,12 @@ def costs(lowered: Callable[[str], Any], peer: str) -> dict[str, Any]:
         return {"skipped": f"unable: {error}"}
     start = time.perf_counter()
     compiled = program.compile()
+    seconds = round(time.perf_counter() - start, 2)
+    cycles = hlo.estimated_cycles(compiled.as_text())
+    estimate = {"": cycles.taken, "_untaken": cycles.untaken} if cycles else {}
     return {
-        "compile_seconds": round(time.perf_counter() - start, 2),
+        "compile_seconds": seconds,
+        **{f"estimated_cycles{which}": count for which, count in estimate.items()},
         "bytes_accessed": compiled.cost_analysis()["bytes accessed"],
         "collectives": len(hlo.collectives(compiled)),
         **programs.compiled_memory(compiled),
@@ -146,6 +156,32 @@ def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
     return (
         f"{moved:,.5g} / {temporary:,.4g} MB, {got['collectives']}, {got['compile_seconds']:.3g} s"
     )
+
+
+def cell_of_cycles(row: dict[str, Any], got: dict[str, Any]) -> str:
+    """Says in a cell how many thousand cycles are expected of a program, and what that is to normjax's."""
+    if "estimated_cycles" not in got:
+        return "-"
+    taken, untaken = got["estimated_cycles"], got["estimated_cycles_untaken"]
+    branches = f" + {untaken / 1e3:,.5g} untaken" if untaken else ""
+    own = row["peers"].get("normjax", {}).get("estimated_cycles")
+    ratio = f" ({taken / own:.3f}x)" if own and got is not row["peers"]["normjax"] else ""
+    return f"{taken / 1e3:,.6g}{branches}{ratio}"
+
+
+def means(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """Says for each peer the geometric mean of the ratios of its cycles to normjax's."""
+    lines = []
+    for name in names:
+        pairs = [
+            (row["peers"][name]["estimated_cycles"], row["peers"]["normjax"]["estimated_cycles"])
+            for row in rows
+            if all("estimated_cycles" in row["peers"].get(each, {}) for each in (name, "normjax"))
+        ]
+        if name != "normjax" and pairs:
+            mean = math.exp(sum(math.log(other / own) for other, own in pairs) / len(pairs))
+            lines.append(f"{name}: {mean:.3f}x of normjax's cycles, the mean of {len(pairs)} rows")
+    return lines
 
 
 if __name__ == "__main__":

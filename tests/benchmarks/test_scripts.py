@@ -54,6 +54,11 @@ def test_compare_shows_what_changed_beyond_the_noise(files):
     assert "versions, jax: 0.10.2 -> 0.11.2" in worse
     better = call("compare.py", *files(a=result(1.0, 64), b=result(1.0, 32)))
     assert "| temporary_bytes | 64 | 32 | 0.500x |" in better
+    counted = [result(1.0, 64), result(1.0, 64)]
+    for each, cycles in zip(counted, (1000, 1060), strict=True):
+        each["rows"][0]["peers"]["normjax"]["estimated_cycles"] = cycles
+    slower = call("compare.py", *files(a=counted[0], b=counted[1]), status=1)
+    assert "| estimated_cycles | 1000 | 1060 | 1.060x |" in slower
     other = call("compare.py", *files(a=result(1.0, 64), b=result(1.0, 64, name="another")))
     assert "not in B: batch norm forward 8x4 float32" in other and "not in A: another" in other
 
@@ -82,6 +87,47 @@ def test_layers_writes_json_prints_its_table_last_and_is_plotted(tmp_path):
     text = picture.read_text()
     assert text.startswith("<?xml") and "<dc:date>" not in text
     assert "in its name" in call("layers.py", "--suite", "tiny", "--only", "no such row", status=2)
+
+
+@pytest.mark.slow
+def test_drawn_rows_keep_their_seed_and_end_with_a_summary(tmp_path):
+    out = tmp_path / "drawn.json"
+    arguments = ("--suite", "drawn", "--seed", 5, "--count", 1, "--rounds", 2, "--out", out)
+    shown = call("layers.py", *arguments, "--peers", "normjax", "flax.linen")
+    found = records.read(out)
+    assert (found["seed"], found["count"], len(found["rows"])) == (5, 1, 3 + 1)
+    assert all(row["peers"]["flax.linen"]["ratio"] > 0 for row in found["rows"])
+    assert "drawn, 1 rows: fastest library on JAX" in shown
+
+
+@pytest.mark.slow
+def test_overhead_counts_the_same_every_time(tmp_path):
+    results = []
+    for name in ("first.json", "second.json"):
+        shown = call("overhead.py", "--counts", "--json", tmp_path / name)
+        results.append(records.read(tmp_path / name)["rows"][0]["peers"])
+    assert results[0] == results[1]
+    for subject in ("normjax.batch_norm", "normjax.nnx.BatchNorm", "flax.linen.BatchNorm"):
+        assert f"| {subject} | " in shown
+        figures = results[0][subject]
+        assert all(isinstance(figure, int) and figure >= 0 for figure in figures.values())
+        assert figures["calls"] >= figures["functions"] >= figures["files"] > 0
+        assert figures["calls"] > figures["calls_before_first_sum"] > 0
+        assert figures["equations_with_gradients"] > figures["equations"] > 0
+    assert results[0]["flax.linen.BatchNorm"]["files"] == 1
+    assert results[0]["normjax.batch_norm"]["calls_around"] == 0
+
+
+@pytest.mark.slow
+def test_overhead_times_eager_calls_and_compilation(tmp_path):
+    out = tmp_path / "overhead.json"
+    call("overhead.py", "--rounds", 2, "--calls", 3, "--compilations", 1, "--json", out)
+    layers, compilation = records.read(out)["rows"]
+    for figures in layers["peers"].values():
+        assert figures["eager_us"] > 0 and figures["eager_cpu_us"] > 0
+    ratio = compilation["peers"]["normjax"]["ratio"]
+    totals = {name: got["total"] for name, got in compilation["peers"].items()}
+    assert ratio == pytest.approx(totals["normjax"] / totals["flax.linen"])
 
 
 @pytest.mark.slow
