@@ -29,7 +29,6 @@ from normjax.statistics.reduction import (
     batch_moments,
     moments_dot,
     named,
-    recomputed,
 )
 
 Name = Literal["leaky_relu", "elu", "identity"]
@@ -143,8 +142,7 @@ def _by_population(
 def _by_population_jvp(spec: ActivatedSpec, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     _, gain, bias, _, var = primals
     z = named(_by_population(spec, *primals), OUTPUT)
-    derivative = recomputed(partial(_dot, spec))
-    return z, derivative(z, gain, bias, var, tangents)
+    return z, _dot(spec, z, gain, bias, var, tangents)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -162,8 +160,7 @@ def _by_batch_jvp(
     z, batch = _by_batch(spec, *primals)
     z, batch = named(z, OUTPUT), jax.tree.map(named, batch)
     x_dot, gain_dot, bias_dot = tangents
-    derivative = recomputed(partial(_by_batch_dot, spec))
-    return (z, batch), derivative(z, batch, gain, bias, (x_dot.x32, gain_dot, bias_dot))
+    return (z, batch), _by_batch_dot(spec, z, batch, gain, bias, (x_dot.x32, gain_dot, bias_dot))
 
 
 def _by_batch_dot(

@@ -16,14 +16,13 @@ from normjax._typing import (
     DTypeLike,
     FeatureArray,
     Initializer,
-    Mask,
     Params,
     PRNGKey,
     promote,
 )
 from normjax.platforms.cpu import materialize, separate_if_narrow, separate_operands
 from normjax.statistics.devices import pcast_like
-from normjax.statistics.reduction import Input, named, recomputed
+from normjax.statistics.reduction import Input, named
 
 
 def init_params(
@@ -96,14 +95,18 @@ def normalize(
       var: of x, or the mean of its squares, with its rank.
       params: `scale` and `bias`, or what there is of them, with the rank of x.
       epsilon: added to the variance.
+
+    Returns:
+      y; the bias, a constant, where the mask hides a NaN or an infinity.
     """
     mean = jnp.zeros((), x.x32.dtype) if mean is None else mean
     dtype = promote(x.x32.dtype, mean.dtype, var.dtype, *(leaf.dtype for leaf in params.values()))
     scale = params["scale"].astype(dtype) if "scale" in params else jnp.ones((), dtype)
     bias = params["bias"].astype(dtype) if "bias" in params else jnp.zeros((), dtype)
     scale, bias = pcast_like(var, scale, bias)
-    x = x._replace(x32=x.x32.astype(dtype))
-    return _affine(x, mean.astype(dtype), var + epsilon, scale, bias)
+    wide = Input(x.x, x.x32.astype(dtype))
+    y = _affine(wide, mean.astype(dtype), var + epsilon, scale, bias)
+    return y if x.sound is None else jnp.where(x.sound, y, lax.stop_gradient(bias))
 
 
 @jax.custom_jvp
@@ -125,7 +128,7 @@ def _affine_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     inverse_dot = -0.5 * inverse * (inverse * (inverse * var_dot))
     inverse, inverse_dot = inverse.astype(mean.dtype), inverse_dot.astype(mean.dtype)
     fits = jnp.broadcast_shapes(scale.shape, inverse.shape) == inverse.shape
-    derivative = recomputed(_by_multiplier if fits else _by_scale)
+    derivative = _by_multiplier if fits else _by_scale
     dots = x_dot.x32, mean_dot, inverse_dot, scale_dot, bias_dot
     return _affine(*primals), derivative(x.x, mean, inverse, scale, *dots)
 
@@ -192,25 +195,6 @@ def _by_scale(
     dy += (b.astype(mean.dtype) - b_mean) * b_scale * inverse_dot
     dy += c_scale * center_dot
     return dy + (d.astype(mean.dtype) - d_mean) * d_inverse * scale_dot + bias_dot
-
-
-def without_garbage(x: Array, mask: Mask | None) -> tuple[Array, Array | None]:
-    """Returns x with zeros where the mask hides a NaN or an infinity, and where there is none.
-
-    A NaN times a gradient of zero is NaN: it must not get as far as the derivative of the scale.
-    """
-    if mask is None:
-        return x, None
-    sound = mask | jnp.isfinite(x)
-    return jnp.where(sound, x, 0), sound
-
-
-def bias_if_garbage(y: Array, sound: Array | None, params: Params) -> Array:
-    """Returns y, and the bias, as a constant, where x was hidden garbage."""
-    if sound is None:
-        return y
-    bias = params["bias"].astype(y.dtype) if "bias" in params else jnp.zeros((), y.dtype)
-    return jnp.where(sound, y, lax.stop_gradient(bias))
 
 
 def scale_and_shift(x: Activations, params: Params) -> Activations:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,11 @@ class BatchSpec(Spec):
         """Moves the running statistics towards those of the batch, of all its ghosts together."""
         if self.virtual_batch_size is not None:
             batch = merge_stacked(batch)
-        momentum = self.momentum if momentum is None else momentum
-        return update(batch_stats, batch, momentum, self.running_var)
+        weight = self.momentum if momentum is None else momentum
+        return update(batch_stats, batch, weight, self.running_var)
+
+
+SomeSpec = TypeVar("SomeSpec", bound=BatchSpec)
 
 
 class BatchStep(NamedTuple):
@@ -223,8 +226,8 @@ def _laid_out_by_the_compiler(
 
 
 def into_ghosts(
-    params: Params, x: Array, mask: Array | None, spec: BatchSpec
-) -> tuple[Params, Array, Array | None, BatchSpec]:
+    params: Params, x: Array, mask: Array | None, spec: SomeSpec
+) -> tuple[Params, Array, Array | None, SomeSpec]:
     """Cuts axis 0 into ghost batches, which a new axis 0 counts like one more feature axis.
 
     Hoffer, Hubara & Soudry (2017), Algorithm 1. Params and mask have the rank of x.
@@ -246,7 +249,7 @@ def batch_or_running(
     """Returns the batch's mean and variance, or running ones if nothing counts; with x's rank."""
     if isinstance(batch.count, float):
         return spec.expand(batch.mean), spec.expand(batch.var)
-    counted = batch.count > 0
+    counted = jnp.asarray(batch.count) > 0
     mean, var = running_like(batch, batch_stats)
     mean, var = jnp.where(counted, batch.mean, mean), jnp.where(counted, batch.var, var)
     return spec.expand(mean), spec.expand(var)

@@ -12,15 +12,28 @@ from jaxtyping import Array
 from normjax._typing import Params
 from normjax.layers._affine import lay_out
 from normjax.platforms.cpu import without_unit_axes
+from normjax.statistics.reduction import OUTPUT, STATISTICS
+
+KEPT = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
 
 
 def jit_step(step: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a step once for each value of its last argument, which is static.
 
-    Under an outer jit the step is a part of that program, as if it had been written there.
+    Under an outer jit the step is a part of that program, as if it had been written there. For its
+    backward pass a step keeps its operands as they came, and what it names: statistics, and an
+    output that stands for the input. The checkpoint that sees to it is in the derivative alone:
+    readers of the program (`jax.experimental.jet`, exporters) need not know of it.
     """
     last = len(inspect.signature(step).parameters) - 1
-    return jax.jit(step, static_argnums=last, inline=True)
+    lean = jax.checkpoint(step, prevent_cse=False, policy=KEPT, static_argnums=last)
+
+    def derivative(spec: Any, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+        return jax.jvp(lambda *operands: lean(*operands, spec), primals, tangents)
+
+    differentiable = jax.custom_jvp(step, nondiff_argnums=(last,))
+    differentiable.defjvp(derivative)
+    return jax.jit(differentiable, static_argnums=last, inline=True)
 
 
 def jit_step_within_examples(step: Callable[..., Array]) -> Callable[..., Array]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from normjax._typing import Params
-from normjax.layers._affine import bias_if_garbage, normalize, without_garbage
+from normjax.layers._affine import normalize
 from normjax.layers._jit_step import jit_step_within_examples
 from normjax.statistics.per_example import example_moments
 from normjax.statistics.reduction import Spec, read
@@ -28,13 +28,12 @@ class StandardizeSpec(Spec):
 @jit_step_within_examples
 def standardize(params: Params, x: Array, mask: Array | None, spec: StandardizeSpec) -> Array:
     """Normalizes x by its own moments. Where nothing counts the mean is 0 and the variance 1."""
-    x, sound = without_garbage(x, mask)
-    x = read(x)
-    count, mean, var = example_moments(spec, x, mask)
+    inputs = read(x, mask)
+    count, mean, var = example_moments(spec, inputs, mask)
     if mask is not None:
-        var = jnp.where(count > 0, var, 1)
+        var = jnp.where(jnp.asarray(count) > 0, var, 1)
     if spec.gain != 1:
         scale = params["scale"] if "scale" in params else jnp.ones((), var.dtype)
         params = params | {"scale": scale * spec.gain}
-    y = normalize(x, spec.expand(mean), spec.expand(var), params, spec.epsilon)
-    return bias_if_garbage(y, sound, params).astype(spec.dtype)
+    y = normalize(inputs, spec.expand(mean), spec.expand(var), params, spec.epsilon)
+    return y.astype(spec.dtype)

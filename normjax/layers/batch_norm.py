@@ -24,11 +24,9 @@ from normjax._typing import (
     RunningVar,
 )
 from normjax.layers._affine import (
-    bias_if_garbage,
     init_params,
     lay_out,
     normalize,
-    without_garbage,
 )
 from normjax.layers._batch_step import (
     BatchSpec,
@@ -202,12 +200,10 @@ def train_step(
     shape = x.shape
     params = lay_out(params, x.ndim, spec.feature_axes)
     params, x, mask, spec = into_ghosts(params, x, mask, spec)
-    x, sound = without_garbage(x, mask)
-    x = read(x)
-    batch = batch_moments(spec, x, mask)
+    inputs = read(x, mask)
+    batch = batch_moments(spec, inputs, mask)
     mean, var = batch_or_running(batch, batch_stats, spec)
-    y = normalize(x, mean, var, params, spec.epsilon)
-    y = bias_if_garbage(y, sound, params)
+    y = normalize(inputs, mean, var, params, spec.epsilon)
     new = spec.update(batch_stats, batch, momentum)
     return y.reshape(shape).astype(spec.dtype), new
 
@@ -218,7 +214,7 @@ def infer_step(
 ) -> Array:
     """Normalizes x by the running statistics."""
     params = lay_out(params, x.ndim, spec.feature_axes)
-    x, sound = without_garbage(x, mask)
+    inputs = read(x, mask)
     mean, var = spec.expand(batch_stats["mean"]), spec.expand(batch_stats["var"])
-    y = normalize(read(x), mean, var, params, spec.epsilon)
-    return bias_if_garbage(y, sound, params).astype(spec.dtype)
+    y = normalize(inputs, mean, var, params, spec.epsilon)
+    return y.astype(spec.dtype)

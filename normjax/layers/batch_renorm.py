@@ -24,11 +24,9 @@ from normjax._typing import (
     RunningVar,
 )
 from normjax.layers._affine import (
-    bias_if_garbage,
     init_params,
     lay_out,
     normalize,
-    without_garbage,
 )
 from normjax.layers._batch_step import (
     BatchSpec,
@@ -210,14 +208,12 @@ def renorm_step(
     shape = x.shape
     params = lay_out(params, x.ndim, spec.feature_axes)
     params, x, mask, spec = into_ghosts(params, x, mask, spec)
-    x, sound = without_garbage(x, mask)
-    x = read(x)
-    batch = batch_moments(spec, x, mask)
+    inputs = read(x, mask)
+    batch = batch_moments(spec, inputs, mask)
     mean, var = batch_or_running(batch, batch_stats, spec)
     running_mean, running_var = running_like(batch, batch_stats)
     running = spec.expand(running_mean), spec.expand(running_var)
     corrected = correct(params, (mean, var), running, limits, spec.epsilon)
-    y = normalize(x, mean, var, corrected, spec.epsilon)
-    y = bias_if_garbage(y, sound, corrected)
+    y = normalize(inputs, mean, var, corrected, spec.epsilon)
     new = spec.update(batch_stats, batch, momentum)
     return y.reshape(shape).astype(spec.dtype), new

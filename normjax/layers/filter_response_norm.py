@@ -23,7 +23,7 @@ from normjax._typing import (
     PRNGKey,
     widen,
 )
-from normjax.layers._affine import bias_if_garbage, init_params, normalize, without_garbage
+from normjax.layers._affine import init_params, normalize
 from normjax.layers._jit_step import jit_step_within_examples
 from normjax.layers._operands import axes_within_examples, check_operands, check_spec
 from normjax.statistics.per_example import mean_square
@@ -174,17 +174,15 @@ def filter_response_norm(
 
 @jit_step_within_examples
 def _filter_response_norm(params: Params, x: Array, mask: Array | None, spec: Spec) -> Array:
-    x, sound = without_garbage(x, mask)
-    x = read(x)
-    count, square = mean_square(spec, x, mask)
+    inputs = read(x, mask)
+    count, square = mean_square(spec, inputs, mask)
     if mask is not None:
         square = jnp.where(count > 0, square, 1)
     epsilon = spec.epsilon
     if "epsilon" in params:
         epsilon += jnp.abs(widen(params["epsilon"]))
     affine = {leaf: params[leaf] for leaf in ("scale", "bias") if leaf in params}
-    y = normalize(x, None, spec.expand(square), affine, epsilon)
-    y = bias_if_garbage(y, sound, affine)
+    y = normalize(inputs, None, spec.expand(square), affine, epsilon)
     if "threshold" in params:
         y = jnp.maximum(y, params["threshold"].astype(y.dtype))
     return y.astype(spec.dtype)

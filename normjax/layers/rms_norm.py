@@ -25,7 +25,7 @@ from normjax._typing import (
     PRNGKey,
     widen,
 )
-from normjax.layers._affine import bias_if_garbage, init_params, normalize, without_garbage
+from normjax.layers._affine import init_params, normalize
 from normjax.layers._jit_step import jit_step_within_examples
 from normjax.layers._operands import check_operands, check_spec
 from normjax.statistics.per_example import mean_square
@@ -163,12 +163,11 @@ class RMSSpec(Spec):
 
 @jit_step_within_examples
 def _rms_norm(params: Params, x: Array, mask: Array | None, spec: RMSSpec) -> Array:
-    x, sound = without_garbage(x, mask)
-    x = read(x)
-    count, square = mean_square(spec, x, mask)
+    inputs = read(x, mask)
+    count, square = mean_square(spec, inputs, mask)
     if mask is not None:
         square = jnp.where(count > 0, square, 1)
     if "scale" in params and spec.scale_offset:
         params = params | {"scale": widen(params["scale"]) + spec.scale_offset}
-    y = normalize(x, None, spec.expand(square), params, spec.epsilon)
-    return bias_if_garbage(y, sound, params).astype(spec.dtype)
+    y = normalize(inputs, None, spec.expand(square), params, spec.epsilon)
+    return y.astype(spec.dtype)

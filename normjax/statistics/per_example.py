@@ -8,6 +8,7 @@ zero would cost all of them the second pass.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,6 @@ from normjax.statistics.reduction import (
     named,
     one_pass_if_safe,
     real_product,
-    recomputed,
 )
 
 
@@ -52,7 +52,8 @@ def two_passes(spec: Spec, x: Array, mask: Mask | None) -> Moments:
     """Takes the mean, then the moments around it."""
     (x,) = separate_operands(x, 1)
     count, mean = _mean(spec, masked(widen(x), mask), mask)
-    return around(spec, x, mask, Moments(None if mask is None else count, mean, mean.real))
+    first: Any = count, mean, mean.real
+    return around(spec, x, mask, Moments(*first))
 
 
 def mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array, Array]:
@@ -74,7 +75,7 @@ def _mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array | None,
 def _mean_square_jvp(spec: Spec, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     x, mask = primals
     count, square = _mean_square(spec, x, mask)
-    dot = recomputed(partial(_mean_square_dot, spec))(count, x.x, mask, tangents[0].x32)
+    dot = _mean_square_dot(spec, count, x.x, mask, tangents[0].x32)
     return (count, named(square)), (jax.tree.map(jnp.zeros_like, count), dot)
 
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, ArrayLike, Inexact, Real
+from jaxtyping import Array, ArrayLike, Bool, Inexact, Real
 
 from normjax._typing import Activations, Mask, promote, widen
-from normjax.platforms.cpu import separate_if_narrow
+from normjax.platforms.cpu import separate_if_narrow, separate_operands
 from normjax.statistics.devices import ALONE, DeviceGroup
 
 # The names under which `jax.checkpoint` can keep a layer's statistics, its input, and an output
@@ -51,10 +51,16 @@ class Input(NamedTuple):
 
     Gradients flow through `x32`, so that they are added up before they are rounded to the dtype of
     `x`. Whatever reads x and keeps it for the backward pass reads `x`, which is smaller.
+
+    Attributes:
+      x: with zeros where the mask hides a NaN or an infinity.
+      x32: the same in at least float32.
+      sound: where nothing was hidden; None without a mask.
     """
 
     x: Inexact[Array, "..."]
     x32: Inexact[Array, "..."]
+    sound: Bool[Array, "..."] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,11 +160,10 @@ def _moments(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask |
 def _moments_jvp(
     forward: Callable[..., Moments], spec: Spec, primals: tuple, tangents: tuple
 ) -> tuple[Moments, Moments]:
-    """The derivative does not know of passes and branches; of x's size it keeps x alone."""
+    """The derivative does not know of passes and branches."""
     x, mask = primals
     moments = jax.tree.map(named, _moments(forward, spec, x, mask))
-    derivative = recomputed(partial(moments_dot, spec))
-    return moments, derivative(moments, x.x, mask, tangents[0].x32)
+    return moments, moments_dot(spec, moments, x.x, mask, tangents[0].x32)
 
 
 def moments_dot(spec: Spec, moments: Moments, x: Array, mask: Mask | None, x_dot: Array) -> Moments:
@@ -174,7 +179,7 @@ def moments_dot(spec: Spec, moments: Moments, x: Array, mask: Mask | None, x_dot
     n = at_least_one(n)
     sums = spec.local_sum(x_dot), spec.local_sum(real_product(centered, x_dot))
     mean_dot, var_dot = spec.devices.sum(*sums)
-    count_dot = jax.tree.map(jnp.zeros_like, moments.count)
+    count_dot: Any = jax.tree.map(jnp.zeros_like, moments.count)
     return Moments(count_dot, _ratio(mean_dot, n), 2 * var_dot / n)
 
 
@@ -216,7 +221,7 @@ def around(spec: Spec, x: Array, mask: Mask | None, first: Moments) -> Moments:
 
 def means(
     spec: Spec, x: Array, mask: Mask | None, first: Moments | None = None
-) -> tuple[Array | None, Array, Array]:
+) -> tuple[Any, Array, Array]:
     """Returns the count (None: all), the mean, and the mean square of x in one pass.
 
     With the moments of a first pass they are those of x less its mean. Of an empty set they are 0.
@@ -238,13 +243,20 @@ def means(
 def _values(spec: Spec, x: Array, mask: Mask | None, first: Moments | None) -> tuple[Array, Array]:
     """Returns the terms of the sum, and their squares; 0 for what does not count."""
     own, other = separate_if_narrow(x, 2)
+    if first is None:
+        reference, again = None, None
+    else:
+        # Not to be shared either: it would be broadcast to the size of x, and written out.
+        reference, again = (
+            separate_operands(first.mean, 2) if other is not own else [first.mean] * 2
+        )
+    value = _value(spec, own, mask, reference)
+    return value, abs2(value if other is own else _value(spec, other, mask, again))
 
-    def values(x: Array) -> Array:
-        x32 = widen(x)
-        return masked(x32 if first is None else x32 - spec.expand(first.mean), mask)
 
-    value = values(own)
-    return value, abs2(value if other is own else values(other))
+def _value(spec: Spec, x: Array, mask: Mask | None, reference: Array | None) -> Array:
+    x32 = widen(x)
+    return masked(x32 if reference is None else x32 - spec.expand(reference), mask)
 
 
 def at_least_one(count: Any) -> Any:
@@ -256,20 +268,22 @@ def _ratio(total: Array, n: Any) -> Array:
     return total / (n if isinstance(n, float) else n.astype(total.dtype))
 
 
-def read(x: Activations) -> Input:
-    """Returns x as it came, under the name by which a checkpoint policy finds it, and widened."""
+def read(x: Activations, mask: Mask | None = None) -> Input:
+    """Returns x under the name by which a checkpoint policy finds it, and widened.
+
+    A NaN times a gradient of zero is NaN. So a hidden NaN must not get as far as the derivative.
+    """
+    sound = None
+    if mask is not None:
+        sound = mask | jnp.isfinite(x)
+        x = jnp.where(sound, x, 0)
     x = named(x, INPUT)
-    return Input(x, widen(x))
+    return Input(x, widen(x), sound)
 
 
 def masked(x: Array, mask: Mask | None) -> Array:
     """Returns x with zeros where it does not count."""
     return x if mask is None else jnp.where(mask, x, 0)
-
-
-def recomputed(derivative: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a derivative of which the backward pass keeps the arguments alone, and no step."""
-    return jax.checkpoint(derivative, prevent_cse=False)
 
 
 def named(value: Array, name: str = STATISTICS) -> Array:

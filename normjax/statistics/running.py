@@ -85,7 +85,8 @@ def update(
 
     A count that is a float is known when the program is compiled, and nothing has to be asked.
     """
-    count, mean, var = batch
+    count: Any = batch.count
+    mean, var = batch.mean, batch.var
     known = isinstance(count, float)
     enough = count > 0
     enough_for_var = enough
@@ -115,13 +116,13 @@ def collect(
     return batch_stats | new
 
 
-def _blend(old: Array, batch: Array, momentum: ArrayLike, enough: bool | Array) -> Array:
+def _blend(old: Array, batch: Array, momentum: ArrayLike, enough: Any) -> Array:
     """The convex combination in the precision of the batch, then in the dtype of the old value."""
     if enough is False:
         return old
     if isinstance(momentum, jax.Array):
         momentum = momentum.astype(batch.dtype)
-    new = momentum * old.astype(batch.dtype) + (1 - momentum) * batch
+    new: Any = momentum * old.astype(batch.dtype) + (1 - momentum) * batch
     new = new.astype(old.dtype)
     return new if enough is True else jnp.where(enough, new, old)
 
