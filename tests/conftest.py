@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.platforms import PLATFORMS, Platform
+
 DEVICES = int(os.environ.get("NORMJAX_TEST_DEVICES", "8"))
 
 jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -118,6 +120,27 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
             or "defaults"
         )
     return val.__name__ if isinstance(val, type) or type(val) is type(jax.numpy.float32) else None
+
+
+# `make test-fast` runs the programs for CPU and TPU.
+SLOW_PLATFORMS = ("cuda", "rocm")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test that takes `on_platform` once for each platform: see tests/platforms.py.
+
+    Last, so that the platforms of a test follow each other, and a program which they share is still
+    at hand.
+    """
+    if "on_platform" in metafunc.fixturenames:
+        platforms = [
+            pytest.param(
+                Platform(name), id=name, marks=pytest.mark.slow if name in SLOW_PLATFORMS else ()
+            )
+            for name in PLATFORMS
+        ]
+        metafunc.parametrize("on_platform", platforms)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Every layer of the family against float64 for any arguments: ranks, axes, masks, dtypes, leaves per example."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -169,16 +170,14 @@ def roundings_of(case, expected):
     return largest + np.abs(widest(case.params.get("bias", 0.0))).max()
 
 
-def check(case):
-    arrays = jax.tree.map(jnp.asarray, (case.params, case.x, case.settings.get("mask")))
+def check(on_platform, case):
     settings = {argument: value for argument, value in case.settings.items() if argument != "mask"}
 
-    @jax.jit
     def run(params, x, mask):
         masked = {"mask": mask} if "mask" in case.settings else {}
         return getattr(nj, case.name)(params, {}, x, case.train, **settings, **masked)
 
-    y, batch_stats = run(*arrays)
+    y, batch_stats = on_platform(run, case.params, case.x, case.settings.get("mask"))
     assert batch_stats == {}
     expected = getattr(family, case.name)(case.params, case.x, **case.settings)
     narrow = jnp.dtype(case.x.dtype).itemsize == 2
@@ -194,47 +193,56 @@ def check(case):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@hypothesis.settings(max_examples=20)
+@hypothesis.settings(max_examples=5)
 @hypothesis.given(data=st.data())
-def test_it_computes_the_formula_for_any_arguments(data, name):
+def test_it_computes_the_formula_for_any_arguments(on_platform, data, name):
     case = data.draw(family_cases(name))
     with jax.enable_x64(case.x.dtype == np.float64):
-        check(case)
+        check(on_platform, case)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LAYERS)
-def test_it_computes_the_formula_with_its_defaults_in_any_dtype(rng, name, dtype):
+def test_it_computes_the_formula_with_its_defaults_in_any_dtype(on_platform, rng, name):
+    check_defaults(on_platform, rng, name, [dtype for dtype in DTYPES if dtype != jnp.float64])
+    with jax.enable_x64(True):
+        check_defaults(on_platform, rng, name, [jnp.float64])
+
+
+def check_defaults(on_platform, rng, name, dtypes):
     channels = 64 if name == "group_norm" else 6
+    cases = [default_case(rng, name, channels, dtype) for dtype in dtypes]
+
+    def run(operands):
+        return [getattr(nj, name)(params, {}, x, True)[0] for params, x in operands]
+
+    outcomes = on_platform(run, [(case.params, case.x) for case in cases])
+    numbers = {"mask": None, "epsilon": 1e-6 if name == "filter_response_norm" else 1e-5}
+    settings = {
+        "reduction_axes": -1 if name == "layer_norm" else None,
+        "feature_axes": -1,
+    } | numbers
+    for y, case, dtype in zip(outcomes, cases, dtypes, strict=True):
+        expected = getattr(family, name)(case.params, case.x)
+        rounded = roundings_of(case._replace(settings=settings), expected)
+        narrow = jnp.dtype(dtype).itemsize == 2
+        eps = float(jnp.finfo(jnp.float32 if narrow else dtype).eps)
+        output = float(jnp.finfo(dtype).eps) if narrow else 0.0
+        assert_close(y, expected, rtol=output, atol=ROUNDINGS * eps * rounded, dtype=dtype)
+
+
+def default_case(rng, name, channels, dtype):
     x = draw_normal(rng, (3, 2, 4, channels), dtype, 1.0)
     wide = jnp.dtype(dtype) if jnp.dtype(dtype).itemsize > 2 else jnp.dtype(jnp.float32)
-    with jax.enable_x64(dtype == jnp.float64):
-        params, _ = getattr(nj, f"{name}_init")(channels, param_dtype=wide)
-        if wide.kind == "c":
-            params.pop("threshold", None)
-        numbers = {"mask": None, "epsilon": 1e-6 if name == "filter_response_norm" else 1e-5}
-        settings = {
-            "reduction_axes": -1 if name == "layer_norm" else None,
-            "feature_axes": -1,
-        } | numbers
-        case = Case(name, jax.tree.map(np.asarray, params), x, True, {})
-        y, _ = getattr(nj, name)(params, {}, jnp.asarray(x), True)
-        expected = getattr(family, name)(case.params, x)
-        rounded = roundings_of(case._replace(settings=settings), expected)
-        output = float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize == 2 else 0.0
-        assert_close(
-            y,
-            expected,
-            rtol=output,
-            atol=ROUNDINGS * float(jnp.finfo(wide).eps) * rounded,
-            dtype=dtype,
-        )
+    params, _ = getattr(nj, f"{name}_init")(channels, param_dtype=wide)
+    if wide.kind == "c":
+        params.pop("threshold", None)
+    return Case(name, jax.tree.map(np.asarray, params), x, True, {})
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype is not jnp.complex64])
 @hypothesis.settings(max_examples=6)
 @hypothesis.given(data=st.data())
-def test_batch_renorm_computes_the_formula_for_any_arguments(data, dtype):
+def test_batch_renorm_computes_the_formula_for_any_arguments(on_platform, data):
+    dtype = data.draw(st.sampled_from([dtype for dtype in DTYPES if dtype != jnp.complex64]))
     params, batch_stats, x, train, settings = data.draw(cases(dtype))
     limits = {
         "r_max": data.draw(st.sampled_from((1.0, 1.5, 3.0))),
@@ -242,8 +250,8 @@ def test_batch_renorm_computes_the_formula_for_any_arguments(data, dtype):
     }
     settings |= limits
     with jax.enable_x64(dtype == jnp.float64):
-        run = jax.jit(lambda *arrays: nj.batch_renorm(*arrays, train, **settings))
-        y, new = run(*jax.tree.map(jnp.asarray, (params, batch_stats, x)))
+        layer = partial(nj.batch_renorm, train=train, **settings)
+        y, new = on_platform(layer, params, batch_stats, x)
         assert_same_kind(new, jax.tree.map(jnp.asarray, batch_stats))
     expected, expected_new = family.batch_renorm(params, batch_stats, x, train, **settings)
     of_x = {name: settings[name] for name in ("feature_axes", "mask", "virtual_batch_size")}

@@ -1,0 +1,116 @@
+"""The programs that the compilers for CPU, CUDA, ROCm and TPU are given, run on this machine.
+
+JAX may phrase a function differently for each platform (`lax.platform_dependent`). The fixture
+`on_platform` of conftest.py runs its test once for each platform's program:
+
+    def test_values(on_platform):
+        y, batch_stats = on_platform(partial(nj.batch_norm, train=True), params, batch_stats, x)
+
+`on_platform(function, *arguments)` compiles the function as `jax.jit` would on that platform, and
+runs it here. What is static is closed over. Take derivatives inside the function: then the
+platform's own backward program runs. `on_platform.compiled(function, *arguments)` returns the
+program, to run it on several arguments of the same shapes.
+
+The program for CPUs is that of `jax.jit`. The others come from `jax.export`. They are compiled with
+few optimizations, which takes half the time: their own compilers would optimize otherwise anyway.
+Equal programs are compiled once, and so a test costs little more for platforms that share one.
+
+Arguments may be pytrees of any dtype, typed keys too. The function may map over devices
+(`jax.shard_map`, `jax.pmap`), also under `jax.set_mesh` with arguments that lie on its mesh.
+What cannot run here is what only an accelerator has: its custom calls (cuSOLVER's, say) and Pallas
+kernels that are not interpreted.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+ELSEWHERE = [export.DisabledSafetyCheck.platform()]
+QUICKLY = {"xla_backend_optimization_level": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """What a test does on one platform; hashable, so that its programs may be kept by it."""
+
+    name: str
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Returns what the platform's program of `function(*arguments)` gives."""
+        return self.compiled(function, *arguments)(*arguments)
+
+    def compiled(self, function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+        """Returns the platform's program for arguments like these."""
+        jitted = jax.jit(function)
+        if self.name == "cpu":
+            return _compiled_here(_Here.of(jitted.lower(*arguments)))
+        exported = export.export(jitted, platforms=[self.name], disabled_checks=ELSEWHERE)
+        return _compiled_elsewhere(_Elsewhere.of(exported(*arguments)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Here:
+    """A program for CPUs; equal to another one that computes the same from the same arguments."""
+
+    text: str
+    kinds: tuple[Any, ...]
+    lowered: Any = dataclasses.field(compare=False)
+
+    @classmethod
+    def of(cls, lowered: Any) -> "_Here":
+        given = jax.tree.map(str, lowered.in_avals)
+        kinds = (str(given), lowered.out_tree)
+        return cls(_bare(lowered.as_text()), kinds, lowered)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Elsewhere:
+    """A program for another platform; equal to that of a third one which is phrased alike."""
+
+    text: str
+    kinds: tuple[Any, ...]
+    exported: export.Exported = dataclasses.field(compare=False)
+
+    @classmethod
+    def of(cls, exported: export.Exported) -> "_Elsewhere":
+        kinds = (exported.in_tree, exported.out_tree, exported.in_avals, exported.out_avals)
+        return cls(_bare(exported.mlir_module()), kinds, exported)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled_here(program: _Here) -> Callable[..., Any]:
+    return program.lowered.compile()
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled_elsewhere(program: _Elsewhere) -> Callable[..., Any]:
+    run = jax.jit(program.exported.call, compiler_options=QUICKLY)
+    return lambda *arguments: run(*_placed(arguments, program.exported.nr_devices))
+
+
+def _placed(arguments: Any, devices: int) -> Any:
+    """Puts arguments onto all devices of a program, unless they lie there."""
+    leaves = jax.tree.leaves(arguments)
+    lie_there = any(isinstance(a, jax.Array) and len(a.sharding.device_set) > 1 for a in leaves)
+    if devices == 1 or lie_there:
+        return arguments
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("devices",))
+    return jax.device_put(arguments, NamedSharding(mesh, PartitionSpec()))
+
+
+LOCATION = r' ?loc\((?:#loc\d*|unknown|"[^"]*"(?:\(#loc\d*\))?)\)'
+
+
+def _bare(text: str) -> str:
+    """The text of a module without its name and the lines of Python that it was made from."""
+    lines = [line for line in text.splitlines() if not line.startswith("#loc")]
+    text = re.sub(LOCATION, "", "\n".join(lines))
+    return re.sub(r"^module @\S+", "module @program", text)
