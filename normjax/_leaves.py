@@ -102,14 +102,3 @@ def _kind(function: str, name: str, value: Any, kind: Any) -> None:
             fix="Pass it in the dtype that the init function gave it",
             kind=TypeError,
         )
-
-
-def nest(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Returns nested dicts of what is given by path."""
-    tree: dict[str, Any] = {}
-    for path, value in leaves.items():
-        inner = tree
-        for part in path[:-1]:
-            inner = inner.setdefault(part, {})
-        inner[path[-1]] = value
-    return tree

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _checks
-from normjax.convert._trees import Leaf, Leaves, Path, Tree, check, flatten, match, nest
+from normjax._trees import Path, nest
+from normjax.convert._trees import Leaf, Leaves, Tree, check, flatten, match
 
 if TYPE_CHECKING:
     from flax import nnx

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _checks
+from normjax._trees import Path
 from normjax.convert._haiku_momentum import check_decay_rate
 from normjax.convert._sources import Arrays, conform, to_numpy
 from normjax.convert._trees import (
     Leaf,
     Leaves,
-    Path,
     Tree,
     Trees,
     expectation,

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from normjax import _checks
-from normjax._leaves import nest
+from normjax._trees import Path, check_known, nest, path_of
 from normjax.deploy._constants import FUNCTION, spelled
 from normjax.deploy._pairs import Finder
 from normjax.deploy._program import Path, Program, path_of
@@ -192,15 +191,13 @@ def _as_function(model: Any) -> Callable[..., Any]:
 def _refuse_other_than_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
     named = [(spelled(path), leaf) for path, leaf in leaves.items()]
     for name, leaf in [*named, *(("an input", leaf) for leaf in jax.tree.leaves(inputs))]:
-        if isinstance(leaf, Tracer):
-            _checks.raise_error(
-                FUNCTION,
-                f"{name} is traced, but folding is done once, with the values at hand",
-                expected="arrays",
-                got=str(leaf.aval),
-                fix="Fold outside of jax.jit, and jit the `apply` of the result",
-                kind=TypeError,
-            )
+        check_known(
+            FUNCTION,
+            name,
+            leaf,
+            because="but folding is done once, with the values at hand",
+            fix="Fold outside of jax.jit, and jit the `apply` of the result",
+        )
         if isinstance(leaf, bool | str):
             _checks.raise_error(
                 FUNCTION,
