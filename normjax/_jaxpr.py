@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from normjax._trees import Path, path_of
+from normjax._trees import Path, by_path
 
 
 class Op(NamedTuple):
@@ -87,7 +87,7 @@ def trace(
     """
     make = jax.make_jaxpr(function, axis_env=list(axes), return_shape=True)
     closed, made = make(variables, *inputs)
-    paths = [path_of(path) for path, _ in jax.tree.leaves_with_path(variables)]
+    paths = by_path(variables)
     writer = Writer(inline)
     arguments = [writer.value(var.aval) for var in closed.jaxpr.invars]
     outputs = writer.write(closed, arguments)

@@ -46,6 +46,11 @@ def _keys(path: KeyPath) -> tuple[Any, ...]:
     )
 
 
+def by_path(tree: PyTree) -> dict[Path, Any]:
+    """Returns the leaves of a tree by their paths as keys of nested dicts."""
+    return {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
 def show(tree: str, path: KeyPath) -> str:
     """Names a leaf as it is written in Python."""
     return tree + keystr(path)
@@ -134,7 +139,7 @@ def collections(
         kind: Any = type(variables)  # Flax's FrozenDict, too
         return dict(variables), kind
     if isinstance(variables, tuple) and len(variables) == 2:
-        pair = dict(zip(("params", "batch_stats"), variables, strict=True))
+        pair: Collections = {"params": variables[0], "batch_stats": variables[1]}
         return pair, lambda found: (found["params"], found["batch_stats"])
     return {alone: variables}, lambda found: found[alone]
 
@@ -188,23 +193,22 @@ def check_alike(function: str, one: tuple[str, PyTree], other: tuple[str, PyTree
     a, b = (dict(jax.tree.leaves_with_path(tree)) for _, tree in (one, other))
     for path in [*a, *b]:
         if path not in a or path not in b:
-            (has, lacks) = (one[0], other[0]) if path in a else (other[0], one[0])
-            _checks.raise_error(
-                function,
-                f"{one[0]} and {other[0]} do not have the same leaves",
-                expected="trees of one structure",
-                got=f"{show(has, path)}, which {lacks} lacks",
-                fix=f"Pass {one[0]} and {other[0]} of the same model",
-            )
-    for path, leaf in a.items():
-        if np.shape(leaf) != np.shape(b[path]):
-            _checks.raise_error(
-                function,
-                f"{one[0]} and {other[0]} differ in shape",
-                expected=f"shape {np.shape(b[path])}, that of {show(other[0], path)}",
-                got=f"shape {np.shape(leaf)} for {show(one[0], path)}",
-                fix=f"Pass {one[0]} and {other[0]} of the same model",
-            )
+            has, lacks = (one[0], other[0]) if path in a else (other[0], one[0])
+            problem, expected = "do not have the same leaves", "trees of one structure"
+            got = f"{show(has, path)}, which {lacks} lacks"
+        elif np.shape(a[path]) != np.shape(b[path]):
+            problem = "differ in shape"
+            expected = f"shape {np.shape(b[path])}, as {show(other[0], path)}"
+            got = f"shape {np.shape(a[path])} for {show(one[0], path)}"
+        else:
+            continue
+        _checks.raise_error(
+            function,
+            f"{one[0]} and {other[0]} {problem}",
+            expected=expected,
+            got=got,
+            fix=f"Pass {one[0]} and {other[0]} of the same model",
+        )
 
 
 def check_arrays(function: str, name: str, tree: PyTree) -> None:

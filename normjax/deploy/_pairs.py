@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jax import numpy as jnp
 
-from normjax._jaxpr import Op, Program, makers
+from normjax._jaxpr import Op, Program
 from normjax._trees import Path
 from normjax.deploy._constants import Constants
 from normjax.deploy._program import users
@@ -71,7 +71,7 @@ class Finder:
 
     def __init__(self, program: Program, norms: list[Path]):
         self.program, self.norms, self.constants = program, norms, Constants(program)
-        self.users, self.makers = users(program), makers(program)
+        self.users, self.makers = users(program), self.constants.makers
         self._reasons: dict[int, str] = {}  # why nothing is folded into an operation, by its output
         linear = (
             self._look_at(op)

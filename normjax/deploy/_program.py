@@ -11,16 +11,7 @@ from jax.extend import core
 from normjax._jaxpr import Op, Program, Writer
 from normjax._trees import Path
 
-ARITHMETIC = {
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "neg",
-    "rsqrt",
-    "broadcast_in_dim",
-    "convert_element_type",
-}
+ARITHMETIC = set("add sub mul div neg rsqrt broadcast_in_dim convert_element_type".split())
 GROUPING = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat")
 
 

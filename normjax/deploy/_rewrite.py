@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from normjax import _checks
 from normjax._jaxpr import Op, Program, trace
-from normjax._trees import Path, path_of
+from normjax._trees import Path, by_path, path_of
 from normjax.deploy._constants import FUNCTION, back
 from normjax.deploy._pairs import LAYOUT, Finder, Pair, Step
 from normjax.deploy._program import execute, inline, pruned
@@ -156,7 +156,7 @@ def run(
     *inputs: Any,
 ) -> Any:
     """Runs a folded model: traces its source for these inputs, rewrites that, and runs it on the folded variables."""
-    given = {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
+    given = by_path(variables)
     _check_shapes(given, shapes)
 
     def typed(path: Any, own: Any) -> Any:

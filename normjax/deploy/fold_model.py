@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 
 from normjax import _checks
 from normjax._jaxpr import Program
-from normjax._trees import Path, check_known, nest, path_of
+from normjax._trees import Path, by_path, check_known, nest
 from normjax.deploy._constants import FUNCTION
 from normjax.deploy._pairs import Finder
 from normjax.deploy._rewrite import find, fold_pair, new_bias, rewritten, run
@@ -139,7 +139,7 @@ def fold(
       >>> y = jax.jit(folded.apply)(folded.variables, x)
     """
     source = _as_function(model)
-    leaves = {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
+    leaves = by_path(variables)
     _refuse_other_than_arrays(leaves, inputs)
     finder = find(source, variables, inputs)
     found = _choose(finder, pairs)

@@ -48,17 +48,16 @@ def scale_invariant(
 
     with gradients g of random combinations of the outputs (root mean squares over them), and every
     c of `scales`. Both ratios are near 1, or larger, for other parameters, in whatever width and
-    depth. The point of the test is `params`
-    with noise: at the start of training, where biases are zeros, more is invariant than stays so.
+    depth. The point of the test is `params` with noise: at the start of training, where biases are
+    zeros, more is invariant than stays so.
 
     The epsilon of a normalization makes invariance approximate: the ratios are about `epsilon /
-    variance` of what is normalized (3 times that for c = 0.5), some 1e-5 usually. Is the variance
-    below 1e3 epsilon, the kernel is none.
+    variance` of what is normalized (3 times that for c = 0.5), some 1e-5 usually. If the variance
+    is below 1000 epsilon, the kernel is not reported as invariant.
 
     A leaf that the function does not depend on, such as a bias that batch norm cancels, is not
-    among those that are
     found: it has no direction to learn. Nor is one of integers, or with single numbers along
-      `feature_axes`.
+    `feature_axes`.
 
     Args:
       params: any tree of arrays, or an nnx module: its `nnx.Param`s.
@@ -148,11 +147,8 @@ class InvarianceTest:
         leaves, structure = jax.tree.flatten(params)
         self._settings = settings
         self._random = np.random.default_rng(0)
-        self._axes = {
-            i: axes
-            for i, leaf in enumerate(leaves)
-            if (axes := _reduced(leaf, settings.feature_axes))
-        }
+        reduced = {i: _reduced(leaf, settings.feature_axes) for i, leaf in enumerate(leaves)}
+        self._axes = {i: axes for i, axes in reduced.items() if axes}
         self._point = [self._near(leaf, settings.dtype) for leaf in leaves]
 
         @jax.jit

@@ -12,18 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from normjax import _checks
-from normjax._trees import (
-    STATISTICS,
-    Collections,
-    KeyPath,
-    collections,
-    is_layer,
-    is_nnx,
-    new_batch_stats,
-    path_names,
-    show,
-)
+from normjax import _checks, _trees
+from normjax._trees import STATISTICS, KeyPath, is_layer, is_nnx
 from normjax.statistics.population import POPULATION
 
 FUNCTION = "recalibrate"
@@ -103,7 +93,7 @@ class Tree:
                 fix="Return the new statistics behind the output",
                 kind=TypeError,
             )
-        returned = _layers_in(new_batch_stats(result[1]))
+        returned = _layers_in(_trees.new_batch_stats(result[1]))
         for path in layers:
             if path not in returned:
                 _missing(path, returned)
@@ -157,8 +147,8 @@ def _batch_stats_of(variables: Any) -> Any:
     return _collections(variables)[0]["batch_stats"]
 
 
-def _collections(variables: Any) -> tuple[Collections, Callable[[Collections], Any]]:
-    return collections(variables, known=("batch_stats",), alone="batch_stats")
+def _collections(variables: Any) -> tuple[_trees.Collections, Callable[[_trees.Collections], Any]]:
+    return _trees.collections(variables, known=("batch_stats",), alone="batch_stats")
 
 
 def _replaced(variables: Any, layers: Layers) -> Any:
@@ -184,7 +174,7 @@ def _layers_in(batch_stats: Any) -> Layers:
             layers[_name(path)] = {
                 leaf: node[leaf] for leaf in (*LEAVES, POPULATION) if leaf in node
             }
-        elif path and (alone := path_names(path)[-1]) in STATISTICS:
+        elif path and (alone := _trees.path_names(path)[-1]) in STATISTICS:
             (other,) = set(STATISTICS) - {alone}
             _checks.raise_error(
                 FUNCTION,
@@ -197,7 +187,7 @@ def _layers_in(batch_stats: Any) -> Layers:
 
 
 def _name(path: KeyPath) -> str:
-    return show("batch_stats", path)
+    return _trees.show("batch_stats", path)
 
 
 def _norms(module: Any) -> dict[str, Any]:

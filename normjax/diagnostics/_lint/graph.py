@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -73,7 +74,7 @@ class Graph:
       leaves: those that are leaves of the variables.
       inputs: those that are leaves of x.
       outputs: those that are returned as the network's outputs.
-      updates: those that are returned as new statistics.
+      updates: those that are returned as new statistics, in a tree.
       users: by value, those that are made from it.
     """
 
@@ -82,8 +83,6 @@ class Graph:
         self.nodes: list[Node] = []
         self.leaves = list(program.leaves.values())
         self.inputs = list(program.inputs)
-        self.outputs: list[int] = []
-        self.updates: list[int] = []
         self.users: list[list[int]] = [[] for _ in program.types]
         self._constants = program.constants
         self._above: list[int] = []  # the immediate dominator among activations
@@ -93,6 +92,9 @@ class Graph:
         for number, aval in enumerate(program.types):
             op = made_by.get(number) or Op(given.get(number, "constant"), {}, (), ())
             self._add(number, op, aval)
+        outputs, self.updates = jax.tree.unflatten(program.structure, program.outputs)
+        self.outputs = jax.tree.leaves(outputs)
+        self._forget_users(set(program.outputs))
 
     def _add(self, number: int, op: Op, aval: Any) -> None:
         inputs = _inputs(op, number)
@@ -105,10 +107,8 @@ class Graph:
         self._above.append(above)
         self._depth.append(0 if above == ROOT else self._depth[above] + 1)
 
-    def finish(self, outputs: list[int], updates: list[int]) -> None:
-        """Says what is returned, and forgets users that nothing of it is made from."""
-        self.outputs, self.updates = outputs, updates
-        needed = {*outputs, *updates}
+    def _forget_users(self, needed: set[int]) -> None:
+        """Forgets the users that nothing that is returned is made from."""
         for number in range(len(self.nodes) - 1, -1, -1):
             if number in needed:
                 needed.update(self.nodes[number].inputs)

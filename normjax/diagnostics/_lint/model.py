@@ -8,15 +8,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
-from normjax import _checks
-from normjax._trees import (
-    STATISTICS,
-    collections,
-    is_nnx,
-    new_batch_stats,
-    path_names,
-    split_module,
-)
+from normjax import _checks, _trees
+from normjax._trees import STATISTICS
 
 FUNCTION = "lint"
 
@@ -68,10 +61,10 @@ def open_model(apply_fn: Callable[[Any, Any], Any], variables: Any) -> Model:
         expected="a function (variables, x) -> (y, batch_stats)",
         fix="The order is lint(apply_fn, variables, x)",
     )
-    if is_nnx(variables):
+    if _trees.is_nnx(variables):
         return _of_nnx(apply_fn, variables)
     alone = "batch_stats" if _is_updates(variables) else "params"
-    found, pack = collections(variables, known=("params", "batch_stats"), alone=alone)
+    found, pack = _trees.collections(variables, known=("params", "batch_stats"), alone=alone)
     names = _names(found)
     has_statistics = any(name.is_statistic for name in names)
 
@@ -82,7 +75,7 @@ def open_model(apply_fn: Callable[[Any, Any], Any], variables: Any) -> Model:
             and len(result) == 2
             and (has_statistics or _is_updates(result[1]))
         ):
-            return result[0], new_batch_stats(result[1])
+            return result[0], _trees.new_batch_stats(result[1])
         if has_statistics:
             _checks.raise_error(
                 FUNCTION,
@@ -100,9 +93,9 @@ def open_model(apply_fn: Callable[[Any, Any], Any], variables: Any) -> Model:
 def _of_nnx(apply_fn: Callable[[Any, Any], Any], module: Any) -> Model:
     from flax import nnx
 
-    states, merge = split_module(module, nnx.Param, nnx.BatchStat, ...)
+    states, merge = _trees.split_module(module, nnx.Param, nnx.BatchStat, ...)
     order = ("params", "batch_stats", "others")
-    found = dict(zip(order, states, strict=True))
+    found: dict[str, PyTree] = dict(zip(order, states, strict=True))
 
     def function(collections: dict[str, PyTree], x: PyTree) -> tuple[PyTree, PyTree]:
         model = merge(*(collections[name] for name in order))
@@ -124,5 +117,5 @@ def _names(collections: Mapping[str, PyTree]) -> list[Leaf]:
 
 def names_in(collection: str, tree: PyTree) -> list[Leaf]:
     """Returns the names of a collection's leaves, in their order."""
-    paths = [path_names(path) or ("",) for path, _ in jax.tree.leaves_with_path(tree)]
+    paths = [_trees.path_names(path) or ("",) for path, _ in jax.tree.leaves_with_path(tree)]
     return [Leaf(collection, path[:-1], path[-1]) for path in paths]

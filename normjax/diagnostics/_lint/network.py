@@ -31,7 +31,7 @@ class Network:
     def __init__(self, model: Model, x: Any, sizes: Mapping[Hashable, int]):
         self.sizes = dict(sizes)
         statistics = [i for i, leaf in enumerate(model.names) if leaf.is_statistic]
-        self.graph, updates = trace(
+        self.graph = trace(
             model.function, model.variables, x, axes=tuple(sizes.items()), statistics=statistics
         )
         self.leaves = dict(zip(self.graph.leaves, model.names, strict=True))
@@ -42,7 +42,9 @@ class Network:
         self._values = {
             leaf: value for leaf, value in values if not isinstance(value, jax.ShapeDtypeStruct)
         }
-        self.updates = dict(zip(names_in("batch_stats", updates), self.graph.updates, strict=True))
+        updates = self.graph.updates
+        names = names_in("batch_stats", updates)
+        self.updates = dict(zip(names, jax.tree.leaves(updates), strict=True))
         self._running = self._find_running()
 
     def path(self, norm: Norm) -> str:

@@ -21,18 +21,11 @@ def trace(
     *,
     axes: Sequence[tuple[Hashable, int]] = (),
     statistics: Iterable[int] = (),
-) -> tuple[Graph, PyTree[int]]:
+) -> Graph:
     """Traces a function `(variables, x) -> (outputs, updates)`.
 
-    Args:
-      function: to be traced.
-      variables: its first argument.
-      x: its second.
-      axes: the mapped axes that it is traced under, and their sizes.
-      statistics: which of the leaves of the variables are running statistics, by their number.
-
-    Returns:
-      The graph, and the updates as values of it.
+    It is traced under the mapped `axes`, whose sizes are beside their names. `statistics` are the
+    numbers of those leaves of the variables that are running statistics.
     """
     try:
         program = _jaxpr.trace(function, variables, (x,), inline=_inline, axes=axes)
@@ -41,10 +34,7 @@ def trace(
             "lint: if apply_fn is to be mapped over an axis, pass its name: lint(..., axis_name='data')"
         )
         raise
-    outputs, updates = jax.tree.unflatten(program.structure, program.outputs)
-    graph = Graph(program, frozenset(statistics))
-    graph.finish(jax.tree.leaves(outputs), jax.tree.leaves(updates))
-    return graph, updates
+    return Graph(program, frozenset(statistics))
 
 
 def _inline(writer: Writer, eqn: Any, inputs: list[int]) -> Sequence[int] | None:
@@ -74,10 +64,11 @@ def _scan(writer: Writer, params: Mapping[str, Any], inputs: list[int]) -> list[
     sliced = zip(inputs[first:], body.jaxpr.invars[first:], strict=True)
     taken = [_add(writer, "take", (number,), var.aval) for number, var in sliced]
     results = writer.write(body, [*inputs[:consts], *carried, *taken])
-    stacked = [
-        _add(writer, "stack", (number,), _stacked(writer.types[number], params["length"]))
-        for number in results[carries:]
-    ]
+    stacked = []
+    for number in results[carries:]:
+        one = writer.types[number]
+        aval = jax.ShapeDtypeStruct((params["length"], *one.shape), one.dtype)
+        stacked.append(_add(writer, "stack", (number,), aval))
     return [*results[:carries], *stacked]
 
 
@@ -112,7 +103,3 @@ def _body(eqn: Any) -> Any:
     body = getattr(bodies[0], "jaxpr", bodies[0])
     fits = len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars)
     return bodies[0] if fits else None
-
-
-def _stacked(aval: Any, length: int) -> Any:
-    return jax.ShapeDtypeStruct((length, *aval.shape), aval.dtype)
