@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from normjax import _checks
-from normjax._leaves import nest
+from normjax import _checks, _trees
+from normjax._trees import Path, nest
 from normjax._typing import promote
 
 COLLECTIONS = ("params", "batch_stats")
@@ -18,7 +17,6 @@ STATISTICS = ("mean", "var", "count", "u", "sigma")
 TOGETHER = (("mean", "var"), ("u", "sigma"))
 OF_FEATURES = ("scale", "bias", "mean", "var")
 
-Path = tuple[str, ...]
 Tree = dict[str, Any]
 Trees = tuple[Tree, Tree]
 
@@ -34,34 +32,27 @@ Leaves = dict[Path, Leaf]  # paths begin with the collection: ("params", "bn1", 
 
 
 def flatten(function: str, name: str, tree: Any) -> dict[Path, Any]:
-    """Returns the arrays of nested mappings by path; refuses what is neither."""
-
-    def walk(path: Path, tree: Any) -> Iterator[tuple[Path, Any]]:
-        if isinstance(tree, Mapping):
-            for part, inner in tree.items():
-                yield from walk((*path, str(part)), inner)
-        elif path == () or not hasattr(tree, "shape"):
+    """Returns the arrays of nested mappings by path; refuses other trees, and arrays without values."""
+    leaves = _trees.flatten(tree)
+    for path, leaf in leaves.items():
+        where = "/".join((name, *path))
+        if path == () or not hasattr(leaf, "shape"):
             _checks.raise_error(
                 function,
-                f"{'/'.join((name, *path))} is not a {'tree' if path == () else 'leaf'}",
+                f"{where} is not a {'tree' if path == () else 'leaf'}",
                 expected="nested dicts of arrays",
-                got=type(tree).__name__,
+                got=type(leaf).__name__,
                 fix="Pass the trees as the layer's init function, or the model's, returned them",
                 kind=TypeError,
             )
-        elif isinstance(tree, Tracer):
-            _checks.raise_error(
-                function,
-                f"{'/'.join((name, *path))} is traced, and conversions are made of values",
-                expected="arrays",
-                got=f"{tree}",
-                fix="Convert outside of jax.jit and the like",
-                kind=TypeError,
-            )
-        else:
-            yield path, tree
-
-    return dict(walk((), tree))
+        _trees.check_known(
+            function,
+            where,
+            leaf,
+            because="and conversions are made of values",
+            fix="Convert outside of jax.jit and the like",
+        )
+    return leaves
 
 
 def take_apart(function: str, params: Any, batch_stats: Any) -> Leaves:

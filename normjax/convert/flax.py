@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _checks
-from normjax.convert._trees import Leaf, Leaves, Path, Tree, check, flatten, match, nest
+from normjax._trees import Path, nest, plain
+from normjax.convert._trees import Leaf, Leaves, Tree, check, flatten, match
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -68,7 +69,7 @@ def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
     given = flatten(function, "variables", meta.unbox(variables))
     adopted = _adopted(given)
     leaves = {adopted[path]: Leaf(value, "/".join(path)) for path, value in given.items()}
-    wanted = {path: _value(variable) for path, (_, variable) in targets.items()}
+    wanted = {path: plain(variable) for path, (_, variable) in targets.items()}
     leaves = _as_flat_as(leaves, wanted)
     check(function, leaves)
     match(function, leaves, wanted, whose="the model")
@@ -113,7 +114,7 @@ def nnx_to_linen(
     """
     function = "nnx_to_linen"
     leaves = {
-        linen: Leaf(_value(variable), "/".join(map(str, path)))
+        linen: Leaf(plain(variable), "/".join(map(str, path)))
         for linen, (path, variable) in _variables(function, model).items()
     }
     wanted: dict[Path, Any] = {}
@@ -162,10 +163,6 @@ def _collection(function: str, path: tuple[Any, ...], variable: Any) -> str:
             kind=TypeError,
         )
     return "params"
-
-
-def _value(variable: Any) -> Any:
-    return variable.get_value() if hasattr(variable, "get_value") else variable
 
 
 def _linen_path(path: tuple[Any, ...]) -> Path:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _checks
+from normjax._trees import Path, nest
 from normjax.convert._haiku_momentum import check_decay_rate
 from normjax.convert._sources import Arrays, conform, to_numpy
 from normjax.convert._trees import (
     Leaf,
     Leaves,
-    Path,
     Tree,
     Trees,
     expectation,
@@ -256,11 +256,7 @@ def _to_state(
 
 
 def _nested(entries: Arrays) -> dict[str, dict[str, Any]]:
-    tree: dict[str, dict[str, Any]] = {}
-    for key, value in entries.items():
-        module, _, name = key.rpartition("/")
-        tree.setdefault(module, {})[name] = jnp.asarray(value)
-    return tree
+    return nest({tuple(key.rsplit("/", 1)): jnp.asarray(value) for key, value in entries.items()})
 
 
 def _key_of(path: Path) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from normjax import _checks
+from normjax._trees import Path
 from normjax.convert._sources import Arrays, KerasLayer, Source, conform, read_mapping, to_numpy
 from normjax.convert._trees import (
     Leaf,
     Leaves,
-    Path,
     Tree,
     Trees,
     modules_of,

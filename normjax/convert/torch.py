@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from normjax import _checks
+from normjax._trees import Path
 from normjax.convert._sources import Arrays, Source, TorchModule, conform, read_mapping
 from normjax.convert._torch_kernels import (
     from_kernel,
@@ -23,7 +24,6 @@ from normjax.convert._trees import (
     COLLECTIONS,
     Leaf,
     Leaves,
-    Path,
     Tree,
     Trees,
     expectation,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from jax import numpy as jnp
 
-from normjax.deploy._program import Op, Path, Program, makers
+from normjax._jaxpr import Op, Program, makers
+from normjax._trees import Path
 from normjax.deploy._wide import widened
 
 FUNCTION = "fold"
@@ -96,7 +97,7 @@ class Constants:
         if number in self.program.constants:
             return widened(FUNCTION, "a constant", self.program.constants[number])
         (path,) = self.sources[number]
-        return widened(FUNCTION, spelled(path), leaves[path])
+        return widened(FUNCTION, "/".join(path), leaves[path])
 
     def view(self, number: int) -> list[Op] | None:
         """Returns the operations that lay one leaf out otherwise, the first first; None where there is more to it."""
@@ -119,11 +120,6 @@ def back(view: list[Op], value: np.ndarray, program: Program) -> np.ndarray:
         else:
             value = value.reshape(program.types[op.inputs[0]].shape)
     return value
-
-
-def spelled(path: Path) -> str:
-    """Returns a path as tables and errors have it."""
-    return "/".join(path)
 
 
 def _floating(program: Program, number: int) -> bool:

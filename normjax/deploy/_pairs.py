@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 from jax import numpy as jnp
 
-from normjax.deploy._constants import Constants, spelled
-from normjax.deploy._program import Op, Path, Program, makers, users
+from normjax._jaxpr import Op, Program
+from normjax._trees import Path
+from normjax.deploy._constants import Constants
+from normjax.deploy._program import users
 
 LAYOUT = ("reshape", "squeeze", "expand_dims", "transpose")
 ARITHMETIC = ("add", "sub", "mul", "div", "neg")
@@ -69,7 +71,7 @@ class Finder:
 
     def __init__(self, program: Program, norms: list[Path]):
         self.program, self.norms, self.constants = program, norms, Constants(program)
-        self.users, self.makers = users(program), makers(program)
+        self.users, self.makers = users(program), self.constants.makers
         self._reasons: dict[int, str] = {}  # why nothing is folded into an operation, by its output
         linear = (
             self._look_at(op)
@@ -118,13 +120,13 @@ class Finder:
             self._reasons[output] = f"the kernel of the linear layer before it is {what}"
             return None
         (path,) = self.constants.sources[kernel]
-        steps, reason = self._chain(output, axes, spelled(path))
+        steps, reason = self._chain(output, axes, "/".join(path))
         read = [
             norm for step in steps for norm in self.norms if (*norm, "var") in self._sources(step)
         ]
         norms = tuple(dict.fromkeys(read))
         if not self._alone(self.program.leaves[path], op):
-            norms, reason = (), f"{spelled(path)} is used more than once"
+            norms, reason = (), f"{'/'.join(path)} is used more than once"
         self._reasons[output] = reason
         if not norms:
             return None
@@ -211,7 +213,7 @@ class Finder:
         return frozenset() if step.constant is None else self.constants.sources[step.constant]
 
     def _leaves(self, number: int) -> str:
-        return ", ".join(sorted(map(spelled, self.constants.sources[number]))) or "a constant"
+        return ", ".join(sorted(map("/".join, self.constants.sources[number]))) or "a constant"
 
     def _floating(self, number: int) -> bool:
         return jnp.issubdtype(self.program.types[number].dtype, jnp.inexact)

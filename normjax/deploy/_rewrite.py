@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,9 +11,11 @@ from jax import numpy as jnp
 from jaxtyping import Array
 
 from normjax import _checks
-from normjax.deploy._constants import FUNCTION, back, spelled
+from normjax._jaxpr import Op, Program, trace
+from normjax._trees import Path, by_path, path_of
+from normjax.deploy._constants import FUNCTION, back
 from normjax.deploy._pairs import LAYOUT, Finder, Pair, Step
-from normjax.deploy._program import Op, Path, Program, execute, path_of, pruned, trace
+from normjax.deploy._program import execute, inline, pruned
 from normjax.deploy._wide import narrowed, widened
 
 Biases = Mapping[Path, Path]  # of the bias, by that of the kernel: what is to be folded
@@ -22,7 +23,7 @@ Biases = Mapping[Path, Path]  # of the bias, by that of the kernel: what is to b
 
 def find(source: Callable[..., Any], variables: Any, inputs: tuple[Any, ...]) -> Finder:
     """Traces a model and finds its batch norms: what has a leaf `var`, and `mean` beside it."""
-    program = trace(source, variables, inputs)
+    program = trace(source, variables, inputs, inline=inline)
     norms = [
         path[:-1]
         for path in program.leaves
@@ -48,20 +49,20 @@ def fold_pair(finder: Finder, pair: Pair, leaves: Mapping[Path, Any]) -> tuple[A
     shape = finder.program.types[pair.operand].shape
     others = _checks.other_axes(pair.features, len(shape))
     laid_out = np.expand_dims(multiplier.transpose(np.argsort(pair.features)), others)
-    own, name = leaves[pair.kernel], spelled(pair.kernel)
+    own, name = leaves[pair.kernel], "/".join(pair.kernel)
     kernel = widened(FUNCTION, name, own) * back(
         pair.view, np.broadcast_to(laid_out, shape), finder.program
     )
-    both = f"{name} with {' and '.join(map(spelled, pair.norms))}"
+    both = f"{name} with {' and '.join(map('/'.join, pair.norms))}"
     return narrowed(FUNCTION, both, kernel, own), narrowed(FUNCTION, f"bias of {both}", shift, own)
 
 
 def _refuse_negative(pair: Pair, leaves: Mapping[Path, Any]) -> None:
     for path in ((*norm, "var") for norm in pair.norms):
-        if (least := widened(FUNCTION, spelled(path), leaves[path]).min(initial=0)) < 0:
+        if (least := widened(FUNCTION, "/".join(path), leaves[path]).min(initial=0)) < 0:
             _checks.raise_error(
                 FUNCTION,
-                f"{spelled(path)} is negative",
+                f"{'/'.join(path)} is negative",
                 expected="a variance of 0 or more for each feature",
                 got=f"{least:.6g}",
                 fix="Check where the statistics come from",
@@ -112,8 +113,8 @@ def rewritten(finder: Finder, biases: Biases) -> Program:
         _checks.raise_error(
             "Folded.apply",
             "with these inputs the model does not do what it did on the sample",
-            expected=f"batch norm after {', '.join(map(spelled, biases))}",
-            got=f"none after {', '.join(map(spelled, lost))}",
+            expected=f"batch norm after {', '.join(map('/'.join, biases))}",
+            got=f"none after {', '.join(map('/'.join, lost))}",
             fix="Fold once for each way that the model can go",
         )
     types, leaves, last = list(program.types), dict(program.leaves), {}
@@ -122,24 +123,28 @@ def rewritten(finder: Finder, biases: Biases) -> Program:
         leaves[bias] = len(types)
         types.append(jax.ShapeDtypeStruct(pair.sizes, types[pair.operand].dtype))
         end = pair.steps[-1]
-        run = partial(
-            _add_bias,
-            [step.op for step in pair.steps if step.op.name in LAYOUT],
-            end.axes,
-            types[end.op.outputs[0]],
-        )
-        last[end.op.outputs] = Op("bias", {}, (pair.output, leaves[bias]), end.op.outputs, run)
+        params = {
+            "layouts": [step.op for step in pair.steps if step.op.name in LAYOUT],
+            "axes": end.axes,
+            "dtype": types[end.op.outputs[0]].dtype,
+        }
+        made = end.op.outputs
+        last[made] = _AddBias("bias", params, (pair.output, leaves[bias]), made)
     ops = tuple(last.get(op.outputs, op) for op in program.ops)
     return pruned(program._replace(types=types, leaves=leaves, ops=ops))
 
 
-def _add_bias(
-    layouts: list[Op], axes: tuple[int, ...], made: Any, value: Array, bias: Array
-) -> Iterable[Array]:
-    for op in layouts:
-        (value,) = op.run(value)
-    bias = jnp.expand_dims(bias.transpose(np.argsort(axes)), _checks.other_axes(axes, value.ndim))
-    return (value.astype(made.dtype) + bias.astype(made.dtype),)
+class _AddBias(Op):
+    """Lays the output of a linear operation out as its chain does, and adds the bias."""
+
+    def run(self, *values: Array) -> Iterable[Array]:
+        value, bias = values
+        for op in self.params["layouts"]:
+            (value,) = op.run(value)
+        axes, dtype = self.params["axes"], self.params["dtype"]
+        others = _checks.other_axes(axes, value.ndim)
+        bias = jnp.expand_dims(bias.transpose(np.argsort(axes)), others)
+        return (value.astype(dtype) + bias.astype(dtype),)
 
 
 def run(
@@ -151,7 +156,7 @@ def run(
     *inputs: Any,
 ) -> Any:
     """Runs a folded model: traces its source for these inputs, rewrites that, and runs it on the folded variables."""
-    given = {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
+    given = by_path(variables)
     _check_shapes(given, shapes)
 
     def typed(path: Any, own: Any) -> Any:
@@ -171,7 +176,7 @@ def _check_shapes(given: Mapping[Path, Any], shapes: Mapping[Path, tuple[int, ..
             )
             _checks.raise_error(
                 "Folded.apply",
-                f"{spelled(path)} is not as the folded model has it",
+                f"{'/'.join(path)} is not as the folded model has it",
                 expected=wanted,
                 got=own,
                 fix="Pass the `variables` of the folded model, not those of its source",

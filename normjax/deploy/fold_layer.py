@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from normjax import _checks
+from normjax._trees import check_known, show
 from normjax._typing import Axes, BatchStats, FeatureArray, Kernel, Params
 from normjax.deploy._wide import narrowed, widened
 
@@ -250,14 +250,12 @@ def _sizes(kernel: np.ndarray, axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _refuse_traced(arguments: dict[str, Any]) -> None:
-    for path, leaf in jax.tree.leaves_with_path(arguments):
-        if isinstance(leaf, Tracer):
-            _checks.raise_error(
+    for name, argument in arguments.items():
+        for path, leaf in jax.tree.leaves_with_path(argument):
+            check_known(
                 FUNCTION,
-                f"{jax.tree_util.keystr(path[:1], simple=True)}{jax.tree_util.keystr(path[1:])} is traced, "
-                "but folding is done once, in float64 with NumPy",
-                expected="arrays",
-                got=str(leaf.aval),
-                fix="Fold outside of jax.jit, jax.grad and jax.vmap, and pass the folded kernel and bias in",
-                kind=TypeError,
+                show(name, path),
+                leaf,
+                because="but folding is done once, in float64 with NumPy",
+                fix="Fold outside of jax.jit, jax.grad and jax.vmap, and pass the folded arrays in",
             )

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from normjax import _checks
-from normjax._leaves import nest
-from normjax.deploy._constants import FUNCTION, spelled
+from normjax._jaxpr import Program
+from normjax._trees import Path, by_path, check_known, nest
+from normjax.deploy._constants import FUNCTION
 from normjax.deploy._pairs import Finder
-from normjax.deploy._program import Path, Program, path_of
 from normjax.deploy._rewrite import find, fold_pair, new_bias, rewritten, run
 
 # what rounding does to the outputs of a deep network, in float32 and in less
@@ -140,12 +139,12 @@ def fold(
       >>> y = jax.jit(folded.apply)(folded.variables, x)
     """
     source = _as_function(model)
-    leaves = {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
+    leaves = by_path(variables)
     _refuse_other_than_arrays(leaves, inputs)
     finder = find(source, variables, inputs)
     found = _choose(finder, pairs)
     kernels = {each.kernel for each in found}
-    chosen = [pair for pair in finder.pairs if spelled(pair.kernel) in kernels]
+    chosen = [pair for pair in finder.pairs if "/".join(pair.kernel) in kernels]
     biases = {pair.kernel: pair.bias or new_bias(pair.kernel, leaves) for pair in chosen}
     new = dict(leaves)
     for pair in chosen:
@@ -190,17 +189,15 @@ def _as_function(model: Any) -> Callable[..., Any]:
 
 
 def _refuse_other_than_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
-    named = [(spelled(path), leaf) for path, leaf in leaves.items()]
+    named = [("/".join(path), leaf) for path, leaf in leaves.items()]
     for name, leaf in [*named, *(("an input", leaf) for leaf in jax.tree.leaves(inputs))]:
-        if isinstance(leaf, Tracer):
-            _checks.raise_error(
-                FUNCTION,
-                f"{name} is traced, but folding is done once, with the values at hand",
-                expected="arrays",
-                got=str(leaf.aval),
-                fix="Fold outside of jax.jit, and jit the `apply` of the result",
-                kind=TypeError,
-            )
+        check_known(
+            FUNCTION,
+            name,
+            leaf,
+            because="but folding is done once, with the values at hand",
+            fix="Fold outside of jax.jit, and jit the `apply` of the result",
+        )
         if isinstance(leaf, bool | str):
             _checks.raise_error(
                 FUNCTION,
@@ -215,10 +212,10 @@ def _refuse_other_than_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
 def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Found, ...]:
     """Returns what becomes of each batch norm; refuses pairs that are named and cannot be folded."""
     possible = [
-        (spelled(pair.kernel), spelled(norm)) for pair in finder.pairs for norm in pair.norms
+        ("/".join(pair.kernel), "/".join(norm)) for pair in finder.pairs for norm in pair.norms
     ]
     folded = {norm for pair in finder.pairs for norm in pair.norms}
-    reasons = {spelled(norm): finder.reason(norm) for norm in finder.norms if norm not in folded}
+    reasons = {"/".join(norm): finder.reason(norm) for norm in finder.norms if norm not in folded}
     named = possible if pairs is None else list(pairs)
     for pair in named:
         if pair not in possible:

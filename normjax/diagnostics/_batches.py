@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from normjax import _checks
-from normjax.optim._trees import check_finite
+from normjax._trees import check_finite, is_nnx, split_module
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the function compiled; of an nnx module, that of copies of it, so that it stays as it is."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is not None and isinstance(function, nnx.Module):
-        graphdef, state = nnx.split(function)
-        return jax.jit(lambda *batches: nnx.merge(graphdef, state, copy=True)(*batches))
+    if is_nnx(function):
+        states, merge = split_module(function)
+        return jax.jit(lambda *batches: merge(*states)(*batches))
     return jax.jit(function)
 
 

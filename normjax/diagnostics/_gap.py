@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _checks
+from normjax._trees import STATISTICS, is_nnx
 from normjax.diagnostics._findings import Finding, Severity
 from normjax.diagnostics._layers import Layer, Values
 from normjax.diagnostics._rules import at_the_start, channels
-from normjax.statistics.models import STATISTICS, Layers, Model, open_model
+from normjax.statistics.models import Layers, Model, open_model
 from normjax.statistics.passes import Step, compile_step
 from normjax.statistics.population import POPULATION, empty_population
 
@@ -26,8 +26,9 @@ CHANCE = 3.0  # times what the choice of the batch's examples makes on average
 
 def with_batch_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, batch: Any) -> Any:
     """Returns the variables with a batch's statistics; NaN where none was seen, inf where they are not finite."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is not None and isinstance(variables, nnx.Module):
+    if is_nnx(variables):
+        from flax import nnx
+
         variables = nnx.clone(variables)  # which is updated itself
     try:
         model = open_model(variables)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,9 +14,8 @@ import numpy as np
 from jax.core import Tracer
 
 from normjax import _checks
-from normjax.optim._trees import path_names, plain
+from normjax._trees import Path, is_nnx, path_names, plain
 
-Path = tuple[str, ...]
 Leaves = dict[Path, Any]
 Values = dict[str, np.ndarray]
 
@@ -65,13 +63,14 @@ class Layer(NamedTuple):
 
 def leaves_of(variables: Any) -> Leaves:
     """Returns the arrays of variables by the names on their paths; nnx's variables and Flax's boxes opened."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is not None and isinstance(variables, nnx.Module):
+    if is_nnx(variables):
+        from flax import nnx
+
         variables = nnx.state(variables)
     if type(variables) is tuple and len(variables) == 2:
         variables = {"params": variables[0], "batch_stats": variables[1]}
     leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(plain(variables)):
+    for path, leaf in jax.tree.leaves_with_path(plain(variables)):
         names = _single(path_names(path))
         if isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
             _checks.raise_error(
@@ -116,9 +115,10 @@ def to_numpy(leaf: Any) -> np.ndarray:
 
 def classes_of(variables: Any) -> dict[Path, str]:
     """Returns the class names of an nnx module's modules by path; of other variables, nothing."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None or not isinstance(variables, nnx.Module):
+    if not is_nnx(variables):
         return {}
+    from flax import nnx
+
     return {
         tuple(map(str, path)): type(module).__name__ for path, module in nnx.iter_modules(variables)
     }

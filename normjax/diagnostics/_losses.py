@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from normjax import _checks
+from normjax._trees import check_arrays, check_finite, open_module, show
 from normjax._typing import promote, widen
-from normjax.optim._invariance import opened
-from normjax.optim._trees import check_arrays, check_finite, show
 
 Loss = Callable[[Any], Float[Array, ""]]
 Scalar = Float[Array, ""]
@@ -33,7 +32,7 @@ def checked(function: str, loss: Loss, params: PyTree) -> tuple[Loss, PyTree[Arr
         expected="a function of params alone",
         fix=f"The order is {function}(loss, params)",
     )
-    params, loss = opened(params, loss)
+    params, loss = open_module(params, loss)
     params = differentiable(function, "params", params)
     shape = jax.eval_shape(loss, params)
     number = isinstance(shape, jax.ShapeDtypeStruct) and shape.shape == ()

@@ -11,9 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from normjax import _checks
+from normjax._trees import check_alike, open_module, path_names
 from normjax.diagnostics._losses import Loss, checked, difference, differentiable, inner, norm
-from normjax.optim._invariance import opened
-from normjax.optim._trees import check_alike, path_names
 
 _FUNCTION = "internal_covariate_shift"
 
@@ -85,7 +84,7 @@ def internal_covariate_shift(
       2018), definition 2.1 and figure 3.
     """
     loss, params = checked(_FUNCTION, loss, params)
-    updated, _ = opened(updated, loss)
+    updated, _ = open_module(updated, loss)
     check_alike(_FUNCTION, ("updated", updated), ("params", params))
     updated = differentiable(_FUNCTION, "updated", updated)
     layer_of = _layers(params, layers)

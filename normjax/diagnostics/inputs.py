@@ -14,6 +14,7 @@ from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array
 
 from normjax import _checks
+from normjax._trees import is_nnx
 
 
 def layer_inputs(
@@ -55,12 +56,11 @@ def layer_inputs(
       >>> print(nj.diagnostics.percentiles(inputs).values["layers_0"])
       [1. 1. 1.]
     """
-    nnx, linen = sys.modules.get("flax.nnx"), sys.modules.get("flax.linen")
     record = _Record()
     with contextlib.ExitStack() as stack:
-        if nnx is not None and isinstance(model, nnx.Module):
+        if is_nnx(model):
             stack.enter_context(_nnx_watched(model, record))
-        elif linen is not None:
+        elif "flax.linen" in sys.modules:
             stack.enter_context(_linen_watched(record))
         outputs = model(*args, **kwargs)
     if not record.inputs:

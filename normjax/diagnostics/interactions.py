@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from normjax import _checks
+from normjax._trees import check_finite
 from normjax._typing import PRNGKey, widen
 from normjax.diagnostics._batches import check_examples, check_rows, compiled
-from normjax.optim._trees import check_finite
 
 
 class Interactions(NamedTuple):

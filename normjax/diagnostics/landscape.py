@@ -14,8 +14,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from normjax import _checks
+from normjax._trees import check_alike
 from normjax.diagnostics._losses import Loss, checked, difference, differentiable, moved, norm
-from normjax.optim._trees import check_alike
 
 
 class Landscape(NamedTuple):

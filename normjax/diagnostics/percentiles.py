@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from normjax import _checks
+from normjax._trees import KeyPath, check_arrays, show
 from normjax._typing import Axes, widen
-from normjax.optim._trees import Path, check_arrays, show
 
 
 class Percentiles(NamedTuple):
@@ -85,7 +85,7 @@ def percentiles(
 
     check_arrays("percentiles", "inputs", inputs)
 
-    def of_layer(path: Path, x: Any) -> Array:
+    def of_layer(path: KeyPath, x: Any) -> Array:
         name = f"percentiles at {show('inputs', path)}"
         x = _checks.activations(name, x)
         if jnp.iscomplexobj(x):

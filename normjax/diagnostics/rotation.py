@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from normjax import _checks
+from normjax._trees import Mask, check_alike, check_arrays, path_names, plain, spread
 from normjax._typing import Axes
 from normjax.optim import effective_learning_rate
-from normjax.optim._directions import inner, norm, reduced_axes, unit
-from normjax.optim._trees import Mask, check_alike, check_arrays, path_names, plain, spread
+from normjax.optim.directions import inner, norm, reduced_axes, unit
 from normjax.optim.effective import OPTIMIZERS, Optimizer
 
 FUNCTION = "rotation"

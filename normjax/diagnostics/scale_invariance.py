@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from normjax._trees import path_names, plain
 from normjax._typing import Axes, DTypeLike
-from normjax.optim._invariance import InvarianceTest, Settings, invariance_test
-from normjax.optim._trees import path_names, plain
+from normjax.optim.invariance import InvarianceTest, Settings, invariance_test
 
 
 class ScaleInvariance(NamedTuple):

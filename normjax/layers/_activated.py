@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from normjax import _checks
 from normjax._typing import Params, promote, widen
-from normjax.layers._batch_step import BatchSpec
+from normjax.layers.batch_step import BatchSpec
 from normjax.statistics.devices import pcast_like
 from normjax.statistics.reduction import (
     OUTPUT,

@@ -31,9 +31,9 @@ from normjax.layers._activated import (
     activate_by_batch,
     check_activation,
 )
-from normjax.layers._affine import init_params, lay_out
-from normjax.layers._batch_step import check_batch_step, into_ghosts, take_step
-from normjax.layers._jit_step import jit_step
+from normjax.layers.affine import init_params, lay_out
+from normjax.layers.batch_step import check_batch_step, into_ghosts, take_step
+from normjax.layers.jit_step import jit_step
 from normjax.statistics.running import init_batch_stats
 
 

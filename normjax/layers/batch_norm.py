@@ -23,19 +23,19 @@ from normjax._typing import (
     PRNGKey,
     RunningVar,
 )
-from normjax.layers._affine import (
+from normjax.layers.affine import (
     init_params,
     lay_out,
     normalize,
 )
-from normjax.layers._batch_step import (
+from normjax.layers.batch_step import (
     BatchSpec,
     batch_or_running,
     check_batch_step,
     into_ghosts,
     take_step,
 )
-from normjax.layers._jit_step import jit_step
+from normjax.layers.jit_step import jit_step
 from normjax.statistics.reduction import batch_moments, read
 from normjax.statistics.running import init_batch_stats
 

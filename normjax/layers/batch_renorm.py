@@ -23,12 +23,14 @@ from normjax._typing import (
     PRNGKey,
     RunningVar,
 )
-from normjax.layers._affine import (
+from normjax.layers._renorm import Limit, correct, take_limits
+from normjax.layers.affine import (
     init_params,
     lay_out,
     normalize,
 )
-from normjax.layers._batch_step import (
+from normjax.layers.batch_norm import infer_step, train_step
+from normjax.layers.batch_step import (
     BatchSpec,
     BatchStep,
     batch_or_running,
@@ -37,9 +39,7 @@ from normjax.layers._batch_step import (
     running_like,
     take_step,
 )
-from normjax.layers._jit_step import jit_step
-from normjax.layers._renorm import Limit, correct, take_limits
-from normjax.layers.batch_norm import infer_step, train_step
+from normjax.layers.jit_step import jit_step
 from normjax.statistics.population import POPULATION
 from normjax.statistics.reduction import batch_moments, read
 from normjax.statistics.running import init_batch_stats

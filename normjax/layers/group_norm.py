@@ -21,14 +21,14 @@ from normjax._typing import (
     Params,
     PRNGKey,
 )
-from normjax.layers._affine import init_params
-from normjax.layers._operands import (
+from normjax.layers.affine import init_params
+from normjax.layers.operands import (
     check_operands,
     check_spec,
     more_than_one_value,
     one_feature_axis,
 )
-from normjax.layers._standardize import StandardizeSpec, standardize
+from normjax.layers.standardize import StandardizeSpec, standardize
 
 DEFAULT_GROUPS = 32  # Wu & He (2018), table 3
 

@@ -20,14 +20,14 @@ from normjax._typing import (
     Params,
     PRNGKey,
 )
-from normjax.layers._affine import init_params
-from normjax.layers._operands import (
+from normjax.layers.affine import init_params
+from normjax.layers.operands import (
     axes_within_examples,
     check_operands,
     check_spec,
     more_than_one_value,
 )
-from normjax.layers._standardize import StandardizeSpec, standardize
+from normjax.layers.standardize import StandardizeSpec, standardize
 
 
 def instance_norm_init(

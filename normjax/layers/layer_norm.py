@@ -21,9 +21,9 @@ from normjax._typing import (
     Params,
     PRNGKey,
 )
-from normjax.layers._affine import init_params
-from normjax.layers._operands import check_operands, check_spec, more_than_one_value
-from normjax.layers._standardize import StandardizeSpec, standardize
+from normjax.layers.affine import init_params
+from normjax.layers.operands import check_operands, check_spec, more_than_one_value
+from normjax.layers.standardize import StandardizeSpec, standardize
 
 
 def layer_norm_init(

@@ -15,9 +15,9 @@ from jaxtyping import Array
 
 from normjax import _checks
 from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Initializer, Params, PRNGKey
-from normjax.layers._affine import init_params, lay_out, scale_and_shift
-from normjax.layers._jit_step import jit_step
-from normjax.layers._operands import check_operands, one_feature_axis
+from normjax.layers.affine import init_params, lay_out, scale_and_shift
+from normjax.layers.jit_step import jit_step
+from normjax.layers.operands import check_operands, one_feature_axis
 from normjax.statistics.reduction import Spec, abs2, read
 
 

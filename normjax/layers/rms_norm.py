@@ -25,9 +25,9 @@ from normjax._typing import (
     PRNGKey,
     widen,
 )
-from normjax.layers._affine import init_params, normalize
-from normjax.layers._jit_step import jit_step_within_examples
-from normjax.layers._operands import check_operands, check_spec
+from normjax.layers.affine import init_params, normalize
+from normjax.layers.jit_step import jit_step_within_examples
+from normjax.layers.operands import check_operands, check_spec
 from normjax.statistics.per_example import mean_square
 from normjax.statistics.reduction import Spec, read
 

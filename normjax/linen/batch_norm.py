@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from normjax._typing import BatchStats, RunningVar
-from normjax.layers._batch_step import (
+from normjax.layers.batch_norm import infer_step, train_step
+from normjax.layers.batch_step import (
     BatchStep,
     check_batch_step,
     take_step,
     with_complex_mean,
 )
-from normjax.layers.batch_norm import infer_step, train_step
 from normjax.linen._shared import common, declare, promoted, sizes
 from normjax.statistics.population import POPULATION
 

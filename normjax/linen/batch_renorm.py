@@ -7,8 +7,7 @@ from functools import partial
 import jax
 from flax import linen as nn
 
-from normjax.layers._renorm import Limit
-from normjax.layers.batch_renorm import take_renorm_step
+from normjax.layers.batch_renorm import Limit, take_renorm_step
 from normjax.linen.batch_norm import BatchNorm, normalize
 
 

@@ -14,13 +14,13 @@ from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import ones, zeros
 
 from normjax._typing import AxisIndexGroups, BatchStats, DTypeLike, Initializer, RunningVar
-from normjax.layers._batch_step import (
+from normjax.layers.batch_norm import infer_step, train_step
+from normjax.layers.batch_step import (
     BatchStep,
     check_batch_step,
     take_step,
     with_complex_mean,
 )
-from normjax.layers.batch_norm import infer_step, train_step
 from normjax.nnx._shared import common, present, promoted, read
 from normjax.statistics.population import POPULATION
 

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from normjax._typing import BatchStats
-from normjax.layers._batch_step import BatchStep
-from normjax.layers._renorm import Limit
-from normjax.layers.batch_renorm import take_renorm_step
+from normjax.layers.batch_renorm import Limit, take_renorm_step
+from normjax.layers.batch_step import BatchStep
 from normjax.nnx.batch_norm import BatchNorm
 
 

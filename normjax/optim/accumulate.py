@@ -13,8 +13,8 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from normjax import _checks
+from normjax._trees import STATISTICS, KeyPath, check_finite, is_layer, path_names, plain, show
 from normjax._typing import RunningVar, promote
-from normjax.optim._trees import Path, check_finite, path_names, plain, show
 from normjax.statistics.moments import merge_moments
 from normjax.statistics.reduction import Moments
 from normjax.statistics.running import OPTIONS, update_batch_stats
@@ -120,7 +120,7 @@ def accumulate(
         check_finite(function, "batch_stats", batch_stats)
         nodes, _ = _nodes("batch_stats", batch_stats)
         return AccumulateState(
-            tuple(_nothing(node) for node in nodes.values() if _is_layer(node)), *_steps(state)
+            tuple(_nothing(node) for node in nodes.values() if is_layer(node)), *_steps(state)
         )
 
     def update(
@@ -141,7 +141,7 @@ def accumulate(
         _check_match(news, olds)
         kept, moments = iter(seen.moments), []
         for path, old in olds.items():
-            if not _is_layer(old):
+            if not is_layer(old):
                 olds[path] = jnp.where(stepped, news[path], old)
                 continue
             own, before = (
@@ -177,21 +177,15 @@ def _steps(state: optax.OptState) -> tuple[Array, Array]:
     return jnp.asarray(plain(found[0].mini_step)), jnp.asarray(plain(found[0].gradient_step))
 
 
-def _is_layer(node: object) -> bool:
-    return isinstance(node, Mapping) and "mean" in node and "var" in node
-
-
-def _nodes(name: str, tree: PyTree) -> tuple[dict[Path, Any], Any]:
+def _nodes(name: str, tree: PyTree) -> tuple[dict[KeyPath, Any], Any]:
     """Returns layers' dicts (or Moments) and other leaves, by their paths; refuses a mean or variance by itself."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: isinstance(node, Moments) or _is_layer(node)
+        tree, is_leaf=lambda node: isinstance(node, Moments) or is_layer(node)
     )
     for path, node in leaves:
-        alone = not isinstance(node, (Moments, Mapping)) and path_names(path)[-1:] in (
-            ("mean",),
-            ("var",),
-        )
-        if alone or (_is_layer(node) and not set(node) <= {"mean", "var", "count"}):
+        name_of_leaf = path_names(path)[-1] if path else ""
+        alone = not isinstance(node, (Moments, Mapping)) and name_of_leaf in STATISTICS
+        if alone or (is_layer(node) and not set(node) <= {"mean", "var", "count"}):
             _checks.raise_error(
                 "accumulate",
                 "there is more or less than a layer's running statistics",
@@ -202,7 +196,7 @@ def _nodes(name: str, tree: PyTree) -> tuple[dict[Path, Any], Any]:
     return dict(leaves), structure
 
 
-def _check_match(news: dict[Path, Any], olds: dict[Path, Any]) -> None:
+def _check_match(news: dict[KeyPath, Any], olds: dict[KeyPath, Any]) -> None:
     """Refuses layers and leaves without their like, or of other shapes."""
     for path in [*olds, *news]:
         if path not in news or path not in olds:
@@ -228,15 +222,13 @@ def _shapes(node: Any) -> dict[str, tuple[int, ...]] | tuple[int, ...]:
     if isinstance(node, Moments):
         return {"mean": jnp.shape(node.mean), "var": jnp.shape(node.var)}
     return (
-        {leaf: jnp.shape(node[leaf]) for leaf in ("mean", "var")}
-        if _is_layer(node)
-        else jnp.shape(node)
+        {leaf: jnp.shape(node[leaf]) for leaf in STATISTICS} if is_layer(node) else jnp.shape(node)
     )
 
 
 def _nothing(layer: Mapping[str, Array]) -> Moments:
     """The moments of no elements, for the features of a layer."""
-    mean, var = (layer[leaf] for leaf in ("mean", "var"))
+    mean, var = (layer[leaf] for leaf in STATISTICS)
     mean, var = (jnp.zeros(leaf.shape, promote(leaf.dtype, jnp.float32)) for leaf in (mean, var))
     return Moments(jnp.zeros_like(var), mean, var)
 
@@ -246,7 +238,7 @@ def _select(condition: Array, yes: Any, no: Any) -> Any:
 
 
 def _own_moments(
-    path: Path,
+    path: KeyPath,
     new: Any,
     old: Mapping[str, Array],
     count: ArrayLike,
@@ -266,13 +258,13 @@ def _own_moments(
     rate = 1 - momentum if momentum is not None else 1 / jnp.maximum(new["count"], 1)
     mean, var = (
         old[leaf] + (new[leaf] - old[leaf]) / jnp.asarray(rate, old[leaf].dtype)
-        for leaf in ("mean", "var")
+        for leaf in STATISTICS
     )
     _check_momentum(path, var, -16 * jnp.finfo(var.dtype).eps / rate * old["var"], momentum)
     return Moments(counts, mean, jnp.maximum(var, 0))
 
 
-def _check_momentum(path: Path, var: Array, rounding: Array, momentum: float | None) -> None:
+def _check_momentum(path: KeyPath, var: Array, rounding: Array, momentum: float | None) -> None:
     """Refuses what another momentum has moved, where it shows and there are values to look at."""
     if not isinstance(var, Tracer) and bool((var < rounding).any()):
         _checks.raise_error(
@@ -285,7 +277,7 @@ def _check_momentum(path: Path, var: Array, rounding: Array, momentum: float | N
 
 
 def _check_tells(
-    path: Path,
+    path: KeyPath,
     new: Mapping[str, Array],
     old: Mapping[str, Array],
     momentum: float | None,

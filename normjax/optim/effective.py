@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 from normjax import _checks
+from normjax._trees import check_arrays, plain
 from normjax._typing import Axes
-from normjax.optim._directions import norm, reduced_axes
-from normjax.optim._trees import check_arrays, plain
+from normjax.optim.directions import norm, reduced_axes
 
 Optimizer = Literal["sgd", "adam"]
 OPTIMIZERS = ("sgd", "adam")

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+import numpy as np
+from jaxtyping import Array, PyTree
 
-from normjax._typing import Axes, DTypeLike
-from normjax.optim._invariance import Settings, invariance_test
-from normjax.optim._trees import plain
+from normjax import _checks
+from normjax._trees import check_arrays, check_finite, open_module, plain
+from normjax._typing import Axes, DTypeLike, promote
+from normjax.optim.directions import inner, norm, unit
+
+_DRAWS = 3  # of output gradients
+_NOISE = 0.3  # in the point of the test, relative to a leaf's root mean square
+_NO_INFLUENCE = 1e-6  # of a leaf's derivative, relative to the largest
 
 
 def scale_invariant(
@@ -38,17 +48,16 @@ def scale_invariant(
 
     with gradients g of random combinations of the outputs (root mean squares over them), and every
     c of `scales`. Both ratios are near 1, or larger, for other parameters, in whatever width and
-    depth. The point of the test is `params`
-    with noise: at the start of training, where biases are zeros, more is invariant than stays so.
+    depth. The point of the test is `params` with noise: at the start of training, where biases are
+    zeros, more is invariant than stays so.
 
     The epsilon of a normalization makes invariance approximate: the ratios are about `epsilon /
-    variance` of what is normalized (3 times that for c = 0.5), some 1e-5 usually. Is the variance
-    below 1e3 epsilon, the kernel is none.
+    variance` of what is normalized (3 times that for c = 0.5), some 1e-5 usually. If the variance
+    is below 1000 epsilon, the kernel is not reported as invariant.
 
     A leaf that the function does not depend on, such as a bias that batch norm cancels, is not
-    among those that are
     found: it has no direction to learn. Nor is one of integers, or with single numbers along
-      `feature_axes`.
+    `feature_axes`.
 
     Args:
       params: any tree of arrays, or an nnx module: its `nnx.Param`s.
@@ -91,3 +100,201 @@ def scale_invariant(
     settings = Settings(feature_axes, scales, tolerance, dtype)
     with invariance_test("scale_invariant", params, function, settings) as test:
         return jax.tree.unflatten(structure, [test.finds(i) for i in range(structure.num_leaves)])
+
+
+class Settings(NamedTuple):
+    """The arguments of the public functions that go by these numbers."""
+
+    feature_axes: Axes
+    scales: Sequence[float]
+    tolerance: float
+    dtype: DTypeLike | None
+
+
+@contextlib.contextmanager
+def invariance_test(
+    name: str, params: PyTree, function: Callable[[Any], PyTree], settings: Settings
+) -> Iterator[InvarianceTest]:
+    """Yields the test, to be asked within the context; refuses in the name of a public function."""
+    for c in settings.scales:
+        _checks.between(name, "scales", c, sys.float_info.min, math.inf)
+    _checks.between(name, "tolerance", settings.tolerance, 0.0, 1.0)
+    _checks.must_be_callable(
+        name,
+        "function",
+        function,
+        expected="a function of params alone",
+        fix=f"The order is {name}(params, function)",
+    )
+    params, function = open_module(params, function)
+    arrays = plain(params)
+    check_arrays(name, "params", arrays)
+    check_finite(name, "params", arrays)
+    with _precision(settings.dtype):
+        yield InvarianceTest(name, params, function, settings)
+
+
+class InvarianceTest:
+    """A function at a point near the parameters, and how it changes with the length of each leaf.
+
+    Leaves go by their number. Those that are not `tested` have no length: integers, single numbers
+    along feature axes.
+    """
+
+    def __init__(
+        self, name: str, params: PyTree, function: Callable[[Any], PyTree], settings: Settings
+    ):
+        leaves, structure = jax.tree.flatten(params)
+        self._settings = settings
+        self._random = np.random.default_rng(0)
+        reduced = {i: _reduced(leaf, settings.feature_axes) for i, leaf in enumerate(leaves)}
+        self._axes = {i: axes for i, axes in reduced.items() if axes}
+        self._point = [self._near(leaf, settings.dtype) for leaf in leaves]
+
+        @jax.jit
+        def evaluate(leaves: list[Array]) -> tuple[Array, PyTree]:
+            outputs = function(jax.tree.unflatten(structure, leaves))
+            check_arrays(name, "function(params)", outputs)
+            return _real_vector(name, outputs), outputs
+
+        self._evaluate = evaluate
+        self._base, outputs = evaluate(self._point)
+        check_finite(name, "function(params)", outputs)
+        self._slopes = self._differentiate()
+        self._largest = max((slope.by_chance.max() for slope in self._slopes.values()), default=0.0)
+
+    @property
+    def tested(self) -> list[int]:
+        """The leaves that have a length."""
+        return list(self._axes)
+
+    def finds(self, i: int) -> bool:
+        """Whether the function depends on the i-th leaf, and on its direction alone."""
+        return i in self._axes and self.passes(
+            i, itertools.chain([self.radial(i)], self.changes(i))
+        )
+
+    def passes(self, i: int, ratios: Iterable[float]) -> bool:
+        """Whether the i-th leaf matters at all, and its ratios are small; the first that is not settles it."""
+        return self.influence(i) > _NO_INFLUENCE and all(
+            ratio <= self._settings.tolerance for ratio in ratios
+        )
+
+    def influence(self, i: int) -> float:
+        """The derivative along random steps of the i-th leaf's length, relative to the largest of all leaves."""
+        return float(self._slopes[i].by_chance.max() / (self._largest or 1.0))
+
+    def radial(self, i: int) -> float:
+        """The derivative along the i-th leaf, relative to that along random steps: the largest of all features."""
+        along, by_chance = self._slopes[i]
+        counts = by_chance > _NO_INFLUENCE * self._largest
+        return float((along[counts] / by_chance[counts]).max(initial=0.0))
+
+    def cosine(self, i: int) -> float:
+        """That between the i-th leaf and its gradient."""
+        return self.radial(i) * self.chance(i)
+
+    def chance(self, i: int) -> float:
+        """The root mean square of the cosine between the i-th leaf and random directions, where `radial` is 1."""
+        return 1 / math.sqrt(math.prod(self._point[i].shape[axis] for axis in self._axes[i]))
+
+    def changes(self, i: int) -> Iterator[float]:
+        """How far outputs move with the i-th leaf scaled, relative to random changes of the size, for each scale."""
+        w, axes = self._point[i], self._axes[i]
+        features = tuple(1 if axis in axes else size for axis, size in enumerate(w.shape))
+        for first in range(len(self._settings.scales)):
+            c = np.resize(np.roll(self._settings.scales, -first), features)
+            other = norm(w, axes) * unit(self._noise(w), axes)
+            yield _ratio(self._change(i, w * c), self._change(i, w + np.abs(c - 1) * other))
+
+    def _change(self, i: int, w: Array) -> float:
+        """How far the outputs move with another i-th leaf."""
+        w = w.astype(self._point[i].dtype)
+        return float(
+            jnp.linalg.norm(
+                self._evaluate([*self._point[:i], w, *self._point[i + 1 :]])[0] - self._base
+            )
+        )
+
+    def _differentiate(self) -> dict[int, _Slope]:
+        def combined(tested: dict[int, Array], weights: Array) -> Array:
+            outputs, _ = self._evaluate([tested.get(i, leaf) for i, leaf in enumerate(self._point)])
+            return jnp.vdot(weights, outputs)
+
+        tested = {i: self._point[i] for i in self._axes}
+        gradient = jax.jit(jax.grad(combined))
+        draws = [gradient(tested, self._noise(self._base)) for _ in range(_DRAWS)]
+        return {
+            i: _slope(w, [jnp.conj(draw[i]) for draw in draws], self._axes[i])
+            for i, w in tested.items()
+        }
+
+    def _near(self, leaf: Array, dtype: DTypeLike | None) -> Array:
+        """The leaf with noise, in the precision of the test; integers and keys as they are."""
+        if not _inexact(leaf):
+            return leaf
+        leaf = jnp.asarray(leaf, leaf.dtype if dtype is None else promote(dtype, leaf.dtype))
+        size = float(jnp.sqrt(jnp.mean(jnp.abs(leaf) ** 2))) or 1.0
+        return leaf + (_NOISE * size * self._noise(leaf)).astype(leaf.dtype)
+
+    def _noise(self, like: Array) -> Array:
+        return jnp.asarray(self._random.standard_normal(like.shape), like.dtype)
+
+
+class _Slope(NamedTuple):
+    """Derivatives along a leaf, and along random steps of its length: root mean squares, for each feature."""
+
+    along: np.ndarray
+    by_chance: np.ndarray
+
+
+def _slope(w: Array, gradients: list[Array], axes: tuple[int, ...]) -> _Slope:
+    along = sum(np.asarray(inner(w, g, axes)) ** 2 for g in gradients)
+    steepest = sum(np.asarray(norm(w, axes) * norm(g, axes)) ** 2 for g in gradients)
+    return _Slope(np.sqrt(along), np.sqrt(steepest / math.prod(w.shape[axis] for axis in axes)))
+
+
+def _ratio(change: float, other: float) -> float:
+    """The quotient; 0 where nothing moves at all."""
+    return change / other if other else math.inf if change else 0.0
+
+
+def _reduced(leaf: Any, feature_axes: Axes) -> tuple[int, ...] | None:
+    """The axes over which weights have one scale; None without such axes, or with a single weight along them."""
+    kept = tuple(feature_axes) if isinstance(feature_axes, Sequence) else (feature_axes,)
+    if not _inexact(leaf) or any(not -leaf.ndim <= axis < leaf.ndim for axis in kept):
+        return None
+    axes = _checks.other_axes([axis % leaf.ndim for axis in kept], leaf.ndim)
+    return axes if math.prod(leaf.shape[axis] for axis in axes) > 1 else None
+
+
+def _inexact(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+
+
+def _real_vector(name: str, outputs: PyTree) -> Array:
+    """All floating-point outputs as one real vector."""
+    leaves = [leaf for leaf in jax.tree.leaves(outputs) if _inexact(leaf)]
+    if not leaves:
+        _checks.raise_error(
+            name,
+            "the function returns nothing that could change",
+            expected="floating-point outputs, or a loss",
+            got=f"{jax.tree.map(jnp.result_type, outputs)}",
+            fix="Return what should be invariant",
+        )
+    return jnp.concatenate(
+        [
+            jnp.ravel(part)
+            for leaf in leaves
+            for part in ((leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,))
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _precision(dtype: DTypeLike | None) -> Iterator[None]:
+    """Allows for float64, and for constants of the function that are of less."""
+    wide = contextlib.nullcontext() if dtype is None else jax.enable_x64(True)
+    with wide, jax.numpy_dtype_promotion("standard"):
+        yield

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from normjax import _checks
-from normjax.optim._trees import Path, path_names, plain, show
+from normjax._trees import KeyPath, path_names, plain, show
 
 Kind = Literal["kernel", "embedding", "scale", "bias", "activation", "statistic"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -171,7 +171,7 @@ def _normalizes(above: list[str]) -> bool:
     return not of_kernels and any(word.endswith("norm") or word in _ABBREVIATED for word in words)
 
 
-def _refuse_unknown(unknown: list[tuple[Path, Any]]) -> None:
+def _refuse_unknown(unknown: list[tuple[KeyPath, Any]]) -> None:
     listed = ", ".join(
         f"{show('params', path)} of shape {np.shape(leaf)}" for path, leaf in unknown[:5]
     )

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike
 
+from normjax._trees import KeyPath, Mask, spread
 from normjax._typing import Axes, widen
-from normjax.optim._directions import inner as inner_product
-from normjax.optim._directions import reduced_axes, tangent, unit
-from normjax.optim._trees import Mask, Path, check_params, spread, transformation
+from normjax.optim._transformations import check_params, transformation
+from normjax.optim.directions import inner as inner_product
+from normjax.optim.directions import reduced_axes, tangent, unit
 
 
 def project_scale_invariant(
@@ -112,7 +113,7 @@ def project_scale_invariant(
         )
 
         def projected(
-            path: Path, w: Array, gradient: Array, u: Array, chosen: bool, decays: bool
+            path: KeyPath, w: Array, gradient: Array, u: Array, chosen: bool, decays: bool
         ) -> Array:
             part = jnp.ones(())
             new = u

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
+from normjax._trees import KeyPath, Mask, spread
 from normjax._typing import Axes, widen
-from normjax.optim._directions import norm, reduced_axes, tangent, unit
-from normjax.optim._trees import Mask, Path, check_params, spread, transformation
+from normjax.optim._transformations import check_params, transformation
+from normjax.optim.directions import norm, reduced_axes, tangent, unit
 
 _BETA = 0.9  # of the mean of squared lengths
 Rotation = ArrayLike | Callable[[Array], ArrayLike]
@@ -153,7 +154,7 @@ class _Sphere(NamedTuple):
         return updates, RenormalizeState(count, inner_state, radii)
 
     def _axes(self, params: PyTree) -> PyTree[_Axes]:
-        def reduced(path: Path, w: Array, chosen: bool) -> _Axes:
+        def reduced(path: KeyPath, w: Array, chosen: bool) -> _Axes:
             return _Axes(
                 reduced_axes("renormalize", self.feature_axes, w, path) if chosen else None
             )

@@ -5,7 +5,6 @@ A layer is a dict with `mean` and `var`, and maybe `count`; a model's layers go 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn, Protocol
 
@@ -13,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from normjax import _checks
+from normjax import _checks, _trees
+from normjax._trees import STATISTICS, KeyPath, is_layer, is_nnx
 from normjax.statistics.population import POPULATION
 
 FUNCTION = "recalibrate"
-STATISTICS = ("mean", "var")
 LEAVES = (*STATISTICS, "count")
 
 Layer = dict[str, Any]
@@ -50,8 +49,7 @@ class Model(Protocol):
 
 def open_model(variables: Any) -> Model:
     """Returns the model; refuses one without layers."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is not None and isinstance(_batch_stats_of(variables), nnx.State):
+    if is_nnx(_batch_stats_of(variables), "State"):
         _checks.raise_error(
             FUNCTION,
             "there is an nnx.State and no module for it",
@@ -60,9 +58,7 @@ def open_model(variables: Any) -> Model:
             fix="Pass nnx.merge(graphdef, state), and apply_fn as a function of the module",
             kind=TypeError,
         )
-    model = (
-        NNX(variables) if nnx is not None and isinstance(variables, nnx.Module) else Tree(variables)
-    )
+    model = NNX(variables) if is_nnx(variables) else Tree(variables)
     if not model.layers:
         _checks.raise_error(
             FUNCTION,
@@ -97,9 +93,7 @@ class Tree:
                 fix="Return the new statistics behind the output",
                 kind=TypeError,
             )
-        updates = result[1]
-        named = isinstance(updates, Mapping) and "batch_stats" in updates
-        returned = _layers_in(updates["batch_stats"] if named else updates)
+        returned = _layers_in(_trees.new_batch_stats(result[1]))
         for path in layers:
             if path not in returned:
                 _missing(path, returned)
@@ -150,42 +144,37 @@ class NNX:
 
 
 def _batch_stats_of(variables: Any) -> Any:
-    if isinstance(variables, Mapping) and "batch_stats" in variables:
-        return variables["batch_stats"]
-    return variables[1] if _is_pair(variables) else variables
+    return _collections(variables)[0]["batch_stats"]
+
+
+def _collections(variables: Any) -> tuple[_trees.Collections, Callable[[_trees.Collections], Any]]:
+    return _trees.collections(variables, known=("batch_stats",), alone="batch_stats")
 
 
 def _replaced(variables: Any, layers: Layers) -> Any:
     """Returns the variables with these layers in place of those of the same paths."""
-    if isinstance(variables, Mapping) and "batch_stats" in variables:
-        return _updated(variables, {"batch_stats": _replaced_in(variables["batch_stats"], layers)})
-    if _is_pair(variables):
-        return variables[0], _replaced_in(variables[1], layers)
-    return _replaced_in(variables, layers)
 
+    def replaced(path: KeyPath, node: Any) -> Any:
+        if not is_layer(node):
+            return node
+        kind: Any = type(node)  # Flax's FrozenDict, too
+        return kind({**node, **layers[_name(path)]})
 
-def _replaced_in(batch_stats: Any, layers: Layers) -> Any:
-    def replaced(path: tuple, node: Any) -> Any:
-        return _updated(node, layers[_name(path)]) if _is_layer(node) else node
-
-    return jax.tree.map_with_path(replaced, batch_stats, is_leaf=_is_layer)
-
-
-def _updated(mapping: Mapping, new: Mapping) -> Any:
-    kind: Any = type(mapping)  # Flax's FrozenDict, too
-    return kind({**mapping, **new})
+    found, pack = _collections(variables)
+    new = jax.tree.map_with_path(replaced, found["batch_stats"], is_leaf=is_layer)
+    return pack(found | {"batch_stats": new})
 
 
 def _layers_in(batch_stats: Any) -> Layers:
     """Returns the layers of a tree by path; refuses a mean without a variance, and the reverse."""
-    nodes, _ = jax.tree.flatten_with_path(batch_stats, is_leaf=_is_layer)
+    nodes, _ = jax.tree.flatten_with_path(batch_stats, is_leaf=is_layer)
     layers = {}
     for path, node in nodes:
-        if _is_layer(node):
+        if is_layer(node):
             layers[_name(path)] = {
                 leaf: node[leaf] for leaf in (*LEAVES, POPULATION) if leaf in node
             }
-        elif path and (alone := jax.tree_util.keystr(path[-1:], simple=True)) in STATISTICS:
+        elif path and (alone := _trees.path_names(path)[-1]) in STATISTICS:
             (other,) = set(STATISTICS) - {alone}
             _checks.raise_error(
                 FUNCTION,
@@ -197,31 +186,21 @@ def _layers_in(batch_stats: Any) -> Layers:
     return layers
 
 
-def _is_layer(node: Any) -> bool:
-    return isinstance(node, Mapping) and all(
-        leaf in node and not isinstance(node[leaf], Mapping) for leaf in STATISTICS
-    )
-
-
-def _is_pair(variables: Any) -> bool:
-    return isinstance(variables, tuple) and len(variables) == 2
-
-
-def _name(path: tuple) -> str:
-    return f"batch_stats{jax.tree_util.keystr(path)}"
+def _name(path: KeyPath) -> str:
+    return _trees.show("batch_stats", path)
 
 
 def _norms(module: Any) -> dict[str, Any]:
     """Returns the modules with running statistics, by path."""
     from flax import nnx
 
-    def is_layer(node: Any) -> bool:
+    def has_statistics(node: Any) -> bool:
         return all(isinstance(getattr(node, leaf, None), nnx.BatchStat) for leaf in STATISTICS)
 
     named = {
         "".join(f"[{part!r}]" for part in path): node for path, node in nnx.iter_modules(module)
     }
-    return {f"model{path}": node for path, node in named.items() if is_layer(node)}
+    return {f"model{path}": node for path, node in named.items() if has_statistics(node)}
 
 
 def _missing(path: str, returned: Collection[str]) -> NoReturn:

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from normjax import _checks
-from normjax.statistics.models import FUNCTION, STATISTICS, ApplyFn, Layer, Layers, Model
+from normjax._trees import STATISTICS
+from normjax.statistics.models import FUNCTION, ApplyFn, Layer, Layers, Model
 from normjax.statistics.population import POPULATION
 
 Step = Callable[[Any, PyTree[Array], Layers, Any], tuple[Layers, "Report"]]

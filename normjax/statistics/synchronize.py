@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -10,11 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from normjax import _checks
+from normjax._trees import KeyPath, Path, path_names, show
 from normjax._typing import AxisIndexGroups, AxisName, promote
 from normjax.statistics.devices import DeviceGroup, device_group
 from normjax.statistics.reduction import abs2
-
-Path = tuple[Any, ...]
 
 
 def sync_batch_stats(
@@ -68,7 +66,10 @@ def sync_batch_stats(
     step = 1.0 if momentum is None else 1.0 - _below_one(momentum)
     leaves, structure = jax.tree.flatten_with_path(jax.tree.map(jnp.asarray, batch_stats))
     own = dict(leaves)
-    means_beside = {path: _mean_beside(path, own) for path in own if _name(path) == "var"}
+    named = {path_names(path): path for path in own}
+    means_beside = {
+        path: _mean_beside(names, named) for names, path in named.items() if names[-1:] == ("var",)
+    }
     merged = _averaged(own, devices)
     spreads = {
         path: abs2(_wide(own[mean]) - _wide(merged[mean])) for path, mean in means_beside.items()
@@ -104,22 +105,18 @@ def _averaged(leaves: dict[Any, Array], devices: DeviceGroup) -> dict[Any, Array
     }
 
 
-def _mean_beside(path: Path, leaves: Collection[Path]) -> Path:
+def _mean_beside(names: Path, named: dict[Path, KeyPath]) -> KeyPath:
     """Returns the path of the mean that lies beside a variance."""
-    for other in leaves:
-        if other[:-1] == path[:-1] and _name(other) == "mean":
-            return other
+    mean = named.get((*names[:-1], "mean"))
+    if mean is not None:
+        return mean
     _checks.raise_error(
         "sync_batch_stats",
         "there is a variance without a mean",
         expected="'mean' beside each 'var'",
-        got=f"batch_stats{jax.tree_util.keystr(path)} and no mean beside it",
+        got=f"{show('batch_stats', named[names])} and no mean beside it",
         fix="Pass the dicts of whole layers",
     )
-
-
-def _name(path: Path) -> str:
-    return jax.tree_util.keystr(path[-1:], simple=True)
 
 
 def _wide(leaf: Array) -> Array:

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from normjax import _checks
 from normjax._typing import Axes, BatchStats, DTypeLike, Kernel, Params, PRNGKey, widen
-from normjax.layers._jit_step import jit_step
+from normjax.layers.jit_step import jit_step
 from normjax.statistics.reduction import abs2
 
 

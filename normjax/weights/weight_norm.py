@@ -11,9 +11,9 @@ from jaxtyping import Array
 
 from normjax import _checks
 from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Kernel, Params, widen
-from normjax.layers._affine import lay_out, scale_and_shift
-from normjax.layers._jit_step import jit_step
-from normjax.layers._operands import check_operands, check_spec
+from normjax.layers.affine import lay_out, scale_and_shift
+from normjax.layers.jit_step import jit_step
+from normjax.layers.operands import check_operands, check_spec
 from normjax.statistics.moments import moments
 from normjax.statistics.reduction import Spec, abs2
 

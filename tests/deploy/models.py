@@ -6,7 +6,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from normjax.deploy._program import path_of
+from normjax._trees import path_of
 
 
 class Model(nn.Module):

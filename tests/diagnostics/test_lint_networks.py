@@ -329,7 +329,7 @@ class TestVariables:
 
 
 class TestErrors:
-    def raise_error(self, message, *args, kind=ValueError, **settings):
+    def refuse(self, message, *args, kind=ValueError, **settings):
         with pytest.raises(kind, match=message):
             lint(*args, **settings)
 

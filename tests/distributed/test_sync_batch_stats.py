@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.core import FrozenDict, freeze
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -173,6 +174,13 @@ def test_flax_collections_and_complex_means_keep_their_kind():
     assert isinstance(merged, FrozenDict)
     assert_same_kind(merged, tree)
     assert_trees_close(merged, tree, rtol=1e-6)
+
+
+def test_an_nnx_state_is_merged_as_a_dict_is(rng):
+    stats = model(rng)["block"]["second"]
+    state = nnx.State({leaf: nnx.BatchStat(value) for leaf, value in stats.items()})
+    sync = over_devices(lambda own: nj.sync_batch_stats(own, "data"))
+    assert_trees_close(nnx.to_pure_dict(sync(state)), sync(stats))
 
 
 def test_an_axis_that_is_not_there():

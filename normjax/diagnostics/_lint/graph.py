@@ -8,11 +8,16 @@ from collections.abc import Hashable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from normjax._jaxpr import Op, Program, makers
+
 MIXING = {"dot_general", "conv_general_dilated", "gather"}
 COLLECTIVE = ("psum", "pmax", "pmin", "ppermute", "all_gather", "all_to_all", "reduce_scatter")
+# What becomes of several operands, each by itself.
+ONE_BY_ONE = {"psum", "psum_invariant", "pmax", "pmin", "optimization_barrier", "pvary", "pcast"}
 ROOT = -1
 
 
@@ -69,56 +74,41 @@ class Graph:
       leaves: those that are leaves of the variables.
       inputs: those that are leaves of x.
       outputs: those that are returned as the network's outputs.
-      updates: those that are returned as new statistics.
+      updates: those that are returned as new statistics, in a tree.
       users: by value, those that are made from it.
     """
 
-    def __init__(self, statistics: frozenset[int] = frozenset()) -> None:
+    def __init__(self, program: Program, statistics: frozenset[int] = frozenset()) -> None:
         self.statistics = statistics
         self.nodes: list[Node] = []
-        self.leaves: list[int] = []
-        self.inputs: list[int] = []
-        self.outputs: list[int] = []
-        self.updates: list[int] = []
-        self.users: list[list[int]] = []
-        self._constants: dict[int, Any] = {}
+        self.leaves = list(program.leaves.values())
+        self.inputs = list(program.inputs)
+        self.users: list[list[int]] = [[] for _ in program.types]
+        self._constants = program.constants
         self._above: list[int] = []  # the immediate dominator among activations
         self._depth: list[int] = []
+        given = dict.fromkeys(self.leaves, "leaf") | dict.fromkeys(self.inputs, "input")
+        made_by = makers(program)
+        for number, aval in enumerate(program.types):
+            op = made_by.get(number) or Op(given.get(number, "constant"), {}, (), ())
+            self._add(number, op, aval)
+        outputs, self.updates = jax.tree.unflatten(program.structure, program.outputs)
+        self.outputs = jax.tree.leaves(outputs)
+        self._forget_users(set(program.outputs))
 
-    def add(
-        self,
-        op: str,
-        inputs: Sequence[int],
-        aval: Any,
-        params: Mapping[str, Any] = {},
-        eqn: Any = None,
-    ) -> int:
-        """Adds a value and returns its number."""
-        number = len(self.nodes)
-        node = Node(op, tuple(inputs), aval, params, eqn, self._kind(op, inputs, aval))
+    def _add(self, number: int, op: Op, aval: Any) -> None:
+        inputs = _inputs(op, number)
+        node = Node(op.name, inputs, aval, op.params, op.eqn, self._kind(op.name, inputs, aval))
         self.nodes.append(node)
-        self.users.append([])
         for given in dict.fromkeys(inputs):
             self.users[given].append(number)
-        above = (
-            functools.reduce(self.common, self.data(number))
-            if self.data(number) and op != "carry"
-            else ROOT
-        )
+        data = self.data(number)
+        above = functools.reduce(self.common, data) if data and op.name != "carry" else ROOT
         self._above.append(above)
         self._depth.append(0 if above == ROOT else self._depth[above] + 1)
-        return number
 
-    def constant(self, value: Any, aval: Any) -> int:
-        """Adds a value that is known."""
-        number = self.add("constant", (), aval)
-        self._constants[number] = value
-        return number
-
-    def finish(self, outputs: list[int], updates: list[int]) -> None:
-        """Says what is returned, and forgets users that nothing of it is made from."""
-        self.outputs, self.updates = outputs, updates
-        needed = {*outputs, *updates}
+    def _forget_users(self, needed: set[int]) -> None:
+        """Forgets the users that nothing that is returned is made from."""
         for number in range(len(self.nodes) - 1, -1, -1):
             if number in needed:
                 needed.update(self.nodes[number].inputs)
@@ -228,6 +218,13 @@ class Graph:
         return (
             node.op == "mul" and node.kind == Kind.PARAM and self.sources(number) <= self.statistics
         )
+
+
+def _inputs(op: Op, number: int) -> tuple[int, ...]:
+    """Returns what one of the outputs of an operation is made from."""
+    if op.name in ONE_BY_ONE and len(op.inputs) == len(op.outputs):
+        return (op.inputs[op.outputs.index(number)],)
+    return op.inputs
 
 
 def collective_axes(node: Node) -> tuple[Hashable, ...]:

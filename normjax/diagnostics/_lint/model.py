@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import PyTree
 
-from normjax import _checks
+from normjax import _checks, _trees
+from normjax._trees import STATISTICS
 
 FUNCTION = "lint"
-STATISTICS = ("mean", "var")
 
 
 class Leaf(NamedTuple):
@@ -62,11 +61,11 @@ def open_model(apply_fn: Callable[[Any, Any], Any], variables: Any) -> Model:
         expected="a function (variables, x) -> (y, batch_stats)",
         fix="The order is lint(apply_fn, variables, x)",
     )
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is not None and isinstance(variables, nnx.Module):
+    if _trees.is_nnx(variables):
         return _of_nnx(apply_fn, variables)
-    collections, pack = _collections(variables)
-    names = _names(collections)
+    alone = "batch_stats" if _is_updates(variables) else "params"
+    found, pack = _trees.collections(variables, known=("params", "batch_stats"), alone=alone)
+    names = _names(found)
     has_statistics = any(name.is_statistic for name in names)
 
     def function(collections: dict[str, PyTree], x: PyTree) -> tuple[PyTree, PyTree]:
@@ -76,10 +75,7 @@ def open_model(apply_fn: Callable[[Any, Any], Any], variables: Any) -> Model:
             and len(result) == 2
             and (has_statistics or _is_updates(result[1]))
         ):
-            updates = result[1]
-            return result[0], updates.get("batch_stats", updates) if isinstance(
-                updates, Mapping
-            ) else updates
+            return result[0], _trees.new_batch_stats(result[1])
         if has_statistics:
             _checks.raise_error(
                 FUNCTION,
@@ -91,56 +87,35 @@ def open_model(apply_fn: Callable[[Any, Any], Any], variables: Any) -> Model:
             )
         return result, {}
 
-    return Model(function, collections, names)
+    return Model(function, found, names)
 
 
 def _of_nnx(apply_fn: Callable[[Any, Any], Any], module: Any) -> Model:
     from flax import nnx
 
-    graphdef, params, batch_stats, others = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
-    collections = {"batch_stats": batch_stats, "others": others, "params": params}
+    states, merge = _trees.split_module(module, nnx.Param, nnx.BatchStat, ...)
+    order = ("params", "batch_stats", "others")
+    found: dict[str, PyTree] = dict(zip(order, states, strict=True))
 
     def function(collections: dict[str, PyTree], x: PyTree) -> tuple[PyTree, PyTree]:
-        model = nnx.merge(
-            graphdef,
-            *(collections[name] for name in ("params", "batch_stats", "others")),
-            copy=True,
-        )
+        model = merge(*(collections[name] for name in order))
         return apply_fn(model, x), nnx.state(model, nnx.BatchStat)
 
-    return Model(function, collections, _names(collections))
-
-
-def _collections(variables: Any) -> tuple[dict[str, PyTree], Callable[[dict[str, PyTree]], Any]]:
-    """Returns the variables by collection, and what makes of those the variables again."""
-    if isinstance(variables, Mapping) and {"params", "batch_stats"} & set(variables):
-        kind: Any = type(variables)  # Flax's FrozenDict, too
-        return dict(variables), kind
-    if isinstance(variables, tuple) and len(variables) == 2:
-        pair = {"params": variables[0], "batch_stats": variables[1]}
-        return pair, lambda collections: (collections["params"], collections["batch_stats"])
-    alone = "batch_stats" if _is_updates(variables) else "params"
-    return {alone: variables}, lambda collections: collections[alone]
+    return Model(function, found, _names(found))
 
 
 def _is_updates(updates: Any) -> bool:
     """Whether that is a tree of statistics, maybe an empty one."""
     return isinstance(updates, Mapping) and all(
-        leaf.name in (*STATISTICS, "count") for leaf in _names({"batch_stats": updates})
+        leaf.name in (*STATISTICS, "count") for leaf in names_in("batch_stats", updates)
     )
 
 
 def _names(collections: Mapping[str, PyTree]) -> list[Leaf]:
-    return [
-        Leaf(collection, *name_of(path))
-        for collection in sorted(collections)
-        for path, _ in jax.tree.leaves_with_path(collections[collection])
-    ]
+    return [leaf for name in sorted(collections) for leaf in names_in(name, collections[name])]
 
 
-def name_of(path: tuple[Any, ...]) -> tuple[tuple[str, ...], str]:
-    """Returns the names on the way to a leaf, and its own."""
-    if len(path) > 1 and getattr(path[-1], "name", None) == "value":
-        path = path[:-1]  # a box around the array
-    names = [part for key in path for part in jax.tree_util.keystr((key,), simple=True).split("/")]
-    return tuple(names[:-1]), names[-1] if names else ""
+def names_in(collection: str, tree: PyTree) -> list[Leaf]:
+    """Returns the names of a collection's leaves, in their order."""
+    paths = [_trees.path_names(path) or ("",) for path, _ in jax.tree.leaves_with_path(tree)]
+    return [Leaf(collection, path[:-1], path[-1]) for path in paths]

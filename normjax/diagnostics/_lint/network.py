@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from normjax.diagnostics._lint import flow
 from normjax.diagnostics._lint.graph import ROOT, Unknown
-from normjax.diagnostics._lint.model import Leaf, Model, name_of
+from normjax.diagnostics._lint.model import Leaf, Model, names_in
 from normjax.diagnostics._lint.norms import Norm, find_norms
 from normjax.diagnostics._lint.trace import trace
 
@@ -31,7 +31,7 @@ class Network:
     def __init__(self, model: Model, x: Any, sizes: Mapping[Hashable, int]):
         self.sizes = dict(sizes)
         statistics = [i for i, leaf in enumerate(model.names) if leaf.is_statistic]
-        self.graph, made = trace(
+        self.graph = trace(
             model.function, model.variables, x, axes=tuple(sizes.items()), statistics=statistics
         )
         self.leaves = dict(zip(self.graph.leaves, model.names, strict=True))
@@ -42,11 +42,9 @@ class Network:
         self._values = {
             leaf: value for leaf, value in values if not isinstance(value, jax.ShapeDtypeStruct)
         }
-        paths = [name_of(path) for path, _ in jax.tree.leaves_with_path(made[1])]
-        self.updates = {
-            Leaf("batch_stats", *path): new
-            for path, new in zip(paths, self.graph.updates, strict=True)
-        }
+        updates = self.graph.updates
+        names = names_in("batch_stats", updates)
+        self.updates = dict(zip(names, jax.tree.leaves(updates), strict=True))
         self._running = self._find_running()
 
     def path(self, norm: Norm) -> str:

@@ -9,10 +9,9 @@ import jax
 from jax.extend import core
 from jaxtyping import PyTree
 
+from normjax import _jaxpr
+from normjax._jaxpr import Writer
 from normjax.diagnostics._lint.graph import Graph
-
-# What becomes of several operands, each by itself.
-ONE_BY_ONE = {"psum", "psum_invariant", "pmax", "pmin", "optimization_barrier", "pvary", "pcast"}
 
 
 def trace(
@@ -22,113 +21,74 @@ def trace(
     *,
     axes: Sequence[tuple[Hashable, int]] = (),
     statistics: Iterable[int] = (),
-) -> tuple[Graph, Any]:
+) -> Graph:
     """Traces a function `(variables, x) -> (outputs, updates)`.
 
-    Args:
-      function: to be traced.
-      variables: its first argument.
-      x: its second.
-      axes: the mapped axes that it is traced under, and their sizes.
-      statistics: which of the leaves of the variables are running statistics, by their number.
-
-    Returns:
-      The graph, and what the function returns, as shapes.
+    It is traced under the mapped `axes`, whose sizes are beside their names. `statistics` are the
+    numbers of those leaves of the variables that are running statistics.
     """
     try:
-        closed, made = jax.make_jaxpr(function, axis_env=list(axes), return_shape=True)(
-            variables, x
-        )
+        program = _jaxpr.trace(function, variables, (x,), inline=_inline, axes=axes)
     except NameError as error:  # of an axis, in all likelihood
         error.add_note(
             "lint: if apply_fn is to be mapped over an axis, pass its name: lint(..., axis_name='data')"
         )
         raise
-    graph, count = Graph(frozenset(statistics)), len(jax.tree.leaves(variables))
-    avals = [var.aval for var in closed.jaxpr.invars]
-    graph.leaves = [graph.add("leaf", (), aval) for aval in avals[:count]]
-    graph.inputs = [graph.add("input", (), aval) for aval in avals[count:]]
-    results = _Writer(graph).write(closed, [*graph.leaves, *graph.inputs])
-    outputs = len(jax.tree.leaves(made[0]))
-    graph.finish(results[:outputs], results[outputs:])
-    return graph, made
+    return Graph(program, frozenset(statistics))
 
 
-class _Writer:
-    """Writes jaxprs out into a graph."""
+def _inline(writer: Writer, eqn: Any, inputs: list[int]) -> Sequence[int] | None:
+    """Writes out whatever has a body: calls, derivatives, branches and loops."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return _scan(writer, params, inputs)
+    if name == "while":
+        return _while(writer, params, inputs)
+    if name == "cond":
+        ends = [writer.write(branch, inputs[1:]) for branch in params["branches"]]
+        return [_add(writer, "branch", (inputs[0], *each)) for each in zip(*ends, strict=True)]
+    body = _body(eqn)
+    if body is None:
+        return None
+    if name == "shard_map":
+        shards = zip(inputs, body.invars, params["in_specs"], strict=True)
+        inputs = [_add(writer, "shard", (i,), var.aval, {"spec": spec}) for i, var, spec in shards]
+    return writer.write(body, inputs)
 
-    def __init__(self, graph: Graph):
-        self.graph = graph
 
-    def write(self, jaxpr: Any, arguments: Sequence[int]) -> list[int]:
-        """Adds what a jaxpr, closed or not, makes of its arguments; returns its results."""
-        jaxpr, constants = (
-            (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
-        )
-        numbers = dict(zip(jaxpr.invars, arguments, strict=True))
-        for var, value in zip(jaxpr.constvars, constants, strict=True):
-            numbers[var] = self.graph.constant(value, var.aval)
+def _scan(writer: Writer, params: Mapping[str, Any], inputs: list[int]) -> list[int]:
+    """Adds the body once: what it carries is unknown, or the variable that it starts from."""
+    consts, first = params["num_consts"], params["num_consts"] + params["num_carry"]
+    body, carries = params["jaxpr"], params["num_carry"]
+    carried = [_add(writer, "carry", (number,)) for number in inputs[consts:first]]
+    sliced = zip(inputs[first:], body.jaxpr.invars[first:], strict=True)
+    taken = [_add(writer, "take", (number,), var.aval) for number, var in sliced]
+    results = writer.write(body, [*inputs[:consts], *carried, *taken])
+    stacked = []
+    for number in results[carries:]:
+        one = writer.types[number]
+        aval = jax.ShapeDtypeStruct((params["length"], *one.shape), one.dtype)
+        stacked.append(_add(writer, "stack", (number,), aval))
+    return [*results[:carries], *stacked]
 
-        def read(atom: Any) -> int:
-            is_literal = isinstance(atom, core.Literal)
-            return self.graph.constant(atom.val, atom.aval) if is_literal else numbers[atom]
 
-        for eqn in jaxpr.eqns:
-            results = self._equation(eqn, [read(atom) for atom in eqn.invars])
-            numbers |= zip(eqn.outvars, results, strict=True)
-        return [read(atom) for atom in jaxpr.outvars]
+def _while(writer: Writer, params: Mapping[str, Any], inputs: list[int]) -> list[int]:
+    first, consts = params["cond_nconsts"], params["body_nconsts"]
+    carried = [_add(writer, "carry", (number,)) for number in inputs[first + consts :]]
+    return writer.write(params["body_jaxpr"], [*inputs[first : first + consts], *carried])
 
-    def _equation(self, eqn: Any, inputs: list[int]) -> Iterable[int]:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "scan":
-            return self._scan(params, inputs)
-        if name == "while":
-            return self._while(params, inputs)
-        if name == "cond":
-            ends = [self.write(branch, inputs[1:]) for branch in params["branches"]]
-            return [self._add("branch", (inputs[0], *each)) for each in zip(*ends, strict=True)]
-        if (body := _body(eqn)) is not None:
-            if name == "shard_map":
-                inputs = [
-                    self.graph.add("shard", (number,), var.aval, {"spec": spec})
-                    for number, var, spec in zip(
-                        inputs, body.invars, params["in_specs"], strict=True
-                    )
-                ]
-            return self.write(body, inputs)
-        apart = name in ONE_BY_ONE and len(inputs) == len(eqn.outvars)
-        each = [[number] for number in inputs] if apart else [inputs] * len(eqn.outvars)
-        return [
-            self.graph.add(name, given, var.aval, params, eqn)
-            for given, var in zip(each, eqn.outvars, strict=True)
-        ]
 
-    def _scan(self, params: Mapping[str, Any], inputs: list[int]) -> list[int]:
-        """Adds the body once: what it carries is unknown, or the variable that it starts from."""
-        consts, carries = params["num_consts"], params["num_carry"]
-        carried = [self._add("carry", (number,)) for number in inputs[consts : consts + carries]]
-        body = params["jaxpr"]
-        sliced = zip(inputs[consts + carries :], body.jaxpr.invars[consts + carries :], strict=True)
-        taken = [self.graph.add("take", (number,), var.aval) for number, var in sliced]
-        results = self.write(body, [*inputs[:consts], *carried, *taken])
-        avals = [
-            _stacked(self.graph.nodes[number].aval, params["length"])
-            for number in results[carries:]
-        ]
-        stacked = [
-            self.graph.add("stack", (number,), aval)
-            for number, aval in zip(results[carries:], avals, strict=True)
-        ]
-        return [*results[:carries], *stacked]
-
-    def _while(self, params: Mapping[str, Any], inputs: list[int]) -> list[int]:
-        first, consts = params["cond_nconsts"], params["body_nconsts"]
-        carried = [self._add("carry", (number,)) for number in inputs[first + consts :]]
-        return self.write(params["body_jaxpr"], [*inputs[first : first + consts], *carried])
-
-    def _add(self, op: str, inputs: Sequence[int]) -> int:
-        """Adds a value of the type of the last of its inputs."""
-        return self.graph.add(op, inputs, self.graph.nodes[inputs[-1]].aval)
+def _add(
+    writer: Writer,
+    name: str,
+    inputs: Sequence[int],
+    aval: Any = None,
+    params: Mapping[str, Any] = {},
+) -> int:
+    """Adds a value, of the type of the last of its inputs if no other is given."""
+    aval = writer.types[inputs[-1]] if aval is None else aval
+    (number,) = writer.add(name, inputs, [aval], params)
+    return number
 
 
 def _body(eqn: Any) -> Any:
@@ -143,7 +103,3 @@ def _body(eqn: Any) -> Any:
     body = getattr(bodies[0], "jaxpr", bodies[0])
     fits = len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars)
     return bodies[0] if fits else None
-
-
-def _stacked(aval: Any, length: int) -> Any:
-    return jax.ShapeDtypeStruct((length, *aval.shape), aval.dtype)

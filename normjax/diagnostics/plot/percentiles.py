@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from normjax import _checks
+from normjax._trees import path_names
 from normjax.diagnostics.percentiles import Percentiles
 from normjax.diagnostics.plot._panels import panels, refuse_single, steps_of
-from normjax.optim._trees import path_names
 
 
 def percentiles(

@@ -6,12 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from normjax import _checks
+from normjax._trees import KeyPath, show
 from normjax._typing import Axes, widen
-from normjax.optim._trees import Path, show
 from normjax.statistics.reduction import abs2, real_product
 
 
-def reduced_axes(function: str, feature_axes: Axes, kernel: Array, path: Path) -> tuple[int, ...]:
+def reduced_axes(
+    function: str, feature_axes: Axes, kernel: Array, path: KeyPath
+) -> tuple[int, ...]:
     """Returns the axes that a norm is taken over; refuses feature axes that the kernel does not have, by its path."""
     kept = _checks.axes(
         f"{function} at {show('params', path)}", "feature_axes", feature_axes, kernel.shape

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from normjax._typing import Params
-from normjax.layers._affine import normalize
-from normjax.layers._jit_step import jit_step_within_examples
+from normjax.layers.affine import normalize
+from normjax.layers.jit_step import jit_step_within_examples
 from normjax.statistics.per_example import example_moments
 from normjax.statistics.reduction import Spec, read
 

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array
 
 from normjax._typing import Params
-from normjax.layers._affine import lay_out
+from normjax.layers.affine import lay_out
 from normjax.platforms.cpu import without_unit_axes
 from normjax.statistics.reduction import OUTPUT, STATISTICS
 

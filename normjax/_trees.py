@@ -1,0 +1,267 @@
+"""Variables of functions, linen and nnx models as paths and arrays: named, nested, opened and checked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.tree_util import GetAttrKey, keystr
+from jaxtyping import PyTree
+
+from normjax import _checks
+
+KeyPath = tuple[Any, ...]  # as jax.tree_util makes it
+Path = tuple[str, ...]
+Collections = dict[str, PyTree]
+Mask = PyTree[bool] | Callable[[PyTree], PyTree[bool]]
+
+STATISTICS = ("mean", "var")
+
+
+# Paths.
+
+
+def path_of(path: KeyPath) -> Path:
+    """Returns a path as the keys of nested dicts; what a single key joins stays together."""
+    return tuple(map(str, _keys(path)))
+
+
+def path_names(path: KeyPath) -> Path:
+    """Returns the names along a path; 'Dense_0/kernel/scale', or a tuple, in one key gives several."""
+    parts = [part for key in _keys(path) for part in (key if isinstance(key, tuple) else (key,))]
+    return tuple(name for part in parts for name in str(part).split("/"))
+
+
+def _keys(path: KeyPath) -> tuple[Any, ...]:
+    """Returns the keys without the `.value` of a box around an array, as flax.linen.Partitioned."""
+    if len(path) > 1 and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return tuple(
+        getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path
+    )
+
+
+def by_path(tree: PyTree) -> dict[Path, Any]:
+    """Returns the leaves of a tree by their paths as keys of nested dicts."""
+    return {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def show(tree: str, path: KeyPath) -> str:
+    """Names a leaf as it is written in Python."""
+    return tree + keystr(path)
+
+
+def flatten(tree: Mapping[Any, Any]) -> dict[Path, Any]:
+    """Returns what nested mappings hold by path, in their order; the inverse of `nest`."""
+
+    def walk(path: Path, node: Any) -> Iterator[tuple[Path, Any]]:
+        if not isinstance(node, Mapping):
+            yield path, node
+            return
+        for key, inner in node.items():
+            yield from walk((*path, str(key)), inner)
+
+    return dict(walk((), tree))
+
+
+def nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """Returns nested dicts of what is given by path."""
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        inner = tree
+        for part in path[:-1]:
+            inner = inner.setdefault(part, {})
+        inner[path[-1]] = value
+    return tree
+
+
+# Models.
+
+
+def is_nnx(value: Any, kind: str = "Module") -> bool:
+    """Whether a value is of a class of `flax.nnx`; Flax is not imported to find out."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(value, getattr(nnx, kind))
+
+
+def split_module(module: Any, *filters: Any) -> tuple[list[PyTree], Callable[..., Any]]:
+    """Returns the states of an nnx module, and what makes a module of such states."""
+    from flax import nnx
+
+    graphdef, *states = nnx.split(module, *filters)
+    return states, lambda *states: nnx.merge(graphdef, *states, copy=True)
+
+
+def open_module(
+    params: Any, function: Callable[[Any], PyTree]
+) -> tuple[PyTree, Callable[[Any], PyTree]]:
+    """Returns the parameters of an nnx module and the function of them; other trees as they are."""
+    if not is_nnx(params):
+        return params, function
+    from flax import nnx
+
+    (state, others), merge = split_module(params, nnx.Param, ...)
+    return state, lambda state: function(merge(state, others))
+
+
+def plain(tree: PyTree) -> PyTree:
+    """Returns the tree with arrays in place of nnx's variables; an nnx module gives its `nnx.Param`s."""
+    if is_nnx(tree):
+        from flax import nnx
+
+        tree = nnx.state(tree, nnx.Param)
+
+    def is_variable(node: Any) -> bool:
+        return is_nnx(node, "Variable")
+
+    return jax.tree.map(
+        lambda leaf: leaf.get_value() if is_variable(leaf) else leaf, tree, is_leaf=is_variable
+    )
+
+
+def collections(
+    variables: Any, known: tuple[str, ...], alone: str
+) -> tuple[Collections, Callable[[Collections], Any]]:
+    """Returns variables by collection, and what makes such variables of collections again.
+
+    Args:
+      variables: a mapping with one of the `known` collections, the pair `(params, batch_stats)`, or
+        a collection by itself.
+      known: names of collections.
+      alone: the name of a collection by itself.
+    """
+    if isinstance(variables, Mapping) and set(known) & set(variables):
+        kind: Any = type(variables)  # Flax's FrozenDict, too
+        return dict(variables), kind
+    if isinstance(variables, tuple) and len(variables) == 2:
+        pair: Collections = {"params": variables[0], "batch_stats": variables[1]}
+        return pair, lambda found: (found["params"], found["batch_stats"])
+    return {alone: variables}, lambda found: found[alone]
+
+
+def new_batch_stats(updates: Any) -> Any:
+    """Returns the statistics among what a forward pass returns second, such as linen's updates."""
+    return updates.get("batch_stats", updates) if isinstance(updates, Mapping) else updates
+
+
+def is_layer(node: Any) -> bool:
+    """Whether a node holds the running statistics of one layer."""
+    return isinstance(node, Mapping) and all(
+        leaf in node and not isinstance(node[leaf], Mapping) for leaf in STATISTICS
+    )
+
+
+def spread(function: str, name: str, mask: Mask, tree: PyTree) -> PyTree[bool]:
+    """Returns a bool for each leaf of the tree, from a mask of its structure or a prefix of it."""
+    chosen = dict(jax.tree.leaves_with_path(plain(mask(tree) if callable(mask) else mask)))
+    for path, value in chosen.items():
+        if not isinstance(value, (bool, np.bool_)):
+            _checks.raise_error(
+                function,
+                f"{name} does not choose",
+                expected="True or False for each leaf, known when the program is compiled",
+                got=f"{show(name, path)}={value!r}",
+                fix="Make it of Python bools, as decay_mask and scale_invariant do",
+                kind=TypeError,
+            )
+
+    def choice(path: KeyPath, leaf: Any) -> bool:
+        for end in range(len(path), -1, -1):
+            if path[:end] in chosen:
+                return bool(chosen[path[:end]])
+        _checks.raise_error(
+            function,
+            f"{name} does not fit the parameters",
+            expected="a tree of their structure, or a prefix of it",
+            got=f"nothing for {show('params', path)} of shape {np.shape(leaf)}",
+            fix=f"Make {name} from these parameters, or pass a function that does",
+        )
+
+    return jax.tree.map_with_path(choice, tree)
+
+
+# What trees are refused for.
+
+
+def check_alike(function: str, one: tuple[str, PyTree], other: tuple[str, PyTree]) -> None:
+    """Refuses two trees, each after its name, with different leaves or shapes."""
+    a, b = (dict(jax.tree.leaves_with_path(tree)) for _, tree in (one, other))
+    for path in [*a, *b]:
+        if path not in a or path not in b:
+            has, lacks = (one[0], other[0]) if path in a else (other[0], one[0])
+            problem, expected = "do not have the same leaves", "trees of one structure"
+            got = f"{show(has, path)}, which {lacks} lacks"
+        elif np.shape(a[path]) != np.shape(b[path]):
+            problem = "differ in shape"
+            expected = f"shape {np.shape(b[path])}, as {show(other[0], path)}"
+            got = f"shape {np.shape(a[path])} for {show(one[0], path)}"
+        else:
+            continue
+        _checks.raise_error(
+            function,
+            f"{one[0]} and {other[0]} {problem}",
+            expected=expected,
+            got=got,
+            fix=f"Pass {one[0]} and {other[0]} of the same model",
+        )
+
+
+def check_arrays(function: str, name: str, tree: PyTree) -> None:
+    """Refuses leaves that are not arrays."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
+            _checks.raise_error(
+                function,
+                f"{name} does not hold arrays alone",
+                expected="a tree of arrays",
+                got=f"{show(name, path)} of type {type(leaf).__name__}",
+                fix="Pass what the model's init returned, or a part of it",
+                kind=TypeError,
+            )
+
+
+def check_known(function: str, name: str, leaf: Any, *, because: str, fix: str) -> None:
+    """Refuses an array whose values are not known because a program is being traced."""
+    if isinstance(leaf, Tracer):
+        _checks.raise_error(
+            function,
+            f"{name} is traced, {because}",
+            expected="arrays",
+            got=str(leaf.aval),
+            fix=fix,
+            kind=TypeError,
+        )
+
+
+def check_finite(
+    function: str,
+    name: str,
+    tree: PyTree,
+    fix: str = "Look for the step that made them: jax.config.update('jax_debug_nans', True)",
+) -> None:
+    """Refuses NaN and infinities, if there are values to look at."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if isinstance(leaf, Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            continue
+        with jax.ensure_compile_time_eval():  # also of constants in a program that is being traced
+            # jnp would round NumPy's float64 to float32 first, in which 1e300 is infinite.
+            isfinite = jnp.isfinite if isinstance(leaf, jax.Array) else np.isfinite
+            bad = ~isfinite(leaf)
+            count = int(bad.sum())
+            if not count:
+                continue
+            first = tuple(int(i) for i in jnp.argwhere(bad, size=1)[0])
+            value = leaf[first] if first else leaf
+        _checks.raise_error(
+            function,
+            f"{name} is not finite",
+            expected="finite numbers",
+            got=f"{count} NaN or infinite of {np.size(leaf)} in {show(name, path)}, "
+            f"the first at {first}: {value}",
+            fix=fix,
+        )
