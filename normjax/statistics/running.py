@@ -116,13 +116,22 @@ def collect(
     return batch_stats | new
 
 
-def _blend(old: Array, batch: Array, momentum: ArrayLike, enough: Any) -> Array:
-    """The convex combination in the precision of the batch, then in the dtype of the old value."""
+def _blend(old: Array, batch: Array, momentum: Any, enough: Any) -> Array:
+    """The convex combination in the precision of the batch, then in the dtype of the old value.
+
+    A value of weight 0 leaves no trace, though 0 times infinity is NaN.
+    """
     if enough is False:
         return old
-    if isinstance(momentum, jax.Array):
-        momentum = momentum.astype(batch.dtype)
-    new: Any = momentum * old.astype(batch.dtype) + (1 - momentum) * batch
+    wide = old.astype(batch.dtype)
+    if not isinstance(momentum, float | int):
+        momentum = jnp.asarray(momentum).astype(batch.dtype)
+        kept = jnp.where(momentum == 0, 0, momentum * wide)
+        new = kept + jnp.where(momentum == 1, 0, (1 - momentum) * batch)
+    elif momentum in (0, 1):
+        new = wide if momentum else batch
+    else:
+        new = momentum * wide + (1 - momentum) * batch
     new = new.astype(old.dtype)
     return new if enough is True else jnp.where(enough, new, old)
 
