@@ -1,9 +1,8 @@
-"""Doors for `flax.linen`: Flax's arguments, names and variables; normjax's arithmetic.
+"""Adapters for `flax.linen`: Flax's arguments, names and variables; normjax's arithmetic.
 
-A scale and bias that come from elsewhere in the network, one for each example (FiLM, adaLN, AdaIN),
-are no variables,
-so they need no door: call `normjax.layer_norm({"scale": scale, "bias": bias}, {}, x, train=False)`
-  in the module.
+A scale and bias that the network computes for each example (FiLM, adaLN, AdaIN) are not variables,
+so they need no adapter. In the module, call
+`normjax.layer_norm({"scale": scale, "bias": bias}, {}, x, train=False)`.
 """
 
 from normjax.linen.batch_norm import BatchNorm

@@ -1,7 +1,7 @@
-"""What the linen doors share: their variables, Flax's promotion of dtypes, and the arguments that all layers have.
+"""What the linen adapters share: their variables, Flax's promotion of dtypes, common arguments.
 
-Plain functions that take the module: a method of a module would be a line of its own in Flax's
-  summaries.
+These are plain functions that take the module: Flax's summaries would list a method of the module
+in a line of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from normjax._typing import Params, admissible
 
 
 def sizes(module: Any, x: jax.Array, name: str = "feature_axes") -> tuple[int, ...]:
-    """Returns the sizes of the axes that the field `name` of the module names, in ascending order."""
+    """Returns the sizes of the axes in the field `name` of the module, in ascending order."""
     kept = _checks.axes(type(module).__name__, name, getattr(module, name), x.shape)
     return tuple(x.shape[axis] for axis in kept)
 
@@ -37,13 +37,19 @@ def declare(module: Any, features: tuple[int, ...], **used: bool) -> Params:
 
 
 def promoted(module: Any, x: jax.Array, *values: jax.Array) -> tuple[jax.Array, Any]:
-    """Returns x in a dtype that the functions take, and the dtype of y: what Flax makes of x and the parameters."""
+    """Returns x in a dtype that the functions take, and the dtype of y.
+
+    The latter is what Flax promotes x and the parameters to.
+    """
     dtype = canonicalize_dtype(x, *values, dtype=module.dtype)
     return admissible(x, dtype), dtype
 
 
 def common(module: Any, mask: Any) -> dict[str, Any]:
-    """Returns the arguments of all layers with statistics; no mapped axis is touched at initialization."""
+    """Returns the arguments of all layers with statistics.
+
+    Initialization gets no mapped axis, since it may run outside of `shard_map`.
+    """
     mapped = not module.is_initializing()
     return {
         "epsilon": module.epsilon,

@@ -32,7 +32,7 @@ def with_weights(
 
 
 def chosen(module: Any, path: str) -> bool:
-    """Whether the filter of the module lets this parameter through."""
+    """Returns whether the filter of the module lets this parameter through."""
     return not module.variable_filter or any(name in path for name in module.variable_filter)
 
 

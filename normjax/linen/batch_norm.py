@@ -1,4 +1,4 @@
-"""`flax.linen.BatchNorm` with normjax behind it."""
+"""`flax.linen.BatchNorm`, computed by normjax."""
 
 from __future__ import annotations
 
@@ -22,26 +22,48 @@ from normjax.statistics.population import POPULATION
 
 
 class BatchNorm(nn.BatchNorm):
-    """Batch normalization: `flax.linen.BatchNorm`, with a variance that is safe.
+    """Batch normalization: `flax.linen.BatchNorm` with a safe variance.
 
     Change the import and nothing else: constructor and call take the same arguments, and the
-      variables have the same
-    names (`params`: `scale`, `bias`; `batch_stats`: `mean`, `var`), shapes and dtypes, so
-    checkpoints load both ways. See `normjax.batch_norm` for the mathematics.
+    variables have the same names (`params`: `scale`, `bias`; `batch_stats`: `mean`, `var`), shapes
+    and dtypes, so checkpoints load both ways. See `normjax.batch_norm` for the mathematics.
 
     Beyond Flax:
-      - The variance is safe and the statistics are float32 (or wider) in every mode, so
-        `use_fast_variance` and `force_float32_reductions` choose nothing but, for the latter, the
-        dtype of the running statistics.
-      - Masked elements may be NaN; a feature of which nothing counts keeps its running statistics.
-      - Axes out of range or repeated are refused.
+      - The variance is safe and the statistics are float32 (or wider) in every mode.
+        `use_fast_variance` has no effect; `force_float32_reductions` only sets the dtype of the
+        running statistics.
+      - Masked elements may be NaN. A feature of which nothing counts keeps its running statistics.
+      - Axes out of range or repeated raise an error.
       - `momentum=None` is the mean over all batches, with a variable `count` in `batch_stats`.
 
-    Attributes:
-      running_var: which variance is stored: "biased" (Flax) or "unbiased" (PyTorch).
-      virtual_batch_size: ghost batches of that many examples, in training.
-      frozen: use the running statistics and leave them alone, whatever `use_running_average` says.
-        Scale and bias still have gradients.
+    Args:
+      use_running_average: whether to normalize by the running statistics (at inference) instead of
+        the batch's (in training). Set it here or in the call, not in both.
+      axis: the feature axis. Mean and variance are taken over all other axes.
+      momentum: weight of the old running value; the batch's value has the weight `1 - momentum`.
+        None: the mean over all batches.
+      epsilon: added to the variance, which may be 0.
+      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      param_dtype: dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale. A linear layer that follows, also after a ReLU, can do
+        without it.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale. Zeros suit the last norm of a residual branch (Goyal et
+        al. 2017, section 5.1).
+      axis_name: mapped axis of `shard_map`, `pmap` or `vmap` that statistics are shared over, in
+        training. Plain `jit` needs none: it sees the whole batch.
+      axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
+        statistics. None: one group of all.
+      use_fast_variance: accepted for compatibility, without effect: the variance is fast and safe.
+      force_float32_reductions: whether running statistics are stored in float32. False stores them
+        in `param_dtype`, as Flax does; they are computed in float32 or wider in both cases.
+      running_var: which variance is stored: "biased" (divided by n, as in Flax) or "unbiased"
+        (divided by n - 1, as in PyTorch).
+      virtual_batch_size: in training, each slice of this many examples along axis 0 is normalized
+        by its own statistics (ghost batches). None: the whole batch is.
+      frozen: whether to use the running statistics and leave them alone, whatever
+        `use_running_average` says. Scale and bias still have gradients.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -74,7 +96,7 @@ class BatchNorm(nn.BatchNorm):
           mask: broadcastable to x, True where an element counts.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or that of x, scale and bias together.
+          y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
         return normalize(self, "batch_norm", _take, x, use_running_average, mask)
 
@@ -125,7 +147,7 @@ def normalize(
 def _declare_running(
     norm: BatchNorm, features: tuple[int, ...], *, count: bool
 ) -> dict[str, nn.Variable]:
-    """In Flax's dtypes; with complex x the mean turns complex in training."""
+    """Declares them in Flax's dtypes; with complex x the mean turns complex in training."""
     dtype = jnp.float32 if norm.force_float32_reductions else norm.param_dtype
     running = {
         "mean": norm.variable("batch_stats", "mean", jnp.zeros, features, dtype),

@@ -14,13 +14,43 @@ from normjax.linen.batch_norm import BatchNorm, normalize
 class BatchRenorm(BatchNorm):
     """Batch renormalization, in the manner of `flax.linen.BatchNorm`.
 
-    Arguments and variables are those of `normjax.linen.BatchNorm`, and a `count` of batches in
+    It has the arguments and variables of `normjax.linen.BatchNorm`, and a `count` of batches in
     `batch_stats`, which schedules go by. See `normjax.batch_renorm` for the mathematics.
 
-    Attributes:
-      r_max: how far the deviations of batch and population may differ, at least 1. A number, or a
-        schedule: a function of the count of batches.
-      d_max: how far their means may, in deviations; likewise.
+    Args:
+      use_running_average: whether to normalize by the running statistics (at inference) instead of
+        the batch's (in training). Set it here or in the call, not in both.
+      axis: the feature axis. Mean and variance are taken over all other axes.
+      momentum: weight of the old running value; the batch's value has the weight `1 - momentum`.
+        None: the mean over all batches.
+      epsilon: added to the variance, which may be 0.
+      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      param_dtype: dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale. A linear layer that follows, also after a ReLU, can do
+        without it.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale. Zeros suit the last norm of a residual branch (Goyal et
+        al. 2017, section 5.1).
+      axis_name: mapped axis of `shard_map`, `pmap` or `vmap` that statistics are shared over, in
+        training. Plain `jit` needs none: it sees the whole batch.
+      axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
+        statistics. None: one group of all.
+      use_fast_variance: accepted for compatibility, without effect: the variance is fast and safe.
+      force_float32_reductions: whether running statistics are stored in float32. False stores them
+        in `param_dtype`, as Flax does; they are computed in float32 or wider in both cases.
+      running_var: which variance is stored: "biased" (divided by n, as in Flax) or "unbiased"
+        (divided by n - 1, as in PyTorch).
+      virtual_batch_size: in training, each slice of this many examples along axis 0 is normalized
+        by its own statistics (ghost batches). None: the whole batch is.
+      frozen: whether to use the running statistics and leave them alone, whatever
+        `use_running_average` says. Scale and bias still have gradients.
+      r_max: limit of r, the ratio of the batch's standard deviation to the running one: r stays
+        between `1 / r_max` and `r_max`. At least 1; a number, or a schedule: a function of the
+        count of batches.
+      d_max: limit of d, the difference of the batch's mean from the running one, in running
+        standard deviations: d stays between `-d_max` and `d_max`. At least 0; a number or a
+        schedule.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -52,7 +82,7 @@ class BatchRenorm(BatchNorm):
           mask: broadcastable to x, True where an element counts.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or that of x, scale and bias together.
+          y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
         take = partial(take_renorm_step, r_max=self.r_max, d_max=self.d_max)
         return normalize(self, "batch_renorm", take, x, use_running_average, mask)

@@ -13,27 +13,29 @@ from normjax.linen._shared import common, declare, promoted, sizes
 
 
 class FilterResponseNorm(nn.Module):
-    """Filter response normalization and its thresholded linear unit, in the manner of `flax.linen.InstanceNorm`.
+    """Filter response normalization and its thresholded linear unit.
 
-    The variables (`params`: `scale`, `bias`, `threshold` and maybe `epsilon`) are the leaves of
+    It stands in place of a normalization such as `flax.linen.InstanceNorm` and the activation after
+    it. The variables (`params`: `scale`, `bias`, `threshold` and maybe `epsilon`) are the leaves of
     `normjax.filter_response_norm`; see there for the mathematics.
 
-    Attributes:
+    Args:
       epsilon: added to the mean square.
-      dtype: of y; None for that of x and the parameters together.
-      param_dtype: of the parameters.
+      dtype: dtype of y. None: the dtype that x and the parameters promote to.
+      param_dtype: dtype of the parameters.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
-      use_threshold: whether there is a threshold, and with it the activation.
-      learn_epsilon: whether each feature learns an epsilon, too, for 1x1 feature maps.
-      bias_init: makes the bias.
-      scale_init: makes the scale.
-      threshold_init: makes the threshold.
-      epsilon_init: makes the learned epsilon.
-      feature_axes: the axes that have statistics and parameters of their own; all others but axis 0
-        are reduced.
-      axis_name: mapped axis that the reduced axes are sharded over.
-      axis_index_groups: groups of indices of that axis that share.
+      use_threshold: whether there is a threshold. Without it, y is not cut off from below.
+      learn_epsilon: whether each feature also learns an epsilon, which 1x1 feature maps need.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      threshold_init: initializer of the threshold.
+      epsilon_init: initializer of the learned epsilon.
+      feature_axes: the axes that statistics and parameters run along. All other axes but axis 0 are
+        reduced.
+      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
+        statistics. None: one group of all.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -67,7 +69,7 @@ class FilterResponseNorm(nn.Module):
           mask: broadcastable to x, True where an element counts.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or that of x and the parameters together.
+          y, of x's shape; its dtype is `dtype`, or the one that x and the parameters promote to.
         """
         x = jnp.asarray(x)
         params = declare(

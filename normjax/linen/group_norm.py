@@ -1,4 +1,4 @@
-"""`flax.linen.GroupNorm` with normjax behind it."""
+"""`flax.linen.GroupNorm`, computed by normjax."""
 
 from __future__ import annotations
 
@@ -12,21 +12,41 @@ from normjax.linen._shared import common, declare, promoted
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalization: `flax.linen.GroupNorm`, with a variance that is safe.
+    """Group normalization: `flax.linen.GroupNorm` with a safe variance.
 
     Change the import and nothing else: constructor and call take the same arguments, and the
-      variables have the same
-    names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints load both ways. See
-    `normjax.group_norm` for the mathematics.
+    variables have the same names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints
+    load both ways. See `normjax.group_norm` for the mathematics.
 
     Beyond Flax:
-      - The variance is safe and the statistics are float32 (or wider) in every mode, so
-        `use_fast_variance` chooses nothing, and `force_float32_reductions` only the dtype of the
+      - The variance is safe and the statistics are float32 (or wider) in every mode.
+        `use_fast_variance` has no effect; `force_float32_reductions` only sets the dtype of the
         parameters.
-      - Masks need not have the size of the channels; masked elements may be NaN, and where nothing
+      - Masks need not have the size of the channels, and masked elements may be NaN. If nothing
         counts, the mean is 0 and the variance 1.
-      - Axes out of range or repeated are refused, and no mapped axis has to exist at
+      - Axes out of range or repeated raise an error, and no mapped axis has to exist at
         initialization.
+
+    Args:
+      num_groups: number of groups, a divisor of the number of channels. None if `group_size` is
+        given.
+      group_size: number of channels in a group. It needs `num_groups=None`, since that is 32 by
+        default.
+      epsilon: added to the variance, which may be 0.
+      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      param_dtype: dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      reduction_axes: the axes that mean and variance are taken over, the last among them. None: all
+        but the first.
+      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
+        statistics. None: one group of all.
+      use_fast_variance: accepted for compatibility, without effect.
+      force_float32_reductions: whether scale and bias keep their dtype. False casts them to
+        `param_dtype`, as Flax does; statistics are float32 or wider in both cases.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -45,7 +65,7 @@ class GroupNorm(nn.GroupNorm):
           mask: broadcastable to x, True where an element counts.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or that of x, scale and bias together.
+          y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
         _one_of_two(self)
         x = jnp.asarray(x)

@@ -1,4 +1,4 @@
-"""`flax.linen.InstanceNorm` with normjax behind it."""
+"""`flax.linen.InstanceNorm`, computed by normjax."""
 
 from __future__ import annotations
 
@@ -13,20 +13,36 @@ from normjax.linen._shared import common, declare, promoted, sizes
 
 
 class InstanceNorm(nn.InstanceNorm):
-    """Instance normalization: `flax.linen.InstanceNorm`, with a variance that is safe.
+    """Instance normalization: `flax.linen.InstanceNorm` with a safe variance.
 
     Change the import and nothing else: constructor and call take the same arguments, and the
-      variables have the same
-    names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints load both ways. See
-    `normjax.instance_norm` for the mathematics.
+    variables have the same names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints
+    load both ways. See `normjax.instance_norm` for the mathematics.
 
     Beyond Flax:
-      - The variance is safe and the statistics are float32 (or wider) in every mode, so
-        `use_fast_variance` chooses nothing, and `force_float32_reductions` only the dtype of the
+      - The variance is safe and the statistics are float32 (or wider) in every mode.
+        `use_fast_variance` has no effect; `force_float32_reductions` only sets the dtype of the
         parameters.
-      - Masked elements may be NaN; where nothing counts, the mean is 0 and the variance 1.
-      - Axes out of range or repeated are refused, and no mapped axis has to exist at
+      - Masked elements may be NaN. If nothing counts, the mean is 0 and the variance 1.
+      - Axes out of range or repeated raise an error, and no mapped axis has to exist at
         initialization.
+
+    Args:
+      epsilon: added to the variance, which may be 0.
+      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      param_dtype: dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      feature_axes: the axes that statistics, scale and bias run along. All other axes but axis 0
+        are reduced.
+      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
+        statistics. None: one group of all.
+      use_fast_variance: accepted for compatibility, without effect.
+      force_float32_reductions: whether scale and bias keep their dtype. False casts them to
+        `param_dtype`, as Flax does; statistics are float32 or wider in both cases.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -46,7 +62,7 @@ class InstanceNorm(nn.InstanceNorm):
           mask: broadcastable to x, True where an element counts.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or that of x, scale and bias together.
+          y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
         x = jnp.asarray(x)
         _examples_are_no_feature(self.feature_axes, x)

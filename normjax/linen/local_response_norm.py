@@ -15,20 +15,21 @@ from normjax.linen._shared import declare, promoted, sizes
 class LocalResponseNorm(nn.Module):
     """Local response normalization, in the manner of Flax's layers.
 
-    See `normjax.local_response_norm` for the mathematics. There are no variables, unless asked for.
+    See `normjax.local_response_norm` for the mathematics. There are no variables by default:
+    `use_scale` and `use_bias` add them.
 
-    Attributes:
-      size: how many channels are next to each other.
-      alpha: weight of their mean square, as in PyTorch; the paper's and TensorFlow's is `alpha /
-        size`.
-      beta: the power.
-      k: added to the energy.
-      dtype: of y; None for that of x, scale and bias together.
-      param_dtype: of scale and bias.
+    Args:
+      size: number of neighbouring channels that are averaged, the channel itself among them.
+      alpha: weight of their mean square, as in PyTorch. The paper and TensorFlow weigh the sum:
+        their alpha is `alpha / size`.
+      beta: exponent of the divisor.
+      k: added to the weighted mean square; above 0.
+      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      param_dtype: dtype of scale and bias.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
-      bias_init: makes the bias.
-      scale_init: makes the scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
       feature_axes: the axis of the channels.
 
     Example:
@@ -59,7 +60,7 @@ class LocalResponseNorm(nn.Module):
           x: the input, channels along `feature_axes`.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or that of x, scale and bias together.
+          y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
         x = jnp.asarray(x)
         params = declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)

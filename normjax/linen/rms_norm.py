@@ -1,4 +1,4 @@
-"""`flax.linen.RMSNorm` with normjax behind it."""
+"""`flax.linen.RMSNorm`, computed by normjax."""
 
 from __future__ import annotations
 
@@ -14,20 +14,32 @@ class RMSNorm(nn.RMSNorm):
     """Root mean square normalization: `flax.linen.RMSNorm`, rounded once.
 
     Change the import and nothing else: constructor and call take the same arguments, and the
-      variables have the same
-    names (`params`: `scale`), shapes and dtypes, so checkpoints load both ways. See
-    `normjax.rms_norm` for the mathematics.
+    variables have the same names (`params`: `scale`), shapes and dtypes, so checkpoints load both
+    ways. See `normjax.rms_norm` for the mathematics.
 
     Beyond Flax:
-      - The mean square is float32 (or wider) in every mode, so `use_fast_variance` chooses nothing,
-        and `force_float32_reductions` only the dtype of the scale.
-      - Masked elements may be NaN; where nothing counts, the mean square is 1.
-      - Axes out of range or repeated are refused, and no mapped axis has to exist at
+      - The mean square is float32 (or wider) in every mode. `use_fast_variance` has no effect;
+        `force_float32_reductions` only sets the dtype of the scale.
+      - Masked elements may be NaN. If nothing counts, the mean square is 1.
+      - Axes out of range or repeated raise an error, and no mapped axis has to exist at
         initialization.
 
-    Attributes:
-      scale_offset: added to the scale, in float32 or wider: 1.0 for checkpoints that store `scale -
-        1` (Gemma), with `scale_init=zeros`.
+    Args:
+      epsilon: added to the mean square.
+      dtype: dtype of y. None: the dtype that x and the scale promote to.
+      param_dtype: dtype of the scale.
+      use_scale: whether there is a scale.
+      scale_init: initializer of the scale.
+      reduction_axes: the axes that the mean square is taken over.
+      feature_axes: the axes that the scale runs along.
+      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
+        statistics. None: one group of all.
+      use_fast_variance: accepted for compatibility, without effect.
+      force_float32_reductions: whether the scale keeps its dtype. False casts it to `param_dtype`,
+        as Flax does; the mean square is float32 or wider in both cases.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1` (Gemma), with `scale_init=zeros`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -48,7 +60,7 @@ class RMSNorm(nn.RMSNorm):
           mask: broadcastable to x, True where an element counts.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or that of x and the scale together.
+          y, of x's shape; its dtype is `dtype`, or the one that x and the scale promote to.
         """
         x = jnp.asarray(x)
         params = declare(self, sizes(self, x), scale=self.use_scale)

@@ -1,4 +1,4 @@
-"""`flax.linen.SpectralNorm` with normjax behind it."""
+"""`flax.linen.SpectralNorm`, computed by normjax."""
 
 from __future__ import annotations
 
@@ -15,20 +15,30 @@ from normjax.weights.spectral_norm import forget_kernels_of_zeros, spectral_norm
 
 
 class SpectralNorm(nn.SpectralNorm):
-    """Spectral normalization of the layer that it wraps: `flax.linen.SpectralNorm`, computed in at least float32.
+    """Spectral normalization of the layer that it wraps: `flax.linen.SpectralNorm` in float32.
 
     Change the import and nothing else: constructor and call take the same arguments, and the
-      variables have the same
-    names (`batch_stats`: `Dense_0/kernel/u`, `Dense_0/kernel/sigma` and the like), shapes and
-    dtypes, so checkpoints load both ways. See `normjax.weights.spectral_norm` for the mathematics.
+    variables have the same names (`batch_stats`: `Dense_0/kernel/u`, `Dense_0/kernel/sigma` and so
+    on), shapes and dtypes, so checkpoints load both ways. See `normjax.weights.spectral_norm` for
+    the mathematics.
 
     Beyond Flax:
       - Power iteration is in float32 (or wider), on accelerators too, and its state keeps its
         dtype.
-      - Parameters are normalized and nothing else: in Flax so are running statistics of two or more
-        axes.
-      - `apply` never overwrites the weights of the layer, whatever is mutable (with `mutable=True`
-        Flax returns the normalized ones among the updates).
+      - Only parameters are normalized. Flax also normalizes running statistics of two or more axes.
+      - `apply` never overwrites the weights of the layer, whatever is mutable. (With `mutable=True`
+        Flax returns the normalized ones among the updates.)
+
+    Args:
+      layer_instance: the layer to wrap.
+      n_steps: steps of power iteration at each call. One is enough in training, where weights
+        change little between two steps; with 0 they are not divided.
+      epsilon: added to the squared norms.
+      dtype: dtype of the weights in use. None: the dtype that weights and statistics promote to.
+      param_dtype: dtype of the statistics `u` and `sigma`.
+      error_on_non_matrix: whether weights of more than two axes raise an error. Otherwise their
+        leading axes are flattened.
+      collection_name: collection of the variables `u` and `sigma`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -45,10 +55,10 @@ class SpectralNorm(nn.SpectralNorm):
         """Calls the wrapped layer with its weights divided by their largest singular values.
 
         Args:
-          *args: of the layer.
-          update_stats: whether to keep the new singular vectors and values, which needs
+          *args: passed to the layer.
+          update_stats: whether to store the new singular vectors and values, which needs
             `mutable=["batch_stats"]`.
-          **kwargs: of the layer.
+          **kwargs: passed to the layer.
 
         Returns:
           What the layer returns.

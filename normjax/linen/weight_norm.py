@@ -1,4 +1,4 @@
-"""`flax.linen.WeightNorm` with normjax behind it."""
+"""`flax.linen.WeightNorm`, computed by normjax."""
 
 from __future__ import annotations
 
@@ -14,19 +14,30 @@ from normjax.weights import weight_norm
 
 
 class WeightNorm(nn.WeightNorm):
-    """Weight normalization of the layer that it wraps: `flax.linen.WeightNorm`, computed in at least float32.
+    """Weight normalization of the layer that it wraps: `flax.linen.WeightNorm` in float32.
 
     Change the import and nothing else: constructor and call take the same arguments, and the
-      variables have the same
-    names (`params`: `Dense_0/kernel/scale` and the like), shapes and dtypes, so checkpoints load
-    both ways. See `normjax.weights.weight_norm` for the mathematics. As in Flax, the weights of the
-    layer start with norm 1.
+    variables have the same names (`params`: `Dense_0/kernel/scale` and so on), shapes and dtypes,
+    so checkpoints load both ways. See `normjax.weights.weight_norm` for the mathematics. As in
+    Flax, the weights of the layer start with norm 1.
 
     Beyond Flax:
       - Norms and products are taken in float32 (or wider) and rounded once.
-      - Parameters are normalized and nothing else: running statistics of the layer are its own, and
-        updated (in Flax they are normalized, too, if the filter lets them, and cannot be updated).
-      - Axes out of range or repeated are refused.
+      - Only parameters are normalized, so running statistics of the layer are updated as usual.
+        (Flax also normalizes them if the filter lets them pass, and cannot update them.)
+      - Axes out of range or repeated raise an error.
+
+    Args:
+      layer_instance: the layer to wrap.
+      epsilon: added to the squared norm.
+      dtype: dtype of the weights in use. None: the dtype that weights and scales promote to.
+      param_dtype: dtype of the scales.
+      use_scale: whether the norms are learned. Otherwise they are 1.
+      scale_init: initializer of the scales, which are the norms.
+      feature_axes: the axes along which each slice of a weight has its own norm. None: one norm of
+        the whole weight.
+      variable_filter: strings; a parameter is normalized if its path ("Dense_0/kernel") contains
+        one of them. None: all are.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -46,8 +57,8 @@ class WeightNorm(nn.WeightNorm):
         """Calls the wrapped layer with its weights normalized.
 
         Args:
-          *args: of the layer.
-          **kwargs: of the layer.
+          *args: passed to the layer.
+          **kwargs: passed to the layer.
 
         Returns:
           What the layer returns.

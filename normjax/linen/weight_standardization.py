@@ -19,23 +19,24 @@ from normjax.weights import weight_standardization
 
 
 class WeightStandardization(nn.Module):
-    """Weight standardization of the layer that it wraps, in the manner of `flax.linen.WeightNorm`.
+    """Weight standardization of the layer that it wraps.
 
-    Scales, where asked for, are variables as in `WeightNorm` (`params`: `Dense_0/kernel/scale` and
-    the like). See `normjax.weights.weight_standardization` for the mathematics. Scalars and vectors
-    stay as they are.
+    It works as `normjax.linen.WeightNorm` does. With `use_scale`, the gains are variables
+    (`params`: `Dense_0/kernel/scale` and so on). See `normjax.weights.weight_standardization` for
+    the mathematics. Scalars and vectors stay as they are.
 
-    Attributes:
-      layer_instance: the layer.
+    Args:
+      layer_instance: the layer to wrap.
       epsilon: added to the variance.
-      dtype: of the weights in use; None for that of weights and scales together.
-      param_dtype: of the scales.
+      dtype: dtype of the weights in use. None: the dtype that weights and scales promote to.
+      param_dtype: dtype of the scales.
       use_scale: whether there is a learned gain.
-      scale_init: makes it.
-      feature_axes: the axes whose weights have statistics of their own; None for one of all.
-      scaled: whether the variance is 1 / fan-in instead of 1, for networks without normalization.
-      variable_filter: normalize the parameters whose path ("Dense_0/kernel") has one of these in
-        it; None for all.
+      scale_init: initializer of the gain.
+      feature_axes: the axes along which each slice of a weight has its own statistics. None: the
+        statistics of the whole weight.
+      scaled: whether the variance is `1 / fan_in` instead of 1, for networks without normalization.
+      variable_filter: strings; a parameter is standardized if its path ("Dense_0/kernel") contains
+        one of them. None: all are.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -62,8 +63,8 @@ class WeightStandardization(nn.Module):
         """Calls the wrapped layer with its weights standardized.
 
         Args:
-          *args: of the layer.
-          **kwargs: of the layer.
+          *args: passed to the layer.
+          **kwargs: passed to the layer.
 
         Returns:
           What the layer returns.

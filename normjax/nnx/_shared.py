@@ -1,4 +1,4 @@
-"""What the nnx doors share: their variables, Flax's promotion of dtypes, and the arguments that all layers have."""
+"""What the nnx adapters share: their variables, Flax's promotion of dtypes, common arguments."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def read(norm: Any, *leaves: str) -> Leaves:
 
 
 def present(leaves: Leaves, norm: Any, x: jax.Array, feature_axes: Axes = -1) -> Params:
-    """Returns the parameters that are used; with several feature axes Flax has them flat."""
+    """Returns the parameters that are used, in the shape of the feature axes.
+
+    Flax's are flat if there are several feature axes.
+    """
     kept = _checks.axes(type(norm).__name__, "feature_axes", feature_axes, x.shape)
     features = tuple(x.shape[axis] for axis in kept)
     return {
@@ -58,8 +61,8 @@ def promoted(
 ) -> tuple[jax.Array, Any]:
     """Returns x in a dtype that the functions take, and the dtype of y.
 
-    That is what `promote_dtype` makes of `(x, *statistics, *leaves)` and Flax of x and the leaves
-    among them, found without computing anything.
+    `promote_dtype` gets `(x, *statistics, *leaves)`; the dtype of y is what Flax then promotes x
+    and the leaves to. Nothing is computed to find it.
     """
 
     def output(arrays: tuple) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What the nnx wrappers share: a call of the wrapped layer with other weights, which leaves the layer as it is."""
+"""What the nnx wrappers share: a call of the wrapped layer with other weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ KERNEL = nnx.PathContains("kernel")
 def with_weights(
     layer: Any, normalized: Callable[[Path, nnx.Param], jax.Array | None], *args: Any, **kwargs: Any
 ) -> Any:
-    """Calls a copy of the layer with `normalized(path, weight)` for its parameters; where that is None, with its own.
+    """Calls a copy of the layer with `normalized(path, weight)` in place of each parameter.
 
-    What the layer itself updates, such as running statistics, it updates in the shared variables.
+    A parameter for which that is None stays as it is. The copy shares all other variables with the
+    layer, so running statistics are updated in both.
     """
 
     def replaced(path: Path, variable: Any) -> Any:
@@ -40,14 +41,17 @@ def features(norm: Any, kernel: jax.Array) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def scaled(norm: Any, path: Path, kernel: jax.Array) -> tuple[Params, jax.Array, Any]:
-    """Returns the scale of a kernel, the kernel in a dtype that the functions take, and the dtype to return."""
+    """Returns the scale, the kernel in a dtype that the functions take, and the dtype of w."""
     params = {"scale": known(norm, norm.scales, path)[...]} if norm.use_scale else {}
     dtype = canonicalize_dtype(kernel, *params.values(), dtype=norm.dtype)
     return params, admissible(kernel, dtype), dtype
 
 
 def known(norm: Any, variables: Any, path: Path) -> nnx.Variable:
-    """Returns the variable of a weight; refuses a weight that was not there when the wrapper was made."""
+    """Returns the variable of a weight.
+
+    Raises an error for a weight that the layer did not have when it was wrapped.
+    """
     if path not in variables:
         _checks.raise_error(
             type(norm).__name__,

@@ -1,4 +1,4 @@
-"""`flax.nnx.BatchNorm` with normjax behind it."""
+"""`flax.nnx.BatchNorm`, computed by normjax."""
 
 from __future__ import annotations
 
@@ -26,45 +26,51 @@ from normjax.statistics.population import POPULATION
 
 
 class BatchNorm(nnx.BatchNorm):
-    """Batch normalization: `flax.nnx.BatchNorm`, with a variance that is safe.
+    """Batch normalization: `flax.nnx.BatchNorm` with a safe variance.
 
     Change the import and nothing else: constructor and call take the same arguments, and the
-      variables have the same
-    names (`scale`, `bias`: `nnx.Param`; `mean`, `var`: `nnx.BatchStat`), shapes and dtypes, so
-    checkpoints load both ways. See `normjax.batch_norm` for the mathematics.
+    variables have the same names (`scale`, `bias`: `nnx.Param`; `mean`, `var`: `nnx.BatchStat`),
+    shapes and dtypes, so checkpoints load both ways. See `normjax.batch_norm` for the mathematics.
 
     Beyond Flax:
-      - The variance is safe, so `use_fast_variance` chooses nothing.
-      - Input and running statistics keep their precision: `promote_dtype` and `dtype` decide the
-        dtype of y alone. (With `dtype=bfloat16`, Flax rounds first and subtracts then: 1003 - 1000
+      - The variance is safe; `use_fast_variance` has no effect.
+      - Input and running statistics keep their precision: `promote_dtype` and `dtype` only decide
+        the dtype of y. (With `dtype=bfloat16`, Flax rounds first and subtracts then: 1003 - 1000
         gives 4.)
-      - Masked elements may be NaN; a feature of which nothing counts keeps its running statistics.
-      - Axes out of range are refused.
+      - Masked elements may be NaN. A feature of which nothing counts keeps its running statistics.
+      - Axes out of range raise an error.
       - `momentum=None` is the mean over all batches, with a `nnx.BatchStat` named `count`.
 
     Args:
-      num_features: the size of the feature axis.
-      use_running_average: whether to use the running statistics; `model.train()`, `model.eval()`
-        and the call set it.
-      axis: the feature axis.
-      momentum: weight of the old running value.
-      epsilon: added to the variance.
-      dtype: of y; None for that of x, statistics, scale and bias together.
-      param_dtype: of scale and bias.
+      num_features: size of the feature axis.
+      use_running_average: whether to normalize by the running statistics (at inference) instead of
+        the batch's (in training). `model.train()`, `model.eval()` and the call override it.
+      axis: the feature axis. Mean and variance are taken over all other axes.
+      momentum: weight of the old running value; the batch's value has the weight `1 - momentum`.
+        None: the mean over all batches.
+      epsilon: added to the variance, which may be 0.
+      dtype: dtype of y. None: the dtype that x, statistics, scale and bias promote to.
+      param_dtype: dtype of scale and bias.
       use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
-      bias_init: makes the bias.
-      scale_init: makes the scale.
-      axis_name: mapped axis to share the statistics over.
-      axis_index_groups: groups of indices of that axis that share.
-      use_fast_variance: accepted for compatibility; the variance is fast and safe.
-      promote_dtype: from `(x, mean, var, scale, bias)` and `dtype` to arrays of the dtypes to
-        compute in.
-      running_var: which variance is stored: "biased" (Flax) or "unbiased" (PyTorch).
-      virtual_batch_size: ghost batches of that many examples, in training.
-      frozen: use the running statistics and leave them alone, also after `model.train()`. Scale and
-        bias still have gradients.
-      rngs: keys for the initializers.
+      use_scale: whether there is a scale. A linear layer that follows, also after a ReLU, can do
+        without it.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale. Zeros suit the last norm of a residual branch (Goyal et
+        al. 2017, section 5.1).
+      axis_name: mapped axis of `shard_map`, `pmap` or `vmap` that statistics are shared over, in
+        training. Plain `jit` needs none: it sees the whole batch.
+      axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
+        statistics. None: one group of all.
+      use_fast_variance: accepted for compatibility, without effect: the variance is fast and safe.
+      promote_dtype: function of `(x, mean, var, scale, bias)` and `dtype` that returns the arrays
+        promoted. Only the dtype of y follows from it.
+      running_var: which variance is stored: "biased" (divided by n, as in Flax) or "unbiased"
+        (divided by n - 1, as in PyTorch).
+      virtual_batch_size: in training, each slice of this many examples along axis 0 is normalized
+        by its own statistics (ghost batches). None: the whole batch is.
+      frozen: whether to use the running statistics and leave them alone, also after
+        `model.train()`. Scale and bias still have gradients.
+      rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
 
@@ -142,7 +148,7 @@ class BatchNorm(nnx.BatchNorm):
 
         Args:
           x: the input, features along `axis`.
-          use_running_average: overrides what the constructor or `model.eval()` said.
+          use_running_average: overrides the constructor, `model.train()` and `model.eval()`.
           mask: broadcastable to x, True where an element counts.
 
         Returns:

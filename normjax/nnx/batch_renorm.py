@@ -17,15 +17,18 @@ from normjax.nnx.batch_norm import BatchNorm
 class BatchRenorm(BatchNorm):
     """Batch renormalization, in the manner of `flax.nnx.BatchNorm`.
 
-    Arguments and variables are those of `normjax.nnx.BatchNorm`, and a `count` of batches
+    It has the arguments and variables of `normjax.nnx.BatchNorm`, and a `count` of batches
     (`nnx.BatchStat`), which schedules go by. See `normjax.batch_renorm` for the mathematics.
 
     Args:
-      num_features: the size of the feature axis.
-      r_max: how far the deviations of batch and population may differ, at least 1. A number, or a
-        schedule: a function of the count of batches.
-      d_max: how far their means may, in deviations; likewise.
-      **arguments: of `normjax.nnx.BatchNorm`.
+      num_features: size of the feature axis.
+      r_max: limit of r, the ratio of the batch's standard deviation to the running one: r stays
+        between `1 / r_max` and `r_max`. At least 1; a number, or a schedule: a function of the
+        count of batches.
+      d_max: limit of d, the difference of the batch's mean from the running one, in running
+        standard deviations: d stays between `-d_max` and `d_max`. At least 0; a number or a
+        schedule.
+      **arguments: all other arguments of `normjax.nnx.BatchNorm`.
 
     Example:
       >>> import jax.numpy as jnp

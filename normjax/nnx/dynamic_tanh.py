@@ -21,24 +21,25 @@ ALPHA = constant(0.5)
 
 
 class DynamicTanh(nnx.Module):
-    """Dynamic tanh, to stand where `flax.nnx.LayerNorm` stands.
+    """Dynamic tanh, in place of `flax.nnx.LayerNorm`.
 
     The variables (`alpha`, `scale`, `bias`: `nnx.Param`) are the leaves of `normjax.dynamic_tanh`;
     see there for the mathematics.
 
     Args:
-      num_features: the size of the feature axis; of several, their product.
-      dtype: of y; None for that of x and the parameters together.
-      param_dtype: of the parameters.
+      num_features: size of the feature axis; with several feature axes, the product of their sizes.
+      dtype: dtype of y. None: the dtype that x and the parameters promote to.
+      param_dtype: dtype of the parameters.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
-      alpha_init: makes the slope, a scalar.
-      bias_init: makes the bias.
-      scale_init: makes the scale.
-      feature_axes: the axes that have a scale and bias of their own.
-      promote_dtype: from `(x, alpha, scale, bias)` and `dtype` to arrays of the dtypes to compute
-        in.
-      rngs: keys for the initializers.
+      alpha_init: initializer of the slope alpha, a scalar. The default of 0.5 suits all but large
+        language models, which need less.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      feature_axes: the axes that scale and bias run along.
+      promote_dtype: function of `(x, alpha, scale, bias)` and `dtype` that returns the arrays
+        promoted. Only the dtype of y follows from it.
+      rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
 

@@ -22,31 +22,33 @@ LEAVES = ("scale", "bias", "threshold", "epsilon")
 
 
 class FilterResponseNorm(nnx.Module):
-    """Filter response normalization and its thresholded linear unit, in the manner of `flax.nnx.InstanceNorm`.
+    """Filter response normalization and its thresholded linear unit.
 
-    The variables (`scale`, `bias`, `threshold` and maybe `epsilon`: `nnx.Param`) are the leaves of
-    `normjax.filter_response_norm`; see there for the mathematics.
+    It stands in place of a normalization such as `flax.nnx.InstanceNorm` and the activation after
+    it. The variables (`scale`, `bias`, `threshold` and maybe `epsilon`: `nnx.Param`) are the leaves
+    of `normjax.filter_response_norm`; see there for the mathematics.
 
     Args:
-      num_features: the number of channels; with several feature axes, the product of their sizes.
-      epsilon: added to the mean square (the attribute `fixed_epsilon`).
-      dtype: of y; None for that of x and the parameters together.
-      param_dtype: of the parameters.
+      num_features: size of the feature axis; with several feature axes, the product of their sizes.
+      epsilon: added to the mean square; kept in the attribute `fixed_epsilon`.
+      dtype: dtype of y. None: the dtype that x and the parameters promote to.
+      param_dtype: dtype of the parameters.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
-      use_threshold: whether there is a threshold, and with it the activation.
-      learn_epsilon: whether each feature learns an epsilon, too, for 1x1 feature maps.
-      bias_init: makes the bias.
-      scale_init: makes the scale.
-      threshold_init: makes the threshold.
-      epsilon_init: makes the learned epsilon.
-      feature_axes: the axes that have statistics and parameters of their own; all others but axis 0
-        are reduced.
-      axis_name: mapped axis that the reduced axes are sharded over.
-      axis_index_groups: groups of indices of that axis that share.
-      promote_dtype: from `(x, scale, bias, threshold, epsilon)` and `dtype` to arrays of the dtypes
-        to compute in.
-      rngs: keys for the initializers.
+      use_threshold: whether there is a threshold. Without it, y is not cut off from below.
+      learn_epsilon: whether each feature also learns an epsilon, which 1x1 feature maps need.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      threshold_init: initializer of the threshold.
+      epsilon_init: initializer of the learned epsilon.
+      feature_axes: the axes that statistics and parameters run along. All other axes but axis 0 are
+        reduced.
+      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
+        statistics. None: one group of all.
+      promote_dtype: function of `(x, scale, bias, threshold, epsilon)` and `dtype` that returns the
+        arrays promoted. Only the dtype of y follows from it.
+      rngs: random keys for the initializers.
       metadata: metadata of the variables.
 
     Example:

@@ -1,4 +1,4 @@
-"""`flax.nnx.GroupNorm` with normjax behind it."""
+"""`flax.nnx.GroupNorm`, computed by normjax."""
 
 from __future__ import annotations
 
@@ -11,41 +11,45 @@ from normjax.nnx._shared import common, present, promoted, read
 
 
 class GroupNorm(nnx.GroupNorm):
-    """Group normalization: `flax.nnx.GroupNorm`, with a variance that is safe.
+    """Group normalization: `flax.nnx.GroupNorm` with a safe variance.
 
     Change the import and nothing else: constructor and call take the same arguments, and the
-      variables have the same
-    names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See
-    `normjax.group_norm` for the mathematics.
+    variables have the same names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints
+    load both ways. See `normjax.group_norm` for the mathematics.
 
     Beyond Flax:
-      - The variance is safe, so `use_fast_variance` chooses nothing.
-      - Input and parameters keep their precision: `promote_dtype` and `dtype` decide the dtype of y
-        alone.
-      - Statistics go with their groups whatever `reduction_axes` are; `flax.nnx` repeats them along
-        axis 1, and so mixes them up where more than one axis is left out.
-      - Masks need not be boolean, nor have the size of the channels; masked elements may be NaN,
-        and where nothing counts, the mean is 0 and the variance 1.
-      - Axes out of range or repeated are refused.
+      - The variance is safe; `use_fast_variance` has no effect.
+      - Input and parameters keep their precision: `promote_dtype` and `dtype` only decide the dtype
+        of y.
+      - Each group is normalized by its own statistics, whatever `reduction_axes` are. (`flax.nnx`
+        repeats the statistics along axis 1, which mixes up the groups if `reduction_axes` leaves
+        out more than one axis.)
+      - Masks need not be boolean, nor have the size of the channels, and masked elements may be
+        NaN. If nothing counts, the mean is 0 and the variance 1.
+      - Axes out of range or repeated raise an error.
 
     Args:
-      num_features: the number of channels, the last axis.
-      num_groups: how many groups, a divisor of the channels.
-      group_size: channels in a group, instead; with `num_groups=None`.
-      epsilon: added to the variance.
-      dtype: of y; None for that of x, scale and bias together.
-      param_dtype: of scale and bias.
+      num_features: number of channels, the size of the last axis.
+      num_groups: number of groups, a divisor of the number of channels. None if `group_size` is
+        given.
+      group_size: number of channels in a group. It needs `num_groups=None`, since that is 32 by
+        default.
+      epsilon: added to the variance, which may be 0.
+      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      param_dtype: dtype of scale and bias.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
-      bias_init: makes the bias.
-      scale_init: makes the scale.
-      reduction_axes: the axes that mean and variance are taken over, the last among them; None for
-        all but the first.
-      axis_name: mapped axis that the reduced axes are sharded over.
-      axis_index_groups: groups of indices of that axis that share.
-      use_fast_variance: accepted for compatibility.
-      promote_dtype: from `(x, scale, bias)` and `dtype` to arrays of the dtypes to compute in.
-      rngs: keys for the initializers.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      reduction_axes: the axes that mean and variance are taken over, the last among them. None: all
+        but the first.
+      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
+        statistics. None: one group of all.
+      use_fast_variance: accepted for compatibility, without effect.
+      promote_dtype: function of `(x, scale, bias)` and `dtype` that returns the arrays promoted.
+        Only the dtype of y follows from it.
+      rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
 

@@ -1,4 +1,4 @@
-"""`flax.nnx.LayerNorm` with normjax behind it."""
+"""`flax.nnx.LayerNorm`, computed by normjax."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ from normjax.nnx._shared import common, present, promoted, read
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer normalization: `flax.nnx.LayerNorm`, with a variance that is safe.
+    """Layer normalization: `flax.nnx.LayerNorm` with a safe variance.
 
     Change the import and nothing else: constructor and call take the same arguments, and the
-      variables have the same
-    names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See
-    `normjax.layer_norm` for the mathematics.
+    variables have the same names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints
+    load both ways. See `normjax.layer_norm` for the mathematics.
 
     Beyond Flax:
-      - The variance is safe, so `use_fast_variance` chooses nothing.
-      - Input and parameters keep their precision: `promote_dtype` and `dtype` decide the dtype of y
-        alone.
-      - Masks need not be boolean and masked elements may be NaN; where nothing counts, the mean is
-        0 and the variance 1.
-      - Axes out of range or repeated are refused.
+      - The variance is safe; `use_fast_variance` has no effect.
+      - Input and parameters keep their precision: `promote_dtype` and `dtype` only decide the dtype
+        of y.
+      - Masks need not be boolean, and masked elements may be NaN. If nothing counts, the mean is 0
+        and the variance 1.
+      - Axes out of range or repeated raise an error.
 
     Args:
-      num_features: the size of the feature axis; of several, their product.
-      epsilon: added to the variance.
-      dtype: of y; None for that of x, scale and bias together.
-      param_dtype: of scale and bias.
+      num_features: size of the feature axis; with several feature axes, the product of their sizes.
+      epsilon: added to the variance, which may be 0.
+      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      param_dtype: dtype of scale and bias.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
-      bias_init: makes the bias.
-      scale_init: makes the scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
       reduction_axes: the axes that mean and variance are taken over.
-      feature_axes: the axes that have a scale and bias of their own.
-      axis_name: mapped axis that the reduced axes are sharded over.
-      axis_index_groups: groups of indices of that axis that share.
-      use_fast_variance: accepted for compatibility.
-      promote_dtype: from `(x, scale, bias)` and `dtype` to arrays of the dtypes to compute in.
-      rngs: keys for the initializers.
+      feature_axes: the axes that scale and bias run along.
+      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
+        statistics. None: one group of all.
+      use_fast_variance: accepted for compatibility, without effect.
+      promote_dtype: function of `(x, scale, bias)` and `dtype` that returns the arrays promoted.
+        Only the dtype of y follows from it.
+      rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
 

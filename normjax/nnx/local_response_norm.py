@@ -21,24 +21,26 @@ from normjax.nnx._shared import declare, present, promoted, read
 class LocalResponseNorm(nnx.Module):
     """Local response normalization, in the manner of Flax's layers.
 
-    See `normjax.local_response_norm` for the mathematics. There are no variables, unless asked for.
+    See `normjax.local_response_norm` for the mathematics. There are no variables by default:
+    `use_scale` and `use_bias` add them.
 
     Args:
-      num_features: the number of channels.
-      size: how many channels are next to each other.
-      alpha: weight of their mean square, as in PyTorch; the paper's and TensorFlow's is `alpha /
-        size`.
-      beta: the power.
-      k: added to the energy.
-      dtype: of y; None for that of x, scale and bias together.
-      param_dtype: of scale and bias.
+      num_features: number of channels.
+      size: number of neighbouring channels that are averaged, the channel itself among them.
+      alpha: weight of their mean square, as in PyTorch. The paper and TensorFlow weigh the sum:
+        their alpha is `alpha / size`.
+      beta: exponent of the divisor.
+      k: added to the weighted mean square; above 0.
+      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      param_dtype: dtype of scale and bias.
       use_bias: whether there is a bias.
       use_scale: whether there is a scale.
-      bias_init: makes the bias.
-      scale_init: makes the scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
       feature_axes: the axis of the channels.
-      promote_dtype: from `(x, scale, bias)` and `dtype` to arrays of the dtypes to compute in.
-      rngs: keys for the initializers.
+      promote_dtype: function of `(x, scale, bias)` and `dtype` that returns the arrays promoted.
+        Only the dtype of y follows from it.
+      rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
 

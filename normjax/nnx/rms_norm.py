@@ -1,4 +1,4 @@
-"""`flax.nnx.RMSNorm` with normjax behind it."""
+"""`flax.nnx.RMSNorm`, computed by normjax."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ class RMSNorm(nnx.RMSNorm):
     """Root mean square normalization: `flax.nnx.RMSNorm`, rounded once.
 
     Change the import and nothing else: constructor and call take the same arguments, and the
-      variables have the same
-    names (`scale`: `nnx.Param`), shapes and dtypes, so checkpoints load both ways. See
-    `normjax.rms_norm` for the mathematics.
+    variables have the same names (`scale`: `nnx.Param`), shapes and dtypes, so checkpoints load
+    both ways. See `normjax.rms_norm` for the mathematics.
 
     Beyond Flax:
-      - Input and scale keep their precision: `promote_dtype` and `dtype` decide the dtype of y
-        alone.
-      - Masks need not be boolean and masked elements may be NaN; where nothing counts, the mean
+      - Input and scale keep their precision: `promote_dtype` and `dtype` only decide the dtype of
+        y.
+      - Masks need not be boolean, and masked elements may be NaN. If nothing counts, the mean
         square is 1.
-      - Axes out of range or repeated are refused.
+      - Axes out of range or repeated raise an error.
 
     Args:
-      num_features: the size of the feature axis; of several, their product.
+      num_features: size of the feature axis; with several feature axes, the product of their sizes.
       epsilon: added to the mean square.
-      dtype: of y; None for that of x and the scale together.
-      param_dtype: of the scale.
+      dtype: dtype of y. None: the dtype that x and the scale promote to.
+      param_dtype: dtype of the scale.
       use_scale: whether there is a scale.
-      scale_init: makes the scale.
+      scale_init: initializer of the scale.
       reduction_axes: the axes that the mean square is taken over.
-      feature_axes: the axes that have a scale of their own.
-      axis_name: mapped axis that the reduced axes are sharded over.
-      axis_index_groups: groups of indices of that axis that share.
-      use_fast_variance: accepted for compatibility.
-      promote_dtype: from `(x, scale)` and `dtype` to arrays of the dtypes to compute in.
-      scale_offset: added to the scale, in float32 or wider: 1.0 for checkpoints that store `scale -
-        1` (Gemma), with `scale_init=zeros`.
-      rngs: keys for the initializers.
+      feature_axes: the axes that the scale runs along.
+      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
+        statistics. None: one group of all.
+      use_fast_variance: accepted for compatibility, without effect.
+      promote_dtype: function of `(x, scale)` and `dtype` that returns the arrays promoted. Only the
+        dtype of y follows from it.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1` (Gemma), with `scale_init=zeros`.
+      rngs: random keys for the initializers.
       scale_metadata: metadata of the scale variable.
 
     Example:

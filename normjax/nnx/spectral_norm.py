@@ -1,4 +1,4 @@
-"""`flax.nnx.SpectralNorm` with normjax behind it."""
+"""`flax.nnx.SpectralNorm`, computed by normjax."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from normjax.weights.spectral_norm import forget_kernels_of_zeros, spectral_norm
 
 
 class SpectralNorm(nnx.SpectralNorm):
-    """Spectral normalization of the layer that it wraps: `flax.nnx.SpectralNorm`, which leaves that layer as it is.
+    """Spectral normalization of the layer that it wraps: `flax.nnx.SpectralNorm` in float32.
 
     Change the import and nothing else: constructor and call take the same arguments, and the
-      variables have the same
-    names (`batch_stats`: `nnx.BatchStat`), shapes and dtypes, so checkpoints load both ways. See
-    `normjax.weights.spectral_norm` for the mathematics.
+    variables have the same names (`batch_stats`: `nnx.BatchStat`), shapes and dtypes, so
+    checkpoints load both ways. See `normjax.weights.spectral_norm` for the mathematics.
 
     Beyond Flax:
-      - The weights of the layer are never overwritten (google/flax#5576): what is trained are the
-        weights as they are, and with `update_stats=False` a call under a transformation of JAX may
-        close over the module. The call goes to a copy of the layer that shares all other variables;
-        what it adds to the layer, as `sow` does outside `nnx.capture`, is lost.
+      - The weights of the layer are never overwritten (google/flax#5576): the unnormalized weights
+        are trained, and with `update_stats=False` a call under a transformation of JAX may close
+        over the module. The call goes to a copy of the layer that shares all other variables; what
+        it adds to the layer, as `sow` does outside `nnx.capture`, is lost.
       - Power iteration is in float32 (or wider), on accelerators too.
 
     Args:
-      layer_instance: the layer.
-      n_steps: of power iteration, at each call.
+      layer_instance: the layer to wrap.
+      n_steps: steps of power iteration at each call. One is enough in training, where weights
+        change little between two steps; with 0 they are not divided.
       epsilon: added to the squared norms.
-      dtype: of the weights in use; None for that of weights and statistics together.
-      param_dtype: of the statistics.
-      error_on_non_matrix: whether to refuse weights of more than two axes, instead of flattening
-        the leading ones.
-      update_stats: whether to keep the new singular vectors and values; `model.train()`,
-        `model.eval()` and the call set it.
-      rngs: keys for the first singular vectors.
+      dtype: dtype of the weights in use. None: the dtype that weights and statistics promote to.
+      param_dtype: dtype of the statistics `u` and `sigma`.
+      error_on_non_matrix: whether weights of more than two axes raise an error. Otherwise their
+        leading axes are flattened.
+      update_stats: whether to store the new singular vectors and values. `model.train()`,
+        `model.eval()` and the call override it.
+      rngs: random keys for the first singular vectors.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,8 +47,8 @@ class SpectralNorm(nnx.SpectralNorm):
       >>> from normjax.nnx import SpectralNorm
       >>> layer = nnx.Linear(4, 4, kernel_init=nnx.initializers.orthogonal(5.0), rngs=nnx.Rngs(0))
       >>> norm = SpectralNorm(layer, n_steps=5, rngs=nnx.Rngs(1))
-      >>> weights = norm(jnp.eye(4))  # the bias is 0
-      >>> print(jnp.linalg.norm(weights, 2).round(3), jnp.linalg.norm(layer.kernel[...], 2).round(3))
+      >>> weights, stored = norm(jnp.eye(4)), layer.kernel[...]  # the bias is 0
+      >>> print(jnp.linalg.norm(weights, 2).round(3), jnp.linalg.norm(stored, 2).round(3))
       1.0 5.0
     """
 
@@ -56,8 +56,8 @@ class SpectralNorm(nnx.SpectralNorm):
         """Calls the wrapped layer with its weights divided by their largest singular values.
 
         Args:
-          x: of the layer.
-          update_stats: overrides what the constructor or `model.eval()` said.
+          x: the layer's input.
+          update_stats: overrides the constructor, `model.train()` and `model.eval()`.
 
         Returns:
           What the layer returns.

@@ -1,4 +1,4 @@
-"""`flax.nnx.WeightNorm` with normjax behind it."""
+"""`flax.nnx.WeightNorm`, computed by normjax."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from normjax.weights import weight_norm
 
 
 class WeightNorm(nnx.WeightNorm):
-    """Weight normalization of the layer that it wraps: `flax.nnx.WeightNorm`, which leaves that layer as it is.
+    """Weight normalization of the layer that it wraps: `flax.nnx.WeightNorm` in float32.
 
     Change the import and nothing else: constructor and call take the same arguments, and the
-      variables have the same
-    names, shapes and dtypes, so checkpoints load both ways. See `normjax.weights.weight_norm` for
-    the mathematics.
+    variables have the same names, shapes and dtypes, so checkpoints load both ways. See
+    `normjax.weights.weight_norm` for the mathematics.
 
     Beyond Flax:
-      - The weights of the layer are never overwritten (google/flax#5576): what is trained are the
-        weights as they are, and a call under a transformation of JAX may close over the module. The
-        call goes to a copy of the layer that shares all other variables; what it adds to the layer,
-        as `sow` does outside `nnx.capture`, is lost.
+      - The weights of the layer are never overwritten (google/flax#5576): the unnormalized weights
+        are trained, and a call under a transformation of JAX may close over the module. The call
+        goes to a copy of the layer that shares all other variables; what it adds to the layer, as
+        `sow` does outside `nnx.capture`, is lost.
       - The scales are `nnx.Param`, so that they are trained (google/flax#5577); in Flax they are
         plain arrays.
       - Norms and products are taken in float32 (or wider) and rounded once.
-      - Axes out of range or repeated are refused.
+      - Axes out of range or repeated raise an error.
 
     Args:
-      layer_instance: the layer.
-      feature_axes: the axes that have a norm of their own; None for one norm of all.
-      use_scale: whether the norms are learned; otherwise they are 1.
-      scale_init: makes the scales, in float32.
+      layer_instance: the layer to wrap.
+      feature_axes: the axes along which each slice of a weight has its own norm. None: one norm of
+        the whole weight.
+      use_scale: whether the norms are learned. Otherwise they are 1.
+      scale_init: initializer of the scales, which are float32.
       epsilon: added to the squared norm.
-      dtype: of the weights in use; None for that of weights and scales together.
-      param_dtype: accepted for compatibility.
-      variable_filter: which parameters to normalize.
-      promote_dtype: accepted for compatibility.
-      rngs: keys for the initializer.
+      dtype: dtype of the weights in use. None: the dtype that weights and scales promote to.
+      param_dtype: accepted for compatibility, without effect.
+      variable_filter: which parameters to normalize, as a filter of `nnx.state`.
+      promote_dtype: accepted for compatibility, without effect.
+      rngs: random keys for the initializer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,9 +90,9 @@ class WeightNorm(nnx.WeightNorm):
         """Calls the wrapped layer with its weights normalized.
 
         Args:
-          x: of the layer.
-          *args: of the layer.
-          **kwargs: of the layer.
+          x: the layer's input.
+          *args: passed to the layer.
+          **kwargs: passed to the layer.
 
         Returns:
           What the layer returns.

@@ -16,22 +16,24 @@ from normjax.weights import weight_standardization
 
 
 class WeightStandardization(nnx.Module):
-    """Weight standardization of the layer that it wraps, in the manner of `normjax.nnx.WeightNorm`.
+    """Weight standardization of the layer that it wraps.
 
-    See `normjax.weights.weight_standardization` for the mathematics. The weights of the layer are
-    never overwritten; scalars and vectors among them stay as they are in use, too.
+    It works as `normjax.nnx.WeightNorm` does. See `normjax.weights.weight_standardization` for the
+    mathematics. The weights of the layer are never overwritten. Scalars and vectors are used as
+    they are.
 
     Args:
-      layer_instance: the layer.
-      feature_axes: the axes whose weights have statistics of their own; None for one of all.
-      scaled: whether the variance is 1 / fan-in instead of 1, for networks without normalization.
+      layer_instance: the layer to wrap.
+      feature_axes: the axes along which each slice of a weight has its own statistics. None: the
+        statistics of the whole weight.
+      scaled: whether the variance is `1 / fan_in` instead of 1, for networks without normalization.
       use_scale: whether there is a learned gain (`scales`: `nnx.Param`).
-      scale_init: makes it.
+      scale_init: initializer of the gain.
       epsilon: added to the variance.
-      dtype: of the weights in use; None for that of weights and scales together.
-      param_dtype: of the scales.
-      variable_filter: which parameters to standardize.
-      rngs: keys for the initializer.
+      dtype: dtype of the weights in use. None: the dtype that weights and scales promote to.
+      param_dtype: dtype of the scales.
+      variable_filter: which parameters to standardize, as a filter of `nnx.state`.
+      rngs: random keys for the initializer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -82,9 +84,9 @@ class WeightStandardization(nnx.Module):
         """Calls the wrapped layer with its weights standardized.
 
         Args:
-          x: of the layer.
-          *args: of the layer.
-          **kwargs: of the layer.
+          x: the layer's input.
+          *args: passed to the layer.
+          **kwargs: passed to the layer.
 
         Returns:
           What the layer returns.
