@@ -94,6 +94,7 @@ THOROUGH = {
     "test_train_resnet_parts.py",
     "test_transformations.py",
     "test_types.py",
+    "test_under_transformations.py",
     "test_units.py",
     "test_weights.py",
     "test_without_batch.py",

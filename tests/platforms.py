@@ -1,7 +1,7 @@
 """The programs that the compilers for CPU, CUDA, ROCm and TPU are given, run on this machine.
 
-JAX may phrase a function differently for each platform (`lax.platform_dependent`). The fixture
-`on_platform` of conftest.py runs its test once for each platform's program:
+JAX may phrase a function differently for each platform (`lax.platform_dependent`). A test that takes
+the argument `on_platform` runs once for each platform (conftest.py sees to that):
 
     def test_values(on_platform):
         y, batch_stats = on_platform(partial(nj.batch_norm, train=True), params, batch_stats, x)
@@ -12,13 +12,14 @@ platform's own backward program runs. `on_platform.compiled(function, *arguments
 program, to run it on several arguments of the same shapes.
 
 The program for CPUs is that of `jax.jit`. The others come from `jax.export`. They are compiled with
-few optimizations, which takes half the time: their own compilers would optimize otherwise anyway.
-Equal programs are compiled once, and so a test costs little more for platforms that share one.
+few optimizations, which takes half the time; their own compilers would optimize differently anyway.
+Equal programs are compiled once, and a function is traced once for all platforms if it is the same
+object each time.
 
-Arguments may be pytrees of any dtype, typed keys too. The function may map over devices
-(`jax.shard_map`, `jax.pmap`), also under `jax.set_mesh` with arguments that lie on its mesh.
-What cannot run here is what only an accelerator has: its custom calls (cuSOLVER's, say) and Pallas
-kernels that are not interpreted.
+Arguments may be pytrees of any dtype, also typed keys. The function may map over devices with
+`jax.shard_map`, `jax.pmap` and `jax.vmap`, or take arguments that lie on a mesh; `jax.set_mesh` then
+goes around the call, not into the function. JAX exports no host callbacks. What only an accelerator
+has cannot run here: custom calls (cuSOLVER's, say) and Pallas kernels that are not interpreted.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """One step of synced batch norm on 8 devices, in each of JAX's ways to map, and the same step on one device."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,7 @@ def step(params, batch_stats, x, weight, mask, **settings):
     return y, batch_stats, d_params, dx
 
 
-def one_device(params, batch_stats, x, weight, mask, **settings):
-    return jax.jit(partial(step, **settings))(params, batch_stats, x, weight, mask)
+one_device = jax.jit(step, static_argnames="virtual_batch_size")
 
 
 def summed(step, **settings):
@@ -67,19 +66,6 @@ def summed(step, **settings):
         return y, batch_stats, lax.psum(d_params, "data"), dx
 
     return run
-
-
-def shard_mapped(*operands, check_vma, **settings):
-    run = partial(step, axis_name="data", **settings) if check_vma else summed(step, **settings)
-    return jax.jit(
-        jax.shard_map(
-            run,
-            mesh=mesh(data=DEVICES),
-            in_specs=(WHOLE, WHOLE, SPLIT, SPLIT, SPLIT),
-            out_specs=(SPLIT, WHOLE, WHOLE, SPLIT),
-            check_vma=check_vma,
-        )
-    )
 
 
 def collectives(compiled):
@@ -94,44 +80,45 @@ def stacked(tree):
     return jax.tree.map(lambda a: a.reshape(DEVICES, -1, *a.shape[1:]), tree)
 
 
+WAYS = ("pmap", "vmap", "shard_map", "shard_map unchecked", "jit", "jit explicit")
+
+
+@cache
+def synced_step(way):
+    """The step as a function of whole batches: mapped over devices, or as it is for sharded operands."""
+    if way in ("pmap", "vmap"):
+        return over_axis(getattr(jax, way))
+    if way in ("jit", "jit explicit"):
+        return step
+    check_vma = way == "shard_map"
+    return jax.shard_map(
+        partial(step, axis_name="data") if check_vma else summed(step),
+        mesh=mesh(data=DEVICES),
+        in_specs=(WHOLE, WHOLE, SPLIT, SPLIT, SPLIT),
+        out_specs=(SPLIT, WHOLE, WHOLE, SPLIT),
+        check_vma=check_vma,
+    )
+
+
 def over_axis(transform):
-    """pmap or vmap as a function of whole batches."""
-
-    def build(*_, **settings):
-        mapped = transform(
-            summed(step, **settings), axis_name="data", in_axes=(None, None, 0, 0, 0)
-        )
-
-        def run(params, batch_stats, *examples):
-            y, batch_stats, d_params, dx = mapped(params, batch_stats, *stacked(examples))
-            joined = [jnp.asarray(a).reshape(-1, *a.shape[2:]) for a in (y, dx)]
-            first = jax.tree.map(lambda a: a[0], (batch_stats, d_params))
-            return joined[0], *first, joined[1]
-
-        return run
-
-    return build
-
-
-def sharded_jit(params, batch_stats, *examples, explicit, **settings):
-    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
-    devices = jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,))
+    """pmap or vmap of the step."""
+    mapped = transform(summed(step), axis_name="data", in_axes=(None, None, 0, 0, 0))
 
     def run(params, batch_stats, *examples):
-        examples = jax.tree.map(
-            lambda a: jax.device_put(a, NamedSharding(devices, SPLIT)), examples
-        )
-        with jax.set_mesh(devices):
-            return jax.jit(partial(step, **settings))(params, batch_stats, *examples)
+        y, batch_stats, d_params, dx = mapped(params, batch_stats, *stacked(examples))
+        joined = [jnp.asarray(a).reshape(-1, *a.shape[2:]) for a in (y, dx)]
+        first = jax.tree.map(lambda a: a[0], (batch_stats, d_params))
+        return joined[0], *first, joined[1]
 
     return run
 
 
-WAYS = {
-    "pmap": over_axis(jax.pmap),
-    "vmap": over_axis(jax.vmap),
-    "shard_map": partial(shard_mapped, check_vma=True),
-    "shard_map unchecked": partial(shard_mapped, check_vma=False),
-    "jit": partial(sharded_jit, explicit=False),
-    "jit explicit": partial(sharded_jit, explicit=True),
-}
+def synced(on_platform, way, params, batch_stats, *examples):
+    """Returns what the step gives on 8 devices, by the program of a platform."""
+    if way not in ("jit", "jit explicit"):
+        return on_platform(synced_step(way), params, batch_stats, *examples)
+    kind = jax.sharding.AxisType.Explicit if "explicit" in way else jax.sharding.AxisType.Auto
+    devices = jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,))
+    examples = jax.device_put(examples, NamedSharding(devices, SPLIT))
+    with jax.set_mesh(devices):
+        return on_platform(step, params, batch_stats, *examples)

@@ -1,6 +1,6 @@
 """Layers whose statistics are each example's own, on examples that are cut over 8 devices; and batch renorm, synced."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import normjax as nj
-from tests.compare import assert_close, assert_finite
+from tests.compare import assert_close, assert_trees_close
 from tests.distributed.mapped import DEVICES, collectives, mesh
 
 POSITIONS, FEATURES = PartitionSpec(None, "data"), PartitionSpec(None, None, "data")
@@ -46,69 +46,70 @@ def step(layer, params, x, weight, mask, **settings):
     return y, *gradients
 
 
-def shard_mapped(layer, cut, mask, check_vma):
+WAYS = ("shard_map", "shard_map unchecked", "jit", "jit explicit")
+# A mask changes what is summed, the way how: each of both with either of the other.
+MASKED = {"shard_map": True, "shard_map unchecked": False, "jit": False, "jit explicit": True}
+
+
+@cache
+def step_of(case):
+    return partial(step, CASES[case][0])
+
+
+@cache
+def alone(case):
+    return jax.jit(step_of(case))
+
+
+@cache
+def shard_mapped(case, check_vma):
+    layer, cut = CASES[case]
     own = PartitionSpec("data") if cut == FEATURES else PartitionSpec()
 
     def run(params, x, weight, mask):
         y, d_params, dx = step(layer, params, x, weight, mask, axis_name="data")
         return y, d_params if check_vma or cut == FEATURES else lax.psum(d_params, "data"), dx
 
-    return jax.jit(
-        jax.shard_map(
-            run,
-            mesh=mesh(data=DEVICES),
-            in_specs=(own, cut, cut, cut),
-            out_specs=(cut, own, cut),
-            check_vma=check_vma,
-        )
+    return jax.shard_map(
+        run,
+        mesh=mesh(data=DEVICES),
+        in_specs=(own, cut, cut, cut),
+        out_specs=(cut, own, cut),
+        check_vma=check_vma,
     )
 
 
-def jitted(layer, cut, mask, kind):
+def on_devices(on_platform, case, way, params, *examples):
+    """Returns what the step gives of examples that are cut over 8 devices."""
+    if way in ("shard_map", "shard_map unchecked"):
+        return on_platform(shard_mapped(case, way == "shard_map"), params, *examples)
+    kind = jax.sharding.AxisType.Explicit if "explicit" in way else jax.sharding.AxisType.Auto
     devices = jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,))
-
-    def run(params, x, weight, mask):
-        placed = jax.tree.map(
-            lambda a: jax.device_put(a, NamedSharding(devices, cut)), (x, weight, mask)
-        )
-        with jax.set_mesh(devices):
-            return jax.jit(partial(step, layer))(params, *placed)
-
-    return run
+    examples = jax.device_put(examples, NamedSharding(devices, CASES[case][1]))
+    with jax.set_mesh(devices):
+        return on_platform(step_of(case), params, *examples)
 
 
-WAYS = {
-    "shard_map": partial(shard_mapped, check_vma=True),
-    "shard_map unchecked": partial(shard_mapped, check_vma=False),
-    "jit": partial(jitted, kind=jax.sharding.AxisType.Auto),
-    "jit explicit": partial(jitted, kind=jax.sharding.AxisType.Explicit),
-}
+def assert_equals_one_device(on_platform, case, way, *given):
+    actual, expected = on_devices(on_platform, case, way, *given), alone(case)(*given)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert_close(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("masked", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_equals_one_device(rng, case, way, masked):
-    layer, cut = CASES[case]
-    params, x, weight = operands(rng)
-    mask = jnp.asarray(rng.random(SHAPE) < 0.7) if masked else None
-    expected = jax.jit(partial(step, layer))(params, x, weight, mask)
-    actual = WAYS[way](layer, cut, mask)(params, x, weight, mask)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert_close(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+def test_equals_one_device(on_platform, rng, case, way):
+    mask = jnp.asarray(rng.random(SHAPE) < 0.7) if MASKED[way] else None
+    assert_equals_one_device(on_platform, case, way, *operands(rng), mask)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way for way in WAYS if not MASKED[way]])
 @pytest.mark.parametrize("case", ["layer_norm, features", "group_norm", "instance_norm"])
-def test_offsets_of_1e4_between_devices(rng, case, way):
-    layer, cut = CASES[case]
+def test_offsets_of_1e4_between_devices(on_platform, rng, case, way):
     ramp = jnp.linspace(0, 1e4, SHAPE[1])
-    params, x, weight = operands(rng, ramp if cut == FEATURES else ramp[:, None])
-    expected = jax.jit(partial(step, layer))(params, x, weight, None)
-    actual = WAYS[way](layer, cut, None)(params, x, weight, None)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert_close(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+    given = operands(rng, ramp if CASES[case][1] == FEATURES else ramp[:, None])
+    assert_equals_one_device(on_platform, case, way, *given, None)
 
 
 @pytest.mark.parametrize(
@@ -126,25 +127,41 @@ def test_examples_on_different_devices_do_not_talk(rng, case):
     assert collectives(compiled) == []
 
 
+def renorm(params, batch_stats, x, **settings):
+    """Returns y and the new statistics, and the gradient of x."""
+
+    def loss(x):
+        y, new = nj.batch_renorm(
+            params, batch_stats, x, True, r_max=1.5, d_max=0.3, momentum=0.9, **settings
+        )
+        return jnp.sum(jnp.tanh(y)), (y, new)
+
+    dx, outcome = jax.grad(loss, has_aux=True)(x)
+    return *outcome, dx
+
+
+@cache
+def synced_renorm(check_vma):
+    whole, cut = PartitionSpec(), PartitionSpec("data")
+    return jax.shard_map(
+        partial(renorm, axis_name="data"),
+        mesh=mesh(data=DEVICES),
+        in_specs=(whole, whole, cut),
+        out_specs=(cut, whole, cut),
+        check_vma=check_vma,
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_batch_renorm_equals_one_device(rng, check_vma):
+def test_batch_renorm_equals_one_device(on_platform, rng, check_vma):
     params, batch_stats = nj.batch_renorm_init(4)
     batch_stats["mean"] += 0.5
     x = jnp.asarray(rng.normal(1, 2, (4 * DEVICES, 5, 4)), jnp.float32)
-    apply = partial(nj.batch_renorm, r_max=1.5, d_max=0.3)
-    whole, cut = PartitionSpec(), PartitionSpec("data")
-    mapped = jax.shard_map(
-        lambda params, batch_stats, x: apply(params, batch_stats, x, True, axis_name="data"),
-        mesh=mesh(data=DEVICES),
-        in_specs=(whole, whole, cut),
-        out_specs=(cut, whole),
-        check_vma=check_vma,
-    )
-    y, new = jax.jit(mapped)(params, batch_stats, x)
-    expected, expected_new = apply(params, batch_stats, x, True)
+    given = params, batch_stats, x
+    y, new, dx = on_platform(synced_renorm(check_vma), *given)
+    expected, expected_new, expected_dx = jax.jit(renorm)(*given)
     assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    for leaf in new:
-        assert_close(new[leaf], expected_new[leaf], rtol=1e-5)
-    assert_finite(jax.grad(lambda x: jnp.sum(jnp.tanh(mapped(params, batch_stats, x)[0])))(x))
-    assert np.abs(expected - nj.batch_norm(params, batch_stats, x, True)[0]).max() > 0.1
+    assert_trees_close(new, expected_new, rtol=1e-5)
+    assert_close(dx, expected_dx, atol=1e-5)
+    assert np.abs(expected - nj.batch_norm(*given, True)[0]).max() > 0.1

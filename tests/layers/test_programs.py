@@ -63,7 +63,11 @@ print(entry(traced("{layer}").lower().compile()).count(" conditional("))
 @pytest.mark.slow
 def test_the_family_on_one_device():
     """What other tests say of these layers holds for the way that they go on one device, too."""
-    files = ["tests/layers/test_family_reference.py", "tests/contract/test_contract.py"]
+    files = [
+        "tests/layers/test_family_reference.py",
+        "tests/contract/test_contract.py",
+        "tests/contract/test_under_transformations.py",
+    ]
     layers = "(layer_norm or group_norm or instance_norm)"
     chosen = f"{layers} and (formula or offset or constant or derivatives or masked or vmap)"
     done = in_process(1, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen)
