@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.extend import core
 
 from normjax._jaxpr import Op, Program, Writer
 from normjax._trees import Path
@@ -17,15 +16,23 @@ GROUPING = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "
 
 def inline(writer: Writer, eqn: Any, inputs: list[int]) -> list[int] | None:
     """Writes out the calls that only group operations."""
-    name, body = eqn.primitive.name, eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    # A derivative of its own says nothing of what is computed. Activations stay whole, to be called
-    # by their names.
-    grouped = name in GROUPING or (name == "custom_jvp_call" and _primitives(body) <= ARITHMETIC)
-    return writer.write(body, inputs) if grouped else None
+    name = eqn.primitive.name
+    grouped = name in GROUPING or (name == "custom_jvp_call" and not _is_activation(eqn))
+    return writer.write(_body(eqn), inputs) if grouped else None
 
 
-def _primitives(body: core.ClosedJaxpr) -> set[str]:
-    return {eqn.primitive.name for eqn in body.jaxpr.eqns}
+def _body(eqn: Any) -> Any:
+    return eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+
+
+def _is_activation(eqn: Any) -> bool:
+    """Whether a function with a derivative of its own is to be called by its name.
+
+    The derivative says nothing of what is computed. Activations take one array, and do more than
+    arithmetic.
+    """
+    names = {inner.primitive.name for inner in _body(eqn).jaxpr.eqns}
+    return len(eqn.invars) == 1 and not names <= ARITHMETIC
 
 
 def users(program: Program) -> dict[int, list[Op | None]]:
