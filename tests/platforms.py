@@ -1,7 +1,7 @@
 """The programs that the compilers for CPU, CUDA, ROCm and TPU are given, run on this machine.
 
-JAX may phrase a function differently for each platform (`lax.platform_dependent`). A test that takes
-the argument `on_platform` runs once for each platform (conftest.py sees to that):
+JAX may phrase a function differently for each platform (`lax.platform_dependent`). A test that
+takes the argument `on_platform` runs once for each platform (conftest.py sees to that):
 
     def test_values(on_platform):
         y, batch_stats = on_platform(partial(nj.batch_norm, train=True), params, batch_stats, x)
@@ -17,9 +17,10 @@ Equal programs are compiled once, and a function is traced once for all platform
 object each time.
 
 Arguments may be pytrees of any dtype, also typed keys. The function may map over devices with
-`jax.shard_map`, `jax.pmap` and `jax.vmap`, or take arguments that lie on a mesh; `jax.set_mesh` then
-goes around the call, not into the function. JAX exports no host callbacks. What only an accelerator
-has cannot run here: custom calls (cuSOLVER's, say) and Pallas kernels that are not interpreted.
+`jax.shard_map`, `jax.pmap` and `jax.vmap`, or take arguments that lie on a mesh; `jax.set_mesh`
+then goes around the call, not into the function. JAX exports no host callbacks. What only an
+accelerator has cannot run here: custom calls (cuSOLVER's, say), and Pallas kernels that are not
+interpreted.
 """
 
 import dataclasses

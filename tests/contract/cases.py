@@ -52,7 +52,7 @@ every_case = of(CASES)
 
 
 class Outcome(NamedTuple):
-    """What a step gives: y and the new statistics, y at inference, and gradients of params and x."""
+    """What a step gives: y, new statistics, y at inference, and gradients of params and x."""
 
     y: jax.Array
     new: dict[str, Any]

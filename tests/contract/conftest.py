@@ -18,6 +18,6 @@ def _file_and_case(item):
 
 
 def _case(item):
-    """The case of the contract that an item is for, or None: this hook sees the items of all files."""
+    """The case that an item is for; None for items of other files, which the hook sees, too."""
     case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
     return case if isinstance(case, Case) else None

@@ -84,7 +84,7 @@ def operands(name):
 
 
 def step(layer, params, batch_stats, x, **settings):
-    """Returns y and the gradients, and the new statistics, which are the batch's with momentum 0."""
+    """Returns y and the gradients, and the new statistics: with momentum 0, the batch's."""
     weight = jnp.sin(jnp.arange(1.0, x.size + 1)).reshape(x.shape)
 
     def loss(params, x):
