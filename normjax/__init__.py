@@ -3,8 +3,8 @@
     params, batch_stats = nj.batch_norm_init(num_features)
     y, batch_stats = nj.batch_norm(params, batch_stats, x, train=True)
 
-`normjax.linen` and `normjax.nnx`, the doors for Flax models, load on first use, and so do
-`normjax.convert`, `normjax.deploy` (with `fold_batch_norm`), `normjax.diagnostics` and
+`normjax.linen` and `normjax.nnx`, the adapters for Flax models, are imported on first use, and so
+are `normjax.convert`, `normjax.deploy` (with `fold_batch_norm`), `normjax.diagnostics` and
 `normjax.optim`.
 """
 
@@ -73,12 +73,12 @@ __all__ = [
     "weights",
 ]
 
-_ROOMS = ("convert", "deploy", "diagnostics", "linen", "nnx", "optim")
+_PACKAGES = ("convert", "deploy", "diagnostics", "linen", "nnx", "optim")
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a room, and what it needs, when it or what it holds is first asked for."""
-    if name in _ROOMS:
+    """Imports a package, and what it depends on, when it is first used."""
+    if name in _PACKAGES:
         return importlib.import_module(f"normjax.{name}")
     if name == "fold_batch_norm":
         return importlib.import_module("normjax.deploy.fold_layer").fold_batch_norm

@@ -12,7 +12,7 @@ def widest(x):
 
 
 def assert_close(actual, expected, *, rtol=0.0, atol=0.0, dtype=None):
-    """Each |actual - expected| <= atol + rtol * |expected|, in equal shapes, against finite expectations."""
+    """Asserts equal shapes, and |actual - expected| <= atol + rtol * |expected|, all finite."""
     assert np.isfinite(widest(expected)).all(), f"the expectation itself is not finite: {expected}"
     assert np.shape(actual) == np.shape(expected), (
         f"shape {np.shape(actual)}, not {np.shape(expected)}"
@@ -56,7 +56,7 @@ def _bits(leaf):
 
 
 def rounding(*dtypes):
-    """What half precision adds to a tolerance: roundings of Flax's that normjax does once, or not at all."""
+    """Returns what half precision adds to a tolerance: Flax rounds more often than normjax."""
     return max(
         8 * float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize == 2 else 0.0
         for dtype in dtypes

@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict promotion and bounded hypothesis: settled before JAX's backend starts."""
+"""Sets eight CPU devices, strict promotion and hypothesis, before JAX's backend starts."""
 
 import os
 
@@ -152,6 +152,6 @@ def rng():
 
 @pytest.fixture
 def promotion_as_in_flax():
-    """JAX's standard promotion: Flax's layers mix bfloat16 and float32 by way of it, and so do the doors' dtypes."""
+    """JAX's standard promotion: Flax's layers and the adapters mix bfloat16 and float32."""
     with jax.numpy_dtype_promotion("standard"):
         yield

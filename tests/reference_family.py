@@ -1,4 +1,4 @@
-"""The family beyond batch norm as its papers state it, in float64 NumPy: one function per layer, returning y."""
+"""The layers besides batch norm by their papers' formulas, in float64 NumPy; each returns y."""
 
 import numpy as np
 
@@ -19,7 +19,7 @@ def others(axes, ndim):
 
 
 def placed(leaf, ndim, feature_axes):
-    """A leaf with its last dimensions on the feature axes, its leading ones on the first of the other axes."""
+    """Returns a leaf laid out on the feature axes, its leading sizes on the first others."""
     leaf, features = widest(leaf), axes_of(feature_axes, ndim)
     homes = [*others(features, ndim)[: leaf.ndim - len(features)], *features]
     homes += [axis for axis in range(ndim) if axis not in homes]
@@ -41,7 +41,7 @@ def cleaned(x, mask, value=0.0):
 
 
 def moments(x, reduction_axes, mask=None):
-    """Mean and variance of what counts, kept broadcastable to x; those of `NOTHING` where nothing counts."""
+    """Returns mean and variance of what counts, broadcastable to x; `NOTHING` if nothing counts."""
     axes = tuple(axes_of(reduction_axes, np.ndim(x)))
     parts = reference.moments(x, axes, mask)
     count, mean, var = (np.expand_dims(part, axes) for part in parts)
@@ -183,7 +183,7 @@ def weight_standardization(params, kernel, *, feature_axes=-1, scaled=False, eps
 
 
 def spectral_norm(batch_stats, kernel, *, feature_axes=-1, n_steps=1):
-    """The kernel over its estimated largest singular value, and the new batch_stats (Miyato et al. 2018)."""
+    """Returns the kernel over its estimated sigma, and new batch_stats (Miyato et al. 2018)."""
     kernel, u = widest(kernel), widest(batch_stats["u"])
     features = axes_of(feature_axes, kernel.ndim)
     columns = int(np.prod([kernel.shape[axis] for axis in features]))

@@ -12,7 +12,7 @@ import normjax as nj
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
 PUBLIC = {name: getattr(nj, name) for name in nj.__all__ if callable(getattr(nj, name))}
-for room in (
+for package in (
     nj.convert,
     nj.deploy,
     nj.diagnostics,
@@ -23,8 +23,8 @@ for room in (
     nj.weights,
 ):
     PUBLIC |= {
-        f"{room.__name__.removeprefix('normjax.')}.{name}": getattr(room, name)
-        for name in room.__all__
+        f"{package.__name__.removeprefix('normjax.')}.{name}": getattr(package, name)
+        for name in package.__all__
     }
 
 

@@ -1,4 +1,4 @@
-"""The normalization operators of ONNX: every node test that the `onnx` package ships for them, run through normjax."""
+"""Runs all node tests of the `onnx` package for normalization operators through normjax."""
 
 import collections
 import importlib
@@ -29,7 +29,7 @@ EPS = float(jnp.finfo(jnp.float32).eps)
 
 
 def find_cases():
-    """The tests whose graph is one of the nodes; `*_expanded` ones are graphs of primitives and hold no such node."""
+    """Returns the tests of a single node; `*_expanded` tests are graphs of primitives."""
     from onnx.backend.test.case import node
 
     # Modules change names between releases; importing all of them takes seconds, and warns.

@@ -22,7 +22,7 @@ NAMES = {f"{layer.name}-{variant}" for layer in trees.STORED for variant in laye
 
 
 def read(version, name, kind, template):
-    """The tree of a checkpoint, read into the structure of the template where the format takes one."""
+    """Returns a checkpoint's tree, read into the structure of the template if the format can."""
     folder = HERE / version
     if kind == "msgpack":
         return serialization.from_bytes(template, (folder / f"{name}.msgpack").read_bytes())

@@ -1,4 +1,4 @@
-"""What the checkpoints hold: every layer of the family as functions, in a linen model and in an nnx model.
+"""The trees in the checkpoints: every layer as a function, in a linen and in an nnx model.
 
 Values are made from a seed, so that what is read can be compared with what was meant.
 """
@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Linen(nn.Module):
-    """All doors, one after the other, at inference."""
+    """All adapters, one after the other, at inference."""
 
     @nn.compact
     def __call__(self, x):
@@ -74,7 +74,7 @@ class NNX(nnx.Module):
 
 
 def away_from_the_start(tree):
-    """The tree with other values in its leaves, each by a generator of its own name; counts are 7."""
+    """Returns the tree with random leaves, each seeded by its name; counts are 7."""
 
     def other(path, leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):

@@ -1,4 +1,4 @@
-"""Checkpoints as users write them: of functional layers, a linen model and an nnx model, in three formats.
+"""Writes checkpoints as users do: functional layers, a linen and an nnx model, three formats.
 
     python -m tests.checkpoints.write
 

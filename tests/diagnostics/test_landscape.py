@@ -90,7 +90,7 @@ def test_the_smoothness_is_that_of_the_sharpest_direction():
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_lengths_neither_overflow_nor_vanish(size):
-    """Squares of what diverges, or of what has nearly converged, have no room in float32."""
+    """Squares of diverging or nearly converged values leave the range of float32."""
     seen = landscape(lambda w: size * jnp.sum(w**2) / 2, jnp.ones(4), step_sizes=(1 / size,))
     assert_close(seen.gradient_distances, np.asarray([2 * size]), rtol=1e-5)
     assert_close(seen.smoothness, np.float32(size), rtol=1e-5)

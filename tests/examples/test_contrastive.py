@@ -40,7 +40,7 @@ def unit_rows(rng, *shape):
 
 
 def test_the_loss_is_nt_xent(rng):
-    """Equation 1 of Chen et al. 2020, over the 2N embeddings in turn; the devices' shares are of their own rows."""
+    """Equation 1 of Chen et al. 2020, over the 2N embeddings; each device has its own rows."""
     q, k = (unit_rows(rng, 6, 3) for _ in range(2))
     z = np.stack([q, k], 1).reshape(12, 3)
     similarity = np.exp(z @ z.T / TEMPERATURE)

@@ -59,7 +59,7 @@ def test_noise_is_there_in_training_alone_and_its_key_moves_on():
 
 
 def test_the_instruments_see_the_batch_and_the_probe():
-    """A covariate shift of the step that plain gradient descent would take, and percentiles of each unit."""
+    """A covariate shift of a step of plain gradient descent, and percentiles of each unit."""
     network = VARIANTS["no normalization"]
     params, batch_stats = network.network.init(jax.random.key(0), (4, 4, 1), 10)
     labels = jnp.arange(12, dtype=jnp.int32) % 10
@@ -77,7 +77,7 @@ def test_the_instruments_see_the_batch_and_the_probe():
 
 
 def test_the_numbers_of_a_run():
-    """Three units, whose medians wander by 0, 2 and 10, with bands 2 wide; the middle one is typical."""
+    """Three units whose medians move by 0, 2 and 10, with bands 2 wide; the second is typical."""
     middle = np.asarray([[0.0, 0, 0], [0, 2, 10], [0, 1, 5]])
     values = middle[:, None] + np.asarray([-1.0, 0, 1])[:, None]
     ones = np.ones((3, len(LAYERS)))

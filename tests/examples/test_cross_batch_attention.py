@@ -68,7 +68,7 @@ def test_whom_a_document_sees():
 
 
 def test_attention_against_numpy(rng):
-    """One softmax over a context's own tokens and those of the contexts it sees; own previous one of all the memory."""
+    """One softmax over a context's tokens, its own memory and the contexts that it sees."""
     documents, length, heads, features, contexts = 2, 3, 2, 4, 4
     of = lambda *shape: rng.normal(size=shape)  # noqa: E731
     queries, values = of(documents, length, heads, features), of(documents, length, heads, features)

@@ -29,7 +29,7 @@ def softmax_loss(params, images, labels):
 
 
 def test_the_instruments_see_the_batch():
-    """Softmax regression: the loss along its gradient, and the largest eigenvalue of its Hessian, by hand."""
+    """Softmax regression: the loss along its gradient, and its Hessian's largest eigenvalue."""
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (20, 5)), rng.integers(3, size=20)
     train = Examples(

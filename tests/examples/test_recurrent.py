@@ -20,7 +20,7 @@ BATCH_SIZE, INPUTS, UNITS, MAX_STEPS = 5, 3, 4, 3
 
 
 def case(kind, norm, time, rng):
-    """Returns a cell with parameters and statistics that are nowhere at their start, x, and a mask over NaN."""
+    """Returns a cell with random parameters and statistics, x, and a mask over NaN."""
     cell = CELLS[kind](NORMS[norm])
     params, batch_stats = cell.init(jax.random.key(0), INPUTS, UNITS, MAX_STEPS)
     params = jax.tree.map(
@@ -41,7 +41,7 @@ run = jax.jit(unroll, static_argnums=(0, 4))
 
 
 class Reference:
-    """The papers' equations in float64, one example after the other, one time step after the other."""
+    """The papers' equations in float64, by example and by time step."""
 
     def __init__(self, kind, norm, params, batch_stats, train):
         wide = functools.partial(jax.tree.map, lambda leaf: np.array(leaf, np.float64))

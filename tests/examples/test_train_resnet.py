@@ -1,4 +1,4 @@
-"""Runs of real processes: on any number of them the same losses and statistics, whatever happens to them meanwhile."""
+"""Runs real processes: any number of them gives the same losses, even if some are killed."""
 
 import json
 import os
@@ -46,7 +46,7 @@ MINUTE = 60
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Of the programs: nothing optimized, and nothing compiled twice; then most of a run is not spent compiling."""
+    """Turns off optimizations and caches programs, so that runs spend little time compiling."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

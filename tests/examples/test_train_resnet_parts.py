@@ -194,7 +194,7 @@ def test_metrics_of_steps_that_are_taken_again_are_dropped(tmp_path):
 def test_a_step_sends_what_its_layers_share_and_the_gradients(
     group, of_layers, promotion_as_in_flax
 ):
-    """On 4 devices of 8 examples: for each of 9 layers one collective forward and one backward, or none."""
+    """On 4 devices of 8 examples: one collective forward and one backward per layer, or none."""
     asked = parse(
         "--batch-size", "32", "--norm-group", str(group), "--network", "resnet8", "--width", "4"
     )

@@ -1,4 +1,4 @@
-"""`normjax.linen.BatchNorm` takes the place of `flax.linen.BatchNorm`: same arguments, variables and results."""
+"""`normjax.linen.BatchNorm` replaces `flax.linen.BatchNorm`: arguments, variables, results."""
 
 import dataclasses
 import inspect
@@ -65,7 +65,7 @@ def evaluated(module, variables, x, **call):
 
 
 def rounding(*dtypes):
-    """What half precision adds to the tolerance: Flax adds up the gradient of x in it, normjax rounds it once."""
+    """Returns what half precision adds to the tolerance: Flax sums the gradient of x in it."""
     return max(
         4 * float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize == 2 else 0.0
         for dtype in dtypes

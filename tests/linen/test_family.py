@@ -1,4 +1,4 @@
-"""The layers of `normjax.linen` without statistics of the batch take the place of those of `flax.linen`."""
+"""The layers of `normjax.linen` without batch statistics replace `flax.linen`'s."""
 
 import dataclasses
 import inspect

@@ -1,4 +1,4 @@
-"""The layers of `normjax.linen` that Flax does not have are the functions behind them."""
+"""The layers of `normjax.linen` that Flax lacks compute what the functions do."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 KEY = jax.random.key(0)
 normal = nn.initializers.normal()
 FRN, LRN, DYT = linen.FilterResponseNorm, linen.LocalResponseNorm, linen.DynamicTanh
-# door, its arguments, function, its arguments, leaves
+# adapter, its arguments, function, its arguments, leaves
 CASES = [
     (FRN, {}, nj.filter_response_norm, {"epsilon": 1e-6}, ["scale", "bias", "threshold"]),
     (
@@ -61,9 +61,9 @@ def batch(rng, dtype=np.float32):
     return jnp.asarray(rng.normal(0.5, 1, (2, 4, 3, 6)), dtype)
 
 
-@pytest.mark.parametrize(("door", "arguments", "function", "options", "leaves"), CASES)
-def test_it_is_the_function_of_its_variables(rng, door, arguments, function, options, leaves):
-    x, module = batch(rng), door(**arguments)
+@pytest.mark.parametrize(("adapter", "arguments", "function", "options", "leaves"), CASES)
+def test_it_is_the_function_of_its_variables(rng, adapter, arguments, function, options, leaves):
+    x, module = batch(rng), adapter(**arguments)
     variables = module.init(KEY, x)
     assert list(variables.get("params", {})) == leaves
     params = {leaf: value + 0.25 for leaf, value in variables.get("params", {}).items()}
@@ -75,8 +75,8 @@ def test_it_is_the_function_of_its_variables(rng, door, arguments, function, opt
     assert all((jnp.abs(grad) > 0).any() for grad in grads.values())
 
 
-@pytest.mark.parametrize("door", [FRN, LRN, DYT])
-def test_dtypes_promote_as_in_flax(rng, door):
+@pytest.mark.parametrize("adapter", [FRN, LRN, DYT])
+def test_dtypes_promote_as_in_flax(rng, adapter):
     x = batch(rng, jnp.bfloat16)
     arguments = {"use_scale": True, "use_bias": True}
     for given, expected in (
@@ -84,13 +84,13 @@ def test_dtypes_promote_as_in_flax(rng, door):
         ({"param_dtype": jnp.bfloat16}, jnp.bfloat16),
         ({"dtype": jnp.float16}, jnp.float16),
     ):
-        y, variables = door(**arguments, **given).init_with_output(KEY, x)
+        y, variables = adapter(**arguments, **given).init_with_output(KEY, x)
         assert y.dtype == expected
         assert all(
             leaf.dtype == given.get("param_dtype", jnp.float32)
             for leaf in variables["params"].values()
         )
-    y, _ = door().init_with_output(KEY, jnp.ones((2, 3), jnp.int32))
+    y, _ = adapter().init_with_output(KEY, jnp.ones((2, 3), jnp.int32))
     assert y.dtype == jnp.float32
 
 
@@ -142,7 +142,7 @@ class TestBatchRenorm:
         expected, _ = nj.batch_renorm(params, batch_stats, x, False)
         assert_identical(norm.apply(variables, x, use_running_average=True), expected)
 
-    def test_without_room_it_is_batch_norm(self, rng):
+    def test_without_correction_it_is_batch_norm(self, rng):
         x, ours = batch(rng), linen.BatchRenorm(r_max=1.0, d_max=0.0)
         variables = ours.init(KEY, x, use_running_average=False)
         plain = variables | {
@@ -194,7 +194,7 @@ class TestWeightStandardization:
         assert set(norm.init(KEY, x)["params"]) == {"layer_instance", "layer_instance/kernel/scale"}
 
 
-def test_a_scale_for_each_example_needs_no_door(rng):
+def test_a_scale_for_each_example_needs_no_adapter(rng):
     class Conditioned(nn.Module):
         @nn.compact
         def __call__(self, x, condition):

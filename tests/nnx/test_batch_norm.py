@@ -1,4 +1,4 @@
-"""`normjax.nnx.BatchNorm` takes the place of `flax.nnx.BatchNorm`: same arguments, variables and results."""
+"""`normjax.nnx.BatchNorm` replaces `flax.nnx.BatchNorm`: arguments, variables, results."""
 
 import inspect
 from functools import partial

@@ -1,4 +1,4 @@
-"""The layers of `normjax.nnx` without statistics of the batch take the place of those of `flax.nnx`."""
+"""The layers of `normjax.nnx` without batch statistics replace `flax.nnx`'s."""
 
 import inspect
 
@@ -96,7 +96,7 @@ def test_its_gradients_are_flaxs(rng, name, arguments):
 
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("dtype", [jnp.float32, BRAIN])
-def test_both_doors_are_bit_for_bit_the_same(rng, name, dtype):
+def test_both_adapters_are_bit_for_bit_the_same(rng, name, dtype):
     x, module = batch(rng, dtype), pair(name)[0]
     other = getattr(nj_linen, name)(**ALWAYS.get(name, {}))
     assert_identical(module(x), other.apply({"params": parameters(module)}, x))

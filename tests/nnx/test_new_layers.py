@@ -1,4 +1,4 @@
-"""The layers of `normjax.nnx` that Flax does not have are the functions behind them, and `normjax.linen`'s."""
+"""The layers of `normjax.nnx` that Flax lacks compute what functions and `linen` do."""
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ def test_batch_renorm_is_the_function_of_its_variables(rng):
     assert isinstance(norm, nj.nnx.BatchNorm)
 
 
-def test_without_room_batch_renorm_is_flaxs_batch_norm(rng):
+def test_without_correction_batch_renorm_is_flaxs_batch_norm(rng):
     x = batch(rng)
     ours, theirs = (
         nj.nnx.BatchRenorm(6, r_max=1.0, d_max=0.0, rngs=nnx.Rngs(0)),

@@ -1,4 +1,4 @@
-"""The wrappers of `normjax.nnx` compute what Flax's do, and leave the layer that they wrap as it is."""
+"""The wrappers of `normjax.nnx` compute what Flax's do, without changing the wrapped layer."""
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +192,7 @@ def test_it_works_under_vmap_and_scan_of_nnx(rng, name):
 
 
 class Stateful(nnx.Module):
-    """A layer that updates what is its own: running statistics, a counter of keys, and what it records."""
+    """A layer that updates its own running statistics, counter of keys, and records."""
 
     def __init__(self, rngs):
         self.linear = nnx.Linear(4, 5, rngs=rngs)

@@ -60,7 +60,7 @@ def init(rng, depth=3, width=5):
 
 
 def in_float64(variables, batches, by):
-    """The moments of each layer's inputs over all batches, normalized "by" the "batch" or by the "population"."""
+    """Returns the moments of each layer's inputs over all batches, by "batch" or "population"."""
     xs, found = [x.astype(np.float64) for x in batches], []
     for params in variables["params"]:
         xs = [x @ widest(params["kernel"]) for x in xs]

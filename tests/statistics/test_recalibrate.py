@@ -90,7 +90,7 @@ def masked_layer(variables, batch, **settings):
 
 
 def with_masks(rng):
-    """The first batch shows nothing of feature 0, the second one element, no batch any of feature 3; hidden is NaN."""
+    """Batch 1 has no element of feature 0, batch 2 one, no batch any of feature 3."""
     xs = make(rng, shape=(4,))
     masks = [rng.random(x.shape) < 0.6 for x in xs]
     masks[0][:, 0], masks[1][:, 0] = False, np.arange(8) == 3

@@ -21,7 +21,7 @@ SETTINGS = [{}, {"estimate": "averaged"}, {"layer_by_layer": True}]
 
 
 class Net(nn.Module):
-    """`network` with linen's doors."""
+    """`network` with the linen adapters."""
 
     norm: type[nn.Module] = nj.linen.BatchNorm
 
@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 class NNXNet(nnx.Module):
-    """`network` with nnx's doors."""
+    """`network` with the nnx adapters."""
 
     def __init__(self, variables, norm=nj.nnx.BatchNorm):
         rngs = nnx.Rngs(0)
@@ -158,7 +158,7 @@ def test_shared_layers_see_all_their_inputs(rng):
 
 
 def test_lifted_transformations_of_linen(rng):
-    """Three layers stacked by nn.scan, each rematerialized; a stale start, which must not shine through."""
+    """Three layers in nn.scan and remat; old statistics must not affect the result."""
     batches = [
         x @ np.ones((3, 5), np.float32) + rng.normal(size=(len(x), 5)).astype(np.float32)
         for x in make(rng)
@@ -233,8 +233,8 @@ def test_frozen_layers_keep_their_statistics(rng, settings):
     assert (frozen.mean[...] == 0).all() and (model.layers[1].mean[...] != 0).all()
 
 
-def test_dtypes_of_the_doors(rng):
-    """bfloat16 in and stored; a mean that turns complex with x; batch renorm and its count; a cumulative mean."""
+def test_dtypes_of_the_adapters(rng):
+    """bfloat16 inputs and statistics, complex x, batch renorm with a count, a cumulative mean."""
     batches = make(rng)
     norm = nj.linen.BatchNorm(
         use_running_average=False, param_dtype=jnp.bfloat16, force_float32_reductions=False

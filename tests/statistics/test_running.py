@@ -22,7 +22,7 @@ def batches(rng, size=5):
 
 
 def closed_form(xs, momentum, running_var):
-    """The weighted sum over all batches so far, without recursion; the start weighs momentum ** steps."""
+    """Returns the weighted sum over all batches; the start has the weight momentum ** steps."""
     steps, size = len(xs), xs.shape[1]
     mean, var = (
         xs.astype(np.float64).mean(1),

@@ -1,4 +1,4 @@
-"""On TPU pods, too, synced batch norm is one all-reduce each way: read off what libtpu's compiler makes for them."""
+"""Programs compiled for TPU pods have one all-reduce each way for synced batch norm."""
 
 import json
 import subprocess

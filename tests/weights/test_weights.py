@@ -1,4 +1,4 @@
-"""Weight norm, weight standardization and spectral norm: formulas, properties, torch, and nothing overwritten."""
+"""Weight norm, weight standardization, spectral norm: formulas, properties, torch, no mutation."""
 
 import jax
 import jax.numpy as jnp
@@ -212,7 +212,7 @@ def test_weight_norm_is_torchs(rng, dim):
 @pytest.mark.parametrize("n_steps", [1, 2])
 @pytest.mark.parametrize("dim", [0, 1, 3])
 def test_spectral_norm_follows_torch_while_the_kernel_changes(rng, dim, n_steps):
-    """torch keeps the direction on the other side of `dim`, and starts each step from it as we do from u."""
+    """torch stores v instead of u if `dim` is the other axis, and starts each step from it."""
     shape = (4, 3, 2, 5)
     layer = parametrizations.spectral_norm(
         torch_conv(rng, shape), n_power_iterations=n_steps, dim=dim

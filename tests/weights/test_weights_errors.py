@@ -1,4 +1,4 @@
-"""Kernels, leaves and numbers that do not fit are refused at trace time, with their values in the message."""
+"""Wrong kernels, leaves and numbers raise errors at trace time, with their values."""
 
 import re
 
@@ -21,7 +21,7 @@ every_layer = pytest.mark.parametrize("name", STATES)
 def refuses(
     name, error, *values, kernel=KERNEL, train=True, params=None, batch_stats=None, **settings
 ):
-    """Asserts that both the call and its abstract evaluation raise `error`, with all of `values` in one message."""
+    """Asserts that the call and its abstract evaluation raise `error` with all of `values`."""
     own_params, own_stats = STATES[name]
     params = own_params if params is None else params
     batch_stats = own_stats if batch_stats is None else batch_stats
