@@ -1,11 +1,10 @@
-"""Weights from and to other libraries: normjax's `(params, batch_stats)` on one side, theirs on the other.
+"""Converts weights between normjax's `(params, batch_stats)` and other libraries.
 
     params, batch_stats = nj.convert.from_torch(module, or its state_dict, or a .safetensors file)
     state_dict = nj.convert.to_torch(params, batch_stats)
 
-Whole networks convert as single layers do: their trees are nested by the names of the modules. What
-the other side's objects look like is found out from them, so none of these libraries is imported;
-arrays of NumPy do as well.
+Whole networks convert as single layers do: their trees are nested by the names of the modules. None
+of these libraries is imported or has to be installed: a dict of NumPy arrays is enough.
 """
 
 from normjax.convert._haiku_momentum import haiku_momentum

@@ -10,16 +10,16 @@ from normjax import _checks
 
 
 def haiku_momentum(decay_rate: float, count: ArrayLike) -> Float[Array, ""]:
-    r"""Returns the momentum with which normjax's next step is that of Haiku's average, corrected for its start.
+    r"""Returns the momentum with which normjax's next step equals that of Haiku's average.
 
     .. math:: m = \frac{d (1 - d^t)}{1 - d^{t + 1}}
 
-    with d the decay rate and t the number of steps so far. Where t is large that is d; where it is
-    0, it is 0.
+    with d the decay rate and t the number of steps so far. The momentum is 0 at the first step and
+    tends to d, since Haiku corrects its averages for their start at zero.
 
     Args:
-      decay_rate: of `hk.BatchNorm`, from 0 to less than 1.
-      count: the steps so far: `batch_stats["count"]`.
+      decay_rate: the argument of `hk.BatchNorm`, from 0 to less than 1.
+      count: the number of steps so far: `batch_stats["count"]`.
 
     Returns:
       A scalar to pass as `momentum`, float32.
@@ -37,19 +37,19 @@ def haiku_momentum(decay_rate: float, count: ArrayLike) -> Float[Array, ""]:
     """
     check_decay_rate("haiku_momentum", decay_rate)
     steps = jnp.asarray(count, jnp.float32)
-    # 1 - d^t by way of expm1: exact where d is near 1 and t small.
+    # 1 - d^t by way of expm1, which is exact even if d is near 1 and t is small.
     left = -jnp.expm1(steps * np.log(decay_rate)) if decay_rate else jnp.sign(steps)
     more = -jnp.expm1((steps + 1) * np.log(decay_rate)) if decay_rate else jnp.ones_like(steps)
     return decay_rate * left / more
 
 
 def check_decay_rate(function: str, decay_rate: float) -> None:
-    """Refuses one that Haiku cannot correct its averages for."""
+    """Raises an error for a decay rate that Haiku cannot correct its averages for."""
     if not 0 <= decay_rate < 1:
         _checks.raise_error(
             function,
             "decay_rate is out of range",
             expected="0 <= decay_rate < 1",
             got=f"decay_rate={decay_rate!r}",
-            fix="Pass that of hk.BatchNorm",
+            fix="Pass the decay_rate of hk.BatchNorm",
         )

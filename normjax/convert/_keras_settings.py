@@ -7,20 +7,26 @@ from typing import Any
 from normjax import _checks
 from normjax.convert._sources import KerasLayer
 
+WITH_AXIS = {
+    "BatchNormalization",
+    "LayerNormalization",
+    "RMSNormalization",
+    "GroupNormalization",
+}
+
 
 def keras_settings(layer: KerasLayer) -> dict[str, Any]:
-    """Returns the keyword arguments with which the normjax function computes what this Keras layer does.
+    """Returns the arguments with which a normjax function computes what this Keras layer does.
 
     Args:
       layer: a BatchNormalization, LayerNormalization, RMSNormalization, GroupNormalization or
         SpectralNormalization.
 
     Returns:
-      For `batch_norm`: `feature_axes`, `momentum`, `epsilon`; the running variance is the biased
-        one, as by default.
-      For `layer_norm` and `rms_norm`: `reduction_axes`, `feature_axes`, `epsilon`. For
-        `group_norm`: `feature_axes`,
-      `num_groups`, `epsilon`. For `weights.spectral_norm`: `n_steps`.
+      A dict of keyword arguments. For `batch_norm`: `feature_axes`, `momentum`, `epsilon`; Keras
+      stores the biased variance, as normjax does by default. For `layer_norm` and `rms_norm`:
+      `reduction_axes`, `feature_axes`, `epsilon`. For `group_norm`: `feature_axes`, `num_groups`,
+      `epsilon`. For `weights.spectral_norm`: `n_steps`.
 
     Raises:
       TypeError: for a layer of another kind. ValueError: for one that computes something else
@@ -37,7 +43,7 @@ def keras_settings(layer: KerasLayer) -> dict[str, Any]:
         if getattr(layer, option, False):
             _checks.raise_error(
                 "keras_settings",
-                f"{option}=True computes what no setting of normjax does",
+                f"no setting of normjax computes what {option}=True does",
                 expected=f"{option}=False",
                 got=f"{type(layer).__name__}({option}=True)",
                 fix="Use batch_renorm or rms_norm, with settings of your own",
@@ -46,28 +52,22 @@ def keras_settings(layer: KerasLayer) -> dict[str, Any]:
 
 
 def _of(layer: Any) -> dict[str, Any]:
-    """The settings of a layer that computes nothing unusual."""
+    """Returns the settings of a layer without unusual options."""
     classes = {kind.__name__ for kind in type(layer).__mro__}
     if "SpectralNormalization" in classes:
         return {"n_steps": layer.power_iterations}
-    if classes & {
-        "BatchNormalization",
-        "LayerNormalization",
-        "RMSNormalization",
-        "GroupNormalization",
-    }:
+    if classes & WITH_AXIS:
         axis = layer.axis if isinstance(layer.axis, int) else tuple(layer.axis)
         settings: dict[str, Any] = {"feature_axes": axis, "epsilon": layer.epsilon}
         if "BatchNormalization" in classes:
             return settings | {"momentum": layer.momentum}
         if "GroupNormalization" in classes:
-            return settings | (
-                {"group_size": 1} if layer.groups == -1 else {"num_groups": layer.groups}
-            )
+            groups = {"group_size": 1} if layer.groups == -1 else {"num_groups": layer.groups}
+            return settings | groups
         return settings | {"reduction_axes": axis}
     _checks.raise_error(
         "keras_settings",
-        "the layer is none that normjax has a function for",
+        "normjax has no function for this layer",
         expected="a Batch-, Layer-, RMS-, Group- or SpectralNormalization",
         got=f"{type(layer).__name__}",
         fix="Pass the layer itself, such as model.get_layer('bn')",

@@ -1,4 +1,4 @@
-"""Named arrays, from whatever holds them: a dict, a file, the objects of another library."""
+"""Reads named arrays from a dict, a file or the objects of another library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Source = Mapping[str, Any] | str | os.PathLike[str]
 
 @runtime_checkable
 class TorchModule(Protocol):
-    """What is asked of a `torch.nn.Module`, which is not imported."""
+    """The part of `torch.nn.Module` that is used, since PyTorch is not imported."""
 
     def state_dict(self) -> Mapping[str, Any]: ...
 
@@ -26,7 +26,7 @@ class TorchModule(Protocol):
 
 @runtime_checkable
 class KerasLayer(Protocol):
-    """What is asked of a layer or model of Keras 3, which is not imported."""
+    """The part of a Keras 3 layer or model that is used, since Keras is not imported."""
 
     name: str
     built: bool
@@ -36,26 +36,28 @@ class KerasLayer(Protocol):
 
 
 def read_mapping(function: str, source: Any) -> Arrays:
-    """Returns the arrays of a mapping or a .safetensors file as those of NumPy."""
+    """Returns the arrays of a mapping or a .safetensors file as NumPy arrays."""
     if isinstance(source, str | os.PathLike):
         return _read_file(function, os.fspath(source))
     if not isinstance(source, Mapping):
         _checks.raise_error(
             function,
             "the source holds no arrays",
-            expected="a mapping from names to arrays, the path of a .safetensors file, or the library's own object",
+            expected="a mapping from names to arrays, the path of a .safetensors file, or the "
+            "library's own object",
             got=f"{type(source).__name__}",
-            fix="Pass module.state_dict(), or the like",
+            fix="Pass a mapping, such as module.state_dict()",
             kind=TypeError,
         )
     return {str(key): to_numpy(function, str(key), value) for key, value in source.items()}
 
 
 def to_numpy(function: str, key: str, value: Any) -> np.ndarray:
-    """Returns an array of NumPy, JAX, PyTorch or Keras as one of NumPy."""
+    """Returns an array of NumPy, JAX, PyTorch or Keras as a NumPy array."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # which NumPy takes through ml_dtypes alone
+        # NumPy has no bfloat16 of its own, so PyTorch's .numpy() raises an error.
+        if str(value.dtype) == "torch.bfloat16":
             return value.float().numpy().astype(jnp.bfloat16)
         return value.numpy().copy()
     value = np.asarray(value)
@@ -75,29 +77,34 @@ def _read_file(function: str, path: str) -> Arrays:
     if not path.endswith(".safetensors"):
         _checks.raise_error(
             function,
-            "the file is of another kind",
+            "the file is not a .safetensors file",
             expected="a path that ends in .safetensors",
             got=f"{path!r}",
-            fix="Load it first, and pass the mapping: torch.load(path, weights_only=True), or np.load(path)",
+            fix="Load it first, and pass the mapping: torch.load(path, weights_only=True), or "
+            "np.load(path)",
         )
     try:
         from safetensors.numpy import load_file
     except ImportError as error:
         raise ImportError(
-            f"{function}: reading {path!r} takes the package safetensors. Expected it installed; got {error}. "
-            "Run: pip install safetensors."
+            f"{function}: reading {path!r} takes the package safetensors. Expected it installed; "
+            f"got {error}. Run: pip install safetensors."
         ) from error
     return load_file(path)
 
 
 def conform(function: str, state: Arrays, expected: Mapping[str, np.ndarray]) -> Arrays:
-    """Returns the state in the order and the dtypes of the expected one; refuses other keys and shapes."""
+    """Returns the state in the order and the dtypes of the expected one.
+
+    Raises an error for other keys or shapes.
+    """
     extra = [key for key in state if key not in expected]
     missing = [key for key in expected if key not in state]
     if extra or missing:
+        only_in = "params and batch_stats" if extra else "`like`"
         _checks.raise_error(
             function,
-            f"{(extra + missing)[0]!r} is in {'params and batch_stats' if extra else '`like`'} alone",
+            f"{(extra + missing)[0]!r} is only in {only_in}",
             expected=f"the {len(expected)} keys of `like`",
             got=f"{extra[:3]} too many, {missing[:3]} missing",
             fix="Check that both sides have the same layers under the same names",

@@ -1,4 +1,4 @@
-"""How PyTorch lays out kernels, and what its weight_norm and spectral_norm keep of them."""
+"""How PyTorch lays out kernels, and the state of its weight_norm and spectral_norm."""
 
 from __future__ import annotations
 
@@ -11,29 +11,26 @@ from normjax.convert._trees import Leaf
 
 
 def to_kernel(weight: np.ndarray) -> np.ndarray:
-    """From `(out, in, *window)` to `(*window, in, out)`."""
+    """Transposes `(out, in, *window)` to `(*window, in, out)`."""
     return weight.transpose(*range(2, weight.ndim), 1, 0) if weight.ndim > 1 else weight
 
 
 def from_kernel(kernel: np.ndarray) -> np.ndarray:
-    """From `(*window, in, out)` to `(out, in, *window)`."""
+    """Transposes `(*window, in, out)` to `(out, in, *window)`."""
     rank = kernel.ndim
-    return (
-        np.ascontiguousarray(kernel.transpose(rank - 1, rank - 2, *range(rank - 2)))
-        if rank > 1
-        else kernel
-    )
+    if rank < 2:
+        return kernel
+    return np.ascontiguousarray(kernel.transpose(rank - 1, rank - 2, *range(rank - 2)))
 
 
 def norms(function: str, weight: np.ndarray, scale: Leaf) -> np.ndarray:
-    """The scale of weight_norm along the axis of the weight that it fits, the first if several do."""
+    """Lays the scale of weight_norm along the first axis of the weight that has its size."""
     size, rank = scale.value.size, weight.ndim
     if scale.value.ndim == 0:
         return scale.value
     if scale.value.ndim > 1 or size not in weight.shape:
-        _misfit(
-            function, scale, f"({', '.join(map(str, sorted(set(weight.shape))))}) or ()", weight
-        )
+        sizes = ", ".join(map(str, sorted(set(weight.shape))))
+        _misfit(function, scale, f"({sizes}) or ()", weight)
     axis = weight.shape.index(size)
     return scale.value.reshape([-1 if other == axis else 1 for other in range(rank)])
 
@@ -41,26 +38,21 @@ def norms(function: str, weight: np.ndarray, scale: Leaf) -> np.ndarray:
 def power_iteration(
     function: str, weight: np.ndarray, u: Leaf, v: Leaf, size: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What normjax keeps of PyTorch's singular vectors: the one that the next step starts from, and sigma.
+    """Returns the singular vector that the next step starts from, and sigma.
 
-    The hook of `torch.nn.utils.spectral_norm` takes v from u and then u from v; the parametrization
-    does the opposite. normjax does the first; with the other axes of the kernel as `feature_axes`
-    its u is PyTorch's v, and it does the second. So u and v change places, unless `size`, how many
-    elements are wanted, says otherwise.
+    The hook of `torch.nn.utils.spectral_norm` computes v from u and then u from v, and so does
+    normjax. The parametrization computes u from v first: normjax does the same if all other axes of
+    the kernel are its `feature_axes`, and PyTorch's v is then its u. `size`, the number of elements
+    that are wanted, decides between the two if it is known.
     """
-    readings = [
-        rows
-        for axis in (0, 1)
-        if (rows := _rows(weight, axis)).shape == (u.value.size, v.value.size)
-    ]
+    sizes = (u.value.size, v.value.size)
+    readings = [_rows(weight, axis) for axis in (0, 1)]
+    readings = [rows for rows in readings if rows.shape == sizes]
     if not readings:
         _misfit(function, u, f"and {v.key!r} one, of the kernel's rows and columns", weight)
     sigma = max((u.value @ rows @ v.value for rows in readings), key=abs)
-    from_v = (
-        u.key.endswith("._u")
-        if size is None or size == u.value.size == v.value.size
-        else size == v.value.size
-    )
+    size_decides = size is not None and not size == u.value.size == v.value.size
+    from_v = size == v.value.size if size_decides else u.key.endswith("._u")
     vector = _window_first(v.value, weight.shape) if from_v else u.value
     return vector[None], sigma
 
@@ -68,11 +60,11 @@ def power_iteration(
 def singular_vectors(
     function: str, weight: np.ndarray, known: Leaf, axis: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """PyTorch's u and v, from the one that normjax keeps; `axis` is that of the rows, where it is known.
+    """Returns PyTorch's u and v, of which normjax stores one; `axis` is the axis of the rows.
 
-    If the shapes leave open which of the two it is, or along which axis (0, in transposed
-    convolutions 1), it is what
-    is stretched the most: it is near a singular vector.
+    The shapes may leave open which of the two is stored, and along which axis (0, or 1 in
+    transposed convolutions). The reading that the kernel stretches the most is taken, since the
+    vector is near a singular one.
     """
     vector = known.value.reshape(-1)
     found = []
@@ -99,7 +91,7 @@ def _unit(vector: np.ndarray) -> np.ndarray:
 
 
 def _window_first(v: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """From PyTorch's order of columns, `(channels, *window)`, to that of the kernel as it is here."""
+    """Reorders a vector over `(channels, *window)`, PyTorch's columns, to `(*window, channels)`."""
     window = math.prod(shape[2:])
     return v.reshape(-1, window).T.reshape(-1)
 

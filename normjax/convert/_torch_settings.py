@@ -9,20 +9,20 @@ from normjax.convert._sources import TorchModule
 
 
 def torch_settings(module: TorchModule) -> dict[str, Any]:
-    """Returns the keyword arguments with which the normjax function computes what this PyTorch layer does.
+    """Returns the arguments with which a normjax function computes what this PyTorch layer does.
 
     Args:
       module: a BatchNorm, SyncBatchNorm, LayerNorm, RMSNorm, GroupNorm or InstanceNorm, or a layer
         under weight_norm or spectral_norm.
 
     Returns:
-      For `batch_norm`: `feature_axes=1`, `epsilon`, `momentum`, the complement of PyTorch's (None
-        stays None: the mean
-      over all batches), and `running_var="unbiased"`. For `layer_norm` and `rms_norm`:
-      `reduction_axes`, `feature_axes`, `epsilon`. For `group_norm` and `instance_norm`:
-      `feature_axes=1`, `epsilon`, and the former's `num_groups`. For `weights.weight_norm` and
-      `weights.spectral_norm`: `feature_axes` of the kernel as `from_torch` lays it out, `epsilon`,
-        and the latter's `n_steps`. Where x has its features last, replace `feature_axes=1` by -1.
+      A dict of keyword arguments. For `batch_norm`: `feature_axes=1`, `epsilon`, `momentum`, which
+      is 1 minus PyTorch's (None stays None: the mean over all batches), and
+      `running_var="unbiased"`. For `layer_norm` and `rms_norm`: `reduction_axes`, `feature_axes`,
+      `epsilon`. For `instance_norm`: `feature_axes=1`, `epsilon`; for `group_norm` also
+      `num_groups`. For `weights.weight_norm`: `feature_axes` of the kernel as `from_torch` lays it
+      out, `epsilon`; for `weights.spectral_norm` also `n_steps`. If x has its features last,
+      replace `feature_axes=1` by -1.
 
     Raises:
       TypeError: for a module of another kind.
@@ -37,7 +37,7 @@ def torch_settings(module: TorchModule) -> dict[str, Any]:
 
 
 def _of_activations(module: Any) -> dict[str, Any]:
-    """The settings of a layer."""
+    """Returns the settings of a layer that normalizes activations."""
     classes = class_names(module)
     if "_BatchNorm" in classes:
         momentum = None if module.momentum is None else 1 - module.momentum
@@ -58,8 +58,9 @@ def _of_activations(module: Any) -> dict[str, Any]:
         return {"reduction_axes": axes, "feature_axes": axes, "epsilon": epsilon}
     _checks.raise_error(
         "torch_settings",
-        "the module is none that normjax has a layer for",
-        expected="a BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm, or weight_norm or spectral_norm of a layer",
+        "normjax has no layer for this module",
+        expected="a BatchNorm, LayerNorm, RMSNorm, GroupNorm or InstanceNorm, or a layer under "
+        "weight_norm or spectral_norm",
         got=f"{type(module).__name__}",
         fix="Pass the layer itself, such as network.layer1[0].bn1",
         kind=TypeError,
@@ -67,34 +68,33 @@ def _of_activations(module: Any) -> dict[str, Any]:
 
 
 def class_names(module: Any) -> set[str]:
-    """The names of a module's class and of those it derives from: enough to know PyTorch's without importing it."""
+    """Returns the names of a module's class and its bases.
+
+    They are enough to know PyTorch's classes without importing it.
+    """
     return {kind.__name__ for kind in type(module).__mro__}
 
 
 def weight_normalization(module: Any) -> Any:
-    """The object that computes the weight_norm or spectral_norm of a module, parametrization or hook; None if none."""
+    """Returns the parametrization or hook of weight_norm or spectral_norm, None without one."""
     parametrizations = getattr(module, "parametrizations", {})
     found = [*parametrizations["weight"]] if "weight" in parametrizations else []
     found += getattr(module, "_forward_pre_hooks", {}).values()
-    return next(
-        (
-            each
-            for each in found
-            if type(each).__name__.removeprefix("_") in ("WeightNorm", "SpectralNorm")
-        ),
-        None,
-    )
+    for each in found:
+        if type(each).__name__.removeprefix("_") in ("WeightNorm", "SpectralNorm"):
+            return each
+    return None
 
 
 def _of_weights(module: Any) -> dict[str, Any] | None:
-    """The settings of weight_norm or spectral_norm, if the module has one."""
+    """Returns the settings of weight_norm or spectral_norm, if the module has one."""
     normalization = weight_normalization(module)
     if normalization is None:
         return None
     axis = _axis(normalization.dim)
     if not hasattr(normalization, "n_power_iterations"):
         return {"feature_axes": axis, "epsilon": 0.0}
-    # the parametrization, whose iteration starts from v
+    # The power iteration of the parametrization starts from v, the hook's from u.
     if type(normalization).__name__ == "_SpectralNorm":
         rank = module.parametrizations["weight"].original.ndim
         axis = tuple(other for other in range(-rank, 0) if other != axis)
@@ -106,7 +106,7 @@ def _of_weights(module: Any) -> dict[str, Any] | None:
 
 
 def _axis(dim: int | None) -> int | tuple[()]:
-    """The axis of `(*window, in, out)` that is `dim` of `(out, in, *window)`."""
+    """Returns the axis of `(*window, in, out)` that is `dim` of `(out, in, *window)`."""
     if dim is None or dim == -1:
         return ()
     return (-1, -2)[dim] if dim < 2 else dim - 2

@@ -1,4 +1,4 @@
-"""What all converters do with trees: take them apart into leaves, check these, and nest them again."""
+"""Takes trees apart into leaves, checks the leaves, and nests them again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Trees = tuple[Tree, Tree]
 
 
 class Leaf(NamedTuple):
-    """An array and what it is called where it comes from, which is what errors call it."""
+    """An array and its name in the source, which errors mention."""
 
     value: Any
     key: str
@@ -67,26 +67,24 @@ def take_apart(function: str, params: Any, batch_stats: Any) -> Leaves:
 
 
 def put_together(function: str, leaves: Leaves, like: Any, key_of: Callable[[Path], str]) -> Trees:
-    """Returns both trees, of JAX arrays, checked; with the structure, shapes and dtypes of `like` where there is one.
+    """Returns both trees, of JAX arrays, checked against `like` if it is given.
 
     Args:
       function: the name that errors begin with.
       leaves: what was found.
-      like: None, or `(params, batch_stats)`.
-      key_of: from the path of a leaf that is missing to what it would be called in the source.
+      like: None, or `(params, batch_stats)` with the structure, shapes and dtypes to return.
+      key_of: maps the path of a leaf to its name in the source, for errors about missing leaves.
     """
     check(function, leaves, key_of)
     dtypes: dict[Path, Any] = {}
     if like is not None:
         wanted = expectation(function, like)
-        leaves = {
-            path: leaf for path, leaf in leaves.items() if path in wanted or path[-1] != "count"
-        }
+        extra = {path for path in leaves if path[-1] == "count" and path not in wanted}
+        leaves = {path: leaf for path, leaf in leaves.items() if path not in extra}
         match(function, leaves, wanted, key_of)
         dtypes = {path: value.dtype for path, value in wanted.items()}
-    trees = nest(
-        {path: _as_jax(path, leaf.value, dtypes.get(path)) for path, leaf in leaves.items()}
-    )
+    arrays = {path: _as_jax(path, leaf.value, dtypes.get(path)) for path, leaf in leaves.items()}
+    trees = nest(arrays)
     return trees.get("params", {}), trees.get("batch_stats", {})
 
 
@@ -98,7 +96,8 @@ def expectation(function: str, like: Any) -> dict[Path, Any]:
             "like is not a pair of trees",
             expected="(params, batch_stats)",
             got=f"{type(like).__name__}",
-            fix='Pass what the init function returned, or (variables["params"], variables["batch_stats"])',
+            fix='Pass what the init function returned, or (variables["params"], '
+            'variables["batch_stats"])',
             kind=TypeError,
         )
     return {
@@ -109,17 +108,17 @@ def expectation(function: str, like: Any) -> dict[Path, Any]:
 
 
 def _as_jax(path: Path, value: Any, dtype: Any) -> Any:
-    """In the dtype asked for, or that layers keep: counts int32, statistics at least float32, all else as it is."""
+    """Returns a JAX array of the dtype, or if that is None, of the dtype that layers store.
+
+    That is int32 for counts, at least float32 for statistics, and the value's own for parameters.
+    """
     if path[-1] == "count":
-        return jnp.asarray(
-            np.minimum(value, np.iinfo(np.int32).max), jnp.int32 if dtype is None else dtype
-        )
+        value = np.minimum(value, np.iinfo(np.int32).max)
+        return jnp.asarray(value, jnp.int32 if dtype is None else dtype)
     array = jnp.asarray(value, dtype)
-    return (
-        array.astype(promote(array.dtype, jnp.float32))
-        if dtype is None and path[0] == "batch_stats"
-        else array
-    )
+    if dtype is None and path[0] == "batch_stats":
+        return array.astype(promote(array.dtype, jnp.float32))
+    return array
 
 
 def match(
@@ -130,7 +129,7 @@ def match(
     *,
     whose: str = "`like`",
 ) -> None:
-    """Refuses leaves that are missing, or too many, or of another shape than those wanted."""
+    """Raises an error for leaves that are missing, too many, or of another shape than wanted."""
     for path in wanted:
         if path not in leaves:
             beside = sorted(leaf.key for other, leaf in leaves.items() if other[1:-1] == path[1:-1])
@@ -144,10 +143,11 @@ def match(
     for path, leaf in leaves.items():
         if path not in wanted:
             beside = sorted("/".join(other) for other in wanted if other[1:-1] == path[1:-1])
+            examples = beside or sorted("/".join(other) for other in wanted)[:3]
             _checks.raise_error(
                 function,
                 f"{leaf.key!r} has no counterpart",
-                expected=f"leaves of {whose}, such as {beside or sorted('/'.join(other) for other in wanted)[:3]}",
+                expected=f"leaves of {whose}, such as {examples}",
                 got=f"{'/'.join(path)} of shape {np.shape(leaf.value)}",
                 fix="Leave it out, or check the names and settings of the model",
             )
@@ -156,7 +156,7 @@ def match(
 
 
 def modules_of(leaves: Leaves) -> dict[Path, dict[str, Leaf]]:
-    """Returns the leaves of each module, of both collections, by their names."""
+    """Returns the leaves of each module by name, from both collections."""
     modules: dict[Path, dict[str, Leaf]] = {}
     for path, leaf in leaves.items():
         modules.setdefault(path[1:-1], {})[path[-1]] = leaf
@@ -164,7 +164,7 @@ def modules_of(leaves: Leaves) -> dict[Path, dict[str, Leaf]]:
 
 
 def check(function: str, leaves: Leaves, key_of: Callable[[Path], str] = "/".join) -> None:
-    """Refuses modules whose leaves do not fit together, and statistics that cannot be any."""
+    """Raises an error for leaves that do not fit together and for impossible statistics."""
     for path, leaf in leaves.items():
         # linen's wrappers have names such as "layer_instance/kernel/u"
         name = path[-1].rpartition("/")[-1]
@@ -176,8 +176,8 @@ def check(function: str, leaves: Leaves, key_of: Callable[[Path], str] = "/".joi
             _check_shapes(function, [module[name] for name in OF_FEATURES if name in module])
 
 
-def refuse_unknown(function: str, leaf: Leaf, known: Iterable[str]) -> NoReturn:
-    """Refuses a leaf that the other library, or normjax, has no place for, rather than leave it out."""
+def raise_unknown(function: str, leaf: Leaf, known: Iterable[str]) -> NoReturn:
+    """Raises an error for a leaf that has no place on the other side, rather than leave it out."""
     _checks.raise_error(
         function,
         f"{leaf.key!r} has no counterpart",
@@ -205,7 +205,7 @@ def _check_complete(
 def _check_shapes(function: str, leaves: list[Leaf]) -> None:
     for leaf in leaves[1:]:
         if np.shape(leaf.value) != np.shape(leaves[0].value):
-            _wrong_shape(function, leaf, f"{np.shape(leaves[0].value)}, that of {leaves[0].key!r}")
+            _wrong_shape(function, leaf, f"{np.shape(leaves[0].value)}, as {leaves[0].key!r} has")
 
 
 def _wrong_shape(function: str, leaf: Leaf, expected: str) -> None:
@@ -220,14 +220,14 @@ def _wrong_shape(function: str, leaf: Leaf, expected: str) -> None:
 
 def _check_statistics(function: str, name: str, leaf: Leaf) -> None:
     value = np.asarray(leaf.value)
-    bad = ~np.isfinite(value.astype(np.complex128)) | (
-        (np.real(value) < 0) & (name in ("var", "count"))
-    )
+    bad = ~np.isfinite(value.astype(np.complex128))
+    if name in ("var", "count"):
+        bad |= np.real(value) < 0
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
         _checks.raise_error(
             function,
-            f"{leaf.key!r} holds what no statistics can be",
+            f"{leaf.key!r} holds values that no statistic can have",
             expected="finite values" + (" of at least 0" if name in ("var", "count") else ""),
             got=f"{bad.sum()} of {bad.size} that are not, such as {value[where]} at {where}",
             fix="Training diverged, or the file is damaged: take an earlier checkpoint",

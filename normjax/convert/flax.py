@@ -24,31 +24,29 @@ def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
 
     | linen | nnx |
     |---|---|
-    | collections `params`, `batch_stats` and others | variables of the types `Param`, `BatchStat` and others |
+    | collections such as `params`, `batch_stats` | variables such as `Param`, `BatchStat` |
     | names of modules and leaves | attributes of the same names |
     | `layers_0`, as in `self.layers = [...]` | `layers[0]` |
     | `layer_instance/kernel/scale` of WeightNorm and WeightStandardization | `scales` |
     | `layer_instance/kernel/u`, `.../sigma` of SpectralNorm | `batch_stats` |
 
     A layer that a compact method wraps is beside its wrapper in linen (`Dense_0`, and
-    `Dense_0/kernel/u`), and inside
-    it in nnx: that is settled, too. All holds for normjax's layers and for Flax's. If names differ,
-      rename keys of the
-    variables first.
+    `Dense_0/kernel/u`) and inside it in nnx; the conversion moves it. normjax's layers and Flax's
+    convert alike. If names differ, rename keys of the variables first.
 
     Args:
-      variables: as linen's init returned them; a dict of collections. Metadata of sharding is left
-        to the nnx model.
-      model: with the variables that the state is for; `nnx.eval_shape` makes one without arrays. It
-        is not changed.
+      variables: as linen's init returned them; a dict of collections. Sharding metadata is taken
+        from the nnx model instead.
+      model: the nnx model to make a state for; `nnx.eval_shape` makes one without arrays. It is not
+        changed.
 
     Returns:
       An `nnx.State` for `nnx.update`, with JAX arrays in the dtypes of the model. Keys and counts
       of random numbers are not in it, so those of the model stay.
 
     Raises:
-      ValueError, TypeError: for variables that the model has and linen has not, or the other way,
-        or of other shapes, and statistics that are not finite; each names the leaf.
+      ValueError, TypeError: for variables that only one side has or whose shapes differ, and for
+        statistics that are not finite; each names the leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -73,16 +71,12 @@ def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
     leaves = _as_flat_as(leaves, wanted)
     check(function, leaves)
     match(function, leaves, wanted, whose="the model")
-    values = {path: jnp.asarray(leaves[path].value, wanted[path].dtype) for path in targets}
-    return nnx.from_flat_state(
-        (
-            path,
-            variable.replace(values[linen])
-            if isinstance(variable, nnx.Variable)
-            else values[linen],
-        )
-        for linen, (path, variable) in targets.items()
-    )
+    state: list[tuple[Any, Any]] = []
+    for linen, (path, variable) in targets.items():
+        value = jnp.asarray(leaves[linen].value, wanted[linen].dtype)
+        is_variable = isinstance(variable, nnx.Variable)
+        state.append((path, variable.replace(value) if is_variable else value))
+    return nnx.from_flat_state(state)
 
 
 def nnx_to_linen(
@@ -90,13 +84,13 @@ def nnx_to_linen(
 ) -> dict[str, Tree]:
     """Returns linen's variables with the values of an nnx model.
 
-    The inverse of `linen_to_nnx`, where the names are told.
+    It is the inverse of `linen_to_nnx`, which has the table of names.
 
     Args:
       model: an nnx model, or its state. Keys and counts of random numbers are left out.
       like: variables as linen's init returned them: the result has their structure, shapes and
-        dtypes, or there is an error. Needed for a scale of several axes, which nnx keeps flat, and
-        for layers that compact methods wrap.
+        dtypes, or there is an error. It is needed for a scale of several axes, which is flat in
+        nnx, and for layers that compact methods wrap.
 
     Returns:
       A dict of collections, of JAX arrays.
@@ -127,16 +121,16 @@ def nnx_to_linen(
         leaves = _as_flat_as(leaves, wanted)
         match(function, leaves, wanted)
     check(function, leaves)
-    return nest(
-        {
-            path: jnp.asarray(leaf.value, wanted[path].dtype if wanted else None)
-            for path, leaf in leaves.items()
-        }
-    )
+    dtypes = {path: value.dtype for path, value in wanted.items()}
+    arrays = {path: jnp.asarray(leaf.value, dtypes.get(path)) for path, leaf in leaves.items()}
+    return nest(arrays)
 
 
 def _variables(function: str, model: Any) -> dict[Path, tuple[tuple[Any, ...], Any]]:
-    """The variables of an nnx model or state with their paths, by where linen has them; none of random numbers."""
+    """Returns the variables of an nnx model or state with their paths, by their paths in linen.
+
+    Variables of random numbers are left out.
+    """
     from flax import nnx
 
     found = nnx.to_flat_state(model if isinstance(model, nnx.State) else nnx.state(model))
@@ -153,7 +147,8 @@ def _collection(function: str, path: tuple[Any, ...], variable: Any) -> str:
 
     if isinstance(variable, nnx.Variable):
         return variablelib.variable_name_from_type(type(variable))
-    if "scales" not in path:  # which Flax's WeightNorm keeps as plain arrays
+    # Flax's WeightNorm has its scales as plain arrays (google/flax#5577).
+    if "scales" not in path:
         _checks.raise_error(
             function,
             f"{'/'.join(map(str, path))} has no type, which names its collection",
@@ -170,8 +165,8 @@ def _linen_path(path: tuple[Any, ...]) -> Path:
     for i, part in enumerate(path):
         if isinstance(part, int):
             parts[-1:] = [f"{parts[-1]}_{part}" if parts else str(part)]
-        # of a wrapper: ("scales", ("kernel",)), ("batch_stats", ("kernel", "u"))
         elif isinstance(part, tuple):
+            # A wrapper has ("scales", ("kernel",)) and ("batch_stats", ("kernel", "u")).
             inside = (*part, "scale") if path[i - 1] == "scales" else part
             parts[-1:] = ["/".join(("layer_instance", *map(str, inside)))]
         else:
@@ -180,10 +175,11 @@ def _linen_path(path: tuple[Any, ...]) -> Path:
 
 
 def _adopted(paths: Iterable[Path]) -> dict[Path, Path]:
-    """Where variables of linen are if each wrapper has its layer inside, as `layer_instance`.
+    """Returns where each variable of linen is if wrappers have their layers inside.
 
-    That is so where `setup` makes it. In a compact method the layer is beside its wrapper, under a
-    name of its own: "Dense_0" beside "WeightNorm_0", which has the leaf "Dense_0/kernel/scale".
+    The layer is inside, as `layer_instance`, if `setup` makes it. If a compact method makes it, it
+    is beside its wrapper under a name of its own: "Dense_0" beside "WeightNorm_0", which has the
+    leaf "Dense_0/kernel/scale".
     """
     paths = list(paths)
     owners: dict[Path, Path] = {
@@ -202,14 +198,13 @@ def _adopted(paths: Iterable[Path]) -> dict[Path, Path]:
 
 
 def _as_flat_as(leaves: Leaves, wanted: Mapping[Path, Any]) -> Leaves:
-    """The leaves in the shapes that are wanted, where one of the two sides has a scale of several axes flat."""
+    """Returns the leaves in the wanted shapes: nnx has a scale of several axes flat, linen not."""
 
     def fits(value: Any, shape: tuple[int, ...]) -> bool:
         return np.size(value) == math.prod(shape) and 1 in (np.ndim(value), len(shape))
 
-    return {
-        path: Leaf(leaf.value.reshape(wanted[path].shape), leaf.key)
-        if path in wanted and fits(leaf.value, wanted[path].shape)
-        else leaf
-        for path, leaf in leaves.items()
-    }
+    shaped = dict(leaves)
+    for path, leaf in leaves.items():
+        if path in wanted and fits(leaf.value, wanted[path].shape):
+            shaped[path] = Leaf(leaf.value.reshape(wanted[path].shape), leaf.key)
+    return shaped

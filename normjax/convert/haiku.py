@@ -21,7 +21,7 @@ from normjax.convert._trees import (
     flatten,
     modules_of,
     put_together,
-    refuse_unknown,
+    raise_unknown,
     take_apart,
 )
 
@@ -31,8 +31,8 @@ DIRECTIONS = {"u0": "u", "sigma": "sigma"}
 LINEAR = {"kernel": "w", "bias": "b"}
 NORM = {"scale": "scale", "bias": "offset", "embedding": "embeddings"}
 STATISTICS = ("mean", "var", "count", "u", "sigma")
-TREES = ("params", "state")
-FORGOTTEN = 2**30  # a counter after which nothing is left of the start: decay_rate**FORGOTTEN is 0
+# After this many steps nothing is left of the averages' start: decay_rate**FORGOTTEN is 0.
+FORGOTTEN = 2**30
 
 
 def from_haiku(
@@ -42,28 +42,29 @@ def from_haiku(
 
     | Haiku | normjax |
     |---|---|
-    | `scale`, `offset` of BatchNorm, LayerNorm, InstanceNorm, GroupNorm, RMSNorm | `scale`, `bias`, `(*features)` |
-    | `average` of BatchNorm's `mean_ema` and `var_ema`, and their `counter` | `mean`, `var`, `count` of `batch_stats` |
+    | `scale`, `offset` of Batch-, Layer-, Instance-, Group- and RMSNorm | `scale`, `bias` |
+    | BatchNorm's `mean_ema/average`, `var_ema/average` | `mean`, `var` of `batch_stats` |
+    | BatchNorm's `mean_ema/counter` | `count` of `batch_stats` |
     | `u0`, `sigma` of SpectralNorm | `u`, `sigma` of `batch_stats` |
     | `w`, `b` of Linear and ConvND | `kernel`, `bias` |
     | `embeddings` of Embed | `embedding` |
 
-    Both trees have an entry for each module, by Haiku's name of it (`"net/~/batch_norm"`).
+    Both trees have an entry for each module, by its name in Haiku (`"net/~/batch_norm"`). Arrays
+    have the shape `(*features)`, without Haiku's axes of size 1.
 
-    Haiku corrects its averages for their start at zero: what it keeps, `hidden`, is `average * (1 -
-    decay_rate**counter)`. The average is the running statistic; that training goes on as in Haiku
-    takes the momentum of `haiku_momentum`.
+    Haiku corrects its averages for their start at zero: it stores `hidden`, which is `average * (1
+    - decay_rate**counter)`. The average becomes the running statistic. To continue training as
+    Haiku would, pass the momentum of `haiku_momentum`.
 
     Args:
-      params: Haiku's.
-      state: Haiku's.
+      params: Haiku's params.
+      state: Haiku's state.
       like: `(params, batch_stats)` by Haiku's names of modules, each as the init function of its
-        layer returned it: the result has this structure, these shapes and these dtypes, or there is
-          an error. `count` is left out where it has
-        none.
+        layer returned it. The result has this structure, these shapes and these dtypes, or there is
+        an error. A `count` that `like` does not have is left out.
 
     Returns:
-      `params` and `batch_stats`, JAX arrays, with the axes of size 1 that Haiku keeps left out.
+      `params` and `batch_stats`, nested dicts of JAX arrays.
 
     Raises:
       ValueError, TypeError: for leaves that no such module has, that are missing or do not fit
@@ -72,11 +73,12 @@ def from_haiku(
     Example:
       >>> import numpy as np, normjax as nj
       >>> hk_params = {"batch_norm": {"scale": np.ones((1, 2)), "offset": np.zeros((1, 2))}}
-      >>> first = {"average": np.full((1, 2), 4.0), "hidden": np.full((1, 2), 0.4), "counter": np.array(1)}
-      >>> hk_state = {"batch_norm/~/mean_ema": first, "batch_norm/~/var_ema": first}  # at decay_rate=0.9
+      >>> ema = {"average": np.full((1, 2), 4.0), "hidden": np.full((1, 2), 0.4)}
+      >>> ema["counter"] = np.array(1)  # after one step at decay_rate=0.9
+      >>> hk_state = {"batch_norm/~/mean_ema": ema, "batch_norm/~/var_ema": ema}
       >>> params, batch_stats = nj.convert.from_haiku(hk_params, hk_state)
-      >>> print(params["batch_norm"]["bias"], batch_stats["batch_norm"]["mean"], batch_stats["batch_norm"]["count"])
-      [0. 0.] [4. 4.] 1
+      >>> print(params["batch_norm"]["bias"], batch_stats["batch_norm"]["mean"])
+      [0. 0.] [4. 4.]
 
     References:
       `hk.BatchNorm` and `hk.ExponentialMovingAverage` in Haiku's documentation. The correction:
@@ -87,7 +89,7 @@ def from_haiku(
     for key, value in _named(function, "params", params).items():
         module, _, name = key.rpartition("/")
         if name not in PARAMS:
-            refuse_unknown(function, Leaf(value, key), PARAMS)
+            raise_unknown(function, Leaf(value, key), PARAMS)
         leaves["params", module, PARAMS[name]] = Leaf(value, key)
     for key, value in _named(function, "state", state).items():
         leaves |= _from_state(function, key, value)
@@ -105,19 +107,18 @@ def to_haiku(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Returns Haiku's params and state with the values of `params` and `batch_stats`.
 
-    The inverse of `from_haiku`, where the names are told.
+    It is the inverse of `from_haiku`, which has the table of names.
 
     Args:
       params: as `from_haiku` returns them, with an entry for each module.
-      batch_stats: likewise. Without a `count`, the averages are taken for those of a training that
-        has forgotten its
-        start: Haiku goes on from them as normjax does with `momentum=decay_rate`.
-      decay_rate: of `hk.BatchNorm`, which Haiku's state depends on; needed where there are running
-        statistics.
-      like: `(params, state)` as Haiku's init returned them: the result has its names, shapes and
-        dtypes, or there is an error. Without it, leaves have the shape `(*features)`, which is
-        right for all layers with the features last but
-        for BatchNorm: that one wants the rank of x, so it takes `like`.
+      batch_stats: as `from_haiku` returns them. Without a `count`, Haiku continues as normjax does
+        with `momentum=decay_rate`, as if the start of training were long forgotten.
+      decay_rate: the argument of `hk.BatchNorm`, which Haiku's state depends on; needed if there
+        are running statistics.
+      like: `(params, state)` as Haiku's init returned them. The result has its names, shapes and
+        dtypes, or there is an error. Without it, leaves have the shape `(*features)`, which suits
+        all layers with the features last but BatchNorm: its arrays have the rank of x, so it needs
+        `like`.
 
     Returns:
       Haiku's params and state, of JAX arrays.
@@ -142,18 +143,16 @@ def to_haiku(
         new_params |= _to_params(function, module, leaves)
         new_state |= _to_state(function, module, leaves, decay_rate, like)
     if like is not None:
-        expected = [
-            _named(function, f"like/{name}", tree) for name, tree in zip(TREES, like, strict=True)
-        ]
-        new_params, new_state = (
-            conform(function, _with_ones(entries, wanted), wanted)
-            for entries, wanted in zip((new_params, new_state), expected, strict=True)
-        )
+        wanted_params, wanted_state = like
+        wanted = _named(function, "like/params", wanted_params)
+        new_params = conform(function, _with_ones(new_params, wanted), wanted)
+        wanted = _named(function, "like/state", wanted_state)
+        new_state = conform(function, _with_ones(new_state, wanted), wanted)
     return _nested(new_params), _nested(new_state)
 
 
 def _named(function: str, name: str, tree: Any) -> Arrays:
-    """The arrays of a Haiku tree by module and name, "net/~/linear/w"."""
+    """Returns the arrays of a Haiku tree by module and name, "net/~/linear/w"."""
     found = {}
     for path, value in flatten(function, name, tree).items():
         if len(path) < 2:
@@ -169,16 +168,15 @@ def _from_state(function: str, key: str, value: np.ndarray) -> Leaves:
     module, _, average = module.rpartition("/")
     module = module.removesuffix("/~")
     if average in AVERAGES and name in ("average", "hidden", "counter"):
-        # hidden says nothing that average and counter do not
-        kept = {"average": AVERAGES[average], "counter": f"counter of {average}"}
-        return {("batch_stats", module, kept[name]): Leaf(value, key)} if name in kept else {}
-    refuse_unknown(
-        function, Leaf(value, key), ["mean_ema/average", "mean_ema/counter", *DIRECTIONS]
-    )
+        # "hidden" follows from average and counter, so it is left out.
+        names = {"average": AVERAGES[average], "counter": f"counter of {average}"}
+        return {("batch_stats", module, names[name]): Leaf(value, key)} if name in names else {}
+    known = ["mean_ema/average", "mean_ema/counter", *DIRECTIONS]
+    raise_unknown(function, Leaf(value, key), known)
 
 
 def _counted(function: str, leaves: Leaves) -> Leaves:
-    """With one count for the counters of both averages."""
+    """Returns the leaves with one count in place of the counters of both averages."""
     counted = {path: leaf for path, leaf in leaves.items() if not path[-1].startswith("counter of")}
     for path, leaf in leaves.items():
         if path not in counted:
@@ -186,7 +184,7 @@ def _counted(function: str, leaves: Leaves) -> Leaves:
             if first.value != leaf.value:
                 _checks.raise_error(
                     function,
-                    f"{leaf.key!r} is not that of the mean",
+                    f"{leaf.key!r} differs from the counter of the mean",
                     expected=f"{first.value}, as in {first.key!r}",
                     got=f"{leaf.value}",
                     fix="Pass the state as Haiku's apply returned it",
@@ -195,7 +193,7 @@ def _counted(function: str, leaves: Leaves) -> Leaves:
 
 
 def _without_ones(path: Path, leaf: Leaf, wanted: Any) -> Leaf:
-    """The leaf in the shape `(*features)`: Haiku keeps axes of size 1 for those that it reduces."""
+    """Returns the leaf in the shape `(*features)`, without Haiku's axes of size 1."""
     shape = np.shape(leaf.value)
     if path[-1] in ("kernel", "embedding", "u") or len(shape) < 2:
         return leaf
@@ -206,7 +204,7 @@ def _without_ones(path: Path, leaf: Leaf, wanted: Any) -> Leaf:
 
 
 def _with_ones(entries: Arrays, wanted: Arrays) -> Arrays:
-    """The inverse, for what differs in such axes alone from what is wanted."""
+    """Returns the entries in the wanted shapes, if only axes of size 1 differ."""
     shaped = {}
     for key, value in entries.items():
         shape = wanted[key].shape if key in wanted else value.shape
@@ -225,7 +223,7 @@ def _to_params(function: str, module: str, leaves: dict[str, Leaf]) -> Arrays:
         if name in names:
             found[f"{module}/{names[name]}"] = leaf.value
         elif name not in STATISTICS:
-            refuse_unknown(function, leaf, [*names, *STATISTICS])
+            raise_unknown(function, leaf, [*names, *STATISTICS])
     return found
 
 
@@ -241,7 +239,8 @@ def _to_state(
         _checks.raise_error(
             function,
             f"the state for {leaves['mean'].key!r} depends on the decay rate and the rank of x",
-            expected="decay_rate of hk.BatchNorm, and like=(params, state) as Haiku's init returned them",
+            expected="the decay_rate of hk.BatchNorm, and like=(params, state) as Haiku's init "
+            "returned them",
             got=f"decay_rate={decay_rate!r}, like={'None' if like is None else '(...)'}",
             fix="Pass both",
         )
@@ -260,18 +259,16 @@ def _nested(entries: Arrays) -> dict[str, dict[str, Any]]:
 
 
 def _key_of(path: Path) -> str:
-    averages = {new: f"~/{old}/average" for old, new in AVERAGES.items()} | {
-        "count": "~/mean_ema/counter",
-        "u": "u0",
-    }
-    return "/".join((*path[1:-1], (NORM | {"kernel": "w"} | averages).get(path[-1], path[-1])))
+    names = NORM | {"kernel": "w", "count": "~/mean_ema/counter", "u": "u0"}
+    names |= {new: f"~/{old}/average" for old, new in AVERAGES.items()}
+    return "/".join((*path[1:-1], names.get(path[-1], path[-1])))
 
 
 def _nameless(function: str, leaves: list[str]) -> NoReturn:
     _checks.raise_error(
         function,
-        "there are leaves outside of any module",
-        expected="an entry for each module, by Haiku's name of it",
+        "some leaves are outside of any module",
+        expected="an entry for each module, by its name in Haiku",
         got=f"{leaves} at the top",
         fix='Nest them: {"batch_norm": params}',
     )

@@ -17,7 +17,7 @@ from normjax.convert._trees import (
     Trees,
     modules_of,
     put_together,
-    refuse_unknown,
+    raise_unknown,
     take_apart,
 )
 
@@ -41,26 +41,28 @@ def from_keras(source: Source | KerasLayer, *, like: tuple[Tree, Tree] | None = 
 
     | Keras | normjax |
     |---|---|
-    | `gamma`, `beta` of BatchNormalization (synchronized, too), Layer- and GroupNormalization | `scale`, `bias` |
+    | `gamma`, `beta` of Batch-, Layer- and GroupNormalization | `scale`, `bias` |
     | `moving_mean`, `moving_variance` | `mean`, `var` of `batch_stats` |
     | `scale` of RMSNormalization | `scale` |
-    | `kernel`, `bias` of Dense and convolutions | as they are; transposed ones for `transpose_kernel=True` |
+    | `kernel`, `bias` of Dense and convolutions | `kernel`, `bias`, the arrays unchanged |
     | `vector_u` of SpectralNormalization | `u`, `sigma` of `batch_stats` |
     | `embeddings` of Embedding | `embedding` |
 
-    Trees are nested by the names of the layers, without that of the layer or model itself. A
-    SpectralNormalization has its `u` and `sigma`, and under the name of the wrapped layer that
-    one's `kernel`. UnitNormalization has no weights, and gives `({}, {})`.
+    Trees are nested by the names of the layers, without the name of the layer or model itself. A
+    SpectralNormalization has its `u` and `sigma`, and the `kernel` under the name of the wrapped
+    layer. Kernels of transposed convolutions suit Flax's `transpose_kernel=True`. A synchronized
+    BatchNormalization is read like any other. UnitNormalization has no weights: it gives
+    `({}, {})`.
 
     Args:
       source: a layer or model that is built, a mapping from the paths of its weights to arrays
         (`"bn/gamma"`), or the path of a .safetensors file with them.
-      like: `(params, batch_stats)` as the init function of the layer, or the model, returned them:
-        the result has this structure, these shapes and these dtypes, or there is an error.
+      like: `(params, batch_stats)` as the init function of the layer, or the model, returned them.
+        The result has this structure, these shapes and these dtypes, or there is an error.
 
     Returns:
-      `params` and `batch_stats`, JAX arrays; statistics in at least float32. `sigma`, which Keras
-      does not keep, is what u gives for the kernel as it is.
+      `params` and `batch_stats`, nested dicts of JAX arrays; statistics in at least float32. Keras
+      does not store `sigma`: it is computed from u and the kernel.
 
     Raises:
       ValueError, TypeError: for weights that no such layer has, leaves that are missing or do not
@@ -68,23 +70,23 @@ def from_keras(source: Source | KerasLayer, *, like: tuple[Tree, Tree] | None = 
 
     Example:
       >>> import numpy as np, normjax as nj
-      >>> weights = {"bn/gamma": np.ones(2), "bn/moving_mean": np.array([1.0, 2.0]), "bn/moving_variance": np.ones(2)}
+      >>> weights = {"bn/gamma": np.ones(2), "bn/moving_mean": np.array([1.0, 2.0])}
+      >>> weights["bn/moving_variance"] = np.ones(2)
       >>> params, batch_stats = nj.convert.from_keras(weights)
       >>> print(params["bn"]["scale"], batch_stats["bn"]["mean"])
       [1. 1.] [1. 2.]
 
     References:
-      `keras.layers.BatchNormalization` and its neighbours in Keras' documentation.
+      `keras.layers.BatchNormalization` and the other normalization layers in Keras' documentation.
     """
     function = "from_keras"
     leaves: Leaves = {}
     for key, value in _weights(function, source).items():
         *parts, name = key.split("/")
         if name not in KNOWN:
-            refuse_unknown(function, Leaf(value, key), KNOWN)
-        leaves[("params" if name in PARAMS else "batch_stats", *parts, KNOWN[name])] = Leaf(
-            value, key
-        )
+            raise_unknown(function, Leaf(value, key), KNOWN)
+        collection = "params" if name in PARAMS else "batch_stats"
+        leaves[collection, *parts, KNOWN[name]] = Leaf(value, key)
     return put_together(function, _with_singular_values(function, leaves), like, _key_of)
 
 
@@ -94,21 +96,21 @@ def to_keras(
     *,
     like: Mapping[str, Any] | KerasLayer | None = None,
 ) -> Arrays:
-    """Returns the weights of a Keras 3 layer or model with the values of `params` and `batch_stats`.
+    """Returns the weights of a Keras 3 layer or model from `params` and `batch_stats`.
 
-    The inverse of `from_keras`, where the names are told.
+    It is the inverse of `from_keras`, which has the table of names.
 
         layer.set_weights(list(nj.convert.to_keras(params, batch_stats, like=layer).values()))
 
     Args:
       params: as `from_keras` returns them.
-      batch_stats: likewise. A `count` is left out: Keras has none.
-      like: the layer or model that is to have them, built, or a mapping from the paths of its
-        weights to arrays: the result has its names in its order, its shapes and its dtypes, or
-          there is an error.
+      batch_stats: as `from_keras` returns them. A `count` is left out: Keras has none.
+      like: the layer or model to load the weights into, built, or a mapping from the paths of its
+        weights to arrays. The result has its names in its order, its shapes and its dtypes, or
+        there is an error.
 
     Returns:
-      A dict of NumPy arrays by path; without `like`, those of each layer in Keras' own order.
+      A dict of NumPy arrays by path. Without `like`, each layer's are in Keras' own order.
 
     Raises:
       ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`,
@@ -125,7 +127,7 @@ def to_keras(
     for parts, leaves in modules_of(take_apart(function, params, batch_stats)).items():
         for name, leaf in leaves.items():
             if name not in (*BACK, "count", "sigma"):
-                refuse_unknown(function, leaf, BACK)
+                raise_unknown(function, leaf, BACK)
         for name in BACK:
             if name in leaves:
                 names = BACK[name][::-1] if "kernel" in leaves else BACK[name]
@@ -136,13 +138,13 @@ def to_keras(
 
 
 def _weights(function: str, source: Any) -> Arrays:
-    """The weights by path, without the name of the layer or model itself."""
+    """Returns the weights by path, without the name of the layer or model itself."""
     if not isinstance(source, KerasLayer):
         return read_mapping(function, source)
     if not source.built:
         _checks.raise_error(
             function,
-            "the layer is not built, so that it has no weights yet",
+            "the layer is not built, so it has no weights yet",
             expected="a layer that was called once",
             got=f"{type(source).__name__} {source.name!r}",
             fix="Call layer.build(x.shape) first",
@@ -160,12 +162,11 @@ def _with_singular_values(function: str, leaves: Leaves) -> Leaves:
     for path, u in leaves.items():
         if path[-1] != "u":
             continue
+        wrapper = ("params", *path[1:-1])
         inside = [
             leaf.value
             for other, leaf in leaves.items()
-            if other[0] == "params"
-            and other[1 : len(path) - 1] == path[1:-1]
-            and other[-1] in ("kernel", "embedding")
+            if other[: len(wrapper)] == wrapper and other[-1] in ("kernel", "embedding")
         ]
         if len(inside) != 1 or inside[0].shape[-1:] != u.value.shape[-1:]:
             _checks.raise_error(

@@ -29,13 +29,13 @@ from normjax.convert._trees import (
     expectation,
     modules_of,
     put_together,
-    refuse_unknown,
+    raise_unknown,
     take_apart,
 )
 
-Entries = dict[str, Leaf]  # of one module, by the names that `torch.nn.utils` gives them
+Entries = dict[str, Leaf]  # the arrays of one module, by the names in `torch.nn.utils`
 
-# What the hooks of torch.nn.utils call weight_g is original0 to its parametrizations, and so on.
+# The hooks of torch.nn.utils and its parametrizations name the same arrays differently.
 PARAMETRIZATIONS = {
     "parametrizations.weight.original0": "weight_g",
     "parametrizations.weight.original1": "weight_v",
@@ -50,9 +50,8 @@ RENAMED = {
     "num_batches_tracked": "count",
 }
 WEIGHTS = ("weight", "weight_g", "weight_v", "weight_orig", "weight_u")
-KEY = re.compile(
-    rf"(?:(.*)\.)?({'|'.join(map(re.escape, [*PARAMETRIZATIONS, *RENAMED, *WEIGHTS]))})"
-)
+NAMES = "|".join(map(re.escape, [*PARAMETRIZATIONS, *RENAMED, *WEIGHTS]))
+KEY = re.compile(rf"(?:(.*)\.)?({NAMES})")
 LAYERS_WITH_SCALE = {"_BatchNorm", "_InstanceNorm", "LayerNorm", "RMSNorm", "GroupNorm"}
 
 
@@ -61,41 +60,41 @@ def from_torch(source: Source | TorchModule, *, like: tuple[Tree, Tree] | None =
 
     | torch | normjax |
     |---|---|
-    | `weight`, `bias` of BatchNorm, SyncBatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm | `scale`, `bias` |
-    | `running_mean`, `running_var`, `num_batches_tracked` | `mean`, `var`, `count` of `batch_stats` |
-    | `weight`, `bias` of Linear and ConvNd: `(out, in, *window)` | `kernel`, `bias`: `(*window, in, out)` |
-    | the same of ConvTransposeNd: `(in, out, *window)` | `(*window, out, in)`, for `transpose_kernel=True` |
+    | `weight`, `bias` of a normalization layer | `scale`, `bias` |
+    | `running_mean`, `running_var` | `mean`, `var` of `batch_stats` |
+    | `num_batches_tracked` | `count` of `batch_stats` |
+    | `weight`, `bias` of Linear and ConvNd | `kernel`, `bias` |
     | `weight` of Embedding | `embedding` |
     | `weight_g`, `weight_v` of weight_norm | `scale`, `kernel` |
-    | `weight_orig`, `weight_u`, `weight_v` of spectral_norm | `kernel`; `u`, `sigma` of `batch_stats` |
+    | `weight_orig` of spectral_norm | `kernel` |
+    | `weight_u`, `weight_v` of spectral_norm | `u`, `sigma` of `batch_stats` |
 
-    Both forms of weight_norm and spectral_norm are known, hooks and parametrizations. Trees are
-    nested by the names of
-    the modules: `layer1.0.bn1.weight` becomes `params["layer1"]["0"]["bn1"]["scale"]`. Other names
-      are had by renaming
-    the keys of the state_dict, which is a dict.
+    A weight `(out, in, *window)` becomes a kernel `(*window, in, out)`. ConvTransposeNd has weights
+    `(in, out, *window)`: its kernels `(*window, out, in)` suit Flax's `transpose_kernel=True`. Both
+    forms of weight_norm and spectral_norm are known, hooks and parametrizations.
 
-    Weights are half of it. PyTorch's momentum is the complement of normjax's and its running
-    variance is unbiased, both
-    of which a state_dict does not say: `torch_settings` has them from the module.
+    Trees are nested by the names of the modules: `layer1.0.bn1.weight` becomes
+    `params["layer1"]["0"]["bn1"]["scale"]`. To change names, rename the keys of the state_dict,
+    which is a dict.
+
+    The weights alone do not say how training continues: normjax's momentum is 1 minus PyTorch's,
+    and PyTorch's running variance is unbiased. `torch_settings` reads such settings from a module.
 
     Args:
-      source: a module, its `state_dict()`, any mapping from its keys to arrays (NumPy's do), or the
-        path of a .safetensors file.
+      source: a module, its `state_dict()`, a mapping from its keys to arrays (NumPy's are enough),
+        or the path of a .safetensors file.
       like: `(params, batch_stats)` as the init function of the layer, or the model, returned them,
-        arrays or
-        `jax.ShapeDtypeStruct`: the result has this structure, these shapes and these dtypes, or
-          there is an error.
-        `count` is left out where it has none. Without it, a mapping does not tell the scale of a
-        layer norm over several axes, if there is no bias beside it, or an embedding from a kernel:
-        both are taken for kernels.
+        arrays or `jax.ShapeDtypeStruct`. The result has this structure, these shapes and these
+        dtypes, or there is an error. A `count` that `like` does not have is left out. Without
+        `like`, two kinds of weights in a mapping are taken for kernels: embeddings, and scales of
+        several axes without a bias.
 
     Returns:
-      `params` and `batch_stats`, JAX arrays in the dtypes of the source; statistics in at least
-      float32, `count` in int32. `u` is the vector that PyTorch's power iteration starts from: with
-      hooks u, `(1, out)`, for `feature_axes=-1`; with parametrizations v, for all other axes as
-      `feature_axes`, unless `like` has the former.
-      `sigma` is that of the stored vectors: at inference PyTorch's weight is `kernel / sigma`.
+      `params` and `batch_stats`, nested dicts of JAX arrays in the dtypes of the source; statistics
+      in at least float32, `count` in int32. `u` is the vector that PyTorch's power iteration starts
+      from. With hooks that is u, `(1, out)`, for `feature_axes=-1`. With parametrizations it is v,
+      for all other axes as `feature_axes`, unless `like` has the shape of the former. `sigma`
+      belongs to the stored vectors: at inference PyTorch's weight is `kernel / sigma`.
 
     Raises:
       ValueError, TypeError: for keys that no such layer has, leaves that are missing or do not fit
@@ -132,22 +131,22 @@ def to_torch(
     *,
     like: Mapping[str, Any] | TorchModule | None = None,
 ) -> dict[str, Any]:
-    """Returns the state_dict of a PyTorch layer or network with the weights of `params` and `batch_stats`.
+    """Returns the state_dict of a PyTorch layer or network from `params` and `batch_stats`.
 
-    The inverse of `from_torch`, where the names and shapes are told.
+    It is the inverse of `from_torch`, which has the table of names.
 
     Args:
       params: as `from_torch` returns them.
-      batch_stats: likewise. Without a `count`, `num_batches_tracked` is 0.
-      like: the module that is to load them, or its state_dict: the result has its keys (those of
-        weight_norm's and spectral_norm's hooks, too), shapes, dtypes and devices, or there is an
-        error. If its values are tensors, so are those of the result.
+      batch_stats: as `from_torch` returns them. Without a `count`, `num_batches_tracked` is 0.
+      like: the module to load the result into, or its state_dict. The result has its keys (also
+        the names that hooks use), shapes, dtypes and devices, or there is an error. If its values
+        are tensors, the result has tensors, too.
 
     Returns:
-      A dict of NumPy arrays, fit for `safetensors.numpy.save_file`; or, with tensors in `like`, of
-      tensors, fit for `load_state_dict`. Without `like`, weight_norm and spectral_norm are written
-      as parametrizations. Of the two vectors of spectral_norm, the one that normjax does not keep
-      is what power iteration gives from the other.
+      A dict of NumPy arrays, fit for `safetensors.numpy.save_file`; with tensors in `like`, a dict
+      of tensors, fit for `load_state_dict`. Without `like`, weight_norm and spectral_norm are
+      written as parametrizations. normjax stores one of spectral_norm's two vectors; the other is
+      computed from it by power iteration.
 
     Raises:
       ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`,
@@ -166,9 +165,8 @@ def to_torch(
     """
     function = "to_torch"
     expected = None if like is None else _arrays(function, like)
-    dims = {
-        name: getattr(weight_normalization(module), "dim", None) for name, module in _modules(like)
-    }
+    hooks = {name: weight_normalization(module) for name, module in _modules(like)}
+    dims = {name: getattr(hook, "dim", None) for name, hook in hooks.items()}
     state: Arrays = {}
     for parts, entries in modules_of(take_apart(function, params, batch_stats)).items():
         prefix = "".join(f"{part}." for part in parts)
@@ -177,43 +175,44 @@ def to_torch(
         state |= {f"{prefix}{name}": value for name, value in encoded.items()}
     if like is None or expected is None:
         return state
-    state = {
-        key: value
-        for key, value in state.items()
-        if key in expected or not key.endswith("num_batches_tracked")
-    }
-    for key in state:
-        if (
-            key.endswith(("weight_g", "original0"))
-            and key in expected
-            and state[key].size == expected[key].size
-        ):
-            state[key] = state[key].reshape(expected[key].shape)
-    state = conform(function, state, expected)
+    state = conform(function, _adapt(state, expected), expected)
     tensors = like.state_dict() if isinstance(like, TorchModule) else like
-    return {key: _of_the_kind_of(tensors[key], value) for key, value in state.items()}
+    return {key: _like_the_given(tensors[key], value) for key, value in state.items()}
 
 
-def _of_the_kind_of(given: Any, value: np.ndarray) -> Any:
-    """The value as a tensor where the given one is, in its dtype and on its device."""
+def _adapt(state: Arrays, expected: Arrays) -> Arrays:
+    """Returns the state without counts that are not expected, and with norms in their shapes."""
+    adapted = {}
+    for key, value in state.items():
+        if key.endswith("num_batches_tracked") and key not in expected:
+            continue
+        is_norm = key.endswith(("weight_g", "original0")) and key in expected
+        if is_norm and value.size == expected[key].size:
+            value = value.reshape(expected[key].shape)
+        adapted[key] = value
+    return adapted
+
+
+def _like_the_given(given: Any, value: np.ndarray) -> Any:
+    """Returns the value as a tensor of the given one's dtype and device, if that is a tensor."""
     if not hasattr(given, "new_tensor"):
         return value
     return given.new_tensor(value if value.dtype.isbuiltin == 1 else value.astype(np.float32))
 
 
 def _arrays(function: str, source: Any) -> Arrays:
-    return read_mapping(
-        function, source.state_dict() if isinstance(source, TorchModule) else source
-    )
+    if isinstance(source, TorchModule):
+        source = source.state_dict()
+    return read_mapping(function, source)
 
 
 def _modules(source: Any) -> Iterable[tuple[str, Any]]:
-    """All modules by name, where the source is a module."""
+    """Returns all modules by name, if the source is a module."""
     return source.named_modules() if isinstance(source, TorchModule) else ()
 
 
 def _kinds(source: Any) -> dict[str, str]:
-    """What the weight of each module is, as far as modules say it."""
+    """Returns what the weight of each module is, as far as the class of the module says it."""
     kinds = {}
     for name, module in _modules(source):
         classes = class_names(module)
@@ -225,9 +224,10 @@ def _kinds(source: Any) -> dict[str, str]:
 
 
 def _hints(function: str, like: Any) -> tuple[dict[str, str], dict[str, int]]:
-    """What `like` says of each module: the leaf that its weight becomes, and the size of its singular vector."""
+    """Returns from `like` the leaf that each module's weight becomes, and the size of its u."""
     kinds, sizes = {}, {}
-    for path, value in expectation(function, like).items() if like is not None else ():
+    expected = {} if like is None else expectation(function, like)
+    for path, value in expected.items():
         module = ".".join(path[1:-1])
         if path[-1] in ("scale", "kernel", "embedding"):
             kinds[module] = path[-1]
@@ -241,7 +241,7 @@ def _by_module(function: str, arrays: Arrays) -> dict[str, Entries]:
     for key, value in arrays.items():
         found = KEY.fullmatch(key)
         if found is None:
-            refuse_unknown(function, Leaf(value, key), [*RENAMED, *WEIGHTS])
+            raise_unknown(function, Leaf(value, key), [*RENAMED, *WEIGHTS])
         module, name = found.group(1, 2)
         modules.setdefault(module or "", {})[PARAMETRIZATIONS.get(name, name)] = Leaf(value, key)
     return modules
@@ -250,7 +250,7 @@ def _by_module(function: str, arrays: Arrays) -> dict[str, Entries]:
 def _decode(
     function: str, entries: Entries, kind: str | None, size: int | None
 ) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
-    """The leaves of one module, for params and for batch_stats."""
+    """Returns the leaves of one module, for params and for batch_stats."""
     found = {new: entries[old] for old, new in RENAMED.items() if old in entries}
     params = {"bias": found.pop("bias")} if "bias" in found else {}
     if "weight_orig" in entries:
@@ -261,9 +261,8 @@ def _decode(
     elif "weight_g" in entries or "weight_v" in entries:
         scale, kernel = _all_of(function, entries, "weight_g", "weight_v")
         params["kernel"] = Leaf(to_kernel(kernel.value), kernel.key)
-        params["scale"] = Leaf(
-            scale.value.reshape(-1) if scale.value.ndim else scale.value, scale.key
-        )
+        flat = scale.value.reshape(-1) if scale.value.ndim else scale.value
+        params["scale"] = Leaf(flat, scale.key)
     elif "weight" in entries:
         weight = entries["weight"]
         kind = kind or ("kernel" if _looks_like_a_kernel(entries) else "scale")
@@ -297,25 +296,21 @@ def _key_of(path: Path) -> str:
 
 
 def _encode(function: str, leaves: dict[str, Leaf], expected: set[str], dim: int | None) -> Arrays:
-    """The entries of one module, in PyTorch's order; `expected` are the names that `like` has, if there is one."""
+    """Returns the entries of one module, in PyTorch's order; `expected` has the names in `like`."""
     known = {"scale", "kernel", "embedding", "u", "sigma", *RENAMED.values()}
     for name, leaf in leaves.items():
         if name not in known:
-            refuse_unknown(function, leaf, sorted(known))
+            raise_unknown(function, leaf, sorted(known))
     state = _encode_weight(function, leaves, dim)
     if len(state) > 1 and not {"weight_g", "weight_orig"} & expected:
-        v = (
-            "parametrizations.weight.0._v"
-            if "weight_orig" in state
-            else "parametrizations.weight.original1"
-        )
-        names = {old: new for new, old in PARAMETRIZATIONS.items()} | {"weight_v": v}
+        v = "0._v" if "weight_orig" in state else "original1"
+        names = {old: new for new, old in PARAMETRIZATIONS.items()}
+        names["weight_v"] = f"parametrizations.weight.{v}"
         state = {names[name]: value for name, value in state.items()}
     state |= {old: leaves[new].value for old, new in RENAMED.items() if new in leaves}
     if "mean" in leaves:
-        state["num_batches_tracked"] = np.asarray(
-            leaves["count"].value if "count" in leaves else 0, np.int64
-        )
+        count = leaves["count"].value if "count" in leaves else 0
+        state["num_batches_tracked"] = np.asarray(count, np.int64)
     return state
 
 

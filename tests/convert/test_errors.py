@@ -59,12 +59,14 @@ FROM_TORCH = {
     "another number of features": (
         {key: np.ones(5) if value.ndim else value for key, value in NET.items()},
         LIKE,
-        r"'layer1\.0\.bn1\.\w+' has the wrong shape. Expected shape \(3,\), as in `like`; got shape \(5,\)",
+        r"'layer1\.0\.bn1\.\w+' has the wrong shape. "
+        r"Expected shape \(3,\), as in `like`; got shape \(5,\)",
     ),
     "leaves that do not fit together": (
         NET | {"layer1.0.bn1.running_var": np.ones(4), "layer1.0.bn1.running_mean": np.ones(4)},
         None,
-        r"running_mean' has the wrong shape. Expected shape \(3,\), that of 'layer1\.0\.bn1\.weight'; got shape \(4,\)",
+        r"running_mean' has the wrong shape. "
+        r"Expected shape \(3,\), as 'layer1\.0\.bn1\.weight' has; got shape \(4,\)",
     ),
     "an unknown key": (
         NET | {"head.in_proj_weight": ONES},
@@ -124,7 +126,8 @@ def test_a_source_that_holds_no_arrays():
     with pytest.raises(TypeError, match="from_torch: the source holds no arrays.*got list"):
         nj.convert.from_torch([ONES])
     with pytest.raises(
-        ValueError, match=r"from_torch: the file is of another kind.*'net\.pth'.*torch\.load"
+        ValueError,
+        match=r"from_torch: the file is not a .safetensors file.*'net\.pth'.*torch\.load",
     ):
         nj.convert.from_torch("net.pth")
 
@@ -156,9 +159,9 @@ TO_TORCH = {
         PARAMS,
         STATS,
         NET,
-        r"'weight' is in params and batch_stats alone.*the 5 keys of `like`",
+        r"'weight' is only in params and batch_stats.*the 5 keys of `like`",
     ),
-    "a missing leaf": ({"scale": ONES}, STATS, BN, "'bias' is in `like` alone"),
+    "a missing leaf": ({"scale": ONES}, STATS, BN, "'bias' is only in `like`"),
     "another number of features": (
         *nj.batch_norm_init(4),
         BN,
@@ -248,13 +251,14 @@ FROM_HAIKU = {
     ),
     "two counters": (
         (HAIKU[0], HAIKU[1] | {"bn/~/var_ema": AVERAGE | {"counter": np.array(9)}}),
-        "'bn/~/var_ema/counter' is not that of the mean. Expected 2, as in 'bn/~/mean_ema/counter'; got 9",
+        "'bn/~/var_ema/counter' differs from the counter of the mean. "
+        "Expected 2, as in 'bn/~/mean_ema/counter'; got 9",
     ),
     "an unknown leaf": (({"lstm": {"gates": ONES}}, {}), "'lstm/gates' has no counterpart"),
     "an unknown state": (({}, {"rnn": {"carry": ONES}}), "'rnn/carry' has no counterpart"),
     "no names of modules": (
         ({"scale": ONES}, {}),
-        r"there are leaves outside of any module.*\['scale'\]",
+        r"some leaves are outside of any module.*\['scale'\]",
     ),
 }
 
@@ -274,9 +278,9 @@ def test_to_haiku():
         nj.convert.to_haiku(params, batch_stats, like=HAIKU)
     with pytest.raises(ValueError, match=r"to_haiku: decay_rate is out of range.*decay_rate=1\.5"):
         nj.convert.to_haiku(params, batch_stats, like=HAIKU, decay_rate=1.5)
-    with pytest.raises(ValueError, match="to_haiku: 'bn/offset' is in `like` alone"):
+    with pytest.raises(ValueError, match="to_haiku: 'bn/offset' is only in `like`"):
         nj.convert.to_haiku({"bn": {"scale": ONES}}, batch_stats, like=HAIKU, decay_rate=0.9)
-    with pytest.raises(ValueError, match="to_haiku: there are leaves outside of any module"):
+    with pytest.raises(ValueError, match="to_haiku: some leaves are outside of any module"):
         nj.convert.to_haiku(*nj.layer_norm_init(3))
     with pytest.raises(ValueError, match="to_haiku: 'params/tanh/alpha' has no counterpart"):
         nj.convert.to_haiku({"tanh": nj.dynamic_tanh_init(3)[0]}, {})

@@ -1,4 +1,4 @@
-"""linen's variables to nnx's states and back, for models of normjax's layers and of Flax's, trained on each side."""
+"""linen's variables to nnx's states and back: models of normjax's and Flax's layers, trained."""
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +12,26 @@ from tests.compare import assert_close, assert_identical, assert_trees_close
 from tests.convert.training import LEARNING_RATE, TOLERANCE, batches, step
 
 SHAPE = (6, 5, 8)
-ROOMS = {"normjax": (nj.linen, nj.nnx), "flax": (nn, nnx)}
+PACKAGES = {"normjax": (nj.linen, nj.nnx), "flax": (nn, nnx)}
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 
 
 class Linen(nn.Module):
-    room: object
+    package: object
     train: bool = True
 
     def setup(self):
-        room = self.room
+        package = self.package
         self.conv = nn.Conv(6, (3,))
-        norms = [room.LayerNorm(), room.RMSNorm(), room.GroupNorm(2), room.InstanceNorm()]
-        self.norms = [room.BatchNorm(momentum=0.8, use_running_average=not self.train), *norms]
-        self.bounded = room.SpectralNorm(nn.Dense(6))
-        self.directed = room.WeightNorm(nn.Dense(4))
+        norms = [
+            package.LayerNorm(),
+            package.RMSNorm(),
+            package.GroupNorm(2),
+            package.InstanceNorm(),
+        ]
+        self.norms = [package.BatchNorm(momentum=0.8, use_running_average=not self.train), *norms]
+        self.bounded = package.SpectralNorm(nn.Dense(6))
+        self.directed = package.WeightNorm(nn.Dense(4))
         self.attention = nn.MultiHeadDotProductAttention(2, qkv_features=4)
 
     def __call__(self, x):
@@ -38,18 +43,18 @@ class Linen(nn.Module):
 
 
 class NNX(nnx.Module):
-    def __init__(self, room, rngs):
+    def __init__(self, package, rngs):
         self.conv = nnx.Conv(8, 6, (3,), rngs=rngs)
         norms = [
-            room.LayerNorm,
-            room.RMSNorm,
-            lambda n, rngs: room.GroupNorm(n, 2, rngs=rngs),
-            room.InstanceNorm,
+            package.LayerNorm,
+            package.RMSNorm,
+            lambda n, rngs: package.GroupNorm(n, 2, rngs=rngs),
+            package.InstanceNorm,
         ]
-        batch_norm = room.BatchNorm(6, momentum=0.8, rngs=rngs)
+        batch_norm = package.BatchNorm(6, momentum=0.8, rngs=rngs)
         self.norms = nnx.List([batch_norm, *(norm(6, rngs=rngs) for norm in norms)])
-        self.bounded = room.SpectralNorm(nnx.Linear(6, 6, rngs=rngs), rngs=rngs)
-        self.directed = room.WeightNorm(nnx.Linear(6, 4, rngs=rngs), rngs=rngs)
+        self.bounded = package.SpectralNorm(nnx.Linear(6, 6, rngs=rngs), rngs=rngs)
+        self.directed = package.WeightNorm(nnx.Linear(6, 4, rngs=rngs), rngs=rngs)
         self.attention = nnx.MultiHeadAttention(2, 4, qkv_features=4, decode=False, rngs=rngs)
         self.dropout = nnx.Dropout(0.0, rngs=rngs)  # with keys and counts of random numbers
 
@@ -110,13 +115,13 @@ def test_training_goes_on_alike_in_both():
     train_both(side, nj.convert.nnx_to_linen(model, like=variables), model, seed=3)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_there_and_back_nothing_changes(room):
-    of_linen, of_nnx = ROOMS[room]
+@pytest.mark.parametrize("package", PACKAGES)
+def test_there_and_back_nothing_changes(package):
+    of_linen, of_nnx = PACKAGES[package]
     variables = Linen(of_linen).init(jax.random.key(1), jnp.zeros(SHAPE))
     model = NNX(of_nnx, nnx.Rngs(0))
     assert variables["params"]["directed"]["layer_instance/kernel/scale"].shape == (4,)
-    if room == "flax":  # whose scales of weight_norm are no variables (google/flax#5577)
+    if package == "flax":  # whose scales of weight_norm are no variables (google/flax#5577)
         assert isinstance(model.directed.scales[("kernel",)], jax.Array)
     before = nnx.to_pure_dict(nnx.state(model, nnx.RngCount))
     nnx.update(model, nj.convert.linen_to_nnx(variables, model))

@@ -1,4 +1,4 @@
-"""`from_keras` and `to_keras` against Keras' own layers (on JAX), training continued on each side."""
+"""`from_keras` and `to_keras` against Keras' own layers (on JAX), trained on each side."""
 
 import inspect
 import os
@@ -180,7 +180,8 @@ def test_layers_without_weights_give_empty_trees():
 
 
 def test_what_normjax_has_no_settings_for_is_refused():
-    with pytest.raises(ValueError, match="keras_settings: renorm=True.*BatchNormalization"):
+    message = "keras_settings: .* what renorm=True does.*got BatchNormalization"
+    with pytest.raises(ValueError, match=message):
         nj.convert.keras_settings(layers.BatchNormalization(renorm=True))
     with pytest.raises(TypeError, match="keras_settings.*got UnitNormalization"):
         nj.convert.keras_settings(layers.UnitNormalization())
