@@ -1,6 +1,6 @@
-"""What normalization does in a network of your own: its health, and the instruments of the field's findings.
+"""Shows what normalization does in your network: its health, and the measurements of papers.
 
-Pure functions that return NamedTuples; `normjax.diagnostics.plot` draws them, with matplotlib.
+All are pure functions that return NamedTuples; `normjax.diagnostics.plot` draws these.
 """
 
 import importlib

@@ -2,8 +2,8 @@
 
     python -m normjax.diagnostics CHECKPOINT [--json [FILE]] [--html FILE]
 
-Exit status: 0 without errors among the findings, 1 with one, 2 for a checkpoint that cannot be
-  read, 130 for Ctrl-C.
+Exit status: 0 if no finding is an error, 1 if one is, 2 if the checkpoint cannot be read, 130 after
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -40,15 +40,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}",
         usage="%(prog)s [-h] CHECKPOINT [--json [FILE]] [--html FILE] [--epsilon E]",
-        description="Reports on the normalization layers of a checkpoint: which are sick, and what to do about it.",
-        epilog="Exit status: 0 without errors among the findings, 1 with one, 2 for a checkpoint that cannot be read.",
+        description="Reports on the normalization layers of a checkpoint: what is wrong with them, "
+        "and what to do about it.",
+        epilog="Exit status: 0 if no finding is an error, 1 if one is, 2 if the checkpoint cannot "
+        "be read.",
     )
     parser.add_argument(
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
         nargs="?",
-        help="a folder of Orbax (of several steps, the newest), a file of Flax's msgpack, or one of safetensors",
+        help="a folder of Orbax (of several steps, the newest is read), or a file of Flax's "
+        "msgpack or safetensors",
     )
     parser.add_argument(
         "--json",
@@ -65,7 +68,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=1e-5,
         metavar="E",
-        help="of the layers (default: %(default)s)",
+        help="the epsilon of the layers (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     if options.checkpoint is None and options.json not in (None, "-"):  # `--json CHECKPOINT`
@@ -106,7 +109,7 @@ def _write(found: Report, options: argparse.Namespace) -> None:
 
 
 def _print(found: Report) -> None:
-    """In color on a terminal; as plain text, whose lines nothing breaks, elsewhere and without rich."""
+    """Prints in color on a terminal that has rich, otherwise as plain text with unbroken lines."""
     try:
         from rich.console import Console
     except ImportError:
@@ -122,6 +125,6 @@ def _fail(path: object, problem: object) -> int:
 
 
 if __name__ == "__main__":
-    # at once: KeyboardInterrupt may be lost in a callback of C
+    # A KeyboardInterrupt may be lost in a callback of C, so end at once.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     sys.exit(main())

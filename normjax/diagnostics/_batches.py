@@ -1,4 +1,4 @@
-"""Functions from a batch to a row for each example, as the instruments that look at batches take them."""
+"""Compiles and checks functions that return a row for each example of a batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_examples(function: str, name: str, x: Any) -> Array:
-    """Returns examples `(batch, ...)`; refuses what is not floating-point, or not finite."""
+    """Returns examples `(batch, ...)`; raises an error if they are not real and finite."""
     x = _checks.activations(function, x, name)
     if jnp.iscomplexobj(x):
         _checks.raise_error(
@@ -30,7 +30,7 @@ def check_examples(function: str, name: str, x: Any) -> Array:
             f"{name} is complex",
             expected="real numbers",
             got=f"{name}.dtype={x.dtype} for {name}.shape={x.shape}",
-            fix="Let the function put real and imaginary parts together",
+            fix="Pass real and imaginary parts, and combine them in the function",
             kind=TypeError,
         )
     if 0 in x.shape:
@@ -46,7 +46,7 @@ def check_examples(function: str, name: str, x: Any) -> Array:
 
 
 def check_rows(function: str, name: str, y: Any, examples: int) -> None:
-    """Refuses anything but a floating-point array of a row for each example."""
+    """Raises an error unless y is a floating-point array with a row for each example."""
     if isinstance(y, (jax.Array, jax.ShapeDtypeStruct)) and jnp.issubdtype(y.dtype, jnp.floating):
         if y.shape[:1] == (examples,) and 0 not in y.shape:
             return
@@ -58,5 +58,5 @@ def check_rows(function: str, name: str, y: Any, examples: int) -> None:
         f"{name} does not return a row for each example",
         expected=f"a floating-point array of shape ({examples}, ...)",
         got=got,
-        fix="Return outputs alone, without the new statistics: lambda x: apply(variables, x)[0]",
+        fix="Return only outputs, without new statistics: lambda x: apply(variables, x)[0]",
     )

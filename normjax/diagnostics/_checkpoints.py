@@ -1,4 +1,4 @@
-"""Reads checkpoints of any format, which it knows by what is in them; whatever is wrong is one line."""
+"""Reads checkpoints, whose format it finds from their content; problems are described in a line."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-_OPTIMIZER = "opt_state"  # which may be twice as large as all else
-_LEFT_BEHIND = 0.3  # seconds, for reads of small files that fail after the first did
+_OPTIMIZER = "opt_state"  # not read: it may be twice as large as all else
+_LEFT_BEHIND = 0.3  # seconds to wait for reads that fail after the first failure
 _FOREIGN = {b"PK\x03\x04": "a zip archive, as of PyTorch or NumPy", b"\x89HDF": "HDF5, as of Keras"}
 
 
@@ -26,7 +26,7 @@ class UnreadableError(Exception):
 
 
 def read_checkpoint(path: Path) -> Any:
-    """Returns the arrays of a checkpoint of Orbax, Flax's msgpack or safetensors, as a tree of NumPy arrays."""
+    """Returns the NumPy arrays of a checkpoint of Orbax, Flax's msgpack or safetensors."""
     if not path.exists():
         raise UnreadableError("there is no such file or folder")
     try:
@@ -36,14 +36,13 @@ def read_checkpoint(path: Path) -> Any:
     except ImportError as error:
         extra = "pip install 'normjax[diagnostics]'"
         raise UnreadableError(f"reading it takes the package {error.name}: {extra}") from error
-    except Exception as error:  # of many kinds: whatever is wrong with the files
-        raise UnreadableError(
-            f"it is cut off or damaged ({type(error).__name__}: {_first_line(error)})"
-        ) from error
+    except Exception as error:  # damaged files raise errors of many kinds
+        problem = f"{type(error).__name__}: {_first_line(error)}"
+        raise UnreadableError(f"it is cut off or damaged ({problem})") from error
 
 
 def _reader(path: Path) -> Callable[[Path], Any]:
-    """Returns what reads a file, by its first bytes."""
+    """Returns the function that reads a file, chosen by its first bytes."""
     with path.open("rb") as file:
         start = file.read(9)
     if not start:
@@ -52,9 +51,8 @@ def _reader(path: Path) -> Callable[[Path], Any]:
         return _read_safetensors
     if 0x80 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF):
         return _read_msgpack
-    kind = next(
-        (f": it is {kind}" for begin, kind in _FOREIGN.items() if start.startswith(begin)), ""
-    )
+    kinds = [f": it is {kind}" for begin, kind in _FOREIGN.items() if start.startswith(begin)]
+    kind = kinds[0] if kinds else ""
     raise UnreadableError(f"its format is none of Orbax, Flax's msgpack and safetensors{kind}")
 
 
@@ -65,7 +63,7 @@ def _read_msgpack(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[tuple[str, ...], np.ndarray]:
-    """Returns arrays by their paths: what slashes, bars or dots divide in their names."""
+    """Returns arrays by their paths: names are split at slashes, bars or dots."""
     from safetensors.numpy import load_file
 
     arrays = load_file(path)
@@ -74,23 +72,19 @@ def _read_safetensors(path: Path) -> dict[tuple[str, ...], np.ndarray]:
 
 
 def _item(folder: Path) -> dict[str, Path]:
-    """Returns the folders with trees of a checkpoint; of a folder of steps, those of the newest step."""
+    """Returns the folders with a checkpoint's trees; several steps give those of the newest."""
     if (folder / "_METADATA").exists():
         return {"": folder}
-    inside = [
-        child
-        for child in folder.iterdir()
-        if child.is_dir() and ".orbax-checkpoint-tmp" not in child.name
-    ]
+    inside = [child for child in folder.iterdir() if child.is_dir()]
+    inside = [child for child in inside if ".orbax-checkpoint-tmp" not in child.name]
     items = {child.name: child for child in inside if (child / "_METADATA").exists()}
-    steps = {
-        child: int(found[1]) for child in inside if (found := re.search(r"(\d+)$", child.name))
-    }
+    numbers = {child: re.search(r"(\d+)$", child.name) for child in inside}
+    steps = {child: int(number[1]) for child, number in numbers.items() if number}
     if items and not set(items.values()) <= set(steps):
         return items if len(items) > 1 else {"": next(iter(items.values()))}
     if not steps:
         raise UnreadableError(
-            "the folder is no checkpoint of Orbax: it has neither _METADATA nor folders of steps"
+            "the folder is not a checkpoint of Orbax: it has neither _METADATA nor folders of steps"
         )
     return _item(max(steps, key=lambda child: steps[child]))
 
@@ -102,32 +96,33 @@ def _read_orbax(items: dict[str, Path]) -> Any:
 
 
 def _restore(folder: Path) -> Any:
-    """Returns the arrays of a tree as NumPy's, on whatever devices they were; the optimizer's are not read."""
+    """Returns the arrays of a tree as NumPy arrays; the optimizer's are not read."""
     import orbax.checkpoint as ocp
 
-    json.loads((folder / "_METADATA").read_text())  # whose error says more than Orbax's
+    json.loads((folder / "_METADATA").read_text())  # its error says more than Orbax's
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata: Any = checkpointer.metadata(folder.absolute())
         if metadata.item_metadata is None:
-            raise UnreadableError(
-                f"it is cut off or damaged: Orbax finds no arrays in {folder.name}"
-            )
+            problem = f"Orbax finds no arrays in {folder.name}"
+            raise UnreadableError(f"it is cut off or damaged: {problem}")
         tree = metadata.item_metadata.tree
         if isinstance(tree, Mapping):
             tree = {name: inner for name, inner in tree.items() if name != _OPTIMIZER}
-        restore = jax.tree.map(
-            lambda leaf: ocp.RestoreArgs(
-                restore_type=np.ndarray if hasattr(leaf, "shape") else None
-            ),
-            tree,
-        )
+
+        def as_numpy(leaf: Any) -> Any:
+            return ocp.RestoreArgs(restore_type=np.ndarray if hasattr(leaf, "shape") else None)
+
+        restore = jax.tree.map(as_numpy, tree)
         arguments = ocp.args.PyTreeRestore(item=tree, restore_args=restore, partial_restore=True)
         return checkpointer.restore(folder.absolute(), args=arguments)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what Orbax says off the terminal: about devices, and, once it fails, about reads that it leaves behind."""
+    """Keeps Orbax's messages off the terminal.
+
+    It warns about devices, and after a failure about other reads that are still running.
+    """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
     logger.setLevel(logging.CRITICAL)

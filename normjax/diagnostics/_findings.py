@@ -1,4 +1,4 @@
-"""What `report` and `lint` have to say about a layer."""
+"""What `report` and `lint` find about a layer, and how it is printed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 
 class Finding(NamedTuple):
-    """Something that a layer suffers from, and what to do about it.
+    """A problem of a layer, and what to do about it.
 
     Attributes:
-      path: of the layer, its parts joined by slashes: `"encoder/BatchNorm_0"`.
-      rule: the name of what was looked for: `"dead-channels"`.
-      severity: `"error"` for what breaks training or inference, `"warning"` for what costs
-        accuracy, else `"note"`.
-      message: what was seen, with its values.
+      path: the path of the layer, joined by slashes: `"encoder/BatchNorm_0"`.
+      rule: the name of the problem: `"dead-channels"`.
+      severity: `"error"` if it breaks training or inference, `"warning"` if it costs accuracy,
+        `"note"` otherwise.
+      message: what was found, with its values.
       advice: what to do about it, in one line.
     """
 
@@ -29,13 +29,13 @@ class Finding(NamedTuple):
 
 
 def show_findings(findings: Collection[Finding]) -> str:
-    """Returns the findings as text, and how many there are."""
+    """Returns the findings and their number as text."""
     said = [line for group in grouped(findings) for line in lines_of(group)]
     return "\n".join([*said, counted(findings) or "nothing found"])
 
 
 def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
-    """Returns the findings, those together that have their advice in common."""
+    """Returns the findings, grouped by their advice."""
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.rule, finding.advice), []).append(finding)
@@ -43,22 +43,16 @@ def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
 
 
 def lines_of(group: Sequence[Finding]) -> list[str]:
-    """Returns the lines about findings with one advice, the last of them empty."""
-    heading = f"{group[0].severity}: {group[0].rule}"
-    return [
-        heading,
-        *(f"  {finding.path}: {finding.message}" for finding in group),
-        f"  -> {group[0].advice}",
-        "",
-    ]
+    """Returns the lines about findings with one advice, and an empty line."""
+    first = group[0]
+    messages = [f"  {finding.path}: {finding.message}" for finding in group]
+    return [f"{first.severity}: {first.rule}", *messages, f"  -> {first.advice}", ""]
 
 
 def counted(findings: Collection[Finding]) -> str:
-    """Returns how many findings there are of each severity; nothing for none."""
-    counts = [
-        (sum(finding.severity == severity for finding in findings), severity)
-        for severity in SEVERITIES
-    ]
-    return ", ".join(
-        f"{count} {severity}{'s' * (count > 1)}" for count, severity in counts if count
-    )
+    """Returns how many findings of each severity there are; an empty string if none."""
+    counts = {severity: 0 for severity in SEVERITIES}
+    for finding in findings:
+        counts[finding.severity] += 1
+    parts = [f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count]
+    return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""How far a layer's outputs at inference are from those in training: its running statistics beside a batch's."""
+"""Compares a layer's running statistics with a batch's: how far inference is from training."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from normjax.statistics.models import Layers, Model, open_model
 from normjax.statistics.passes import Step, compile_step
 from normjax.statistics.population import POPULATION, empty_population
 
-WARNING = 0.25  # deviations: below that, healthy networks vary from batch to batch
-ERROR = 1.0  # inference differs from training by as much as one example differs from another
-CHANCE = 3.0  # times what the choice of the batch's examples makes on average
+WARNING = 0.25  # deviations; below it, healthy networks vary from batch to batch
+ERROR = 1.0  # deviations; inference differs from training as much as two examples do
+CHANCE = 3.0  # a warning needs this many times the gap that a random batch makes on average
 
 
 def with_batch_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, batch: Any) -> Any:
@@ -35,36 +35,32 @@ def with_batch_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, b
         layers = _collect(compile_step(apply_fn, model), model, batch)
     except (TypeError, ValueError) as error:
         said = str(error)
-        if said.startswith("recalibrate: "):  # whose machinery it is
+        if said.startswith("recalibrate: "):  # its functions are used here
             raise type(error)(said.replace("recalibrate", "report", 1)) from None
         raise
     return model.finish(layers)
 
 
 def _collect(step: Step, model: Model, batch: Any) -> Layers:
-    """Returns each layer's statistics of the batch: what it collects, or what it moves its running ones towards.
+    """Returns each layer's statistics of the batch.
 
-    A layer of another library knows nothing of populations and returns m old + (1 - m) batch. From
-    0 that is (1 - m) batch, from 1 it is m more, which says what m is.
+    normjax's layers collect them. Layers of other libraries return m old + (1 - m) batch: from 0
+    they return (1-m) b, from 1 (1-m) b + m; the difference is m.
     """
-    low, high = (
-        step(model.static, model.arrays, _started(model.layers, start), batch)[0]
-        for start in (0, 1)
-    )
+    low, _ = step(model.static, model.arrays, _started(model.layers, 0), batch)
+    high, _ = step(model.static, model.arrays, _started(model.layers, 1), batch)
     found, saw = {}, False
     for path, layer in model.layers.items():
         found[path] = dict(layer)
         population = low[path][POPULATION]
         for leaf, collected in zip(STATISTICS, population.statistics(), strict=True):
             moved = 1 - (high[path][leaf] - low[path][leaf])
-            seen = jnp.where(
-                population.seen[0], collected, (low[path][leaf] / moved).astype(collected.dtype)
-            )
-            there = population.seen[0] | ~(jnp.abs(moved) < 1e-6)
-            found[path][leaf] = jnp.where(
-                there, jnp.where(jnp.isfinite(seen), seen, jnp.inf), jnp.nan
-            )
-            saw |= bool(there.any())
+            recovered = (low[path][leaf] / moved).astype(collected.dtype)
+            value = jnp.where(population.seen[0], collected, recovered)
+            value = jnp.where(jnp.isfinite(value), value, jnp.inf)
+            known = population.seen[0] | ~(jnp.abs(moved) < 1e-6)
+            found[path][leaf] = jnp.where(known, value, jnp.nan)
+            saw |= bool(known.any())
     if not saw:
         _checks.raise_error(
             "report",
@@ -90,49 +86,54 @@ def examples_in(batch: Any) -> int:
 
 
 def gap_of(running: Values, batch: Values, epsilon: float) -> np.ndarray:
-    r"""Returns the distance of a channel's outputs by running and by batch statistics, `(*features)`.
+    r"""Returns the distance between outputs by running and by batch statistics, `(*features)`.
 
-    Of an input with the batch's moments, the root mean square of what the two normalizations make
-    of it differently: the offset of the mean, and the factor of the deviation, both in deviations
-      of the output.
+    It is the root mean square difference of the two normalizations of an input with the batch's
+    moments. The means differ by an offset and the deviations by a factor, both in deviations of the
+    output.
     """
-    (mean, var), (seen, spread) = ((values["mean"], values["var"]) for values in (running, batch))
+    mean, var = running["mean"], running["var"]
+    own_mean, own_var = batch["mean"], batch["var"]
     with np.errstate(all="ignore"):
-        offset = np.abs(seen - mean) / np.sqrt(var + epsilon)
-        factor = np.sqrt(spread) * (1 / np.sqrt(spread + epsilon) - 1 / np.sqrt(var + epsilon))
+        offset = np.abs(own_mean - mean) / np.sqrt(var + epsilon)
+        factor = np.sqrt(own_var) * (1 / np.sqrt(own_var + epsilon) - 1 / np.sqrt(var + epsilon))
         return np.sqrt(offset**2 + factor**2)
 
 
 def finding(
     layer: Layer, running: Values, batch: Values, gaps: np.ndarray, examples: float
 ) -> Finding | None:
-    """Returns what there is to say of a layer's gap, where chance does not explain it."""
+    """Returns the finding about a layer's gap, None if chance may explain it."""
     if np.isinf(batch["var"]).any() or np.isinf(batch["mean"]).any():
         bad = ~np.isfinite(batch["var"])
-        message = f"the batch's statistics of {bad.sum()} of {bad.size} channels are not finite{channels(bad)}"
-        advice = "Look for NaN in the batch and in what comes before the first such layer; mask what does not count"
+        message = f"the batch's statistics of {bad.sum()} of {bad.size} channels are not finite"
+        message += channels(bad)
+        advice = "Look for NaN in the batch and before the first such layer; mask padding"
         return Finding(layer.path, "non-finite", "error", message, advice)
     gap = rms(gaps)
-    # variances 1 / n of a mean, 1 / 2n of a deviation
+    # The mean of n examples has the variance 1 / n, their deviation 1 / 2n.
     limit = max(WARNING, CHANCE * math.sqrt(1.5 / examples))
     if gap is None or gap < limit:
         return None
     worst = np.unravel_index(int(np.nanargmax(gaps)), gaps.shape)
-    kept, seen = (
-        f"mean {values['mean'][worst]:.3g}, var {values['var'][worst]:.3g}"
-        for values in (running, batch)
-    )
-    message = f"outputs at inference are {gap:.2g} standard deviations from those by the batch's statistics; "
-    message += f"worst in channel {', '.join(map(str, map(int, worst)))}: {kept} kept, {seen} seen"
+    channel = ", ".join(str(int(i)) for i in worst)
+    message = f"outputs at inference are {gap:.2g} standard deviations from outputs by the batch's "
+    message += f"statistics; worst in channel {channel}: {_moments(running, worst)} stored, "
+    message += f"{_moments(batch, worst)} in the batch"
     if at_the_start(running):
-        advice = "Statistics are as at the start: train, or call nj.recalibrate, before inference"
+        advice = "Statistics are as initialized: train, or call nj.recalibrate, before inference"
         return Finding(layer.path, "train-eval-gap", "note", message, advice)
-    advice = "Call nj.recalibrate before inference; where training left it: larger batches, less momentum, more steps"
+    advice = "Call nj.recalibrate before inference; in training, use larger batches, less momentum "
+    advice += "or more steps"
     severity: Severity = "error" if gap >= max(ERROR, 2 * limit) else "warning"
     return Finding(layer.path, "train-eval-gap", severity, message, advice)
 
 
+def _moments(values: Values, channel: tuple[Any, ...]) -> str:
+    return f"mean {values['mean'][channel]:.3g}, var {values['var'][channel]:.3g}"
+
+
 def rms(gaps: np.ndarray) -> float | None:
-    """Returns the layer's gap: the root mean square over the channels that there is one of; None without any."""
+    """Returns the layer's gap: the root mean square over channels with one, None without any."""
     gaps = gaps[np.isfinite(gaps)]
     return float(np.sqrt(np.mean(gaps**2))) if gaps.size else None

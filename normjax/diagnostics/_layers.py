@@ -21,7 +21,7 @@ Values = dict[str, np.ndarray]
 
 COLLECTIONS = {"params", "batch_stats"}
 _COPY = re.compile(r"(\w+)_(?:params|batch_stats)")  # such as ema_params
-# whose moments have the names of parameters
+# The moments of optimizers have the names of parameters.
 _OPTIMIZERS = {"opt_state", "optimizer", "optimizer_state"}
 _ALIASES = {
     **dict.fromkeys(("gamma", "gain"), "scale"),
@@ -49,7 +49,7 @@ _NAMED = {
 
 
 class Layer(NamedTuple):
-    """A normalization layer: its path, what it is, and its leaves as they were found."""
+    """A normalization layer: its path, its kind, and its leaves as they were found."""
 
     path: str
     kind: str
@@ -57,7 +57,7 @@ class Layer(NamedTuple):
 
     @property
     def values(self) -> Values:
-        """The leaves as NumPy has them, in float64 (or complex128)."""
+        """Returns the leaves as NumPy arrays, in float64 (or complex128)."""
         return {name: to_numpy(leaf) for name, leaf in self.leaves.items()}
 
 
@@ -76,7 +76,7 @@ def leaves_of(variables: Any) -> Leaves:
             _checks.raise_error(
                 "report",
                 "a leaf has no values",
-                expected="arrays, outside of jax.jit and the like",
+                expected="arrays, outside of jax.jit and other transformations",
                 got=f"{'/'.join(names)} of type {type(leaf).__name__}",
                 fix="Pass the variables themselves",
                 kind=TypeError,
@@ -87,18 +87,14 @@ def leaves_of(variables: Any) -> Leaves:
 
 
 def find_layers(leaves: Leaves, classes: Mapping[Path, str] | None = None) -> list[Layer]:
-    """Returns the normalization layers in natural order; `classes` names modules, where that is known."""
+    """Returns the normalization layers in natural order; `classes` has known class names."""
     nodes: dict[Path, dict[str, Any]] = {}
     for path in of_models(leaves):
         above, name = _place(path)
         nodes.setdefault(above, {})[name] = leaves[path]
     layers = []
     for path in sorted(nodes, key=_natural):
-        labels = [
-            (classes or {}).get(path[:end], path[end - 1] if end else "")
-            for end in range(len(path), -1, -1)
-        ]
-        labels = [label for label in labels if re.search("[a-zA-Z]", label)]
+        labels = _labels(path, classes or {})
         node = _as_in_flax(nodes[path], labels)
         if kind := _kind(path, node, labels):
             known = {name: node[name] for name in _KNOWN if name in node}
@@ -106,8 +102,15 @@ def find_layers(leaves: Leaves, classes: Mapping[Path, str] | None = None) -> li
     return layers
 
 
+def _labels(path: Path, classes: Mapping[Path, str]) -> list[str]:
+    """Returns the names of a module and those around it, the innermost first."""
+    labels = [classes.get((), "")]
+    labels += [classes.get(path[: i + 1], name) for i, name in enumerate(path)]
+    return [label for label in reversed(labels) if re.search("[a-zA-Z]", label)]
+
+
 def to_numpy(leaf: Any) -> np.ndarray:
-    """Returns an array in float64 or complex128; of one that lies on several hosts, what this one has."""
+    """Returns an array in float64 or complex128; if several hosts share it, this one's part."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = leaf.addressable_data(0)
     return np.asarray(leaf).astype(np.complex128 if jnp.iscomplexobj(leaf) else np.float64)
@@ -125,25 +128,27 @@ def classes_of(variables: Any) -> dict[Path, str]:
 
 
 def of_models(leaves: Iterable[Path]) -> list[Path]:
-    """Leaves out the optimizer's, and in a state of training all that is no collection."""
-    paths = [
-        path for path in leaves if set(path) - COLLECTIONS and not set(_outside(path)) & _OPTIMIZERS
-    ]
+    """Returns the paths without those of an optimizer.
+
+    Of a training state, only collections such as `params`, and copies of them, are left.
+    """
+    paths = [path for path in leaves if set(path) - COLLECTIONS]
+    paths = [path for path in paths if not set(_outside(path)) & _OPTIMIZERS]
     if any("params" in path for path in paths):
         return [path for path in paths if set(path) & COLLECTIONS or _COPY.fullmatch(path[0])]
     return paths
 
 
 def _outside(path: Path) -> Path:
-    """What is on the path before a collection, below which names are the model's."""
+    """Returns the part of a path above a collection; the names below it belong to the model."""
     return tuple(itertools.takewhile(lambda name: name not in COLLECTIONS, path))
 
 
 def _place(path: Path) -> tuple[Path, str]:
-    """Returns the path of the layer and the name of the leaf, without collections; copies keep their name in front."""
+    """Returns the path of the layer, without collections, and the name of the leaf."""
     if copy := _COPY.fullmatch(path[0]):
-        path = (copy[1], *path[1:])
-    # of nnx's wrappers: a dict by kernel
+        path = (copy[1], *path[1:])  # "ema_params" becomes "ema", so copies stay apart
+    # nnx's wrappers have a dict of scales by kernel.
     if "scales" in path[:-1] and path[-1] not in (*_KNOWN, *_ALIASES):
         path = (*(part for part in path if part != "scales"), "scale")
     *above, name = (part for part in path if part not in COLLECTIONS)
@@ -151,7 +156,10 @@ def _place(path: Path) -> tuple[Path, str]:
 
 
 def _as_in_flax(node: dict[str, Any], labels: list[str]) -> dict[str, Any]:
-    """The node with `scale` for PyTorch's `weight`: that of other layers has more axes, or no bias beside it."""
+    """Returns the node with `scale` for PyTorch's `weight`.
+
+    The `weight` of other layers has several axes, or no bias of its shape beside it.
+    """
     if "weight" in node and np.ndim(node["weight"]) == 1:
         beside = node.get("mean", node.get("bias", np.ones(())))
         if np.shape(beside) == np.shape(node["weight"]) or _said(labels[:1]):
@@ -160,7 +168,7 @@ def _as_in_flax(node: dict[str, Any], labels: list[str]) -> dict[str, Any]:
 
 
 def _kind(path: Path, node: Mapping[str, Any], labels: list[str]) -> str | None:
-    """What layer a node is, by its leaves, and by names where leaves are alike; None for what is none."""
+    """Returns which layer a node is, by its leaves and then its names; None if it is none."""
     said = _said(labels[:1])
     if {"mean", "var"} <= set(node):
         return "batch renorm" if said == "batch renorm" else "batch norm"
@@ -171,47 +179,38 @@ def _kind(path: Path, node: Mapping[str, Any], labels: list[str]) -> str | None:
     if "alpha" in node and np.ndim(node["alpha"]) == 0 and (said or {"scale", "bias"} & set(node)):
         return "dynamic tanh"
     if "scale" in node and ("kernel" in node or path[-1:] == ("kernel",)):
-        return (
-            "weight standardization"
-            if any(_said([label]) == "weight standardization" for label in labels)
-            else ("weight norm")
-        )
+        standardized = "weight standardization" in [_said([label]) for label in labels]
+        return "weight standardization" if standardized else "weight norm"
     if "scale" in node or (set(node) == {"bias"} and said):
         return said or "norm"
     return None
 
 
 def _said(labels: list[str]) -> str | None:
-    """What a name says that a module is."""
-    return next(
-        (
-            kind
-            for label in labels
-            for kind, name in _NAMED.items()
-            if re.search(name, label.lower())
-        ),
-        None,
-    )
+    """Returns the kind of layer that the first telling name says."""
+    for label in labels:
+        for kind, name in _NAMED.items():
+            if re.search(name, label.lower()):
+                return kind
+    return None
 
 
 def _single(names: Iterable[str]) -> Path:
-    """Names one by one, of tuples that Orbax writes as strings too, and without the box around a value."""
+    """Returns the names one by one, without a final "value", which is a box of Flax.
+
+    Orbax writes keys that are tuples as strings: these are split.
+    """
     parts: list[str] = []
     for name in names:
-        parts += (
-            map(str, ast.literal_eval(name))
-            if name.startswith("('") and name.endswith(")")
-            else [name]
-        )
+        is_tuple = name.startswith("('") and name.endswith(")")
+        parts += map(str, ast.literal_eval(name)) if is_tuple else [name]
     return tuple(parts[:-1] if len(parts) > 1 and parts[-1] == "value" else parts)
 
 
 def _natural(path: Path) -> list[Any]:
-    """Sorts BatchNorm_2 before BatchNorm_10."""
-    return [
-        [
-            (not part.isdigit(), int(part) if part.isdigit() else part)
-            for part in re.split(r"(\d+)", name)
-        ]
-        for name in path
-    ]
+    """Returns a key that sorts BatchNorm_2 before BatchNorm_10."""
+
+    def key(part: str) -> tuple[bool, int | str]:
+        return (False, int(part)) if part.isdigit() else (True, part)
+
+    return [[key(part) for part in re.split(r"(\d+)", name)] for name in path]

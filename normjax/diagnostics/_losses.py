@@ -1,4 +1,4 @@
-"""What instruments of the loss have in common: its arguments checked, and trees of parameters as vectors."""
+"""Checks the arguments of instruments of the loss; computes with trees as vectors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Scalar = Float[Array, ""]
 
 
 def checked(function: str, loss: Loss, params: PyTree) -> tuple[Loss, PyTree[Array]]:
-    """Returns a loss, and its parameters in at least float32; refuses those that it has no derivatives by.
+    """Returns a loss, and its parameters in at least float32.
 
-    In bfloat16, steps and differences would be those of rounding. Of an nnx module, it is the loss
-    of its state.
+    In bfloat16, rounding would dominate steps and differences. For an nnx module, it is the loss of
+    its state. Parameters without a real derivative raise an error.
     """
     _checks.must_be_callable(
         function,
@@ -42,23 +42,23 @@ def checked(function: str, loss: Loss, params: PyTree) -> tuple[Loss, PyTree[Arr
             "loss does not return one real number",
             expected="a floating-point scalar",
             got=f"{jax.tree.map(lambda leaf: f'{leaf.dtype}{list(leaf.shape)}', shape)}",
-            fix="Return the mean over the batch alone, without new statistics: lambda params: loss(params)[0]",
+            fix="Return only the mean over the batch: lambda params: loss(params)[0]",
             kind=TypeError,
         )
     return loss, params
 
 
 def differentiable(function: str, name: str, tree: PyTree) -> PyTree[Array]:
-    """Returns the tree in at least float32; refuses leaves that are not real floating-point, and not finite ones."""
+    """Returns the tree in at least float32; raises an error unless all is real and finite."""
     check_arrays(function, name, tree)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             _checks.raise_error(
                 function,
-                f"{name} holds what has no real derivative",
+                f"{name} has a leaf without a real derivative",
                 expected="floating-point arrays",
                 got=f"dtype {jnp.result_type(leaf)} for {show(name, path)}",
-                fix="Close over integers and keys in loss; take complex arrays as their real and imaginary parts",
+                fix="Close over integers and keys in loss; pass real and imaginary parts apart",
                 kind=TypeError,
             )
     if not jax.tree.leaves(tree):
@@ -74,23 +74,23 @@ def differentiable(function: str, name: str, tree: PyTree) -> PyTree[Array]:
 
 
 def inner(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
-    """The inner product of two trees as vectors."""
+    """Returns the inner product of two trees as vectors."""
     products = jax.tree.map(lambda a, b: jnp.sum(a * b), a, b)
     return total(jax.tree.leaves(products))
 
 
 def norm(a: PyTree[Array]) -> Scalar:
-    """The Euclidean length of a tree as a vector; safe from overflow and underflow."""
+    """Returns the Euclidean length of a tree as a vector; safe from overflow and underflow."""
     leaves = jax.tree.leaves(a)
-    largest = reduce(jnp.maximum, _alike([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]))
+    sizes = [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]
+    largest = reduce(jnp.maximum, _alike(sizes))
     unit = jnp.where(largest > 0, largest, 1)
-    return unit * jnp.sqrt(
-        total([jnp.sum((leaf / unit.astype(leaf.dtype)) ** 2) for leaf in leaves])
-    )
+    squares = [jnp.sum((leaf / unit.astype(leaf.dtype)) ** 2) for leaf in leaves]
+    return unit * jnp.sqrt(total(squares))
 
 
 def total(values: list[Array]) -> Array:
-    """The sum of arrays, whose precisions may differ."""
+    """Returns the sum of arrays, whose precisions may differ."""
     return reduce(add, _alike(values))
 
 
@@ -100,10 +100,10 @@ def _alike(values: list[Array]) -> list[Array]:
 
 
 def moved(params: PyTree[Array], direction: PyTree[Array], size: Array) -> PyTree[Array]:
-    """The point `params + size * direction`."""
+    """Returns the point `params + size * direction`."""
     return jax.tree.map(lambda a, b: a + size.astype(a.dtype) * b, params, direction)
 
 
 def difference(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
-    """The vector from b to a."""
+    """Returns the vector from b to a."""
     return jax.tree.map(jnp.subtract, a, b)

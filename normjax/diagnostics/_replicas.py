@@ -1,4 +1,4 @@
-"""Copies of the variables on several devices: where they are kept, and which layers' have come apart."""
+"""Finds the copies of variables on several devices, and layers whose copies differ."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from normjax import _checks
 from normjax.diagnostics._findings import Finding
 from normjax.diagnostics._layers import Layer, Leaves, of_models, to_numpy
 
-# in deviations, or parts of the value: what float32 loses in sums of another order, no more
+# Sums in another order differ by less in float32, in deviations or relative to the value.
 ROUNDING = 1e-6
-_ALIKE = 0.5  # cosine of two copies' kernels: 0 for those of two layers, or two seeds
+_ALIKE = 0.5  # copies of a kernel have a larger cosine; two layers, or two seeds, have about 0
 _STATISTICS = {"mean", "var", "count", "u", "sigma"}
 
 
 def count_replicas(leaves: Leaves, layers: Iterable[Layer], replicated: bool | None) -> int:
-    """Returns how many copies the leaves hold along a leading axis, as pmap keeps them; 0 where they are no copies."""
+    """Returns how many copies the leaves have along a leading axis, as with pmap, or 0."""
     model = {path: leaves[path] for path in of_models(leaves)}
     sizes = {np.shape(leaf)[:1] for leaf in model.values()}
     size = sizes.pop()[0] if len(sizes) == 1 and () not in sizes else 0
@@ -32,89 +32,86 @@ def count_replicas(leaves: Leaves, layers: Iterable[Layer], replicated: bool | N
             "the variables are not replicated along a leading axis",
             expected="one size of the first axis, the number of devices, for all leaves",
             got=f"first axes {sorted(sizes | ({(size,)} if size else set()))}",
-            fix="Drop replicated=True: copies on devices that JAX lays out itself are found as they are",
+            fix="Drop replicated=True: copies that JAX itself lays out on devices are found anyway",
         )
     if replicated is not None:
         return size if replicated else 0
-    own = {id(leaf) for layer in layers for leaf in layer.leaves.values()}
-    wide = all(
-        np.ndim(leaf) > 1
-        for layer in layers
-        for name, leaf in layer.leaves.items()
-        if name in ("mean", "scale")
-    )
-    if size < 2 or not wide:
+    named = [(name, leaf) for layer in layers for name, leaf in layer.leaves.items()]
+    if size < 2 or any(np.ndim(leaf) < 2 for name, leaf in named if name in ("mean", "scale")):
         return 0
-    others = [leaf for leaf in model.values() if id(leaf) not in own and np.ndim(leaf) > 2]
-    return size if _one_a_device(model.values()) or _are_copies(list(model.values()), others) else 0
+    own = {id(leaf) for _, leaf in named}
+    kernels = [leaf for leaf in model.values() if id(leaf) not in own and np.ndim(leaf) > 2]
+    copies = _one_a_device(model.values()) or _are_copies(list(model.values()), kernels)
+    return size if copies else 0
 
 
 def replica(tree: Any, index: int = 0) -> Any:
-    """Returns one copy of them all."""
+    """Returns one of the copies of a tree."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def diverged(layer: Layer, copies: int, epsilon: float) -> Finding | None:
-    """Returns what there is to say about the copies of a layer, on the leading axis or on devices."""
+    """Returns the finding about the copies of a layer, None if they agree."""
     stacks, var = layer.values, layer.values.get("var", np.ones(()))
     if copies:
         var = _median(var)
     else:
-        stacks = {
-            name: stack
-            for name, leaf in layer.leaves.items()
-            if (stack := _on_devices(leaf)) is not None
-        }
+        on_devices = {name: _on_devices(leaf) for name, leaf in layer.leaves.items()}
+        stacks = {name: stack for name, stack in on_devices.items() if stack is not None}
     deviation = np.sqrt(np.maximum(var, 0) + epsilon)
-    apart = {
-        name: _distances(stack, deviation if name == "mean" else None)
-        for name, stack in stacks.items()
-    }
-    apart = {name: distances for name, distances in apart.items() if distances.max() > ROUNDING}
+    apart = {}
+    for name, stack in stacks.items():
+        distances = _distances(stack, deviation if name == "mean" else None)
+        if distances.max() > ROUNDING:
+            apart[name] = distances
     if not apart:
         return None
-    away = sorted(
-        {int(i) for distances in apart.values() for i in np.flatnonzero(distances > ROUNDING)}
-    )
-    size = max(map(len, apart.values()))
-    seen = ", ".join(
-        f"{name} by up to {d.max():.2g}{' deviations' * (name == 'mean')}"
-        for name, d in apart.items()
-    )
-    message = f"{len(away)} of {size} replicas ({', '.join(map(str, away[:8]))}) differ from their median: {seen}"
+    message = _difference(apart)
     if set(apart) <= _STATISTICS:
-        advice = (
-            "Call nj.sync_batch_stats before evaluation and checkpoints, or train with axis_name"
-        )
+        advice = "Call nj.sync_batch_stats before evaluation and checkpoints, or train with "
+        advice += "axis_name"
         return Finding(layer.path, "diverged-replicas", "warning", message, advice)
-    advice = "Average gradients over the devices (lax.pmean) from equal starts; go on from one replica's parameters"
+    advice = "Start all devices from one replica's parameters, and average gradients over them "
+    advice += "(lax.pmean)"
     return Finding(layer.path, "diverged-replicas", "error", message, advice)
 
 
+def _difference(apart: dict[str, np.ndarray]) -> str:
+    """Describes the distances of the copies from their median."""
+    away = np.zeros(max(map(len, apart.values())), bool)
+    parts = []
+    for name, distances in apart.items():
+        away[: len(distances)] |= distances > ROUNDING
+        unit = " deviations" if name == "mean" else ""
+        parts.append(f"{name} by up to {distances.max():.2g}{unit}")
+    which = ", ".join(str(i) for i in np.flatnonzero(away)[:8])
+    differ = f"{away.sum()} of {away.size} replicas ({which}) differ from their median"
+    return f"{differ}: {', '.join(parts)}"
+
+
 def _one_a_device(leaves: Iterable[Any]) -> bool:
-    """Whether arrays lie as pmap leaves them: a row on each device."""
+    """Returns whether each device has a row of each array, as with pmap."""
+
+    def is_spread(leaf: jax.Array) -> bool:
+        devices, rows = len(leaf.sharding.device_set), leaf.shape[0]
+        return devices == rows > 1 and leaf.sharding.shard_shape(leaf.shape)[0] == 1
+
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-    return bool(arrays) and all(
-        len(leaf.sharding.device_set) == leaf.shape[0] > 1
-        and leaf.sharding.shard_shape(leaf.shape)[0] == 1
-        for leaf in arrays
-    )
+    return bool(arrays) and all(map(is_spread, arrays))
 
 
 def _are_copies(leaves: list[Any], kernels: list[Any]) -> bool:
-    """Whether rows are copies of one another, rather than the layers of a scan or the members of an ensemble."""
+    """Returns whether rows are copies, rather than layers of a scan or members of an ensemble."""
     if kernels:
         return all(_cosine(*map(to_numpy, kernel[:2])) > _ALIKE for kernel in kernels)
     stacks = [to_numpy(leaf) for leaf in leaves]
     pairs = list(combinations(range(len(stacks[0])), 2))
     if any(all(_same(stack[i], stack[j]) for stack in stacks) for i, j in pairs):
         return True
-    # zeros and ones may be anyone's
+    # Zeros and ones say nothing: layers that are not copies start from them, too.
     telling = [stack for stack in stacks if not (stack[0] == stack[0].flat[0]).all()]
-    return bool(
-        telling
-        and np.mean([all(_same(stack[i], stack[j]) for i, j in pairs) for stack in telling]) >= 0.5
-    )
+    equal = [all(_same(stack[i], stack[j]) for i, j in pairs) for stack in telling]
+    return bool(equal) and bool(np.mean(equal) >= 0.5)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -127,20 +124,16 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _on_devices(leaf: Any) -> np.ndarray | None:
-    """Returns the copies of an array that devices hold, stacked; None where there is a single one."""
+    """Returns the copies of an array on devices, stacked; None if there is a single one."""
     if not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1:
         return None
     copies: dict[int, list[Any]] = {}
     for shard in leaf.addressable_shards:
         copies.setdefault(shard.replica_id, []).append(shard)
-    whole = [
-        shards
-        for shards in copies.values()
-        if sum(shard.data.size for shard in shards) == leaf.size
-    ]
-    stack = np.zeros(
-        (len(whole), *leaf.shape), np.complex128 if jnp.iscomplexobj(leaf) else np.float64
-    )
+    sizes = {i: sum(shard.data.size for shard in shards) for i, shards in copies.items()}
+    whole = [shards for i, shards in copies.items() if sizes[i] == leaf.size]
+    dtype = np.complex128 if jnp.iscomplexobj(leaf) else np.float64
+    stack = np.zeros((len(whole), *leaf.shape), dtype)
     for copy, shards in zip(stack, whole, strict=True):
         for shard in shards:
             copy[shard.index] = to_numpy(shard.data)
@@ -148,21 +141,23 @@ def _on_devices(leaf: Any) -> np.ndarray | None:
 
 
 def _distances(stack: np.ndarray, unit: np.ndarray | None) -> np.ndarray:
-    """How far each copy is from the median, at most, in this unit; None: in parts of the median's largest value."""
+    """Returns the largest distance of each copy from the median.
+
+    Without a unit it is relative to the median's largest value.
+    """
     middle = _median(stack)
     if unit is None:
         unit = np.nanmax(np.abs(middle), initial=0.0) or np.ones(())
     with np.errstate(invalid="ignore"):
         distance = np.abs(stack - middle) / unit
-    distance = np.where(
-        np.isnan(distance), np.where(np.isnan(stack) == np.isnan(middle), 0, np.inf), distance
-    )
+    both_nan = np.isnan(stack) == np.isnan(middle)
+    distance = np.where(np.isnan(distance), np.where(both_nan, 0, np.inf), distance)
     return distance.reshape(len(stack), -1).max(1, initial=0.0)
 
 
 def _median(stack: np.ndarray) -> np.ndarray:
-    """The median of the copies, of real and imaginary parts alone; NaN where all are."""
+    """Returns the median of the copies, by real and imaginary parts; NaN only if all are."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of medians of nothing but NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # for medians of only NaN
         real = np.nanmedian(np.real(stack), 0)
         return real + 1j * np.nanmedian(np.imag(stack), 0) if np.iscomplexobj(stack) else real

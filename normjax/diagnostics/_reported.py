@@ -1,4 +1,4 @@
-"""What a report says of a layer."""
+"""The numbers of a layer in a report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from normjax.diagnostics._findings import Severity
 
 
 class Range(NamedTuple):
-    """What a leaf holds: its smallest, median and largest finite value; magnitudes of complex ones."""
+    """The smallest, median and largest finite value of a leaf; magnitudes of complex ones."""
 
     low: float
     median: float
@@ -21,18 +21,18 @@ class LayerReport(NamedTuple):
     """A normalization layer in numbers.
 
     Attributes:
-      path: its parts joined by slashes, without the names of collections; `"/"` where there is
-        nothing but one layer.
-      kind: what it is, by its leaves and names: `"batch norm"`, or `"norm"` where names do not tell
-        layers apart.
-      shape: of its features.
-      mean: of the running means; None for a layer without.
-      var: of the running variances; None for a layer without.
-      scale: None for a layer without.
-      gap: between training and inference, in standard deviations of the output; None where no batch
-        tells.
-      severity: of its worst finding; None where there is none.
-      leaves: all that it holds, float64.
+      path: its path, joined by slashes, without the names of collections; `"/"` if the variables
+        are a single layer.
+      kind: the kind of layer, from its leaves and names: `"batch norm"`, or `"norm"` if they do not
+        say more.
+      shape: the shape of its features.
+      mean: the range of the running means; None for a layer without.
+      var: the range of the running variances; None for a layer without.
+      scale: the range of the scales; None for a layer without.
+      gap: the gap between training and inference, in standard deviations of the output; None
+        without statistics of a batch.
+      severity: the severity of its worst finding; None without findings.
+      leaves: all its leaves, in float64.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""What can be wrong with a layer, read from its parameters and running statistics."""
+"""The rules of `report`: what parameters and running statistics say about a layer."""
 
 from __future__ import annotations
 
@@ -10,30 +10,28 @@ import numpy as np
 from normjax.diagnostics._findings import Finding, Severity
 from normjax.diagnostics._layers import Layer, Values
 
-DEAD = 1e-2  # of epsilon: the layer's output varies by a tenth of what its scale says, and less
-FAR = 1e2  # times the layer's median: of healthy layers, channels lie within a factor of some 10
-LARGE, HUGE = 1e1, 1e4  # nothing smaller explodes; 6 deviations of 1e4 are where float16 ends
-LOST = 1e8  # float32 goes in steps of 8 there: what other channels add to these is lost
-NEAR_ZERO = 1e-3  # times the layer's median: a channel that the next layer does not hear
-SHARE = 1e-2  # of the channels: fewer are for pruning rather than for worry
-# of the scales are negative: they have crossed 0, or spread from it, and some are on their way
+# If var is this part of epsilon, the output varies by a tenth of the scale.
+DEAD = 1e-2
+# Times the layer's median; channels of healthy layers are within a factor of some 10.
+FAR = 1e2
+# Below LARGE nothing explodes; 6 deviations of HUGE overflow float16.
+LARGE, HUGE = 1e1, 1e4
+# Adjacent float32 numbers differ by 8 here, so smaller terms of a sum are lost.
+LOST = 1e8
+# Times the layer's median; such a channel has almost no effect on the next layer.
+NEAR_ZERO = 1e-3
+# If fewer channels have a scale near 0, they can be pruned; it is not a problem.
+SHARE = 1e-2
+# If this part of the scales is negative, scales are crossing 0, and some are near it by chance.
 BOTH_SIDES = 0.1
 
 Rule = Callable[[Layer, Values, float], Iterator[Finding]]
 
 
 def findings(layer: Layer, epsilon: float) -> Iterator[Finding]:
-    """Yields what the rules have to say about a layer."""
+    """Yields the findings about a layer."""
     values = layer.values
-    for rule in (
-        _not_finite,
-        _negative_variance,
-        _dead,
-        _deaf,
-        _exploding,
-        _near_zero,
-        _not_stored,
-    ):
+    for rule in _RULES:
         yield from rule(layer, values, epsilon)
 
 
@@ -41,18 +39,26 @@ def _not_finite(layer: Layer, values: Values, epsilon: float) -> Iterator[Findin
     bad = {name: ~np.isfinite(value) for name, value in values.items()}
     bad = {name: where for name, where in bad.items() if where.any()}
     if bad:
-        seen = ", ".join(
+        counts = [
             f"{where.sum()} of {where.size} in {name}{channels(where)}"
             for name, where in bad.items()
+        ]
+        message = f"NaN or infinite: {', '.join(counts)}"
+        advice = (
+            "Go back to an earlier checkpoint; jax.config.update('jax_debug_nans', True) shows "
         )
-        advice = "Go back to a checkpoint from before; jax.config.update('jax_debug_nans', True) shows where it starts"
-        yield Finding(layer.path, "non-finite", "error", f"NaN or infinite: {seen}", advice)
+        advice += "where NaN starts"
+        yield Finding(layer.path, "non-finite", "error", message, advice)
 
 
 def _negative_variance(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
     if "var" in values and (bad := values["var"] < 0).any():
-        message = f"{bad.sum()} of {bad.size} variances are negative, down to {values['var'][bad].min():.3g}"
-        advice = "Replace them by nj.recalibrate; merge variances by nj.merge_moments, never by differences"
+        least = values["var"][bad].min()
+        message = f"{bad.sum()} of {bad.size} variances are negative, down to {least:.3g}"
+        advice = (
+            "Measure them with nj.recalibrate; merge variances with nj.merge_moments, never by "
+        )
+        advice += "subtraction"
         yield Finding(layer.path, "negative-variance", "error", message + channels(bad), advice)
 
 
@@ -63,38 +69,29 @@ def _dead(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
     dead = _is_dead(var, epsilon)
     if dead.any():
         against = "" if dead.all() else f" against a median of {np.nanmedian(var[~dead]):.3g}"
-        message = f"the input of {dead.sum()} of {dead.size} channels hardly varies: var up to {var[dead].max():.3g}"
-        advice = "Look at what feeds them: dead ReLUs, kernels decayed to 0, constant inputs; revive or prune them"
-        yield Finding(
-            layer.path,
-            "dead-channels",
-            "error" if dead.all() else "warning",
-            message + against + channels(dead),
-            advice,
-        )
+        message = f"the input of {dead.sum()} of {dead.size} channels hardly varies: var up to "
+        message += f"{var[dead].max():.3g}{against}{channels(dead)}"
+        advice = "Look for dead ReLUs, kernels that decayed to 0 or constant inputs before them; "
+        advice += "reinitialize or prune them"
+        severity: Severity = "error" if dead.all() else "warning"
+        yield Finding(layer.path, "dead-channels", severity, message, advice)
 
 
 def _deaf(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
-    """Layers whose own parameters make their output a constant."""
-    advice = "Start these parameters anew; train them with a lower learning rate, and without weight decay"
+    """Yields findings about layers whose own parameters make their output constant."""
+    advice = "Reinitialize these parameters; train them with a lower learning rate and without "
+    advice += "weight decay"
     if layer.kind == "dynamic tanh" and np.any(values.get("alpha", np.ones(1)) == 0):
-        yield Finding(
-            layer.path,
-            "dead-channels",
-            "error",
-            "alpha is 0: the output is the bias, whatever x is",
-            advice,
-        )
+        message = "alpha is 0: the output is the bias, whatever x is"
+        yield Finding(layer.path, "dead-channels", "error", message, advice)
     if "threshold" in values:
         scale, bias = values.get("scale", np.ones(1)), values.get("bias", np.zeros(1))
-        # Mean squares are 1: above 6 is at most 1 in 36. Scales on their way from 0 are no concern
-        # of this rule.
+        # x has mean square 1, so at most 1 in 36 values exceeds 6. Scales near 0 have another rule.
         dead = np.atleast_1d(values["threshold"] > bias + 6 * np.maximum(np.abs(scale), 0.1))
         if dead.any():
-            message = f"{dead.sum()} of {dead.size} channels hardly ever exceed their threshold{channels(dead)}"
-            yield Finding(
-                layer.path, "dead-channels", "error" if dead.all() else "warning", message, advice
-            )
+            message = f"{dead.sum()} of {dead.size} channels hardly ever exceed their threshold"
+            severity: Severity = "error" if dead.all() else "warning"
+            yield Finding(layer.path, "dead-channels", severity, message + channels(dead), advice)
 
 
 def _exploding(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
@@ -110,15 +107,15 @@ def _exploding(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding
         usual = _median(np.where(size > 0, size, np.nan))
         bad = ((size >= FAR * usual) & (size >= LARGE)) | (size >= HUGE)
         if bad.any():
-            against = (
-                f", against a median of {np.nanmedian(size[~bad]):.3g}" if bad.mean() < 0.5 else ""
-            )
-            message = f"{name} of {bad.sum()} of {bad.size} channels is as large as {np.nanmax(size):.3g}{against}"
-            advice = "Lower the learning rate or clip gradients; scale the inputs; go on from a checkpoint before it"
-            severity: Severity = "error" if np.nanmax(size) >= LOST else "warning"
-            yield Finding(
-                layer.path, "exploding-channels", severity, message + channels(bad), advice
-            )
+            largest = np.nanmax(size)
+            message = f"{name} of {bad.sum()} of {bad.size} channels is as large as {largest:.3g}"
+            if bad.mean() < 0.5:
+                message += f", against a median of {np.nanmedian(size[~bad]):.3g}"
+            message += channels(bad)
+            advice = "Lower the learning rate, clip gradients or scale the inputs; go on from an "
+            advice += "earlier checkpoint"
+            severity: Severity = "error" if largest >= LOST else "warning"
+            yield Finding(layer.path, "exploding-channels", severity, message, advice)
 
 
 def _near_zero(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
@@ -127,63 +124,74 @@ def _near_zero(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding
     scale = np.atleast_1d(values["scale"])
     size = np.abs(scale)
     if size.size and (size.max() <= NEAR_ZERO):
-        message = (
-            f"all {size.size} scales are 0"
-            if size.max() == 0
-            else f"no scale is above {size.max():.3g}"
+        all_zero = f"all {size.size} scales are 0"
+        message = all_zero if size.max() == 0 else f"no scale is above {size.max():.3g}"
+        advice = (
+            "Expected for a residual branch's last norm at initialization, or if 1 is added to "
         )
-        advice = "Right at the start of a residual branch's last layer, or where 1 is added; else the layer is silent"
+        advice += "the scale; otherwise the layer outputs almost nothing"
         yield Finding(layer.path, "zero-scale", "note", message, advice)
         return
     near = size <= NEAR_ZERO * _median(np.where(size > 0, size, np.nan))
     if near.any():
         crossed = np.mean(np.real(scale) < 0) >= BOTH_SIDES
         severity: Severity = "note" if crossed or near.mean() < SHARE else "warning"
-        message = f"scale of {near.sum()} of {near.size} channels is near 0, up to {size[near].max():.3g} against "
-        message += f"a median of {np.nanmedian(size[~near]):.3g}{channels(near)}"
-        advice = "These channels add nothing: prune them; if that was not meant, leave scale out of weight decay"
+        message = f"scale of {near.sum()} of {near.size} channels is near 0, up to "
+        message += f"{size[near].max():.3g} against a median of {np.nanmedian(size[~near]):.3g}"
+        message += channels(near)
+        advice = (
+            "These channels have almost no effect: prune them, or exclude scale from weight decay"
+        )
         yield Finding(layer.path, "near-zero-scale", severity, message, advice)
 
 
 def _not_stored(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
-    learned = [
-        name for name in ("scale", "bias") if name in values and len(np.unique(values[name])) > 1
-    ]
+    present = [name for name in ("scale", "bias") if name in values]
+    learned = [name for name in present if len(np.unique(values[name])) > 1]
     if learned and at_the_start(values):
-        message = (
-            f"mean is 0 and var is 1 as at the start, and {' and '.join(learned)} has been trained"
-        )
-        advice = "Keep the batch_stats that each step returns; nj.recalibrate finds them for these weights"
+        message = "mean is 0 and var is 1, as initialized, but "
+        message += f"{' and '.join(learned)} {'have' if learned[1:] else 'has'} been trained"
+        advice = "Keep the batch_stats that each step returns; nj.recalibrate measures them now"
         yield Finding(layer.path, "statistics-not-stored", "warning", message, advice)
 
 
 def at_the_start(values: Values) -> bool:
-    """Whether running statistics are those of an init function."""
-    return {"mean", "var"} <= values.keys() and bool(
-        np.all(values["mean"] == 0) and np.all(values["var"] == 1)
-    )
+    """Returns whether running statistics are as an init function makes them."""
+    if not {"mean", "var"} <= values.keys():
+        return False
+    return bool(np.all(values["mean"] == 0) and np.all(values["var"] == 1))
 
 
 def channels(where: np.ndarray) -> str:
-    """Returns which channels are meant, in brackets; nothing where there is only one, or all are."""
-    indices = np.argwhere(where)
+    """Returns the channels' numbers, in brackets; an empty string if all are meant."""
+    indices = [tuple(map(int, index)) for index in np.argwhere(where)]
     if where.ndim == 0 or where.all():
         return ""
-    shown = ", ".join(
-        str(index[0]) if len(index) == 1 else str(tuple(map(int, index))) for index in indices[:5]
-    )
-    return f" (channel{'s' * (len(indices) > 1)} {shown}{f' and {len(indices) - 5} more' * (len(indices) > 5)})"
+    shown = ", ".join(str(index[0] if len(index) == 1 else index) for index in indices[:5])
+    more = f" and {len(indices) - 5} more" if len(indices) > 5 else ""
+    return f" (channel{'s' * (len(indices) > 1)} {shown}{more})"
 
 
 def _is_dead(var: np.ndarray, epsilon: float) -> np.ndarray:
-    """Whether a variance is small beside epsilon, or the median of those that are not."""
+    """Returns where a variance is small, relative to epsilon or to the other variances."""
     small = var <= DEAD * epsilon
     usual = _median(np.where(small | ~np.isfinite(var), np.nan, var))
     return (var >= 0) & (small | (var <= usual / (FAR * LARGE) ** 2))
 
 
 def _median(values: np.ndarray) -> np.ndarray:
-    """The median over the last axis, without NaN: a layer that is stacked in a scan has one for each."""
+    """Returns the median over the last axis, without NaN: one for each layer of a scan."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of medians of nothing
+        warnings.simplefilter("ignore", RuntimeWarning)  # for medians of nothing
         return np.nanmedian(values, -1, keepdims=True)
+
+
+_RULES: tuple[Rule, ...] = (
+    _not_finite,
+    _negative_variance,
+    _dead,
+    _deaf,
+    _exploding,
+    _near_zero,
+    _not_stored,
+)

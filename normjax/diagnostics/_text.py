@@ -1,4 +1,4 @@
-"""A report as text: a plain table, and one of rich."""
+"""Writes a report as text: a plain table, and one for rich."""
 
 from __future__ import annotations
 
@@ -15,40 +15,30 @@ COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan", None: ""}
 
 
 def plain(layers: Sequence[LayerReport], findings: Sequence[Finding]) -> str:
-    """Returns the table, the findings below it, and a line that sums up."""
+    """Returns the table, the findings and a summary."""
     rows = [HEADINGS, *[(MARKS[layer.severity], *cells(layer)) for layer in layers]]
-    kept = [
-        i
-        for i, heading in enumerate(HEADINGS)
-        if heading != "gap" or any(row[i] for row in rows[1:])
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in kept]
-    table = [
-        "  ".join(row[i].ljust(width) for i, width in zip(kept, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    if not any(row[-1] for row in rows[1:]):  # without gaps
+        rows = [row[:-1] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     said = [line for group in grouped(findings) for line in lines_of(group)]
     return "\n".join([*table, "", *said, summary(layers, findings)])
 
 
 def colored(layers: Sequence[LayerReport], findings: Sequence[Finding]) -> Any:
-    """Returns the same for a terminal, by rich."""
+    """Returns the same for a terminal, made with rich."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    rows = [(layer.severity, cells(layer)) for layer in layers]
-    kept = [
-        i
-        for i, heading in enumerate(HEADINGS[1:])
-        if heading != "gap" or any(row[i] for _, row in rows)
-    ]
-    table.add_column("")
-    for i in kept:
-        table.add_column(HEADINGS[1:][i], overflow="fold")
-    for severity, row in rows:
-        table.add_row(Text(MARKS[severity]), *(Text(row[i]) for i in kept), style=COLORS[severity])
+    with_gap = any(layer.gap is not None for layer in layers)
+    headings = HEADINGS if with_gap else HEADINGS[:-1]
+    for heading in headings:
+        table.add_column(heading, overflow="fold" if heading else "ellipsis")
+    for layer in layers:
+        row = (MARKS[layer.severity], *cells(layer))[: len(headings)]
+        table.add_row(*map(Text, row), style=COLORS[layer.severity])
     said = [Text()]
     for group in grouped(findings):
         first, *others = lines_of(group)
@@ -59,14 +49,9 @@ def colored(layers: Sequence[LayerReport], findings: Sequence[Finding]) -> Any:
 def cells(layer: LayerReport) -> tuple[str, ...]:
     """Returns the layer's row of the table, without the mark."""
     features = "x".join(map(str, layer.shape)) or "1"
-    ranges = map(span, (layer.mean, layer.var, layer.scale))
-    return (
-        layer.path,
-        layer.kind,
-        features,
-        *ranges,
-        "" if layer.gap is None else f"{layer.gap:.2g}",
-    )
+    mean, var, scale = map(span, (layer.mean, layer.var, layer.scale))
+    gap = "" if layer.gap is None else f"{layer.gap:.2g}"
+    return layer.path, layer.kind, features, mean, var, scale, gap
 
 
 def span(found: Range | None) -> str:
@@ -80,6 +65,6 @@ def span(found: Range | None) -> str:
 
 
 def summary(layers: Sequence[LayerReport], findings: Sequence[Finding]) -> str:
-    """Returns how many layers there are, and findings of each severity."""
+    """Returns the number of layers, and of findings of each severity."""
     count = f"{len(layers)} normalization layer{'s' * (len(layers) > 1)}"
     return f"{count}: {counted(findings) or 'nothing wrong'}"

@@ -72,7 +72,7 @@ def test_other_data_than_that_of_training_is_an_error():
     found = report(variables, apply_fn=updated(model), batch=3 * X + 2)
     stem = next(finding for finding in found.findings if finding.path == "stem_norm")
     assert (stem.rule, stem.severity) == ("train-eval-gap", "error")
-    assert "recalibrate" in stem.advice and "kept" in stem.message and "channel" in stem.message
+    assert "recalibrate" in stem.advice and "stored" in stem.message and "channel" in stem.message
     assert report(variables, apply_fn=updated(model), batch=X).findings[0].rule == "zero-scale"
 
 
