@@ -1,8 +1,8 @@
-"""Internal covariate shift, as the change of a layer's gradient when the layers before it are updated."""
+"""Measures internal covariate shift: how updates of earlier layers change a layer's gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,11 +18,11 @@ _FUNCTION = "internal_covariate_shift"
 
 
 class CovariateShift(NamedTuple):
-    """How much the gradient of each layer changes; with leading axes of steps, where it was recorded over them.
+    """How much the gradient of each layer changes; stacked histories have leading axes of steps.
 
     Attributes:
-      distance: the Euclidean distance of the two gradients, `(*steps, layers)`, in the order of
-        `layers`; 0, up to rounding, for the first of them.
+      distance: the Euclidean distance between the two gradients, `(*steps, layers)`, in the order
+        of `layers`; 0, up to rounding, for the first layer.
       cosine: the cosine of the angle between them, `(*steps, layers)`; 1 without a shift.
       gradient_norm: the length of the gradient before, `(*steps, layers)`; `distance /
         gradient_norm` compares networks.
@@ -36,12 +36,13 @@ class CovariateShift(NamedTuple):
 def internal_covariate_shift(
     loss: Loss, params: PyTree, updated: PyTree, *, layers: Sequence[str | Sequence[str]]
 ) -> CovariateShift:
-    r"""Measures how much an update of the layers before a layer changes what its own gradient should have been.
+    r"""Measures how much a layer's gradient changes when the layers before it are updated.
 
-    For layer i, at the parameters :math:`w_1 \dots w_k` of step t and those of step t + 1, *on the
-    same batch*:
+    For layer i, with the parameters :math:`w_1 \dots w_k` of step t and of step t + 1, *on the same
+    batch*:
 
-    .. math:: G_i  &= \nabla_{w_i} L(w_1^{(t)}, \dots, w_{i-1}^{(t)}, w_i^{(t)}, w_{i+1}^{(t)}, \dots, w_k^{(t)}) \\
+    .. math:: G_i  &= \nabla_{w_i} L(w_1^{(t)}, \dots, w_{i-1}^{(t)}, w_i^{(t)}, w_{i+1}^{(t)},
+              \dots, w_k^{(t)}) \\
               G'_i &= \nabla_{w_i} L(w_1^{(t+1)}, \dots, w_{i-1}^{(t+1)}, w_i^{(t)}, w_{i+1}^{(t)},
               \dots, w_k^{(t)})
 
@@ -49,33 +50,35 @@ def internal_covariate_shift(
               \text{cosine}_i = \frac{\langle G_i, G'_i \rangle}{\lVert G_i \rVert_2 \lVert G'_i
               \rVert_2}
 
-    It costs a gradient for each layer, and one more. It compiles itself, each time that it is
-    called; in a training loop, call it inside of `jax.jit`.
+    It costs a gradient for each layer, and one more. It compiles at each call; in a training loop,
+    call it inside of `jax.jit`.
 
     Args:
-      loss: from parameters (or the module) to the loss, a scalar, on the batch of this step, with
-        its random numbers, and in training mode; new statistics are left out.
-      params: those of step t, any tree of arrays, or an nnx module. Read in at least float32.
-      updated: those of step t + 1, in a tree like `params`, or a module like it.
+      loss: maps parameters (or the module) to the loss, a scalar, on the batch of this step, with
+        its random numbers, in training mode and without new statistics.
+      params: the parameters of step t, any tree of arrays, or an nnx module. They are read in at
+        least float32.
+      updated: the parameters of step t + 1, in a tree like `params`, or a module like it.
       layers: the paths of the layers in the order that data passes them, as `"encoder/Dense_0"`; a
         tuple of paths is one layer, such as `("Dense_0", "BatchNorm_0")`. Each leaf of `params`
-        belongs to one of them.
+        belongs to one layer.
 
     Returns:
-      A `CovariateShift` of `len(layers)` layers, in at least float32. The cosine is 1 where both
-      gradients are zero, and 0 where one is.
+      A `CovariateShift` of `len(layers)` layers, in at least float32. The cosine is 1 if both
+      gradients are zero, and 0 if one is.
 
     Raises:
-      ValueError: for a leaf in no layer or in two, a layer that names no leaf, or trees that do not
+      ValueError: for a leaf in no layer or in two, a layer without leaves, or trees that do not
         fit.
-      TypeError: for parameters that are not real floating-point, or a loss that is no scalar.
+      TypeError: for parameters that are not real floating-point, or a loss that is not a scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
-      >>> def loss(params):
-      ...     return 0.5 * (params["second"] * params["first"]) ** 2   # of the second layer: second * first ** 2
+      >>> def loss(params):  # its gradient for the second layer is second * first ** 2
+      ...     return 0.5 * (params["second"] * params["first"]) ** 2
       >>> params, updated = {"first": 1.0, "second": 2.0}, {"first": 3.0, "second": 1.0}
-      >>> shift = nj.diagnostics.internal_covariate_shift(loss, params, updated, layers=("first", "second"))
+      >>> layers = ("first", "second")
+      >>> shift = nj.diagnostics.internal_covariate_shift(loss, params, updated, layers=layers)
       >>> print(shift.distance, shift.cosine)
       [ 0. 16.] [1. 1.]
 
@@ -97,10 +100,11 @@ def internal_covariate_shift(
             def of_layer(tree: PyTree) -> PyTree:
                 return jax.tree.map(lambda leaf, j: jnp.where(j == i, leaf, 0), tree, layer_of)
 
-            partly = jax.tree.map(
-                lambda old, new, j: jnp.where(j < i, new, old), params, updated, layer_of
-            )
-            return _compare(of_layer(before), of_layer(jax.grad(loss)(partly)))
+            def mix(old: Array, new: Array, j: int) -> Array:
+                return jnp.where(j < i, new, old)
+
+            mixed = jax.tree.map(mix, params, updated, layer_of)
+            return _compare(of_layer(before), of_layer(jax.grad(loss)(mixed)))
 
         return lax.map(shift, jnp.arange(len(layers)))
 
@@ -115,31 +119,27 @@ def _compare(before: PyTree, after: PyTree) -> CovariateShift:
 
 
 def _layers(params: PyTree, layers: Sequence[str | Sequence[str]]) -> PyTree[int]:
-    """Returns the number of each leaf's layer; refuses leaves and layers that do not belong to each other once."""
+    """Returns the number of each leaf's layer; raises an error unless each is in one layer."""
     groups = [(group,) if isinstance(group, str) else tuple(group) for group in layers]
     paths = [path for group in groups for path in group]
     layer_of = {path: i for i, group in enumerate(groups) for path in group}
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
     leaves = ["/".join(path_names(path)) for path, _ in flat]
-    owners = {
-        leaf: [path for path in paths if f"{leaf}/".startswith(f"{path}/")] for leaf in leaves
-    }
-    problems = [
-        f"{path!r} of layers is no path in params" for path in paths if not _holds(path, owners)
-    ]
-    problems += [
-        f"{leaf!r} is in {len(held)} layers" for leaf, held in owners.items() if len(held) != 1
-    ]
+    owners: dict[str, list[str]] = {}
+    for leaf in leaves:
+        owners[leaf] = [path for path in paths if f"{leaf}/".startswith(f"{path}/")]
+    found = {path for own in owners.values() for path in own}
+    problems = [f"{path!r} of layers is not in params" for path in paths if path not in found]
+    for leaf, own in owners.items():
+        if len(own) != 1:
+            problems.append(f"{leaf!r} is in {len(own)} layers")
     if problems:
         _checks.raise_error(
             _FUNCTION,
             problems[0],
-            expected="layers that hold each leaf of params once",
+            expected="each leaf of params in one layer",
             got=f"layers={layers!r} for the leaves {leaves}",
-            fix="Name the layers in the order that data passes them: ('Dense_0', ('Dense_1', 'BatchNorm_0'))",
+            fix="Name the layers in the order that data passes them, such as "
+            "('Dense_0', ('Dense_1', 'BatchNorm_0'))",
         )
     return jax.tree.unflatten(structure, [layer_of[owners[leaf][0]] for leaf in leaves])
-
-
-def _holds(path: str, owners: Mapping[str, list[str]]) -> bool:
-    return any(path in held for held in owners.values())

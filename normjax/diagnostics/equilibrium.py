@@ -1,11 +1,11 @@
-"""The rotation at which weight decay and learning rate balance: as they predict it, and as it was."""
+"""Compares rotation in training with the equilibrium of learning rate and weight decay."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import ArrayLike, Float
@@ -19,12 +19,12 @@ FUNCTION = "equilibrium"
 
 
 class Compared(NamedTuple):
-    """A quantity as theory has it, and as it was; each has the shape of the kernel's features, in float64.
+    """A quantity as predicted and as observed, in float64 and the shape of the kernel's features.
 
     Attributes:
-      predicted: by learning rate and weight decay.
-      observed: over the history.
-      ratio: the observed by the predicted one; infinite where zero is predicted, without gradients.
+      predicted: the prediction from learning rate and weight decay.
+      observed: the mean over the history.
+      ratio: observed / predicted; infinite if zero is predicted, as without gradients.
     """
 
     predicted: Float[np.ndarray, "..."]
@@ -36,12 +36,12 @@ class Equilibrium(NamedTuple):
     """Whether a kernel is in rotational equilibrium: both ratios are near 1.
 
     Attributes:
-      angle: root mean square angle of a step, in radians.
-      norm: of the kernel: the fourth root of the mean fourth power for SGD, the root mean square
-        for Adam.
-      time_constant: steps in which the distance from the equilibrium (of the power of the norm)
-        falls to 1/e. A history that starts sooner than a few of them after a change of learning
-        rate or decay is too early.
+      angle: the root mean square angle of a step, in radians.
+      norm: the norm of the kernel: the fourth root of its mean fourth power for SGD, the root mean
+        square for Adam.
+      time_constant: the number of steps in which the distance from the equilibrium (of that power
+        of the norm) falls to 1/e. A history should start a few time constants after a change of
+        learning rate or decay.
     """
 
     angle: Compared
@@ -57,7 +57,7 @@ def equilibrium(
     momentum: float = 0.0,
     optimizer: Optimizer = "sgd",
 ) -> dict[str, Equilibrium]:
-    r"""Compares how kernels turned with how learning rate and weight decay make them turn in the long run.
+    r"""Compares how kernels turned with the equilibrium of learning rate and weight decay.
 
     .. math:: \hat\eta_{\mathrm{sgd}} = \sqrt{\frac{2 \eta \lambda}{1 + \alpha}}, \quad
               \lVert w \rVert^4_{\mathrm{sgd}} = \frac{\eta \, E[\lVert w \rVert^2 \lVert g
@@ -66,20 +66,21 @@ def equilibrium(
               \hat\eta_{\mathrm{adam}} = \sqrt{2 \eta \lambda \frac{1 - \beta_1}{1 + \beta_1}},
               \quad \lVert w \rVert^2_{\mathrm{adam}} = \frac{\eta \dim w}{2 \lambda}
 
-    Gradients lengthen a kernel that they are orthogonal to, and turn it the less the longer it is;
-    decay shortens it. In balance the angle depends on neither gradients nor architecture, and the
-    product :math:`\eta \lambda` alone is a learning rate. Distances from the balance decay as
-    exp(-t / tau), with tau = (1 - alpha) / (4 eta lambda) for SGD and 1 / (2 eta lambda) for AdamW.
+    Gradients are orthogonal to the kernel: they lengthen it, and turn it less the longer it is.
+    Decay shortens it. In equilibrium the angle depends on neither gradients nor architecture, and
+    only the product :math:`\eta \lambda` acts as a learning rate. Distances from the equilibrium
+    decay as exp(-t / tau), with tau = (1 - alpha) / (4 eta lambda) for SGD and 1 / (2 eta lambda)
+    for AdamW.
 
-    A ratio away from 1, after several tau, has a reason: the kernel is not invariant to its scale
-    (`scale_invariance`); gradients shrink or grow within tau; or, with momentum, gradients of
-    successive steps are alike, where the
-    prediction takes them for random: they add up, to longer steps and longer kernels.
+    A ratio far from 1, after several tau, has one of these reasons: the kernel is not invariant to
+    its scale (`scale_invariance`); gradients shrink or grow within tau; or, with momentum,
+    gradients of successive steps are similar, although the prediction takes them for random: they
+    add up to longer steps and longer kernels.
 
     Args:
-      history: what `rotation` returned, stacked over steps of one learning rate: each field
-        `(steps, *features)`, as
-        from `lax.scan`. Cut off the beginning: `jax.tree.map(lambda field: field[1000:], history)`.
+      history: the results of `rotation`, stacked over steps of one learning rate: each field
+        `(steps, *features)`, as from `lax.scan`. Leave out the first steps: `jax.tree.map(lambda
+        field: field[1000:], history)`.
       learning_rate: eta.
       weight_decay: lambda; for "sgd", the factor of the kernel that is added to the gradient; for
         "adam", decoupled (AdamW, where the learning rate multiplies it).
@@ -90,14 +91,16 @@ def equilibrium(
       An `Equilibrium` for each kernel of the history.
 
     Raises:
-      ValueError: for a history without steps, and without weight decay or learning rate, where
-        there is no equilibrium.
+      ValueError: for a history without steps, and for a weight decay or learning rate of 0, which
+        has no equilibrium.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
       >>> lr, wd = 0.1, 0.05
-      >>> def step(w, key):  # gradients of a random loss that depends on the direction of w alone
-      ...     g = jax.grad(lambda w: jnp.vdot(jax.random.normal(key, w.shape), w) / jnp.linalg.norm(w))(w)
+      >>> def loss(w, key):  # a random loss that only depends on the direction of w
+      ...     return jnp.vdot(jax.random.normal(key, w.shape), w) / jnp.linalg.norm(w)
+      >>> def step(w, key):
+      ...     g = jax.grad(loss)(w, key)
       ...     new = w - lr * (g + wd * w)
       ...     return new, nj.diagnostics.rotation(w, g, new, learning_rate=lr)
       >>> _, history = jax.lax.scan(step, jnp.ones(50), jax.random.split(jax.random.key(0), 3000))
@@ -118,10 +121,11 @@ def equilibrium(
         _checks.between(FUNCTION, name, value, sys.float_info.min, math.inf)
     _checks.between(FUNCTION, "momentum", momentum, 0.0, 1 - sys.float_info.epsilon)
     if isinstance(history, Rotation):
-        _refuse_single()
-    turn = _sgd if optimizer == "sgd" else _adam
-    return {path: turn(_recorded(path, rotations), learning_rate, weight_decay, momentum)
-            for path, rotations in history.items()}  # fmt: skip
+        _raise_single()
+    compare = _sgd if optimizer == "sgd" else _adam
+    settings = (learning_rate, weight_decay, momentum)
+    recorded = {path: _recorded(path, rotations) for path, rotations in history.items()}
+    return {path: compare(rotations, *settings) for path, rotations in recorded.items()}
 
 
 def _sgd(history: Any, rate: float, decay: float, momentum: float) -> Equilibrium:
@@ -146,35 +150,36 @@ def _adam(history: Any, rate: float, decay: float, momentum: float) -> Equilibri
 
 
 def _mean(values: np.ndarray, power: int) -> np.ndarray:
-    """The mean over steps of a power, in the unit of the values."""
+    """Returns the root of the mean power over steps."""
     return np.asarray(np.mean(values**power, 0) ** (1 / power))
 
 
 def _compared(predicted: ArrayLike, observed: np.ndarray) -> Compared:
     predicted = np.full_like(observed, predicted)
-    # Nothing is predicted for a kernel without gradients but that it vanishes.
+    # A kernel without gradients is predicted to vanish.
     ratio = np.divide(observed, predicted, out=np.full_like(observed, np.inf), where=predicted != 0)
     return Compared(predicted, observed, ratio)
 
 
 def _recorded(path: str, rotations: Rotation) -> Any:
-    """Returns the history of a kernel in float64; refuses one without steps."""
-    history = Rotation(*(np.asarray(field, np.float64) for field in rotations))  # pyright: ignore[reportArgumentType]
+    """Returns the history of a kernel in float64; raises an error if it has no steps."""
+    fields: Any = [np.asarray(field, np.float64) for field in rotations]
+    history: Any = Rotation(*fields)
     if history.norm.ndim == 0 or len(history.norm) == 0:
         _checks.raise_error(
             FUNCTION,
             "history has no steps",
-            expected="each field with an axis of steps, the first",
+            expected="fields whose first axis is the steps",
             got=f"norm of shape {history.norm.shape} for {path!r}",
-            fix="Stack what rotation returned: jax.tree.map(lambda *steps: jnp.stack(steps), *measured)",
+            fix="Stack the Rotations: jax.tree.map(lambda *steps: jnp.stack(steps), *measured)",
         )
     return history
 
 
-def _refuse_single() -> None:
+def _raise_single() -> NoReturn:
     _checks.raise_error(
         FUNCTION,
-        "history is that of a single kernel",
+        "history is a single kernel's",
         expected="a dict of Rotations by path, as rotation returns",
         got="a Rotation",
         fix="Give it a name: {'kernel': history}",

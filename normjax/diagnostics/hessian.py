@@ -1,4 +1,4 @@
-"""The sharpest direction of the loss."""
+"""Finds the sharpest direction of the loss."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from normjax._typing import PRNGKey
 from normjax.diagnostics._losses import Loss, Scalar, checked, inner, norm, total
 
 _FUNCTION = "hessian_eigenvalue"
-Product = Callable[[Any], Any]  # of the Hessian with a vector
+Product = Callable[[Any], Any]  # multiplies a vector by the Hessian
 
 
 class Eigenvalue(NamedTuple):
-    """An eigenvalue of the Hessian, and how well it is known.
+    """An eigenvalue of the Hessian, and its accuracy.
 
     Attributes:
       value: the eigenvalue.
       vector: its eigenvector of length 1, a tree like the parameters.
-      residual: the length of `H vector - value vector`, measured: some eigenvalue is within it of
-        `value`.
-      iterations: how many products with the Hessian it took.
+      residual: the measured length of `H vector - value vector`: some eigenvalue differs from
+        `value` by at most that.
+      iterations: the number of products with the Hessian.
       converged: whether the residual is within the tolerance.
     """
 
@@ -46,45 +46,43 @@ def hessian_eigenvalue(
     tolerance: float = 1e-3,
     key: PRNGKey | None = None,
 ) -> Eigenvalue:
-    r"""Finds the largest eigenvalue of the loss's Hessian: its sharpness, which bounds the learning rate.
+    r"""Finds the largest eigenvalue of the loss's Hessian, which bounds the learning rate.
 
-    Lanczos' iteration projects the Hessian H on the Krylov space of a random vector, and takes an
-    eigenvalue of the small tridiagonal matrix T that results:
+    Lanczos' iteration projects the Hessian H on the Krylov space of a random vector. The result is
+    an eigenvalue of the small tridiagonal matrix T:
 
     .. math:: Q^\top H Q = T, \qquad T s = \theta s, \qquad
               \lVert H Q s - \theta Q s \rVert = \beta_k \lvert s_k \rvert
 
-    H is never made: its products with vectors are derivatives of the gradient along them
-      (Pearlmutter 1994). Gradient
-    descent of rate lr is stable on a quadratic where `lr < 2 / value`.
+    H is never stored: its product with a vector is the derivative of the gradient along it
+    (Pearlmutter 1994). On a quadratic, gradient descent with rate lr is stable if `lr < 2 / value`.
 
-    *Largest* is algebraic: `"smallest"` finds the most negative curvature, and the larger in
-      magnitude of the two is
-    the norm of H. Each new vector is made orthogonal to all earlier ones, twice, so that rounding
-    makes no copies of eigenvalues; it costs memory for `iterations` copies of the parameters. It
-    compiles itself, each time that it is called; in a loop, compile it once, as in the example.
+    *Largest* is algebraic: `"smallest"` finds the most negative curvature, and the larger magnitude
+    of the two is the norm of H. Each new vector is made orthogonal to all earlier ones, twice, so
+    that rounding does not duplicate eigenvalues. That needs memory for `iterations` copies of the
+    parameters. It compiles at each call; in a loop, compile it once, as in the example.
 
     Args:
-      loss: from parameters (or the module) to the loss, a scalar, twice differentiable. ReLUs count
-        as linear on either side. With batch norm, in training mode, on a batch like those of
-        training; new statistics are left out.
-      params: any tree of arrays, or an nnx module, of which its `nnx.Param`s count. Read in at
-        least float32.
+      loss: maps parameters (or the module) to the loss, a scalar, twice differentiable. ReLUs are
+        linear on either side of 0. With batch norm: in training mode, on a batch as in training,
+        without new statistics.
+      params: any tree of arrays, or an nnx module: its `nnx.Param`s. They are read in at least
+        float32.
       which: the end of the spectrum.
-      iterations: at most so many products with H; never more than there are parameters.
-      tolerance: of the residual, relative to the largest |eigenvalue| found. The error of the value
-        is at most the residual, and usually about its square over the distance to the next
-        eigenvalue.
-      key: of the random vector that the iteration starts from; None for `jax.random.key(0)`.
+      iterations: the most products with H; never more than there are parameters.
+      tolerance: the largest residual, relative to the largest |eigenvalue| found. The error of the
+        value is at most the residual, and usually about its square divided by the distance to the
+        next eigenvalue.
+      key: the key of the random vector to start from; None for `jax.random.key(0)`.
 
     Returns:
-      An `Eigenvalue`, in at least float32. Look at `converged`: without it, the value is only a
-      lower bound of the largest (an upper one of the smallest).
+      An `Eigenvalue`, in at least float32. Check `converged`: if it is False, the value is only a
+      lower bound of the largest eigenvalue (an upper bound of the smallest).
 
     Raises:
       ValueError: for iterations below 1, a tolerance that is not from 0 to 1, or an unknown
         `which`.
-      TypeError: for parameters that are not real floating-point, or a loss that is no scalar.
+      TypeError: for parameters that are not real floating-point, or a loss that is not a scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -117,32 +115,30 @@ def hessian_eigenvalue(
     @jax.jit
     def find(params: PyTree, key: PRNGKey) -> Eigenvalue:
         _, product = jax.linearize(jax.grad(loss), params)
-        krylov, ritz = _lanczos(
-            product, _random(key, params), min(iterations, size), tolerance, which
-        )
+        start, rows = _random(key, params), min(iterations, size)
+        krylov, ritz = _lanczos(product, start, rows, tolerance, which)
         vector = _combined(ritz.weights, krylov.basis)
         vector = _scaled(1 / norm(vector), vector)
         image = product(vector)
         value = inner(vector, image)
         residual = norm(jax.tree.map(lambda a, b: a - value.astype(a.dtype) * b, image, vector))
-        return Eigenvalue(
-            value, vector, residual, krylov.used, residual <= _bound(tolerance, ritz.largest)
-        )
+        converged = residual <= _bound(tolerance, ritz.largest)
+        return Eigenvalue(value, vector, residual, krylov.used, converged)
 
     return find(params, jax.random.key(0) if key is None else key)
 
 
 class _Krylov(NamedTuple):
-    """An orthonormal basis, row by row, and T: its diagonal, and what is beside it."""
+    """An orthonormal basis, row by row, and T: its diagonal, and the elements beside it."""
 
     basis: PyTree[Float[Array, "rows ..."]]
     diagonal: Float[Array, " rows"]
-    beside: Float[Array, " rows"]  # of row k and row k + 1
+    beside: Float[Array, " rows"]  # at k: the element of rows k and k + 1
     used: Int[Array, ""]
 
 
 class _Ritz(NamedTuple):
-    """An eigenvalue's vector in the basis, its residual, and the largest |eigenvalue| of T."""
+    """An eigenvector in the basis, its residual, and the largest |eigenvalue| of T."""
 
     weights: Float[Array, " rows"]
     residual: Scalar
@@ -153,8 +149,7 @@ def _lanczos(
     product: Product, start: PyTree, rows: int, tolerance: float, which: str
 ) -> tuple[_Krylov, _Ritz]:
     def further(state: tuple[_Krylov, _Ritz]) -> Array:
-        # Half the tolerance, so that the residual that is measured in the end is within the whole
-        # of it.
+        # Half the tolerance: rounding may make the residual that is measured last a little larger.
         krylov, ritz = state
         return (krylov.used < rows) & ~(ritz.residual <= _bound(tolerance / 2, ritz.largest))
 
@@ -162,22 +157,22 @@ def _lanczos(
         krylov = _extended(product, state[0])
         return krylov, _ritz(krylov, which)
 
-    def room(leaf: Array) -> Array:
+    def first_row(leaf: Array) -> Array:
         return jnp.zeros((rows, *leaf.shape), leaf.dtype).at[0].set(leaf)
 
     empty = jnp.zeros(rows, norm(start).dtype)
-    krylov = _Krylov(jax.tree.map(room, start), empty, empty, jnp.int32(0))
+    krylov = _Krylov(jax.tree.map(first_row, start), empty, empty, jnp.int32(0))
     nothing = _Ritz(empty, jnp.full((), jnp.inf, empty.dtype), jnp.zeros((), empty.dtype))
     return lax.while_loop(further, step, (krylov, nothing))
 
 
 def _extended(product: Product, krylov: _Krylov) -> _Krylov:
-    """Multiplies the last row with the Hessian, and makes of it the next row."""
+    """Multiplies the last row by the Hessian, and adds the result as the next row."""
     basis, diagonal, beside, k = krylov
     last = jax.tree.map(lambda rows: rows[k], basis)
     image = product(last)
     diagonal = diagonal.at[k].set(inner(last, image))
-    for _ in range(2):  # rows that are still to come are zeros
+    for _ in range(2):  # later rows are zeros
         along = _products(basis, image)
         image = jax.tree.map(jnp.subtract, image, _combined(along, basis))
     length = norm(image)
@@ -187,7 +182,7 @@ def _extended(product: Product, krylov: _Krylov) -> _Krylov:
 
 
 def _ritz(krylov: _Krylov, which: str) -> _Ritz:
-    """Solves for the eigenvalues of T, whose rows beyond those that are used are moved to the low end."""
+    """Returns an eigenvalue of T; unused rows get eigenvalues below all others."""
     _, diagonal, beside, used = krylov
     rows = len(diagonal)
     index = jnp.arange(rows, dtype=jnp.int32)
@@ -203,17 +198,15 @@ def _ritz(krylov: _Krylov, which: str) -> _Ritz:
 
 
 def _bound(tolerance: float, largest: Scalar) -> Scalar:
-    """The residual to stop at; what is of the size of rounding is none."""
+    """Returns the residual to stop at; never below 10 rounding errors."""
     return max(tolerance, 10 * float(jnp.finfo(largest.dtype).eps)) * largest
 
 
 def _random(key: PRNGKey, params: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
-    start = [
-        jax.random.normal(key, leaf.shape, leaf.dtype)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
+    pairs = zip(keys, leaves, strict=True)
+    start = [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in pairs]
     return _scaled(1 / norm(start), jax.tree.unflatten(structure, start))
 
 
@@ -222,15 +215,18 @@ def _scaled(factor: Scalar, tree: PyTree) -> PyTree:
 
 
 def _products(basis: PyTree, vector: PyTree) -> Float[Array, " rows"]:
-    """The inner product of each row with a vector."""
-    products = jax.tree.map(
-        lambda rows, leaf: jnp.tensordot(rows, leaf, leaf.ndim, precision="highest"), basis, vector
-    )
-    return total(jax.tree.leaves(products))
+    """Returns the inner product of each row with a vector."""
+
+    def product(rows: Array, leaf: Array) -> Array:
+        return jnp.tensordot(rows, leaf, leaf.ndim, precision="highest")
+
+    return total(jax.tree.leaves(jax.tree.map(product, basis, vector)))
 
 
 def _combined(weights: Float[Array, " rows"], basis: PyTree) -> PyTree:
-    """The sum of the rows, weighted."""
-    return jax.tree.map(
-        lambda rows: jnp.tensordot(weights.astype(rows.dtype), rows, 1, precision="highest"), basis
-    )
+    """Returns the weighted sum of the rows."""
+
+    def combine(rows: Array) -> Array:
+        return jnp.tensordot(weights.astype(rows.dtype), rows, 1, precision="highest")
+
+    return jax.tree.map(combine, basis)

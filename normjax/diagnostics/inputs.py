@@ -1,10 +1,11 @@
-"""What goes into the layers of a Flax model."""
+"""Records the inputs of the layers of a Flax model."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,28 +21,27 @@ from normjax._trees import is_nnx
 def layer_inputs(
     model: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> tuple[Any, dict[str, Array]]:
-    """Calls a Flax model, and returns beside what it returns what went into each of its layers.
+    """Calls a Flax model, and returns its outputs and the inputs of its layers.
 
-    Works for linen and nnx, inside of `jax.jit` and `jax.grad` too: the inputs are arrays like the
-    outputs. A model of
-    pure functions needs none of this: let it return what goes into its layers.
+    It works for linen and nnx, also inside `jax.jit` and `jax.grad`: the inputs are arrays like the
+    outputs. A model of pure functions does not need it: let the model return its layers' inputs.
 
-    Layers that the model calls within a transformation (`jax.jit`, `nn.scan`, `nn.remat`, ...) are
-    hidden: what goes into them there is nothing outside of it.
+    Inputs of layers inside `jax.jit`, `nn.scan`, `nn.remat` and other transformations cannot be
+    captured.
 
     Args:
       model: `model.apply` of a linen module, or any function that calls it; or an nnx module.
-      *args: of its call.
-      **kwargs: of its call.
+      *args: passed to the model.
+      **kwargs: passed to the model.
 
     Returns:
       What `model(*args, **kwargs)` returns, and a dict from the path of each module, such as
-      `"encoder/Dense_0"`, to its first argument, in the order of the calls. Further calls of one
-      module have entries of their own, `"Dense_0[1]"`; modules whose first argument is no
-      floating-point array have none.
+      `"encoder/Dense_0"`, to its first argument, in the order of the calls. Later calls of the same
+      module have their own entries, `"Dense_0[1]"`. Modules whose first argument is not a
+      floating-point array are left out.
 
     Raises:
-      TypeError: if no layer was seen: the model is not of Flax, or all of it is within a
+      TypeError: if no layer is found: the model is not of Flax, or all of it is inside a
         transformation.
 
     Example:
@@ -66,17 +66,19 @@ def layer_inputs(
     if not record.inputs:
         _checks.raise_error(
             "layer_inputs",
-            "no layer was seen",
-            expected="model.apply of a linen module, or an nnx module, that calls layers outside of transformations",
+            "no layer was called",
+            expected="model.apply of a linen module, or an nnx module, that calls layers outside "
+            "of transformations",
             got=f"model={getattr(model, '__qualname__', type(model).__name__)}",
-            fix="Jit around layer_inputs, not inside; let a model of pure functions return what goes into its layers",
+            fix="Jit around layer_inputs, not inside; let a model of pure functions return its "
+            "layers' inputs",
             kind=TypeError,
         )
     return outputs, record.inputs
 
 
 class _Record:
-    """Inputs by path, of calls in the trace that the record was begun in: those of inner ones cannot leave them."""
+    """Inputs by path, of calls in the trace that it was created in: others cannot leave theirs."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, Array] = {}
@@ -85,7 +87,7 @@ class _Record:
         self._trace = get_opaque_trace_state(convention="flax")
 
     def call(self, path: tuple, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Calls the module at a path, noting what goes into it; once, where its class calls that of its parent."""
+        """Calls the module at a path and records its input, once if it calls its parent class."""
         name = "/".join(map(str, path))
         if name in self._open or not self._sees(args):
             return call(*args, **kwargs)
@@ -98,17 +100,14 @@ class _Record:
             self._open.discard(name)
 
     def _sees(self, args: tuple) -> bool:
-        return (
-            bool(args)
-            and isinstance(args[0], (jax.Array, np.ndarray))
-            and jnp.issubdtype(args[0].dtype, jnp.inexact)
-            and args[0].ndim > 0
-            and get_opaque_trace_state(convention="flax") == self._trace
-        )
+        if not args or not isinstance(args[0], (jax.Array, np.ndarray)):
+            return False
+        is_activation = jnp.issubdtype(args[0].dtype, jnp.inexact) and args[0].ndim > 0
+        return is_activation and get_opaque_trace_state(convention="flax") == self._trace
 
 
 def _linen_watched(record: _Record) -> contextlib.AbstractContextManager[None]:
-    """Context in which linen's modules note their inputs."""
+    """Returns a context in which linen's modules record their inputs."""
     from flax import linen as nn
 
     def interceptor(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
@@ -121,7 +120,10 @@ def _linen_watched(record: _Record) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _nnx_watched(model: Any, record: _Record) -> Iterator[None]:
-    """Context in which the modules of this model note their inputs: nnx has no hook, so it is their classes' call."""
+    """Returns a context in which the modules of an nnx model record their inputs.
+
+    nnx has no hook for that, so the `__call__` of their classes is replaced.
+    """
     from flax import nnx
 
     modules = [(path, module) for path, module in nnx.iter_modules(model) if path]
@@ -131,15 +133,12 @@ def _nnx_watched(model: Any, record: _Record) -> Iterator[None]:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             if id(self) not in paths:
                 return call(self, *args, **kwargs)
-            return record.call(
-                paths[id(self)], lambda *args, **kwargs: call(self, *args, **kwargs), args, kwargs
-            )
+            return record.call(paths[id(self)], partial(call, self), args, kwargs)
 
         return __call__
 
-    owners = {
-        base for _, module in modules for base in type(module).__mro__ if "__call__" in vars(base)
-    }
+    classes = {base for _, module in modules for base in type(module).__mro__}
+    owners = [base for base in classes if "__call__" in vars(base)]
     calls: dict[Any, Callable] = {owner: vars(owner)["__call__"] for owner in owners}
     try:
         for owner, call in calls.items():

@@ -1,4 +1,4 @@
-"""The loss and its gradient along the direction that training takes."""
+"""Measures the loss and its gradient along the direction of a training step."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from normjax.diagnostics._losses import Loss, checked, difference, differentiabl
 
 
 class Landscape(NamedTuple):
-    """The loss and its gradient at points along a line; with leading axes of steps, where it was recorded over them.
+    """The loss and its gradient along a line; stacked histories have leading axes of steps.
 
     Attributes:
       loss: L(w), at the parameters, `(*steps,)`.
       losses: L(w + s d) for each step size s, `(*steps, points)`.
-      gradient_distances: how far the gradient there is from that at w, Euclidean, `(*steps,
-        points)`.
-      distances: how far the points are, |s| times the length of d, `(*steps, points)`.
+      gradient_distances: the Euclidean distance of the gradient there from the gradient at w,
+        `(*steps, points)`.
+      distances: the distance of the points from w, |s| times the length of d, `(*steps, points)`.
     """
 
     loss: Float[Array, "*steps"]
@@ -36,26 +36,25 @@ class Landscape(NamedTuple):
 
     @property
     def loss_range(self) -> tuple[Float[Array, "*steps"], Float[Array, "*steps"]]:
-        """The lowest and the highest loss, of the points and of w itself."""
-        return jnp.minimum(self.loss, self.losses.min(-1)), jnp.maximum(
-            self.loss, self.losses.max(-1)
-        )
+        """Returns the lowest and the highest loss, including the loss at w."""
+        lowest = jnp.minimum(self.loss, self.losses.min(-1))
+        return lowest, jnp.maximum(self.loss, self.losses.max(-1))
 
     @property
     def variation(self) -> Float[Array, "*steps"]:
-        """How much the loss varies: the highest less the lowest."""
+        """Returns the highest minus the lowest loss."""
         lowest, highest = self.loss_range
         return highest - lowest
 
     @property
     def gradient_range(self) -> tuple[Float[Array, "*steps"], Float[Array, "*steps"]]:
-        """The smallest and the largest distance of gradients: how well that of w predicts the others."""
+        """Returns the smallest and largest distance of gradients, the predictiveness of w's."""
         return self.gradient_distances.min(-1), self.gradient_distances.max(-1)
 
     @property
     def smoothness(self) -> Float[Array, "*steps"]:
-        """The effective beta-smoothness: the largest ratio of the gradient's distance to that of the point."""
-        # at a stationary point, no point is another
+        """Returns the effective beta-smoothness: the largest distance of gradients by distance."""
+        # At a stationary point all distances are 0.
         moved = jnp.where(self.distances > 0, self.distances, 1)
         return (self.gradient_distances / moved).max(-1)
 
@@ -67,7 +66,7 @@ def landscape(
     step_sizes: Sequence[float] | Array,
     direction: PyTree | None = None,
 ) -> Landscape:
-    r"""Walks along the gradient and measures how the loss and the gradient change: how far a step can be trusted.
+    r"""Measures how the loss and the gradient change along the gradient's direction.
 
     From the parameters w, with the gradient g, in the direction d = -g, for each step size s:
 
@@ -75,39 +74,39 @@ def landscape(
               \lVert \nabla L(w + s d) - g \rVert_2, \qquad
               \beta = \max_s \frac{\lVert \nabla L(w + s d) - g \rVert_2}{\lVert s d \rVert_2}
 
-    The range of the first is the *variation of the loss*, that of the second the *gradient
-    predictiveness*, and beta the *effective smoothness*, never more than the largest |eigenvalue|
-    of the Hessian on the way.
+    The range of the first is the *variation of the loss*, the range of the second the *gradient
+    predictiveness*. Beta is the *effective smoothness*, at most the largest |eigenvalue| of the
+    Hessian along the line.
 
-    It costs a gradient for each step size, and one more. It compiles itself, each time that it is
-    called; in a training loop, compile it once, as in the example. Stacked, as by `lax.scan`, or by
-    `jax.tree.map(lambda *x: jnp.stack(x), *history)`, it is what
-    `normjax.diagnostics.plot.landscape` draws.
+    It costs a gradient for each step size, and one more. It compiles at each call; in a training
+    loop, compile it once, as in the example. `normjax.diagnostics.plot.landscape` draws results
+    that are stacked, as by `lax.scan` or `jax.tree.map(lambda *x: jnp.stack(x), *history)`.
 
     Args:
-      loss: from parameters (or the module) to the loss, a scalar, on *one* batch and in training
-        mode; new statistics are left out.
-      params: any tree of arrays, or an nnx module, of which its `nnx.Param`s count. Read in at
-        least float32.
-      step_sizes: s, finite and not 0, such as the learning rates in question; negative ones walk
+      loss: maps parameters (or the module) to the loss, a scalar, on *one* batch, in training mode
+        and without new statistics.
+      params: any tree of arrays, or an nnx module: its `nnx.Param`s. They are read in at least
+        float32.
+      step_sizes: the values of s, finite and not 0, such as learning rates; negative ones go
         uphill.
-      direction: d, a tree like `params`, such as what an optimizer would add to them at a learning
-        rate of 1; None for the negative gradient.
+      direction: d, a tree like `params`, such as an optimizer's updates at a learning rate of 1;
+        None for the negative gradient.
 
     Returns:
       A `Landscape` of `len(step_sizes)` points, in at least float32.
 
     Raises:
       ValueError: for step sizes of 0, or a direction that does not fit `params`.
-      TypeError: for parameters that are not real floating-point, or a loss that is no scalar.
+      TypeError: for parameters that are not real floating-point, or a loss that is not a scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
       >>> curvature = jnp.array([1.0, 8.0])
       >>> loss = lambda params: 0.5 * jnp.sum(curvature * params["w"] ** 2)
-      >>> walk = jax.jit(lambda params: nj.diagnostics.landscape(loss, params, step_sizes=(1/16, 1/8, 1/4)))
-      >>> seen = walk({"w": jnp.array([0.0, 1.0])})
-      >>> print(seen.loss, seen.losses, seen.smoothness)
+      >>> sizes = (1 / 16, 1 / 8, 1 / 4)
+      >>> walk = jax.jit(lambda params: nj.diagnostics.landscape(loss, params, step_sizes=sizes))
+      >>> found = walk({"w": jnp.array([0.0, 1.0])})
+      >>> print(found.loss, found.losses, found.smoothness)
       4.0 [1. 0. 4.] 8.0
 
     References:
@@ -137,7 +136,7 @@ def landscape(
 
 
 def _sizes(step_sizes: Sequence[float] | Array) -> Float[Array, " points"]:
-    """Returns step sizes as an array; refuses what is none, and points that would be where the walk starts."""
+    """Returns step sizes as an array; raises an error if one is 0 or not finite."""
     if not isinstance(step_sizes, jax.Array):
         for size in np.atleast_1d(step_sizes).tolist():
             _checks.between("landscape", "step_sizes", size, -math.inf, math.inf)
@@ -147,7 +146,7 @@ def _sizes(step_sizes: Sequence[float] | Array) -> Float[Array, " points"]:
     if empty or not isinstance(step_sizes, Tracer) and (np.asarray(step_sizes) == 0).any():
         _checks.raise_error(
             "landscape",
-            "step_sizes are no points on a line",
+            "step_sizes are not points on a line",
             expected="one axis of sizes other than 0",
             got=got if empty else f"step_sizes={step_sizes.tolist()}",
             fix="Pass a few learning rates, as in (0.05, 0.1, 0.2)",

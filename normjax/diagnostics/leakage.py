@@ -1,4 +1,4 @@
-"""How far the statistics of a device give away which key belongs to a query, in contrastive training."""
+"""Measures how far a device's statistics reveal the key of a query in contrastive training."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from normjax.diagnostics._batches import check_examples, check_rows, compiled
 
 
 class Leakage(NamedTuple):
-    """How well queries find their keys, with the keys beside them and elsewhere.
+    """How well queries find their keys, with the keys on the same device or on others.
 
     Attributes:
-      leak: `together - apart`: what is found by the statistics. 0 for a network that does not use
-        them.
-      standard_error: of `leak`, over queries.
-      together: share of queries whose most similar key of all is their own, each key on its query's
-        device.
-      apart: that share with the keys dealt to devices at random.
-      same_device: with keys together, share of queries whose most similar key *but their own* is of
+      leak: `together - apart`: the share that is found by the statistics. 0 for a network that does
+        not use them.
+      standard_error: the standard error of `leak`, over queries.
+      together: the share of queries whose most similar key is their own, with each key on its
+        query's device.
+      apart: that share with the keys assigned to devices at random.
+      same_device: with keys together, the share of queries whose most similar *other* key is on
         their device.
-      chance: that share where devices leave no trace: `(n - 1) / (batch - 1)` for n queries a
+      chance: that share if devices leave no trace: `(n - 1) / (batch - 1)` for n queries per
         device.
     """
 
@@ -51,57 +51,59 @@ def leakage(
     shuffles: int = 4,
     axis_name: Hashable = "devices",
 ) -> Leakage:
-    r"""Measures what batch norm leaks in contrastive training, where a query and its key are normalized together.
+    r"""Measures what batch norm leaks in contrastive training with queries and keys on one device.
 
-    Of two views of an image, the one is to be found by the other among all keys of the batch. Where
-    each device normalizes by its own statistics, and both views are on one device, their statistics
-    are a signature: the network finds the key without looking at the image. MoCo therefore shuffles
-      the keys over devices, SimCLR shares the
-    statistics of all. Here the network is asked both ways, with the weights as they are:
+    The task is to find an image's second view by its first among all keys of the batch. If each
+    device normalizes by its own statistics, and both views are on one device, the statistics are a
+    signature: the network finds the key without looking at the image. So MoCo shuffles the keys
+    over devices, and SimCLR shares the statistics of all. This function does both, with unchanged
+    weights:
 
     .. math:: \text{leak} = \Pr\Bigl[\arg\max_j \cos(q_i, k_j) = i \Bigr]_\text{together}
                           - \Pr\Bigl[\arg\max_j \cos(q_i, k_j) = i \Bigr]_\text{keys shuffled over
                             devices}
 
-    Positive where statistics help. In small batches they may without any training: a query and its
-    key are distorted alike. What training makes of it is what costs accuracy: compare before and
-    after. Negative where statistics hide more than they give away. Beside it, whether devices leave
-    a trace at all: `same_device` off `chance`, above it where they share a shift, below it where
-      the removal of their mean pushes examples apart.
+    It is positive if statistics help. In small batches they may help without training, since a
+    query and its key are distorted alike; accuracy suffers from what training adds, so compare
+    before and after. It is negative if statistics hide more than they reveal. `same_device` shows
+    whether devices leave a trace at all: it is above `chance` if a device's examples share a shift,
+    and below if subtracting their mean pushes them apart.
 
     Args:
-      function: `function(queries, keys) -> (q, k)`, from what one device holds to embeddings `(n,
-        features)` of each, in *training* mode and without the new statistics: one batch of both
-        views as in SimCLR, or two encoders with one each as in MoCo. It runs under `jax.vmap` over
-        the devices, and may share statistics over `axis_name`.
-      queries: the first views, floating-point; devices hold them in turn, `batch / devices` each.
+      function: `function(queries, keys) -> (q, k)` maps the views on one device to embeddings `(n,
+        features)`, in *training* mode and without new statistics: one batch of both views as in
+        SimCLR, or two encoders as in MoCo. It runs under `jax.vmap` over the devices, and may share
+        statistics over `axis_name`.
+      queries: the first views, floating-point; each device gets `batch / devices` of them, in
+        order.
       keys: the second views, of the same images in the same order.
-      devices: how many; they are simulated.
-      key: of the shuffles.
-      shuffles: over how many of them `apart` is averaged.
-      axis_name: of the devices.
+      devices: the number of devices, which are simulated.
+      key: the key of the shuffles.
+      shuffles: the number of shuffles that `apart` is averaged over.
+      axis_name: the name of the axis of devices.
 
     Returns:
       `Leakage`, shares from 0 to 1 in float32.
 
     Raises:
-      ValueError: for a batch that cannot be dealt to the devices evenly, and embeddings that are no
-        rows or not finite.
+      ValueError: for a batch that cannot be split evenly over the devices, and for embeddings that
+        are not rows or not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
       >>> queries = jax.random.normal(jax.random.key(0), (128, 8))
-      >>> keys = queries + 0.3 * jax.random.normal(jax.random.key(1), queries.shape)  # two views
+      >>> keys = queries + 0.3 * jax.random.normal(jax.random.key(1), (128, 8))  # second views
       >>> def function(queries, keys, axis_name=None):
       ...     params, batch_stats = nj.batch_norm_init(8)
       ...     q, _ = nj.batch_norm(params, batch_stats, queries, True, axis_name=axis_name)
       ...     k, _ = nj.batch_norm(params, batch_stats, keys, True, axis_name=axis_name)
       ...     return q, k
-      >>> alone = nj.diagnostics.leakage(function, queries, keys, devices=32, key=jax.random.key(2))
+      >>> settings = {"devices": 32, "key": jax.random.key(2)}
+      >>> alone = nj.diagnostics.leakage(function, queries, keys, **settings)
       >>> print(bool(alone.leak > 4 * alone.standard_error))
       True
       >>> synced = lambda queries, keys: function(queries, keys, "devices")
-      >>> print(nj.diagnostics.leakage(synced, queries, keys, devices=32, key=jax.random.key(2)).leak)
+      >>> print(nj.diagnostics.leakage(synced, queries, keys, **settings).leak)
       0.0
 
     References:
@@ -109,21 +111,19 @@ def leakage(
       section 3.3. Chen et al., "A Simple Framework for Contrastive Learning of Visual
       Representations" (ICML 2020), section 2.2.
     """
-    queries, keys = (
-        check_examples("leakage", "queries", queries),
-        check_examples("leakage", "keys", keys),
-    )
+    queries = check_examples("leakage", "queries", queries)
+    keys = check_examples("leakage", "keys", keys)
     _check_devices(queries, keys, devices, shuffles)
     batch = len(queries)
     apply = jax.jit(jax.vmap(compiled(function), axis_name=axis_name))
 
-    def dealt(views: Array) -> Array:
+    def split(views: Array) -> Array:
         return views.reshape(devices, -1, *views.shape[1:])
 
-    _check_embeddings(jax.eval_shape(apply, dealt(queries), dealt(keys)), batch // devices)
+    _check_embeddings(jax.eval_shape(apply, split(queries), split(keys)), batch // devices)
     shuffled = [jax.random.permutation(own, batch) for own in jax.random.split(key, shuffles)]
     orders = jnp.stack([jnp.arange(batch), *shuffled])
-    q, k = jax.vmap(lambda order: apply(dealt(queries), dealt(keys[order])))(orders)
+    q, k = jax.vmap(lambda order: apply(split(queries), split(keys[order])))(orders)
     check_finite("leakage", "q", q)
     check_finite("leakage", "k", k)
     return _summary(q, k, orders, batch // devices)
@@ -131,11 +131,13 @@ def leakage(
 
 @partial(jax.jit, static_argnames="n")
 def _summary(q: Array, k: Array, orders: Array, n: int) -> Leakage:
-    """Of embeddings `(orders, devices, n, ...)`, where the keys were dealt to the devices in these orders."""
+    """Returns the result for embeddings `(orders, devices, n, ...)`, with keys in these orders."""
     _, batch = orders.shape
-    cosines = jax.vmap(lambda q, k, order: _unit(q, batch) @ _unit(k, batch)[jnp.argsort(order)].T)(
-        q, k, orders
-    )
+
+    def cosines_of(q: Array, k: Array, order: Array) -> Array:
+        return _unit(q, batch) @ _unit(k, batch)[jnp.argsort(order)].T
+
+    cosines = jax.vmap(cosines_of)(q, k, orders)
     rows = jnp.arange(batch)
     found = (cosines.argmax(-1) == rows).astype(cosines.dtype)
     together, apart = found[0], found[1:].mean(0)
@@ -152,7 +154,7 @@ def _summary(q: Array, k: Array, orders: Array, n: int) -> Leakage:
 
 
 def _unit(embedded: Array, batch: int) -> Array:
-    """Embeddings of all devices as rows of length 1."""
+    """Returns the embeddings of all devices as rows of length 1."""
     rows = widen(embedded).reshape(batch, -1)
     length = jnp.linalg.norm(rows, axis=-1, keepdims=True)
     return rows / jnp.where(length > 0, length, 1)
@@ -160,12 +162,12 @@ def _unit(embedded: Array, batch: int) -> Array:
 
 def _check_embeddings(embedded: object, n: int) -> None:
     if not (isinstance(embedded, (tuple, list)) and len(embedded) == 2):
+        count = f" of {len(embedded)}" if isinstance(embedded, Sequence) else ""
         _checks.raise_error(
             "leakage",
             "function does not return a pair",
             expected="(q, k), the embeddings of queries and keys",
-            got=f"a {type(embedded).__name__}"
-            + (f" of {len(embedded)}" if isinstance(embedded, Sequence) else ""),
+            got=f"a {type(embedded).__name__}{count}",
             fix="Split the outputs of a common batch: jnp.split(embeddings, 2)",
             kind=TypeError,
         )
@@ -177,19 +179,18 @@ def _check_embeddings(embedded: object, n: int) -> None:
 def _check_devices(queries: Array, keys: Array, devices: int, shuffles: int) -> None:
     for name, given, least in (("devices", devices, 2), ("shuffles", shuffles, 1)):
         if (_checks.positive_int(given) or 0) < least:
+            of_training = "Pass the devices of your training"
             _checks.raise_error(
                 "leakage",
                 f"too few {name}",
                 expected=f"an int of {least} or more",
                 got=f"{name}={given!r}",
-                fix=f"Pass the {name} of your training"
-                if name == "devices"
-                else "Leave shuffles out for 4",
+                fix=of_training if name == "devices" else "Leave shuffles out for 4",
             )
     if queries.shape != keys.shape or len(queries) % devices:
         _checks.raise_error(
             "leakage",
-            "queries and keys cannot be dealt to the devices",
+            "queries and keys cannot be split evenly over the devices",
             expected=f"as many keys as queries, of one shape, a multiple of {devices}",
             got=f"queries.shape={queries.shape}, keys.shape={keys.shape} for devices={devices}",
             fix=f"Pass {len(queries) // devices * devices or devices} of each",

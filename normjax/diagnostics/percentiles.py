@@ -1,4 +1,4 @@
-"""How what goes into a layer is distributed."""
+"""Describes the distribution of each layer's inputs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from normjax._typing import Axes, widen
 
 
 class Percentiles(NamedTuple):
-    """Percentiles of each layer's inputs; with leading axes of steps, where they were recorded over them.
+    """Percentiles of each layer's inputs; stacked histories have leading axes of steps.
 
     Attributes:
-      q: which percentiles, from 0 to 100, `(*steps, q)`.
+      q: the percentiles, from 0 to 100, `(*steps, q)`.
       values: for each layer, `(*steps, q, *features)`, in a tree of the structure of the inputs.
     """
 
@@ -29,25 +29,22 @@ class Percentiles(NamedTuple):
 def percentiles(
     inputs: PyTree, q: Sequence[float] = (15, 50, 85), *, feature_axes: Axes = ()
 ) -> Percentiles:
-    r"""Describes the distribution of each layer's inputs by a few percentiles: small enough to keep for every step.
+    r"""Returns a few percentiles of each layer's inputs: little enough to store at every step.
 
-    The value at percentile q is that below which q percent of the elements lie, interpolated
-    linearly. 15, 50 and 85
-    are those of the 2015 paper's figure 1: for a normal distribution the mean, and about one
-      standard deviation to
-    either side of it.
+    Percentile q is the value that q percent of the elements are below, interpolated linearly. 15,
+    50 and 85 are from figure 1 of the 2015 paper: for a normal distribution the mean, and about one
+    standard deviation below and above it.
 
-    It is made for training loops: jit it along with the step, stack what it returns, as `lax.scan`
-      does, or
-    `jax.tree.map(lambda *x: jnp.stack(x), *history)`, and draw it with
-    `normjax.diagnostics.plot.percentiles`. Use it with `layer_inputs` for Flax models; a functional
-    model returns what goes into its layers.
+    In a training loop, jit it along with the step, stack the results, as `lax.scan` or
+    `jax.tree.map(lambda *x: jnp.stack(x), *history)` does, and draw them with
+    `normjax.diagnostics.plot.percentiles`. `layer_inputs` gets the inputs from Flax models; let a
+    functional model return them.
 
     Args:
       inputs: an array, or any tree of arrays, one for each layer; `(batch, ..., features)`,
         floating-point.
       q: the percentiles, from 0 to 100.
-      feature_axes: the axes along which each feature has percentiles of its own, such as -1 for
+      feature_axes: the axes along which each feature has its own percentiles, such as -1 for
         channels; `()` for one distribution of the whole layer.
 
     Returns:
@@ -101,6 +98,5 @@ def percentiles(
         x = widen(x)
         return jnp.percentile(x, jnp.asarray(wanted, x.dtype), _checks.other_axes(features, x.ndim))
 
-    return Percentiles(
-        jnp.asarray(wanted, jnp.float32), jax.tree_util.tree_map_with_path(of_layer, inputs)
-    )
+    values = jax.tree_util.tree_map_with_path(of_layer, inputs)
+    return Percentiles(jnp.asarray(wanted, jnp.float32), values)

@@ -1,9 +1,9 @@
-"""How a step of an optimizer turns each kernel, and how long kernels are."""
+"""Measures how far a step of an optimizer turns each kernel, and how long kernels are."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,16 @@ FUNCTION = "rotation"
 
 
 class Rotation(NamedTuple):
-    """What a step does to a kernel. Each field has the shape of its features, in at least float32.
+    """A step of a kernel. Each field has the shape of its features, in at least float32.
 
     Attributes:
-      norm: of the kernel before the step.
-      gradient_norm: of its gradient.
-      cosine: of the angle between kernel and gradient: 0 where the network is invariant to the
-        kernel's scale.
-      chance: 1 / sqrt(dim), the root mean square of the cosine between random directions.
-      angle: by which the step turns the kernel, in radians.
-      effective_learning_rate: the rate that acts on its direction, see
+      norm: the norm of the kernel before the step.
+      gradient_norm: the norm of its gradient.
+      cosine: the cosine of the angle between kernel and gradient: 0 if the network is invariant to
+        the kernel's scale.
+      chance: 1 / sqrt(dim), the root mean square cosine between random directions.
+      angle: the angle by which the step turns the kernel, in radians.
+      effective_learning_rate: the learning rate of its direction, see
         `normjax.optim.effective_learning_rate`.
     """
 
@@ -53,33 +53,34 @@ def rotation(
 ) -> dict[str, Rotation]:
     r"""Measures how a step of training turns each kernel.
 
-    .. math:: \text{angle} = \arccos \frac{\langle w, w' \rangle}{\lVert w \rVert \lVert w' \rVert}, \qquad
+    .. math:: \text{angle} = \arccos \frac{\langle w, w' \rangle}{\lVert w \rVert \lVert w'
+              \rVert}, \qquad
               \text{cosine} = \frac{\langle w, g \rangle}{\lVert w \rVert \lVert g \rVert}
 
-    Of a kernel before normalization only the direction counts, and the angle is all that a step
-    does to the network. Without weight decay such kernels grow, for each gradient is orthogonal to
-    them, and so turn ever less: a schedule of the learning rate that nobody wrote. With it, the
-      angle settles; see `equilibrium`.
+    Only the direction of a kernel before normalization counts, so the angle is all that a step
+    changes in the network. Without weight decay such kernels grow, since each gradient is
+    orthogonal to them, and turn less and less: an unintended schedule of the learning rate. With
+    weight decay the angle settles; see `equilibrium`.
 
-    Call it in the step of training, under `jax.jit`, and collect what it returns: `lax.scan` stacks
-    the steps, which is the history that `equilibrium` and `plot.rotation` take.
+    Call it in the training step, under `jax.jit`, and stack the results, as `lax.scan` does. That
+    is the history for `equilibrium` and `plot.rotation`.
 
     Args:
-      params: before the step: any tree of arrays, an nnx module or its state.
+      params: the parameters before the step: any tree of arrays, an nnx module or its state.
       gradients: the gradients of the step, in a tree of that structure.
-      updated: the parameters after it.
-      learning_rate: of the step, a number or a scalar array.
-      optimizer: "sgd" (with momentum, too) or "adam" (and whatever normalizes its steps).
-      feature_axes: the axes that have a direction of their own, such as -1 for the output channels
-        before batch norm; `()` for one of the whole kernel.
-      mask: which leaves: bools in a tree of the structure of `params` or a prefix of it, or a
-        function from parameters to it, such as `normjax.optim.decay_mask` for kernels; None for
-        all.
+      updated: the parameters after the step.
+      learning_rate: the learning rate of the step, a number or a scalar array.
+      optimizer: "sgd" (with or without momentum) or "adam" (or any that normalizes its steps).
+      feature_axes: the axes along which each slice has its own direction, such as -1 for the output
+        channels before batch norm; `()` for one direction of the whole kernel.
+      mask: the leaves to measure: bools in a tree of the structure of `params` or a prefix of it,
+        or a function from parameters to it, such as `normjax.optim.decay_mask` for kernels; None
+        for all.
 
     Returns:
-      A `Rotation` for each leaf by its path, `"block/conv/kernel"`. Angles are computed so that
-      small ones keep their digits, in at least float32. Those from and to a kernel of zeros, which
-      has no direction, and its cosine, are 0.
+      A `Rotation` for each leaf by its path, `"block/conv/kernel"`. Angles are computed in at least
+      float32, in a way that keeps small ones accurate. A kernel of zeros has no direction: its
+      angle and cosine are 0.
 
     Raises:
       ValueError: for trees that do not match, feature axes that a leaf does not have, by its path,
@@ -87,10 +88,11 @@ def rotation(
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
-      >>> params, gradients = {"kernel": jnp.array([[2.0], [0.0]])}, {"kernel": jnp.array([[0.0], [1.0]])}
+      >>> params = {"kernel": jnp.array([[2.0], [0.0]])}
+      >>> gradients = {"kernel": jnp.array([[0.0], [1.0]])}
       >>> updated = jax.tree.map(lambda w, g: w - 2.0 * g, params, gradients)
-      >>> turned = nj.diagnostics.rotation(params, gradients, updated, learning_rate=2.0)["kernel"]
-      >>> print(f"{turned.norm} {turned.cosine} {turned.angle:.4f} {turned.effective_learning_rate}")
+      >>> found = nj.diagnostics.rotation(params, gradients, updated, learning_rate=2.0)["kernel"]
+      >>> print(f"{found.norm} {found.cosine} {found.angle:.4f} {found.effective_learning_rate}")
       2.0 0.0 0.7854 0.5
 
     References:
@@ -104,16 +106,16 @@ def rotation(
         check_arrays(FUNCTION, name, tree)
         check_alike(FUNCTION, (name, tree), ("params", trees["params"]))
     chosen = spread(FUNCTION, "mask", True if mask is None else mask, trees["params"])
-    flat = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (chosen, *trees.values()))
+    all_trees = (chosen, *trees.values())
+    flat = [dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in all_trees]
     is_chosen, before, slopes, after = flat
+    options: dict[str, Any] = {"feature_axes": feature_axes, "optimizer": optimizer}
     measured = {}
     for path, leaf in before.items():
         if is_chosen[path] and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             w, g, new = map(jnp.asarray, (leaf, slopes[path], after[path]))
             axes = reduced_axes(FUNCTION, feature_axes, w, path)
-            rate = effective_learning_rate(
-                w, learning_rate, feature_axes=feature_axes, optimizer=optimizer
-            )
+            rate = effective_learning_rate(w, learning_rate, **options)
             measured["/".join(path_names(path))] = _rotation(w, g, new, axes, rate)
     return measured
 
@@ -121,7 +123,7 @@ def rotation(
 def _rotation(w: Array, g: Array, new: Array, axes: tuple[int, ...], rate: Array) -> Rotation:
     length, others = norm(w, axes), math.prod(w.shape[axis] for axis in axes)
     direction, slope, turned = unit(w, axes), unit(g, axes), unit(new, axes)
-    # As arccos of a cosine, an angle below 3e-4 would be lost in float32.
+    # The arccos of a cosine would lose angles below 3e-4 in float32.
     angle = 2 * jnp.arctan2(norm(turned - direction, axes), norm(turned + direction, axes))
     return Rotation(
         norm=length.squeeze(axes),

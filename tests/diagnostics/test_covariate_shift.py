@@ -104,7 +104,7 @@ class Network(nn.Module):
 
 
 def test_a_linen_model_in_a_jitted_step():
-    """A dense layer and its normalization are one layer; the last layer's shift is that of both being updated."""
+    """A dense layer and its normalization are one layer: both are updated at once."""
     x = jax.random.normal(jax.random.key(0), (16, 5))
     variables = Network().init(jax.random.key(1), x)
     layers = (("Dense_0", "BatchNorm_0"), "Dense_1")
@@ -158,10 +158,10 @@ def test_nnx_modules_stay_as_they_are():
     ("layers", "message"),
     [
         (("layer_0", "layer_1"), "'layer_2/kernel' is in 0 layers"),
-        (("layer_0", "layer_1", "layer_2", "layer_3"), "'layer_3' of layers is no path in params"),
+        (("layer_0", "layer_1", "layer_2", "layer_3"), "'layer_3' of layers is not in params"),
         (("layer_0", "layer_1", ("layer_2", "layer_2/kernel")), "'layer_2/kernel' is in 2 layers"),
         (("layer_0", "layer_1", "layer_2", "layer_0"), "'layer_0/kernel' is in 2 layers"),
-        ("layer_0", "'l' of layers is no path"),
+        ("layer_0", "'l' of layers is not in params"),
     ],
 )
 def test_layers_that_do_not_fit(layers, message):

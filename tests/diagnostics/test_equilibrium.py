@@ -1,4 +1,4 @@
-"""Kernels that settle where theory says: in closed form, and on random walks within their statistical error."""
+"""Kernels settle where theory says: in closed form, and on random walks up to chance."""
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ OPTIMIZERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_random_gradients_lead_to_the_predicted_rotation(name):
-    """64 kernels on random walks: their mean is off by 4 standard errors at most, and what first order leaves out."""
+    """64 kernels on random walks: their mean is off by 4 standard errors and the second order."""
     optimizer, rate, decay, momentum = OPTIMIZERS[name]
     kind = "adam" if name == "adam" else "sgd"
 
@@ -124,7 +124,7 @@ def test_bad_input_is_refused():
     ):
         equilibrium(once, learning_rate=0.1, weight_decay=0.1)
     with pytest.raises(
-        TypeError, match=r"equilibrium: history is that of a single kernel.*got a Rotation"
+        TypeError, match=r"equilibrium: history is a single kernel's.*got a Rotation"
     ):
         equilibrium(once["w"], learning_rate=0.1, weight_decay=0.1)
     with pytest.raises(

@@ -34,7 +34,7 @@ def flat(tree):
 
 
 def solve(hessian, dtype=jnp.float64, **settings):
-    """The eigenvalue of a quadratic loss with this Hessian, of parameters in two leaves and with three axes."""
+    """Returns the eigenvalue of a quadratic loss with this Hessian; parameters are two leaves."""
     size = len(hessian)
     params = {"a": jnp.ones((size // 2, 1, 1), dtype), "b": jnp.ones(size - size // 2, dtype)}
 
@@ -47,7 +47,7 @@ def solve(hessian, dtype=jnp.float64, **settings):
 
 @pytest.mark.parametrize("which", ["largest", "smallest"])
 def test_known_spectra(which, rng):
-    """Also where there are fewer parameters, or distinct eigenvalues, than iterations; all at once, under vmap."""
+    """Also with fewer parameters, or distinct eigenvalues, than iterations; under vmap."""
     matrices = np.stack([matrix(eigenvalues, rng) for eigenvalues in SPECTRA.values()])
     with jax.enable_x64(True):
         found = jax.vmap(lambda hessian: solve(hessian, which=which, tolerance=1e-10))(
@@ -88,7 +88,7 @@ def test_the_residual_bounds_the_error_before_it_has_converged(rng):
 
 
 def test_orthogonalization_keeps_rounding_from_making_copies(rng):
-    """Without it, float32 loses the space: eigenvalues far above the others come back again and again."""
+    """Without it, float32 loses orthogonality: the largest eigenvalues are found repeatedly."""
     hessian = matrix(np.concatenate([[1000.0, 500.0], np.linspace(-1, 1, 98)]), rng)
     found = solve(hessian, jnp.float32, which="smallest", iterations=100, tolerance=1e-6)
     assert_close(found.value, -1.0, atol=2e-3)

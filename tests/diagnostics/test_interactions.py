@@ -28,7 +28,7 @@ def batch_normed(kernel, **settings):
 
 
 def expected_of_batch_norm(x, kernel, epsilon=1e-5):
-    """The squared norms of (I - 11'/n - xx'/n) / sigma times the kernel's columns, over features."""
+    """Returns squared norms of (I - 11'/n - xx'/n) / sigma times the kernel's columns."""
     h = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
     n, sigma = len(h), np.sqrt(h.var(0) + epsilon)
     y = (h - h.mean(0)) / sigma
@@ -163,7 +163,7 @@ def test_linen_and_nnx_agree_and_keep_their_statistics(x, promotion_as_in_flax):
 @pytest.mark.parametrize(
     ("function", "settings", "kind", "values"),
     [
-        (lambda x: (x, {}), {}, ValueError, "('float32[6, 4]', {}). Return outputs alone"),
+        (lambda x: (x, {}), {}, ValueError, "('float32[6, 4]', {}). Return only outputs"),
         (lambda x: x.sum(0), {}, ValueError, "shape (6, ...); got shape (4,)"),
         (lambda x: x > 0, {}, ValueError, "got bool[6, 4]"),
         (lambda x: x / (x - x), {}, ValueError, "24 NaN or infinite of 24 in function(x)"),

@@ -1,4 +1,4 @@
-"""What statistics give away in contrastive training: against networks that give away all, or nothing."""
+"""What statistics reveal in contrastive training, by networks that reveal all or nothing."""
 
 import jax
 import jax.numpy as jnp

@@ -120,7 +120,7 @@ def test_linen(linen):
 
 
 def test_linen_in_a_jitted_gradient(linen):
-    """A function that calls apply does as well; layers keep their paths, in the order of a dict's keys."""
+    """A function may call apply; layers keep their paths, in the order of a dict's keys."""
     x, variables = linen
 
     def loss(params):
@@ -155,7 +155,7 @@ class NNX(nnx.Module):
 
 
 def test_nnx():
-    """A class that calls its parent's `__call__` is one layer, and the classes are as before in the end."""
+    """A class that calls its parent's `__call__` is one layer; the classes are restored."""
     call, model, other = nnx.Linear.__call__, NNX(nnx.Rngs(0)), NNX(nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (8, 4))
     y, inputs = layer_inputs(model, x)
@@ -187,6 +187,6 @@ def test_models_whose_layers_cannot_be_seen(linen):
     x, variables = linen
     for model in (jnp.sin, jax.jit(lambda x: Linen().apply(variables, x, train=False))):
         with pytest.raises(
-            TypeError, match="layer_inputs: no layer was seen.*Jit around layer_inputs"
+            TypeError, match="layer_inputs: no layer was called.*Jit around layer_inputs"
         ):
             layer_inputs(model, x)

@@ -1,4 +1,4 @@
-"""The gap between training and inference: its value, who it is measured for, and when it is too large."""
+"""The gap between training and inference: its value, its layers, and when it is too large."""
 
 import jax
 import jax.numpy as jnp

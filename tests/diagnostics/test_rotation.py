@@ -52,7 +52,7 @@ def test_features_have_directions_of_their_own(rng):
 
 
 def test_norms_grow_by_the_gradient_where_it_is_orthogonal():
-    """||w'||^2 = ||w||^2 + lr^2 ||g||^2, and tan(angle) = lr ||g|| / ||w||: SGD without decay (van Laarhoven 2017)."""
+    """SGD without decay: ||w'||^2 = ||w||^2 + lr^2 ||g||^2, tan(angle) = lr ||g|| / ||w||."""
     rate = 0.3
     with jax.enable_x64(True):
         params = networks.wide(networks.params())

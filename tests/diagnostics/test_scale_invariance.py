@@ -42,7 +42,7 @@ def test_numbers_tell_kernels_before_normalization_from_others_by_orders_of_magn
 
 
 def test_a_linear_function_turns_by_its_kernel_as_by_chance():
-    """f(w) = w: scaling by c changes it by |c - 1| norm(w), as a random change of that size does."""
+    """f(w) = w: scaling by c changes it as much as a random change, by |c - 1| norm(w)."""
     found = scale_invariance({"w": jnp.arange(1.0, 10.0)}, lambda params: params["w"])["w"]
     assert_close(found.change, 1.0, rtol=1e-12)
     assert_close(found.chance, 1 / 3, rtol=1e-12)
@@ -60,7 +60,7 @@ def test_the_gradient_of_a_norm_is_parallel_and_of_a_direction_orthogonal():
 
 
 def test_epsilon_shows_in_the_change():
-    """rms_norm of a single feature vector: f(c w) - f(w) is that of 1 / sqrt(1 + epsilon / variance)."""
+    """rms_norm of one feature vector: f(c w) - f(w) follows from 1 / sqrt(1 + eps / var)."""
 
     def outputs(params, epsilon):
         return nj.rms_norm(

@@ -1,6 +1,6 @@
-"""Draws what `normjax.diagnostics` measures; needs matplotlib (`pip install 'normjax[diagnostics]'`).
+"""Draws what `normjax.diagnostics` measures, with matplotlib: `pip install 'normjax[diagnostics]'`.
 
-Each function draws on `axes`, a new figure's if None is given, and returns the figure.
+Each function draws on `axes`, or on a new figure if they are None, and returns the figure.
 """
 
 from normjax.diagnostics.plot.interactions import interactions

@@ -1,4 +1,4 @@
-"""Draws who depends on whom in a batch."""
+"""Draws which examples of a batch depend on which."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
 
     from normjax.diagnostics.interactions import Interactions
 
-_DECADES = 4  # below the largest entry; what is less is shown as nothing
+_DECADES = 4  # the range below the largest entry; smaller entries are left blank
 
 
 def interactions(result: Interactions, axes: Axes | None = None) -> Figure:
-    """Draws the matrix of `nj.diagnostics.interactions` as a heat map, on a logarithmic scale of four decades.
+    """Draws the matrix of `interactions` as a heat map, on a logarithmic scale of four decades.
 
-    What to see: a network without batch statistics is a diagonal on an empty ground; batch norm
-      fills the ground;
-    ghost batches and unsynced devices are blocks along the diagonal. The share off the diagonal is
-    in the title.
+    What to look for: a network without batch statistics has only a diagonal. Batch norm fills the
+    whole matrix. Ghost batches and unsynced devices are blocks along the diagonal. The share off
+    the diagonal is in the title.
 
     Args:
-      result: what `interactions` returned.
-      axes: to draw on; None for a new figure's.
+      result: the result of `interactions`.
+      axes: the axes to draw on; None for a new figure.
 
     Returns:
-      The figure, to be saved: `figure.savefig("interactions.png")`.
+      The figure; `figure.savefig("interactions.png")` saves it.
 
     Example:
       >>> import jax, normjax as nj
       >>> x = jax.random.normal(jax.random.key(0), (16, 4))
       >>> params, batch_stats = nj.batch_norm_init(4)
-      >>> found = nj.diagnostics.interactions(lambda x: nj.batch_norm(params, batch_stats, x, True)[0], x)
+      >>> function = lambda x: nj.batch_norm(params, batch_stats, x, True)[0]
+      >>> found = nj.diagnostics.interactions(function, x)
       >>> nj.diagnostics.plot.interactions(found).axes[0].get_title()
       'Off the diagonal: 11.8%'
     """
@@ -45,16 +45,11 @@ def interactions(result: Interactions, axes: Axes | None = None) -> Figure:
     matrix = np.asarray(result.matrix, np.float64)
     top = matrix.max() or 1.0
     bottom = top / 10**_DECADES
-    drawn = axes.imshow(
-        np.ma.masked_less(matrix, bottom),
-        norm=LogNorm(bottom, top),
-        cmap="viridis",
-        interpolation="nearest",
-    )
+    visible, scale = np.ma.masked_less(matrix, bottom), LogNorm(bottom, top)
+    drawn = axes.imshow(visible, norm=scale, cmap="viridis", interpolation="nearest")
     axes.set(xlabel="input of example j", ylabel="output of example i")
     axes.set_title(f"Off the diagonal: {float(result.off_diagonal):.1%}")
     axes.set_facecolor("white")
-    figure.colorbar(
-        drawn, ax=axes, label=r"$\Vert \partial y_i / \partial x_j \Vert^2$", extend="min"
-    )
+    label = r"$\Vert \partial y_i / \partial x_j \Vert^2$"
+    figure.colorbar(drawn, ax=axes, label=label, extend="min")
     return figure

@@ -1,4 +1,4 @@
-"""The loss and its gradient along the direction of training, over its steps."""
+"""Draws the loss and its gradient along the direction of training, over its steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from normjax.diagnostics.landscape import Landscape
-from normjax.diagnostics.plot._panels import panels, refuse_single, steps_of
+from normjax.diagnostics.plot._panels import panels, raise_single, steps_of
+
+_TITLES = ("loss", "distance of gradients", "effective smoothness")
 
 
 class _Look(NamedTuple):
@@ -24,16 +26,15 @@ def landscape(
     *,
     axes: Any = None,
 ) -> Figure:
-    """Draws the range of the loss, that of the gradient's distance, and the smoothness, over the steps of training.
+    """Draws the ranges of loss and gradient distance, and the smoothness, over steps of training.
 
-    What to see: narrow bands, low down, are a landscape in which the gradient says what a step will
-      bring. The axes are
-    logarithmic.
+    What to look for: if the bands are narrow and low, the gradient predicts the effect of a step.
+    The axes are logarithmic.
 
     Args:
       histories: a `landscape` of each step, stacked, or several by name, to compare.
       steps: the steps at which they were recorded; None for 0, 1, 2, ...
-      axes: three matplotlib axes; None for those of a new figure.
+      axes: three matplotlib axes; None for a new figure.
 
     Returns:
       The figure.
@@ -44,8 +45,8 @@ def landscape(
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
       >>> loss = lambda params: jnp.sum(params ** 4)
-      >>> seen = [nj.diagnostics.landscape(loss, jnp.full(3, w), step_sizes=(0.01, 0.1)) for w in (1.0, 0.5, 0.25)]
-      >>> history = jax.tree.map(lambda *x: jnp.stack(x), *seen)
+      >>> walk = lambda w: nj.diagnostics.landscape(loss, jnp.full(3, w), step_sizes=(0.01, 0.1))
+      >>> history = jax.tree.map(lambda *x: jnp.stack(x), walk(1.0), walk(0.5), walk(0.25))
       >>> figure = nj.diagnostics.plot.landscape({"quartic": history}, steps=(0, 100, 200))
       >>> print([panel.get_title() for panel in figure.axes])
       ['loss', 'distance of gradients', 'effective smoothness']
@@ -54,20 +55,15 @@ def landscape(
     figure, grid = panels("landscape", axes, 3)
     for i, (name, history) in enumerate(named.items()):
         if np.ndim(history.loss) != 1:
-            refuse_single(
-                "landscape",
-                f"loss of shape {np.shape(history.loss)}",
-                fix="Stack the landscapes of several steps: jax.tree.map(lambda *x: jnp.stack(x), *history)",
-            )
+            got = f"loss of shape {np.shape(history.loss)}"
+            stack = "jax.tree.map(lambda *x: jnp.stack(x), *history)"
+            raise_single("landscape", got, fix=f"Stack the landscapes of several steps: {stack}")
         at, look = steps_of("landscape", steps, len(history.loss)), _Look(f"C{i}", name)
         _band(grid[0], at, history.loss_range, look)
         _band(grid[1], at, history.gradient_range, look)
-        grid[2].plot(
-            at, np.asarray(history.smoothness), linewidth=1.4, color=look.color, label=look.name
-        )
-    for panel, title in zip(
-        grid, ("loss", "distance of gradients", "effective smoothness"), strict=True
-    ):
+        smoothness = np.asarray(history.smoothness)
+        grid[2].plot(at, smoothness, linewidth=1.4, color=look.color, label=look.name)
+    for panel, title in zip(grid, _TITLES, strict=True):
         panel.set(yscale="log", xlabel="step")
         panel.set_title(title, fontsize="medium")
         panel.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Distributions over training."""
+"""Draws distributions over training."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ def percentiles(
     feature: int | None = None,
     axes: Any = None,
 ) -> Figure:
-    """Draws percentiles over the steps of training, a panel for each layer: a line for each, and the band they span.
+    """Draws percentiles over the steps of training, as lines and a band in a panel for each layer.
 
-    What to see: a band that moves, widens or narrows is a distribution that the layer has to
-      follow.
+    What to look for: if a band moves, widens or narrows, the layer has to follow that distribution.
 
     Args:
       history: `percentiles` of each step, stacked: values of `(steps, q, *features)`.
       steps: the steps at which they were recorded; None for 0, 1, 2, ...
-      feature: which feature, counted over all feature axes; None for a typical one: that whose
-        middle percentile moves by the median amount.
-      axes: matplotlib axes, one for each layer; None for those of a new figure.
+      feature: the number of the feature, counted over all feature axes; None for a typical one,
+        whose middle percentile moves by the median amount.
+      axes: matplotlib axes, one for each layer; None for a new figure.
 
     Returns:
       The figure.
@@ -43,20 +42,18 @@ def percentiles(
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
-      >>> x = jax.random.normal(jax.random.key(0), (20, 64, 3))  # of 20 steps
-      >>> history = jax.vmap(lambda x: nj.diagnostics.percentiles({"Dense_0": x}, feature_axes=-1))(x)
-      >>> figure = nj.diagnostics.plot.percentiles(history)
+      >>> x = jax.random.normal(jax.random.key(0), (20, 64, 3))  # the inputs at 20 steps
+      >>> measure = lambda x: nj.diagnostics.percentiles({"Dense_0": x}, feature_axes=-1)
+      >>> figure = nj.diagnostics.plot.percentiles(jax.vmap(measure)(x))
       >>> print(figure.axes[0].get_title())
       Dense_0, feature 0 of 3
     """
     layers = jax.tree_util.tree_leaves_with_path(history.values)
     q = np.asarray(history.q)
     if q.ndim != 2:
-        refuse_single(
-            "percentiles",
-            f"q of shape {q.shape}",
-            fix="Stack the percentiles of several steps: jax.tree.map(lambda *x: jnp.stack(x), *history)",
-        )
+        stack = "jax.tree.map(lambda *x: jnp.stack(x), *history)"
+        fix = f"Stack the percentiles of several steps: {stack}"
+        raise_single("percentiles", f"q of shape {q.shape}", fix=fix)
     at = steps_of("percentiles", steps, len(q))
     figure, grid = panels("percentiles", axes, len(layers))
     for panel, (path, values) in zip(grid, layers, strict=True):
@@ -69,7 +66,7 @@ def percentiles(
 
 
 def _feature(feature: int, count: int) -> int:
-    """Returns the feature where a layer has features of its own; refuses one that it does not have."""
+    """Returns the feature, 0 for a layer with one distribution; raises an error out of range."""
     if count == 1:
         return 0
     if not -count <= feature < count:
@@ -84,7 +81,7 @@ def _feature(feature: int, count: int) -> int:
 
 
 def _typical(values: np.ndarray) -> int:
-    """The feature whose middle percentile moves by the median amount, of values `(steps, q, features)`."""
+    """Returns the feature whose middle percentile moves by the median amount."""
     middle = values[:, values.shape[1] // 2]
     order = np.argsort(np.ptp(middle, axis=0), kind="stable")
     return int(order[(len(order) - 1) // 2])
@@ -93,16 +90,11 @@ def _typical(values: np.ndarray) -> int:
 def _draw(panel: Axes, steps: np.ndarray, q: np.ndarray, values: np.ndarray) -> None:
     """Draws values `(steps, q)`."""
     (first,) = panel.plot(steps, values[:, 0], linewidth=0.8, label=f"{q[0]:g}%")
-    color = first.get_color()  # the next of the axes' own
+    color = first.get_color()  # the next color of the axes
     panel.fill_between(steps, values.min(1), values.max(1), color=color, alpha=0.2, linewidth=0)
     for i, percentile in enumerate(q[1:], 1):
         middle = i == len(q) // 2
-        panel.plot(
-            steps,
-            values[:, i],
-            color=color,
-            linewidth=1.8 if middle else 0.8,
-            label=f"{percentile:g}%",
-        )
+        width = 1.8 if middle else 0.8
+        panel.plot(steps, values[:, i], color=color, linewidth=width, label=f"{percentile:g}%")
     panel.set_xlabel("step")
     panel.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""A report as a picture."""
+"""Draws a report."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ PANELS = {
     "scale": "|scale|",
     "gap": "gap, training to inference\n(standard deviations)",
 }
-FLOOR = 1e-8  # stands for 0 on logarithmic axes
+FLOOR = 1e-8  # drawn in place of 0 on logarithmic axes
 
 
 def report(report: Report, axes: Sequence[Axes] | None = None) -> Figure:
-    """Draws all layers at a glance: a row each, a mark for each channel, in the color of the worst finding.
+    """Draws a row for each layer: a mark for each channel, in the color of the worst finding.
 
     The panels are the running variance, the size of scale, and the gap between training and
-    inference; one that no layer has anything for is left out. A sick channel lies apart from the
-    others of its row, a sick layer from other rows; 0 is at the left edge.
+    inference; panels without values are left out. An unhealthy channel is far from the others in
+    its row, an unhealthy layer far from other rows. 0 is at the left edge.
 
     Args:
-      report: of `normjax.diagnostics.report`.
-      axes: to draw on, one for each panel that there is something for; None for those of a new
-        figure.
+      report: the result of `normjax.diagnostics.report`.
+      axes: the axes to draw on, one for each panel with values; None for a new figure.
 
     Returns:
       The figure.
 
     Raises:
-      ValueError: for axes that are not as many as the panels.
+      ValueError: if the number of axes is not the number of panels.
 
     Example:
       >>> import normjax as nj
@@ -63,14 +62,12 @@ def _new_figure(columns: int, layers: int) -> tuple[Figure, list[Axes]]:
 
 
 def _values(layer: LayerReport, name: str) -> np.ndarray:
-    """What a panel shows of a layer, at 1e-8 where it is 0."""
-    values = (
-        np.array([np.nan if layer.gap is None else layer.gap])
-        if name == "gap"
-        else layer.leaves.get(name)
-    )
-    values = np.zeros(0) if values is None else np.abs(values).ravel()
-    return np.maximum(values[np.isfinite(values)], 0 if name == "gap" else FLOOR)
+    """Returns the finite values in a layer's row of a panel; 1e-8 in place of 0."""
+    if name == "gap":
+        gaps = np.array([] if layer.gap is None else [layer.gap])
+        return gaps[np.isfinite(gaps)]
+    values = np.abs(layer.leaves.get(name, np.zeros(0))).ravel()
+    return np.maximum(values[np.isfinite(values)], FLOOR)
 
 
 def _panel(axes: Axes, report: Report, name: str) -> None:

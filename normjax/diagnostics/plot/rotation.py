@@ -1,4 +1,4 @@
-"""Norms, effective learning rates and angular updates over the steps of training."""
+"""Draws norms, effective learning rates and angular updates over the steps of training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from normjax.diagnostics.equilibrium import Equilibrium
-from normjax.diagnostics.plot._panels import panels, refuse_single, steps_of
+from normjax.diagnostics.plot._panels import panels, raise_single, steps_of
 from normjax.diagnostics.rotation import Rotation
 
-_POINTS = 200  # of a line; more steps are averaged in blocks
+_POINTS = 200  # the most points of a line; more steps are averaged in blocks
 _PANELS = {
     "norm": "norm",
     "effective_learning_rate": "effective learning rate",
@@ -27,19 +27,18 @@ def rotation(
     steps: Sequence[int] | None = None,
     axes: Any = None,
 ) -> Figure:
-    """Draws how long kernels are, the learning rate that acts on their direction, and how far each step turns them.
+    """Draws the norms of kernels, their effective learning rates, and the angles of their steps.
 
-    What to see: without weight decay, kernels before normalization grow, and turn less and less.
-      With it, all of them
-    come to the dashed line, whatever their gradients: rotational equilibrium. The axes are
-    logarithmic.
+    What to look for: without weight decay, kernels before normalization grow, and turn less and
+    less. With it, all of them reach the dashed line, the rotational equilibrium, whatever their
+    gradients are. The axes are logarithmic.
 
     Args:
-      history: what `rotation` returned, stacked over steps: each field `(steps, *features)`. Lines
-        are root mean squares over features, and over blocks of steps where there are more than 200.
-      equilibria: what `equilibrium` returned; its predicted angles are the dashed lines.
+      history: the results of `rotation`, stacked over steps: each field `(steps, *features)`. Lines
+        are root mean squares over features, and over blocks of steps if there are more than 200.
+      equilibria: the result of `equilibrium`; its predicted angles are the dashed lines.
       steps: the steps at which the history was recorded; None for 0, 1, 2, ...
-      axes: three matplotlib axes; None for those of a new figure.
+      axes: three matplotlib axes; None for a new figure.
 
     Returns:
       The figure.
@@ -52,7 +51,8 @@ def rotation(
       >>> def step(w, key):
       ...     g, new = w, {"kernel": w["kernel"] + jax.random.normal(key, (50,))}
       ...     return new, nj.diagnostics.rotation(w, g, new, learning_rate=0.1)
-      >>> _, history = jax.lax.scan(step, {"kernel": jnp.ones(50)}, jax.random.split(jax.random.key(0), 20))
+      >>> keys = jax.random.split(jax.random.key(0), 20)
+      >>> _, history = jax.lax.scan(step, {"kernel": jnp.ones(50)}, keys)
       >>> figure = nj.diagnostics.plot.rotation(history)
       >>> print([panel.get_title() for panel in figure.axes])
       ['norm', 'effective learning rate', 'angular update (radians a step)']
@@ -62,18 +62,14 @@ def rotation(
         for panel, name in zip(grid, _PANELS, strict=True):
             values = np.asarray(getattr(rotations, name), np.float64)
             if values.ndim == 0:
-                refuse_single(
-                    "rotation",
-                    f"{name} of shape () for {path!r}",
-                    fix="Stack what rotation returned: jax.tree.map(lambda *steps: jnp.stack(steps), *measured)",
-                )
-            at = steps_of("rotation", steps, len(values))
-            panel.plot(
-                _blocks(at), np.sqrt(_blocks(values**2)), color=f"C{i}", linewidth=1.4, label=path
-            )
-    for height in sorted(
-        {float(np.mean(found.angle.predicted)) for found in (equilibria or {}).values()}
-    ):
+                stack = "jax.tree.map(lambda *steps: jnp.stack(steps), *measured)"
+                fix = f"Stack the Rotations of several steps: {stack}"
+                raise_single("rotation", f"{name} of shape () for {path!r}", fix=fix)
+            at = _blocks(steps_of("rotation", steps, len(values)))
+            height = np.sqrt(_blocks(values**2))
+            panel.plot(at, height, color=f"C{i}", linewidth=1.4, label=path)
+    predicted = [found.angle.predicted for found in (equilibria or {}).values()]
+    for height in sorted({float(np.mean(angle)) for angle in predicted}):
         grid[-1].axhline(height, color="black", linestyle="--", linewidth=1, label="predicted")
     for panel, title in zip(grid, _PANELS.values(), strict=True):
         drawn = any((np.asarray(line.get_ydata()) > 0).any() for line in panel.lines)
@@ -86,7 +82,7 @@ def rotation(
 
 
 def _blocks(values: np.ndarray) -> np.ndarray:
-    """Returns the means over features and over blocks of steps, of one size but for the last."""
+    """Returns the means over features and over blocks of steps; the last may be smaller."""
     flat = values.reshape(len(values), -1).mean(1)
     starts = np.arange(0, len(flat), max(1, -(-len(flat) // _POINTS)))
     return np.add.reduceat(flat, starts) / np.diff(np.append(starts, len(flat)))

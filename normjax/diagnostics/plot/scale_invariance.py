@@ -1,4 +1,4 @@
-"""Which parameters only the direction of counts, at a glance."""
+"""Draws which parameters the network only uses the direction of."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from matplotlib.figure import Figure
 from normjax.diagnostics.plot._panels import panel
 from normjax.diagnostics.scale_invariance import ScaleInvariance
 
-_LEAST = 1e-8  # where zeros are drawn
+_LEAST = 1e-8  # drawn in place of 0
 
 
 def scale_invariance(
     found: Mapping[str, ScaleInvariance], axes: matplotlib.axes.Axes | None = None
 ) -> Figure:
-    """Draws for each parameter what its scale does, relative to a random change, on a logarithmic axis.
+    """Draws the effect of each parameter's scale, relative to a random change.
 
-    What to see: parameters fall into two groups, some five orders of magnitude apart. One in
-      between has a
-    normalization behind it whose epsilon is no longer small. Hollow marks are parameters without
-    influence.
+    What to look for: parameters form two groups, some five orders of magnitude apart on the
+    logarithmic axis. A parameter between them has a normalization after it whose epsilon is no
+    longer small. Hollow marks are parameters without influence.
 
     Args:
-      found: what `scale_invariance` returned.
-      axes: matplotlib axes; None for those of a new figure.
+      found: the result of `scale_invariance`.
+      axes: matplotlib axes; None for a new figure.
 
     Returns:
       The figure.
@@ -41,28 +40,23 @@ def scale_invariance(
     """
     figure, axes = panel(axes, (7, 1.2 + 0.28 * len(found)))
     rows = np.arange(len(found))
+    changes = [numbers.change for numbers in found.values()]
+    cosines = [numbers.cosine / numbers.chance for numbers in found.values()]
     marks = {
-        "outputs, with the parameter scaled": ("o", [numbers.change for numbers in found.values()]),
-        "gradient along the parameter": (
-            "D",
-            [numbers.cosine / numbers.chance for numbers in found.values()],
-        ),
+        "outputs, with the parameter scaled": ("o", changes),
+        "gradient along the parameter": ("D", cosines),
     }
     for i, (label, (marker, values)) in enumerate(marks.items()):
         faces = [f"C{i}" if numbers.influence > 0 else "none" for numbers in found.values()]
-        height = np.maximum(values, _LEAST)
+        colors = {"facecolors": faces, "edgecolors": f"C{i}"}
         axes.scatter(
-            height, rows, marker=marker, facecolors=faces, edgecolors=f"C{i}", label=label, zorder=2
+            np.maximum(values, _LEAST), rows, marker=marker, label=label, zorder=2, **colors
         )
-    axes.set(
-        xscale="log",
-        xlim=(_LEAST / 2, 50),
-        xlabel="relative to a random change: 0 is invariant, 1 is not",
-    )
+    axes.set(xscale="log", xlim=(_LEAST / 2, 50))
+    axes.set_xlabel("relative to a random change: 0 is invariant, 1 is not")
     axes.set_yticks(rows, list(found))
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
-    axes.legend(
-        fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False
-    )
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
+    axes.legend(fontsize="small", ncols=2, frameon=False, **above)
     return figure
