@@ -1,15 +1,15 @@
-"""What folding batch norm is worth: a ResNet's inference before and after, timed in turns.
+"""Times a ResNet's inference before and after folding batch norm, in turns.
 
-    python benchmarks/folding.py                                        # ResNet-18, images of 32x32 pixels, on the CPU
+    python benchmarks/folding.py                  # ResNet-18, images of 32x32 pixels, on the CPU
     python benchmarks/folding.py --network resnet50 --pixels 224 --repeats 10
 
-Two programs, `model.apply` and `normjax.deploy.fold(...).apply`, each compiled for each batch size
-with its variables as arguments, and as constants that XLA may work with. They run in turns, one
-after the other, in every repeat.
+The two programs are `model.apply` and `normjax.deploy.fold(...).apply`. Each is compiled for each
+batch size with its variables as arguments, and as constants that XLA can fold. They run in turns,
+one after the other, in every repeat.
 
-Written to benchmarks/results/ and printed are medians over the repeats: milliseconds by the clock,
-and of work on all cores (which counts threads that wait by spinning, but not other work on the
-machine), and the ratio of the source's to those of the same repeat.
+The results are medians over the repeats, printed and written to benchmarks/results/: milliseconds
+of wall time, milliseconds of work on all cores (with threads that wait by spinning, but without
+other work on the machine), and the ratio of the source's time to that of the same repeat.
 """
 
 from __future__ import annotations
@@ -149,9 +149,8 @@ def main() -> None:
         / f"folding-{args.network}-{args.pixels}-{jax.default_backend()}.json"
     )
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(
-        f"{result['folded']} of {result['batch_norms']} folded, relative error {result['relative_error']:.1e}"
-    )
+    error = result["relative_error"]
+    print(f"{result['folded']} of {result['batch_norms']} folded, relative error {error:.1e}")
     for row in result["rows"]:
         figures = (
             f"{kind} {row[f'{kind}_ms']:9.2f} ms {row[f'{kind}_speedup']:.2f}x"

@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
-"""Compares ways to write batch normalization's variance and its derivative: the measurements behind the design.
+"""Compares ways to write batch normalization's variance and its derivative.
 
     python benchmarks/formulations.py                 times on this machine's CPU
-    python benchmarks/formulations.py --tpu v5e:2x2   bytes and collectives, compiled for TPU v5e; needs no TPU
+    python benchmarks/formulations.py --tpu v5e:2x2   bytes and collectives; needs no TPU
     python benchmarks/formulations.py --tpu v5e:16x16 --chips 256
 
-The program is that of two conv-BN-ReLU layers and their mean (CPU times: of the layer alone). On
-TPU nothing is run: the figures are those of the compiled program, without noise. `bytes` counts the
-  branch of a conditional as if it were
-taken every time; the row `guard, branch emptied` is the same program with nothing to do in the
-branch, which is what a step costs where the guard is quiet.
-Writes a JSON file to benchmarks/results/ and prints the table.
+The program has two conv-BN-ReLU layers and their mean (CPU times are for the layer alone). It is
+compiled for a TPU and not run, so the figures have no noise. `bytes` counts the branch of a
+conditional as taken every time. The row `guard, branch emptied` is the same program with an empty
+branch, which is the cost of a step that does not take it.
+It writes a JSON file to benchmarks/results/ and prints the table.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def shifted_by_first(x, shift):
 
 
 def guard(x, shift, second_pass):
-    """One pass around the running mean, and a second one in a branch where the first one cancelled."""
+    """One pass around the running mean, and a second one in a branch if the first one cancelled."""
     mean, var = shifted(x, shift)
     cancelled = jnp.any(~((mean - shift) ** 2 <= 64 * (var + EPSILON)))
     return lax.cond(cancelled, second_pass, lambda x, first: first, x, (mean, var))
@@ -116,7 +115,7 @@ def jvp_of_moments(moments) -> Callable:
 
 
 def vjp_of_layer(moments) -> Layer:
-    """The whole layer's backward pass by hand; no forward mode, no second order that JAX could check."""
+    """The whole layer's backward pass by hand, without forward mode or second order."""
 
     @jax.custom_vjp
     def layer(x, shift, scale, bias):

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The whole table on a GPU, in one call that ends within 8 minutes: layers, peers and the floor, then whole steps.
+"""Measures layers, their peers and floors, and whole steps on a GPU, in at most 8 minutes.
 
     python benchmarks/gpu.py                 # on the GPU
     python benchmarks/gpu.py --dry-run       # tiny shapes on the CPU: whether all of it works
 
-Needs this repository (not installed), JAX with CUDA, and what normjax depends on; no network. Peers
-that are not there are named. Results are checked before they are timed. Writes JSON after each
-half, so that a call that is cut short leaves what it has; prints the tables last.
+It needs this repository (not installed), JAX with CUDA, and what normjax depends on, but no
+network. Missing peers are named. Results are checked before they are timed. JSON is written after
+each half, so that an interrupted call leaves the first one; the tables are printed last.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ CALLED = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)")
 
 
 class Collective(NamedTuple):
-    """What devices send each other at one point of a program: all operands of one instruction together."""
+    """A collective instruction: what devices send each other, all operands together."""
 
     kind: str
     elements: int
@@ -82,7 +82,7 @@ def branches(bodies: Mapping[str, str]) -> set[str]:
 
 
 def in_branches(bodies: Mapping[str, str]) -> set[str]:
-    """Returns the computations that run in some branch of a conditional only, or are called from there."""
+    """Returns the computations that only run in branches of conditionals, or are called there."""
     waiting, reached = branches(bodies), set()
     while waiting:
         name = waiting.pop()
@@ -92,7 +92,7 @@ def in_branches(bodies: Mapping[str, str]) -> set[str]:
 
 
 def bytes_in_branches(compiled: Any) -> int:
-    """Returns the bytes that instructions in branches of conditionals read and write; all count as taken."""
+    """Returns the bytes that branches of conditionals read and write; all count as taken."""
     bodies = computations(compiled.as_text())
     return sum(_bytes_accessed(bodies[name]) for name in branches(bodies))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times every layer against its peers, on whatever backend there is, and against what its memory allows.
+"""Times every layer against its peers and its memory floor, on this machine's backend.
 
     python benchmarks/layers.py                    # the suite of this backend: minutes on a CPU
     python benchmarks/layers.py --suite sync       # synced batch norm, on 8 CPU devices

@@ -1,8 +1,8 @@
-"""What training keeps in memory: a ResNet-50 step compiled for a TPU chip that is not there, and single layers.
+"""Measures the memory of training: a ResNet-50 step compiled for a TPU chip, and single layers.
 
-Nothing runs. Of the step, the compiled program tells the temporary bytes and the bytes accessed; of
-the layers, JAX tells the bytes that a `jax.vjp` of convolution, norm, activation and convolution
-keeps. One compilation takes minutes.
+Nothing runs, so no TPU is needed. For the step, the compiled program has the temporary bytes and
+the bytes accessed; for layers, JAX has the bytes that a `jax.vjp` of convolution, norm, activation
+and convolution stores. One compilation takes minutes.
 
     pip install -e '.[bench]'
     python benchmarks/memory.py --out benchmarks/results/memory-v5e-1.json
@@ -122,7 +122,7 @@ def two_layers(name: str) -> Callable[..., jax.Array]:
 
 
 def kept_bytes(network: Callable[..., jax.Array], shape: tuple[int, ...], dtype: Any) -> int:
-    """Returns the bytes that the backward pass of a network is given, beyond the network's arguments."""
+    """Returns the bytes that a network's backward pass gets besides the network's arguments."""
     features = shape[-1]
     kernel, vector = (
         jax.ShapeDtypeStruct((features, features), dtype),

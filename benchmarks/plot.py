@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Plots a result of benchmarks/layers.py or gpu.py: each peer's time as a bar, against what its memory allows.
+"""Plots a result of benchmarks/layers.py or gpu.py: peers' times as bars, and the memory floor.
 
     python benchmarks/plot.py benchmarks/results/layers-cpu.json docs/pages/images/layers-cpu.svg
 
-A panel for each mode and dtype; a group of bars for each row, in multiples of the row's floor (the
-dashed line). Bars that would be longer than --limit are cut off and say how long they are.
+Each mode and dtype has a panel, each row a group of bars, in multiples of the row's floor (the
+dashed line). Bars longer than --limit are cut off and labelled with their length.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A ResNet-50 training step on a TPU pod slice that is not there: what the compiled program moves, sends and needs.
+"""Compiles a ResNet-50 training step for a TPU pod slice, and reads bytes and collectives off it.
 
 JAX compiles ahead of time for 256 chips, with synced batch norm in groups of 128 examples:
-normjax's, and Flax's. Nothing runs, so there is no noise and no time; compiling takes minutes.
+normjax's, and Flax's. Nothing runs, so no TPU is needed, and there are no times and no noise.
+Compiling takes minutes.
 
     pip install -e '.[bench]'
     python benchmarks/pod.py --out benchmarks/results/pod-v5e-256.json

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""The small things: how long the import takes, and the compilation of networks, beside Flax's.
+"""Measures the time of the import, and of compiling networks, against Flax's.
 
     python benchmarks/small.py
 
 Import: milliseconds of `import normjax` in a fresh process that has imported JAX. Compilation:
-  seconds of CPU time
-to trace, lower and compile a training step of 50 layers of Dense, BatchNorm and ReLU, and of a
-ResNet-50, in turns.
-The least of some repetitions each: what is above it is the machine's other work.
+seconds of CPU time to trace, lower and compile a training step of 50 layers of Dense, BatchNorm and
+ReLU, and of a ResNet-50, in turns. Each is the least of some repetitions, since other work on the
+machine only adds to it.
 """
 
 from __future__ import annotations
@@ -29,7 +28,12 @@ from harness import networks, records
 
 import normjax as nj
 
-IMPORT = "import time, jax, jax.numpy; t = time.perf_counter(); import normjax; print(1e3 * (time.perf_counter() - t))"
+IMPORT = """
+import time, jax, jax.numpy
+start = time.perf_counter()
+import normjax
+print(1e3 * (time.perf_counter() - start))
+"""
 NORMS = {"normjax": nj.linen.BatchNorm, "flax.linen": nn.BatchNorm}
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What layers and training steps cost on a TPU that is not there: figures of the compiled programs, without noise.
+"""Compiles layers and training steps for a TPU, and reads their costs off the programs.
 
     pip install -e '.[bench]'
     python benchmarks/static.py                                       # minutes; one chip

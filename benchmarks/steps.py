@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""Times whole training steps, with the normalization layer as the only difference, and says what memory they need.
+"""Measures time and memory of training steps that only differ in the normalization layer.
 
     python benchmarks/steps.py                                          # the sizes of this backend
     python benchmarks/steps.py --only transformer --peers normjax flax.linen none
 
-The Inception and ResNets of the examples, ResNet-50, a small transformer. `none` has no
-normalization at all: what remains is the price of the rest. The losses of the first three steps are
-  compared before anything is timed. Memory is
-that of the compiled program, and the size of what is kept for the backward pass. In the table:
-milliseconds, the ratio to normjax's, megabytes of temporary memory / kept for the backward pass.
+The networks are the Inception and ResNets of the examples, ResNet-50, and a small transformer.
+`none` has no normalization, so it shows the cost of the rest. The losses of the first three steps
+are compared before anything is timed. The table has milliseconds, the ratio to normjax's, and
+megabytes of the compiled program's temporary memory / stored for the backward pass.
 """
 
 from __future__ import annotations

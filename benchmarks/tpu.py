@@ -1,4 +1,4 @@
-"""TPUs that are not there: libtpu's compiler compiles for them on any x86-64 machine."""
+"""Compiles for TPUs without one: libtpu's compiler runs on any x86-64 machine."""
 
 from __future__ import annotations
 

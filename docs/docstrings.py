@@ -1,4 +1,4 @@
-"""Lets mkdocstrings show docstrings as they are written here: `Example:`, where it knows only `Examples:`."""
+"""Lets mkdocstrings show the section `Example:` of docstrings; it only knows `Examples:`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import griffe
 
 
 class Examples(griffe.Extension):
-    """Renames the section, without which its `>>>` would be read as Markdown, and arrays in its output as links."""
+    """Renames the section.
+
+    Otherwise its `>>>` would be read as Markdown, and arrays in its output as links.
+    """
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Renames it in one docstring."""

@@ -1,10 +1,10 @@
-"""Makes the pictures of the gallery: runs its examples and leaves their plots, small, in docs/pages/images.
+"""Makes the pictures of the gallery: runs its examples and shrinks their plots.
 
-    python docs/gallery.py                        # all of them, each about 2 minutes on two idle cores
+    python docs/gallery.py                        # all, each about 2 minutes on two idle cores
     python docs/gallery.py recurrent landscape    # only these
-    python docs/gallery.py --finished recurrent   # not run again: the plot that is in results/recurrent
+    python docs/gallery.py --finished recurrent   # runs nothing: the plot is in results/recurrent
 
-An example leaves its files in results/NAME.
+An example writes its files to results/NAME; pictures are in docs/pages/images.
 """
 
 from __future__ import annotations

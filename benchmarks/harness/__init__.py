@@ -1,1 +1,1 @@
-"""What the benchmarks share: rows to run, peers to run them with, a clock, and records of what came out."""
+"""What the benchmarks share: rows to run, peers to run them with, a clock, and records."""

@@ -1,4 +1,4 @@
-"""The rows of the benchmark: which layer does what to which array, and how many bytes that must move."""
+"""The rows of the benchmark: the layer, its mode and its array, and the bytes that must move."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def operands(case: Case) -> dict[str, np.ndarray]:
 
 
 def suite(name: str) -> list[Case]:
-    """Returns the rows of a suite: tiny, cpu or gpu, those that matter most first; sync: on 8 devices."""
+    """Returns the rows of a suite, the most important first; sync runs on 8 devices."""
     return list(dict.fromkeys({"tiny": _tiny, "cpu": _cpu, "gpu": _gpu, "sync": _sync}[name]()))
 
 
@@ -179,7 +179,7 @@ def _fused(shape: Shape, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:
 def _others(
     vit: Shape, language: Shape, image: Shape, dtypes: tuple[str, ...] = DTYPES
 ) -> Iterator[Case]:
-    """Yields layer and RMS norm in ViT-B and a language model 4096 wide, group and instance norm on images."""
+    """Yields layer and RMS norm in transformers, group and instance norm on images."""
     rows: list[tuple[Layer, Shape]] = [
         ("layer", vit),
         ("rms", language),

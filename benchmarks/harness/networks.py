@@ -48,7 +48,7 @@ class Network(NamedTuple):
 
 
 def step(network: Network) -> Callable[..., tuple[Any, Any, jax.Array]]:
-    """Returns one step of SGD: (params, batch_stats, inputs, labels) to the new ones and the loss."""
+    """Returns a step of SGD from (params, batch_stats, inputs, labels) to new ones and the loss."""
 
     def apply(
         params: Any, batch_stats: Any, inputs: Any, labels: Any
@@ -189,7 +189,7 @@ _CHOSEN = {"peer": "normjax"}
 
 
 def _transformer(kind: Any, shape: tuple[int, ...], dtype: str, width: int, depth: int) -> Network:
-    """A decoder of pre-norm blocks, attention and a perceptron four times as wide, causal, without biases."""
+    """A causal decoder of pre-norm blocks: attention and a wide perceptron, without biases."""
     normal, head = jax.nn.initializers.normal(0.02), min(width, 64)
     matrices = {
         "qkv": (width, 3 * width),

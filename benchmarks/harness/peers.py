@@ -1,4 +1,4 @@
-"""The peers that run on JAX, each as a function `(params, stats, x) -> (y, stats)` over trees in Flax's names.
+"""The peers on JAX, as functions `(params, stats, x) -> (y, stats)` of trees in Flax's names.
 
 A peer is imported when it is asked for. One that is absent, or has no such layer, raises `Unable`,
 which says why.
@@ -90,7 +90,7 @@ def flax_nnx(case: Case) -> Apply:
 
 
 def haiku(case: Case) -> Apply:
-    """Returns `dm-haiku`'s layer, in float32 between casts, as its mixed precision policy for normalization has it."""
+    """Returns `dm-haiku`'s layer, in float32 between casts, as its mixed precision policy does."""
     import haiku as hk
 
     axes = tuple(range(1, len(case.shape) - 1))
@@ -128,7 +128,7 @@ def haiku(case: Case) -> Apply:
 
 
 def equinox(case: Case) -> Apply:
-    """Returns `equinox`'s layer: a function of one example, under vmap, features first where there are pixels."""
+    """Returns `equinox`'s layer, which takes one example, under vmap; images are features first."""
     import equinox as eqx
 
     c = case.features
@@ -234,7 +234,7 @@ PEERS: dict[str, Callable[[Case], Apply]] = {
 
 
 def features_first(peer: str, case: Case) -> bool:
-    """Whether the peer takes (examples, features, ...) where the case says (examples, ..., features)."""
+    """Returns whether the peer takes (examples, features, ...) for (examples, ..., features)."""
     return peer == "equinox" and case.layer in ("batch", "group", "instance")
 
 

@@ -1,4 +1,4 @@
-"""From a case and a peer on JAX to a program: compiled, checked for memory, ready to be timed."""
+"""Compiles the programs of a case for peers on JAX, and measures their memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Operands:
 
 
 def build(peer: str, case: Case, operands: Operands) -> Built:
-    """Compiles a case for a peer on JAX; raises Unable, or ImportError, where there is no such thing."""
+    """Compiles a case for a peer on JAX; raises Unable or ImportError if it is missing."""
     first = features_first(peer, case)
     run, given = traceable(peer, case, operands.placed(first))
     jitted = jax.jit(run)
@@ -74,7 +74,7 @@ def build(peer: str, case: Case, operands: Operands) -> Built:
 def traceable(
     peer: str, case: Case, operands: dict[str, Any]
 ) -> tuple[Callable[..., dict[str, Any]], tuple]:
-    """Returns what is compiled for a case, and its arguments: params, batch_stats, and arrays by name."""
+    """Returns the function to compile for a case, and its params, batch_stats and arrays."""
     run = partial(_run, PEERS[peer](case), case)
     params = {name: operands[name] for name in ("scale", "bias") if name in operands}
     stats = {name: operands[name] for name in ("mean", "var") if case.layer == "batch"}
@@ -104,7 +104,7 @@ def relative_errors(
 
 
 def compiled_memory(compiled: Any) -> dict[str, int]:
-    """Returns the bytes that a compiled program needs beside its arguments and results, and at its peak."""
+    """Returns a program's temporary bytes, besides arguments and results, and its peak."""
     memory = compiled.memory_analysis()
     if memory is None:
         return {}
@@ -114,7 +114,7 @@ def compiled_memory(compiled: Any) -> dict[str, int]:
 
 
 def kept_bytes(function: Callable[..., Any], *operands: Any) -> int:
-    """Returns the bytes of what a function keeps for its backward pass, operands of its own left out."""
+    """Returns the bytes that a function stores for its backward pass, without its operands."""
     traced = jax.make_jaxpr(lambda *operands: jax.vjp(function, *operands)[1])(*operands).jaxpr
     given = {id(value) for value in (*traced.invars, *traced.constvars)}
     kept = {id(value): value.aval for value in traced.outvars if not isinstance(value, Literal)}

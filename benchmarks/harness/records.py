@@ -77,7 +77,7 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 def peer_table(
     rows: list[dict[str, Any]], cell: Callable[[dict[str, Any], dict[str, Any]], str]
 ) -> str:
-    """Returns a table with a column for each peer; `cell` makes its text of the row and what the peer did there."""
+    """Returns a table with a column for each peer; `cell` makes the text of a row and peer."""
     names = list(
         dict.fromkeys(
             name for row in rows for name, got in row["peers"].items() if "skipped" not in got

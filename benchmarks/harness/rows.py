@@ -24,16 +24,16 @@ COPY = "copy"
 
 
 class Building:
-    """How long each peer's programs have taken to make; what takes too long of the whole time is left out from then on.
+    """Builds programs; a peer whose programs took more than the limit is left out from then on.
 
-    PyTorch's compiler takes seconds for a layer, others a fraction of one.
+    PyTorch's compiler takes seconds for a layer, others a fraction of a second.
     """
 
     def __init__(self, limit: float):
         self.limit, self.spent = limit, dict.fromkeys(PEERS, 0.0)
 
     def make(self, name: str, case: Case, given: Operands) -> Built:
-        """Returns a peer's program; raises Unable where its time is up."""
+        """Returns a peer's program; raises Unable if its time is used up."""
         if self.spent[name] > self.limit:
             raise peers.Unable(
                 f"its programs took more than {self.limit:.0f} s to make: a sixth of the time"
@@ -48,7 +48,7 @@ class Building:
 def run(
     cases: Sequence[Case], names: Iterable[str], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Returns the rows of cases; those that are not begun when the time is up are named and left out."""
+    """Returns the rows of cases; those that do not start in time are named and left out."""
     end, rows = time.monotonic() + seconds, []
     building = Building(seconds / 6)
     for i, case in enumerate(cases):
@@ -64,7 +64,7 @@ def run(
 
 
 def row(case: Case, names: list[str], rounds: int, building: Building) -> dict[str, Any]:
-    """Returns what each peer takes for a case: milliseconds, bytes, and its error or why it is left out."""
+    """Returns each peer's milliseconds, bytes and error for a case, or why it is left out."""
     built, found = _checked(case, names, building)
     timed = {name: each.program for name, each in built.items()}
     times = interleaved(timed | {COPY: _copy(case)}, rounds)
@@ -102,7 +102,7 @@ def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
 def _checked(
     case: Case, names: list[str], building: Building
 ) -> tuple[dict[str, Built], dict[str, Any]]:
-    """Builds the programs; those that are absent, unable or wrong are noted with the reason, not timed."""
+    """Builds the programs; those that are absent, unable or wrong only get a reason."""
     given = Operands(case)
     built = {"normjax": programs.build("normjax", case, given)}
     reference = built["normjax"].outputs()

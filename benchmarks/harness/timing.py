@@ -1,4 +1,4 @@
-"""A clock for programs that are to be compared: they run in turns, so that the machine's drift falls on all alike."""
+"""Times programs in turns, so that the machine's drift affects all of them equally."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def interleaved(
 
 
 def summary(own: list[float], base: list[float]) -> dict[str, float | int]:
-    """Returns the median, the quartiles, and the median of the ratios to another program in the same rounds."""
+    """Returns the median, the quartiles, and the median ratio to another program by round."""
     low, median, high = (
         statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else own * 3
     )

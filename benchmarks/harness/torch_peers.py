@@ -79,7 +79,7 @@ def build(peer: str, case: Case, operands: Operands) -> Built:
 
 
 def _layer(torch: Any, case: Case) -> Any:
-    """The layer; a batch norm's leaves are float32, those of others have x's dtype, as their CUDA kernels ask for."""
+    """Returns the layer; leaves are float32 for batch norm, x's dtype for others, as CUDA needs."""
     nn, c = torch.nn, case.features
     if case.layer == "batch":
         return nn.BatchNorm2d(c, EPSILON, 1 - MOMENTUM).train(case.train)

@@ -1,4 +1,4 @@
-"""Runs a network's training step with each peer's layers: checked, measured for memory, timed in turns."""
+"""Runs a network's training step with each peer's layers: checks, memory, times in turns."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Trained(NamedTuple):
 def run(
     rows: Sequence[Network], names: Iterable[str], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Returns the rows of networks; those that are not begun when the time is up are named and left out."""
+    """Returns the rows of networks; those that do not start in time are named and left out."""
     end, found = time.monotonic() + seconds, []
     for i, network in enumerate(rows):
         if time.monotonic() > end:
@@ -45,7 +45,7 @@ def run(
 
 
 def row(network: Network, names: list[str], rounds: int) -> dict[str, Any]:
-    """Returns what a step takes with each peer's layers: milliseconds, bytes, seconds to compile."""
+    """Returns a step's milliseconds, bytes and seconds to compile with each peer's layers."""
     own = train(network, "normjax")
     programs: dict[str, Program] = {"normjax": own.program}
     found: dict[str, dict[str, Any]] = {"normjax": dict(own.memory)}
@@ -61,9 +61,8 @@ def row(network: Network, names: list[str], rounds: int) -> dict[str, Any]:
         else:
             worst = float(np.max(np.abs(other.losses / own.losses - 1)))
             if name != "none" and not worst <= TOLERANCE[network.dtype]:
-                found[name] = {
-                    "skipped": f"wrong: the loss is off by {worst:.2g} of normjax's in {STEPS} steps"
-                }
+                off = f"the loss is off by {worst:.2g} of normjax's in {STEPS} steps"
+                found[name] = {"skipped": f"wrong: {off}"}
             else:
                 programs[name], found[name] = other.program, other.memory | {"error": worst}
     times = interleaved(programs, rounds)
