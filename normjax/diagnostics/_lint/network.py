@@ -106,22 +106,40 @@ class Network:
             if layer.is_statistic and layer in self.updates:
                 owners = [
                     owner
-                    for meeting in self._meetings(leaf)
+                    for meeting in self._meetings(leaf, self.updates[layer])
                     if (owner := self._measuring(meeting)) is not None
                 ]
                 for owner in dict.fromkeys(owners):
                     found.setdefault(owner, []).append(layer)
         return found
 
-    def _meetings(self, leaf: int) -> list[int]:
-        """Returns what is made from a leaf and from activations at once."""
+    def _meetings(self, leaf: int, update: int) -> list[int]:
+        """Returns what is made from a leaf and from activations at once.
+
+        A layer that is called twice updates its statistics twice. So the first meeting is followed
+        on the way to the update.
+        """
+        on_the_way = self._sources(update)
+        size = self.graph.nodes[leaf].size
         found, waiting = set(), [leaf]
         while waiting:
             for user in self.graph.users[waiting.pop()]:
-                if user not in found:
-                    found.add(user)
-                    waiting += [user] * (not self.graph.data(user))
+                if user in found:
+                    continue
+                found.add(user)
+                updated = user in on_the_way and self.graph.nodes[user].size == size
+                if updated or not self.graph.data(user):
+                    waiting.append(user)
         return sorted(user for user in found if self.graph.data(user))
+
+    def _sources(self, number: int) -> set[int]:
+        """Returns a value and all that it is made from."""
+        found, waiting = {number}, [number]
+        while waiting:
+            new = set(self.graph.nodes[waiting.pop()].inputs) - found
+            found |= new
+            waiting += new
+        return found
 
     def _measuring(self, number: int) -> int | None:
         """Returns which normalization measured what a value is made from, by its y."""
