@@ -126,6 +126,18 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture(scope="module")
+def without_optimizations():
+    """Compiles what a module of tests compiles without optimizing it, in two thirds of the time.
+
+    For tests of what a program does, not of what XLA makes of it.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture
 def promotion_as_in_flax():
     """JAX's standard promotion: Flax's layers mix bfloat16 and float32 by way of it, and so do the doors' dtypes."""

@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 # `python examples/speedup.py` has the script's own folder on the path, and so do these tests.
@@ -11,9 +10,5 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def without_optimizations():
-    """Programs here run a few steps only, and LLVM would take longer to optimize them than they run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def few_steps(without_optimizations):
+    """Programs here run a few steps only: LLVM would take longer to optimize them than they run."""
