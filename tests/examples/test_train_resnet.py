@@ -49,21 +49,15 @@ MINUTE = 60
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Of the programs: nothing optimized, and nothing compiled twice; then most of a run is not spent compiling.
+    """Of the programs: nothing is optimized, so that most of a run is not spent compiling.
 
     Nor do they import PyTorch, which the program does not need; tensorboardX imports it if it can.
     """
     hidden = tmp_path_factory.mktemp("hidden")
     (hidden / "torch.py").write_text("raise ImportError('hidden by tests/examples')")
     paths = [str(hidden), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    cache["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    return (
-        os.environ
-        | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200", "JAX_PLATFORMS": "cpu"}
-        | cache
-    )
+    own = {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200", "JAX_PLATFORMS": "cpu"}
+    return os.environ | own | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 @pytest.fixture(scope="module")
