@@ -11,6 +11,15 @@ def widest(x):
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
 
 
+def at_once(function, *arguments):
+    """`function(*arguments)` as NumPy arrays, from one program.
+
+    XLA takes longer to compile a program for each of the operations, which they would be run by
+    otherwise.
+    """
+    return jax.device_get(jax.jit(function)(*arguments))
+
+
 def assert_close(actual, expected, *, rtol=0.0, atol=0.0, dtype=None):
     """Asserts equal shapes, and |actual - expected| <= atol + rtol * |expected|, all finite."""
     assert np.isfinite(widest(expected)).all(), f"the expectation itself is not finite: {expected}"

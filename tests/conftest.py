@@ -1,8 +1,19 @@
-"""Sets eight CPU devices, strict promotion and hypothesis, before JAX's backend starts."""
+"""Sets eight CPU devices, strict promotion, hypothesis and a cache, before JAX's backend starts."""
 
 import os
+import pathlib
+import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Three quarters of the suite's time is XLA compiling small programs, many of them again and again:
+# in another module, in the other worker, in the next run. Set for tests' own processes too.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+# PyTorch's threads would wait for work by spinning, on the core that the other worker computes on.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import jax
@@ -11,6 +22,8 @@ import pytest
 
 from tests.platforms import PLATFORMS, Platform
 
+ROOT = pathlib.Path(__file__).parents[1]
+PROGRAMS = 100_000  # in the cache, a few suites' worth: then it starts anew
 DEVICES = int(os.environ.get("NORMJAX_TEST_DEVICES", "8"))
 
 jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -26,86 +39,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("normjax")
 
 
-# Beside the tests that are marked, `make test-fast` leaves out those that check against others, or
-# train, and examples.
-THOROUGH = {
-    "test_accumulate.py",
-    "test_activated_batch_norm.py",
-    "test_adversarial_pairs.py",
-    "test_batch_norm_ghosts.py",
-    "test_batch_norm_gradients.py",
-    "test_batch_norm_masks.py",
-    "test_batch_norm_torch.py",
-    "test_batch_variance.py",
-    "test_checkpoints.py",
-    "test_conditional.py",
-    "test_contrastive.py",
-    "test_covariate_shift.py",
-    "test_cross_batch_attention.py",
-    "test_domains.py",
-    "test_equilibrium.py",
-    "test_export.py",
-    "test_family.py",
-    "test_family_reference.py",
-    "test_family_torch.py",
-    "test_flax.py",
-    "test_fold.py",
-    "test_fold_batch_norm.py",
-    "test_fold_kept.py",
-    "test_freezing.py",
-    "test_golden.py",
-    "test_haiku.py",
-    "test_hessian.py",
-    "test_identities.py",
-    "test_interactions.py",
-    "test_invariance.py",
-    "test_keras.py",
-    "test_kinds.py",
-    "test_landscape.py",
-    "test_leakage.py",
-    "test_lint.py",
-    "test_lint_examples.py",
-    "test_lint_networks.py",
-    "test_networks.py",
-    "test_new_layers.py",
-    "test_onnx_conformance.py",
-    "test_percentiles.py",
-    "test_programs.py",
-    "test_project.py",
-    "test_quantize.py",
-    "test_recalibrate.py",
-    "test_recalibrate_errors.py",
-    "test_recalibrate_models.py",
-    "test_recalibrate_networks.py",
-    "test_recurrent.py",
-    "test_remat_policy.py",
-    "test_renormalize.py",
-    "test_report.py",
-    "test_report_command.py",
-    "test_report_gap.py",
-    "test_report_replicas.py",
-    "test_rotation.py",
-    "test_scale_invariance.py",
-    "test_small_batch.py",
-    "test_speedup.py",
-    "test_sync_per_example.py",
-    "test_torch.py",
-    "test_train_resnet.py",
-    "test_train_resnet_parts.py",
-    "test_transformations.py",
-    "test_types.py",
-    "test_under_transformations.py",
-    "test_units.py",
-    "test_weights.py",
-    "test_without_batch.py",
-}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.name in THOROUGH:
-            item.add_marker(pytest.mark.slow)
+def pytest_configure(config: pytest.Config) -> None:
+    own = ROOT / ".jax_cache"
+    if not hasattr(config, "workerinput") and own.exists() and len(os.listdir(own)) > PROGRAMS:
+        shutil.rmtree(own)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -148,6 +85,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def rng():
     """A NumPy generator with a fixed seed."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def without_optimizations():
+    """Compiles what a module of tests compiles without optimizing it, in two thirds of the time.
+
+    For tests of what a program does, not of what XLA makes of it.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What the benchmarks' parts compute, and that each peer is checked before it is timed."""
 
+import functools
 import sys
 
 import jax
@@ -13,7 +14,13 @@ from benchmarks.harness.timing import Program
 
 SMALL = Case("batch", "forward+backward", (4, 3, 3, 32), "float32", "add+relu")
 
-pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
+pytestmark = pytest.mark.usefixtures("promotion_as_in_flax", "without_optimizations")
+
+
+@functools.cache
+def outputs(peer, case):
+    """What a peer computes, once for all that are compared with it."""
+    return jax.device_get(programs.build(peer, case, programs.Operands(case)).outputs())
 
 
 @pytest.mark.parametrize(
@@ -100,8 +107,7 @@ def test_a_peer_computes_what_normjax_computes(peer, layer):
     )
     for mode in modes:
         case = Case(layer, mode, (4, 3, 3, 32), "float32")
-        operands = programs.Operands(case)
-        own, other = (programs.build(name, case, operands).outputs() for name in ("normjax", peer))
+        own, other = outputs("normjax", case), outputs(peer, case)
         errors = programs.relative_errors(other, own)
         assert errors.keys() == own.keys()
         assert max(errors.values()) < 1e-5
@@ -153,17 +159,12 @@ def test_peers_that_are_wrong_absent_unable_or_slow_are_named_with_the_reason(mo
 @pytest.mark.slow
 def test_synced_rows_run_on_all_devices_and_agree():
     case = Case("batch", "forward+backward", (8, 2, 2, 16), "float32", devices=8)
-    operands = programs.Operands(case)
-    alone = programs.build(
-        "normjax", case._replace(devices=1), programs.Operands(case._replace(devices=1))
-    )
+    alone = outputs("normjax", case._replace(devices=1))
     for peer in ("normjax", "flax.linen", "haiku"):
-        errors = programs.relative_errors(
-            programs.build(peer, case, operands).outputs(), alone.outputs()
-        )
+        errors = programs.relative_errors(outputs(peer, case), alone)
         assert max(errors.values()) < 1e-5
     with pytest.raises(peers.Unable, match="distribution"):
-        programs.build("keras", case, operands)
+        programs.build("keras", case, programs.Operands(case))
 
 
 def test_the_header_names_the_machine_and_the_versions():

@@ -8,7 +8,7 @@ import pytest
 import normjax as nj
 from benchmarks.harness import networks, training
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("promotion_as_in_flax")]
+pytestmark = pytest.mark.usefixtures("promotion_as_in_flax", "without_optimizations")
 TINY = {network.name: network for network in networks.suite("tiny")}
 
 
@@ -61,7 +61,7 @@ def test_time_that_is_up_leaves_rows_out_by_name(capsys):
 def test_a_step_lowers_the_loss():
     network = TINY["inception"]
     inputs, labels = networks.batch(network)
-    state = network.init(jax.random.key(0), inputs)
+    state = jax.jit(network.init)(jax.random.key(0), inputs)
     step = jax.jit(networks.step(network))
     losses = []
     for _ in range(20):

@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def call(script, *arguments, status=0):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ""}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # what is timed here does not matter
     command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == status, done.stderr[-3000:]
@@ -133,18 +134,8 @@ def test_overhead_times_eager_calls_and_compilation(tmp_path):
 @pytest.mark.slow
 def test_the_gpu_call_works_dry(tmp_path):
     out = tmp_path / "gpu.json"
-    shown = call(
-        "gpu.py",
-        "--dry-run",
-        "--rounds",
-        2,
-        "--out",
-        out,
-        "--peers",
-        "normjax",
-        "flax.linen",
-        "torch",
-    )
+    # The peers are the same as those of layers.py, and a network with each takes seconds to compile.
+    shown = call("gpu.py", "--dry-run", "--rounds", 2, "--out", out, "--peers", "normjax")
     last = shown.rstrip().splitlines()[-1]
     assert last.startswith("| inception 4x8x8x1 float32 step | ")
     found = records.read(out)

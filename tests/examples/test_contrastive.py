@@ -48,10 +48,8 @@ def test_the_loss_is_nt_xent(rng):
         -np.log(similarity[i, i ^ 1] / (similarity[i].sum() - similarity[i, i])) for i in range(12)
     ]
     with jax.enable_x64(True):
-        shares = [
-            contrast(jnp.asarray(q), jnp.asarray(k), jnp.arange(first, first + 2))
-            for first in (0, 2, 4)
-        ]
+        share = jax.jit(contrast)
+        shares = [share(q, k, np.arange(first, first + 2)) for first in (0, 2, 4)]
     for share, first in zip(shares, (0, 4, 8), strict=True):
         assert_close(share[0], np.mean(losses[first : first + 4]), rtol=1e-9)
     found = ((q @ k.T).argmax(1) == np.arange(6)).reshape(3, 2).mean(1)
@@ -78,19 +76,20 @@ def test_synced_devices_train_as_one_does_on_the_whole_batch(small):
     key = jax.random.key(3)
     own, state, found = gradients(Way(batch(axis_name=AXIS)), key)
     encoder = Encoder(batch(), (4,))
-    views = [
-        [augment(view, images) for view in jax.random.split(jax.random.fold_in(key, device))]
-        for device, images in enumerate(own.train[:32].reshape(8, 4, 8, 8, 1))
-    ]
-    first, second = (jnp.concatenate(of) for of in zip(*views, strict=True))
 
-    def loss(params):
-        q, _ = encoder.embed(params, state.batch_stats, first, True)
-        k, _ = encoder.embed(params, state.batch_stats, second, True)
-        return contrast(q, k, jnp.arange(32))[0]
+    def view(device, images, which):
+        return augment(jax.random.split(jax.random.fold_in(key, device))[which], images)
 
-    expected = jax.jit(jax.grad(loss))(jax.device_put(state.params, jax.devices()[0]))
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    def embed(params, images, which):
+        views = jax.vmap(view, (0, 0, None))(jnp.arange(8), images.reshape(8, 4, 8, 8, 1), which)
+        return encoder.embed(params, state.batch_stats, views.reshape(images.shape), True)[0]
+
+    def loss(params, images):
+        return contrast(embed(params, images, 0), embed(params, images, 1), jnp.arange(32))[0]
+
+    alone = jax.device_get((state.params, own.train[:32]))
+    expected = jax.jit(jax.grad(loss))(*alone)
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     assert largest > 0.01
     assert_trees_close(found, expected, atol=1e-4 * largest)
 
@@ -105,19 +104,20 @@ def test_shuffled_keys_come_back_in_order(small):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_views_are_crops_of_the_image(rng, channels):
-    flat = jnp.full((5, 8, 8, channels), 0.5)
-    views = augment(jax.random.key(0), flat)
+    flat = np.full((5, 8, 8, channels), 0.5, np.float32)
+    views = np.asarray(jax.jit(augment)(jax.random.key(0), flat))
     assert views.shape == flat.shape
-    means = np.asarray(views.mean((1, 2)))
+    means = views.mean((1, 2))
     assert (np.abs(means - 0.5) < 0.2 + 0.06).all() and means.std() > 0.02
-    assert_close(np.asarray(views - views.mean((1, 2), keepdims=True)).std(), 0.1, rtol=0.1)
+    assert_close((views - views.mean((1, 2), keepdims=True)).std(), 0.1, rtol=0.1)
 
 
 def test_probe_separates_what_is_separable(rng):
-    labels = jnp.asarray(rng.integers(3, size=60))
-    features = jnp.asarray(rng.normal(size=(60, 4)), jnp.float32) * 0.1 + jax.nn.one_hot(labels, 4)
-    assert probe((features[:30], labels[:30]), (features[30:], labels[30:]), 3) == 1
-    assert probe((features[:30], labels[:30]), (features[30:], (labels[30:] + 1) % 3), 3) == 0
+    labels = rng.integers(3, size=60)
+    features = np.float32(rng.normal(size=(60, 4)) * 0.1 + np.eye(4)[labels])
+    separated = jax.jit(probe, static_argnums=2)
+    assert separated((features[:30], labels[:30]), (features[30:], labels[30:]), 3) == 1
+    assert separated((features[:30], labels[:30]), (features[30:], (labels[30:] + 1) % 3), 3) == 0
 
 
 def test_end_to_end(tmp_path, capsys, small, monkeypatch, promotion_as_in_flax):

@@ -16,6 +16,12 @@ from tests.compare import assert_close, assert_identical
 
 LOOKUP = Lookup(pairs=3)
 CONTEXTS = 5
+ALL = np.ones((CONTEXTS, CONTEXTS), bool)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def draw(lookup, key, count):
+    return lookup.draw(key, count)
 
 
 def records(tokens, lookup):
@@ -23,7 +29,7 @@ def records(tokens, lookup):
 
 
 def test_what_is_asked_was_defined():
-    documents = LOOKUP.draw(jax.random.key(0), 40)
+    documents = draw(LOOKUP, jax.random.key(0), 40)
     defined, asked = records(documents.previous, LOOKUP), records(documents.current, LOOKUP)
     keys = {tuple(key) for key in defined[..., :KEY_TOKENS].reshape(-1, KEY_TOKENS)}
     assert len(keys) == 40 * LOOKUP.pairs, "no two keys are alike"
@@ -44,7 +50,7 @@ def test_definitions_hide_in_passages_of_a_text():
         b"What is the answer? It is in the question: forty-two, as they say.", np.uint8
     )
     lookup = Lookup(pairs=3, gap=4, text=jnp.asarray(text))
-    documents = lookup.draw(jax.random.key(0), 20)
+    documents = jax.jit(lookup.draw, static_argnums=1)(jax.random.key(0), 20)
     assert documents.previous.shape == documents.current.shape == (20, lookup.length) == (20, 24)
     starts = set()
     for tokens in (documents.previous, documents.current):
@@ -77,10 +83,9 @@ def test_attention_against_numpy(rng):
         *(of(contexts, 5, heads, features) for _ in "kv"),
     )
     sees = np.array([[True, False, True, False], [False, True, True, True]])
-    arrays = [
-        jnp.asarray(array, jnp.float32) for array in (queries, scores, values, keys, remembered)
-    ]
-    attended, focus = _attend(*arrays[:3], tuple(arrays[3:]), jnp.asarray(sees))
+    arrays = [np.float32(array) for array in (queries, scores, values, keys, remembered)]
+    attended, focus = jax.jit(_attend)(*arrays[:3], tuple(arrays[3:]), sees)
+    attended, focus = np.asarray(attended), np.asarray(focus)
     for b, h, q in np.ndindex(documents, heads, length):
         far = np.exp(
             [
@@ -113,18 +118,29 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def case(model):
-    return model.init(jax.random.key(0)), LOOKUP.draw(jax.random.key(1), CONTEXTS)
+    return jax.jit(model.init)(jax.random.key(0)), draw(LOOKUP, jax.random.key(1), CONTEXTS)
 
 
 @partial(jax.jit, static_argnums=0)
+def remember(model, params, documents):
+    return model.remember(params, documents.previous)
+
+
+@partial(jax.jit, static_argnums=0)
+def answer_from(model, params, documents, memory, sees):
+    return model.answer(params, documents.current, memory, sees)
+
+
 def answer(model, params, documents, count):
-    memory = model.remember(params, documents.previous)
-    return model.answer(params, documents.current, memory, seen(CONTEXTS, CONTEXTS, count))
+    memory = remember(model, params, documents)
+    return answer_from(model, params, documents, memory, seen(CONTEXTS, CONTEXTS, count))
 
 
 def test_a_document_sees_what_it_should(model, case):
     params, documents = case
-    other = documents._replace(previous=documents.previous.at[2].set(documents.previous[2, ::-1]))
+    previous = np.array(documents.previous)
+    previous[2] = previous[2, ::-1]
+    other = documents._replace(previous=previous)
     for count, changed in ((1, [2]), (2, [1, 2]), (3, [0, 1, 2])):
         before, after = (
             np.asarray(answer(model, params, of, count)[0]) for of in (documents, other)
@@ -135,29 +151,31 @@ def test_a_document_sees_what_it_should(model, case):
 
 def test_a_memory_has_no_order(model, case):
     params, documents = case
-    sees, read = jnp.ones((2, CONTEXTS), bool), jax.jit(model.answer)
-    memory = jax.jit(model.remember)(params, documents.previous)
-    for keys_and_values in (jax.tree.map(lambda leaf: leaf[jnp.array([0, 1, 4, 2, 3])], memory),
-                            jax.tree.map(lambda leaf: leaf[:, ::-1], memory)):  # fmt: skip
-        logits, focus = read(params, documents.current[:2], keys_and_values, sees)
-        expected, of_expected = read(params, documents.current[:2], memory, sees)
-        assert_close(logits, expected, atol=1e-4)
-        assert_close(focus, of_expected, atol=1e-5)
+    memory = jax.device_get(remember(model, params, documents))
+    expected, of_expected = answer_from(model, params, documents, memory, ALL)
+    for order in (np.s_[[0, 1, 4, 2, 3]], np.s_[:, ::-1]):
+        reordered = jax.tree.map(lambda leaf, order=order: leaf[order], memory)
+        logits, focus = answer_from(model, params, documents, reordered, ALL)
+        # Documents 0 and 1 only: the memory's own context of the others has another place.
+        assert_close(logits[:2], expected[:2], atol=1e-4)
+        assert_close(focus[:2], of_expected[:2], atol=1e-5)
 
 
 def test_no_token_sees_those_behind_it(model, case):
     params, documents = case
     place = LOOKUP.length - 3
-    other = documents._replace(current=documents.current.at[:, place:].set(0))
-    before, after = (answer(model, params, of, 2)[0] for of in (documents, other))
+    current = np.array(documents.current)
+    current[:, place:] = 0
+    other = documents._replace(current=current)
+    before, after = (np.asarray(answer(model, params, of, 2)[0]) for of in (documents, other))
     assert_close(after[:, :place], before[:, :place], atol=1e-5)
-    assert float(jnp.abs(after[:, place:] - before[:, place:]).max()) > 0.1
+    assert np.abs(after[:, place:] - before[:, place:]).max() > 0.1
 
 
 def test_focus_is_the_share_of_equal_contexts_where_keys_are_alike(model, case):
     params, documents = case
-    blocks = [jax.tree.map(lambda leaf: leaf, block) for block in params["blocks"]]
-    blocks[1]["key_norm"] = jax.tree.map(jnp.zeros_like, blocks[1]["key_norm"])
+    blocks = [dict(block) for block in params["blocks"]]
+    blocks[1]["key_norm"] = jax.tree.map(np.zeros_like, blocks[1]["key_norm"])
     for count in (1, 2, 5):
         _, focus = answer(model, params | {"blocks": blocks}, documents, count)
         assert_close(focus, np.full(focus.shape, 1 / count), atol=1e-6)
@@ -172,7 +190,7 @@ def test_negatives_are_differentiable(model, case):
         logits, _ = model.answer(params, documents.current, memory, seen(CONTEXTS, CONTEXTS, count))
         return jax.nn.log_softmax(LOOKUP.read(logits)[0])[:, 0].sum()
 
-    memory = jax.jit(model.remember)(params, documents.previous)
+    memory = remember(model, params, documents)
     for count in (1, 3):
         ((keys, values),) = of_first(memory, count)
         for of in (keys, values):
@@ -189,7 +207,9 @@ def test_negatives_help_among_distractors(tmp_path, capsys):
     arguments = [
         *TINY,
         "--steps",
-        "240",
+        "160",
+        "--learning-rate",
+        "0.01",
         "--norms",
         "RMS norm",
         "--distractors",
@@ -206,7 +226,7 @@ def test_negatives_help_among_distractors(tmp_path, capsys):
     assert crossbatch["accuracies"][0] > 0.9 and own["accuracies"][0] > 0.9
     assert crossbatch["accuracies"][-1] > own["accuracies"][-1] + 0.2
     assert crossbatch["focus"][-1] > own["focus"][-1] > 1 / 32
-    assert 0 < crossbatch["switched"] < 240 and own["switched"] is None
+    assert 0 < crossbatch["switched"] < 160 and own["switched"] is None
     assert len(content["claims"]) == 4
     assert (tmp_path / "cross_batch_attention.png").read_bytes().startswith(b"\x89PNG")
     assert "Reported by Tworkowski et al. 2023" in capsys.readouterr().out

@@ -75,7 +75,7 @@ def test_medians_over_the_seeds():
 
 
 def test_end_to_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(landscape, "WIDTHS", ((4,), (4,)))
+    monkeypatch.setattr(landscape, "WIDTHS", ((4,),))
     arguments = [
         "--steps",
         "4",

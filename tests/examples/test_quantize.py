@@ -17,11 +17,14 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def variants(rng):
+@pytest.fixture(scope="module")
+def variants():
     """A network's variants and a batch, with random statistics."""
-    images, network = jnp.asarray(rng.normal(size=(8, 8, 8, 1)), jnp.float32), Network(4)
-    return deployed(network, drawn(network.init(jax.random.key(0), images)), images), images
+    images = np.float32(np.random.default_rng(0).normal(size=(8, 8, 8, 1)))
+    network = Network(4)
+    with jax.numpy_dtype_promotion("standard"):
+        variables = drawn(jax.jit(network.init)(jax.random.key(0), images))
+        return deployed(network, variables, images), images
 
 
 def test_int8_is_int8_and_close(variants):
@@ -30,6 +33,7 @@ def test_int8_is_int8_and_close(variants):
     logits = {
         name: jax.jit(variant.apply)(variant.variables, images) for name, variant in made.items()
     }
+    logits = jax.device_get(logits)
     size = float(abs(logits["float"]).max())
     assert_close(logits["folded"], logits["float"], atol=1e-5 * size)
     for name in ("folded, int8", "int8"):

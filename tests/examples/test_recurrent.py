@@ -17,24 +17,28 @@ from tests.compare import assert_close, assert_finite, assert_identical, assert_
 CELLS = {"lstm": lstm, "gru": gru}
 NORMS = {"plain": PLAIN, "layer": LAYER, "batch": BATCH}
 BATCH_SIZE, INPUTS, UNITS, MAX_STEPS = 5, 3, 4, 3
+TIME = MAX_STEPS + 3
 
 
-def case(kind, norm, time, rng):
-    """Returns a cell with random parameters and statistics, x, and a mask over NaN."""
+@functools.cache
+def start(kind, norm):
+    """Returns a cell, its parameters and statistics: the same each time, to be compiled once."""
     cell = CELLS[kind](NORMS[norm])
-    params, batch_stats = cell.init(jax.random.key(0), INPUTS, UNITS, MAX_STEPS)
-    params = jax.tree.map(
-        lambda leaf: leaf + jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), params
-    )
+    init = jax.jit(cell.init, static_argnums=(1, 2, 3))
+    return cell, jax.device_get(init(jax.random.key(0), INPUTS, UNITS, MAX_STEPS))
+
+
+def case(kind, norm, rng, time=TIME):
+    """Returns a cell with parameters and statistics that are nowhere at their start, x, and a mask over NaN."""
+    cell, (params, batch_stats) = start(kind, norm)
+    params = jax.tree.map(lambda leaf: leaf + np.float32(rng.normal(0, 0.3, leaf.shape)), params)
     batch_stats = jax.tree.map(
-        lambda leaf: leaf + jnp.asarray(rng.uniform(0, 0.5, leaf.shape), jnp.float32), batch_stats
+        lambda leaf: leaf + np.float32(rng.uniform(0, 0.5, leaf.shape)), batch_stats
     )
     mask = np.arange(time) < rng.permutation(np.linspace(2, time, BATCH_SIZE).astype(int))[:, None]
     mask[0, 0] = False  # one that starts late
-    x = np.where(mask[..., None], rng.normal(size=(BATCH_SIZE, time, INPUTS)), np.nan).astype(
-        np.float32
-    )
-    return cell, params, batch_stats, jnp.asarray(x), jnp.asarray(mask)
+    x = np.where(mask[..., None], rng.normal(size=(BATCH_SIZE, time, INPUTS)), np.nan)
+    return cell, params, batch_stats, x.astype(np.float32), mask
 
 
 run = jax.jit(unroll, static_argnums=(0, 4))
@@ -120,79 +124,82 @@ def sigmoid(x):
 @pytest.mark.parametrize("kind", CELLS)
 def test_equations_masks_and_statistics_against_numpy(kind, norm, train, rng):
     """Over more steps than there are statistics: those beyond use, and update, the last."""
-    cell, params, batch_stats, x, mask = case(kind, norm, MAX_STEPS + 3, rng)
+    cell, params, batch_stats, x, mask = case(kind, norm, rng)
     outputs, state, new = run(cell, params, batch_stats, x, train, mask=mask)
     reference = Reference(kind, norm, params, batch_stats, train)
-    expected, last = reference.run(np.asarray(x, np.float64), np.asarray(mask))
+    expected, last = reference.run(np.float64(x), mask)
     assert_close(outputs, expected, atol=2e-5)
     assert_trees_close(state, last, atol=2e-5)
     assert_trees_close(new, reference.stats, atol=2e-5)
     if not train:
-        assert_identical(new, batch_stats)
+        assert_identical(jax.device_get(new), batch_stats)
 
 
 def test_biases_are_there_once():
     shapes = {norm: jax.eval_shape(lambda key, norm=norm: gru(NORMS[norm]).init(key, 2, 3, 1), jax.random.key(0))[0]
               for norm in NORMS}  # fmt: skip
     assert "bias" in shapes["plain"] and "bias" in shapes["batch"] and "bias" not in shapes["layer"]
-    params, _ = lstm(BATCH).init(jax.random.key(0), INPUTS, UNITS, 1)
+    _, (params, _) = start("lstm", "batch")
     leaves = {name: set(norm) for name, norm in params["norms"].items()}
     assert leaves == {"hidden": {"scale"}, "input": {"scale"}, "cell": {"scale", "bias"}}
-    assert all((norm["scale"] == jnp.float32(0.1)).all() for norm in params["norms"].values())
+    assert all((norm["scale"] == np.float32(0.1)).all() for norm in params["norms"].values())
 
 
 def test_scan_is_a_python_loop(rng):
-    time = MAX_STEPS + 2
-    cell, params, batch_stats, x, _ = case("lstm", "batch", time, rng)
-    x = jnp.nan_to_num(x)
+    cell, params, batch_stats, x, _ = case("lstm", "batch", rng)
+    x = np.nan_to_num(x)
     outputs, state, new = run(cell, params, batch_stats, x, True)
+    outputs = np.asarray(outputs)
     step = jax.jit(cell.step, static_argnums=4)
     stats = [jax.tree.map(lambda leaf, t=t: leaf[t], batch_stats) for t in range(MAX_STEPS)]
-    looped, everything = (jnp.zeros((BATCH_SIZE, UNITS)),) * 2, jnp.ones((BATCH_SIZE, 1), bool)
-    for t in range(time):
+    looped = (np.zeros((BATCH_SIZE, UNITS), np.float32),) * 2
+    everything = np.ones((BATCH_SIZE, 1), bool)
+    for t in range(TIME):
         own = min(t, MAX_STEPS - 1)
         looped, stats[own] = step(params, stats[own], looped, x[:, t], True, everything)
         assert_close(outputs[:, t], looped[0], atol=1e-6)
     assert_trees_close(state, looped, atol=1e-6)
-    assert_trees_close(new, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats), atol=1e-6)
+    assert_trees_close(new, jax.tree.map(lambda *leaves: np.stack(leaves), *stats), atol=1e-6)
 
 
 def test_statistics_of_a_step_are_the_moments_of_its_batch(rng):
-    cell, params, batch_stats, x, mask = case("gru", "batch", MAX_STEPS + 2, rng)
+    cell, params, batch_stats, x, mask = case("gru", "batch", rng)
     _, _, new = run(cell, params, batch_stats, x, True, mask=mask)
+    new = jax.device_get(new)
     # Of W_x x, since no state comes in there. Step 1 is a step of its own, the last statistics are
-    # updated three times.
-    projected = (
-        np.asarray(x, np.float64) @ np.asarray(params["input_kernel"], np.float64)[:, : 2 * UNITS]
-    )
-    for own, steps in ((1, [1]), (MAX_STEPS - 1, [2, 3, 4])):
+    # updated four times.
+    projected = np.float64(x) @ np.float64(params["input_kernel"])[:, : 2 * UNITS]
+    for own, steps in ((1, [1]), (MAX_STEPS - 1, [2, 3, 4, 5])):
         mean, var = (np.float64(batch_stats["input_gates"][leaf][own]) for leaf in ("mean", "var"))
         for t in steps:
-            counted = projected[np.asarray(mask)[:, t], t]
+            counted = projected[mask[:, t], t]
             mean, var = 0.9 * mean + 0.1 * counted.mean(0), 0.9 * var + 0.1 * counted.var(0)
         assert_close(new["input_gates"]["mean"][own], mean, atol=1e-5)
         assert_close(new["input_gates"]["var"][own], var, atol=1e-5)
 
 
 def test_statistics_of_steps_that_no_sequence_reaches_stay(rng):
-    cell, params, batch_stats, x, _ = case("gru", "batch", MAX_STEPS, rng)
-    mask = jnp.ones(x.shape[:2], bool).at[:, -1].set(False)
-    x = jnp.nan_to_num(x).at[:, -1].set(jnp.nan)
-    for time in (MAX_STEPS, MAX_STEPS - 1):
+    cell, params, batch_stats, x, _ = case("gru", "batch", rng)
+    reached = np.arange(TIME) < MAX_STEPS - 1
+    mask = np.broadcast_to(reached, x.shape[:2])
+    x = np.where(mask[..., None], np.nan_to_num(x), np.float32(np.nan))
+    for time in (TIME, MAX_STEPS - 1):
         _, _, new = run(cell, params, batch_stats, x[:, :time], True, mask=mask[:, :time])
+        new = jax.device_get(new)
         before, after = (jax.tree.map(lambda leaf: leaf[-1], stats) for stats in (batch_stats, new))
         assert_identical(after, before)
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_a_padded_sequence_is_the_sequence(norm, rng):
-    cell, params, batch_stats, x, mask = case("gru", norm, MAX_STEPS, rng)
+    cell, params, batch_stats, x, mask = case("gru", norm, rng)
     _, (last,), _ = run(cell, params, batch_stats, x, False, mask=mask)
+    last = np.asarray(last)
     (short, *_) = (n for n in range(1, BATCH_SIZE) if not mask[n, -1])
     _, (alone,), _ = run(
         cell, params, batch_stats, x[short : short + 1, : mask[short].sum()], False
     )
-    assert_close(last[short], alone[0], atol=1e-6)
+    assert_close(last[short], np.asarray(alone)[0], atol=1e-6)
 
 
 def loss(cell, params, batch_stats, x, mask):
@@ -202,28 +209,27 @@ def loss(cell, params, batch_stats, x, mask):
 
 @pytest.mark.parametrize(("kind", "norm"), [("gru", "layer"), ("lstm", "batch")])
 def test_gradients_are_finite_over_nan(kind, norm, rng):
-    cell, params, batch_stats, x, mask = case(kind, norm, MAX_STEPS, rng)
-    of_params, of_x = jax.jit(
-        jax.grad(lambda params, x: loss(cell, params, batch_stats, x, mask)[0], (0, 1))
-    )(params, x)
+    cell, params, batch_stats, x, mask = case(kind, norm, rng)
+    of_loss = jax.jit(jax.grad(lambda *arrays: loss(cell, *arrays)[0], (0, 2)))
+    of_params, of_x = of_loss(params, batch_stats, x, mask)
     assert_finite((of_params, of_x))
-    assert any(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(of_params))
-    assert (jnp.where(mask[..., None], 0, of_x) == 0).all()
+    assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(of_params))
+    assert (np.where(mask[..., None], 0, of_x) == 0).all()
 
 
 @pytest.mark.slow
 def test_gradients_against_differences(rng):
-    cell, *arrays, mask = case("gru", "batch", MAX_STEPS + 1, rng)
+    cell, *arrays, mask = case("gru", "batch", rng, MAX_STEPS + 1)
     # In float64: where two examples are left, batch norm is nearly their sign, too steep for the
     # steps float32 needs.
     with jax.enable_x64(True):
-        params, batch_stats, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), arrays)
+        params, batch_stats, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), arrays)
         f = jax.jit(lambda params: loss(cell, params, batch_stats, x, mask)[0])
         check_grads(f, (params,), order=1, modes=["rev"], atol=1e-5, rtol=1e-5, eps=1e-6)
 
 
 def test_one_program_serves_all_steps(rng):
-    cell, params, batch_stats, x, mask = case("gru", "batch", MAX_STEPS, rng)
+    cell, params, batch_stats, x, mask = case("gru", "batch", rng)
     traced = []
 
     @jax.jit
@@ -237,8 +243,9 @@ def test_one_program_serves_all_steps(rng):
 
 
 def test_ink():
-    rows = jnp.zeros((2, 5, 3)).at[0, 1, 2].set(1).at[0, 3, 0].set(0.1)
-    assert with_ink(rows).tolist() == [[False, True, True, True, False], [False] * 5]
+    rows = np.zeros((2, 5, 3), np.float32)
+    rows[0, 1, 2], rows[0, 3, 0] = 1, 0.1
+    assert with_ink(jnp.asarray(rows)).tolist() == [[False, True, True, True, False], [False] * 5]
 
 
 def test_pieces_of_an_image():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from functools import partial
 
 import flax
 import jax
@@ -13,7 +14,14 @@ from flax import linen as nn
 from flax.core import meta
 
 from normjax.linen import BatchNorm
-from tests.compare import assert_close, assert_identical, assert_same_kind, assert_trees_close
+from tests.compare import (
+    assert_close,
+    assert_identical,
+    assert_same_kind,
+    assert_trees_close,
+    at_once,
+    largest,
+)
 
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 EPS = float(jnp.finfo(jnp.float32).eps)
@@ -44,6 +52,11 @@ def batch(rng, dtype=np.float32):
     return jnp.asarray(rng.normal(0.5, 1, (6, 4, 3)), dtype)
 
 
+def init(module, x):
+    return module.init(KEY, x, use_running_average=False)
+
+
+@partial(jax.jit, static_argnums=0)
 def trained(module, variables, x, **call):
     """y, the updated variables, and the gradients of params and x of one step of training."""
 
@@ -60,8 +73,9 @@ def trained(module, variables, x, **call):
     return y, updates, grads
 
 
-def evaluated(module, variables, x, **call):
-    return module.apply(variables, x, use_running_average=True, **call)
+@partial(jax.jit, static_argnums=0)
+def evaluated(module, variables, x):
+    return module.apply(variables, x, use_running_average=True)
 
 
 def rounding(*dtypes):
@@ -83,22 +97,26 @@ def rounding(*dtypes):
     ],
 )
 def test_it_is_flaxs_for_every_constructor_argument(rng, arguments, dtype):
-    ours, theirs = BatchNorm(**arguments), nn.BatchNorm(**arguments)
-    x = batch(rng, dtype)
-    variables = theirs.init(KEY, x, use_running_average=False)
-    assert_identical(ours.init(KEY, x, use_running_average=False), variables)
-    results = [trained(module, variables, x) for module in (ours, theirs)]
-    half = rounding(x.dtype, *(arguments.get(name, x.dtype) for name in ("dtype", "param_dtype")))
+    modules = BatchNorm(**arguments), nn.BatchNorm(**arguments)
+
+    def run(x):
+        own, variables = (init(module, x) for module in modules)
+        results = [trained(module, variables, x) for module in modules]
+        updated = variables | results[0][1]
+        return own, variables, results, [evaluated(module, updated, x) for module in modules]
+
+    own, variables, results, ys = at_once(run, batch(rng, dtype))
+    assert_identical(own, variables)
+    half = rounding(dtype, *(arguments.get(name, dtype) for name in ("dtype", "param_dtype")))
     for actual, expected in zip(*results, strict=True):
         assert_same_kind(actual, expected)
     (y, updates, grads), (flax_y, flax_updates, flax_grads) = results
     assert_close(y, flax_y, rtol=1e-5 + half, atol=1e-5 + half)
     assert_trees_close(updates, flax_updates, rtol=1e-5 + half, atol=1e-5 + half)
-    size = max(
-        [float(jnp.abs(leaf.astype(jnp.float32)).max()) for leaf in jax.tree.leaves(flax_grads)]
+    assert_trees_close(
+        grads, flax_grads, rtol=1e-4 + half, atol=(1e-5 + half) * largest(flax_grads)
     )
-    assert_trees_close(grads, flax_grads, rtol=1e-4 + half, atol=(1e-5 + half) * max(size, 1))
-    y, flax_y = (evaluated(module, variables | updates, x) for module in (ours, theirs))
+    y, flax_y = ys
     assert_close(y, flax_y, rtol=1e-5 + half, atol=1e-5 + half, dtype=flax_y.dtype)
 
 
@@ -128,11 +146,15 @@ def test_without_float32_reductions_the_running_statistics_have_and_keep_the_dty
     rng, dtype
 ):
     arguments = {"param_dtype": jnp.bfloat16, "force_float32_reductions": False}
-    x = batch(rng, dtype)
-    variables = nn.BatchNorm(**arguments).init(KEY, x, use_running_average=False)
-    assert_identical(BatchNorm(**arguments).init(KEY, x, use_running_average=False), variables)
-    y, updates, _ = trained(BatchNorm(**arguments), variables, x)
-    flax_y, flax_updates, _ = trained(nn.BatchNorm(**arguments), variables, x)
+    modules = BatchNorm(**arguments), nn.BatchNorm(**arguments)
+
+    def run(x):
+        own, variables = (init(module, x) for module in modules)
+        return own, variables, [trained(module, variables, x)[:2] for module in modules]
+
+    own, variables, results = at_once(run, batch(rng, dtype))
+    assert_identical(own, variables)
+    (y, updates), (flax_y, flax_updates) = results
     # Flax's own drift to float32 where x is float32; a carry has to keep its dtype.
     assert_same_kind(updates["batch_stats"], variables["batch_stats"])
     half = rounding(jnp.bfloat16)
@@ -158,18 +180,19 @@ def test_use_running_average_is_said_once():
 @pytest.mark.parametrize("shape", [(6, 1, 1), (6, 4, 1), (1, 4, 3), (6, 4, 3)], ids=str)
 def test_masks_are_flaxs_and_need_not_be_boolean(rng, shape):
     x = batch(rng)
-    mask = jnp.asarray(rng.random(shape) < 0.7, jnp.float32)
-    variables = nn.BatchNorm().init(KEY, x, use_running_average=False)
-    ours, theirs = (
-        trained(module, variables, x, mask=mask) for module in (BatchNorm(), nn.BatchNorm())
-    )
-    assert_trees_close(ours, theirs, **CLOSE)
+    modules = BatchNorm(), nn.BatchNorm()
+
+    def run(x, mask):
+        variables = init(modules[1], x)
+        return [trained(module, variables, x, mask=mask) for module in modules]
+
+    assert_trees_close(*at_once(run, x, np.float32(rng.random(shape) < 0.7)), **CLOSE)
 
 
 def test_checkpoints_load_both_ways(rng):
     x = batch(rng)
     for save, load in ((nn.BatchNorm(), BatchNorm()), (BatchNorm(), nn.BatchNorm())):
-        variables = save.init(KEY, x, use_running_average=False)
+        variables = init(save, x)
         _, updates, _ = trained(save, variables, x)
         saved = flax.serialization.to_bytes(variables | updates)
         restored = flax.serialization.from_bytes(load.init(KEY, x, use_running_average=True), saved)
@@ -189,15 +212,14 @@ def test_init_leaves_the_statistics_at_their_start_and_touches_no_axis(rng):
 @pytest.mark.parametrize("mapped", [jax.vmap, jax.pmap], ids=["vmap", "pmap"])
 def test_statistics_are_shared_over_an_axis_as_in_flax(rng, mapped):
     x = jnp.asarray(rng.normal(np.arange(4)[:, None, None] / 4, 1, (4, 6, 3)), jnp.float32)
-    variables = nn.BatchNorm().init(KEY, x[0], use_running_average=False)
+    variables = init(nn.BatchNorm(), x[0])
 
-    def step(kind):
+    def step(kind, x):
         module = kind(use_running_average=False, axis_name="i")
-        return mapped(lambda x: module.apply(variables, x, mutable=["batch_stats"]), axis_name="i")(
-            x
-        )
+        return module.apply(variables, x, mutable=["batch_stats"])
 
-    ours, theirs = step(BatchNorm), step(nn.BatchNorm)
+    both = mapped(lambda x: (step(BatchNorm, x), step(nn.BatchNorm, x)), axis_name="i")
+    ours, theirs = jax.device_get(jax.jit(both)(x) if mapped is jax.vmap else both(x))
     assert_trees_close(ours, theirs, **CLOSE)
     whole, updates, _ = trained(BatchNorm(), variables, x.reshape(24, 3))
     assert_close(ours[0].reshape(24, 3), whole, **CLOSE)
@@ -217,12 +239,20 @@ def test_one_value_per_channel_gives_the_bias():
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_])
 def test_integers_are_accepted_as_in_flax(rng, dtype):
     x = jnp.asarray(rng.integers(0, 2, (8, 3)), dtype)
-    variables = nn.BatchNorm().init(KEY, x, use_running_average=False)
-    ours, theirs = (evaluated(module, variables, x) for module in (BatchNorm(), nn.BatchNorm()))
+    modules = BatchNorm(), nn.BatchNorm()
+
+    def run(x):
+        variables = init(modules[1], x)
+        train = {"use_running_average": False, "mutable": ["batch_stats"]}
+        return (
+            [evaluated(module, variables, x) for module in modules],
+            [module.apply(variables, x, **train) for module in modules],
+            [trained(module, variables, x.astype(jnp.float32))[:2] for module in modules],
+        )
+
+    (ours, theirs), results, expected = at_once(run, x)
     assert_close(ours, theirs, **CLOSE, dtype=theirs.dtype)
-    for module in (BatchNorm(), nn.BatchNorm()):
-        results = module.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
-        assert_trees_close(results, trained(module, variables, x.astype(jnp.float32))[:2], **CLOSE)
+    assert_trees_close(results, expected, **CLOSE)
 
 
 def test_the_variance_is_safe_where_flaxs_is_not(rng):
@@ -291,7 +321,7 @@ def test_it_is_flaxs_under_flaxs_transformations(rng, name):
     x, results = batch(rng), []
     for norm in (BatchNorm, nn.BatchNorm):
         module = lifted(name, norm)
-        variables = module.init(KEY, x)
+        variables = at_once(module.init, KEY, x)
 
         def loss(params, module=module, variables=variables):
             (y, _), updates = module.apply(
@@ -299,7 +329,7 @@ def test_it_is_flaxs_under_flaxs_transformations(rng, name):
             )
             return jnp.sum(jnp.sin(x) * y), (y, updates)
 
-        results.append(jax.grad(loss, has_aux=True)(variables["params"]))
+        results.append(at_once(jax.grad(loss, has_aux=True), variables["params"]))
     assert_trees_close(*results, rtol=1e-4, atol=1e-4)
 
 
@@ -316,7 +346,7 @@ def test_partitioning_metadata_of_the_initializers_is_kept(rng):
 def test_it_trains_in_a_model_with_an_optimizer(rng):
     x, target = batch(rng), jnp.asarray(rng.normal(size=(6, 4, 3)), jnp.float32)
     model, optimizer = Block(), optax.sgd(0.1)
-    variables = model.init(KEY, x)
+    variables = jax.jit(model.init)(KEY, x)
     state = optimizer.init(variables["params"])
 
     @jax.jit

@@ -17,6 +17,7 @@ from tests.compare import (
     assert_identical,
     assert_same_kind,
     assert_trees_close,
+    at_once,
     largest,
     rounding,
     weighted_sum,
@@ -95,12 +96,16 @@ def results(module, variables, x, **call):
 
 @pytest.mark.parametrize(("name", "arguments", "dtype"), CASES)
 def test_it_is_flaxs_for_every_constructor_argument(rng, name, arguments, dtype):
-    (ours, theirs), x = pair(name, **arguments), batch(rng, dtype)
-    variables = theirs.init(KEY, x)
-    assert_identical(ours.init(KEY, x), variables)
-    variables = moved(rng, variables)
+    modules = pair(name, **arguments)
+
+    def run(x):
+        own, variables = (module.init(KEY, x) for module in modules)
+        changed = moved(rng, variables)
+        return own, variables, [module.apply(changed, x) for module in modules]
+
+    own, variables, (y, flax_y) = at_once(run, batch(rng, dtype))
+    assert_identical(own, variables)
     half = rounding(dtype, *(arguments.get(kind, dtype) for kind in ("dtype", "param_dtype")))
-    y, flax_y = (module.apply(variables, x) for module in (ours, theirs))
     assert_close(y, flax_y, rtol=1e-5 + half, atol=1e-5 + half, dtype=flax_y.dtype)
 
 
@@ -108,8 +113,12 @@ def test_it_is_flaxs_for_every_constructor_argument(rng, name, arguments, dtype)
 @pytest.mark.parametrize(("name", "arguments"), [(name, {}) for name in OWN] + GRADIENTS)
 def test_its_gradients_are_flaxs(rng, name, arguments):
     modules, x = pair(name, **arguments), batch(rng)
-    variables = moved(rng, modules[1].init(KEY, x))
-    (y, grads), (flax_y, flax_grads) = (results(module, variables, x) for module in modules)
+
+    def run(x):
+        variables = moved(rng, modules[1].init(KEY, x))
+        return [results(module, variables, x) for module in modules]
+
+    (y, grads), (flax_y, flax_grads) = at_once(run, x)
     half = rounding(*(arguments.get(kind, x.dtype) for kind in ("dtype", "param_dtype")))
     assert_same_kind((y, grads), (flax_y, flax_grads))
     assert_trees_close(
@@ -124,24 +133,31 @@ def test_masks_are_flaxs_and_need_not_be_boolean(rng, name, shape):
         batch(rng),
         pair(name, **({"reduction_axes": (1, 2, 3)} if name.startswith(("L", "R")) else {})),
     )
-    # each channel has something that counts
-    mask = jnp.asarray(rng.random(shape) < 0.7).at[:, 0].set(True)
-    variables, mask = moved(rng, modules[1].init(KEY, x)), mask.astype(jnp.float32)
-    assert_close(
-        *(module.apply(variables, x, mask=mask) for module in modules), rtol=1e-4, atol=1e-4
-    )
+    mask = rng.random(shape) < 0.7
+    mask[:, 0] = True  # each channel has something that counts
+
+    def run(x, mask):
+        variables = moved(rng, modules[1].init(KEY, x))
+        return [module.apply(variables, x, mask=mask) for module in modules]
+
+    assert_close(*at_once(run, x, np.float32(mask)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_what_a_mask_hides_may_be_nan_and_all_may_be_hidden(rng, name):
-    x, (ours, _) = batch(rng), pair(name)
-    mask = jnp.ones(x.shape[:-1], bool).at[0, 0, 0].set(False)[..., None]
-    variables = moved(rng, ours.init(KEY, x))
-    y, grads = results(ours, variables, jnp.where(mask, x, jnp.nan), mask=mask)
+    x, (ours, _) = np.asarray(batch(rng)), pair(name)
+    mask = np.ones((*x.shape[:-1], 1), bool)
+    mask[0, 0, 0] = False
+
+    @jax.jit
+    def run(x, mask):
+        return results(ours, moved(np.random.default_rng(0), ours.init(KEY, x)), x, mask=mask)
+
+    y, grads = run(np.where(mask, x, np.float32(np.nan)), mask)
     assert_finite((y, grads))
-    expected, _ = results(ours, variables, jnp.where(mask, x, 7.0), mask=mask)
-    assert_close(jnp.where(mask, y, 0), jnp.where(mask, expected, 0))
-    assert_finite(results(ours, variables, x, mask=jnp.zeros(x.shape, bool)))
+    expected, _ = run(np.where(mask, x, np.float32(7)), mask)
+    assert_close(np.where(mask, y, 0), np.where(mask, expected, 0))
+    assert_finite(run(x, np.zeros_like(mask)))
 
 
 @pytest.mark.parametrize("name", [*OWN, *WRAPPERS])
@@ -167,26 +183,29 @@ def test_checkpoints_load_both_ways(rng, name):
         restored = flax.serialization.from_bytes(
             load.init(KEY, x), flax.serialization.to_bytes(variables)
         )
-        assert_close(jax.jit(load.apply)(restored, x), jax.jit(save.apply)(variables, x), **CLOSE)
+        loaded, saved = at_once(load.apply, restored, x), at_once(save.apply, variables, x)
+        assert_close(loaded, saved, **CLOSE)
 
 
 @pytest.mark.parametrize(
     ("name", "axis"), [("LayerNorm", -1), ("RMSNorm", -1), ("GroupNorm", 1), ("InstanceNorm", 2)]
 )
 def test_statistics_are_shared_over_an_axis_as_in_flax(rng, name, axis):
-    x = jnp.asarray(rng.normal(0.5, 1, (2, 4, 4, 8)), jnp.float32)
-    parts = jnp.stack(jnp.split(x, 4, axis))
-    variables = pair(name)[1].init(KEY, parts[0])
-    modules = pair(name, axis_name="i")
-    # no axis is touched at initialization
-    assert_identical(modules[0].init(KEY, parts[0]), variables)
-    ys = [
-        jax.vmap(lambda x, m=module: m.apply(variables, x), axis_name="i")(parts)
-        for module in modules
-    ]
+    x = np.float32(rng.normal(0.5, 1, (2, 4, 4, 8)))
+    modules, (whole, flaxs) = pair(name, axis_name="i"), pair(name)
+
+    def run(x, parts):
+        variables = flaxs.init(KEY, parts[0])
+        ys = [
+            jax.vmap(lambda x, m=module: m.apply(variables, x), axis_name="i")(parts)
+            for module in modules
+        ]
+        return variables, modules[0].init(KEY, parts[0]), ys, whole.init_with_output(KEY, x)[0]
+
+    variables, own, ys, y = at_once(run, x, np.stack(np.split(x, 4, axis)))
+    assert_identical(own, variables)  # no axis is touched at initialization
     assert_close(*ys, **CLOSE)
-    whole = pair(name)[0]
-    assert_close(jnp.concatenate(ys[0], axis), whole.apply(whole.init(KEY, x), x), **CLOSE)
+    assert_close(np.concatenate(ys[0], axis), y, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "InstanceNorm"])
@@ -195,8 +214,8 @@ def test_the_variance_is_safe_where_flaxs_is_not(rng, name):
     modules = pair(
         name, **{"LayerNorm": {"reduction_axes": 1}, "GroupNorm": {"num_groups": 4}}.get(name, {})
     )
-    variables = modules[1].init(KEY, x)
-    stds = [np.float64(module.apply(variables, x)).std(1) for module in modules]
+    ys = at_once(lambda x: [module.init_with_output(KEY, x)[0] for module in modules], x)
+    stds = [np.float64(y).std(1) for y in ys]
     assert_close(stds[0], np.ones((2, 4)), atol=1e-3)
     assert (np.abs(stds[1] - 1) > 0.1).any()
 
@@ -206,8 +225,7 @@ def test_the_variance_is_safe_where_flaxs_is_not(rng, name):
 def test_integers_are_accepted_as_in_flax(rng, name, dtype):
     x = jnp.asarray(rng.integers(0, 2, (2, 4, 3, 6)), dtype)
     modules = pair(name)
-    variables = modules[1].init(KEY, x)
-    ours, theirs = (module.apply(variables, x) for module in modules)
+    ours, theirs = at_once(lambda x: [module.init_with_output(KEY, x)[0] for module in modules], x)
     assert_close(ours, theirs, rtol=1e-4, atol=1e-4, dtype=theirs.dtype)
 
 
@@ -231,20 +249,21 @@ def test_complex_numbers_are_flaxs(rng, name):
     for arguments, given in (
         ({}, x),
         ({"param_dtype": jnp.complex64}, x),
-        ({"param_dtype": jnp.complex64}, x.real),
+        ({"param_dtype": jnp.complex64}, np.real(x)),
     ):
         modules = pair(name, **arguments)
-        variables = modules[1].init(KEY, given)
-        ours, theirs = (module.apply(variables, given) for module in modules)
+        ours, theirs = at_once(
+            lambda x, modules=modules: [module.init_with_output(KEY, x)[0] for module in modules],
+            given,
+        )
         assert_close(ours, theirs, **CLOSE, dtype=theirs.dtype)
 
 
 def test_the_offset_of_the_scale_is_that_of_the_function(rng):
     x = batch(rng)
     shifted = nj.RMSNorm(scale_offset=1.0, scale_init=nn.initializers.zeros)
-    assert_close(
-        shifted.init_with_output(KEY, x)[0], nn.RMSNorm().init_with_output(KEY, x)[0], **CLOSE
-    )
+    modules = shifted, nn.RMSNorm()
+    assert_close(*at_once(lambda x: [m.init_with_output(KEY, x)[0] for m in modules], x), **CLOSE)
 
 
 REFUSED = [
@@ -283,7 +302,7 @@ class Model(nn.Module):
 def test_a_model_of_all_has_flaxs_variables_and_summary(rng):
     x = batch(rng)
     ours, theirs = (Model(package) for package in (nj, nn))
-    assert_same_kind(ours.init(KEY, x), theirs.init(KEY, x))
+    assert_same_kind(*(jax.eval_shape(module.init, KEY, x) for module in (ours, theirs)))
     wide = {"console_kwargs": {"width": 240}, "depth": 1}
     summary = nn.tabulate(ours, KEY, **wide)(x)
     assert summary == nn.tabulate(theirs, KEY, **wide)(x)
@@ -308,15 +327,18 @@ def test_they_are_flaxs_under_flaxs_transformations(rng, lift):
     }
     for package in (nj, nn):
         module = getattr(nn, lift)(Block, **options.get(lift, {}))(package)
-        variables = module.init(KEY, x)
         loss = lambda v, module=module: weighted_sum(module.apply(v, x)[0])  # noqa: E731
-        found.append(jax.jit(jax.value_and_grad(loss))(variables))
+        found.append(at_once(jax.value_and_grad(loss), at_once(module.init, KEY, x)))
     assert_trees_close(*found, rtol=1e-4, atol=1e-4 * largest(found[1]))
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_without_float32_reductions_y_has_the_dtype_of_parameters_whatever_is_loaded(rng, name):
     x, modules = batch(rng, BRAIN), pair(name, param_dtype=BRAIN, force_float32_reductions=False)
-    variables = pair(name)[1].init(KEY, x)
-    y, flax_y = (module.apply(variables, x) for module in modules)
+
+    def run(x):
+        variables = pair(name)[1].init(KEY, x)
+        return [module.apply(variables, x) for module in modules]
+
+    y, flax_y = at_once(run, x)
     assert_close(y, flax_y, rtol=rounding(BRAIN), atol=rounding(BRAIN), dtype=BRAIN)

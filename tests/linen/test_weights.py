@@ -1,5 +1,7 @@
 """`WeightNorm` and `SpectralNorm` of `normjax.linen` take the place of those of `flax.linen`."""
 
+from functools import partial
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from tests.compare import (
     assert_identical,
     assert_same_kind,
     assert_trees_close,
+    at_once,
     rounding,
     weighted_sum,
 )
@@ -83,17 +86,19 @@ def batch(rng):
 
 @pytest.mark.parametrize(("norm", "layer", "options", "call"), CASES)
 def test_it_is_flaxs_for_every_constructor_argument(rng, norm, layer, options, call):
-    (ours, theirs), x = pair(norm, layer, options), batch(rng)
-    variables = theirs.init(KEY, x, **call)
+    modules, x = pair(norm, layer, options), batch(rng)
+    # One by one: drawing kernels is what takes long to compile, and is compiled once for all tests.
+    mine, variables = jax.device_get([module.init(KEY, x, **call) for module in modules])
     half = rounding(BRAIN) if BRAIN in options.values() else 0.0
-    mine = ours.init(KEY, x, **call)
     assert_same_kind(mine, variables)
     assert_trees_close(mine, variables, rtol=1e-5 + half, atol=1e-6 + half)
     variables = jax.tree.map(
-        lambda leaf: leaf + jnp.asarray(rng.uniform(0.2, 0.4, leaf.shape), leaf.dtype), variables
+        lambda leaf: leaf + rng.uniform(0.2, 0.4, leaf.shape).astype(leaf.dtype), variables
     )
     state = [name for name in variables if name != "params"]
-    results = [module.apply(variables, x, mutable=state, **call) for module in (ours, theirs)]
+    results = at_once(
+        lambda v, x: [module.apply(v, x, mutable=state, **call) for module in modules], variables, x
+    )
     assert_same_kind(*results)
     assert_trees_close(*results, rtol=1e-4 + half, atol=1e-5 + half)
 
@@ -104,15 +109,15 @@ def test_its_gradients_are_flaxs(rng, norm, layer, options, call):
     modules, x = pair(norm, layer, options), batch(rng)
     half = rounding(BRAIN) if BRAIN in options.values() else 0.0
     variables = modules[1].init(KEY, x, **call)
-    grads = []
-    for module in modules:
 
-        def loss(params, x, module=module):
-            return weighted_sum(
-                module.apply(variables | {"params": params}, x, mutable=["batch_stats"], **call)[0]
-            )
+    def loss(params, x, module):
+        given = variables | {"params": params}
+        return weighted_sum(module.apply(given, x, mutable=["batch_stats"], **call)[0])
 
-        grads.append(jax.grad(loss, argnums=(0, 1))(variables["params"], x))
+    def run(params, x):
+        return [jax.grad(loss, argnums=(0, 1))(params, x, module) for module in modules]
+
+    grads = at_once(run, variables["params"], x)
     assert_same_kind(*grads)
     assert_trees_close(*grads, rtol=1e-4 + 4 * half, atol=1e-4 + 4 * half)
 
@@ -124,14 +129,14 @@ def test_checkpoints_load_both_ways(rng, norm, call):
     x = batch(rng)
     for save, load in (pair(norm, conv, {}), pair(norm, conv, {})[::-1]):
         variables = save.init(KEY, x, **call)
-        restored = flax.serialization.from_bytes(
-            load.init(jax.random.key(1), x, **call), flax.serialization.to_bytes(variables)
-        )
-        ys = (
-            module.apply(v, x, mutable=["batch_stats"], **call)[0]
-            for module, v in ((load, restored), (save, variables))
-        )
-        assert_close(*ys, rtol=1e-5, atol=1e-5)
+        other = load.init(jax.random.key(1), x, **call)
+        restored = flax.serialization.from_bytes(other, flax.serialization.to_bytes(variables))
+
+        def run(variables, restored, x, save=save, load=load):
+            pairs = (load, restored), (save, variables)
+            return [m.apply(v, x, mutable=["batch_stats"], **call)[0] for m, v in pairs]
+
+        assert_close(*at_once(run, variables, restored, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +144,15 @@ def test_checkpoints_load_both_ways(rng, norm, call):
 )
 def test_weights_are_never_overwritten(rng, norm, call):
     x, (ours, theirs) = batch(rng), pair(norm, dense, {})
-    variables = jax.tree.map(lambda leaf: 2 * leaf + 0.1, ours.init(KEY, x, **call))
-    _, updates = ours.apply(variables, x, mutable=True, **call)
-    assert_identical(updates["params"], variables["params"])
+    variables = jax.device_get(ours.init(KEY, x, **call))
+    variables = jax.tree.map(lambda leaf: np.asarray(2 * leaf + 0.1, leaf.dtype), variables)
+
+    def update(variables, x):
+        return [module.apply(variables, x, mutable=True, **call)[1] for module in (ours, theirs)]
+
+    mine, updates = at_once(update, variables, x)
+    assert_identical(mine["params"], variables["params"])
     if norm == "SpectralNorm":
-        _, updates = theirs.apply(variables, x, mutable=True, **call)
         assert (
             np.abs(
                 updates["params"]["Dense_0"]["kernel"] - variables["params"]["Dense_0"]["kernel"]
@@ -168,10 +177,13 @@ class Stateful(nn.Module):
 def test_running_statistics_of_the_layer_are_its_own(rng, norm, options, call):
     x = batch(rng)
     module = getattr(nj, norm)(Stateful(), **options)
+
     variables = module.init(KEY, x, **call)
-    _, updates = module.apply(variables, x, mutable=["batch_stats"], **call)
+    update = partial(module.apply, mutable=["batch_stats"], **call)
+    variables, updates = jax.device_get((variables, at_once(update, variables, x)[1]))
     before, after = (tree["batch_stats"]["layer_instance"] for tree in (variables, updates))
-    assert_identical(before["BatchNorm_1"], {"mean": jnp.zeros((3, 5)), "var": jnp.ones((3, 5))})
+    start = {"mean": np.zeros((3, 5), np.float32), "var": np.ones((3, 5), np.float32)}
+    assert_identical(before["BatchNorm_1"], start)
     assert all(
         (a != b).any() for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
     )
@@ -191,19 +203,21 @@ def test_the_state_of_power_iteration_keeps_its_dtype(rng):
 
 def test_power_iteration_finds_the_largest_singular_value(rng):
     x, module = batch(rng), nj.SpectralNorm(nn.Dense(5, use_bias=False), n_steps=4)
-    variables = module.init(KEY, x, update_stats=False)
+    variables = jax.device_get(module.init(KEY, x, update_stats=False))
     kernel = 5 * variables["params"]["layer_instance"]["kernel"]
     variables = {
         "params": {"layer_instance": {"kernel": kernel}},
         "batch_stats": variables["batch_stats"],
     }
+    one = np.eye(4, dtype=np.float32)
+    step = jax.jit(lambda v: module.apply(v, one, update_stats=True, mutable=["batch_stats"]))
     for _ in range(20):
-        w, updates = module.apply(variables, jnp.eye(4), update_stats=True, mutable=["batch_stats"])
+        w, updates = step(variables)
         variables |= updates
     sigma = np.linalg.norm(np.float64(kernel), 2)
     assert_close(variables["batch_stats"]["layer_instance/kernel/sigma"], sigma, rtol=1e-5)
     assert_close(w, np.float64(kernel) / sigma, rtol=1e-5, atol=1e-6)
-    assert_close(module.apply(variables, jnp.eye(4), update_stats=False), w, rtol=1e-5, atol=1e-6)
+    assert_close(module.apply(variables, one, update_stats=False), w, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_that_start_at_zero_are_left_alone_as_in_flax(rng):
@@ -211,14 +225,19 @@ def test_weights_that_start_at_zero_are_left_alone_as_in_flax(rng):
     for package in (nj, nn):
         layer = nn.Dense(5, kernel_init=nn.initializers.zeros)
         module = package.SpectralNorm(layer)
-        variables = module.init(KEY, x, update_stats=False)
-        _, updates = module.apply(variables, x, update_stats=True, mutable=["batch_stats"])
-        assert_identical(updates["batch_stats"]["layer_instance/kernel/u"], jnp.zeros((1, 5)))
-        params = jax.tree.map(lambda leaf: leaf + 7, variables["params"])
-        y, _ = module.apply(
-            updates | {"params": params}, x, update_stats=True, mutable=["batch_stats"]
-        )
-        assert_identical(y, layer.apply({"params": params["layer_instance"]}, x))
+        step = {"update_stats": True, "mutable": ["batch_stats"]}
+
+        def run(x, module=module, layer=layer, step=step):
+            variables = module.init(KEY, x, update_stats=False)
+            _, updates = module.apply(variables, x, **step)
+            params = jax.tree.map(lambda leaf: leaf + 7, variables["params"])
+            y, _ = module.apply(updates | {"params": params}, x, **step)
+            return updates, y, layer.apply({"params": params["layer_instance"]}, x)
+
+        updates, y, expected = at_once(run, x)
+        u = updates["batch_stats"]["layer_instance/kernel/u"]
+        assert_identical(u, np.zeros((1, 5), np.float32))
+        assert_identical(y, expected)
 
 
 def test_weights_far_from_zero_in_half_precision_have_the_norm_they_should():

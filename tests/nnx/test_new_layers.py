@@ -70,9 +70,10 @@ def test_it_is_the_function_of_its_variables(rng, name, arguments, function, opt
     }
     assert_same_kind(params, dict(linens))
     assert_identical(norm(x), function(params, {}, x, False, **options)[0])
-    grads = nnx.to_pure_dict(nnx.grad(lambda norm: jnp.sum(jnp.sin(x) * norm(x)))(norm))
+    gradient = nnx.jit(nnx.grad(lambda norm: jnp.sum(jnp.sin(x) * norm(x))))
+    grads = nnx.to_pure_dict(gradient(norm))
     assert sorted(grads) == sorted(leaves)
-    assert all((jnp.abs(grad) > 0).any() for grad in grads.values())
+    assert all((np.abs(grad) > 0).any() for grad in grads.values())
 
 
 @pytest.mark.parametrize("name", ["FilterResponseNorm", "LocalResponseNorm", "DynamicTanh"])
