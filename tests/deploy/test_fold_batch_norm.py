@@ -1,4 +1,4 @@
-"""A layer with batch norm folded into it does what the two did: against lax, against Flax, on shapes that vary."""
+"""A layer with batch norm folded into it does what the two did, in lax and in Flax."""
 
 import re
 
