@@ -62,7 +62,7 @@ class Layer(NamedTuple):
 
 
 def leaves_of(variables: Any) -> Leaves:
-    """Returns the arrays of variables by the names on their paths; nnx's variables and Flax's boxes opened."""
+    """Returns the arrays of variables by their paths; opens nnx's variables and Flax's boxes."""
     if is_nnx(variables):
         from flax import nnx
 
