@@ -63,8 +63,8 @@ class Program(NamedTuple):
     structure: Any
 
 
-# Writes out an equation, given the numbers of its inputs, and returns those of its outputs; None if
-# the equation is one operation.
+# Inlines an equation, given the numbers of its inputs, and returns the numbers of its outputs; None
+# if the equation is one operation.
 Inline = Callable[["Writer", Any, list[int]], "Sequence[int] | None"]
 
 

@@ -49,7 +49,7 @@ def filter_response_norm_init(
         order of the axes of x.
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
-      use_threshold: whether there is a threshold: that of the thresholded linear unit, the layer's
+      use_threshold: whether there is the threshold of the thresholded linear unit, the layer's
         own activation.
       learn_epsilon: whether each feature learns an epsilon. The paper asks for it if a single value
         is reduced, as in 1x1 feature maps and fully connected layers.

@@ -46,11 +46,10 @@ class DeviceGroup:
             return lax.psum(flat, self.axis_name)
         (name,) = self.axis_name
         if name not in jax.sharding.get_abstract_mesh().manual_axes:
-            # vmap has no groups. Its "devices" are rows of one array, and to gather them costs
-            # nothing.
+            # vmap has no groups. Its "devices" are rows of one array, so a gather costs nothing.
             return lax.all_gather(flat, name)[self._peers()].sum(0)
         if _tracks_variation(name):
-            # psum knows no groups under check_vma=True; a gather within a group is small.
+            # psum has no groups under check_vma=True; a gather within a group is small.
             return lax.all_gather(flat, name, axis_index_groups=self.groups).sum(0)
         return lax.psum(flat, name, axis_index_groups=self.groups)
 

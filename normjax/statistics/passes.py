@@ -75,7 +75,7 @@ def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -
     for index, batch in enumerate(batches):
         previous = report
         layers, report = step(model.static, model.arrays, layers, batch)
-        # One batch behind: the device is never idle, and never has more than two batches waiting.
+        # Checks one batch late: the device is never idle, and has at most two batches waiting.
         if previous is not None:
             _check(previous, index - 1, sorted(layers))
     if report is None:

@@ -21,11 +21,9 @@ from normjax.statistics.reduction import abs2
 Variables = TypeVar("Variables")
 Batch = TypeVar("Batch")
 
-# Layer by layer is done when a pass moves no mean by more than this much of a deviation, and no
-# variance by more than
-# this much of itself: what the library promises of a variance. Devices that do not add up in the
-# same order each time may never get there, but stay far below the other, which means that passes
-# lead nowhere.
+# Passes move means, in deviations, and variances, relative to themselves. Below SETTLED they have
+# converged: that is as precise as variances are. Devices that add up in varying order may never get
+# there, but stay far below ADRIFT. Above ADRIFT there is no fixed point.
 SETTLED, ADRIFT = 1e-5, 1e-2
 EPSILON = 1e-5
 
@@ -117,8 +115,7 @@ def _fixed_point(
 ) -> Layers:
     """Repeats passes, each with the statistics of the last, until the statistics converge."""
     layers = model.layers
-    # Right after pass k are the first k layers behind one another, stacked ones (of a scan)
-    # included.
+    # After pass k, the first k layers in sequence are right, also the stacked layers of a scan.
     passes = 2 + sum(math.prod(jnp.shape(layer["var"])[:-1]) for layer in layers.values())
     movement: dict[str, float] = {}
     for index in range(passes):
@@ -141,7 +138,7 @@ def _fixed_point(
     return layers
 
 
-@partial(jax.jit, static_argnames=("estimate", "layer_by_layer"))  # laid out as what a step returns
+@partial(jax.jit, static_argnames=("estimate", "layer_by_layer"))  # sharded like the result of a step
 def _with_empty_populations(layers: Layers, estimate: Estimate, *, layer_by_layer: bool) -> Layers:
     return {
         path: layer | {POPULATION: empty_population(layer, estimate, layer_by_layer)}

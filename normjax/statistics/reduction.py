@@ -18,13 +18,13 @@ from normjax._typing import Activations, Mask, promote, widen
 from normjax.platforms.cpu import separate_if_narrow, separate_operands
 from normjax.statistics.devices import ALONE, DeviceGroup
 
-# The names under which `jax.checkpoint` can keep a layer's statistics, its input, and an output
-# that stands for the input.
+# The names under which `jax.checkpoint` can store a layer's statistics, its input, and an output
+# that replaces the input.
 STATISTICS = "normjax_statistics"
 INPUT = "normjax_input"
 OUTPUT = "normjax_output"
 
-# A variance v that is found around zero carries an error of about (v + mean^2) rounding errors.
+# A variance v that is computed around zero has an error of about (v + mean^2) rounding errors.
 # Up to mean^2 = 64 v that is 4e-6 of v in float32.
 TOLERATED_MEAN_SQUARE = 64.0
 
@@ -53,9 +53,9 @@ class Input(NamedTuple):
     `x`. Reductions read and store `x`, which is smaller.
 
     Attributes:
-      x: with zeros where the mask hides a NaN or an infinity.
+      x: the input, with zeros where the mask hides a NaN or an infinity.
       x32: the same in at least float32.
-      sound: where nothing was hidden; None without a mask.
+      sound: False where the mask hid a NaN or an infinity; None without a mask.
     """
 
     x: Inexact[Array, "..."]
@@ -115,8 +115,8 @@ class Spec:
         """Returns how many elements count on this device, broadcastable to the features."""
         repeats = math.prod(x.shape[axis] for axis in self.axes if mask.shape[axis] == 1)
         axes = [axis for axis in self.axes if mask.shape[axis] != 1]
-        # Exact within an example. Over examples in the sums' own dtype: under jit, where that sum
-        # is one over devices, XLA sends it along with the others.
+        # The count is exact within an example. Over examples it is summed in the dtype of the other
+        # sums: under jit, XLA then combines their collectives over devices into one.
         counts = jnp.sum(mask, axes[1:], jnp.int32, keepdims=True).astype(_real_dtype(x))
         counts = (jnp.sum(counts, axes[:1], keepdims=True) * repeats).squeeze(self.axes)
         if self.groups is not None and mask.shape[self.groups[0]] == 1:
@@ -246,7 +246,7 @@ def _values(spec: Spec, x: Array, mask: Mask | None, first: Moments | None) -> t
     if first is None:
         reference, again = None, None
     else:
-        # Not to be shared either: it would be broadcast to the size of x, and written out.
+        # Also separate: a shared one would be broadcast to the size of x, and written to memory.
         reference, again = (
             separate_operands(first.mean, 2) if other is not own else [first.mean] * 2
         )
@@ -288,7 +288,7 @@ def masked(x: Array, mask: Mask | None) -> Array:
 
 def named(value: Array, name: str = STATISTICS) -> Array:
     """Marks an array that `jax.checkpoint` should store."""
-    if jnp.iscomplexobj(value):  # which jax.checkpoint cannot keep as it is
+    if jnp.iscomplexobj(value):  # jax.checkpoint cannot store complex arrays by name
         return lax.complex(named(value.real, name), named(value.imag, name))
     return checkpoint_name(value, name)
 

@@ -119,7 +119,7 @@ def weight_standardization(
     shape = operands.x.shape
     axes = _checks.other_axes(operands.feature_axes, len(shape))
     fan_in = math.prod(shape[axis] for axis in axes) if scaled else 1
-    # (v - mu) / sqrt(N var + epsilon) is that of var + epsilon / N, divided by the root of N.
+    # (v - mu) / sqrt(N var + epsilon) equals (v - mu) / sqrt(var + epsilon / N) / sqrt(N).
     spec = check_spec(
         function,
         operands,

@@ -16,7 +16,7 @@ from normjax._jaxpr import Op, Program, makers
 
 MIXING = {"dot_general", "conv_general_dilated", "gather"}
 COLLECTIVE = ("psum", "pmax", "pmin", "ppermute", "all_gather", "all_to_all", "reduce_scatter")
-# What becomes of several operands, each by itself.
+# Operations that apply to each of their operands separately.
 ONE_BY_ONE = {"psum", "psum_invariant", "pmax", "pmin", "optimization_barrier", "pvary", "pcast"}
 ROOT = -1
 
