@@ -50,7 +50,7 @@ class Metrics:
         self.last: tuple[int, float] | None = None
 
     def trained(self, step: int, values: dict[str, float], finished: float) -> None:
-        """Reports a step of training that was finished at that time, and the images per second since the last one."""
+        """Reports a finished step of training, and the images per second since the last one."""
         if not self.active:
             return
         if self.last is None:

@@ -138,7 +138,7 @@ def _fixed_point(
     return layers
 
 
-@partial(jax.jit, static_argnames=("estimate", "layer_by_layer"))  # sharded like the result of a step
+@partial(jax.jit, static_argnames=("estimate", "layer_by_layer"))  # sharded as in a step
 def _with_empty_populations(layers: Layers, estimate: Estimate, *, layer_by_layer: bool) -> Layers:
     return {
         path: layer | {POPULATION: empty_population(layer, estimate, layer_by_layer)}
