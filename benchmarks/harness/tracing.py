@@ -1,4 +1,4 @@
-"""How a layer is traced: the Python functions that are called meanwhile, and the equations that come out."""
+"""Counts the Python functions that trace a layer, and the equations of its jaxpr."""
 
 from __future__ import annotations
 

@@ -88,5 +88,5 @@ class Lookup(NamedTuple):
         return records.reshape(count, self.length)
 
     def read(self, outputs: Array) -> Array:
-        """Returns the outputs for values, `(documents, pairs, ...)` of `(documents, length, ...)`."""
+        """Returns outputs for values, `(documents, pairs, ...)` of `(documents, length, ...)`."""
         return outputs.reshape(len(outputs), self.pairs, self.record, *outputs.shape[2:])[:, :, -1]

@@ -54,7 +54,7 @@ class _Dispatched:
         self.step, self._sums, self.finished = step, sums, math.inf
 
     def look(self, now: float) -> None:
-        """Stores the time when results are ready; on a CPU, that may be long before they are read."""
+        """Stores the time when results are ready, which may be long before they are read."""
         if self.finished == math.inf and all(value.is_ready() for value in self._sums.values()):  # pyright: ignore
             self.finished = now
 
