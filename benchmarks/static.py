@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def cases(name: str) -> list[Case]:
-    """Returns the layers' rows: those of the GPU suite at one shape of each network."""
+    """Returns the layers' rows: the GPU suite's, at one shape of each network."""
     found = suite("tiny" if name == "tiny" else "gpu")
     return (
         found

@@ -71,7 +71,7 @@ def climbs(files: Iterable[pathlib.Path]) -> int:
 
 
 def empty_caches() -> None:
-    """Empties JAX's caches, and those of normjax's functions."""
+    """Empties the caches of JAX and of normjax's functions."""
     jax.clear_caches()
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "normjax"]
     for module in modules:

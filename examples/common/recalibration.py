@@ -57,7 +57,7 @@ class Examples(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a step of training reads and replaces; `average` is that of params and batch_stats."""
+    """The state of a training step; `average` is the average of params and batch_stats."""
 
     params: Tree
     batch_stats: Tree

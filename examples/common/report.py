@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: tables on the terminal, JSON and a plot in files."""
+"""Output of experiments: tables on the terminal, JSON and a plot in files."""
 
 from __future__ import annotations
 

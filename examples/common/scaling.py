@@ -59,7 +59,7 @@ class Scaling(Study):
     )
 
     def parts(self) -> Mapping[str, Part]:
-        """Returns the runs, those of a network one after the other."""
+        """Returns the runs, network by network."""
         options = self.options
         images = data.selected(options)
         examples = training.examples(images, standardize=options.data == "cifar10")

@@ -320,7 +320,7 @@ class Contrast(Study):
 
 
 def simulate(devices: int) -> None:
-    """Asks for so many CPU devices, where JAX has not started yet; refuses to go on with fewer."""
+    """Asks for that many CPU devices if JAX has not started yet; raises an error for fewer."""
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", devices)
     if len(jax.devices()) < devices:

@@ -43,7 +43,7 @@ class Claim(NamedTuple):
 
 
 class Study:
-    """What an example does. `results` holds those of the parts that are finished, by name.
+    """A study. `results` has the results of the finished parts, by name.
 
     Attributes:
       name: of the program, and of the files that it leaves.

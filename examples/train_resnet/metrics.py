@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: a progress bar, JSON lines, TensorBoard."""
+"""Output of a run: a progress bar, JSON lines, TensorBoard."""
 
 from __future__ import annotations
 

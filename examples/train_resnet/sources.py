@@ -123,7 +123,7 @@ class Folder:
         return len(self.files)
 
     def load(self, index: int, rng: np.random.Generator | None) -> tuple[np.ndarray, int]:
-        """Returns the example of that index; raises DataError for a file that is no image."""
+        """Returns the example of that index; raises DataError if its file is not an image."""
         path, label = self.files[index]
         try:
             with Image.open(path) as opened:

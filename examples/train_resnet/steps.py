@@ -145,7 +145,7 @@ class Program:
         return State(state.step + 1, params, self._of_the_whole_batch(batch_stats), opt_state), sums
 
     def _of_the_whole_batch(self, batch_stats: Any) -> Any:
-        """Returns running statistics that all devices share, from those of groups of examples."""
+        """Merges the running statistics of groups of examples for all devices."""
         if self.model.sharing == Sharing(axis_name=AXIS):
             return batch_stats
         return nj.sync_batch_stats(batch_stats, AXIS, momentum=self.options.momentum)

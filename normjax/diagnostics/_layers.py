@@ -128,7 +128,7 @@ def classes_of(variables: Any) -> dict[Path, str]:
 
 
 def of_models(leaves: Iterable[Path]) -> list[Path]:
-    """Returns the paths without those of an optimizer.
+    """Returns the paths that do not belong to an optimizer.
 
     Of a training state, only collections such as `params`, and copies of them, are left.
     """
