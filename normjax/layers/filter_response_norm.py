@@ -131,7 +131,7 @@ def filter_response_norm(
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for arguments that do not fit:  a reduction
+      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: a reduction
         over axis 0 or over features, axes, leaves, dtypes, a mask, an axis name that is not in
         scope, complex x with a threshold.
 

@@ -124,8 +124,8 @@ def group_norm(
       two passes, so it is safe far from zero.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for arguments that do not fit:  groups that
-        do not divide the channels, axes, leaves, dtypes, a mask, an axis name that is not in scope,
+      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: groups that do
+        not divide the channels, axes, leaves, dtypes, a mask, an axis name that is not in scope,
         statistics over one value in training.
 
     Example:

@@ -118,7 +118,7 @@ def instance_norm(
       two passes, so it is safe far from zero.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for arguments that do not fit:  a reduction
+      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: a reduction
         over axis 0 or over features, axes, leaves, dtypes, a mask, an axis name that is not in
         scope, statistics over one value in training.
 

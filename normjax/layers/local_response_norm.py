@@ -99,7 +99,7 @@ def local_response_norm(
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError: at trace time, for arguments that do not fit:  a size that is not a
+      ValueError, TypeError: at trace time, for arguments that do not fit: a size that is not a
         positive int, k that is not positive, axes, leaves, dtypes.
 
     Example:
