@@ -47,7 +47,7 @@ class Report(NamedTuple):
 
 @lru_cache(maxsize=16)
 def _compiled(apply_fn: ApplyFn, kind: type[Model]) -> Step:
-    """Returns the compiled `step(static, arrays, layers, batch)` of one of the last functions."""
+    """Returns a compiled `step(static, arrays, layers, batch)`, cached for 16 functions."""
 
     @partial(jax.jit, static_argnums=0)
     def step(
