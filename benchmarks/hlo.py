@@ -26,7 +26,7 @@ class Collective(NamedTuple):
 
 
 class Cycles(NamedTuple):
-    """What a compiler expects of a program: cycles of a run, and of the branches not taken in it."""
+    """A compiler's estimate for a program: cycles of a run, and of branches not taken in it."""
 
     taken: int
     untaken: int

@@ -4,7 +4,7 @@
     python benchmarks/layers.py                    # the suite of this backend: minutes on a CPU
     python benchmarks/layers.py --suite sync       # synced batch norm, on 8 CPU devices
     python benchmarks/layers.py --suite drawn --seed 7 --count 40   # shapes that nobody tuned for
-    python benchmarks/layers.py --suite tiny --rounds 3 --only "batch norm" --peers normjax flax.linen
+    python benchmarks/layers.py --suite tiny --only "batch norm" --peers normjax flax.linen
 
 A row is a layer in a mode, at a shape and dtype of a real network. Each peer's y and gradients are
 compared with normjax's before it is timed; peers that are absent, unable or wrong are named at the

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What a batch norm costs beside its arithmetic: the Python that traces it, its equations, an eager call.
+"""Overhead of a batch norm: the Python that traces it, its equations, eager calls, compilation.
 
     python benchmarks/overhead.py                       # a minute
-    python benchmarks/overhead.py --counts              # seconds: no times, the same figures every time
+    python benchmarks/overhead.py --counts              # seconds: counts only, always the same
     python benchmarks/overhead.py --json FILE           # benchmarks/compare.py reads two of these
 
 Everything is of one layer in training mode, on a float32 array of 16x8x8x4.
@@ -25,8 +25,8 @@ Counted while `jax.make_jaxpr` traces the layer, with all caches empty, JAX's an
 Timed, in turns:
   eager        microseconds of a call outside jit, CPU time of all threads and wall clock: medians
                over the rounds, of which each waits for its results once, at the end.
-  compilation  seconds of CPU time to trace, lower and compile a training step of 50 layers of Dense,
-               BatchNorm and ReLU (benchmarks/small.py): the least of the rounds.
+  compilation  seconds of CPU time to trace, lower and compile a training step of 50 layers of
+               Dense, BatchNorm and ReLU (benchmarks/small.py): the least of the rounds.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def compile_step(batch_norm: Any, mesh: Mesh, per_chip: int, group: int) -> dict
 
 
 def costs(compiled: Any) -> dict[str, Any]:
-    """Collectives (those in branches apart), bytes accessed and memory, of one chip."""
+    """Collectives (in branches separately), bytes accessed and memory, of one chip."""
     found = hlo.collectives(compiled)
     usual = [collective for collective in found if not collective.in_branch]
     memory = compiled.memory_analysis()

@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def cases(name: str) -> list[Case]:
-    """Returns the layers' rows: those of the GPU suite at one shape of each network."""
+    """Returns the layers' rows: the GPU suite's, at one shape of each network."""
     found = suite("tiny" if name == "tiny" else "gpu")
     return (
         found
@@ -159,7 +159,7 @@ def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
 
 
 def cell_of_cycles(row: dict[str, Any], got: dict[str, Any]) -> str:
-    """Says in a cell how many thousand cycles are expected of a program, and what that is to normjax's."""
+    """Returns a cell: a program's estimated cycles, in thousands, and their ratio to normjax's."""
     if "estimated_cycles" not in got:
         return "-"
     taken, untaken = got["estimated_cycles"], got["estimated_cycles_untaken"]

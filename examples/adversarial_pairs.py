@@ -1,23 +1,23 @@
 """One network, two sets of statistics: clean and adversarial images in one training.
 
 Adversarial images are training images that an adversary has changed, each pixel by at most
---radius, until the network of the moment errs on them. A network is trained in four ways:
+--radius, until the current network errs on them. A network is trained in four ways:
 
     clean only            no adversarial images
     shared                one batch_stats; every batch holds clean images and adversarial ones
     two sets              a batch_stats for each kind; batches of one kind
     two sets, two scales  and a scale and a bias for each kind: AdvProp's auxiliary batch norm
 
-and evaluated on clean test images and on attacked ones, with either set at inference. The adversary
-knows the network and the set that it answers with.
+and evaluated on clean and on attacked test images, with either set at inference. The adversary
+knows the network and the set that it uses.
 
-    python examples/adversarial_pairs.py                                # scikit-learn's digits: nothing to download
+    python examples/adversarial_pairs.py                # scikit-learn's digits: nothing to download
     python examples/adversarial_pairs.py --data mnist --data-dir DIR
     python examples/adversarial_pairs.py --data cifar10 --data-dir DIR
 
-A table, JSON and a plot come out, the files in --out. Ctrl-C stops, and keeps what is finished.
-With the same seed all ways start from the same kernels and see the same images. See
-examples/README.md for what to expect.
+Prints a table, and writes JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. With the
+same seed all ways start from the same kernels and use the same images. See examples/README.md for
+what to expect.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DEFAULTS = {
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
     parser.add_runs("adversarial_pairs", DEFAULTS)
     count = number(int, "a positive integer")

@@ -1,27 +1,26 @@
-"""Contrastive training over devices, and what their statistics give away: SimCLR with synced batch norm and without.
+"""Contrastive training over devices, and what their statistics leak: SimCLR and synced batch norm.
 
-Of two views of each image in the batch, one is the query and one the key, and each query is to find
-its key among those
-of all devices: examples interact on purpose. Where each device normalizes by statistics of its own,
-  they interact in a
-second way, which is none: a device's queries and keys carry its statistics, and are found by them.
+Of two views of each image in the batch, one is the query and one the key, and each query should
+find its key among the keys of all devices: examples interact on purpose. If each device normalizes
+by its own statistics, there is a second, unwanted interaction: queries and keys of a device carry
+its statistics, which reveal the match.
 
-    per device  each device by its own statistics; queries beside their keys
-    shuffled    as before, but keys are dealt to other devices than their queries (MoCo)
+    per device  each device has its own statistics; queries and their keys are together
+    shuffled    the same, but keys go to other devices than their queries (MoCo)
     synced      statistics of all devices (SimCLR)
-    layer norm  none
+    layer norm  no statistics of the batch
 
-Trains a small encoder on 8 simulated devices, with the loss over the keys of all of them, and shows
-what is found, what of it is leakage (`nj.diagnostics.leakage`), and what the features are worth to
-a linear classifier.
+Trains a small encoder on 8 simulated devices, with the loss over the keys of all devices, and shows
+how many keys are found, how much of that is leakage (`nj.diagnostics.leakage`), and the accuracy of
+a linear classifier on the features.
 
-    python examples/contrastive.py                                  # scikit-learn's digits: nothing to download
+    python examples/contrastive.py                      # scikit-learn's digits: nothing to download
     python examples/contrastive.py --data mnist --data-dir DIR
     python examples/contrastive.py --data cifar10 --data-dir DIR
 
-Tables, JSON and a plot come out, the files in --out. Ctrl-C stops, and keeps what is finished. With
-the same seed all ways start from the same kernels and see the same images. See examples/README.md
-for what to expect.
+Prints tables, and writes JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. With the
+same seed all ways start from the same kernels and use the same images. See examples/README.md for
+what to expect.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ LABELS = {"digits": 100, "mnist": 1000, "cifar10": 50000}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
     parser.add_runs("contrastive", DEFAULTS)
     count = number(int, "a positive integer")

@@ -1,22 +1,22 @@
-"""Internal covariate shift: what batch normalization was thought to reduce, and an experiment against that.
+"""Internal covariate shift: does batch normalization reduce it, and does that help training?
 
 Trains the network of Ioffe & Szegedy (2015), figure 1, three layers of 100 sigmoids on batches of
 60, in three ways:
 
     without normalization
     with batch normalization      before each sigmoid
-    with noise after it           whose mean and variance are drawn anew at each step, for each unit (Santurkar et al.
-                                  2018): the inputs of every layer shift all the time
+    with noise after it           with a new random mean and variance at each step, for each unit
+                                  (Santurkar et al. 2018): the inputs of every layer always shift
 
-    python examples/covariate_shift.py                              # scikit-learn's digits: nothing to download
+    python examples/covariate_shift.py                  # scikit-learn's digits: nothing to download
     python examples/covariate_shift.py --data mnist --data-dir DIR  # the paper's images
 
-and shows, over the steps of training, the test accuracy, the distribution of what goes into a
-typical sigmoid of the last hidden layer (`nj.diagnostics.percentiles`), and how much the update of
-the layers before it changes a layer's gradient (`nj.diagnostics.internal_covariate_shift`).
+and shows, over the steps of training, the test accuracy, the input's distribution of a typical
+sigmoid in the last hidden layer (`nj.diagnostics.percentiles`), and how much an update of the
+layers before it changes a layer's gradient (`nj.diagnostics.internal_covariate_shift`).
 
-What the two papers report, beside what is measured here, is printed as a table; JSON and a plot go
-to --out. Ctrl-C stops, and keeps what is finished. See examples/README.md for what to expect.
+Prints a table of what the two papers report and what is measured here, and writes JSON and a plot
+to --out. Ctrl-C stops, and keeps finished runs. See examples/README.md for what to expect.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DEFAULTS = {
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
     parser.add_runs("covariate_shift", DEFAULTS)
     return parser.parse_runs(arguments)

@@ -1,26 +1,26 @@
-"""Attention that sees other documents of the batch as negatives, and is not distracted by them in a large memory.
+"""Attention with other documents as negatives in training, which do not distract it at inference.
 
 Trains small language models on documents in two contexts: the previous one defines keys, the
-current one asks for their values. In "memory" blocks attention sees the previous context, too, and
+current one asks for their values. "Memory" blocks also attend to the previous context of
 
-    crossbatch         those of --contexts - 1 other documents in the batch, as negatives (Tworkowski et al. 2023,
-                       Focused Transformer, the training of LongLLaMA), once it answers with its own
-                       alone
-    own context only   only that of its own document
+    crossbatch         --contexts documents of the batch; the others are negatives (Tworkowski et
+                       al. 2023, Focused Transformer, the training of LongLLaMA). This begins once
+                       the model answers with its own context alone
+    own context only   its own document
 
-each with layer norm and with RMS norm. Then the memory is filled with the contexts of more and more
-other documents, and what is shown is how often the value is still found, and how much of the
-attention goes to where it is.
+each with layer norm and with RMS norm. Then the contexts of more and more other documents fill the
+memory. The program shows how often the value is still found, and how much of the attention goes to
+its place.
 
-    python examples/cross_batch_attention.py                        # makes its documents itself
-    python examples/cross_batch_attention.py --text FILE            # hides them in passages of a text of yours
+    python examples/cross_batch_attention.py              # makes its documents itself
+    python examples/cross_batch_attention.py --text FILE  # hides them in passages of your text
     python examples/cross_batch_attention.py --blocks local memory local
 
 The model is in examples/common/memory.py, a pure function of params and memory; the documents are
 in examples/common/lookup.py. With the same seed all models start from the same kernels and read the
-same documents in the same order, as many with negatives as without. Tables, JSON and a plot come
-out, the files in --out. Ctrl-C stops, and keeps what is finished. See examples/README.md for what
-to expect.
+same documents in the same order, as many with negatives as without. Prints tables, and writes JSON
+and a plot to --out. Ctrl-C stops, and keeps finished runs. See examples/README.md for what to
+expect.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NORMS, BLOCKS = ("layer norm", "RMS norm"), ("local", "memory")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
     count, rate = number(int, "a positive integer"), number(float, "a positive number")
     add = parser.add_argument

@@ -7,17 +7,17 @@ four ways:
     mixed        one batch_stats; every batch holds both domains
     in turn      one batch_stats; batches of one domain, then of the other
     own          a batch_stats for each domain; batches as before
-    conditional  one batch_stats, mixed batches, and a scale and a bias for each domain, gathered for each example
+    conditional  one batch_stats, mixed batches; each example gets its domain's scale and bias
 
-    python examples/domains.py                              # scikit-learn's digits: nothing to download
+    python examples/domains.py                          # scikit-learn's digits: nothing to download
     python examples/domains.py --data mnist --data-dir DIR
 
 The network is a pure function `apply(params, batch_stats, x, train)` that returns its new
-statistics, so that a second set of them is a second variable (examples/common/sharing.py). The same
-lines serve
+statistics, so a second set of them is a second variable (examples/common/sharing.py). The same
+lines work for
 
-adversarial examples (Xie et al. 2020, AdvProp; adversarial_pairs.py trains so), whose statistics
-are not those of clean images:
+adversarial examples (Xie et al. 2020, AdvProp; see adversarial_pairs.py), whose statistics differ
+from clean images':
 
     clean, stats["clean"] = apply(params, stats["clean"], x, True)
     attacked, stats["attacked"] = apply(params, stats["attacked"], attack(params, x), True)
@@ -28,17 +28,17 @@ own, which its own forward passes update, or with the student's:
     logits, stats["student"] = apply(params["student"], stats["student"], x, True)
     targets, stats["teacher"] = apply(params["teacher"], stats["teacher"], x, True)
 
-and GANs, whose discriminator sees real and generated images in turn:
+and GANs, whose discriminator gets real and generated images in turn:
 
     real, stats["real"] = apply(params, stats["real"], images, True)
     fake, stats["fake"] = apply(params, stats["fake"], generated, True)
 
-where a pass that should leave no trace, such as the attack's, drops what it returns: `logits, _ =
+A pass that should not change statistics, such as the attack's, drops them: `logits, _ =
 apply(...)`.
 
-A table, JSON and a plot come out, the files in --out. Ctrl-C stops, and keeps what is finished.
-With the same seed all ways start from the same kernels and see the same images. See
-examples/README.md for what to expect.
+Prints a table, and writes JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. With the
+same seed all ways start from the same kernels and use the same images. See examples/README.md for
+what to expect.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from common.interrupt import run
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
     count, rate = number(int, "a positive integer"), number(float, "a positive number")
     parser.add_data(("digits", "mnist"))

@@ -1,19 +1,20 @@
-"""A PyTorch ResNet-18 in Flax: the weights of a torchvision-style state_dict, loaded into a linen network with normjax.
+"""Loads a PyTorch ResNet-18, a state_dict in torchvision's style, into a linen network.
 
-Both networks are below, under the same names of modules, so that no key has to be renamed. The
-program gives the PyTorch network weights and running statistics that are not those it starts with,
-moves them with `nj.convert.from_torch`, and compares logits; then both go through one more batch in
-training, and their running statistics are compared.
+Both networks are below, with the same module names, so that no key has to be renamed. The program
+changes the PyTorch network's weights and running statistics from their initial values, moves them
+with `nj.convert.from_torch`, and compares logits. Then both networks take one more batch in
+training, and the program compares their running statistics.
 
-    python examples/from_torch.py                                    # about half a minute, nothing to download
-    python examples/from_torch.py --weights resnet18.safetensors    # or .pth: such as torchvision's
+    python examples/from_torch.py                                 # half a minute, no download
+    python examples/from_torch.py --weights resnet18.safetensors  # or .pth: such as torchvision's
 
-Three things make the difference between equal and nearly equal:
+For equal instead of nearly equal results, note that:
   - PyTorch pads both sides alike. Flax's "SAME" pads a convolution of stride 2 more at the end than
     at the beginning.
-  - Its momentum is the complement (0.1 is normjax's 0.9), and its running variance is unbiased.
-  - Its images are (batch, channels, height, width), and its kernels (out, in, height, width). The
-    latter are transposed by `from_torch`, the former are transposed here.
+  - PyTorch's momentum is 1 minus normjax's (0.1 is normjax's 0.9), and its running variance is
+    unbiased.
+  - PyTorch's images are (batch, channels, height, width), its kernels (out, in, height, width).
+    `from_torch` transposes the kernels, this program the images.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def conv(features: int, size: int, stride: int, name: str) -> nn.Conv:
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions beside the identity, or beside a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions, and a shortcut: a 1x1 convolution if the shape changes."""
 
     features: int
     stride: int
@@ -64,7 +65,7 @@ class Block(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A 1x1 convolution with its norm; a `Sequential` in PyTorch, whose modules are called 0 and 1."""
+    """A 1x1 convolution with its norm; in PyTorch a `Sequential`, with modules named 0 and 1."""
 
     features: int
     stride: int
@@ -91,7 +92,7 @@ class Stage(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Images `(batch, height, width, 3)` to logits `(batch, classes)`, as torchvision's `resnet18` computes them."""
+    """Maps images `(batch, height, width, 3)` to logits, as torchvision's `resnet18` does."""
 
     classes: int = 1000
 
@@ -151,7 +152,7 @@ class TorchResNet18(torch.nn.Module):
 
 
 def load(source: Any, classes: int = 1000) -> tuple[ResNet18, dict[str, Any]]:
-    """Returns the Flax network and its variables, with the weights of a module, a state_dict or a .safetensors file."""
+    """Returns the network, and variables from a module, a state_dict or a .safetensors file."""
     model = ResNet18(classes)
     empty = jax.eval_shape(
         partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 32, 32, 3))
@@ -163,7 +164,7 @@ def load(source: Any, classes: int = 1000) -> tuple[ResNet18, dict[str, Any]]:
 
 
 def trained(classes: int = 1000, seed: int = 0) -> TorchResNet18:
-    """Returns a PyTorch network whose running statistics and affine parameters are not those that it starts with."""
+    """Returns a PyTorch network with changed running statistics and affine parameters."""
     torch.manual_seed(seed)
     network = TorchResNet18(classes)
     with torch.no_grad():
@@ -195,7 +196,7 @@ def compare_logits(
 def compare_training(
     network: TorchResNet18, model: ResNet18, variables: Any, x: np.ndarray
 ) -> float:
-    """Returns the largest difference between running statistics after one more batch, relative to the statistic."""
+    """Returns the largest relative difference of running statistics after one more batch."""
     with torch.no_grad():
         network.train()(torch.tensor(x))
     _, expected = nj.convert.from_torch(
@@ -236,12 +237,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     network = read(options.weights)
     model, variables = load(network)
     print(
-        f"{sum(leaf.size for leaf in jax.tree.leaves(variables)):,} numbers of {len(network.state_dict())} keys moved"
+        f"{sum(leaf.size for leaf in jax.tree.leaves(variables)):,} numbers of "
+        f"{len(network.state_dict())} keys moved"
     )
     for size in options.sizes:
         difference, largest = compare_logits(network, model, variables, images(4, size))
         print(
-            f"{size:3d} x {size:<3d} pixels: logits up to {largest:.2f}, apart by at most {difference:.1e}"
+            f"{size:3d} x {size:<3d} pixels: logits up to {largest:.2f}, "
+            f"apart by at most {difference:.1e}"
         )
     difference = compare_training(network, model, variables, images(8, 64))
     print(

@@ -1,22 +1,22 @@
-"""The optimization landscape with batch normalization and without: how far the gradient can be trusted.
+"""The loss landscape with and without batch normalization: how far gradients can be trusted.
 
 Trains a small VGG, without normalization and with batch normalization, by plain SGD at several
 learning rates, and measures on the way, as Santurkar et al. (2018) do in their figure 4, along the
 gradient of a training batch
 
     how much the loss varies,
-    how far the gradient is from what it was (gradient predictiveness), and
+    how far the gradient moves (gradient predictiveness), and
     the largest ratio of that to the distance moved (effective beta-smoothness)
 
 with `nj.diagnostics.landscape`, and at some checkpoints the largest eigenvalue of the Hessian, over
 all directions, with `nj.diagnostics.hessian_eigenvalue`.
 
-    python examples/landscape.py                                          # scikit-learn's digits: nothing to download
+    python examples/landscape.py                                # digits: nothing to download
     python examples/landscape.py --learning-rates 0.05 0.2
-    python examples/landscape.py --data cifar10 --data-dir DIR            # the paper's images
+    python examples/landscape.py --data cifar10 --data-dir DIR  # the paper's images
 
-What the paper reports, beside what is measured here, is printed as a table; JSON and a plot go to
---out. Ctrl-C stops, and keeps what is finished. See examples/README.md for what to expect.
+Prints a table of what the paper reports and what is measured here, and writes JSON and a plot to
+--out. Ctrl-C stops, and keeps finished runs. See examples/README.md for what to expect.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DEFAULTS = {
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
     rate, count = number(float, "a positive number"), number(int, "a positive integer")
     add = parser.add_argument

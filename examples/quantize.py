@@ -5,20 +5,19 @@ times:
 
     float          as it was trained
     folded         each batch norm folded into the convolution before it, by normjax.deploy.fold
-    folded, int8   that, kernels and activations quantized by qwix
-    int8           quantized without folding: int8 convolutions, with a batch norm in float32 after each
+    folded, int8   folded, with kernels and activations quantized by qwix
+    int8           quantized without folding: int8 convolutions, float32 batch norms
 
-    python examples/quantize.py                               # scikit-learn's digits: nothing to download
+    python examples/quantize.py                         # scikit-learn's digits: nothing to download
     python examples/quantize.py --data mnist --data-dir DIR
     python examples/quantize.py --data cifar10 --data-dir DIR
 
-qwix works on Flax modules. What `fold` returns fits one: its variables are those of the same
-network without its batch norms and with biases, so that is what is quantized
+qwix works on Flax modules. The result of `fold` fits one: its variables are those of the same
+network with biases in place of batch norms, and that network is quantized
 (examples/common/quantize.py, some thirty lines).
 
-A table and JSON come out, the file in --out. Ctrl-C stops, and keeps what is finished. See
-examples/README.md for what
-to expect. qwix is in an extra: pip install 'normjax[examples,quantize]'.
+Prints a table, and writes JSON to --out. Ctrl-C stops, and keeps finished runs. See
+examples/README.md for what to expect. qwix is an extra: pip install 'normjax[examples,quantize]'.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from common.interrupt import run
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
     count, rate = number(int, "a positive integer"), number(float, "a positive number")
     parser.add_data(("digits", "mnist", "cifar10"))

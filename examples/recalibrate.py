@@ -1,14 +1,13 @@
-"""Running statistics that do not fit: averaged weights and a shifted test set, before and after `nj.recalibrate`.
+"""Recalibrates running statistics that do not fit: averaged weights, and shifted test images.
 
-Trains a network on digits, keeps an exponential moving average (EMA) of its weights beside it, and
-evaluates
+Trains a network on digits, with an exponential moving average (EMA) of its weights, and evaluates
 
-    as they are   the trained weights, and the EMA weights with the trained weights' running statistics, with an EMA of
-                  those, and recalibrated on training images
-    --shift       the trained weights on shifted test images (faint, inverted or noisy), with their running statistics,
-                  and recalibrated on shifted training images, of which no label is used
+    as they are   the trained weights, and the EMA weights with three sets of statistics: the
+                  trained weights' running ones, their EMA, and recalibrated on training images
+    --shift       the trained weights on shifted test images (faint, inverted or noisy), with their
+                  running statistics, and recalibrated on shifted training images without labels
 
-    python examples/recalibrate.py                              # scikit-learn's digits: nothing to download
+    python examples/recalibrate.py                      # scikit-learn's digits: nothing to download
     python examples/recalibrate.py --data mnist --data-dir DIR
     python examples/recalibrate.py --data cifar10 --data-dir DIR
 
@@ -16,7 +15,7 @@ Recalibrating is one line (examples/common/recalibration.py):
 
     params, batch_stats = nj.recalibrate(apply_fn, (ema, batch_stats), batches)
 
-A table, JSON and a plot come out, the files in --out. Ctrl-C stops, and keeps what is finished. See
+Prints a table, and writes JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. See
 examples/README.md for what to expect.
 """
 
@@ -32,7 +31,7 @@ from common.interrupt import run
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
     count, rate = number(int, "a positive integer"), number(float, "a positive number")
     parser.add_data(("digits", "mnist", "cifar10"))

@@ -1,22 +1,23 @@
 """LSTM and GRU with layer and batch normalization, reading images row by row or pixel by pixel.
 
 Trains an LSTM and a GRU, each plain, with layer normalization (Ba, Kiros & Hinton 2016) and with
-batch normalization (Cooijmans et al. 2016), to name the digit on an image of which they see one row
-of pixels a step, or one pixel:
+batch normalization (Cooijmans et al. 2016), to name the digit on an image. Each step reads one row
+of pixels, or one pixel:
 
-    python examples/recurrent.py                              # scikit-learn's digits: nothing to download
-    python examples/recurrent.py --sequence pixels            # 64 steps; or permuted, in one random order for all
+    python examples/recurrent.py                    # scikit-learn's digits: nothing to download
+    python examples/recurrent.py --sequence pixels  # 64 steps; or permuted: one random order
     python examples/recurrent.py --data mnist --data-dir DIR
-    python examples/recurrent.py --data mnist --data-dir DIR --sequence permuted  # 784 steps, as in Cooijmans et al.
+    python examples/recurrent.py --data mnist --data-dir DIR --sequence permuted  # 784 steps
 
-A mask hides what is blank before and behind a digit, so that sequences differ in where they start
-and end. The cells are in examples/common/cells.py; batch normalization's statistics are kept apart
-there for each time step, up to --max-steps.
+The last one is the task of Cooijmans et al. A mask hides blank rows or pixels before and after a
+digit, so that sequences start and end at different steps. The cells are in
+examples/common/cells.py. Batch normalization has separate statistics for each time step there, up
+to --max-steps.
 
-Every cell is trained at each of --learning-rates. Tables, JSON and a plot of the validation
-accuracy come out, the files in --out; validation images are the data's test images. Ctrl-C stops,
-and keeps what is finished. With the same seed all see the same batches. See examples/README.md for
-what to expect.
+Every cell is trained at each of --learning-rates. Prints tables, and writes JSON and a plot of the
+validation accuracy to --out; validation images are the data's test images. Ctrl-C stops, and keeps
+finished runs. With the same seed all cells use the same batches. See examples/README.md for what to
+expect.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ DEFAULTS = {"digits": (600, 10, 64, 3), "mnist": (1000, 50, 100, 1), "cifar10": 
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
     count, rate = number(int, "a positive integer"), number(float, "a positive number")
     parser.add_data(tuple(DEFAULTS))
@@ -85,8 +86,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="examples a step",
     )
-    add("--learning-rates", type=rate, nargs="+", default=[0.002, 0.02], metavar="RATE", help="of Adam"
-        " (default: 0.002 0.02)")  # fmt: skip
+    add(
+        "--learning-rates",
+        type=rate,
+        nargs="+",
+        default=[0.002, 0.02],
+        metavar="RATE",
+        help="of Adam (default: 0.002 0.02)",
+    )
     add(
         "--out",
         type=Path,

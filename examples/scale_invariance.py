@@ -1,25 +1,26 @@
-"""Kernels of which only the direction counts: the learning-rate schedule nobody wrote, and weight decay that sets it.
+"""Kernels whose scale does not matter: how learning rate and weight decay set their direction.
 
 Trains a small VGG on digits with batch, layer and weight normalization, and without, by plain SGD,
 and measures at each step how long each kernel is and by which angle the step turns it
 (normjax.diagnostics.rotation).
 
-    python examples/scale_invariance.py                              # scikit-learn's digits: nothing to download
+    python examples/scale_invariance.py                 # scikit-learn's digits: nothing to download
     python examples/scale_invariance.py --data mnist --data-dir DIR
     python examples/scale_invariance.py --data cifar10 --data-dir DIR
 
-Three things are shown of kernels before normalization (van Laarhoven 2017; Li & Arora 2020; Kosson
-et al. 2024):
+The program shows three properties of kernels before normalization (van Laarhoven 2017; Li & Arora
+2020; Kosson et al. 2024):
 
-    growth      without weight decay their norms grow, as each gradient is orthogonal to them, and so the learning rate
-                that acts on their direction, lr / norm^2, falls
-    scaled      with kernels times c, lr times c^2 and wd / c^2 the network takes the same path, bit for bit
-    rotation    with lr and wd of one product, and the same initialization, it forgets which they were: the angle of a
-                step comes to sqrt(2 lr wd), and the loss to one curve
+    growth      without weight decay their norms grow, as each gradient is orthogonal to them, so
+                the learning rate of their direction, lr / norm^2, falls
+    scaled      with kernels times c, lr times c^2 and wd / c^2, the network takes the same path,
+                bit for bit
+    rotation    from the same initialization, only the product of lr and wd matters in the long run:
+                the angle of a step approaches sqrt(2 lr wd), and the loss one curve
 
-Learning rate and decay are those of the kernels before normalization; all else is trained at one
-rate without decay. A table of what was reported and what was measured, JSON and a plot come out,
-the files in --out. Ctrl-C stops, and keeps what is finished. See examples/README.md for what to
+Learning rate and decay apply to the kernels before normalization; all other parameters are trained
+at one rate without decay. Prints a table of what was reported and what was measured, and writes
+JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. See examples/README.md for what to
 expect.
 """
 
@@ -40,7 +41,7 @@ DEFAULTS = {
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
     parser.add_runs("scale_invariance", DEFAULTS)
     return parser.parse_runs(arguments)

@@ -1,24 +1,24 @@
-"""Accuracy against batch size, by normalization: figure 1 of the Group Norm paper (Wu & He 2018), for the whole family.
+"""Accuracy against batch size by normalization, as in figure 1 of Group Norm (Wu & He 2018).
 
 Trains a small VGG on 8 simulated devices with 32, 16, 8, 4 and 2 images on each, and shows the test
 error with
 
-    batch            statistics of each device by itself, as data-parallel training has them
-    ghost            statistics over 16 examples (virtual_batch_size) of the whole batch, wherever they lie
-    renorm           as "batch", corrected towards the running statistics; limits rise from those of batch norm
+    batch            statistics of each device, as in data-parallel training
+    ghost            statistics over 16 examples of the whole batch (virtual_batch_size)
+    renorm           as "batch", corrected towards the running statistics; limits rise from batch
+                     norm's
     sync             statistics over all devices (axis_name)
-    group, layer, filter response    no statistics over examples at all
+    group, layer, filter response    no statistics over examples
 
-    python examples/small_batch.py                              # scikit-learn's digits: nothing to download
+    python examples/small_batch.py                      # scikit-learn's digits: nothing to download
     python examples/small_batch.py --data mnist --data-dir DIR
-    python examples/small_batch.py --data cifar10 --data-dir DIR --norms batch group --sizes 32 8 4
-    2
+    python examples/small_batch.py --data cifar10 --data-dir DIR --norms batch group --sizes 32 8 2
 
 The protocol is the paper's: 8 devices, a learning rate linear in the batch size (--learning-rate is
-  that of 32 images a
-device), and the same number of examples seen at every batch size, so that --steps is the number of
-steps of the largest batch. All start from the same kernels. A table, JSON and a plot come out, the
-files in --out. Ctrl-C stops, and keeps what is finished. See examples/README.md for what to expect.
+for 32 images on each device), and the same number of examples at every batch size, so that --steps
+is the number of steps of the largest batch. All start from the same kernels. Prints a table, and
+writes JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. See examples/README.md for
+what to expect.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DEFAULTS = {
 
 
 def parse(arguments: Sequence[str] | None) -> Namespace:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
     parser.add_runs("small_batch", DEFAULTS)
     parser.add_argument(
@@ -59,7 +59,8 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     options = parser.parse_runs(arguments)
     if "ghost" in options.norms and (odd := [size for size in options.sizes if size % 2]):
         parser.error(
-            f"--sizes {odd[0]}: 8 times as many do not divide into ghost batches of 16; take even sizes"
+            f"--sizes {odd[0]}: 8 times as many do not divide into ghost batches of 16; "
+            "take even sizes"
         )
     return options
 

@@ -3,18 +3,16 @@
 Trains the variants of Ioffe & Szegedy (2015), sections 4.1 and 4.2, and shows how many steps each
 needs to reach the best test accuracy of the baseline, the same network without normalization:
 
-    python examples/speedup.py                                   # scikit-learn's digits: nothing to download
-    python examples/speedup.py --data mnist --data-dir DIR       # the paper's section 4.1
+    python examples/speedup.py                          # scikit-learn's digits: nothing to download
+    python examples/speedup.py --data mnist --data-dir DIR  # the paper's section 4.1
     python examples/speedup.py --network inception --data cifar10 --data-dir DIR
 
-Two tables come out: as the paper has it, relative to the baseline at the learning rate given, and
-  stricter than the
-paper, relative to the baseline at the best of a sweep of its own learning rate. Results as JSON and
-a plot are written to `--out`. Ctrl-C stops, and keeps the variants that are finished.
+Prints two tables. One is the paper's: relative to the baseline at the learning rate given. The
+other is stricter: relative to the baseline at the best rate of a sweep. Writes JSON and a plot to
+`--out`. Ctrl-C stops, and keeps finished variants.
 
-What is compared is fair: with the same seed all variants start from the same kernels and see the
-  same batches in the
-same order. See examples/README.md for what to expect.
+The comparison is fair: with the same seed all variants start from the same kernels and use the same
+batches in the same order. See examples/README.md for what to expect.
 """
 
 from __future__ import annotations

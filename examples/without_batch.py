@@ -1,23 +1,23 @@
-"""Networks whose answer to an example depends on that example alone: substitutes for batch normalization.
+"""Substitutes for batch normalization, with which examples do not affect each other.
 
 Trains a small VGG at several learning rates, and shows training and test accuracy against the rate,
 with
 
-    none                     biases and nothing else: the lower end
-    batch                    batch norm, the only one here whose output for an example depends on the others
+    none                     biases only, as the lower end
+    batch                    batch norm, the only one whose output depends on other examples
     group                    group norm (Wu & He 2018)
     weight norm              with data-dependent initialization (Salimans & Kingma 2016)
     weight standardization   scaled, with ReLU's gain (Brock, De & Smith 2021)
     dynamic tanh             (Zhu et al. 2025)
 
-    python examples/without_batch.py                              # scikit-learn's digits: nothing to download
+    python examples/without_batch.py                    # scikit-learn's digits: nothing to download
     python examples/without_batch.py --data mnist --data-dir DIR
-    python examples/without_batch.py --data cifar10 --data-dir DIR --norms batch group
-    --learning-rates 0.03 0.1 0.3
+    python examples/without_batch.py --norms batch group --learning-rates 0.03 0.1 0.3
+    python examples/without_batch.py --data cifar10 --data-dir DIR
 
 The column "others" of the table is how far the logits of an example move, in training, when all
-other images of its batch are replaced. All start from the same kernels and see the same batches. A
-table, JSON and a plot come out, the files in --out. Ctrl-C stops, and keeps what is finished. See
+other images of its batch are replaced. All start from the same kernels and use the same batches.
+Prints a table, and writes JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. See
 examples/README.md for what to expect.
 """
 
@@ -40,7 +40,7 @@ DEFAULTS = {
 
 
 def parse(arguments: Sequence[str] | None) -> Namespace:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
     parser.add_runs("without_batch", DEFAULTS)
     parser.add_argument(

@@ -1,7 +1,7 @@
-"""What a layer asks of its arguments, settled at trace time from static shapes and dtypes.
+"""Checks the arguments of layers at trace time, from static shapes and dtypes.
 
-Every refusal reads
-`{function}: {problem}. Expected {expected}; got {what was given}. {One concrete fix}.`
+Every error reads `{function}: {problem}. Expected {expected}; got {what was given}. {One concrete
+fix}.`
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def raise_error(
     fix: str,
     kind: Callable[[str], Exception] = ValueError,
 ) -> NoReturn:
-    """Raises the one form of error that normjax has."""
+    """Raises an error in the form that all errors of normjax have."""
     raise kind(f"{function}: {problem}. Expected {expected}; got {got}. {fix}.")
 
 
 def must_be_callable(function: str, name: str, given: object, *, expected: str, fix: str) -> None:
-    """Refuses an argument that is to be a function and is none."""
+    """Raises an error for an argument that should be a function but is not."""
     if not callable(given):
         raise_error(
             function,
@@ -51,7 +51,7 @@ def must_be_callable(function: str, name: str, given: object, *, expected: str, 
 
 
 def static_train(function: str, train: object) -> bool:
-    """Returns `train` as a bool; refuses a traced or a non-boolean one."""
+    """Returns `train` as a bool; raises an error if it is traced or not a bool."""
     if isinstance(train, Tracer):
         raise_error(
             function,
@@ -74,7 +74,7 @@ def static_train(function: str, train: object) -> bool:
 
 
 def activations(function: str, x: Any, name: str = "x") -> jax.Array:
-    """Returns `x` as an array; refuses integers, booleans and scalars."""
+    """Returns `x` as an array; raises an error for integers, booleans and scalars."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise_error(
@@ -97,7 +97,7 @@ def activations(function: str, x: Any, name: str = "x") -> jax.Array:
 
 
 def axes(function: str, name: str, given: Axes, shape: Shape) -> tuple[int, ...]:
-    """Returns axes as non-negative ints in ascending order; raises for repeated and unknown ones."""
+    """Returns axes as non-negative ints in ascending order; raises for repeated or unknown axes."""
     entries = tuple(given) if isinstance(given, Sequence) else (given,)
     rank = len(shape)
     got = f"{name}={given!r} for x.shape={shape}"
@@ -140,7 +140,7 @@ def other_axes(axes: Collection[int], rank: int) -> tuple[int, ...]:
 
 
 def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
-    """Returns the mask with the rank of x; refuses one that is not bool or does not broadcast to x."""
+    """Returns the mask with x's rank; raises if it is not bool or does not broadcast to x."""
     if given is None:
         return None
     given = jnp.asarray(given)
@@ -169,7 +169,7 @@ def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
 
 
 def sizes(function: str, name: str, given: Any) -> tuple[int, ...]:
-    """Returns one or several axis sizes as ints; refuses what is none."""
+    """Returns one or several axis sizes as ints; raises an error for anything else."""
     try:
         entries = tuple(
             operator.index(size) for size in (given if isinstance(given, Iterable) else (given,))
@@ -201,13 +201,13 @@ def leaves(
     """Raises for a tree that is not a dict of the named arrays, each of `shape` and fit for x.
 
     Args:
-      function: that the error begins with.
-      name: of the tree.
-      tree: what was given.
-      shape: of each leaf, but for scalars.
-      dtype: of x.
-      required: leaves that must be there.
-      optional: leaves that may be there.
+      function: the name that errors begin with.
+      name: the name of the tree.
+      tree: the tree to check.
+      shape: the shape of each leaf that is not a scalar.
+      dtype: the dtype of x.
+      required: names of leaves that must be present.
+      optional: names of leaves that may be present.
       leading: the sizes of x's non-feature axes; a leaf may have some of them (or ones) in front.
     """
     known = {*required, *optional}
@@ -312,7 +312,7 @@ def _raise_for_shape(
 
 
 def output_dtype(function: str, dtype: Any, x: jax.Array) -> Any:
-    """Returns the dtype of y; refuses one that cannot hold it."""
+    """Returns the dtype of y; raises an error for one that cannot hold it."""
     if dtype is None:
         return x.dtype
     kind = jnp.complexfloating if jnp.iscomplexobj(x) else jnp.inexact
@@ -334,7 +334,7 @@ def output_dtype(function: str, dtype: Any, x: jax.Array) -> Any:
 
 
 def choice(function: str, name: str, given: object, allowed: Sequence[object]) -> None:
-    """Refuses an option outside `allowed`."""
+    """Raises an error for an option outside `allowed`."""
     if given not in allowed:
         raise_error(
             function,
@@ -348,7 +348,7 @@ def choice(function: str, name: str, given: object, allowed: Sequence[object]) -
 def between(
     function: str, name: str, given: Any, low: float, high: float, *, finite: bool = True
 ) -> None:
-    """Refuses what is no number, or one outside `[low, high]`; the value of a JAX array is not looked at."""
+    """Raises for a number outside `[low, high]`, or no number; JAX arrays are not checked."""
     if isinstance(given, jax.Array):
         return
     number = isinstance(given, (int, float, np.number, np.ndarray)) and not isinstance(given, bool)
@@ -372,7 +372,7 @@ def between(
 
 
 def positive_int(given: Any) -> int | None:
-    """Returns an int of 1 or more, None for what is none."""
+    """Returns an int of 1 or more; None for anything else."""
     try:
         value = 0 if isinstance(given, (bool, np.bool_)) else operator.index(given)
     except TypeError:

@@ -15,10 +15,10 @@ class Op(NamedTuple):
     """An operation.
 
     Attributes:
-      name: of the primitive, or of what else makes its outputs.
-      params: of the primitive.
-      inputs: numbers of the values that it reads.
-      outputs: numbers of the values that it makes.
+      name: the name of the primitive, or of another operation that makes its outputs.
+      params: the parameters of the primitive.
+      inputs: the numbers of the values that it reads.
+      outputs: the numbers of the values that it makes.
       eqn: the equation, which also knows where it was called; None if there is none.
     """
 
@@ -30,11 +30,11 @@ class Op(NamedTuple):
 
     @property
     def has_effects(self) -> bool:
-        """Whether it does more than make values, such as print."""
+        """Returns whether it has an effect besides its outputs, such as printing."""
         return self.eqn is not None and bool(self.eqn.effects)
 
     def run(self, *values: Any) -> Iterable[Any]:
-        """Returns the values of `outputs`, made from those of `inputs`."""
+        """Returns the values of `outputs`, computed from the values of `inputs`."""
         primitive = self.eqn.primitive
         with self.eqn.ctx.manager:
             made = primitive.bind(*values, **primitive.get_bind_params(self.params))
@@ -49,9 +49,9 @@ class Program(NamedTuple):
       inputs: the values that are leaves of the inputs.
       constants: the values that are known.
       types: shape and dtype of each value. Values are numbered in the order in which they are made.
-      ops: in the order in which they run.
+      ops: the operations, in the order in which they run.
       outputs: the values that are returned.
-      structure: the tree that they are leaves of.
+      structure: the tree that the outputs are leaves of.
     """
 
     leaves: dict[Path, int]
@@ -63,8 +63,8 @@ class Program(NamedTuple):
     structure: Any
 
 
-# Writes out an equation, given the numbers of its inputs, and returns those of its outputs; None if
-# the equation is one operation.
+# Inlines an equation, given the numbers of its inputs, and returns the numbers of its outputs; None
+# if the equation is one operation.
 Inline = Callable[["Writer", Any, list[int]], "Sequence[int] | None"]
 
 
@@ -79,11 +79,11 @@ def trace(
     """Traces a function of variables and inputs.
 
     Args:
-      function: to be traced.
+      function: the function to trace.
       variables: its first argument.
       inputs: its other arguments.
-      inline: writes out the equations that are not to be one operation.
-      axes: the mapped axes that it is traced under, and their sizes.
+      inline: inlines equations that should not be one operation.
+      axes: the mapped axes to trace under, and their sizes.
     """
     make = jax.make_jaxpr(function, axis_env=list(axes), return_shape=True)
     closed, made = make(variables, *inputs)
@@ -108,7 +108,7 @@ def makers(program: Program) -> dict[int, Op]:
 
 
 class Writer:
-    """Writes jaxprs out, with numbers of their own for each time that one is called."""
+    """Inlines jaxprs; each call gets numbers of its own."""
 
     def __init__(self, inline: Inline) -> None:
         self.inline = inline
@@ -117,12 +117,12 @@ class Writer:
         self.ops: list[Op] = []
 
     def value(self, aval: Any) -> int:
-        """Numbers a value."""
+        """Returns a number for a value."""
         self.types.append(aval)
         return len(self.types) - 1
 
     def constant(self, value: Any, aval: Any) -> int:
-        """Numbers a value that is known."""
+        """Returns a number for a value that is known."""
         number = self.value(aval)
         self.constants[number] = value
         return number
@@ -135,13 +135,13 @@ class Writer:
         params: Mapping[str, Any] = {},
         eqn: Any = None,
     ) -> tuple[int, ...]:
-        """Adds an operation; returns the numbers of what it makes."""
+        """Adds an operation; returns the numbers of its outputs."""
         outputs = tuple(map(self.value, avals))
         self.ops.append(Op(name, params, tuple(inputs), outputs, eqn))
         return outputs
 
     def write(self, jaxpr: Any, arguments: Sequence[int]) -> list[int]:
-        """Writes a jaxpr out, closed or not; returns the numbers of its results."""
+        """Inlines a jaxpr, closed or not; returns the numbers of its results."""
         closed = jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
         numbers = dict(zip(closed.jaxpr.invars, arguments, strict=True))
         for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):

@@ -1,4 +1,4 @@
-"""Variables of functions, linen and nnx models as paths and arrays: named, nested, opened and checked."""
+"""Opens, names, nests and checks the variables of functions, linen and nnx models."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ STATISTICS = ("mean", "var")
 
 
 def path_of(path: KeyPath) -> Path:
-    """Returns a path as the keys of nested dicts; what a single key joins stays together."""
+    """Returns a path as the keys of nested dicts; a key such as 'Dense_0/kernel' is not split."""
     return tuple(map(str, _keys(path)))
 
 
 def path_names(path: KeyPath) -> Path:
-    """Returns the names along a path; 'Dense_0/kernel/scale', or a tuple, in one key gives several."""
+    """Returns the names along a path, with keys such as 'Dense_0/kernel/scale' or tuples split."""
     parts = [part for key in _keys(path) for part in (key if isinstance(key, tuple) else (key,))]
     return tuple(name for part in parts for name in str(part).split("/"))
 
@@ -52,12 +52,12 @@ def by_path(tree: PyTree) -> dict[Path, Any]:
 
 
 def show(tree: str, path: KeyPath) -> str:
-    """Names a leaf as it is written in Python."""
+    """Returns a leaf's name as it is written in Python."""
     return tree + keystr(path)
 
 
 def flatten(tree: Mapping[Any, Any]) -> dict[Path, Any]:
-    """Returns what nested mappings hold by path, in their order; the inverse of `nest`."""
+    """Returns the leaves of nested mappings by path, in their order; the inverse of `nest`."""
 
     def walk(path: Path, node: Any) -> Iterator[tuple[Path, Any]]:
         if not isinstance(node, Mapping):
@@ -70,7 +70,7 @@ def flatten(tree: Mapping[Any, Any]) -> dict[Path, Any]:
 
 
 def nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:
-    """Returns nested dicts of what is given by path."""
+    """Returns nested dicts from leaves by path."""
     tree: dict[str, Any] = {}
     for path, value in leaves.items():
         inner = tree
@@ -84,13 +84,13 @@ def nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:
 
 
 def is_nnx(value: Any, kind: str = "Module") -> bool:
-    """Whether a value is of a class of `flax.nnx`; Flax is not imported to find out."""
+    """Returns whether a value is an instance of a class of `flax.nnx`, without importing Flax."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(value, getattr(nnx, kind))
 
 
 def split_module(module: Any, *filters: Any) -> tuple[list[PyTree], Callable[..., Any]]:
-    """Returns the states of an nnx module, and what makes a module of such states."""
+    """Returns the states of an nnx module, and a function that makes a module from such states."""
     from flax import nnx
 
     graphdef, *states = nnx.split(module, *filters)
@@ -100,7 +100,7 @@ def split_module(module: Any, *filters: Any) -> tuple[list[PyTree], Callable[...
 def open_module(
     params: Any, function: Callable[[Any], PyTree]
 ) -> tuple[PyTree, Callable[[Any], PyTree]]:
-    """Returns the parameters of an nnx module and the function of them; other trees as they are."""
+    """Returns an nnx module as its parameters and a function of them; other trees unchanged."""
     if not is_nnx(params):
         return params, function
     from flax import nnx
@@ -110,7 +110,7 @@ def open_module(
 
 
 def plain(tree: PyTree) -> PyTree:
-    """Returns the tree with arrays in place of nnx's variables; an nnx module gives its `nnx.Param`s."""
+    """Returns the tree with arrays for nnx's variables; an nnx module gives its `nnx.Param`s."""
     if is_nnx(tree):
         from flax import nnx
 
@@ -127,7 +127,7 @@ def plain(tree: PyTree) -> PyTree:
 def collections(
     variables: Any, known: tuple[str, ...], alone: str
 ) -> tuple[Collections, Callable[[Collections], Any]]:
-    """Returns variables by collection, and what makes such variables of collections again.
+    """Returns variables by collection, and a function that makes such variables from collections.
 
     Args:
       variables: a mapping with one of the `known` collections, the pair `(params, batch_stats)`, or
@@ -145,25 +145,29 @@ def collections(
 
 
 def new_batch_stats(updates: Any) -> Any:
-    """Returns the statistics among what a forward pass returns second, such as linen's updates."""
+    """Returns the statistics from the second result of a forward pass, such as linen's updates."""
     return updates.get("batch_stats", updates) if isinstance(updates, Mapping) else updates
 
 
 def is_layer(node: Any) -> bool:
-    """Whether a node holds the running statistics of one layer."""
+    """Returns whether a node holds the running statistics of one layer."""
     return isinstance(node, Mapping) and all(
         leaf in node and not isinstance(node[leaf], Mapping) for leaf in STATISTICS
     )
 
 
 def spread(function: str, name: str, mask: Mask, tree: PyTree) -> PyTree[bool]:
-    """Returns a bool for each leaf of the tree, from a mask of its structure or a prefix of it."""
-    chosen = dict(jax.tree.leaves_with_path(plain(mask(tree) if callable(mask) else mask)))
+    """Returns the mask, or what it returns for the tree, with a bool for each leaf of the tree.
+
+    Raises an error if it has other leaves than bools, or does not fit the tree.
+    """
+    mask = plain(mask(tree) if callable(mask) else mask)
+    chosen = dict(jax.tree.leaves_with_path(mask))
     for path, value in chosen.items():
         if not isinstance(value, (bool, np.bool_)):
             _checks.raise_error(
                 function,
-                f"{name} does not choose",
+                f"{name} is not made of bools",
                 expected="True or False for each leaf, known when the program is compiled",
                 got=f"{show(name, path)}={value!r}",
                 fix="Make it of Python bools, as decay_mask and scale_invariant do",
@@ -185,11 +189,11 @@ def spread(function: str, name: str, mask: Mask, tree: PyTree) -> PyTree[bool]:
     return jax.tree.map_with_path(choice, tree)
 
 
-# What trees are refused for.
+# Checks.
 
 
 def check_alike(function: str, one: tuple[str, PyTree], other: tuple[str, PyTree]) -> None:
-    """Refuses two trees, each after its name, with different leaves or shapes."""
+    """Raises an error if two trees, given with their names, differ in leaves or shapes."""
     a, b = (dict(jax.tree.leaves_with_path(tree)) for _, tree in (one, other))
     for path in [*a, *b]:
         if path not in a or path not in b:
@@ -198,7 +202,7 @@ def check_alike(function: str, one: tuple[str, PyTree], other: tuple[str, PyTree
             got = f"{show(has, path)}, which {lacks} lacks"
         elif np.shape(a[path]) != np.shape(b[path]):
             problem = "differ in shape"
-            expected = f"shape {np.shape(b[path])}, as {show(other[0], path)}"
+            expected = f"shape {np.shape(b[path])}, as {show(other[0], path)} has"
             got = f"shape {np.shape(a[path])} for {show(one[0], path)}"
         else:
             continue
@@ -212,12 +216,12 @@ def check_alike(function: str, one: tuple[str, PyTree], other: tuple[str, PyTree
 
 
 def check_arrays(function: str, name: str, tree: PyTree) -> None:
-    """Refuses leaves that are not arrays."""
+    """Raises an error for leaves that are not arrays."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
             _checks.raise_error(
                 function,
-                f"{name} does not hold arrays alone",
+                f"{name} has leaves that are not arrays",
                 expected="a tree of arrays",
                 got=f"{show(name, path)} of type {type(leaf).__name__}",
                 fix="Pass what the model's init returned, or a part of it",
@@ -226,7 +230,7 @@ def check_arrays(function: str, name: str, tree: PyTree) -> None:
 
 
 def check_known(function: str, name: str, leaf: Any, *, because: str, fix: str) -> None:
-    """Refuses an array whose values are not known because a program is being traced."""
+    """Raises an error for a traced array, whose values are not known."""
     if isinstance(leaf, Tracer):
         _checks.raise_error(
             function,
@@ -244,7 +248,7 @@ def check_finite(
     tree: PyTree,
     fix: str = "Look for the step that made them: jax.config.update('jax_debug_nans', True)",
 ) -> None:
-    """Refuses NaN and infinities, if there are values to look at."""
+    """Raises an error for NaN and infinities; traced values are not looked at."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         if isinstance(leaf, Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue

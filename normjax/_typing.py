@@ -1,4 +1,4 @@
-"""The types that public signatures are written in, and how dtypes combine."""
+"""Types of public signatures, and the promotion of dtypes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PRNGKey = Key[Array, ""] | Shaped[Array, "2"]
 
 
 def promote(*dtypes: DTypeLike) -> np.dtype:
-    """Returns the dtype that holds all of them, also where JAX is told to be strict with implicit promotion."""
+    """Returns the dtype that holds all of them, also under strict dtype promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return reduce(jnp.promote_types, dtypes, jnp.dtype(dtypes[0]))
 
 
 def admissible(x: jax.Array, dtype: Any) -> jax.Array:
-    """Returns x in a dtype that the functions take: integers as numbers, and complex where y is."""
+    """Returns x in a dtype that the functions take: integers as floats, and complex if y is."""
     wanted = jnp.complexfloating if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.inexact
     return x if jnp.issubdtype(x.dtype, wanted) else x.astype(promote(dtype, jnp.float32))
 
@@ -45,13 +45,13 @@ def widen(x: jax.Array) -> jax.Array:
 
 
 def is_wide(x: jax.Array) -> bool:
-    """Whether x has at least float32's precision."""
+    """Returns whether x has at least float32's precision."""
     return x.dtype in WIDE
 
 
 @runtime_checkable
 class Initializer(Protocol):
-    """Makes an array from a key, a shape and a dtype, as those of `jax.nn.initializers` do."""
+    """Makes an array from a key, a shape and a dtype, as in `jax.nn.initializers`."""
 
     def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Array: ...
 

@@ -1,4 +1,4 @@
-"""What imports what inside normjax: packages stand on those below, and keep their private modules to themselves."""
+"""Imports in normjax: packages only import packages below them, and no others' private modules."""
 
 import ast
 from pathlib import Path

@@ -1,17 +1,17 @@
-"""Rows at shapes that nobody has tuned for, drawn anew for each seed, and what came out over all of them.
+"""Draws rows at random shapes that nobody has tuned for, and summarizes their results.
 
-Layers and dtypes take turns, so that each pair has its share; all rows are forward and backward.
-For each row, from one generator of the seed:
+Layers and dtypes take turns; all rows are forward and backward. One generator of the seed draws for
+each row:
 
 - the rank, uniformly: 2 to 5 for batch norm, 2 or 3 for layer and RMS norm, 3 to 5 for group and
   instance norm;
 - the elements of x, log-uniformly from 2^17 to 2^23: about 0.2 to 20 ms a call on two CPU cores;
 - the features, log-uniformly from 32 to 2048, rounded to a multiple of 8 (of 32 for group norm,
   which has 32 groups);
-- the examples, log-uniformly from 1 to 64; at rank 2 they are all that is left of the elements.
+- the examples, log-uniformly from 1 to 64; at rank 2 the remaining elements.
 
-What is left goes to the other axes, all of one size, which is at least 4. A larger count begins with
-the rows of a smaller one.
+The other axes have the remaining elements, all of one size of at least 4. A larger count begins
+with the rows of a smaller one.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _log_uniform(rng: random.Random, bounds: tuple[int, int]) -> float:
 
 
 def fastest(row: dict[str, Any]) -> tuple[str, float]:
-    """Returns the fastest of the other libraries on JAX, and its time as a multiple of normjax's."""
+    """Returns the fastest other library on JAX, and its time as a multiple of normjax's."""
     ratios = {
         name: got["ratio"]
         for name, got in row["peers"].items()
@@ -82,7 +82,7 @@ def fastest(row: dict[str, Any]) -> tuple[str, float]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Says how far ahead normjax is over all drawn rows, for each layer, and on which rows it is behind."""
+    """Reports normjax's lead over the drawn rows by layer, and the rows where it is slower."""
     measured = [row for row in rows if not math.isnan(fastest(row)[1])]
     drawn = [row for row in measured if row["name"] not in NAMES]
     lines = ["Times as multiples of normjax's, geometric means (above 1: normjax is ahead):"]

@@ -1,4 +1,4 @@
-"""How a layer is traced: the Python functions that are called meanwhile, and the equations that come out."""
+"""Counts the Python functions that trace a layer, and the equations of its jaxpr."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def climbs(files: Iterable[pathlib.Path]) -> int:
 
 
 def empty_caches() -> None:
-    """Empties JAX's caches, and those of normjax's functions."""
+    """Empties the caches of JAX and of normjax's functions."""
     jax.clear_caches()
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "normjax"]
     for module in modules:

@@ -102,7 +102,7 @@ def train(network: Network, peer: str) -> Trained:
 
 
 def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
-    """Says in a cell what a step took, and its bytes: temporary, and kept for the backward pass."""
+    """Returns a cell: a step's time, and its bytes, temporary and stored for the backward pass."""
     ratio = "" if got is row["peers"]["normjax"] else f" ({got['ratio']:.2f}x)"
     sizes = "/".join(f"{got.get(name, 0) / 1e6:.4g}" for name in ("temporary_bytes", "kept_bytes"))
     return f"{got['ms']:.4g}{ratio} {sizes} MB"

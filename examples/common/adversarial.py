@@ -1,6 +1,6 @@
-"""One network for clean images and for adversarial ones: who shares what between the two, and the adversary.
+"""One network for clean and adversarial images: what the two share, and the adversary.
 
-params, batch_stats = way.init(network, key, image_shape)             # batch_stats: [of clean, of attacked images]
+params, batch_stats = way.init(network, key, image_shape)  # batch_stats of clean, attacked images
 logits, batch_stats = way.train(network, params, batch_stats, clean, attacked)
 logits, _ = way.apply(network, params, batch_stats, images, ATTACKED, False)
 """
@@ -50,7 +50,7 @@ class Way(NamedTuple):
         kind: int,
         train: bool,
     ) -> tuple[Array, Tree]:
-        """Returns logits of images that are normalized as those of a kind, and the new statistics of that kind."""
+        """Returns the logits of images of a kind, and the new statistics of that kind."""
         params = condition(params, jnp.asarray(kind)) if self.own_scale else params
         return network.apply(params, batch_stats[kind], images, train)
 
@@ -80,9 +80,9 @@ WAYS = {
 def attack(
     loss: Callable[[Array], Any], images: Array, key: Array, radius: float, steps: int
 ) -> Array:
-    """Returns images, pixels from 0 to 1, each within `radius` of the given ones in each pixel, at a larger loss.
+    """Returns images with pixels in [0, 1] within `radius` of the given ones, at a larger loss.
 
-    Projected gradient ascent from a random start (Madry et al. 2018), in steps of 2.5 radius /
+    Uses projected gradient ascent from a random start (Madry et al. 2018), in steps of 2.5 radius /
     steps.
     """
     low, high = jnp.maximum(images - radius, 0), jnp.minimum(images + radius, 1)

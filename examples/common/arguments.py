@@ -1,4 +1,4 @@
-"""What the command lines of the examples have in common: flags, checks, and mistakes that get one line."""
+"""Common flags and checks of the examples' command lines; each mistake gets one line."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_runs(self, name: str, defaults: Mapping[str, Mapping[str, Any]]) -> None:
-        """Adds the flags of a study: its data, and those that its defaults have, which differ from data to data.
+        """Adds the flags of a study: its data, and the flags in its defaults, which depend on data.
 
         Args:
-          name: of the study, and of the folder that it leaves its files in.
+          name: the name of the study, and of the folder for its files.
           defaults: by data, the values of some of `RUNS`.
         """
         self.defaults = defaults
@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_runs(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """Returns the options of a study, with the defaults of its data for those that were not given."""
+        """Returns the options of a study, with the defaults of its data for missing ones."""
         options = self.parse_args(arguments)
         self.check_data(options)
         for flag, value in self.defaults[options.data].items():

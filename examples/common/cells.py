@@ -54,7 +54,7 @@ MOMENTUM = 0.9  # of the running statistics: for runs of some hundred steps, as 
 
 
 class Cell(NamedTuple):
-    """A recurrent cell: how its parameters are made, how many arrays its state has, and its step."""
+    """A recurrent cell: its initializer, the number of arrays in its state, and its step."""
 
     init: Callable[[Array, int, int, int], tuple[Tree, Tree]]
     states: int
@@ -62,7 +62,7 @@ class Cell(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A normalization as the cells use it. `biased`: whether what it puts out has a bias already."""
+    """A normalization for the cells. `biased`: whether its output already has a bias."""
 
     init: Callable[..., tuple[Tree, Tree]]
     apply: Callable[[Tree, Tree, Array, bool, Array], tuple[Array, Tree]]
@@ -193,7 +193,7 @@ def unroll(
 def _step(
     cell: Cell, params: Tree, train: bool, state: State, inputs: tuple[Array, Array, Tree]
 ) -> tuple[State, tuple[Array, Tree]]:
-    """A step as `lax.scan` has it: the state is carried, statistics come with x and leave with the output."""
+    """A step for `lax.scan`: the state is carried; statistics are inputs, and outputs."""
     x, mask, batch_stats = inputs
     # Zeros, because even a gradient of zero times NaN is NaN.
     new, batch_stats = cell.step(params, batch_stats, state, jnp.where(mask, x, 0), train, mask)

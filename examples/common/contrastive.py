@@ -1,10 +1,10 @@
-"""SimCLR's parts as pure functions: the encoder, two views of an image, and the loss over the keys of all devices.
+"""SimCLR as pure functions: encoder, augmentation, and the loss over the keys of all devices.
 
 encoder = Encoder(unit, widths)
 params, batch_stats = encoder.init(key, channels)
 q, batch_stats = encoder.embed(params, batch_stats, augment(key, images), True)    # on a device
-loss, found = contrast(lax.all_gather(q, AXIS, tiled=True), lax.all_gather(k, AXIS, tiled=True),
-own)
+queries, keys = (lax.all_gather(each, AXIS, tiled=True) for each in (q, k))
+loss, found = contrast(queries, keys, own)
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ WAYS = {
 
 
 class Encoder(NamedTuple):
-    """3x3 convolutions, of stride 2 but for the first, the mean over pixels, and a head of two layers behind it.
+    """3x3 convolutions, all but the first of stride 2, the mean over pixels, and a two-layer head.
 
-    Every layer is normalized, the last one too. The head is for the contrastive loss alone (Chen et
-    al. 2020, 4.2).
+    Every layer is normalized, including the last one. Only the contrastive loss uses the head (Chen
+    et al. 2020, 4.2).
     """
 
     unit: Unit
@@ -97,7 +97,7 @@ class Encoder(NamedTuple):
 
 
 def augment(key: Array, images: Array) -> Array:
-    """Returns a view of each image, pixels from 0 to 1: another crop, contrast and noise; in colour, hue and side."""
+    """Returns a view of each image: a crop, contrast, noise; in colour also hue and mirroring."""
     return jax.vmap(_view)(jax.random.split(key, len(images)), images)
 
 
@@ -118,12 +118,12 @@ def _view(key: Array, image: Array) -> Array:
 
 
 def contrast(queries: Array, keys: Array, own: Array) -> tuple[Array, Array]:
-    """Returns the mean NT-Xent loss of a device's examples, both ways, and how often a query finds its key.
+    """Returns the mean NT-Xent loss of a device's examples, both ways, and the queries' accuracy.
 
     Args:
       queries: embeddings of the first views of all devices, `(batch, features)`, of length 1.
-      keys: those of the second views, in the same order.
-      own: the device's rows of them.
+      keys: embeddings of the second views, in the same order.
+      own: the device's rows of both.
     """
 
     def one_way(queries: Array, keys: Array) -> tuple[Array, Array]:
@@ -138,12 +138,12 @@ def contrast(queries: Array, keys: Array, own: Array) -> tuple[Array, Array]:
 
 
 def probe(train: tuple[Array, Array], test: tuple[Array, Array], classes: int) -> Array:
-    """Returns the test accuracy of a linear classifier of features, by least squares with a little weight decay.
+    """Returns the test accuracy of a linear classifier of features, by ridge regression.
 
     Args:
       train: features `(count, features)`, and labels.
       test: the same, of test images.
-      classes: how many.
+      classes: the number of classes.
     """
     features, labels = train
     mean, std = features.mean(0), features.std(0) + 1e-6

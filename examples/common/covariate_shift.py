@@ -39,7 +39,7 @@ def run(options: Namespace, interrupt: Interrupt) -> int:
 
 
 class Instruments:
-    """What is looked at in a network between two steps of its training, compiled once for all seeds."""
+    """Measurements of a network between two training steps, compiled once for all seeds."""
 
     def __init__(self, network: Sigmoids, train: Examples, learning_rate: float):
         self.network, self.train, self.learning_rate = network, train, learning_rate
@@ -48,7 +48,7 @@ class Instruments:
     def _look(
         self, state: State, train: Examples, rows: Array
     ) -> tuple[nj.diagnostics.Percentiles, Any]:
-        """Returns percentiles of what goes into the last hidden layer's sigmoids, and the covariate shift."""
+        """Returns percentiles of the last hidden layer's inputs, and the covariate shift."""
         probe, _ = train.pick(jnp.arange(min(PROBE, len(train.labels))))
         _, _, inputs = self.network.forward(state.params, state.batch_stats, probe, True)
         images, labels = train.pick(rows)
@@ -69,10 +69,11 @@ class Shift(Study):
     name = "covariate_shift"
     source = "Ioffe & Szegedy (2015) and Santurkar et al. (2018)"
     caption = (
-        "What to see: below, the 15th, 50th and 85th percentile of what goes into a typical sigmoid of the last hidden"
-        " layer. Without normalization it wanders far, as in the 2015 paper's figure 1; with batch norm it is quiet;"
-        " with noise after it, it jumps at every step, and yet (above, left) trains as well as without the noise."
-        " Above, right: the last hidden layer's gradient, G, and what an update of the layers before makes of it, G'."
+        "What to see: below, the 15th, 50th and 85th percentile of the input of a typical sigmoid"
+        " in the last hidden layer. Without normalization it wanders far, as in the 2015 paper's"
+        " figure 1; with batch norm it is quiet; with noise after it, it jumps at every step, and"
+        " yet (above, left) trains as well as without the noise. Above, right: the last hidden"
+        " layer's gradient, G, and the same gradient after an update of the layers before it, G'."
     )
 
     def parts(self) -> Mapping[str, Part]:
@@ -120,13 +121,15 @@ class Shift(Study):
             return measured(lambda runs: format(median(run[key] for run in runs), form))
 
         return [
-            Claim("best test accuracy", "higher with batch norm, in fewer steps; with noise as good",
+            Claim("best test accuracy", "higher with batch norm, sooner; as good with noise",
                   measured(lambda runs: f"{median(max(run['accuracy']) for run in runs):.1%}")),
-            Claim("steps to 90%", "fewer with batch norm", measured(lambda runs: steps_to(0.9, runs))),
+            Claim("steps to 90%", "fewer with batch norm",
+                  measured(lambda runs: steps_to(0.9, runs))),
             Claim("how far the median of a unit's input wanders, in widths of its band",
                   "more stable with batch norm (2015)", middle("wander", ".2f")),
             Claim("how far it jumps from one evaluation to the next",
-                  "with noise, further than without any normalization (2018)", middle("jump", ".3f")),
+                  "with noise, further than without any normalization (2018)",
+                  middle("jump", ".3f")),
             Claim("change of the gradient, relative to it (median over the steps)",
                   "as large with batch norm, or larger (2018)", middle("relative_distance", ".3f")),
             Claim("cosine of the two gradients",
@@ -135,7 +138,8 @@ class Shift(Study):
 
     def draw(self, path: Path) -> None:
         """Draws accuracy and covariate shift above, distributions below."""
-        title = f"{data.TITLES[self.options.data]}: three layers of 100 sigmoids, and the distributions of their inputs"
+        shown = data.TITLES[self.options.data]
+        title = f"{shown}: three layers of 100 sigmoids, and the distributions of their inputs"
         with report.figure(path, title, self.caption, (2, 3), (12, 7.4)) as grid:
             for name, runs in self.results.items():
                 steps = runs[0]["steps"]
@@ -173,7 +177,7 @@ class Shift(Study):
 
 
 def summary(values: np.ndarray, shift: nj.diagnostics.CovariateShift) -> dict[str, Any]:
-    """Returns the numbers of one run: of percentiles `(steps, q, units)`, and of covariate shifts `(steps, layers)`.
+    """Summarizes one run: percentiles `(steps, q, units)`, covariate shifts `(steps, layers)`.
 
     `wander` is how far the median of a unit's input moves over all steps, `jump` how far it moves
     between two evaluations, both in widths of the band from the 15th to the 85th percentile, and

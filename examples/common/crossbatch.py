@@ -1,4 +1,4 @@
-"""Trains language models with and without negatives in their memory, for `cross_batch_attention.py`."""
+"""Trains language models with and without negatives in memory, for `cross_batch_attention.py`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Run(NamedTuple):
 
 
 def seen(documents: int, contexts: int, count: int | Array) -> Array:
-    """Returns bool `(documents, contexts)`: each document sees its own context and the `count - 1` that follow it."""
+    """Returns bool `(documents, contexts)`: a document's context and the next `count - 1`."""
     return (jnp.arange(contexts) - jnp.arange(documents)[:, None]) % contexts < count
 
 
@@ -74,7 +74,7 @@ class Trainer:
         self._steps, self._test = jax.jit(self._take_steps), jax.jit(self._ask)
 
     def run(self, negatives: bool, seed: int, advance: Advance) -> Run:
-        """Trains and tests a model. The start and the documents of a seed are the same with and without negatives."""
+        """Trains and tests a model. A seed has the same start and documents without negatives."""
         options, params = self.options, self.model.init(jax.random.key(seed))
         state, switched, trained, done = (params, self.optimizer.init(params)), None, 0.0, 0
         for keys in _chunks(seed, options.steps):
@@ -87,7 +87,7 @@ class Trainer:
         return Run(seed, switched, trained, *self.test(state[0]))
 
     def test(self, params: Tree) -> tuple[list[float], list[float]]:
-        """Returns accuracy and focus by the number of contexts, the mean of `--test-batches` batches."""
+        """Returns accuracy and focus by number of contexts, means over `--test-batches` batches."""
         keys = jax.random.split(jax.random.key(TEST_SEED), self.options.test_batches)
         tested = np.array(
             [[self._test(params, key, count) for key in keys] for count in memories(self.options)]
@@ -156,10 +156,11 @@ class CrossBatch(Study):
     name = "cross_batch_attention"
     source = "Tworkowski et al. 2023 (Focused Transformer)"
     caption = (
-        "What to see: at the left edge, where the memory holds nothing but the own context, all models find the value."
-        " To the right contexts of others are added. Without negatives in training, attention spreads over all of them"
-        " and the value is lost; with them it is still found among many more than were seen in training (dotted)."
-        " Bands span the seeds."
+        "What to see: at the left edge, the memory only has the document's own context, and all"
+        " models find the value. To the right, contexts of other documents are added. Without"
+        " negatives in training, attention spreads over all of them and the value is lost; with"
+        " negatives it is still found among many more than in training (dotted). Bands span the"
+        " seeds."
     )
 
     def parts(self) -> Mapping[str, Part]:
@@ -183,7 +184,8 @@ class CrossBatch(Study):
         """Returns the accuracy by model and number of contexts."""
         counts = memories(self.options)
         chosen = sorted({*range(0, len(counts), 2), len(counts) - 1})
-        title = f"Accuracy by contexts in memory, and focus in the largest, median of {self.options.seeds} seed(s)"
+        seeds = f"median of {self.options.seeds} seed(s)"
+        title = f"Accuracy by contexts in memory, and focus in the largest, {seeds}"
         shown = Table(title=title, title_justify="left")
         shown.box, shown.pad_edge, shown.collapse_padding = rich.box.SIMPLE_HEAD, False, True
         shown.add_column("model", no_wrap=True)
@@ -213,7 +215,8 @@ class CrossBatch(Study):
                 f"{accuracy['own context only']} of {largest}",
             ),
             Claim(
-                f"attention to the own context among n, without negatives (1/n = {1 / most:.3f} for {most})",
+                "attention to the own context among n, without negatives "
+                f"(1/n = {1 / most:.3f} for {most})",
                 "about 1/n",
                 focus["own context only"],
             ),
@@ -289,20 +292,22 @@ def _medians(runs: Sequence[Mapping[str, Any]], of: str) -> list[float]:
 
 
 def _lookup(options: Namespace) -> Lookup:
-    """Returns the documents' source, or raises if there are too few keys, or too little text, for it."""
+    """Returns the documents' source; raises an error for too few keys or too little text."""
     lookup = Lookup(options.pairs)
     if options.text is not None:
         content = np.frombuffer(options.text.read_bytes(), np.uint8)
         lookup = lookup._replace(gap=options.gap, text=jnp.asarray(content))
         if len(content) < options.pairs * options.gap:
-            needed = f"{options.pairs * options.gap} are needed for {options.pairs} pairs and gaps of {options.gap}"
-            raise DataError(f"{options.text}: {len(content)} bytes; {needed}")
+            needed = f"{options.pairs * options.gap} are needed"
+            purpose = f"for {options.pairs} pairs and gaps of {options.gap}"
+            raise DataError(f"{options.text}: {len(content)} bytes; {needed} {purpose}")
     for flag, contexts in (
         ("--batch-size", options.batch_size),
         ("--distractors", options.distractors + 1),
     ):
         if contexts * options.pairs > KEYS:
             raise DataError(
-                f"{flag}: {contexts} contexts of {options.pairs} keys, but there are only {KEYS} keys"
+                f"{flag}: {contexts} contexts of {options.pairs} keys, "
+                f"but there are only {KEYS} keys"
             )
     return lookup

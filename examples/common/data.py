@@ -18,11 +18,11 @@ DIGITS_TEST = 500  # of 1,797: an evaluation is good to 0.2 points, and 1,297 ar
 
 
 class DataError(Exception):
-    """A data file that is missing or not what it should be; the message is one line that names it."""
+    """A missing or wrong data file; the message is one line that names it."""
 
 
 class Dataset(NamedTuple):
-    """Images `(count, height, width, channels)` and labels `(count,)`, all uint8; `peak` is the brightest pixel."""
+    """Images `(count, height, width, channels)` and labels `(count,)`, uint8; `peak` is white."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -41,7 +41,7 @@ class Dataset(NamedTuple):
 
 
 def selected(options: Any) -> Dataset:
-    """Returns the data that a command line asks for, and as many of its examples (the flags of `Parser.add_data`).
+    """Returns the data of a command line, with as many examples (flags of `Parser.add_data`).
 
     Raises:
       DataError: for a file that is missing, truncated or corrupt.
@@ -91,7 +91,8 @@ def _mnist_part(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
         raise DataError(
-            f"{labels_path}: {len(labels)} labels for the {len(images)} images of {images_path.name}"
+            f"{labels_path}: {len(labels)} labels for the {len(images)} images of "
+            f"{images_path.name}"
         )
     _check_labels(labels_path, labels)
     return images[..., None], labels
@@ -120,7 +121,8 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
     magic, expected = int.from_bytes(content[:4]), 0x0800 + rank
     if magic != expected:
         raise DataError(
-            f"{path}: not the expected IDX file: magic number 0x{magic:08x} instead of 0x{expected:08x}"
+            f"{path}: not the expected IDX file: magic number 0x{magic:08x} instead of "
+            f"0x{expected:08x}"
         )
     shape = [int.from_bytes(content[i : i + 4]) for i in range(4, header, 4)]
     # math.prod counts in Python's integers: a corrupt header cannot overflow it.
@@ -156,14 +158,15 @@ def read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _find(folder: Path, subfolder: str, name: str, *suffixes: str) -> Path:
-    """Returns the file of that name, as it is or with one of the suffixes, in the folder or the subfolder."""
+    """Returns the file of that name, or with a suffix, in the folder or the subfolder."""
     names = [name + suffix for suffix in ("", *suffixes)]
     for place in (folder, folder / subfolder):
         for path in (place / name for name in names):
             if path.exists():
                 return path
     raise DataError(
-        f"{folder / name}: not found (looked for {' and '.join(names)}, also in {folder / subfolder})"
+        f"{folder / name}: not found (looked for {' and '.join(names)}, also in "
+        f"{folder / subfolder})"
     )
 
 

@@ -1,4 +1,4 @@
-"""Sigmoid networks of growing depth, with and without batch normalization: a part of `speedup.py`."""
+"""Sigmoid networks of growing depth, with and without batch norm: a part of `speedup.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABELS = {False: "plain", True: "batch norm"}
 
 
 class Depth(NamedTuple):
-    """Networks of one depth: without and with normalization, each at the rates that it was given."""
+    """Networks of one depth, without and with normalization, each at its learning rates."""
 
     layers: int
     plain: Sequence[Result]
@@ -47,9 +47,10 @@ def content(depths: Sequence[Depth]) -> list[dict[str, Any]]:
 
 
 def table(depths: Sequence[Depth], steps: int) -> Table:
-    """Returns best accuracies, and the rates that they were had at, for a terminal."""
+    """Returns best accuracies, and their learning rates, for a terminal."""
     shown = Table(
-        title=f"Sigmoid networks of growing depth: best accuracy within {steps:,} steps, at the better of two rates",
+        title=f"Sigmoid networks of growing depth: best accuracy within {steps:,} steps, "
+        "at the better of two rates",
         title_justify="left",
         caption=REPORTED,
         box=rich.box.SIMPLE_HEAD,

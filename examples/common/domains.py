@@ -37,13 +37,14 @@ DESCRIPTIONS = {
 }
 MOMENTUM = 0.9  # of SGD
 CAPTION = (
-    "What to see: 'in turn' and 'own' train the same params and differ in nothing but the statistics that inference"
-    " uses: one batch_stats for both domains fits neither. 'mixed' and 'conditional' normalize both domains together."
+    "What to see: 'in turn' and 'own' train the same params, and only differ in the statistics at"
+    " inference: one batch_stats for both domains fits neither. 'mixed' and 'conditional' normalize"
+    " both domains together."
 )
 
 
 class Domains(NamedTuple):
-    """Images `(domains, count, pixels)`, which show the same in each domain, and labels `(count,)`."""
+    """Images `(domains, count, pixels)`, the same in each domain, and labels `(count,)`."""
 
     images: Array
     labels: Array
@@ -183,14 +184,16 @@ class Comparison:
             console.print(f"Interrupted: {len(self.runs)} of {len(WAYS)} ways are finished.")
         if self.runs:
             path = self.options.out / "domains.png"
-            title = f"{data.TITLES[self.options.data]}, as they are and {self.options.shift}: who shares statistics"
+            images = f"{data.TITLES[self.options.data]}, as they are and {self.options.shift}"
+            title = f"{images}: who shares statistics"
             report.write_panels(path, title, "test accuracy (%)", self._panels(), CAPTION)
             console.print(f"Plot: {path.resolve()}", soft_wrap=True)
         console.print(f"Results: {(self.options.out / 'domains.json').resolve()}", soft_wrap=True)
 
     def _table(self) -> rich.table.Table:
         shown = rich.table.Table(
-            title=f"Test accuracy after step {self.options.steps}, median of {self.options.seeds} seed(s)",
+            title=f"Test accuracy after step {self.options.steps}, "
+            f"median of {self.options.seeds} seed(s)",
             title_justify="left",
         )
         shown.box, shown.pad_edge = rich.box.SIMPLE_HEAD, False

@@ -16,13 +16,14 @@ from common.session import environment, guard, progress_bar, settings
 from common.tables import PAPER, Result, Table, best_of_sweep, compare
 
 CAPTION = (
-    "What to see: how far to the left of the baseline the others cross the dashed line, its best accuracy. Where there"
-    " are networks of growing depth: plain sigmoids stop training as layers are added, normalized ones do not."
+    "What to see: where each curve crosses the dashed line, the baseline's best accuracy. For"
+    " networks of growing depth: plain sigmoids stop training as layers are added, normalized ones"
+    " do not."
 )
 
 
 def run(options: Options, variants: Sequence[Variant], interrupt: Interrupt) -> int:
-    """Trains the variants, the first of which is the baseline, and reports; returns the exit status."""
+    """Trains the variants, the first as the baseline, and reports; returns the exit status."""
     console = Console()
 
     def work() -> bool:
@@ -126,7 +127,7 @@ class Experiment:
         return Result(variant.name, rate, runs)
 
     def _trainer(self, style: networks.Style, depth: int | None) -> training.Trainer:
-        """Returns the trainer of a style and depth, compiled once for all learning rates and seeds."""
+        """Returns the trainer of a style and depth, compiled once for all rates and seeds."""
         if (style, depth) not in self.trainers:
             network = networks.inception(style) if depth is None else networks.mlp(style, depth)
             self.trainers[style, depth] = training.Trainer(
@@ -185,7 +186,8 @@ class Experiment:
         if not finished:
             console.print(
                 f"Interrupted: {len(self.results)} of {len(self.variants)} variants are finished"
-                f", {len(self.swept)} of {len(self.sweep_factors)} other rates of the baseline's sweep"
+                f", {len(self.swept)} of {len(self.sweep_factors)} other rates of the baseline's "
+                "sweep"
                 f" and {len(self.depths)} of {len(self.options.depths)} depths."
             )
         if self.results:
@@ -213,5 +215,6 @@ class Experiment:
         )
         if best.learning_rate in (rates[0], rates[-1]):
             console.print(
-                "The best is at the end of the sweep: --sweep should go further for a strict comparison."
+                "The best is at the end of the sweep: --sweep should go further for a strict "
+                "comparison."
             )

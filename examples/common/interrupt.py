@@ -16,7 +16,7 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Context in which the first Ctrl-C is only noted, for `check` to raise; a second one acts at once.
+    """Context in which `check` raises the first Ctrl-C, and a second one acts at once.
 
     A KeyboardInterrupt in the middle of compiling can be lost, or come out as another error.
     """

@@ -49,11 +49,11 @@ class Landscapes(Study):
     name = "landscape"
     source = "Santurkar et al. (2018)"
     caption = (
-        "What to see: at each step, the range of the loss along the gradient of a training batch, up to 0.4 times it,"
-        " and of the distance of the gradients there from that at the start: with batch norm the bands are low, that of"
-        " the loss is narrow. Third, the largest ratio of that distance to the distance moved. Last, the largest"
-        " eigenvalue of the Hessian, over all directions: gradient descent on a quadratic is stable below the dashed"
-        " line, 2 / rate."
+        "What to see: at each step, the range of the loss along the gradient of a training batch,"
+        " up to 0.4 times the gradient, and how far gradients there are from the first: with batch"
+        " norm both bands are low, and the loss's is narrow. Third, the largest ratio of that"
+        " change to the distance moved. Last, the largest eigenvalue of the Hessian, over all"
+        " directions: gradient descent on a quadratic is stable below the dashed line, 2 / rate."
     )
 
     def parts(self) -> Mapping[str, Part]:
@@ -126,17 +126,18 @@ class Landscapes(Study):
         return [table]
 
     def claims(self) -> list[Claim]:
-        """Returns what the paper says, and how batch norm compares, as far as runs are finished and did not diverge."""
+        """Returns the paper's claims, and batch norm's effect in finished runs that converged."""
 
         def each(
             of: Callable[[list[dict[str, Any]]], float],
             compare: Callable[[float, float], str] = compared,
         ) -> str:
-            return "; ".join(
-                f"at rate {rate:g} {compare(*(of(self.results[key(name, rate)]) for name in NORMS))}"
-                for rate in self.options.learning_rates
-                if all(key(name, rate) in self.results for name in NORMS)
-            )
+            found = []
+            for rate in self.options.learning_rates:
+                if all(key(name, rate) in self.results for name in NORMS):
+                    values = [of(self.results[key(name, rate)]) for name in NORMS]
+                    found.append(f"at rate {rate:g} {compare(*values)}")
+            return "; ".join(found)
 
         reported = (
             "varies far less (figure 4a)",
@@ -149,10 +150,11 @@ class Landscapes(Study):
         ]
         return [
             *along,
-            Claim("largest eigenvalue, with batch norm", "no figure; less curvature along the gradient (theorem)",
+            Claim("largest eigenvalue, with batch norm",
+                  "no figure; less curvature along the gradient (theorem)",
                   each(lambda runs: float(np.median(finite(eigenvalues(runs)))))),
             Claim("test accuracy, with batch norm", "higher, and sooner (figure 1)",
-                  each(accuracy, lambda plain, normalized: f"{normalized:.1%} instead of {plain:.1%}")),
+                  each(accuracy, lambda plain, norm: f"{norm:.1%} instead of {plain:.1%}")),
         ]  # fmt: skip
 
     def draw(self, path: Path) -> None:
@@ -162,7 +164,8 @@ class Landscapes(Study):
             for rate in self.options.learning_rates
             if any(key(name, rate) in self.results for name in NORMS)
         ]
-        title = f"{data.TITLES[self.options.data]}: the landscape that a VGG trains in, along the gradient"
+        images = data.TITLES[self.options.data]
+        title = f"{images}: the landscape that a VGG trains in, along the gradient"
         size = 13.0, 1.2 + 2.9 * len(rates)
         with report.figure(path, title, self.caption, (len(rates), 4), size) as grid:
             for row, rate in zip(grid, rates, strict=True):
@@ -190,7 +193,7 @@ class Landscapes(Study):
 
 
 def instruments(apply: Callable) -> tuple[Callable, Callable]:
-    """Returns, compiled, what looks along the gradient, and what finds the sharpest direction, both on one batch."""
+    """Returns compiled functions for the landscape and the sharpest direction, on one batch."""
 
     def on_batch(state: State, train: Examples, rows: Array) -> Callable[[Any], Array]:
         images, labels = train.pick(rows)
@@ -249,7 +252,7 @@ def listed(values: np.ndarray) -> list:
 
 
 def typical(runs: list[dict[str, Any]], of: Callable[[nj.diagnostics.Landscape], Array]) -> float:
-    """Returns the median over the steps of what is read from a landscape, until training diverged."""
+    """Returns the median over the steps of a measure of the landscape, until training diverged."""
     return float(np.median(finite(np.asarray(of(history(runs))))))
 
 
@@ -264,9 +267,10 @@ def finite(values: np.ndarray) -> np.ndarray:
 
 
 def compared(plain: float, normalized: float) -> str:
-    """Returns how many times less the second is, or more."""
-    less = normalized <= plain
-    return f"{plain / normalized if less else normalized / plain:.3g} times {'less' if less else 'more'}"
+    """Returns how many times less or more the second is."""
+    if normalized <= plain:
+        return f"{plain / normalized:.3g} times less"
+    return f"{normalized / plain:.3g} times more"
 
 
 def shown(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Documents made of a dictionary and questions about it: the lookup task of Tworkowski et al. 2023."""
+"""Documents of a dictionary and questions about it: the lookup task of Tworkowski et al. 2023."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BYTES = 256
 
 
 class Documents(NamedTuple):
-    """Documents in two contexts: `previous` defines keys and `current` asks for them, in another order.
+    """Documents in two contexts: `previous` defines keys, `current` asks for them, reordered.
 
     Tokens are `(documents, length)`, and `answers`, the values in the order in which they are asked
     for, `(documents, pairs)`.
@@ -88,5 +88,5 @@ class Lookup(NamedTuple):
         return records.reshape(count, self.length)
 
     def read(self, outputs: Array) -> Array:
-        """Returns `(documents, pairs, ...)` of outputs `(documents, length, ...)`: those that are to tell a value."""
+        """Returns outputs for values, `(documents, pairs, ...)` of `(documents, length, ...)`."""
         return outputs.reshape(len(outputs), self.pairs, self.record, *outputs.shape[2:])[:, :, -1]

@@ -2,8 +2,8 @@
 
     model = LanguageModel(NORMS["RMS norm"], vocabulary, length)
     params = model.init(key)
-    memory = model.remember(params, previous)                          # (contexts, length) tokens
-    logits, focus = model.answer(params, current, memory, sees)        # sees: bool (documents, contexts)
+    memory = model.remember(params, previous)                    # (contexts, length) tokens
+    logits, focus = model.answer(params, current, memory, sees)  # sees: bool (documents, contexts)
 
 Each block is `x + attention(N(x))` and then `x + mlp(N(x))`, with N the normalization; queries and
 keys are normalized, too, head by head (QK-norm: Henry et al. 2020; Dehghani et al. 2023), so that
@@ -55,7 +55,7 @@ NORMS = {
 
 
 class LanguageModel(NamedTuple):
-    """A decoder for contexts of `length` tokens. `blocks` says of each whether it is "local" or "memory"."""
+    """A decoder for contexts of `length` tokens. Each of `blocks` is "local" or "memory"."""
 
     norm: Norm
     vocabulary: int
@@ -97,7 +97,7 @@ class LanguageModel(NamedTuple):
         return params
 
     def remember(self, params: Tree, tokens: Array) -> list[Pairs]:
-        """Returns keys and values of each memory block for contexts `(contexts, length)`, each read on its own."""
+        """Returns keys and values of each memory block for contexts `(contexts, length)`."""
         return self._run(params, tokens, None)[1]
 
     def answer(
@@ -159,7 +159,7 @@ def _local_scores(queries: Array, keys: Array, distances: Array | None) -> Array
 def _attend(
     queries: Array, scores: Array, values: Array, memory: Pairs, sees: Array
 ) -> tuple[Array, Array]:
-    """Returns what is attended to, in the own context and in the memory, and the share of the own previous context."""
+    """Returns the attention's output, and its weight on the document's own previous context."""
     keys, remembered = memory
     far = jnp.einsum("bqhf,ckhf->bhqck", queries, keys)
     far = jnp.where(sees[:, None, None, :, None], far, -jnp.inf)

@@ -50,7 +50,7 @@ class Style(NamedTuple):
 
 
 def mlp(style: Style, depth: int = 3, width: int = 100) -> Network:
-    """Returns the network of the paper's section 4.1: `depth` hidden layers of `width` units and a linear layer."""
+    """Returns the network of the paper's section 4.1: `depth` hidden layers of `width` units."""
 
     def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
         height, image_width, channels = image_shape
@@ -69,7 +69,7 @@ def mlp(style: Style, depth: int = 3, width: int = 100) -> Network:
 
 
 def inception(style: Style, stem: int = 24, widths: Sequence[int] = (16, 32, 32)) -> Network:
-    """Returns a small BN-Inception: a convolution, one module per entry of `widths`, and global average pooling.
+    """Returns a small BN-Inception: a convolution, a module for each of `widths`, and pooling.
 
     A module has the branches and the proportions of the paper's inception (3a): with `w` its width,
     1x1 (w), 3x3 (w, w), double 3x3 (w, 3w/2, 3w/2) and average pooling with projection (w/2): 4w
@@ -159,7 +159,7 @@ def _init(
 
 
 def linear(params: Tree, x: Array, stride: int = 1) -> Array:
-    """Returns `x` times the kernel, a matrix or a 1x1 or 3x3 convolution, plus the bias if there is one."""
+    """Returns `x` times the kernel, a matrix or 1x1 or 3x3 convolution, plus an optional bias."""
     kernel = params["kernel"]
     if kernel.shape[:-2] == (3, 3):
         x = neighbours(x, stride)
@@ -168,7 +168,7 @@ def linear(params: Tree, x: Array, stride: int = 1) -> Array:
 
 
 def neighbours(x: Array, stride: int) -> Array:
-    """Returns the 3x3 surroundings of each pixel as channels, so that a convolution is a matrix product.
+    """Returns the 3x3 neighbours of each pixel as channels: convolutions become matrix products.
 
     On the CPU, XLA's own convolutions are about 12 times slower inside `lax.scan` than outside of
     it (JAX 0.10.2).

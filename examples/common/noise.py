@@ -1,9 +1,9 @@
-"""The 2015 paper's network of sigmoids, with batch normalization or without, and with noise behind it.
+"""The 2015 paper's network of sigmoids, with or without batch normalization and noise after it.
 
     network = noisy(mlp(Style(normalize=True, activation="sigmoid")), key)
     logits, batch_stats = network.apply(params, batch_stats, images, train)
 
-The key of the noise is among the statistics, and another one after each step of training.
+The key of the noise is one of the statistics, and changes with each training step.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Sigmoids:
 
 
 def disturbed(key: Array, x: Array) -> Array:
-    """Returns x with noise: a mean and a deviation for each unit, and each example's own around them.
+    """Returns x with noise, which has a random mean and deviation for each unit.
 
     After Santurkar et al. (2018), appendix A, Algorithm 1.
     """

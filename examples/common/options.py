@@ -11,7 +11,7 @@ from common.arguments import Parser, number
 
 
 class Variant(NamedTuple):
-    """A row of the paper's figure 3: a network to train. `factor` multiplies the baseline's learning rate."""
+    """A row of the paper's figure 3: a network; `factor` multiplies the baseline's rate."""
 
     name: str
     normalize: bool
@@ -47,7 +47,7 @@ MOMENTUM = {"mlp": None, "inception": 0.9}
 
 @dataclass(frozen=True)
 class Options:
-    """What to run. `depth` is None and `data_dir` None where the network and the data have no use for it."""
+    """What to run. `depth` and `data_dir` are None if network and data do not need them."""
 
     network: str
     depth: int | None
@@ -71,7 +71,7 @@ class Options:
 
 
 def parse(arguments: Sequence[str] | None, description: str | None) -> Options:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = _parser(description)
     namespace = parser.parse_args(arguments)
     parser.check_data(namespace)
@@ -130,10 +130,22 @@ def _parser(description: str | None) -> Parser:
         help="of the baseline; BN-x5 and BN-x30 multiply it",
     )
     add("--eval-every", type=count, metavar="N", help="steps between two evaluations")
-    add("--sweep", type=_numbers, nargs="+", metavar="FACTORS", help="of the baseline's learning rate,"
-        " for the stricter table (default: 1,3,10,30,100, for the mlp also 1/3); 1 to go without")  # fmt: skip
-    add("--depths", type=count, nargs="*", metavar="N", help="hidden layers of the mlps of growing depth, each trained"
-        " for an eighth of the steps (default: 2 3 4 6 12); without a number, none are")  # fmt: skip
+    add(
+        "--sweep",
+        type=_numbers,
+        nargs="+",
+        metavar="FACTORS",
+        help="of the baseline's learning rate, for the stricter table "
+        "(default: 1,3,10,30,100, for the mlp also 1/3); 1 to go without",
+    )
+    add(
+        "--depths",
+        type=count,
+        nargs="*",
+        metavar="N",
+        help="hidden layers of the mlps of growing depth, each trained for an eighth of the steps "
+        "(default: 2 3 4 6 12); without a number, none are",
+    )
     add(
         "--out",
         type=Path,

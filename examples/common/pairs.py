@@ -59,7 +59,7 @@ class Trainer:
         self._correct = jax.jit(self._count_correct, static_argnames=("kind", "attacked"))
 
     def run(self, seed: int, advance: Advance) -> dict[str, Any]:
-        """Trains, and returns accuracies with either set of statistics, and how far apart the two are."""
+        """Trains, and returns accuracies with either set of statistics, and their distance."""
         state = self.init(seed)
         for rows, key in self._batches(seed):
             state = self._steps(state, self.train, rows, key)
@@ -79,7 +79,7 @@ class Trainer:
         return State(params, batch_stats, self.optimizer.init(params))
 
     def accuracy(self, state: State, kind: int, attacked: bool) -> float:
-        """Returns the share of correct answers for test images, attacked through the statistics that answer or not."""
+        """Returns the accuracy on test images, clean or attacked through the same statistics."""
         images, labels = self.test
         starts = range(0, len(labels), CHUNK)
         correct = [
@@ -125,7 +125,7 @@ class Trainer:
         ).mean(), batch_stats
 
     def _attacked(self, state: State, images: Array, labels: Array, key: Array) -> Array:
-        """Images at a large loss of the network as it trains; the statistics that the adversary makes are dropped."""
+        """Returns attacked images for a training step; the attack does not change statistics."""
         if not self.way.attacked:
             return images
         apply = partial(
@@ -159,7 +159,7 @@ class Trainer:
 
 
 def gaps(clean: Tree, attacked: Tree) -> dict[str, float]:
-    """Returns by layer how far the running means of two sets lie apart: standard deviations, mean over channels."""
+    """Returns each layer's distance of two sets' running means: deviations, mean over channels."""
     return {
         layer: float(
             (jnp.abs(attacked[layer]["mean"] - of_clean["mean"]) / jnp.sqrt(of_clean["var"])).mean()
@@ -174,9 +174,10 @@ class Pairs(Study):
     name = "adversarial_pairs"
     source = "Xie & Yuille 2020 (mixture BN), Xie et al. 2020 (AdvProp), and Zhang et al. 2024"
     caption = (
-        "What to see: up is robust, right is accurate. A network with two sets of statistics is two points, joined by a"
-        " line: what the choice of a set at inference buys, without any training. Right: while they share scales and"
-        " biases, the two kinds hardly differ in their statistics."
+        "What to see: up is robust, right is accurate. A network with two sets of statistics is two"
+        " points, joined by a line: the effect of choosing a set at inference, without any"
+        " training. Right: while they share scales and biases, the two kinds hardly differ in their"
+        " statistics."
     )
 
     def parts(self) -> Mapping[str, Part]:
@@ -220,19 +221,21 @@ class Pairs(Study):
         said = [
             (
                 "clean accuracy, against training on clean images only",
-                "lower with one set; higher with two (AdvProp: +0.7 points on ImageNet, EfficientNet-B7)",
+                "lower with one set; higher with two "
+                "(AdvProp: +0.7 points on ImageNet, EfficientNet-B7)",
                 [("shared", CLEAN), ("two sets, two scales", CLEAN)],
                 False,
             ),
             (
                 "robust accuracy, against clean images only",
-                "one set for both kinds costs robustness, which a second one gives back (Xie & Yuille)",
+                "one set for both kinds costs robustness, which a second one restores "
+                "(Xie & Yuille)",
                 [("shared", CLEAN), ("two sets", ATTACKED), ("two sets, two scales", ATTACKED)],
                 True,
             ),
             (
                 "robust accuracy through the clean set",
-                "it is the scales and biases that are robust or not, more than the statistics (Zhang et al.)",
+                "robustness depends on scales and biases, less on statistics (Zhang et al.)",
                 [("two sets", CLEAN), ("two sets, two scales", CLEAN)],
                 True,
             ),
@@ -254,7 +257,8 @@ class Pairs(Study):
 
     def draw(self, path: Path) -> None:
         """Writes robust against clean accuracy, and how far apart the statistics are."""
-        title = f"{data.TITLES[self.options.data]}, clean and attacked by up to {self.options.radius:.3g} a pixel"
+        images, radius = data.TITLES[self.options.data], self.options.radius
+        title = f"{images}, clean and attacked by up to {radius:.3g} a pixel"
         with report.figure(path, title, self.caption) as grid:
             self._draw_accuracies(grid[0, 0])
             self._draw_gaps(grid[0, 1])

@@ -35,7 +35,7 @@ VARIANTS = {
 
 
 class Network(nn.Module):
-    """Images to logits: three stages of two convolutions, each with batch norm or, without it, a bias."""
+    """Maps images to logits: three stages of two convolutions, with batch norm or a bias."""
 
     width: int
     normalize: bool = True
@@ -71,7 +71,7 @@ class Deployed(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """By variant, with one seed: test accuracy, how many of the answers are those of float, and the variables' size."""
+    """For each variant and one seed: test accuracy, agreement with float, and variables' size."""
 
     seed: int
     accuracies: dict[str, float]
@@ -80,7 +80,7 @@ class Outcome(NamedTuple):
 
 
 def quantized(network: Network, variables: Any, images: Array) -> Deployed:
-    """Returns the network with int8 kernels, and with activations that are rounded to int8 as they come."""
+    """Returns the network with int8 kernels, and activations rounded to int8 at run time."""
     model = qwix.quantize_model(network, qwix.PtqProvider(INT8))
     wanted = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     return Deployed(

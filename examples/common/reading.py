@@ -49,7 +49,7 @@ def pieces(images: Array, sequence: str) -> Array:
 
 
 def classifier(cell: Cell, units: int, max_steps: int | None, sequence: str = "rows") -> Network:
-    """Returns a network that reads an image, without what is blank at both ends, and names what it shows."""
+    """Returns a network that reads an image, without blank ends, and classifies it."""
 
     def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
         _, time, inputs = jax.eval_shape(
@@ -74,11 +74,11 @@ def classifier(cell: Cell, units: int, max_steps: int | None, sequence: str = "r
 
 
 def with_ink(steps: Array) -> Array:
-    """Returns `(batch, time)`: True from the first row, or pixel, of an image that is not blank to the last.
+    """Returns `(batch, time)`: True from the first to the last row, or pixel, that is not blank.
 
-    The blank ones at the end do no more than take time. Those at the start would do harm: the state
-    stays zero, so that what is normalized has variance 0, and the gradient grows by `scale /
-    sqrt(epsilon)`, some 300, at each of them.
+    Blank steps at the end only take time. At the start they would do harm: the state stays zero, so
+    that the variance is 0, and the gradient grows by `scale / sqrt(epsilon)`, some 300, at each of
+    them.
     """
     ink = (steps > 0).any(-1).astype(jnp.int8)
     return (lax.cummax(ink, axis=1) & lax.cummax(ink, axis=1, reverse=True)) > 0
@@ -100,9 +100,9 @@ class Reading(Study):
     name = "recurrent"
     source = "Cooijmans et al. 2016 (batch norm) and Ba et al. 2016 (layer norm)"
     caption = (
-        "What to see: how far left a curve rises, and whether it does at both learning rates. What a normalized cell"
-        " saves at the low one, the plain cell may save by the high one. Batch norm starts late: its running statistics"
-        " have to forget their start first."
+        "What to see: how far left a curve rises, and whether it does at both learning rates. The"
+        " steps that a normalized cell saves at the low rate, the plain cell may save by the high"
+        " one. Batch norm starts late: its running statistics have to forget their start first."
     )
 
     def parts(self) -> Mapping[str, Part]:
@@ -158,7 +158,7 @@ class Reading(Study):
         return content | {"cells": list(content.pop("results").values())}
 
     def claims(self) -> Sequence[Claim]:
-        """Returns what can be said of the LSTMs that are finished, each at the learning rate that suits it best."""
+        """Returns the claims about finished LSTMs, each at its best learning rate."""
         best: dict[str, Result] = {}
         for result in self.finished:
             if result.name not in best or result.best > best[result.name].best:

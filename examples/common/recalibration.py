@@ -1,4 +1,4 @@
-"""Trains a network and evaluates it with statistics that fit and that do not, for `recalibrate.py`."""
+"""Trains a network, and evaluates it with old and recalibrated statistics, for `recalibrate.py`."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "recalibrated, layer by layer": {"layer_by_layer": True},
 }
 CAPTION = (
-    "What to see: the average of weights has activations of its own, and the running statistics of the weights that"
-    " were trained are not theirs; nor are those of clean images the statistics of shifted ones. One pass over training"
-    " images without labels finds those that fit. No weight is changed."
+    "What to see: averaged weights have other activations, so the running statistics of the trained"
+    " weights do not fit them; nor do statistics of clean images fit shifted images. One pass over"
+    " training images without labels finds statistics that fit. No weight is changed."
 )
 
 Tree = networks.Tree
@@ -57,7 +57,7 @@ class Examples(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a step of training reads and replaces; `average` is that of params and batch_stats."""
+    """The state of a training step; `average` is the average of params and batch_stats."""
 
     params: Tree
     batch_stats: Tree
@@ -66,7 +66,7 @@ class State(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One seed: test accuracies after each of `steps`, and after the last, by (images, weights, statistics)."""
+    """One seed: test accuracies after `steps`, and at the end by (images, weights, statistics)."""
 
     seed: int
     steps: list[int]
@@ -115,7 +115,7 @@ class Trainer:
         return Run(seed, points, curves, self.evaluate(state, WAYS))
 
     def evaluate(self, state: State, ways: dict[str, dict[str, Any]]) -> dict[str, float]:
-        """Returns the test accuracies with running statistics, and with those that each way of recalibrating finds."""
+        """Returns test accuracies with running statistics, and with each recalibration."""
         ema, average = state.average
         trained = state.params
         variables = {("as they are", "trained", "running"): (trained, state.batch_stats)}

@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: tables on the terminal, JSON and a plot in files."""
+"""Output of experiments: tables on the terminal, JSON and a plot in files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def rich_table(table: Table) -> RichTable:
         shown.add_column("the paper's", justify="right", no_wrap=True)
     if not table.trained:
         shown.caption = (
-            f"'did not train': the baseline's best accuracy, {table.target:.1%}, is less than twice chance.\n"
+            f"'did not train': the baseline's best accuracy, {table.target:.1%}, is less than "
+            "twice chance.\n"
             "Steps to it, and ratios, would mean nothing."
         )
     for row in table.rows:
@@ -73,7 +74,7 @@ def result_content(result: Result) -> dict[str, Any]:
 
 
 def table_content(table: Table) -> dict[str, Any]:
-    """Returns a table as JSON has it, which knows no infinity: null for steps that were not reached."""
+    """Returns a table for JSON, which has no infinity: null for steps that were not reached."""
     rows = [
         row._asdict() | {"steps": row.steps if math.isfinite(row.steps) else None}
         for row in table.rows
@@ -88,7 +89,7 @@ def table_content(table: Table) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the file whole or not at all, whatever happens meanwhile; null for NaN, as of a run that diverged."""
+    """Writes the file completely or not at all; NaN, as of a run that diverged, becomes null."""
     text = json.dumps(_without_nan(content), indent=1, allow_nan=False)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
         try:
@@ -110,7 +111,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def draw_curves(axes: Axes, results: Sequence[Result]) -> None:
-    """Draws accuracy against steps, a line for each result; the first one's best accuracy is dashed."""
+    """Draws accuracy against steps, a line for each result; dashed at the first one's best."""
     for result in results:
         steps, accuracies = result.curve
         axes.plot(
@@ -140,9 +141,9 @@ def write_panels(
     caption: str,
     xscale: Literal["linear", "log"] = "linear",
 ) -> None:
-    """Draws curves of accuracy against steps, a panel for each group of them; a caption says what to see.
+    """Draws curves of accuracy against steps, a panel for each group, and a caption.
 
-    A curve of the same name is drawn alike in all panels; there is a legend where new names come.
+    Curves of the same name look the same in all panels; panels with new names have a legend.
     """
     rows = -(-len(panels) // 2)
     figure, grid = plt.subplots(
@@ -185,12 +186,12 @@ def figure(
     shape: tuple[int, int] = (1, 2),
     size: tuple[float, float] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Context with a grid of axes of the given shape, written as a picture with its caption when it is left.
+    """Context with a grid of axes of the given shape, which writes the picture at its end.
 
     Args:
-      path: of the picture.
-      title: above all panels.
-      caption: below them: what to see.
+      path: the file of the picture.
+      title: the title above all panels.
+      caption: the text below them: what to see.
       shape: rows and columns of panels.
       size: inches, width and height; by default 4.5 by 3.2 a panel.
     """

@@ -1,8 +1,7 @@
-"""Trains networks by SGD, their kernels at a learning rate and weight decay of their own, and measures how these turn.
+"""Trains networks by SGD with a separate rate and decay for kernels, and measures how these turn.
 
-All that is not a kernel before normalization (scales, biases, the last layer) is trained at one
-rate without decay, so that runs differ in what the rate and the decay do to kernels of which only
-the direction counts.
+All other parameters (scales, biases, the last layer) are trained at one rate without decay, so that
+runs only differ in the effect of rate and decay on kernels whose scale does not matter.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Setting(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """A run: the loss of each step, how it turned each kernel, and test accuracies after every `eval_every` steps."""
+    """A run: each step's loss and rotations, and test accuracies after every `eval_every` steps."""
 
     losses: np.ndarray
     history: Histories
@@ -46,7 +45,7 @@ class Recorded(NamedTuple):
 
 
 def hidden_kernels(params: Tree) -> Tree:
-    """Returns a mask of the kernels that the normalizations of a network stand behind, or would stand behind."""
+    """Returns a mask of the kernels before a normalization, or in its place without one."""
     return {name: jax.tree.map(lambda kind, name=name: kind == "kernel" and name != "logits", kinds)
             for name, kinds in nj.optim.kind_of(params).items()}  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Kernels that grow without weight decay, and settle with it: the study of `scale_invariance.py`."""
+"""The study of `scale_invariance.py`: kernels that grow without weight decay, not with it."""
 
 from __future__ import annotations
 
@@ -46,19 +46,20 @@ def run(options: Namespace, interrupt: Interrupt) -> int:
 
 
 class Scaling(Study):
-    """Runs without decay (`growth`), from scaled kernels (`scaled`), with decay (`rotation`), and a `test` of each."""
+    """Runs without decay (`growth`), from scaled kernels (`scaled`), with decay (`rotation`)."""
 
     name = "scale_invariance"
     source = "van Laarhoven (2017), Li & Arora (2020), Kosson et al. (2024)"
     caption = (
-        "What to see. Above: without decay normalized kernels grow, by as much as gradients orthogonal to them make"
-        " them (dotted), and the learning rate of their direction falls. Kernels times c, with lr c² and wd / c², train"
-        " alike, bit for bit. Below: runs of one product lr wd come to one angle a step, sqrt(2 lr wd) (dashed), and to"
-        " one loss, another product to others; so do all normalizations (on the diagonal), but not the plain network."
+        "What to see. Above: without decay, normalized kernels grow as predicted for gradients"
+        " orthogonal to them (dotted), and the learning rate of their direction falls. Kernels"
+        " times c, with lr c² and wd / c², train the same way, bit for bit. Below: runs with the"
+        " same product lr wd reach the same angle a step, sqrt(2 lr wd) (dashed), and the same"
+        " loss; so do all normalizations (on the diagonal), but not the plain network."
     )
 
     def parts(self) -> Mapping[str, Part]:
-        """Returns the runs, those of a network one after the other."""
+        """Returns the runs, network by network."""
         options = self.options
         images = data.selected(options)
         examples = training.examples(images, standardize=options.data == "cifar10")
@@ -164,7 +165,7 @@ def test(trainer: Turning, advance: Advance) -> Run:
 
 
 def curves(setting: Setting, recorded: Recorded, every: int) -> Run:
-    """Returns what is drawn: after every so many steps, or over them; over kernels, (geometric or square) means."""
+    """Returns the curves, thinned or averaged over steps, with means over kernels."""
     history = recorded.history.values()
     starts = np.arange(0, len(recorded.losses), every)
     ends = np.append(starts[1:], len(recorded.losses))
@@ -190,7 +191,7 @@ def curves(setting: Setting, recorded: Recorded, every: int) -> Run:
 
 
 def explained(found: nj.diagnostics.Rotation, rate: float) -> np.ndarray:
-    """The norms, by the first, to which gradients orthogonal to the kernel lead without decay: by Pythagoras."""
+    """Returns norms, relative to the first, that orthogonal gradients give without decay."""
     steps = rate**2 * np.asarray(found.gradient_norm, np.float64) ** 2
     return np.sqrt(1 + np.append(0, np.cumsum(steps[:-1])) / np.float64(found.norm[0]) ** 2)
 
@@ -214,7 +215,7 @@ def growth(setting: Setting, recorded: Recorded) -> Run:
 
 
 def rotation(setting: Setting, recorded: Recorded) -> Run:
-    """Returns the angle of each kernel over the second half of the run, beside the predicted one."""
+    """Returns measured and predicted angles of each kernel over the second half of the run."""
     second = jax.tree.map(lambda field: field[len(field) // 2 :], recorded.history)
     found = nj.diagnostics.equilibrium(
         second, learning_rate=setting.rate, weight_decay=setting.decay
@@ -233,7 +234,7 @@ def late(curve: Sequence[float]) -> float:
 
 
 def between(values: Sequence[float], form: str) -> str:
-    """Writes the least and the largest into a form, in which a single value is both; says it where a run diverged."""
+    """Formats the least and the largest value; says so if a run diverged."""
     return form.format(min(values), max(values)) if np.isfinite(values).all() else "diverged"
 
 

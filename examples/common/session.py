@@ -1,4 +1,4 @@
-"""Runs of several variants and seeds behind a progress bar, which Ctrl-C ends without losing any that is finished."""
+"""Runs variants and seeds with a progress bar; Ctrl-C ends it and keeps finished runs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Run = TypeVar("Run")
 
 
 class Part(NamedTuple):
-    """Something to run: of how many steps, and what does them and returns its results as JSON can hold them."""
+    """A run: the number of its steps, and a function that runs them and returns JSON values."""
 
     steps: int
     work: Callable[[Advance], Any]
 
 
 def guard(program: str, out: Path, work: Callable[[], bool]) -> int:
-    """Returns the exit status of `work`, which says whether it got to the end; a mistake gets one line."""
+    """Returns the exit status of `work`, True if it was finished; a mistake gets one line."""
     try:
         return 0 if work() else EXIT_STATUS
     except DataError as error:

@@ -99,9 +99,9 @@ def _infer_own(params: Tree, batch_stats: list[Tree], images: Array, domain: int
 
 
 def condition(params: Tree, domains: Array) -> Tree:
-    """Returns params whose scales and biases, `(domains, features)`, are those of each example: `(batch, features)`.
+    """Returns params with scales and biases for each example, `(batch, features)`.
 
-    For a single number in place of `domains`, those of that domain: `(features,)`.
+    They are `(domains, features)` in `params`. One number as `domains` gives `(features,)`.
     """
 
     def rows(layer: Tree) -> Tree:
@@ -111,7 +111,7 @@ def condition(params: Tree, domains: Array) -> Tree:
 
 
 def spread(params: Tree, domains: int) -> Tree:
-    """Returns params with scales and biases for each domain, `(domains, features)`, alike to start with."""
+    """Returns params with scales and biases for each domain, `(domains, features)`, all equal."""
 
     def tables(layer: Tree) -> Tree:
         return layer | {

@@ -37,7 +37,7 @@ COLORS = dict(zip(WAYS, ("C3", "C1", "C0", "C2"), strict=True))
 
 
 class Trainer:
-    """A way, with its training over all devices and its evaluation, each compiled once for all seeds."""
+    """A way, with its training on all devices and its evaluation, compiled once for all seeds."""
 
     def __init__(self, way: Way, images: data.Dataset, options: Namespace):
         self.way, self.options = way, options
@@ -129,7 +129,7 @@ class Trainer:
     def _loss(
         self, params: Tree, batch_stats: Tree, images: Array, key: Array
     ) -> tuple[Array, tuple[Tree, Array]]:
-        """A device's share of the loss of the whole batch: its queries, against the keys of all devices."""
+        """Returns a device's share of the loss: its queries against the keys of all devices."""
         device = lax.axis_index(AXIS)
         batch = len(images) * self.options.devices
         own = device * len(images) + jnp.arange(len(images))
@@ -153,7 +153,7 @@ class Trainer:
         return queries, keys, batch_stats
 
     def leakage(self, state: State, images: Array) -> nj.diagnostics.Leakage:
-        """Returns what a device's statistics give away, with as many examples a device as in training."""
+        """Returns how much statistics leak, with as many examples on a device as in training."""
         of_device = self.options.batch_size // self.options.devices
         count = min(LEAKAGE_EXAMPLES, len(images)) // of_device * of_device
         queries, keys = (augment(jax.random.key(view), images[:count]) for view in range(2))
@@ -168,7 +168,7 @@ class Trainer:
         )
 
     def probe(self, state: State) -> float:
-        """Returns the test accuracy of a linear classifier on the features, from the labels that there are."""
+        """Returns the test accuracy of a linear classifier on the features, from all labels."""
 
         def features(images: Array) -> Array:
             chunks = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
@@ -194,9 +194,10 @@ class Contrast(Study):
     name = "contrastive"
     source = "Chen et al. 2020 (SimCLR) and He et al. 2020 (MoCo)"
     caption = (
-        "What to see: left, a solid line far above the dashed one of its colour: keys are found by the statistics of"
-        " their devices, and no longer are when dealt to other devices. Synced, the two lines are one. Right, what the"
-        " features are worth to a linear classifier."
+        "What to see: left, a solid line far above the dashed one of its colour: keys are found by"
+        " the statistics of their devices, and no longer when they go to other devices. With synced"
+        " statistics the two lines coincide. Right, the accuracy of a linear classifier on the"
+        " features."
     )
     pixels = 0.0
 
@@ -205,12 +206,12 @@ class Contrast(Study):
         options = self.options
         simulate(options.devices)
         images = data.selected(options)
-        # the test's are dealt to devices, too
+        # test images are also split over devices
         count = min(len(images.train_labels), len(images.test_labels))
         if options.batch_size % options.devices or options.batch_size > count:
             raise data.DataError(
-                f"--batch-size {options.batch_size}: expected a multiple of {options.devices} devices,"
-                f" and no more than the {count} examples"
+                f"--batch-size {options.batch_size}: expected a multiple of {options.devices} "
+                f"devices, and no more than the {count} examples"
             )
         return {
             name: Part(options.seeds * options.steps, partial(self._run, way, images))
@@ -265,9 +266,9 @@ class Contrast(Study):
 
         return [
             Claim(
-                "leak: keys found beside their queries, less those found when dealt to other devices",
-                "per-device statistics let the network find keys without better features; shuffled keys (MoCo) or"
-                " shared statistics (SimCLR) do not",
+                "leak: keys found on their queries' devices, less keys found on other devices",
+                "per-device statistics let the network find keys without better features; shuffled "
+                "keys (MoCo) or shared statistics (SimCLR) do not",
                 of_all("leak"),
             ),
             Claim(
@@ -286,7 +287,8 @@ class Contrast(Study):
         """Writes what is found, and what the features are worth."""
         options = self.options
         of_device = options.batch_size // options.devices
-        title = f"{data.TITLES[options.data]}: contrast over {options.devices} devices of {of_device} images each"
+        devices = f"{options.devices} devices of {of_device} images each"
+        title = f"{data.TITLES[options.data]}: contrast over {devices}"
         with report.figure(path, title, self.caption, size=(9.5, 4.8)) as grid:
             found, accuracy = grid[0]
             for name in self.results:
@@ -318,7 +320,7 @@ class Contrast(Study):
 
 
 def simulate(devices: int) -> None:
-    """Asks for so many CPU devices, where JAX has not started yet; refuses to go on with fewer."""
+    """Asks for that many CPU devices if JAX has not started yet; raises an error for fewer."""
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", devices)
     if len(jax.devices()) < devices:

@@ -45,14 +45,14 @@ DASHED = {"sync": "--", "ghost": ":"}  # where several lie on each other
 
 
 class Method(NamedTuple):
-    """A normalization, and whether a device sees its own examples only or, as under `jit`, the whole batch."""
+    """A normalization, which uses a device's own examples or, as under `jit`, the whole batch."""
 
     unit: Unit
     on_devices: bool = True
 
 
 def limits(steps: int) -> dict[str, optax.Schedule]:
-    """Returns batch renorm's limits, which rise as in its paper (Ioffe 2017), with `steps` in place of its 40,000."""
+    """Returns batch renorm's limits, which rise as in Ioffe (2017), over `steps`, not 40,000."""
     begin = steps // 8  # the paper: 5,000 steps as batch norm
     r_max = optax.linear_schedule(1.0, 3.0, steps - begin, begin)
     # the paper: by step 25,000
@@ -79,11 +79,10 @@ def methods(steps: int) -> dict[str, Method]:
 
 
 def on_devices(network: Network) -> Network:
-    """Returns the network that trains on `DEVICES` equal parts of the batch, each on a device of its own.
+    """Returns the network that trains on `DEVICES` equal parts of the batch, one on each device.
 
-    Statistics are those of each device unless the network shares them over `AXIS`. The running ones
-    are merged after
-    each step: to what they would be if one device had seen all.
+    Each device has its own statistics, unless the network shares them over `AXIS`. The running ones
+    are merged after each step, as if one device had had all examples.
     """
 
     def apply(params: Tree, batch_stats: Tree, images: Array, train: bool) -> tuple[Array, Tree]:
@@ -111,9 +110,10 @@ class SmallBatch(Study):
 
     name, source = "small_batch", "Wu & He (2018), ResNet-50 on ImageNet"
     caption = (
-        "What to see: where a device has few images, batch norm with statistics of each device (batch) fails, as in the"
-        " paper; renorm fails less. What shares statistics over more examples (ghost, sync) or over none (group, layer,"
-        " filter response) does not. Rates are linear in the batch size, and all points have seen as many examples."
+        "What to see: with few images on a device, batch norm with statistics of each device"
+        " (batch) fails, as in the paper; renorm fails less. Statistics over more examples (ghost,"
+        " sync) or over none (group, layer, filter response) do not fail. Rates are linear in the"
+        " batch size, and all points have had the same number of examples."
     )
 
     def parts(self) -> Mapping[str, Part]:
@@ -121,8 +121,10 @@ class SmallBatch(Study):
         options = self.options
         images = data.selected(options)
         if (largest := DEVICES * max(options.sizes)) > len(images.train_labels):
-            raise data.DataError(f"--sizes {max(options.sizes)}: {largest} examples on {DEVICES} devices,"
-                                 f" and there are {len(images.train_labels)}")  # fmt: skip
+            raise data.DataError(
+                f"--sizes {max(options.sizes)}: {largest} examples on {DEVICES} devices,"
+                f" and there are {len(images.train_labels)}"
+            )
         examples = training.examples(images, standardize=True)
         known, widths = methods(options.steps), [(width,) for width in WIDTHS[options.data]]
 
@@ -141,7 +143,7 @@ class SmallBatch(Study):
         }
 
     def steps(self, size: int) -> int:
-        """Returns how many steps show as many examples as `options.steps` with the largest batch."""
+        """Returns the steps with as many examples as `options.steps` of the largest size."""
         return self.options.steps * max(self.options.sizes) // size
 
     def train(
@@ -185,7 +187,8 @@ class SmallBatch(Study):
     def tables(self) -> Sequence[Table]:
         """Returns the errors of all normalizations."""
         options, sizes = self.options, sorted(self.options.sizes, reverse=True)
-        title = f"Test error (%) by images a device, {DEVICES} devices, median of {options.seeds} seed(s)"
+        seeds = f"median of {options.seeds} seed(s)"
+        title = f"Test error (%) by images a device, {DEVICES} devices, {seeds}"
         table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("normalization", no_wrap=True)
         for size in sizes:

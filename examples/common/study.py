@@ -1,4 +1,4 @@
-"""A study: runs behind a progress bar, JSON after each, then a plot, and what was measured beside what was reported.
+"""A study: runs with a progress bar, JSON after each, a plot, and measured and reported results.
 
     class Landscape(Study):
         name, caption = "landscape", "What to see: ..."
@@ -7,17 +7,15 @@
             return {"batch": Part(steps, self.train_one), ...}
 
         def claims(self):
-            return [Claim("loss along the gradient", "varies less with batch norm", f"{ratio:.1f}
-            times less")]
+            return [Claim("loss along the gradient", "varies less", f"{ratio:.1f} times less")]
 
         def draw(self, path): ...
 
     def run(options, interrupt):
         return conduct(Landscape(options), interrupt)
 
-What is finished is never lost: Ctrl-C ends the study after the current evaluation, shows what there
-  is, and leaves it
-in `--out`, as NAME.json and NAME.png.
+Finished runs are never lost: Ctrl-C ends the study after the current evaluation, shows the results,
+and writes them to `--out`, as NAME.json and NAME.png.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ class Claim(NamedTuple):
 
 
 class Study:
-    """What an example does. `results` holds those of the parts that are finished, by name.
+    """A study. `results` has the results of the finished parts, by name.
 
     Attributes:
       name: of the program, and of the files that it leaves.
@@ -70,7 +68,7 @@ class Study:
         raise NotImplementedError
 
     def tables(self) -> Sequence[Table]:
-        """Returns tables for the terminal beside that of the claims; `results` may lack any part."""
+        """Returns more tables for the terminal than the claims'; `results` may lack any part."""
         return []
 
     def draw(self, path: Path) -> None:

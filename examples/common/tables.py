@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 def steps_to(accuracy: float, steps: Sequence[int], accuracies: Sequence[float]) -> float:
-    """Returns the steps before the first evaluation at or above `accuracy`; infinity if there is none."""
+    """Returns the steps until the first evaluation at or above `accuracy`, or infinity."""
     reached = (step for step, value in zip(steps, accuracies, strict=True) if value >= accuracy)
     return next(reached, math.inf)
 
@@ -34,7 +34,7 @@ class Run(NamedTuple):
         return max(self.accuracies)
 
     def steps_to(self, accuracy: float) -> float:
-        """Returns the steps before the first evaluation at or above `accuracy`; infinity if there is none."""
+        """Returns the steps until the first evaluation at or above `accuracy`, or infinity."""
         return steps_to(accuracy, self.steps, self.accuracies)
 
 
@@ -63,7 +63,7 @@ class Result(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a table. `steps` is infinite where the target was not reached, `ratio` None where it means nothing."""
+    """A row of a table. `steps` is infinite if it missed the target; then `ratio` may be None."""
 
     variant: str
     learning_rate: float
@@ -74,7 +74,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Variants relative to a baseline. `target` is its best accuracy; `trained` is False if it is about chance.
+    """Variants relative to a baseline. `target` is its best accuracy, `trained` False near chance.
 
     `reported` has what the source says of variants, by name.
     """
@@ -124,7 +124,7 @@ def compare(
 
 
 def best_of_sweep(results: Sequence[Result]) -> Result:
-    """Returns the result with the best accuracy; of several, the one that needs fewest steps to it."""
+    """Returns the result with the best accuracy, then the fewest steps to it."""
     return min(results, key=lambda result: (-result.best, _median_steps(result, result)))
 
 

@@ -43,7 +43,7 @@ class Examples(NamedTuple):
 
 
 def examples(data: Dataset, standardize: bool) -> tuple[Examples, Examples]:
-    """Returns training and test examples, standardized by the training images' channels or scaled to [0, 1]."""
+    """Returns training and test examples, standardized by channel or scaled to [0, 1]."""
     offset, scale = np.zeros(1), np.full(1, data.peak)
     if standardize:
         sample = data.train_images[:5000].astype(np.float32)
@@ -189,7 +189,7 @@ class Trainer:
         return lax.scan(step, state, order)[0]
 
     def _accuracy(self, params: Any, batch_stats: Any, data: Examples) -> Array:
-        """Returns the share of correct answers, with the running statistics and in batches that fit in a cache."""
+        """Returns the accuracy with the running statistics, in batches that fit in a cache."""
         count = len(data.labels)
         size = min(count, EVALUATION_BATCH)
         rows = jnp.arange(-(-count // size) * size).reshape(-1, size)
@@ -205,7 +205,7 @@ class Trainer:
 def batch_orders(
     seed: int, count: int, batch_size: int, steps: int, eval_every: int
 ) -> Iterator[np.ndarray]:
-    """Yields `(eval_every, batch_size)` rows: one epoch's permutation after the other, the same for each variant."""
+    """Yields `(eval_every, batch_size)` rows of random epochs, the same for each variant."""
     rng = np.random.default_rng(seed)
     rows = np.empty(0, np.int32)
     while steps > 0:

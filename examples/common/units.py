@@ -82,7 +82,7 @@ def renorm(**settings: Any) -> Unit:
 
 
 def _layer(params: Tree, batch_stats: Tree, x: Array, train: bool) -> tuple[Array, Tree]:
-    """Layer norm over an example's pixels and channels, as of convolutions (Wu & He 2018, section 3.1)."""
+    """Layer norm over an example's pixels and channels (Wu & He 2018, section 3.1)."""
     return nj.layer_norm(params, batch_stats, x, train, reduction_axes=tuple(range(1, x.ndim)))
 
 

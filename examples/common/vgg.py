@@ -1,4 +1,4 @@
-"""A small VGG (Simonyan & Zisserman 2015): groups of 3x3 convolutions of any unit, max pooling between them."""
+"""A small VGG (Simonyan & Zisserman 2015): groups of 3x3 convolutions, max pooling between them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from common.units import Unit
 def vgg(
     unit: Unit, widths: Sequence[Sequence[int]] = ((16, 16), (32, 32)), stride: int = 1
 ) -> Network:
-    """Returns the network: a group of convolutions for each of `widths`, and the mean over pixels at the end.
+    """Returns the network: a group of convolutions for each of `widths`, then the pixels' mean.
 
-    `stride` is that of the first convolution.
+    `stride` is the stride of the first convolution.
     """
     names = [
         [f"conv_{group}_{i}" for i in range(len(group_widths))]

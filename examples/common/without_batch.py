@@ -1,4 +1,4 @@
-"""Trains a VGG with substitutes for batch norm at several learning rates, for `without_batch.py`."""
+"""Trains a VGG with substitutes for batch norm at several rates, for `without_batch.py`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ REPORTED = {
 
 
 class Summary(NamedTuple):
-    """A normalization at its best rate: accuracies, the rates that do nearly as well, the influence of others."""
+    """A normalization at its best rate: accuracies, other good rates, others' influence."""
 
     rate: float
     training: float
@@ -65,10 +65,10 @@ class Summary(NamedTuple):
 
 
 def units() -> dict[str, Unit]:
-    """Returns the units: weight standardization with ReLU's gain, dynamic tanh with a slope that keeps signals alive.
+    """Returns the units: weight standardization with ReLU's gain, dynamic tanh with slope 1.
 
-    Its paper's 0.5 is for residual branches. Here, one layer behind the other, it halves what goes
-    through each.
+    The paper's slope of 0.5 is for residual branches. Layers in sequence would each halve the
+    signal.
     """
     squashed = UNITS["dynamic tanh"]._replace(
         make=lambda kernel: nj.dynamic_tanh_init(kernel.shape[-1], alpha=1.0),
@@ -82,7 +82,7 @@ def units() -> dict[str, Unit]:
 
 
 class InitializingUnit(Unit):
-    """Weight norm that finds scale and bias while a first batch goes through, and returns them as its statistics."""
+    """Weight norm that computes scale and bias from a first batch, as its new statistics."""
 
     def apply(
         self, params: Tree, batch_stats: Tree, x: Array, train: bool, *, stride: int = 1
@@ -114,7 +114,7 @@ def initialized_from(images: Array, make: Callable[[Unit], Network]) -> Network:
 
 
 def influence(network: Network, params: Tree, batch_stats: Tree, images: Array) -> float:
-    """Returns how far the logits of the first image move, in training, when all the others are replaced."""
+    """Returns how far the first image's logits move, in training, if all others are replaced."""
     half = len(images) // 2
     replaced = jnp.concatenate([images[:1], images[half + 1 : 2 * half]])
 
@@ -135,9 +135,9 @@ class WithoutBatch(Study):
 
     name, source = "without_batch", "the sources"
     caption = (
-        "What to see: how high each curve is, and how far to the right it stays there. Batch norm's is the only network"
-        " whose output for an example depends on others. The question is which of the rest come near its accuracy, and"
-        " near the learning rates that it allows."
+        "What to see: how high each curve is, and how far to the right it stays there. Only batch"
+        " norm's output for an example depends on other examples. The question is which of the rest"
+        " come near its accuracy, and near the learning rates that it allows."
     )
 
     def parts(self) -> Mapping[str, Part]:
@@ -185,7 +185,7 @@ class WithoutBatch(Study):
         return found
 
     def curve(self, name: str, which: str) -> dict[float, float]:
-        """The median accuracies, "training" or "test", by learning rate, as far as they are finished."""
+        """Returns the median accuracies, "training" or "test", by finished learning rates."""
         results = {
             rate: self.results.get(key(name, rate)) for rate in sorted(self.options.learning_rates)
         }
@@ -205,7 +205,7 @@ class WithoutBatch(Study):
         return found
 
     def claims(self) -> Sequence[Claim]:
-        """Returns what the sources say of each substitute, and how it compares with batch norm here."""
+        """Returns the sources' claims on each substitute, and how it compares with batch norm."""
         found = self.summaries()
         if not (batch := found.get("batch")):
             return []
@@ -220,7 +220,7 @@ class WithoutBatch(Study):
         ]
 
     def tables(self) -> Sequence[Table]:
-        """Returns each normalization at its best rate, over how many rates it works, and what others matter."""
+        """Returns each normalization's best rate, range of rates, and influence of others."""
         title = f"After {self.options.steps} steps, median of {self.options.seeds} seed(s)"
         table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("normalization", no_wrap=True)
@@ -234,7 +234,8 @@ class WithoutBatch(Study):
 
     def draw(self, path: Path) -> None:
         """Draws training and test accuracy against the learning rate."""
-        title = f"{data.TITLES[self.options.data]}: accuracy after {self.options.steps} steps, by learning rate"
+        images, steps = data.TITLES[self.options.data], self.options.steps
+        title = f"{images}: accuracy after {steps} steps, by learning rate"
         with report.figure(path, title, self.caption, size=(11, 4.8)) as (panels,):
             for axes, which in zip(panels, ("training", "test"), strict=True):
                 for i, name in enumerate(self.options.norms):

@@ -1,9 +1,9 @@
-"""Trains a ResNet with synced batch normalization, the same way on a laptop, a GPU box and a TPU pod.
+"""Trains a ResNet with synced batch normalization on a laptop, a GPU machine or a TPU pod.
 
-    python examples/train_resnet                                       # synthetic images, whatever devices there are
+    python examples/train_resnet                      # synthetic images, whatever devices there are
     python examples/train_resnet --data cifar10 --data-dir DIR
-    python examples/train_resnet --devices 8                           # 8 simulated CPU devices
-    python examples/train_resnet --processes 2                         # 2 processes here, over loopback
+    python examples/train_resnet --devices 8          # 8 simulated CPU devices
+    python examples/train_resnet --processes 2        # 2 processes here, over loopback
 
 The same command on every host of a TPU pod or of a Slurm job trains on all of them. To continue a
 run, give its command again.

@@ -23,7 +23,7 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Part:
-    """Which rows of a global batch of `batch_size` a process loads: the `index`th of `count` equal parts."""
+    """The rows of a global batch that a process loads: the `index`th of `count` equal parts."""
 
     batch_size: int
     index: int

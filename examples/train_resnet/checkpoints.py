@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: written in the background, seen only when whole, and checked before they are trusted.
+"""Checkpoints with Orbax: written in the background, complete or absent, and checked when read.
 
 A checkpoint is a folder named by its step, with `state` (params, batch_stats, the optimizer's
 state) and `meta`: the position in the data, what the course of the training depends on, and a
@@ -54,7 +54,7 @@ class Checkpoints:
         self._checksums = jax.jit(lambda state: jax.tree.map(_checksum, state))
 
     def restore(self) -> tuple[State, int]:
-        """Returns the state of the newest whole checkpoint and the position in the data; else those of the start."""
+        """Returns state and data position of the newest complete checkpoint, or of the start."""
         if self.step is None:
             return self.program.init(), 0
         items = ocp.args.Composite(
@@ -80,7 +80,7 @@ class Checkpoints:
         self.manager.close()
 
     def _newest(self) -> int | None:
-        """Returns the newest step whose checkpoint is whole; puts the others out of the way, with a warning."""
+        """Returns the newest step with a complete checkpoint; moves others away, with a warning."""
         for path in sorted(self.folder.glob(f"*{TEMPORARY}*")):
             _warn(f"{path}: skipped: it was cut off while it was written")
             shutil.rmtree(path)
@@ -96,7 +96,7 @@ class Checkpoints:
         return None
 
     def _problem(self, step: int) -> str | None:
-        """Returns what is wrong with a checkpoint; raises SetupError where it is of another course of training."""
+        """Returns what is wrong with a checkpoint; raises SetupError if other options made it."""
         folder = self.folder / str(step)
         try:
             meta = json.loads((folder / "meta" / "metadata").read_text())
@@ -107,7 +107,8 @@ class Checkpoints:
             if course.get(name) != value:
                 flag = f"--{name.replace('_', '-')}"
                 raise SetupError(
-                    f"{folder} was made with {flag} {course.get(name)}, not {value}; choose another --out"
+                    f"{folder} was made with {flag} {course.get(name)}, not {value}; "
+                    "choose another --out"
                 )
         try:
             state = _read(folder / "state", self.program.abstract_state())

@@ -1,4 +1,4 @@
-"""Starts several processes of one run on this machine, over loopback: to try out what a cluster would do."""
+"""Starts several processes of one run on this machine, over loopback, to try out a cluster."""
 
 from __future__ import annotations
 

@@ -48,13 +48,13 @@ def run(options: Options, stop: Stop) -> int:
 
 
 class _Dispatched:
-    """A step that devices have been given, its results, and when they were first seen to be there."""
+    """A step that devices are running, its results, and the time when they were ready."""
 
     def __init__(self, step: int, sums: dict[str, jax.Array]):
         self.step, self._sums, self.finished = step, sums, math.inf
 
     def look(self, now: float) -> None:
-        """Notes the time if the results are there. A CPU may have them at once, long before they are read."""
+        """Stores the time when results are ready, which may be long before they are read."""
         if self.finished == math.inf and all(value.is_ready() for value in self._sums.values()):  # pyright: ignore
             self.finished = now
 
@@ -114,17 +114,17 @@ class Run:
         return step == self.steps
 
     def _votes(self) -> np.ndarray:
-        """This process's vote to stop. It goes with the batch, and the sum of all comes back with the loss.
+        """Returns this process's vote to stop, which the step sums over processes.
 
         So all processes learn of a signal to one of them from the results of the same step, and
-        stop after the same.
+        stop after the same step.
         """
         votes = np.zeros(jax.local_device_count(), np.int32)
         votes[0] = self.stop.number is not None
         return votes
 
     def _read(self, lag: int) -> None:
-        """Reads the results of all but the last `lag` steps, and whether one of them says to stop."""
+        """Reads the results of all but the last `lag` steps; returns whether one says to stop."""
         while len(self.pending) > lag:
             dispatched = self.pending.popleft()
             step, values = dispatched.step, dispatched.values()
@@ -152,8 +152,8 @@ class Run:
     def _greet(self) -> None:
         devices, kind = self.program.mesh.size, jax.devices()[0].device_kind
         self.metrics.say(
-            f"{self.options.network} on {devices} {kind} device(s) of {jax.process_count()} process(es);"
-            f" {self.program.model.sharing}"
+            f"{self.options.network} on {devices} {kind} device(s) of {jax.process_count()} "
+            f"process(es); {self.program.model.sharing}"
         )
         if self.start:
             self.metrics.say(f"going on from the checkpoint of step {self.start}")

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: a progress bar, JSON lines, TensorBoard."""
+"""Output of a run: a progress bar, JSON lines, TensorBoard."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Metrics:
         self.last: tuple[int, float] | None = None
 
     def trained(self, step: int, values: dict[str, float], finished: float) -> None:
-        """Reports a step of training that was finished at that time, and the images per second since the last one."""
+        """Reports a finished step of training, and the images per second since the last one."""
         if not self.active:
             return
         if self.last is None:

@@ -69,7 +69,7 @@ class Options:
         return {name: _plain(value) for name, value in asdict(self).items() if name not in LOCAL}
 
     def course(self) -> dict[str, Any]:
-        """Returns what the course of the training depends on, and so has to be as it was when a run is continued."""
+        """Returns the options that affect training, which must not change when a run continues."""
         return {name: value for name, value in self.shared().items() if name not in CHANGEABLE}
 
 
@@ -78,7 +78,7 @@ def _plain(value: Any) -> Any:
 
 
 def parse(arguments: Sequence[str], description: str | None) -> Options:
-    """Returns the options that the arguments ask for, or exits with a line that says what is wrong with them."""
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(description)
     parser.prog = "train_resnet"
     for add in (_add_network, _add_training, _add_output, _add_devices):
@@ -91,7 +91,8 @@ def parse(arguments: Sequence[str], description: str | None) -> Options:
         parser.error("--coordinator, --process-count and --process-index go together")
     if not any(apart) and not 0 <= given["process_index"] < given["process_count"]:
         parser.error(
-            f"--process-index {given['process_index']} is not one of 0 to {given['process_count'] - 1}"
+            f"--process-index {given['process_index']} is not one of 0 to "
+            f"{given['process_count'] - 1}"
         )
     if given["image_size"] is None:
         given["image_size"] = 224 if given["data"] == "folder" else 32
@@ -264,8 +265,13 @@ def _add_devices(parser: Parser) -> None:
         action="store_false",
         help="do not ask whether there is a cluster",
     )
-    add("--heartbeat", type=number(int, "an integer of at least 10", 10), default=30, metavar="SECONDS",
-        help="without a sign of life, until a process is given up (default: %(default)s)")  # fmt: skip
+    add(
+        "--heartbeat",
+        type=number(int, "an integer of at least 10", 10),
+        default=30,
+        metavar="SECONDS",
+        help="without a sign of life, until a process is given up (default: %(default)s)",
+    )
 
 
 def _from_zero(expected: str):

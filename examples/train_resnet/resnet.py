@@ -1,4 +1,4 @@
-"""ResNets (He et al. 2016; for small images with a stem of stride 1) with batch norm over any number of examples."""
+"""ResNets (He et al. 2016; stem of stride 1 for small images) with batch norm over any group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ he_normal = initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
 
 
 class Sharing(NamedTuple):
-    """Which examples share statistics: those of `groups` of devices on the axis, or slices of a device's examples."""
+    """Which examples share statistics: `groups` of devices, or slices of a device's examples."""
 
     axis_name: str | None = None
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None

@@ -1,4 +1,4 @@
-"""Processes and devices: how they find each other, agree that they do the same, and end when one of them is gone."""
+"""Connects processes and devices, checks that they agree, and ends all when one is gone."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ ENDED = (
     "was ended, by JAX's runtime as another process is gone (then it says so above), or by a signal"
 )
 UNANSWERED = "stopped, as devices of another process do not answer, which may have died"
-APART = "not so; all processes need the same --coordinator and --process-count, and a --process-index of their own"
+APART = (
+    "not so; all processes need the same --coordinator and --process-count, and a --process-index "
+    "of their own"
+)
 AGAIN = "Start all processes again with the same command to go on from the last checkpoint"
 START = 60  # seconds that processes wait for each other at the start
 
 
 class Stop:
-    """SIGTERM and Ctrl-C as a question that is asked between two steps; a second Ctrl-C acts at once."""
+    """Lets the loop ask between steps for SIGTERM or Ctrl-C; a second Ctrl-C acts at once."""
 
     number: int | None = None
 
@@ -130,7 +133,8 @@ def connect(options: Options) -> None:
         heartbeat_timeout_seconds=options.heartbeat,
     )
     if options.coordinator is not None:
-        where = f"process {options.process_index} of {options.process_count} meets the others at {options.coordinator}"
+        process = f"process {options.process_index} of {options.process_count}"
+        where = f"{process} meets the others at {options.coordinator}"
         print(f"train_resnet: {where} within {START} seconds", file=sys.stderr, flush=True)
         words = LastWords(f"{where}: {APART}")
         try:
@@ -150,12 +154,13 @@ def connect(options: Options) -> None:
             if "coordinator_address" not in str(error):
                 _leave(
                     MISTAKE,
-                    f"a cluster that is not described in full: {_first_line(error)} (or --no-distributed)",
+                    f"a cluster that is not described in full: {_first_line(error)} "
+                    "(or --no-distributed)",
                 )
 
 
 def mesh() -> Mesh:
-    """Returns all devices in a row, those of a process together; raises SetupError where some have more than others."""
+    """Returns all devices by process; raises SetupError if some processes have more than others."""
     counts = [len(jax.local_devices(process_index=index)) for index in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise SetupError(
@@ -166,7 +171,7 @@ def mesh() -> Mesh:
 
 
 def agree(options: Options, problem: str | None) -> None:
-    """Raises SetupError in all processes if one has a problem, or other options or versions than the first."""
+    """Raises SetupError in all processes if one has a problem, or other options or versions."""
     versions = {package.__name__: package.__version__ for package in (jax, flax, optax, normjax)}
     flags = options.shared() | {"process_count": options.process_count}
     own = {"problem": problem and problem[:2000], "options": flags, "versions": versions}

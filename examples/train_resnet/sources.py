@@ -18,7 +18,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 class Source(Protocol):
-    """Images by index. `load` may draw from `rng` to vary an image; without one it is for evaluation."""
+    """Images by index. `load` may use `rng` to augment an image; in evaluation it has none."""
 
     def __len__(self) -> int: ...
 
@@ -37,7 +37,7 @@ class Sources(NamedTuple):
 
 
 def load(options: Options) -> Sources:
-    """Returns the sources that the options name; raises DataError where their files are not as they should be."""
+    """Returns the sources that the options name; raises DataError for bad files."""
     limits = options.train_examples, options.test_examples
     if options.data == "synthetic":
         train, test = (Synthetic(options, part, limits[part] or SYNTHETIC[part]) for part in (0, 1))
@@ -56,7 +56,7 @@ def load(options: Options) -> Sources:
 
 
 class Synthetic:
-    """A coarse pattern for each class under noise: learned in some hundred steps, nothing to download."""
+    """A coarse pattern for each class, with noise: learned in some hundred steps, no download."""
 
     def __init__(self, options: Options, part: int, size: int):
         self.size, self.pixels, self.seed = size, options.image_size, (options.seed, part)
@@ -79,7 +79,7 @@ class Synthetic:
 
 
 class InMemory:
-    """Arrays of images; varied by random crops of the padded image, and mirrored (He et al. 2016, section 4.2)."""
+    """Arrays of images, with random crops after padding and mirroring (He et al. 2016, 4.2)."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, pad: int):
         self.images, self.labels, self.pad = images, labels, pad
@@ -99,7 +99,7 @@ class InMemory:
 
 
 class Folder:
-    """`PART/CLASS/*.jpg` and the like; a random part of the image in training, its centre in evaluation."""
+    """Files such as `PART/CLASS/*.jpg`; a random crop in training, the centre in evaluation."""
 
     def __init__(self, root: Path, classes: Sequence[str], limit: int | None, pixels: int):
         if (found := _folders(root)) != list(classes):
@@ -123,7 +123,7 @@ class Folder:
         return len(self.files)
 
     def load(self, index: int, rng: np.random.Generator | None) -> tuple[np.ndarray, int]:
-        """Returns the example of that index; raises DataError for a file that is no image."""
+        """Returns the example of that index; raises DataError if its file is not an image."""
         path, label = self.files[index]
         try:
             with Image.open(path) as opened:

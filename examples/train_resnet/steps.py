@@ -34,7 +34,7 @@ class SetupError(Exception):
 
 
 def sharing(options: Options, devices: int) -> Sharing:
-    """Returns how `--norm-group` examples share statistics; raises SetupError where they do not partition the batch.
+    """Returns how `--norm-group` examples share statistics; raises SetupError for a bad number.
 
     Groups larger than what a device has are groups of devices, smaller ones are slices of its
     examples: the statistics are the same on any number of devices.
@@ -45,8 +45,9 @@ def sharing(options: Options, devices: int) -> Sharing:
     local = batch // devices
     if batch % group or (group % local and local % group):
         raise SetupError(
-            f"--norm-group {group} does not partition --batch-size {batch} on {devices} devices of {local} examples:"
-            f" expected a divisor of {batch} that is a multiple or a divisor of {local}"
+            f"--norm-group {group} does not partition --batch-size {batch} on {devices} devices of "
+            f"{local} examples: expected a divisor of {batch} that is a multiple or a divisor of "
+            f"{local}"
         )
     if group < local:
         return Sharing(virtual_batch_size=group)
@@ -124,7 +125,7 @@ class Program:
         )
 
     def _train(self, state: State, batch: Any) -> tuple[State, dict[str, Array]]:
-        """A device's share of a step. Where it is typed as the same on all devices, JAX has summed a gradient."""
+        """A device's share of a step. JAX sums gradients typed as equal on all devices."""
 
         def loss(params: Any) -> tuple[Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -144,7 +145,7 @@ class Program:
         return State(state.step + 1, params, self._of_the_whole_batch(batch_stats), opt_state), sums
 
     def _of_the_whole_batch(self, batch_stats: Any) -> Any:
-        """Returns running statistics that all devices share, from those of groups of examples."""
+        """Merges the running statistics of groups of examples for all devices."""
         if self.model.sharing == Sharing(axis_name=AXIS):
             return batch_stats
         return nj.sync_batch_stats(batch_stats, AXIS, momentum=self.options.momentum)

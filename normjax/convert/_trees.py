@@ -32,7 +32,7 @@ Leaves = dict[Path, Leaf]  # paths begin with the collection: ("params", "bn1", 
 
 
 def flatten(function: str, name: str, tree: Any) -> dict[Path, Any]:
-    """Returns the arrays of nested mappings by path; refuses other trees, and arrays without values."""
+    """Returns the arrays of nested mappings by path; raises for other trees and traced arrays."""
     leaves = _trees.flatten(tree)
     for path, leaf in leaves.items():
         where = "/".join((name, *path))

@@ -1,6 +1,6 @@
-"""Inference: whole models whose batch norms are folded into the layers before them.
+"""Folds the batch norms of whole models into the layers before them, for inference.
 
-`normjax.fold_batch_norm` does it for one layer.
+`normjax.fold_batch_norm` folds a single layer.
 """
 
 from normjax.deploy.fold_model import Folded, Found, fold

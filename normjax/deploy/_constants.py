@@ -1,4 +1,4 @@
-"""What does not depend on the inputs of a program: from which leaves it comes, and its value in float64."""
+"""Finds what does not depend on the inputs of a program: its leaves, and its value in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _broadcast(params: Mapping[str, Any], value: np.ndarray) -> np.ndarray:
     return np.broadcast_to(value.reshape(sizes), shape)
 
 
-# Another primitive in the way of a batch norm is a reason not to fold it.
+# A batch norm whose chain needs another primitive is not folded.
 VIEWS: dict[str, Callable[..., np.ndarray]] = {
     "convert_element_type": _same,
     "copy": _same,
@@ -58,9 +58,7 @@ class Constants:
 
     def __init__(self, program: Program):
         self.program, self.makers = program, makers(program)
-        self.sources: dict[int, frozenset[Path]] = {
-            number: frozenset() for number in program.constants
-        }
+        self.sources: dict[int, frozenset[Path]] = dict.fromkeys(program.constants, frozenset())
         self.sources |= {number: frozenset([path]) for path, number in program.leaves.items()}
         for op in program.ops:
             if all(number in self.sources for number in op.inputs):
@@ -71,7 +69,7 @@ class Constants:
         return number in self.sources
 
     def unknown(self, number: int) -> str | None:
-        """Returns the name of a primitive on the way from the leaves that `value` does not know, None for none."""
+        """Returns a primitive between the leaves and here that `value` does not know."""
         op = self.makers.get(number)
         if op is None:
             return None
@@ -80,7 +78,7 @@ class Constants:
         return next((name for name in map(self.unknown, op.inputs) if name), None)
 
     def varying(self, number: int) -> set[int]:
-        """Returns the axes along which a value may not be the same."""
+        """Returns the axes along which a value may vary."""
         op, shape = self.makers.get(number), self.program.types[number].shape
         if op is not None and op.name == "broadcast_in_dim":
             axes = op.params["broadcast_dimensions"]
@@ -90,7 +88,7 @@ class Constants:
         return {axis for axis, size in enumerate(shape) if size != 1}
 
     def value(self, number: int, leaves: Mapping[Path, Any]) -> np.ndarray:
-        """Returns a value in float64; refuses leaves that are not finite."""
+        """Returns a value in float64; raises an error for leaves that are not finite."""
         op = self.makers.get(number)
         if op is not None:
             return KNOWN[op.name](op.params, *(self.value(given, leaves) for given in op.inputs))
@@ -100,7 +98,7 @@ class Constants:
         return widened(FUNCTION, "/".join(path), leaves[path])
 
     def view(self, number: int) -> list[Op] | None:
-        """Returns the operations that lay one leaf out otherwise, the first first; None where there is more to it."""
+        """Returns the operations that only lay out one leaf, in order; None if others occur."""
         ops: list[Op] = []
         while (op := self.makers.get(number)) is not None:
             if op.name not in VIEWS or not _floating(self.program, number):
@@ -111,7 +109,7 @@ class Constants:
 
 
 def back(view: list[Op], value: np.ndarray, program: Program) -> np.ndarray:
-    """Lays a value out as the leaf is that `view` starts from."""
+    """Lays a value out as the leaf that `view` starts from."""
     for op in reversed(view):
         if op.name == "transpose":
             value = value.transpose(np.argsort(op.params["permutation"]))

@@ -1,4 +1,4 @@
-"""Programs that fold can change: which calls are written out, who reads a value, and how one is run."""
+"""Inlines calls in a program that fold can change, finds who reads a value, and runs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GROUPING = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "
 
 
 def inline(writer: Writer, eqn: Any, inputs: list[int]) -> list[int] | None:
-    """Writes out the calls that only group operations."""
+    """Inlines the calls that only group operations."""
     name = eqn.primitive.name
     grouped = name in GROUPING or (name == "custom_jvp_call" and not _is_activation(eqn))
     return writer.write(_body(eqn), inputs) if grouped else None
@@ -26,17 +26,17 @@ def _body(eqn: Any) -> Any:
 
 
 def _is_activation(eqn: Any) -> bool:
-    """Whether a function with a derivative of its own is to be called by its name.
+    """Returns whether a function with a custom derivative is an activation.
 
-    The derivative says nothing of what is computed. Activations take one array, and do more than
-    arithmetic.
+    Activations take one array, and do more than arithmetic. They stay whole, so that reasons can
+    name them.
     """
     names = {inner.primitive.name for inner in _body(eqn).jaxpr.eqns}
     return len(eqn.invars) == 1 and not names <= ARITHMETIC
 
 
 def users(program: Program) -> dict[int, list[Op | None]]:
-    """Returns the operations that read each value, once for each time that they do; None where it is returned."""
+    """Returns the operations that read each value, once for each read; None for each return."""
     found: dict[int, list[Op | None]] = {number: [] for number in range(len(program.types))}
     for op in program.ops:
         for number in op.inputs:
@@ -47,7 +47,7 @@ def users(program: Program) -> dict[int, list[Op | None]]:
 
 
 def pruned(program: Program) -> Program:
-    """Returns the program without the operations, and without the leaves, that its outputs do not need."""
+    """Returns the program without the operations and leaves that its outputs do not need."""
     needed, ops = set(program.outputs), []
     for op in reversed(program.ops):
         if op.has_effects or needed & set(op.outputs):
@@ -58,7 +58,7 @@ def pruned(program: Program) -> Program:
 
 
 def execute(program: Program, leaves: Mapping[Path, Any], inputs: tuple[Any, ...]) -> Any:
-    """Runs the program on the leaves that it needs and on inputs of the shapes it was traced with."""
+    """Runs the program on its leaves and on inputs of the shapes that it was traced with."""
     values = dict(program.constants)
     values |= {number: leaves[path] for path, number in program.leaves.items()}
     values |= zip(program.inputs, jax.tree.leaves(inputs), strict=True)

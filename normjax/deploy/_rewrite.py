@@ -1,4 +1,4 @@
-"""Folds the pairs that were found: new leaves, and a program without the operations that they stand for."""
+"""Folds pairs: computes new leaves, and rewrites the program to use them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,14 @@ from normjax.deploy._pairs import LAYOUT, Finder, Pair, Step
 from normjax.deploy._program import execute, inline, pruned
 from normjax.deploy._wide import narrowed, widened
 
-Biases = Mapping[Path, Path]  # of the bias, by that of the kernel: what is to be folded
+Biases = Mapping[Path, Path]  # the path of the bias by the path of the kernel, for each fold
 
 
 def find(source: Callable[..., Any], variables: Any, inputs: tuple[Any, ...]) -> Finder:
-    """Traces a model and finds its batch norms: what has a leaf `var`, and `mean` beside it."""
+    """Traces a model and finds its batch norms, which have leaves `mean` and `var`."""
     program = trace(source, variables, inputs, inline=inline)
-    norms = [
-        path[:-1]
-        for path in program.leaves
-        if path[-1] == "var" and (*path[:-1], "mean") in program.leaves
-    ]
+    with_var = [path[:-1] for path in program.leaves if path[-1] == "var"]
+    norms = [norm for norm in with_var if (*norm, "mean") in program.leaves]
     return Finder(pruned(program), norms)
 
 
@@ -43,23 +40,24 @@ def new_bias(kernel: Path, taken: Mapping[Path, Any]) -> Path:
 
 def fold_pair(finder: Finder, pair: Pair, leaves: Mapping[Path, Any]) -> tuple[Any, Any]:
     """Returns the kernel and the bias that do what the pair did."""
-    _refuse_negative(pair, leaves)
-    with np.errstate(all="ignore"):  # what is not finite is refused below
+    _check_variances(pair, leaves)
+    with np.errstate(all="ignore"):  # `narrowed` raises an error for what is not finite
         multiplier, shift = _affine(finder, pair, leaves)
     shape = finder.program.types[pair.operand].shape
     others = _checks.other_axes(pair.features, len(shape))
     laid_out = np.expand_dims(multiplier.transpose(np.argsort(pair.features)), others)
     own, name = leaves[pair.kernel], "/".join(pair.kernel)
-    kernel = widened(FUNCTION, name, own) * back(
-        pair.view, np.broadcast_to(laid_out, shape), finder.program
-    )
+    multipliers = back(pair.view, np.broadcast_to(laid_out, shape), finder.program)
+    kernel = widened(FUNCTION, name, own) * multipliers
     both = f"{name} with {' and '.join(map('/'.join, pair.norms))}"
     return narrowed(FUNCTION, both, kernel, own), narrowed(FUNCTION, f"bias of {both}", shift, own)
 
 
-def _refuse_negative(pair: Pair, leaves: Mapping[Path, Any]) -> None:
-    for path in ((*norm, "var") for norm in pair.norms):
-        if (least := widened(FUNCTION, "/".join(path), leaves[path]).min(initial=0)) < 0:
+def _check_variances(pair: Pair, leaves: Mapping[Path, Any]) -> None:
+    for norm in pair.norms:
+        path = (*norm, "var")
+        least = widened(FUNCTION, "/".join(path), leaves[path]).min(initial=0)
+        if least < 0:
             _checks.raise_error(
                 FUNCTION,
                 f"{'/'.join(path)} is negative",
@@ -72,7 +70,7 @@ def _refuse_negative(pair: Pair, leaves: Mapping[Path, Any]) -> None:
 def _affine(
     finder: Finder, pair: Pair, leaves: Mapping[Path, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what a chain multiplies each feature by, and what it adds then."""
+    """Returns what a chain multiplies each feature by, and what it then adds."""
     multiplier, shift = np.ones(pair.sizes), np.zeros(pair.sizes)
     for step in pair.steps:
         if step.op.name == "neg":
@@ -99,7 +97,7 @@ def _after(
 
 
 def _by_feature(value: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Takes the one number of each feature, with the features in the order of their axes in `axes`."""
+    """Returns the one number of each feature, with the features in the order of `axes`."""
     if value.ndim == 0:
         return value
     chosen = value[tuple(slice(None) if axis in axes else 0 for axis in range(value.ndim))]
@@ -107,15 +105,15 @@ def _by_feature(value: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
 
 
 def rewritten(finder: Finder, biases: Biases) -> Program:
-    """Returns the program with a bias in place of each chain that is to be folded."""
+    """Returns the program with a bias in place of each folded chain."""
     program, pairs = finder.program, {pair.kernel: pair for pair in finder.pairs}
     if lost := [kernel for kernel in biases if kernel not in pairs]:
         _checks.raise_error(
             "Folded.apply",
-            "with these inputs the model does not do what it did on the sample",
+            "with these inputs the model computes something else than on the sample",
             expected=f"batch norm after {', '.join(map('/'.join, biases))}",
             got=f"none after {', '.join(map('/'.join, lost))}",
-            fix="Fold once for each way that the model can go",
+            fix="Fold once for each path through the model",
         )
     types, leaves, last = list(program.types), dict(program.leaves), {}
     for kernel, bias in biases.items():
@@ -123,12 +121,9 @@ def rewritten(finder: Finder, biases: Biases) -> Program:
         leaves[bias] = len(types)
         types.append(jax.ShapeDtypeStruct(pair.sizes, types[pair.operand].dtype))
         end = pair.steps[-1]
-        params = {
-            "layouts": [step.op for step in pair.steps if step.op.name in LAYOUT],
-            "axes": end.axes,
-            "dtype": types[end.op.outputs[0]].dtype,
-        }
+        layouts = [step.op for step in pair.steps if step.op.name in LAYOUT]
         made = end.op.outputs
+        params = {"layouts": layouts, "axes": end.axes, "dtype": types[made[0]].dtype}
         last[made] = _AddBias("bias", params, (pair.output, leaves[bias]), made)
     ops = tuple(last.get(op.outputs, op) for op in program.ops)
     return pruned(program._replace(types=types, leaves=leaves, ops=ops))
@@ -155,7 +150,7 @@ def run(
     variables: Any,
     *inputs: Any,
 ) -> Any:
-    """Runs a folded model: traces its source for these inputs, rewrites that, and runs it on the folded variables."""
+    """Traces the source for these inputs, rewrites it, and runs it on the folded variables."""
     given = by_path(variables)
     _check_shapes(given, shapes)
 
@@ -171,13 +166,10 @@ def _check_shapes(given: Mapping[Path, Any], shapes: Mapping[Path, tuple[int, ..
     found = {path: jnp.shape(leaf) for path, leaf in given.items()}
     for path in [*found, *shapes]:
         if found.get(path) != shapes.get(path):
-            own, wanted = (
-                f"shape {s[path]}" if path in s else "no such leaf" for s in (found, shapes)
-            )
             _checks.raise_error(
                 "Folded.apply",
-                f"{'/'.join(path)} is not as the folded model has it",
-                expected=wanted,
-                got=own,
-                fix="Pass the `variables` of the folded model, not those of its source",
+                f"{'/'.join(path)} differs from the folded model's",
+                expected=f"shape {shapes[path]}" if path in shapes else "no such leaf",
+                got=f"shape {found[path]}" if path in found else "no such leaf",
+                fix="Pass the `variables` of the folded model instead of its source's",
             )

@@ -1,4 +1,4 @@
-"""From leaves to NumPy's float64, and back to the dtype that they had."""
+"""Converts leaves to NumPy's float64, and results back to the leaves' dtype."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from normjax._trees import check_finite
 
 
 def widened(function: str, path: str, leaf: Any) -> np.ndarray:
-    """Returns a leaf as float64 or complex128; refuses values that are not finite."""
+    """Returns a leaf as float64 or complex128; raises an error if it is not finite."""
     leaf = np.asarray(leaf)
     wide = leaf.astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
-    check_finite(
-        function, path, wide, "Look for the step that made them, or start from a sound checkpoint"
-    )
+    fix = "Look for the step that made them, or start from an earlier checkpoint"
+    check_finite(function, path, wide, fix)
     return wide
 
 
 def narrowed(function: str, path: str, value: np.ndarray, like: Any) -> Any:
-    """Returns a value in the dtype of `like`, and as what that is, a NumPy or a JAX array."""
+    """Returns a value in the dtype of `like`, and as a NumPy or JAX array as `like` is."""
     dtype = np.asarray(like).dtype
     with np.errstate(over="ignore"):
         narrow = value.astype(dtype)

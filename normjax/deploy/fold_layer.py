@@ -1,4 +1,4 @@
-"""Batch normalization folded into the kernel and bias of the linear layer beside it."""
+"""Folds a batch norm into the kernel and bias of the linear layer beside it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from normjax._typing import Axes, BatchStats, FeatureArray, Kernel, Params
 from normjax.deploy._wide import narrowed, widened
 
 FUNCTION = "fold_batch_norm"
-EXACT = ("VALID", "CIRCULAR", "REFLECT")  # nothing, or what is normalized as the rest of x is
+# These pad with nothing, or with elements of x, which are normalized as the others are.
+EXACT = ("VALID", "CIRCULAR", "REFLECT")
 Padding = str | int | Sequence[int | tuple[int, int]]
 Affine = tuple[np.ndarray, np.ndarray, np.ndarray]  # multiplier, mean and bias of each feature
-LEAVES, DEFAULTS = ("kernel", "bias"), (("scale", 1.0), ("bias", 0.0))
 Folded = tuple[np.ndarray, np.ndarray]
 
 
@@ -37,50 +37,50 @@ def fold_batch_norm(
     padding: Padding | None = None,
     transposed: bool = False,
 ) -> tuple[Kernel | np.ndarray, FeatureArray | np.ndarray]:
-    r"""Returns the kernel and bias of a linear layer that does what it and the batch norm beside it did at inference.
+    r"""Folds batch norm at inference into the kernel and bias of the linear layer beside it.
 
-    Inference is then one layer, not two, and quantization sees the weights that are used. With
-    :math:`m = \gamma / \sqrt{\sigma^2 + \epsilon}` of each feature, batch norm after the layer is
+    Inference then runs one layer instead of two, and quantization sees the weights that are used.
+    With :math:`m = \gamma / \sqrt{\sigma^2 + \epsilon}` of each feature, batch norm after the
+    layer is
 
     .. math:: m (W x + b - \mu) + \beta = (m W) x + \left(m (b - \mu) + \beta\right)
 
     for every layer: dense, convolution of any rank, grouped, depthwise, strided, dilated,
-      transposed, padded. Before
-    the layer (`before=True`) it scales what the kernel reads, and its shift :math:`s = \beta - m
-    \mu` goes through it:
+    transposed, padded. A batch norm before the layer (`before=True`) scales what the kernel reads,
+    and the kernel multiplies its shift :math:`s = \beta - m \mu`:
 
     .. math:: W (m x + s) + b = (W m) x + (W s + b)
 
-    Where a convolution sees zeros in place of x there is no `s`, and no bias can stand for it: an
-    error, unless `s` is zero.
+    If a convolution pads the batch norm's output with zeros, these lack the shift `s`, and no bias
+    can make up for it. That is an error unless `s` is zero.
 
     Args:
       kernel: floating-point, as Flax lays it out: dense `(in, out)`, convolution `(*spatial, in /
-        groups, out)`; other layouts by the axes below.
-      bias: `(out)`, or None for a layer without.
-      params: of the batch norm: `scale` and `bias`, or what there is of them, each `(*features)`.
-      batch_stats: of the batch norm: `mean` and `var`, each `(*features)`.
-      epsilon: of the batch norm.
+        groups, out)`. The axes below describe other layouts.
+      bias: `(out)`, or None for a layer without bias.
+      params: the batch norm's `scale` and `bias`, each `(*features)`; either may be missing.
+      batch_stats: the batch norm's `mean` and `var`, each `(*features)`.
+      epsilon: the batch norm's epsilon.
       feature_axes: the axes of the kernel that are the batch norm's features. None: the outputs,
         -1; with `before` the inputs, -2. `flax.linen.ConvTranspose(transpose_kernel=True)` has its
         outputs at -2 and its inputs at -1; PyTorch's convolutions have them at 0 and 1.
       before: whether batch norm comes before the layer.
       output_axes: with `before`, the axes of the kernel that are the layer's outputs.
-      feature_group_count: with `before`, the groups of the convolution.
-      padding: with `before`, that of the convolution, as Flax has it: "VALID", "CIRCULAR",
-        "REFLECT" and 0 are exact. Not needed where the kernel has one element along each spatial
+      feature_group_count: with `before`, the number of groups of the convolution.
+      padding: with `before`, the convolution's padding, as Flax takes it. "VALID", "CIRCULAR",
+        "REFLECT" and 0 are exact. It is not needed if the kernel has one element along each spatial
         axis.
-      transposed: with `before`, whether the convolution is a transposed one: between the elements
-        of x it sees zeros.
+      transposed: with `before`, whether the convolution is transposed: it puts zeros between the
+        elements of x.
 
     Returns:
-      Kernel and bias in the kernel's dtype, NumPy arrays if the kernel is one, else JAX arrays.
-      Computed in NumPy's float64, also where JAX's x64 mode is off, and rounded once.
+      Kernel and bias in the kernel's dtype, as NumPy arrays if the kernel is one, otherwise as JAX
+      arrays. They are computed in NumPy's float64, whatever JAX's x64 mode is, and rounded once.
 
     Raises:
-      TypeError: under `jax.jit` and other transformations: fold once, before. ValueError: for
-        leaves that are missing, do not fit or are not finite, a negative variance, and where
-        `before` is not exact.
+      TypeError: under `jax.jit` and other transformations: fold before them. ValueError: for leaves
+        that are missing, do not fit or are not finite, for a negative variance, and if `before` is
+        not exact.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -95,7 +95,9 @@ def fold_batch_norm(
       Jacob et al., "Quantization and Training of Neural Networks for Efficient
       Integer-Arithmetic-Only Inference" (CVPR 2018), section 3.2, eq. 14.
     """
-    _refuse_traced({"kernel": kernel, "bias": bias, "params": params, "batch_stats": batch_stats})
+    _check_not_traced(
+        {"kernel": kernel, "bias": bias, "params": params, "batch_stats": batch_stats}
+    )
     _checks.activations(FUNCTION, kernel, "kernel")
     wide = widened(FUNCTION, "kernel", kernel)
     given = (-2 if before else -1) if feature_axes is None else feature_axes
@@ -103,19 +105,17 @@ def fold_batch_norm(
     norm = partial(_affine, params, batch_stats, epsilon, wide.dtype)
     if before:
         layer = _layer(wide.shape, axes, output_axes, feature_group_count)
-        folded = _fold_before(
-            wide, bias, norm, layer, lambda: _refuse_borders(wide.shape, layer, padding, transposed)
-        )
+        check_borders = partial(_check_borders, wide.shape, layer, padding, transposed)
+        folded = _fold_before(wide, bias, norm, layer, check_borders)
     else:
         folded = _fold_after(wide, bias, norm, axes)
-    new_kernel, new_bias = (
-        narrowed(FUNCTION, leaf, value, kernel) for leaf, value in zip(LEAVES, folded, strict=True)
-    )
-    return new_kernel, new_bias
+    new_kernel, new_bias = folded
+    new_kernel = narrowed(FUNCTION, "kernel", new_kernel, kernel)
+    return new_kernel, narrowed(FUNCTION, "bias", new_bias, kernel)
 
 
 class _Layer(NamedTuple):
-    """Which axes of a kernel are inputs and outputs, not negative and ascending, and in how many groups."""
+    """The input and output axes of a kernel, non-negative and ascending, and its groups."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -136,13 +136,13 @@ def _fold_before(
     bias: Any,
     norm: Callable[..., Affine],
     layer: _Layer,
-    refuse_borders: Callable[[], None],
+    check_borders: Callable[[], None],
 ) -> Folded:
     first, *others = _sizes(wide, layer.inputs)
     multiplier, mean, shift = norm((first * layer.groups, *others))
     shift = shift - multiplier * mean
     if shift.any():
-        refuse_borders()
+        check_borders()
     sums = (wide * _per_input(shift, wide, layer)).sum(_checks.other_axes(layer.outputs, wide.ndim))
     return wide * _per_input(multiplier, wide, layer), sums + _bias(bias, sums.shape)
 
@@ -155,17 +155,15 @@ def _affine(
     check("params", params, optional=("scale", "bias"))
     check("batch_stats", batch_stats, required=("mean", "var"), optional=("count",))
     _checks.between(FUNCTION, "epsilon", epsilon, 0.0, math.inf)
-    mean, var = (
-        widened(FUNCTION, f"batch_stats[{leaf!r}]", batch_stats[leaf]) for leaf in ("mean", "var")
-    )
-    scale, bias = (
-        widened(FUNCTION, f"params[{leaf!r}]", params.get(leaf, default))
-        for leaf, default in DEFAULTS
-    )
-    if (worst := (var + epsilon).min(initial=math.inf)) <= 0:
+    mean = widened(FUNCTION, "batch_stats['mean']", batch_stats["mean"])
+    var = widened(FUNCTION, "batch_stats['var']", batch_stats["var"])
+    scale = widened(FUNCTION, "params['scale']", params.get("scale", 1.0))
+    bias = widened(FUNCTION, "params['bias']", params.get("bias", 0.0))
+    worst = (var + epsilon).min(initial=math.inf)
+    if worst <= 0:
         _checks.raise_error(
             FUNCTION,
-            "batch_stats['var'] has no square root to divide by",
+            "batch_stats['var'] is negative or too small to divide by its square root",
             expected="var + epsilon above 0 for each feature",
             got=f"{worst:.6g} at feature {int(var.argmin())} with epsilon={epsilon!r}",
             fix="Check where the statistics come from, and epsilon",
@@ -174,7 +172,7 @@ def _affine(
 
 
 def _bias(bias: Any, features: tuple[int, ...]) -> np.ndarray:
-    """The bias of the linear layer, zeros for none."""
+    """Returns the bias of the linear layer, zeros if it has none."""
     if bias is None:
         return np.zeros(features)
     if np.shape(bias) != features:
@@ -196,7 +194,7 @@ def _layer(
         _checks.raise_error(
             FUNCTION,
             "an axis of the kernel is both input and output",
-            expected="with before=True, feature_axes for the inputs and output_axes for the outputs",
+            expected="with before=True, feature_axes of the inputs and output_axes of the outputs",
             got=f"feature_axes={inputs} and output_axes={outputs} for kernel.shape={shape}",
             fix="A dense kernel (in, out) has feature_axes=-2 and output_axes=-1",
         )
@@ -208,13 +206,13 @@ def _layer(
             "feature_group_count does not divide the outputs",
             expected="a positive int that divides the size of the one output axis",
             got=f"feature_group_count={groups!r} for kernel.shape={shape}, output_axes={outputs}",
-            fix="Pass that of the convolution",
+            fix="Pass the feature_group_count of the convolution",
         )
     return _Layer(inputs, outputs, count)
 
 
 def _per_input(values: np.ndarray, kernel: np.ndarray, layer: _Layer) -> np.ndarray:
-    """Lays a value of each input feature out over the kernel; a group of outputs sees the features of its group."""
+    """Lays a value of each input feature out over the kernel; each group reads its own features."""
     if layer.groups == 1:
         return np.expand_dims(values, _checks.other_axes(layer.inputs, kernel.ndim))
     (given,), (made,) = layer.inputs, layer.outputs
@@ -223,25 +221,25 @@ def _per_input(values: np.ndarray, kernel: np.ndarray, layer: _Layer) -> np.ndar
     return np.expand_dims(by_output, _checks.other_axes((given, made), kernel.ndim))
 
 
-def _refuse_borders(
+def _check_borders(
     shape: tuple[int, ...], layer: _Layer, padding: Padding | None, transposed: bool
 ) -> None:
-    """Refuses a shift that some of the positions would not see: no one bias stands for it."""
-    window = tuple(
-        shape[axis] for axis in _checks.other_axes((*layer.inputs, *layer.outputs), len(shape))
-    )
+    """Raises an error if zeros that the convolution adds lack the shift: no bias replaces it."""
+    spatial = _checks.other_axes((*layer.inputs, *layer.outputs), len(shape))
+    pointwise = all(shape[axis] == 1 for axis in spatial)
     if isinstance(padding, str):
-        sound = padding in EXACT or (padding == "SAME" and set(window) <= {1})
+        exact = padding in EXACT or (padding == "SAME" and pointwise)
     else:
-        sound = set(window) <= {1} if padding is None else not np.any(padding)
-    if sound and not transposed:
+        exact = pointwise if padding is None else not np.any(padding)
+    if exact and not transposed:
         return
     _checks.raise_error(
         FUNCTION,
-        "the batch norm's shift does not reach all positions alike, where the convolution sees zeros instead of x",
-        expected="with before=True, no zero padding and no transposed convolution, or bias - mean * multiplier = 0",
+        "the zeros that the convolution adds to x lack the batch norm's shift",
+        expected="with before=True, no zero padding and no transposed convolution, "
+        "or bias - mean * multiplier = 0",
         got=f"padding={padding!r}, transposed={transposed} for kernel.shape={shape}",
-        fix="Pass padding='VALID' if that is what the convolution has, or keep this batch norm",
+        fix="Pass padding='VALID' if the convolution has it, or keep this batch norm",
     )
 
 
@@ -249,7 +247,7 @@ def _sizes(kernel: np.ndarray, axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(kernel.shape[axis] for axis in axes)
 
 
-def _refuse_traced(arguments: dict[str, Any]) -> None:
+def _check_not_traced(arguments: dict[str, Any]) -> None:
     for name, argument in arguments.items():
         for path, leaf in jax.tree.leaves_with_path(argument):
             check_known(
@@ -257,5 +255,5 @@ def _refuse_traced(arguments: dict[str, Any]) -> None:
                 show(name, path),
                 leaf,
                 because="but folding is done once, in float64 with NumPy",
-                fix="Fold outside of jax.jit, jax.grad and jax.vmap, and pass the folded arrays in",
+                fix="Fold outside of jax.jit, jax.grad and jax.vmap, and pass the result in",
             )

@@ -1,4 +1,4 @@
-"""Whole models without their batch norms."""
+"""Folds the batch norms of whole models."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from normjax.deploy._constants import FUNCTION
 from normjax.deploy._pairs import Finder
 from normjax.deploy._rewrite import find, fold_pair, new_bias, rewritten, run
 
-# what rounding does to the outputs of a deep network, in float32 and in less
+# How much rounding changes the outputs of a deep network, in float32 and in half precision.
 FULL, HALF = 1e-5, 5e-2
 
 
 class Found(NamedTuple):
-    """A batch norm of a model, and what became of it.
+    """A batch norm of a model, and whether it was folded.
 
     Attributes:
       norm: its path in the variables.
@@ -33,8 +33,8 @@ class Found(NamedTuple):
 
     Example:
       >>> import normjax as nj
-      >>> print(nj.deploy.Found("batch_stats/norm", None, reason="it comes first: its input is the model's"))
-      Found(norm='batch_stats/norm', kernel=None, reason="it comes first: its input is the model's")
+      >>> print(nj.deploy.Found("batch_stats/norm", None, reason="its variance is not used"))
+      Found(norm='batch_stats/norm', kernel=None, reason='its variance is not used')
     """
 
     norm: str
@@ -44,17 +44,16 @@ class Found(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """A model without the batch norms that are folded; `print` shows a table of what was found.
+    """A model without the batch norms that were folded; `print` shows a table of all.
 
     Attributes:
-      variables: nested dicts of what the folded model needs, under the paths that they had: kernels
-        with batch norm in them, biases that take its shift (new ones beside their kernels), and
-        what was not touched.
+      variables: nested dicts of the leaves that the folded model needs, under their old paths.
+        Kernels and biases include their batch norms; a new bias is beside its kernel.
       apply: the model: `(variables, *inputs) -> outputs`, a pure function for inputs of any shape
         that the model takes.
-      found: each batch norm, and what became of it.
-      error: how far the outputs are from those of the source on the sample: the norm of the
-        difference by that of the outputs, in the worst output.
+      found: each batch norm, and whether it was folded.
+      error: the largest relative error of an output on the sample: the norm of its difference from
+        the source's, divided by the norm of the source's.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -62,7 +61,8 @@ class Folded:
       ...     return nj.batch_norm({}, variables["norm"], x @ variables["kernel"], train=False)[0]
       >>> variables = {"kernel": jnp.eye(2), "norm": {"mean": jnp.ones(2), "var": 4 * jnp.ones(2)}}
       >>> folded = nj.deploy.fold(model, variables, jnp.ones((1, 2)) * 3, show=False)
-      >>> print(folded.variables["bias"], folded.apply(folded.variables, jnp.array([[1.0, 5.0]])).round(4))
+      >>> y = folded.apply(folded.variables, jnp.array([[1.0, 5.0]]))
+      >>> print(folded.variables["bias"], y.round(4))
       [-0.49999937 -0.49999937] [[0. 2.]]
     """
 
@@ -77,9 +77,8 @@ class Folded:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         count = sum(found.kernel is not None for found in self.found)
-        return "\n".join(
-            [*lines, f"{count} of {len(self.found)} folded; outputs agree to {self.error:.1e}"]
-        )
+        lines.append(f"{count} of {len(self.found)} folded; outputs agree to {self.error:.1e}")
+        return "\n".join(lines)
 
 
 def fold(
@@ -92,43 +91,42 @@ def fold(
 ) -> Folded:
     """Folds each batch norm of a model that follows a convolution or a dense layer into that layer.
 
-    For inference: the folded model has a layer less for each, and quantizers see the weights that
-      are used.
+    Inference then runs one layer less for each, and quantizers see the weights that are used.
 
-    The model is traced, and what its operations do tells what can be folded: a chain from one
-    convolution or matrix product, whose kernel is a leaf of the variables that is used once, to a
-    batch norm, with nothing between but a bias, casts and reshapes, and nobody else who reads what
-    is between. It is folded in float64 as it is written, be it normjax's batch norm, Flax's, a
-    batch renorm or one of your own. What else there is stays, and the table that is printed says
-    why. At last, source and result are compared on the inputs.
+    The model is traced to find what can be folded: a chain from one convolution or matrix product
+    to a batch norm. The kernel has to be a leaf of the variables that is used once. Between it and
+    the batch norm there may be a bias, casts and reshapes, and no other reader of the intermediate
+    values. The arithmetic is folded in float64 as the model writes it, so normjax's batch norm,
+    Flax's, a batch renorm or your own all work. Batch norms that cannot be folded stay, and the
+    printed table says why. Finally, source and result are compared on the inputs.
 
     Args:
-      model: what does inference: a function `(variables, *inputs) -> outputs`, such as
+      model: the model at inference: a function `(variables, *inputs) -> outputs`, such as
         `functools.partial(model.apply, train=False)`; a linen module whose `apply` needs no other
-        arguments; an nnx module, which is taken in evaluation mode.
-      variables: of the model; those of an nnx module are `nnx.state(model)`. Batch norms are known
-        by leaves `mean` and `var`, side by side.
-      *inputs: a small sample of real ones.
-      pairs: which to fold, if not all that can be: tuples of a kernel's path and a batch norm's, as
-        the table has them.
-      tolerance: how far outputs may be from the source's, by their norm. None: 1e-5, or 0.05 where
-        the model computes in half precision.
+        arguments; an nnx module, which is run in evaluation mode.
+      variables: the model's variables; `nnx.state(model)` for an nnx module. A batch norm is
+        recognized by leaves `mean` and `var`, side by side.
+      *inputs: a small sample of real inputs.
+      pairs: the pairs to fold: tuples of a kernel's and a batch norm's path, as in the table. None:
+        all that can be folded.
+      tolerance: the largest relative error of an output, by its norm. None: 1e-5, or 0.05 if the
+        model computes in half precision.
       show: whether to print the table.
 
     Returns:
-      The folded model, see `Folded`. Kernels keep their dtype, and biases have that of their
+      The folded model, see `Folded`. Kernels keep their dtype, and each bias has the dtype of its
       kernel.
 
     Raises:
-      ValueError: with its path for a leaf that is not finite, a negative variance, and a named pair
-        that cannot be folded; if source and result differ by more than `tolerance`. TypeError:
-        under `jax.jit` and other
-        transformations: fold once, before.
+      ValueError: for a leaf that is not finite or a negative variance, with its path; for a named
+        pair that cannot be folded; if source and result differ by more than `tolerance`. TypeError:
+        under `jax.jit` and other transformations: fold before them.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
       >>> from flax import linen as nn
-      >>> model = nn.Sequential([nn.Dense(4, use_bias=False), nj.linen.BatchNorm(use_running_average=True), nn.relu])
+      >>> norm = nj.linen.BatchNorm(use_running_average=True)
+      >>> model = nn.Sequential([nn.Dense(4, use_bias=False), norm, nn.relu])
       >>> x = jax.random.normal(jax.random.key(0), (8, 3))
       >>> folded = nj.deploy.fold(model, model.init(jax.random.key(1), x), x)  # doctest: +ELLIPSIS
       batch norm            into
@@ -140,7 +138,7 @@ def fold(
     """
     source = _as_function(model)
     leaves = by_path(variables)
-    _refuse_other_than_arrays(leaves, inputs)
+    _check_arrays(leaves, inputs)
     finder = find(source, variables, inputs)
     found = _choose(finder, pairs)
     kernels = {each.kernel for each in found}
@@ -151,19 +149,20 @@ def fold(
         new[pair.kernel], new[biases[pair.kernel]] = fold_pair(finder, pair, leaves)
     for path in finder.program.leaves.keys() - rewritten(finder, biases).leaves.keys():
         del new[path]
-    template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), variables
-    )
+    template = jax.tree.map(_described, variables)
     shapes = {path: jnp.shape(leaf) for path, leaf in new.items()}
     apply = jax.jit(partial(run, source, template, biases, shapes))
+    tolerance = _rounding(finder.program) if tolerance is None else tolerance
     programs = partial(jax.jit(source), variables), partial(apply, nest(new))
-    error = _verified(
-        *programs, inputs, _rounding(finder.program) if tolerance is None else tolerance
-    )
+    error = _verified(*programs, inputs, tolerance)
     folded = Folded(nest(new), apply, found, error)
     if show:
         print(folded)
     return folded
+
+
+def _described(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
 def _as_function(model: Any) -> Callable[..., Any]:
@@ -188,14 +187,14 @@ def _as_function(model: Any) -> Callable[..., Any]:
     )
 
 
-def _refuse_other_than_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
+def _check_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
     named = [("/".join(path), leaf) for path, leaf in leaves.items()]
     for name, leaf in [*named, *(("an input", leaf) for leaf in jax.tree.leaves(inputs))]:
         check_known(
             FUNCTION,
             name,
             leaf,
-            because="but folding is done once, with the values at hand",
+            because="but folding needs its value",
             fix="Fold outside of jax.jit, and jit the `apply` of the result",
         )
         if isinstance(leaf, bool | str):
@@ -204,16 +203,19 @@ def _refuse_other_than_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
                 f"{name} is a {type(leaf).__name__}, which chooses what the model does",
                 expected="arrays",
                 got=repr(leaf),
-                fix="Settle it before, as in functools.partial(model.apply, train=False)",
+                fix="Bind it first, as in functools.partial(model.apply, train=False)",
                 kind=TypeError,
             )
 
 
 def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Found, ...]:
-    """Returns what becomes of each batch norm; refuses pairs that are named and cannot be folded."""
-    possible = [
-        ("/".join(pair.kernel), "/".join(norm)) for pair in finder.pairs for norm in pair.norms
-    ]
+    """Returns whether each batch norm is folded.
+
+    Raises an error for named pairs that cannot be folded.
+    """
+    possible = []
+    for pair in finder.pairs:
+        possible += [("/".join(pair.kernel), "/".join(norm)) for norm in pair.norms]
     folded = {norm for pair in finder.pairs for norm in pair.norms}
     reasons = {"/".join(norm): finder.reason(norm) for norm in finder.norms if norm not in folded}
     named = possible if pairs is None else list(pairs)
@@ -221,19 +223,20 @@ def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Fo
         if pair not in possible:
             _checks.raise_error(
                 FUNCTION,
-                f"{pair!r} is no kernel and batch norm that can be folded",
-                expected=f"pairs among {possible}",
-                got=f"pairs={named}; {reasons.get(pair[-1], 'they do not follow each other')}",
-                fix="Leave that pair out; without `pairs` all that can be folded is",
+                f"{pair!r} is not a kernel and a batch norm that can be folded",
+                expected=f"pairs among {possible}, by their full paths",
+                got=f"pairs={named}; {reasons.get(pair[-1], 'there is no such pair')}",
+                fix="Leave that pair out; without `pairs`, all that can be folded are",
             )
     kernels = {kernel for kernel, _ in named}
-    if missing := [pair for pair in possible if pair[0] in kernels and pair not in named]:
+    missing = [pair for pair in possible if pair[0] in kernels and pair not in named]
+    if missing:
         _checks.raise_error(
             FUNCTION,
             "a kernel is followed by several batch norms, and only some of them are named",
-            expected=f"{missing} among the pairs, too",
+            expected=f"also {missing} among the pairs",
             got=f"pairs={named}",
-            fix="Name all that follow it, or none",
+            fix="Name all batch norms that follow it, or none",
         )
     rows = [
         Found(norm, kernel) if (kernel, norm) in named else Found(norm, None, "not named")
@@ -243,32 +246,32 @@ def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Fo
 
 
 def _rounding(program: Program) -> float:
-    narrowest = min(
-        (of.dtype.itemsize for of in program.types if jnp.issubdtype(of.dtype, jnp.inexact)),
-        default=4,
-    )
-    return FULL if narrowest >= 4 else HALF
+    dtypes = [of.dtype for of in program.types if jnp.issubdtype(of.dtype, jnp.inexact)]
+    half = any(dtype.itemsize < 4 for dtype in dtypes)
+    return HALF if half else FULL
 
 
 def _verified(
     source: Callable, folded: Callable, inputs: tuple[Any, ...], tolerance: float
 ) -> float:
-    """Returns how far the folded model is from its source on the sample; refuses more than the tolerance."""
-    # Elsewhere than on CPUs, the default precision is that of half precision or little more.
+    """Returns the folded model's largest relative error on the sample.
+
+    Raises an error if that is more than the tolerance.
+    """
+    # On accelerators, matrix products of float32 default to about half precision.
     with jax.default_matmul_precision("highest"):
         expected, actual = (_floats(function(*inputs)) for function in (source, folded))
-    # max() would pass over NaN
+    # Python's max() may skip NaN, np.max() does not.
     error = float(np.max([*map(_difference, expected, actual)])) if expected else np.nan
     if not error <= tolerance:
+        disagree = "the folded model does not agree with its source"
         _checks.raise_error(
             FUNCTION,
-            "the folded model does not agree with its source"
-            if expected
-            else "the model returns no floats to compare",
+            disagree if expected else "the model returns no floats to compare",
             expected=f"finite outputs that differ by at most {tolerance:g} of their norm",
             got=f"{error:.3g} on the sample",
-            fix="Fold the function that returns logits; if the source's own rounding is that large, as where means are "
-            "hundreds of deviations from 0, pass `tolerance`",
+            fix="Fold the function that returns logits. If the source itself rounds that much, as "
+            "with means hundreds of deviations from 0, pass `tolerance`",
         )
     return error
 

@@ -14,7 +14,7 @@ from normjax._trees import check_finite, is_nnx, split_module
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function compiled; of an nnx module, that of copies of it, so that it stays as it is."""
+    """Returns the compiled function; it copies an nnx module, so that it does not change."""
     if is_nnx(function):
         states, merge = split_module(function)
         return jax.jit(lambda *batches: merge(*states)(*batches))

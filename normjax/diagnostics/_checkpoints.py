@@ -72,7 +72,7 @@ def _read_safetensors(path: Path) -> dict[tuple[str, ...], np.ndarray]:
 
 
 def _item(folder: Path) -> dict[str, Path]:
-    """Returns the folders with a checkpoint's trees; several steps give those of the newest."""
+    """Returns the folders with a checkpoint's trees; of several steps, the newest's."""
     if (folder / "_METADATA").exists():
         return {"": folder}
     inside = [child for child in folder.iterdir() if child.is_dir()]

@@ -25,7 +25,7 @@ CHANCE = 3.0  # a warning needs this many times the gap that a random batch make
 
 
 def with_batch_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, batch: Any) -> Any:
-    """Returns the variables with a batch's statistics; NaN where none was seen, inf where they are not finite."""
+    """Returns the variables with a batch's statistics; NaN if there are none, inf if not finite."""
     if is_nnx(variables):
         from flax import nnx
 

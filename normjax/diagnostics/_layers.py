@@ -62,7 +62,7 @@ class Layer(NamedTuple):
 
 
 def leaves_of(variables: Any) -> Leaves:
-    """Returns the arrays of variables by the names on their paths; nnx's variables and Flax's boxes opened."""
+    """Returns the arrays of variables by their paths; opens nnx's variables and Flax's boxes."""
     if is_nnx(variables):
         from flax import nnx
 
@@ -128,7 +128,7 @@ def classes_of(variables: Any) -> dict[Path, str]:
 
 
 def of_models(leaves: Iterable[Path]) -> list[Path]:
-    """Returns the paths without those of an optimizer.
+    """Returns the paths that do not belong to an optimizer.
 
     Of a training state, only collections such as `params`, and copies of them, are left.
     """

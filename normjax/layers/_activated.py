@@ -1,9 +1,8 @@
-"""Batch norm and an invertible activation in one step: of x's size, the backward pass needs the output alone.
+"""Batch norm and an invertible activation in one step, whose backward pass only needs the output.
 
-The derivative is written in terms of the output `z`, which the next layer keeps anyway: inverting
-activation and affine map gives back the normalized input. Like that of the moments it is a rule for
-the forward mode, which JAX transposes; so every order and both modes work, and x is not among what
-the rule uses.
+The derivative is written in terms of the output `z`, which the next layer stores anyway: inverting
+the activation and the affine map gives the normalized input. The derivative is a rule for the
+forward mode, which JAX transposes; so every order and both modes work. The rule does not use x.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ class Activation(NamedTuple):
     """A strictly increasing function whose derivative can be read off its value.
 
     Attributes:
-      name: which.
-      negative_slope: of "leaky_relu".
+      name: which function it is.
+      negative_slope: slope of "leaky_relu" below 0.
     """
 
     name: Name
@@ -53,7 +52,7 @@ class Activation(NamedTuple):
         return jnp.where(y >= 0, y, self.negative_slope * y)
 
     def inverse(self, z: Array, dtype: Any) -> Array:
-        """Returns y of a z that was rounded to `dtype`; for an ELU rounded to -1, that of the value next to it."""
+        """Inverts a z rounded to `dtype`; an ELU rounded to -1 as the next float above -1."""
         if self.name == "identity":
             return z
         if self.name == "elu":
@@ -62,7 +61,7 @@ class Activation(NamedTuple):
         return jnp.where(z >= 0, z, z / self.negative_slope)
 
     def derivative(self, z: Array) -> Array:
-        """Returns that at y, given z."""
+        """Returns the derivative at y, given z."""
         if self.name == "identity":
             return jnp.ones_like(z)
         if self.name == "elu":
@@ -71,7 +70,7 @@ class Activation(NamedTuple):
 
 
 def check_activation(function: str, activation: Activation, x: Array) -> None:
-    """Refuses what cannot be inverted."""
+    """Raises an error for a function that cannot be inverted."""
     _checks.choice(function, "activation", activation.name, ("leaky_relu", "elu", "identity"))
     slope = activation.negative_slope
     if not (isinstance(slope, int | float) and 0 < slope < math.inf):
@@ -95,7 +94,7 @@ def check_activation(function: str, activation: Activation, x: Array) -> None:
 
 @dataclass(frozen=True)
 class ActivatedSpec(BatchSpec):
-    """The static part of a step, and its activation."""
+    """The static arguments of a step, and its activation."""
 
     activation: Activation = Activation("identity", 1.0)
 
@@ -115,7 +114,7 @@ def activate(spec: ActivatedSpec, params: Params, x: Array, mean: Array, var: Ar
 
 
 def _gain_and_bias(spec: ActivatedSpec, params: Params, x32: Array) -> tuple[Array, Array]:
-    """The gain is |scale| + epsilon: to invert the affine map divides by it.
+    """Returns the gain |scale| + epsilon, which the inverse divides by, and the bias.
 
     At scale 0 its derivative is 1.
     """
@@ -166,7 +165,7 @@ def _by_batch_jvp(
 def _by_batch_dot(
     spec: ActivatedSpec, z: Array, batch: Moments, gain: Array, bias: Array, dots: tuple
 ) -> tuple[Array, Moments]:
-    """Returns the derivatives of z and of the moments, by way of x - mean as z gives it."""
+    """Returns the derivatives of z and of the moments, with x - mean recovered from z."""
     x_dot, gain_dot, bias_dot = dots
     var = spec.expand(batch.var)
     centered = _normalized(spec, z, gain, bias) * jnp.sqrt(var + spec.epsilon)
@@ -182,9 +181,9 @@ def _normalized(spec: ActivatedSpec, z: Array, gain: Array, bias: Array) -> Arra
 
 
 def _dot(spec: ActivatedSpec, z: Array, gain: Array, bias: Array, var: Array, dots: tuple) -> Array:
-    """Returns the derivative of z along those of x, gain, bias, mean and var.
+    """Returns the derivative of z along `dots`, derivatives of x, gain, bias, mean and var.
 
-    Transposed, it is two reductions.
+    Its transpose has two reductions.
     """
     x_dot, gain_dot, bias_dot, mean_dot, var_dot = (dot.astype(gain.dtype) for dot in dots)
     inverse = lax.rsqrt(var + spec.epsilon).astype(gain.dtype)

@@ -50,17 +50,18 @@ def correct(
     limits: tuple[Array, Array],
     epsilon: float,
 ) -> Params:
-    r"""Returns the scale and bias that move what the batch's statistics make of x to what the running ones would.
+    r"""Returns the scale and bias that correct the batch's statistics to the running ones.
 
-    .. math:: r = \operatorname{clip}\left(\frac{\sigma_B}{\sigma}, \frac1{r_{max}}, r_{max}\right), \qquad
+    .. math:: r = \operatorname{clip}\left(\frac{\sigma_B}{\sigma}, \frac1{r_{max}},
+              r_{max}\right), \qquad
               d = \operatorname{clip}\left(\frac{\mu_B - \mu}{\sigma}, -d_{max}, d_{max}\right)
 
-    Both are constants to the derivative: scale and bias become `scale * r` and `scale * d + bias`.
+    Gradients treat both as constants. Scale and bias become `scale * r` and `scale * d + bias`.
 
     Args:
       params: with the rank of x.
-      batch: mean and variance of the batch, likewise.
-      running: mean and variance of the population, likewise.
+      batch: mean and variance of the batch, with the rank of x.
+      running: mean and variance of the population, with the rank of x.
       limits: r_max and d_max.
       epsilon: added to both variances.
     """

@@ -55,18 +55,17 @@ def activated_batch_norm_init(
         order of the axes of x.
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
-      scale_init: makes the scale; stay away from zeros, where the output says little about x.
+      scale_init: makes the scale; avoid zeros, as the output then says little about x.
       bias_init: makes the bias.
-      key: for a random initializer; not needed otherwise.
-      param_dtype: of scale and bias. The statistics are kept in it too, but in float32 at the
-        least.
+      key: random key, only needed for a random initializer.
+      param_dtype: dtype of scale and bias, and of the statistics if it is float32 or wider;
+        narrower statistics would lose small updates.
       count: whether to count batches, as the cumulative mode (`momentum=None`) requires.
 
     Returns:
       `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`.
       `batch_stats`: a dict of `mean` (zeros) and `var` (ones), each `(*num_features)`, and `count`
-        (0, int32) if asked
-      for.
+        (0, int32) if `count=True`.
 
     Raises:
       ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
@@ -102,46 +101,45 @@ def activated_batch_norm(
     virtual_batch_size: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Activations, BatchStats]:
-    r"""Batch norm and an invertible activation in one, of which the backward pass needs the output, not x.
+    r"""Batch norm and an invertible activation; the backward pass needs the output, not x.
 
-    .. math:: z = \varphi(y), \qquad y = (|\gamma| + \epsilon) \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+    .. math:: z = \varphi(y), \qquad
+              y = (|\gamma| + \epsilon) \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    Use it in place of `batch_norm` and the activation after it where memory is short. The next
-    layer keeps z for its own backward pass anyway; here the normalized input is found again from z,
-    by the inverse of the activation and of the affine map, so nothing else of x's size is kept. Not
-    for the last layer of a residual branch whose scale starts
-    at zero: see `scale` below.
+    Use it in place of `batch_norm` and the activation after it if memory is short. The next layer
+    stores z for its backward pass anyway. This layer recovers the normalized input from z, by the
+    inverse of the activation and of the affine map, so it stores nothing else of x's size. Do not
+    use it as the last layer of a residual branch with a scale that starts at zero: see `params`.
 
     Args:
       params: dict of `scale` and `bias`, as in `batch_norm`. The gain is `|scale| + epsilon`, since
-        the inverse divides by it; at scale 0 its derivative is 1. Rounding of z is magnified by
-        `(|y| + |bias|) / gain` in the normalized
-        input that the backward pass finds: keep gains within a few orders of magnitude of 1, the
-          more so in bfloat16.
+        the inverse divides by it; at scale 0 its derivative is 1. The backward pass magnifies the
+        rounding of z by `(|y| + |bias|) / gain`: keep gains within a few orders of magnitude of 1,
+        above all in bfloat16.
       batch_stats: dict of `mean` and `var`, each `(*features)`, and maybe `count`.
       x: floating-point, real, any rank >= 1, such as `(batch, height, width, features)`.
-      train: Python bool: which of the two to compile.
-      activation: "leaky_relu", "elu" or "identity". What ELU has rounded to -1 (y below -16 in
-        float32, -5.5 in bfloat16) counts in the gradient of x as if it were at that bound.
-      negative_slope: of the leaky ReLU, above 0.
-      feature_axes: as in `batch_norm`, and so are the rest. There is no mask: use `batch_norm`.
+      train: Python bool: whether to compile training or inference.
+      activation: "leaky_relu", "elu" or "identity". If an ELU was rounded to -1 (y below -16 in
+        float32, -5.5 in bfloat16), the gradient of x is taken as at that bound.
+      negative_slope: slope of the leaky ReLU below 0; above 0.
+      feature_axes: as in `batch_norm`, like the arguments below. For a mask, use `batch_norm`.
       momentum: weight of the old running value.
       epsilon: added to the variance, and to `|scale|`.
       running_var: which estimate of the variance is stored, "biased" or "unbiased".
       axis_name: mapped axis or axes over which the statistics are shared, in training: one
         collective forward, one backward.
-      axis_index_groups: groups of indices of that axis that share.
+      axis_index_groups: groups of indices of that axis that share statistics.
       virtual_batch_size: ghost batches of that many examples, in training.
-      dtype: of z, so of what is kept; None for that of x.
+      dtype: dtype of z, and so of what is stored for the backward pass; None for the dtype of x.
 
     Returns:
       `z`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes.
       Computed in at least float32 and rounded once. Gradients, of every order and in both modes,
-      are those of the formula up to rounding; in bfloat16 the rounding is that of z.
+      are exact up to rounding, which is that of z in bfloat16.
 
     Raises:
       ValueError, TypeError, NameError: at trace time, for an activation that cannot be inverted, a
-        complex x, and all that `batch_norm` refuses.
+        complex x, and in all cases in which `batch_norm` raises them.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj

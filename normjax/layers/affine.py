@@ -1,4 +1,4 @@
-"""Scale and shift: what a layer does once it has its statistics, and the parameters that it does it with."""
+"""Normalizes x with given statistics, and initializes and lays out scale and bias."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def init_params(
     key: PRNGKey | None,
     dtype: DTypeLike,
 ) -> Params:
-    """Returns a leaf for each maker that is used, of the features' shape and from a key of its own."""
+    """Returns a leaf for each maker that is used, of the features' shape, each with its own key."""
     features = _checks.sizes(function, "num_features", num_features)
     initializers = {leaf: maker for leaf, (used, maker) in makers.items() if used}
     if not jnp.issubdtype(dtype, jnp.inexact):
@@ -54,7 +54,8 @@ def init_params(
         if key is not None:
             raise
         raise TypeError(
-            f"{function}: an initializer failed without a key. Expected a key for a random initializer; "
+            f"{function}: an initializer failed without a key. "
+            f"Expected a key for a random initializer; "
             f"got key=None with {sorted(initializers)}. Pass key=jax.random.key(0)."
         ) from error
 
@@ -62,7 +63,7 @@ def init_params(
 def lay_out(params: Params, rank: int, feature_axes: tuple[int, ...]) -> Params:
     """Gives leaves `(*leading, *features)` the rank of x; scalars stay as they are.
 
-    Leading dimension i is that of the i-th non-feature axis of x.
+    Leading dimension i belongs to the i-th non-feature axis of x.
     """
     return {
         leaf: value if leaf in SCALARS else _lay_out(value, rank, feature_axes)
@@ -91,13 +92,13 @@ def normalize(
 
     Args:
       x: the input.
-      mean: of x, with its rank; None to subtract nothing.
-      var: of x, or the mean of its squares, with its rank.
-      params: `scale` and `bias`, or what there is of them, with the rank of x.
+      mean: mean of x, with its rank; None to subtract nothing.
+      var: variance of x, or the mean of its squares, with its rank.
+      params: `scale` and `bias`, both optional, with the rank of x.
       epsilon: added to the variance.
 
     Returns:
-      y; the bias, a constant, where the mask hides a NaN or an infinity.
+      y. If the mask hides a NaN or an infinity, y is the bias there, a constant.
     """
     mean = jnp.zeros((), x.x32.dtype) if mean is None else mean
     dtype = promote(x.x32.dtype, mean.dtype, var.dtype, *(leaf.dtype for leaf in params.values()))
@@ -144,12 +145,12 @@ def _by_multiplier(
     scale_dot: Array,
     bias_dot: Array,
 ) -> Array:
-    r"""The derivative by way of the multiplier :math:`m = s / \sigma`, which is not larger than \sigma.
+    r"""Returns the derivative in terms of the multiplier :math:`m = s / \sigma`, of sigma's size.
 
     .. math:: dy = m\, dx + (x - \mu)\, dm + (d\beta - m\, d\mu)
 
-    The last term is added up before it meets x. So the backward pass reduces two arrays of x's size
-    (the gradients of multiplier and offset) instead of three.
+    The last term is added up before it is broadcast to x's size. So the backward pass reduces two
+    arrays of x's size (the gradients of multiplier and offset) instead of three.
     """
     multiplier = inverse * scale
     multiplier_dot = inverse_dot * scale + inverse * scale_dot
@@ -174,13 +175,13 @@ def _by_scale(
     scale_dot: Array,
     bias_dot: Array,
 ) -> Array:
-    r"""The derivative where each example has statistics of its own: m would be as large as x.
+    r"""Returns the derivative for statistics of each example, where m would be as large as x.
 
     .. math:: dy = \frac{s}{\sigma}\, dx + (x - \mu) s\, d\sigma^{-1} - s\, \frac{d\mu}{\sigma}
                    + \frac{x - \mu}{\sigma}\, ds + d\beta
 
-    Each term but the first and the last is a reduction in the backward pass, of operands that it
-    has to itself.
+    Each term but the first and the last is a reduction in the backward pass. Each reduction gets
+    its own copies of the operands.
     """
     inverse_dot, center_dot = pcast_like(x_dot, inverse_dot, -inverse * mean_dot)
     scale_dot, bias_dot = pcast_like(x_dot, scale_dot, bias_dot)
@@ -198,7 +199,7 @@ def _by_scale(
 
 
 def scale_and_shift(x: Activations, params: Params) -> Activations:
-    """Returns `x * scale + bias` in the widest dtype among them, or what there is of it."""
+    """Returns `x * scale + bias` in the widest dtype among them; both are optional."""
     leaves = {leaf: params[leaf] for leaf in ("scale", "bias") if leaf in params}
     dtype = promote(x.dtype, *(leaf.dtype for leaf in leaves.values()))
     leaves = dict(zip(leaves, pcast_like(x, *leaves.values()), strict=True))

@@ -56,22 +56,21 @@ def batch_norm_init(
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
         order of the axes of x.
-      use_scale: whether there is a scale. A following linear layer, also behind a ReLU, can do
+      use_scale: whether there is a scale. A linear layer that follows, also after a ReLU, can do
         without it.
       use_bias: whether there is a bias.
       scale_init: makes the scale; zeros for the last layer of a residual branch (Goyal et al. 2017,
         section 5.1).
       bias_init: makes the bias.
-      key: for a random initializer; not needed otherwise.
-      param_dtype: of scale and bias. The statistics are kept in it too, but in float32 at the
-        least.
+      key: random key, only needed for a random initializer.
+      param_dtype: dtype of scale and bias, and of the statistics if it is float32 or wider;
+        narrower statistics would lose small updates.
       count: whether to count batches, as the cumulative mode (`momentum=None`) requires.
 
     Returns:
       `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`.
       `batch_stats`: a dict of `mean` (zeros) and `var` (ones), each `(*num_features)`, and `count`
-        (0, int32) if asked
-      for.
+        (0, int32) if `count=True`.
 
     Raises:
       ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
@@ -106,50 +105,48 @@ def batch_norm(
     virtual_batch_size: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Activations, BatchStats]:
-    r"""Normalizes each feature by the batch's statistics in training, by the population's at inference.
+    r"""Normalizes each feature by the batch's statistics, or by running ones at inference.
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    In training the mean and the biased variance are those of the batch, over all axes but the
-    features, and the running
-    statistics move a step towards them: `new = momentum * old + (1 - momentum) * batch`. At
-      inference the running
-    statistics stand for them, and come back as they were. Use it in networks trained on batches of
-    about 16 examples or more; share statistics over devices (`axis_name`) where each device has
-    fewer.
+    In training the mean and the biased variance are taken over the batch, that is over all axes but
+    the features, and the running statistics move towards them: `new = momentum * old + (1 -
+    momentum) * batch`. At inference the running statistics are used, and returned unchanged. Use it
+    in networks trained on batches of about 16 examples or more; share statistics over devices
+    (`axis_name`) if each device has fewer.
 
     Args:
       params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of
-        each example (conditional batch norm), where leading sizes are those of the first axes of x
-        that are no features; a leaf that is absent is left out of the formula.
+        each example (conditional batch norm). Leading sizes must match the first non-feature axes
+        of x. Missing leaves are left out of the formula.
       batch_stats: dict of `mean` and `var`, each `(*features)`, and maybe `count`.
       x: floating-point or complex, any rank >= 1, such as `(batch, height, width, features)`.
-      train: Python bool: which of the two to compile.
-      feature_axes: the axes that keep statistics, scale and bias of their own. Leaves have the
-        sizes of these axes in ascending order, in whatever order they are given here.
+      train: Python bool: whether to compile training or inference.
+      feature_axes: the axes that statistics, scale and bias run along. Leaves have the sizes of
+        these axes in ascending order, also if they are given in another order.
       momentum: weight of the old running value. None: the mean over all batches so far (needs
         `count`).
       epsilon: added to the variance.
       running_var: which estimate of the variance is stored, "biased" (Flax, Keras) or "unbiased"
         (PyTorch, the paper).
-      mask: bool, broadcastable to x: True where an element counts. Elements that do not count are
-        normalized like the others but leave no trace in the statistics; where one is NaN or
-        infinite, y is the bias, a constant. Features of which nothing counts use and keep their
-        running statistics.
+      mask: bool, broadcastable to x: True where an element counts. Other elements are normalized
+        too, but do not affect the statistics; if one is NaN or infinite, y is the bias there, a
+        constant. A feature of which nothing counts is normalized by its running statistics, which
+        do not change.
       axis_name: mapped axis or axes (pmap, shard_map, vmap) over which the statistics are shared,
-        in training. Under plain jit with sharded x they are those of the global batch without it.
-      axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
+        in training. Plain jit with sharded x needs none: its statistics are of the global batch.
+      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
       virtual_batch_size: ghost batches: in training, normalizes each slice of that many examples of
-        axis 0 by statistics of its own; the running statistics take in the whole batch.
-      dtype: of y; None for that of x.
+        axis 0 by its own statistics; the running statistics use the whole batch.
+      dtype: dtype of y; None for the dtype of x.
 
     Returns:
       `y`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes.
-      Statistics and y are computed in at least float32 and rounded once; the variance is safe, on
-      the first step too: right to 1e-5 of `var + epsilon`.
+      Statistics and y are computed in at least float32 and rounded once. The variance is safe, also
+      on the first step: right to 1e-5 of `var + epsilon`.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for whatever does not fit: axes, leaves,
+      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: axes, leaves,
         dtypes, a mask, an axis name that is not in scope, a traced `train`, one value per feature
         in training.
 

@@ -64,15 +64,14 @@ def batch_renorm_init(
       use_bias: whether there is a bias.
       scale_init: makes the scale; zeros for the last layer of a residual branch.
       bias_init: makes the bias.
-      key: for a random initializer; not needed otherwise.
-      param_dtype: of scale and bias. The statistics are kept in it too, but in float32 at the
-        least.
+      key: random key, only needed for a random initializer.
+      param_dtype: dtype of scale and bias, and of the statistics if it is float32 or wider;
+        narrower statistics would lose small updates.
 
     Returns:
       `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`.
       `batch_stats`: a dict of `mean` (zeros) and `var` (ones), each `(*num_features)`, and `count`
-        (0, int32), the
-      number of batches, which the schedules of `r_max` and `d_max` go by.
+        (0, int32), the number of batches, which schedules of `r_max` and `d_max` depend on.
 
     Raises:
       ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
@@ -109,7 +108,7 @@ def batch_renorm(
     virtual_batch_size: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Activations, BatchStats]:
-    r"""Batch norm that normalizes in training, too, by the population's statistics, as far as they can be trusted.
+    r"""Batch norm that also trains with the running statistics, within limits.
 
     .. math:: y = \gamma \left(\frac{x - \mu_B}{\sqrt{\sigma_B^2 + \epsilon}} r + d\right) + \beta
 
@@ -118,44 +117,45 @@ def batch_renorm(
               d = \operatorname{clip}\left(\frac{\mu_B - \mu}{\sqrt{\sigma^2 + \epsilon}}, -d_{max},
               d_{max}\right)
 
-    with the batch's statistics (index B) and the running ones as they were before this batch. r and
-    d are constants to the derivative. Within the limits, training and inference compute the same;
-    with `r_max=1, d_max=0` this is `batch_norm`. Use it where batches are small, or their examples
-    not independent.
+    with the batch's statistics (index B) and the running ones before this batch. Gradients treat r
+    and d as constants. Within the limits, training and inference compute the same; with `r_max=1,
+    d_max=0` this is `batch_norm`. Use it if batches are small, or if their examples are not
+    independent.
 
     Args:
       params: as in `batch_norm`.
-      batch_stats: as in `batch_norm`; with `count` where a limit is a schedule.
+      batch_stats: as in `batch_norm`; with `count` if a limit is a schedule.
       x: floating-point or complex, any rank >= 1, such as `(batch, height, width, features)`.
-      train: Python bool: which of the two to compile.
+      train: Python bool: whether to compile training or inference.
       r_max: at least 1. A number, a scalar array, or a schedule as in optax: a function of the
-        count of batches so far. Infinity is no limit. Start at 1, and rise once the running
+        count of batches so far. Infinity means no limit. Start at 1, and rise once the running
         statistics have settled: the paper trains 5,000 steps as batch norm, then rises to 3 by step
-          40,000.
-      d_max: at least 0, likewise; the paper rises from 0 to 5 by step 25,000.
-      feature_axes: as in `batch_norm`, and so are the rest.
+        40,000.
+      d_max: at least 0, a number, an array or a schedule like `r_max`; the paper rises from 0 to 5
+        by step 25,000.
+      feature_axes: as in `batch_norm`, like the arguments below.
       momentum: weight of the old running value.
       epsilon: added to the variances.
       running_var: which estimate of the variance is stored, "biased" or "unbiased".
       mask: bool, broadcastable to x: True where an element counts.
       axis_name: mapped axis or axes over which the statistics are shared, in training.
-      axis_index_groups: groups of indices of that axis that share.
+      axis_index_groups: groups of indices of that axis that share statistics.
       virtual_batch_size: ghost batches, each with its own r and d.
-      dtype: of y; None for that of x.
+      dtype: dtype of y; None for the dtype of x.
 
     Returns:
       `y`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes.
 
     Raises:
       ValueError, TypeError, NameError: at trace time, for limits out of range, a schedule without a
-        count, and all that `batch_norm` refuses.
+        count, and in all cases in which `batch_norm` raises them.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
       >>> params, batch_stats = nj.batch_renorm_init(1)
       >>> x = jnp.array([[1.0], [3.0]])
       >>> y, _ = nj.batch_renorm(params, batch_stats, x, train=True)
-      >>> print(abs(y - x).max() < 1e-4)  # the statistics that it starts with are mean 0 and variance 1
+      >>> print(abs(y - x).max() < 1e-4)  # the running statistics are mean 0 and variance 1
       True
       >>> r_max = lambda count: jnp.clip(count / 10_000, 1.0, 3.0)
       >>> y, _ = nj.batch_renorm(params, batch_stats, x, train=True, r_max=r_max, d_max=0.0)
@@ -187,7 +187,7 @@ def batch_renorm(
 
 
 def take_renorm_step(step: BatchStep, r_max: Limit, d_max: Limit) -> tuple[Array, BatchStats]:
-    """Takes a step with limits that are yet to be checked; infers as batch norm does."""
+    """Takes a step with limits that are still unchecked; inference is batch norm's."""
     limits = take_limits(r_max, d_max, step.batch_stats)
     if POPULATION in step.batch_stats:  # which owes nothing to the statistics that it replaces
         return take_step(step, train_step, infer_step)
@@ -204,7 +204,7 @@ def renorm_step(
     limits: tuple[Array, Array],
     spec: BatchSpec,
 ) -> tuple[Array, BatchStats]:
-    """Does what batch norm's `train_step` does, with scale and bias corrected by r and d."""
+    """Takes batch norm's `train_step`, with scale and bias corrected by r and d."""
     shape = x.shape
     params = lay_out(params, x.ndim, spec.feature_axes)
     params, x, mask, spec = into_ghosts(params, x, mask, spec)

@@ -35,12 +35,12 @@ from normjax.statistics.running import OPTIONS, check_batch_stats, collect, upda
 
 @dataclass(frozen=True)
 class BatchSpec(Spec):
-    """What is static about a step that normalizes by statistics of the batch.
+    """The static arguments of a step that normalizes by statistics of the batch.
 
     Attributes:
       momentum: weight of the old running value; None if it is traced, or 1 - 1 / count.
       running_var: which estimate of the variance is stored.
-      virtual_batch_size: the examples of a ghost batch; None: there are none.
+      virtual_batch_size: the number of examples in a ghost batch; None without ghost batches.
     """
 
     momentum: float | None = None
@@ -48,7 +48,7 @@ class BatchSpec(Spec):
     virtual_batch_size: int | None = None
 
     def update(self, batch_stats: BatchStats, batch: Moments, momentum: Array | None) -> BatchStats:
-        """Moves the running statistics towards those of the batch, of all its ghosts together."""
+        """Moves the running statistics towards the batch's, with all its ghost batches merged."""
         if self.virtual_batch_size is not None:
             batch = merge_stacked(batch)
         weight = self.momentum if momentum is None else momentum
@@ -169,7 +169,7 @@ def take_step(
     infer_step: Callable[..., Array],
     *extra: Any,
 ) -> tuple[Array, BatchStats]:
-    """Takes one step of training or inference; `extra` are further operands of the training step."""
+    """Takes a step of training or inference; `extra` are more operands of the training step."""
     params, batch_stats, x, train, mask, momentum, spec = step
     if POPULATION in batch_stats:
         return _collecting_step(step, train_step, infer_step, *extra)
@@ -193,7 +193,7 @@ def _collecting_step(
     infer_step: Callable[..., Array],
     *extra: Any,
 ) -> tuple[Array, BatchStats]:
-    """Adds the moments of x to those of the population, and leaves the running statistics alone."""
+    """Adds the moments of x to the population; the running statistics do not change."""
     params, batch_stats, x, train, mask, momentum, spec = step
     layer_by_layer = is_layer_by_layer(batch_stats)
     running = {leaf: value for leaf, value in batch_stats.items() if leaf != POPULATION}
@@ -212,10 +212,10 @@ def _collecting_step(
 def _laid_out_by_the_compiler(
     step: Callable[..., Any], x: Array, batch_stats: BatchStats
 ) -> Callable[..., Any]:
-    """Returns a step whose results are sharded as x and batch_stats, which lie on Explicit axes.
+    """Returns a step whose results are sharded like x and batch_stats, which have Explicit axes.
 
-    JAX's types cannot say how ghost batches are sharded that span devices, or parts of them. The
-    compiler knows.
+    JAX's types cannot express the sharding of ghost batches that span several devices, or parts of
+    them. The compiler finds it.
     """
     mesh = jax.typeof(x).sharding.mesh
 
@@ -228,7 +228,7 @@ def _laid_out_by_the_compiler(
 def into_ghosts(
     params: Params, x: Array, mask: Array | None, spec: SomeSpec
 ) -> tuple[Params, Array, Array | None, SomeSpec]:
-    """Cuts axis 0 into ghost batches, which a new axis 0 counts like one more feature axis.
+    """Splits axis 0 into ghost batches along a new axis 0, which acts as one more feature axis.
 
     Hoffer, Hubara & Soudry (2017), Algorithm 1. Params and mask have the rank of x.
     """
@@ -256,7 +256,7 @@ def batch_or_running(
 
 
 def running_like(batch: Moments, batch_stats: BatchStats) -> tuple[Array, Array]:
-    """Returns the running statistics in the batch's precision and rank, of which ghosts have more."""
+    """Returns the running statistics in the batch's precision and rank, with an axis for ghosts."""
     new_axes = tuple(range(batch.var.ndim - jnp.ndim(batch_stats["var"])))
     mean, var = batch_stats["mean"], batch_stats["var"]
     mean = jnp.expand_dims(mean.astype(batch.mean.dtype), new_axes)
@@ -264,7 +264,7 @@ def running_like(batch: Moments, batch_stats: BatchStats) -> tuple[Array, Array]
 
 
 def with_complex_mean(batch_stats: BatchStats, x: Array) -> BatchStats:
-    """Returns statistics whose mean turns complex with x, as it does in Flax."""
+    """Returns statistics whose mean turns complex with x, as in Flax."""
     if not jnp.iscomplexobj(x):
         return batch_stats
     mean = jnp.asarray(batch_stats["mean"])

@@ -29,25 +29,24 @@ def dynamic_tanh_init(
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
 ) -> tuple[Params, BatchStats]:
-    """Returns the parameters that `dynamic_tanh` starts from, and `{}`: it has no statistics at all.
+    """Returns the parameters that `dynamic_tanh` starts from, and `{}`: it has no statistics.
 
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
         order of the axes of x.
-      alpha: where the learned slope starts. 0.5 but for large language models, which want less the
-        wider they are, and more before attention than elsewhere (0.2 to 1.0; the paper's section
-        7.2).
+      alpha: initial value of the learned slope. 0.5 suits all but large language models: the wider
+        they are, the less they need, and more before attention than elsewhere (0.2 to 1.0; the
+        paper's section 7.2).
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
       scale_init: makes the scale.
       bias_init: makes the bias.
-      key: for a random initializer; not needed otherwise.
-      param_dtype: of the leaves.
+      key: random key, only needed for a random initializer.
+      param_dtype: dtype of the leaves.
 
     Returns:
       `params`: a dict of `alpha` (a scalar), `scale` (ones) and `bias` (zeros), each
-        `(*num_features)`; and an empty
-      `batch_stats`.
+        `(*num_features)`; and an empty `batch_stats`.
 
     Raises:
       ValueError: for a size that is not positive, or an alpha that is not finite. TypeError: for an
@@ -75,35 +74,36 @@ def dynamic_tanh(
     feature_axes: Axes = -1,
     dtype: DTypeLike | None = None,
 ) -> tuple[Activations, BatchStats]:
-    r"""Squashes each element by a tanh of learned slope: what layer norm does to outliers, without statistics.
+    r"""Squashes each element by a tanh of learned slope, as layer norm does to outliers.
 
     .. math:: y = \gamma \tanh(\alpha x) + \beta
 
-    Use it in place of layer norm or RMS norm in transformers. It reduces nothing: elements do not
-    see each other.
+    Use it in place of layer norm or RMS norm in transformers. It has no reductions: each element of
+    y depends on one element of x.
 
     Args:
       params: dict of `alpha` (a scalar), `scale` and `bias`, each `(*features)`, or `(*leading,
-        *features)` for one of each example, where leading sizes are those of the first axes of x
-        that are no features; scale and bias are left out of the formula if they are absent.
+        *features)` for one of each example. Leading sizes must match the first non-feature axes of
+        x. A missing scale or bias is left out of the formula.
       batch_stats: `{}`.
       x: floating-point or complex, any rank >= 1.
       train: Python bool.
-      feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in
-        ascending order.
-      dtype: of y; None for that of x.
+      feature_axes: the axes that scale and bias run along; leaves have their sizes in ascending
+        order.
+      dtype: dtype of y; None for the dtype of x.
 
     Returns:
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError: at trace time, for whatever does not fit: axes, leaves, dtypes, a
+      ValueError, TypeError: at trace time, for arguments that do not fit: axes, leaves, dtypes, a
         traced `train`.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
       >>> params, batch_stats = nj.dynamic_tanh_init(2)
-      >>> print(nj.dynamic_tanh(params, batch_stats, jnp.array([[1.0, -100.0]]), train=True)[0].round(3))
+      >>> x = jnp.array([[1.0, -100.0]])
+      >>> print(nj.dynamic_tanh(params, batch_stats, x, train=True)[0].round(3))
       [[ 0.462 -1.   ]]
 
     References:

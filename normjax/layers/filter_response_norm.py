@@ -42,26 +42,25 @@ def filter_response_norm_init(
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
 ) -> tuple[Params, BatchStats]:
-    """Returns the parameters that `filter_response_norm` starts from, and `{}`: it has no running statistics.
+    """Returns the parameters that `filter_response_norm` starts from, and `{}`.
 
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
         order of the axes of x.
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
-      use_threshold: whether the thresholded linear unit is there, the activation that belongs to
-        the layer.
-      learn_epsilon: whether each feature learns an epsilon, which the paper asks for where one
-        value is reduced, as in 1x1 feature maps and fully connected layers.
+      use_threshold: whether there is the threshold of the thresholded linear unit, the layer's
+        own activation.
+      learn_epsilon: whether each feature learns an epsilon. The paper asks for it if a single value
+        is reduced, as in 1x1 feature maps and fully connected layers.
       scale_init: makes the scale.
       bias_init: makes the bias.
-      key: for a random initializer; not needed otherwise.
-      param_dtype: of the leaves.
+      key: random key, only needed for a random initializer.
+      param_dtype: dtype of the leaves.
 
     Returns:
       `params`: a dict of `scale` (ones), `bias`, `threshold` (zeros) and, if learned, `epsilon`
-        (1e-4), each
-      `(*num_features)`; and an empty `batch_stats`.
+        (1e-4), each `(*num_features)`; and an empty `batch_stats`.
 
     Raises:
       ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
@@ -96,44 +95,45 @@ def filter_response_norm(
     axis_index_groups: AxisIndexGroups | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Activations, BatchStats]:
-    r"""Divides each channel of each example by its root mean square, and cuts off below a learned threshold.
+    r"""Divides each channel of each example by its root mean square; a learned threshold follows.
 
-    .. math:: y = \max\left(\gamma \frac{x}{\sqrt{\nu^2 + \epsilon + |\epsilon_l|}} + \beta, \tau\right), \qquad
+    .. math:: y = \max\left(\gamma \frac{x}{\sqrt{\nu^2 + \epsilon + |\epsilon_l|}} + \beta,
+              \tau\right), \qquad
               \nu^2 = \frac1n \sum_i x_i^2
 
-    with the mean square over the positions of one channel of one example. Batch norm's accuracy
-    without a batch: use it in convolutional networks at any batch size, in place of normalization
-      *and* activation.
+    with the mean square over the positions of one channel of one example. It reaches batch norm's
+    accuracy without depending on the batch: use it in convolutional networks at any batch size, in
+    place of normalization *and* activation.
 
     Args:
       params: dict of `scale`, `bias`, `threshold` (tau; without it there is no maximum) and
         `epsilon` (a learned epsilon), each `(*features)`, or `(*leading, *features)` for one of
-        each example, where leading sizes are those of the first axes of x that are no features; an
-        absent leaf is left out.
+        each example. Leading sizes must match the first non-feature axes of x. Missing leaves are
+        left out.
       batch_stats: `{}`.
       x: floating-point, examples along axis 0, such as `(batch, height, width, channels)`.
       train: Python bool.
       reduction_axes: the axes that the mean square is taken over; by default all but axis 0 and the
         features.
-      feature_axes: the axes that have statistics and leaves of their own, in ascending order.
-      epsilon: added to the mean square. The paper's 1e-6 is small enough to be of no account where
-        there is something to average over; where there is not, y would be the sign of x, and a
-        learned epsilon helps.
-      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no
-        trace in the statistics; where it is NaN or infinite, y is that of x = 0, a constant. Where
-        nothing counts, the mean square is 1.
+      feature_axes: the axes that statistics and leaves run along; leaves have their sizes in
+        ascending order.
+      epsilon: added to the mean square. The paper's 1e-6 has no effect if there are several values
+        to average. With a single value, y would be the sign of x, and a learned epsilon helps.
+      mask: bool, broadcastable to x: True where an element counts. Other elements do not affect the
+        statistics; if one is NaN or infinite, y is as for x = 0 there, a constant. If nothing
+        counts, the mean square is 1.
       axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
         over them.
-      axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
-      dtype: of y; None for that of x.
+      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
+      dtype: dtype of y; None for the dtype of x.
 
     Returns:
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for whatever does not fit: a reduction over
-        axis 0 or over features, axes, leaves, dtypes, a mask, an axis name that is not in scope,
-        complex x with a threshold.
+      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: a reduction
+        over axis 0 or over features, axes, leaves, dtypes, a mask, an axis name that is not in
+        scope, complex x with a threshold.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj

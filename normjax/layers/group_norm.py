@@ -46,14 +46,13 @@ def group_norm_init(
     """Returns the parameters that `group_norm` starts from, and `{}`: it has no running statistics.
 
     Args:
-      num_features: the number of channels (not of groups: each channel has a scale and bias of its
-        own).
+      num_features: the number of channels (not of groups: each channel has its own scale and bias).
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
       scale_init: makes the scale; zeros for the last layer of a residual branch.
       bias_init: makes the bias.
-      key: for a random initializer; not needed otherwise.
-      param_dtype: of scale and bias.
+      key: random key, only needed for a random initializer.
+      param_dtype: dtype of scale and bias.
 
     Returns:
       `params`: a dict of `scale` (ones) and `bias` (zeros), each `(num_features,)`; and an empty
@@ -94,40 +93,39 @@ def group_norm(
     .. math:: y = \gamma \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} + \beta
 
     with the statistics of a group g of consecutive channels, over all positions of one example.
-    With one group it is layer norm over everything but the batch, with groups of one channel
-    instance norm. Use it in convolutional networks whose batches are too small for batch norm
+    With one group it is layer norm over all axes but the batch, and with groups of one channel it
+    is instance norm. Use it in convolutional networks whose batches are too small for batch norm
     (detection, segmentation, video, diffusion).
 
     Args:
       params: dict of `scale` and `bias`, each `(channels,)`, or `(*leading, channels)` for one of
-        each example, where leading sizes are those of the first axes of x; an absent leaf is left
-        out.
+        each example. Leading sizes must match the first axes of x. Missing leaves are left out.
       batch_stats: `{}`.
       x: floating-point or complex, such as `(batch, height, width, channels)`.
       train: Python bool.
-      num_groups: how many groups, a divisor of the channels. 32 if neither this nor `group_size` is
-        operands.
-      group_size: channels in a group, instead of `num_groups`.
+      num_groups: the number of groups, a divisor of the number of channels. It is 32 if neither
+        this nor `group_size` is given.
+      group_size: the number of channels in a group, instead of `num_groups`.
       reduction_axes: the axes that mean and variance are taken over, the feature axis among them;
-        all but the first by default. With more axes of examples, leave them out of it.
+        all but the first by default. Leave out further axes of examples.
       feature_axes: the axis of the channels.
       epsilon: added to the variance.
-      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no
-        trace in the statistics; where it is NaN or infinite, y is the bias, a constant. Where
-        nothing counts, the mean is 0 and the variance 1.
+      mask: bool, broadcastable to x: True where an element counts. Other elements do not affect the
+        statistics; if one is NaN or infinite, y is the bias there, a constant. If nothing counts,
+        the mean is 0 and the variance 1.
       axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
-        over them. If that is the axis of the channels, the first group of one device is one with
-        the first of the others.
-      axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
-      dtype: of y; None for that of x.
+        over them. If the channels are sharded, the first groups of all devices form one group, and
+        so on.
+      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
+      dtype: dtype of y; None for the dtype of x.
 
     Returns:
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance takes
       two passes, so it is safe far from zero.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for whatever does not fit: groups that do not
-        divide the channels, axes, leaves, dtypes, a mask, an axis name that is not in scope,
+      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: groups that do
+        not divide the channels, axes, leaves, dtypes, a mask, an axis name that is not in scope,
         statistics over one value in training.
 
     Example:
@@ -169,7 +167,7 @@ def group_norm(
 def _number_of_groups(
     channels: int, num_groups: int | None, group_size: int | None, shape: tuple[int, ...]
 ) -> int:
-    """Returns how many groups there are; refuses those that do not divide the channels."""
+    """Returns the number of groups; raises an error if it does not divide the channels."""
     name, asked = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
     if num_groups is not None and group_size is not None:
         _checks.raise_error(

@@ -40,7 +40,7 @@ def instance_norm_init(
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
 ) -> tuple[Params, BatchStats]:
-    """Returns the parameters that `instance_norm` starts from, and `{}`: it has no running statistics.
+    """Returns the parameters that `instance_norm` starts from, and `{}`: no running statistics.
 
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
@@ -49,8 +49,8 @@ def instance_norm_init(
       use_bias: whether there is a bias.
       scale_init: makes the scale.
       bias_init: makes the bias.
-      key: for a random initializer; not needed otherwise.
-      param_dtype: of scale and bias.
+      key: random key, only needed for a random initializer.
+      param_dtype: dtype of scale and bias.
 
     Returns:
       `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`; and an empty
@@ -89,40 +89,38 @@ def instance_norm(
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
     with the statistics over the positions (height and width) of one channel of one example. It
-    removes contrast and
-    colour of single images: use it in style transfer and image generation. With a scale and bias
-      from another image it
-    is adaptive instance norm.
+    removes the contrast and colour of single images: use it in style transfer and image generation.
+    With a scale and bias from another image, it is adaptive instance norm.
 
     Args:
       params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of
-        each example, where leading sizes are those of the first axes of x that are no features; an
-        absent leaf is left out.
+        each example. Leading sizes must match the first non-feature axes of x. Missing leaves are
+        left out.
       batch_stats: `{}`.
       x: floating-point or complex, examples along axis 0, such as `(batch, height, width,
         channels)`.
       train: Python bool.
       reduction_axes: the axes that mean and variance are taken over; by default all but axis 0 and
         the features.
-      feature_axes: the axes that have statistics, scale and bias of their own; leaves have their
-        sizes in ascending order.
+      feature_axes: the axes that statistics, scale and bias run along; leaves have their sizes in
+        ascending order.
       epsilon: added to the variance.
-      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no
-        trace in the statistics; where it is NaN or infinite, y is the bias, a constant. Where
-        nothing counts, the mean is 0 and the variance 1.
+      mask: bool, broadcastable to x: True where an element counts. Other elements do not affect the
+        statistics; if one is NaN or infinite, y is the bias there, a constant. If nothing counts,
+        the mean is 0 and the variance 1.
       axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
         over them.
-      axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
-      dtype: of y; None for that of x.
+      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
+      dtype: dtype of y; None for the dtype of x.
 
     Returns:
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance takes
       two passes, so it is safe far from zero.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for whatever does not fit: a reduction over
-        axis 0 or over features, axes, leaves, dtypes, a mask, an axis name that is not in scope,
-        statistics over one value in training.
+      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: a reduction
+        over axis 0 or over features, axes, leaves, dtypes, a mask, an axis name that is not in
+        scope, statistics over one value in training.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj

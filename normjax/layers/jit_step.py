@@ -1,4 +1,4 @@
-"""How the step of a layer is compiled."""
+"""Compiles the steps of layers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ KEPT = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
 def jit_step(step: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a step once for each value of its last argument, which is static.
 
-    Under an outer jit the step is a part of that program, as if it had been written there. For its
-    backward pass a step keeps its operands as they came, and what it names: statistics, and an
-    output that stands for the input. The checkpoint that sees to it is in the derivative alone:
-    readers of the program (`jax.experimental.jet`, exporters) need not know of it.
+    Under an outer jit, the step becomes part of the outer program. For its backward pass a step
+    stores its operands unchanged, and the arrays that it names: statistics, and an output that
+    replaces the input. This is done by a checkpoint in the derivative only, so that other readers
+    of the program (`jax.experimental.jet`, exporters) do not meet it.
     """
     last = len(inspect.signature(step).parameters) - 1
     lean = jax.checkpoint(step, prevent_cse=False, policy=KEPT, static_argnums=last)

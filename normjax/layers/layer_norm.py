@@ -45,8 +45,8 @@ def layer_norm_init(
       use_bias: whether there is a bias.
       scale_init: makes the scale.
       bias_init: makes the bias.
-      key: for a random initializer; not needed otherwise.
-      param_dtype: of scale and bias.
+      key: random key, only needed for a random initializer.
+      param_dtype: dtype of scale and bias.
 
     Returns:
       `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`; and an empty
@@ -85,36 +85,36 @@ def layer_norm(
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    with the mean and the biased variance over `reduction_axes`, for every position of the other
-    axes by itself. No example sees another, so training and inference are the same. Use it in
-    transformers and recurrent networks, and wherever batches are small or sequences differ in
+    with the mean and the biased variance over `reduction_axes`, separately for every position of
+    the other axes. Examples do not affect each other, so training and inference are the same. Use
+    it in transformers and recurrent networks, and if batches are small or sequences differ in
     length.
 
     Args:
       params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of
-        each example, where leading sizes are those of the first axes of x that are no features; an
-        absent leaf is left out.
+        each example. Leading sizes must match the first non-feature axes of x. Missing leaves are
+        left out.
       batch_stats: `{}`.
       x: floating-point or complex, any rank >= 1, such as `(batch, time, features)`.
       train: Python bool.
       reduction_axes: the axes that mean and variance are taken over.
-      feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in
-        ascending order.
+      feature_axes: the axes that scale and bias run along; leaves have their sizes in ascending
+        order.
       epsilon: added to the variance.
-      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no
-        trace in the statistics; where it is NaN or infinite, y is the bias, a constant. Where
-        nothing counts, the mean is 0 and the variance 1.
+      mask: bool, broadcastable to x: True where an element counts. Other elements do not affect the
+        statistics; if one is NaN or infinite, y is the bias there, a constant. If nothing counts,
+        the mean is 0 and the variance 1.
       axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
         over them.
-      axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
-      dtype: of y; None for that of x.
+      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
+      dtype: dtype of y; None for the dtype of x.
 
     Returns:
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance takes
       two passes, so it is safe far from zero.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for whatever does not fit: axes, leaves,
+      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: axes, leaves,
         dtypes, a mask, an axis name that is not in scope, a traced `train`, statistics over one
         value in training.
 

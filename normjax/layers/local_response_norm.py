@@ -31,7 +31,7 @@ def local_response_norm_init(
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
 ) -> tuple[Params, BatchStats]:
-    """Returns the parameters that `local_response_norm` starts from, `{}` unless asked for, and `{}`.
+    """Returns the parameters that `local_response_norm` starts from, by default `{}`, and `{}`.
 
     Args:
       num_features: the number of channels.
@@ -39,11 +39,12 @@ def local_response_norm_init(
       use_bias: whether there is a bias; the paper has none.
       scale_init: makes the scale.
       bias_init: makes the bias.
-      key: for a random initializer; not needed otherwise.
-      param_dtype: of scale and bias.
+      key: random key, only needed for a random initializer.
+      param_dtype: dtype of scale and bias.
 
     Returns:
-      `params`: a dict of what was asked for, each `(num_features,)`; and an empty `batch_stats`.
+      `params`: a dict of `scale` and `bias`, if used, each `(num_features,)`; and an empty
+        `batch_stats`.
 
     Raises:
       ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
@@ -72,13 +73,13 @@ def local_response_norm(
     feature_axes: Axes = -1,
     dtype: DTypeLike | None = None,
 ) -> tuple[Activations, BatchStats]:
-    r"""Divides each channel by a power of the energy in the channels next to it, at the same position.
+    r"""Divides each channel by a power of the energy of its neighbours at the same position.
 
     .. math:: y_c = x_c \Big/ \Big(k + \frac{\alpha}{n} \sum_{j = c - \lfloor n/2 \rfloor}
               ^{c + \lfloor (n-1)/2 \rfloor} |x_j|^2\Big)^{\beta}
 
-    with zeros beyond the first and the last channel. For networks of AlexNet's time; later ones do
-    without.
+    with zeros beyond the first and the last channel. It belongs to networks of AlexNet's time;
+    later ones do not use it.
 
     Args:
       params: `{}`, or a dict of `scale` and `bias`, each `(channels,)`, or `(*leading, channels)`
@@ -86,25 +87,26 @@ def local_response_norm(
       batch_stats: `{}`.
       x: floating-point or complex, such as `(batch, height, width, channels)`.
       train: Python bool.
-      size: n, how many channels are next to each other.
+      size: n, the number of neighbouring channels that are averaged.
       alpha: weight of their mean square, as in PyTorch and ONNX. The paper and TensorFlow weigh the
         sum: theirs is `alpha / size`, and the default is the paper's 1e-4 times 5.
       beta: the power.
       k: added to the energy.
       feature_axes: the axis of the channels.
-      dtype: of y; None for that of x.
+      dtype: dtype of y; None for the dtype of x.
 
     Returns:
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError: at trace time, for whatever does not fit: a size that is no positive
-        int, k that is not positive, axes, leaves, dtypes.
+      ValueError, TypeError: at trace time, for arguments that do not fit: a size that is not a
+        positive int, k that is not positive, axes, leaves, dtypes.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
       >>> x = jnp.array([[1.0, 2.0, 3.0]])
-      >>> print(nj.local_response_norm({}, {}, x, train=True, size=3, alpha=3.0, beta=1.0, k=1.0)[0])
+      >>> settings = {"size": 3, "alpha": 3.0, "beta": 1.0, "k": 1.0}
+      >>> print(nj.local_response_norm({}, {}, x, train=True, **settings)[0])
       [[0.16666667 0.13333334 0.21428573]]
 
     References:
@@ -143,7 +145,7 @@ def local_response_norm(
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSpec(Spec):
-    """What is static about a step; it reduces no axis."""
+    """The static arguments of a step, which reduces no axis."""
 
     channel: int
     size: int
@@ -161,7 +163,7 @@ def _local_response_norm(params: Params, x: Array, spec: LocalSpec) -> Array:
 
 
 def _energy_nearby(energy: Array, spec: LocalSpec) -> Array:
-    """Sums over a window of channels around each."""
+    """Sums over a window of channels around each channel."""
     ones, none = [1] * energy.ndim, [(0, 0)] * energy.ndim
     window, padding = list(ones), none
     window[spec.channel] = spec.size

@@ -1,4 +1,4 @@
-"""What layers without statistics of the batch ask of their arguments."""
+"""Checks the arguments of layers without statistics of the batch."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Operands(NamedTuple):
     """The checked arguments of a layer.
 
     Attributes:
-      params: as they were given.
+      params: as given.
       x: an array.
       mask: None, or with the rank of x.
       feature_axes: not negative, ascending.
-      dtype: of y.
+      dtype: dtype of y.
     """
 
     params: Params
@@ -55,7 +55,7 @@ def check_operands(
     required: Collection[str] = (),
     name: str = "x",
 ) -> Operands:
-    """Checks what all layers without statistics of the batch have in common."""
+    """Checks the arguments that all layers without statistics of the batch have in common."""
     _checks.static_train(function, train)
     x = _checks.activations(function, x, name)
     mask = _checks.mask(function, mask, x.shape)
@@ -77,7 +77,7 @@ def check_spec(
     make_spec: type[Spec] = Spec,
     **static: Any,
 ) -> Any:
-    """Checks epsilon and the names of mapped axes; returns what is static about the step."""
+    """Checks epsilon and the names of mapped axes; returns the static arguments of the step."""
     _checks.between(function, "epsilon", epsilon, 0.0, math.inf)
     devices = device_group(function, axis_name, axis_index_groups)
     return make_spec(
@@ -106,7 +106,7 @@ def one_feature_axis(function: str, operands: Operands) -> int:
 def axes_within_examples(
     function: str, operands: Operands, reduction_axes: Axes | None
 ) -> tuple[int, ...]:
-    """Returns the axes to reduce, all but the first and the features by default; refuses the axis of the examples."""
+    """Returns the axes to reduce, by default all but the first and the features."""
     kept, shape = operands.feature_axes, operands.x.shape
     if reduction_axes is None:
         axes = tuple(axis for axis in range(1, len(shape)) if axis not in kept)
@@ -138,7 +138,8 @@ def more_than_one_value(function: str, x: Array, spec: Spec) -> None:
         members = 1 if spec.groups is None else spec.groups[1]
         _checks.raise_error(
             function,
-            "each statistic is over one value: its variance is 0, and y would be the bias whatever x is",
+            "each statistic is over one value: its variance is 0, and y would be the bias "
+            "whatever x is",
             expected="at least 2 values for each mean and variance in training",
             got=f"1 for x.shape={x.shape}, reduced over axes {spec.axes}, {members} channel(s) "
             f"and {spec.devices.size} device(s)",

@@ -1,4 +1,4 @@
-"""What a network keeps for its backward pass, and what it computes again."""
+"""Chooses what a network stores for its backward pass, and what it recomputes."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from normjax.statistics.reduction import INPUT, OUTPUT, STATISTICS
 def remat_policy(
     *, recompute: Callable[[jax.ShapeDtypeStruct], bool] | None = None
 ) -> Callable[..., bool]:
-    """Returns a policy for `jax.checkpoint` that keeps what linear layers and statistics cost, and little else.
+    """Returns a policy for `jax.checkpoint` that recomputes normalizations and activations.
 
-    Kept are the outputs of linear layers (convolutions, and products without batch dimensions), the
-    inputs of normalizations, and their statistics. Normalization and activation, which are cheap
-    where memory is what they wait for, are computed again in the backward pass; no linear layer and
-    no statistic is, so under `axis_name` there are no more collectives than before. Checkpoint the
-    network as a whole: `jax.checkpoint(network, policy=...)`, `flax.linen.remat`, `flax.nnx.remat`.
-      Leave `prevent_cse` as it is: without it, XLA finds that what is computed
-    again has been computed before, and keeps it after all.
+    It stores the outputs of linear layers (convolutions, and products without batch dimensions),
+    the inputs of normalizations, and their statistics. Normalizations and activations are
+    bandwidth-bound, so cheap to recompute in the backward pass. Linear layers and statistics are
+    not recomputed, so `axis_name` adds no collectives. Checkpoint the network as a whole:
+    `jax.checkpoint(network, policy=...)`, `flax.linen.remat`, `flax.nnx.remat`. Do not set
+    `prevent_cse=False`: XLA would then find that the recomputed values are already known, and store
+    them after all.
 
     Args:
-      recompute: says of an array that would be kept, by its shape and dtype, whether to compute it
-        again all the same. Worth it for a large output of a small input, such as that of a
-        network's first convolution. The policy of a
-        ResNet on images of 224 x 224: `nj.remat_policy(recompute=lambda x: x.shape[1:3] == (112,
-          112))`. Inputs of
-        networks that are kept anyway are not asked about.
+      recompute: a function of the shape and dtype of an array that would be stored, which returns
+        whether to recompute it instead. This is worth it for a large output of a small input, such
+        as the output of the first convolution. For a ResNet on images of 224 x 224:
+        `nj.remat_policy(recompute=lambda x: x.shape[1:3] == (112, 112))`. It is not called for the
+        network's inputs, which are stored anyway.
 
     Returns:
       The policy.
@@ -48,7 +47,8 @@ def remat_policy(
       ...     return jax.nn.relu(y)
       >>> lean = jax.checkpoint(network, policy=nj.remat_policy())
       >>> _, backward = jax.vjp(lean, jnp.ones((3, 4)), jnp.ones((8, 3)))
-      >>> print(sorted(kept.shape for kept in jax.tree.leaves(backward) if kept.shape[0] > 1 and kept.ndim > 1))
+      >>> stored = [leaf.shape for leaf in jax.tree.leaves(backward)]
+      >>> print(sorted(shape for shape in stored if shape[0] > 1 and len(shape) > 1))
       [(3, 4), (8, 3), (8, 4)]
 
     References:

@@ -49,10 +49,10 @@ def rms_norm_init(
         order of the axes of x.
       use_scale: whether there is a scale.
       use_bias: whether there is a bias; the paper has none.
-      scale_init: makes the scale; zeros where `rms_norm` is called with `scale_offset=1`.
+      scale_init: makes the scale; zeros for `rms_norm(..., scale_offset=1)`.
       bias_init: makes the bias.
-      key: for a random initializer; not needed otherwise.
-      param_dtype: of scale and bias.
+      key: random key, only needed for a random initializer.
+      param_dtype: dtype of scale and bias.
 
     Returns:
       `params`: a dict of `scale` (ones), `(*num_features)`, and maybe `bias` (zeros); and an empty
@@ -91,38 +91,37 @@ def rms_norm(
 
     .. math:: y = (o + \gamma) \frac{x}{\sqrt{\frac1n \sum_i |x_i|^2 + \epsilon}} + \beta
 
-    Layer norm without the mean: one reduction instead of two, and nothing is subtracted. Use it in
-      large language
-    models. It is blind to the scale of x, but not to an offset.
+    It is layer norm without the mean: there is one reduction instead of two, and nothing is
+    subtracted. Use it in large language models. Its output does not depend on the scale of x, but
+    does on an offset.
 
     Args:
       params: dict of `scale` and maybe `bias`, each `(*features)`, or `(*leading, *features)` for
-        one of each example, where leading sizes are those of the first axes of x that are no
-        features; an absent leaf is left out.
+        one of each example. Leading sizes must match the first non-feature axes of x. Missing
+        leaves are left out.
       batch_stats: `{}`.
       x: floating-point or complex, any rank >= 1, such as `(batch, time, features)`.
       train: Python bool.
       scale_offset: o, added to the scale in at least float32: 1.0 for checkpoints that store `scale
-        - 1` (Gemma), which near 1 keeps digits that bfloat16 would lose, and lets weight decay pull
-          the scale towards 1. Without a
-        scale it is left out, too.
+        - 1` (Gemma), which keeps digits near 1 that bfloat16 would lose, and lets weight decay pull
+        the scale towards 1. Without a scale it is left out too.
       reduction_axes: the axes that the mean square is taken over.
-      feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in
-        ascending order.
+      feature_axes: the axes that scale and bias run along; leaves have their sizes in ascending
+        order.
       epsilon: added to the mean square.
-      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no
-        trace in the statistics; where it is NaN or infinite, y is the bias (or 0), a constant.
-        Where nothing counts, the mean square is 1.
+      mask: bool, broadcastable to x: True where an element counts. Other elements do not affect the
+        statistics; if one is NaN or infinite, y is the bias (or 0) there, a constant. If nothing
+        counts, the mean square is 1.
       axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
         over them.
-      axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
-      dtype: of y; None for that of x.
+      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
+      dtype: dtype of y; None for the dtype of x.
 
     Returns:
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for whatever does not fit: axes, leaves,
+      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: axes, leaves,
         dtypes, a mask, an axis name that is not in scope, a traced `train`.
 
     Example:
@@ -156,7 +155,7 @@ def rms_norm(
 
 @dataclass(frozen=True)
 class RMSSpec(Spec):
-    """What is static about a step."""
+    """The static arguments of a step."""
 
     scale_offset: float = 0.0
 

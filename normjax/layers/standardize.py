@@ -1,4 +1,4 @@
-"""Subtract the mean of each example, divide by its deviation: layer, group and instance norm."""
+"""Standardizes each example for layer, group and instance norm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from normjax.statistics.reduction import Spec, read
 
 @dataclass(frozen=True)
 class StandardizeSpec(Spec):
-    """What is static about a step.
+    """The static arguments of a step.
 
     Attributes:
       gain: a constant factor of the scale.
@@ -27,7 +27,7 @@ class StandardizeSpec(Spec):
 
 @jit_step_within_examples
 def standardize(params: Params, x: Array, mask: Array | None, spec: StandardizeSpec) -> Array:
-    """Normalizes x by its own moments. Where nothing counts the mean is 0 and the variance 1."""
+    """Normalizes x by its own moments. If nothing counts, the mean is 0 and the variance 1."""
     inputs = read(x, mask)
     count, mean, var = example_moments(spec, inputs, mask)
     if mask is not None:

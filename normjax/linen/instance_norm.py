@@ -78,7 +78,8 @@ def _examples_are_no_feature(feature_axes: Axes, x: jax.Array) -> None:
     if 0 in _checks.axes("InstanceNorm", "feature_axes", feature_axes, x.shape):
         _checks.raise_error(
             "InstanceNorm",  # in Flax's words
-            "The channel axes cannot include the leading dimension as this is assumed to be the batch axis",
+            "The channel axes cannot include the leading dimension as this is assumed to be the "
+            "batch axis",
             expected="feature_axes without axis 0",
             got=f"feature_axes={feature_axes!r} for x.shape={x.shape}",
             fix="Move the examples to axis 0",

@@ -157,8 +157,9 @@ class BatchNorm(nnx.BatchNorm):
         infer = self.frozen or nnx.module.first_from(
             use_running_average,
             self.use_running_average,
-            error_msg="BatchNorm: use_running_average is not set. Expected it in the constructor or the call; "
-            "got None in both. Call model.train() or model.eval() first.",
+            error_msg="BatchNorm: use_running_average is not set. "
+            "Expected it in the constructor or the call; got None in both. "
+            "Call model.train() or model.eval() first.",
         )
         x = jnp.asarray(x)
         running = {

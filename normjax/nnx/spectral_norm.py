@@ -65,7 +65,8 @@ class SpectralNorm(nnx.SpectralNorm):
         update = nnx.module.first_from(
             update_stats,
             not self.use_running_average,
-            error_msg="SpectralNorm: update_stats is not set. Expected it in the constructor or the call; got None.",
+            error_msg="SpectralNorm: update_stats is not set. "
+            "Expected it in the constructor or the call; got None.",
         )
         return with_weights(self.layer_instance, partial(_spectral_normed, self, update), x)
 

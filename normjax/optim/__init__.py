@@ -1,6 +1,6 @@
-"""What an optimizer gains from knowing which parameters are kernels, and of which kernels only the direction counts.
+"""Optimizers that know which parameters are kernels, and which networks only use their direction.
 
-Pure optax transformations, and the functions that make their masks.
+The package has pure optax transformations, and the functions that make masks for them.
 """
 
 from normjax.optim.accumulate import accumulate

@@ -1,4 +1,4 @@
-"""What the transformations ask of the optimizer that they wrap, and of its arguments."""
+"""Checks the optimizer that a transformation wraps, and the arguments of its update."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from normjax._trees import check_alike
 def transformation(
     function: str, inner: optax.GradientTransformation | optax.MultiSteps
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns a transformation that takes extra arguments; refuses what is none."""
+    """Returns a transformation that takes extra arguments; raises an error for anything else."""
     if isinstance(inner, optax.MultiSteps):
         inner = inner.gradient_transformation()
     if not isinstance(inner, optax.GradientTransformation):
+        order = f"The order is {function}(mask, inner)"
         _checks.raise_error(
             function,
-            "inner is no optax transformation",
+            "inner is not an optax transformation",
             expected="a pair of init and update, such as optax.sgd(0.1)",
             got=f"inner of type {type(inner).__name__}",
-            fix=f"The order is {function}(mask, inner)"
-            if function == "renormalize"
-            else "Pass inner=optax.trace(0.9)",
+            fix=order if function == "renormalize" else "Pass inner=optax.trace(0.9)",
             kind=TypeError,
         )
     return optax.with_extra_args_support(inner)
 
 
 def check_params(function: str, updates: PyTree, params: PyTree | None) -> None:
-    """Refuses missing params, and params that updates do not fit."""
+    """Raises an error if params are missing or do not fit the updates."""
     if params is None:
         _checks.raise_error(
             function,
-            "params are missing, and a direction is that of a parameter",
+            "params are missing, and only a parameter has a direction",
             expected="update(updates, state, params)",
             got="params=None",
             fix="Pass params to optimizer.update",

@@ -1,4 +1,4 @@
-"""Lengths and directions of kernels, whole or feature by feature, in at least float32."""
+"""Computes lengths and directions of kernels, whole or by feature, in at least float32."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from normjax.statistics.reduction import abs2, real_product
 def reduced_axes(
     function: str, feature_axes: Axes, kernel: Array, path: KeyPath
 ) -> tuple[int, ...]:
-    """Returns the axes that a norm is taken over; refuses feature axes that the kernel does not have, by its path."""
-    kept = _checks.axes(
-        f"{function} at {show('params', path)}", "feature_axes", feature_axes, kernel.shape
-    )
-    return _checks.other_axes(kept, kernel.ndim)
+    """Returns the axes that a norm is taken over.
+
+    Raises an error with the path of a kernel that lacks one of the feature axes.
+    """
+    where = f"{function} at {show('params', path)}"
+    features = _checks.axes(where, "feature_axes", feature_axes, kernel.shape)
+    return _checks.other_axes(features, kernel.ndim)
 
 
 def norm(kernel: Array, axes: tuple[int, ...]) -> Array:
-    """The Euclidean norm over `axes`, kept as axes of size 1; safe from overflow and underflow."""
+    """Returns the Euclidean norm, with `axes` of size 1; safe from overflow and underflow."""
     wide = widen(kernel)
     largest = jnp.max(jnp.abs(wide), axes, keepdims=True, initial=0)
     unit = jnp.where(largest > 0, largest, 1)
@@ -30,17 +32,17 @@ def norm(kernel: Array, axes: tuple[int, ...]) -> Array:
 
 
 def inner(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
-    """The real inner product over `axes`, kept as axes of size 1."""
+    """Returns the real inner product over `axes`, which get size 1."""
     return jnp.sum(real_product(widen(a), widen(b)), axes, keepdims=True)
 
 
 def unit(kernel: Array, axes: tuple[int, ...]) -> Array:
-    """The kernel with norm 1; zeros stay zeros."""
+    """Returns the kernel with norm 1; zeros stay zeros."""
     length = norm(kernel, axes)
     return widen(kernel) / jnp.where(length > 0, length, 1)
 
 
 def tangent(update: Array, kernel: Array, axes: tuple[int, ...]) -> Array:
-    """The update without its part along the kernel."""
+    """Returns the update without its part along the kernel."""
     direction = unit(kernel, axes)
     return widen(update) - inner(direction, update, axes) * direction

@@ -1,4 +1,4 @@
-"""How fast directions turn: effective learning rates, and the rotation at which weight decay settles."""
+"""Computes how fast directions turn: effective learning rates, and the rotation in equilibrium."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def effective_learning_rate(
     .. math:: \eta_{\mathrm{sgd}} = \frac{\eta}{\lVert w \rVert^2}, \qquad
               \eta_{\mathrm{adam}} = \frac{\eta}{\lVert w \rVert}
 
-    A network that is invariant to the scale of w has a gradient that shrinks as w grows, `grad f(c
-    w) = grad f(w) / c`, and a step turns w by an angle that shrinks with its length once more. So
-    its direction is trained as that of a kernel of norm 1 would be at this rate. Where steps do not
-    depend on the size of the gradient (Adam, RMSprop, Lion), the first of the two falls away. Of
-    other parameters the figure says nothing: look at those of `scale_invariant`.
+    If a network is invariant to the scale of w, its gradient shrinks as w grows, `grad f(c w) =
+    grad f(w) / c`, and the angle by which a step turns w is the step divided by the length of w.
+    So the direction of w is trained as a kernel of norm 1 would be at this rate. Steps of Adam,
+    RMSprop and Lion do not depend on the size of the gradient, so only the second effect remains.
+    The rate says nothing about parameters that are not in `scale_invariant`.
 
     Args:
       params: any tree of arrays, or an nnx module.
       learning_rate: a number or a scalar array.
-      feature_axes: the axes that have a norm of their own, such as -1 for output channels before
-        batch norm; `()` for one norm of all.
-      optimizer: "sgd" (with momentum, too) or "adam" (and whatever normalizes its steps).
+      feature_axes: the axes along which each slice has its own norm, such as -1 for output channels
+        before batch norm; `()` for one norm of the whole array.
+      optimizer: "sgd" (with or without momentum) or "adam" (or any that normalizes its steps).
 
     Returns:
       A tree of the structure of `params` (nnx's variables opened): for each leaf the rates
@@ -80,19 +80,19 @@ def rotational_equilibrium(
     momentum: ArrayLike = 0.0,
     optimizer: Optimizer = "sgd",
 ) -> ArrayLike:
-    r"""Returns the angle in radians by which weight decay makes the kernel turn at each step, in the long run.
+    r"""Returns the angle by which kernels turn at each step, once weight decay is in equilibrium.
 
     .. math:: \hat\eta_{\mathrm{sgd}} = \sqrt{\frac{2 \eta \lambda}{1 + \alpha}}, \qquad
               \hat\eta_{\mathrm{adam}} = \sqrt{2 \eta \lambda \frac{1 - \beta_1}{1 + \beta_1}}
 
-    Gradients, which are orthogonal to the kernel, lengthen it, and decay shortens it. Where the two
-    are in balance, the angle depends on neither gradients nor architecture. It is the `rotation`
-    for `renormalize`.
+    Gradients are orthogonal to the kernel, so they lengthen it, and decay shortens it. Once the two
+    balance, the angle depends on neither gradients nor architecture. It is the `rotation` for
+    `renormalize`.
 
     Args:
-      learning_rate: of the optimizer, a number or an array.
-      weight_decay: for "sgd", the factor of the kernel that is added to the gradient; for "adam",
-        decoupled (AdamW).
+      learning_rate: the learning rate, a number or an array.
+      weight_decay: the weight decay; for "sgd", the factor of the kernel that is added to the
+        gradient; for "adam", decoupled (AdamW).
       momentum: alpha of SGD as in `optax.sgd`, or beta1 of Adam.
       optimizer: "sgd" or "adam".
 
@@ -104,7 +104,8 @@ def rotational_equilibrium(
 
     Example:
       >>> import normjax as nj
-      >>> print(round(nj.optim.rotational_equilibrium(1e-3, 0.1, momentum=0.9, optimizer="adam"), 5))
+      >>> angle = nj.optim.rotational_equilibrium(1e-3, 0.1, momentum=0.9, optimizer="adam")
+      >>> print(round(angle, 5))
       0.00324
 
     References:

@@ -1,4 +1,4 @@
-"""Which kernels a network is invariant to the scale of, found by numbers."""
+"""Finds the kernels that a network is invariant to the scale of."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from normjax._trees import check_arrays, check_finite, open_module, plain
 from normjax._typing import Axes, DTypeLike, promote
 from normjax.optim.directions import inner, norm, unit
 
-_DRAWS = 3  # of output gradients
-_NOISE = 0.3  # in the point of the test, relative to a leaf's root mean square
-_NO_INFLUENCE = 1e-6  # of a leaf's derivative, relative to the largest
+_DRAWS = 3  # the number of random output gradients
+_NOISE = 0.3  # added to each leaf for the test, relative to its root mean square
+_NO_INFLUENCE = 1e-6  # a smaller derivative, relative to the largest one, counts as 0
 
 
 def scale_invariant(
@@ -33,7 +33,7 @@ def scale_invariant(
     tolerance: float = 1e-2,
     dtype: DTypeLike | None = jnp.float64,
 ) -> PyTree[bool]:
-    r"""Finds the parameters that a network is invariant to the scale of, such as kernels before normalization.
+    r"""Finds parameters whose scale does not matter, such as kernels before normalization.
 
     .. math:: f(c w) = f(w) \text{ for all } c > 0 \quad\Longrightarrow\quad
               \langle w, \nabla_w f \rangle = 0, \qquad \nabla f(c w) = \frac1c \nabla f(w)
@@ -41,37 +41,37 @@ def scale_invariant(
     Each leaf is tested by itself, in two ways, both of which compare a change of length with a
     random change of the same size, v with the norm of w:
 
-    .. math:: \frac{|\langle w, g \rangle|}{\lVert w \rVert \lVert g \rVert / \sqrt{\dim w}} \le \text{tolerance},
-              \qquad
+    .. math:: \frac{|\langle w, g \rangle|}{\lVert w \rVert \lVert g \rVert / \sqrt{\dim w}}
+              \le \text{tolerance}, \qquad
               \frac{\lVert f(c w) - f(w) \rVert}{\lVert f(w + |c - 1| v) - f(w) \rVert} \le
               \text{tolerance}
 
     with gradients g of random combinations of the outputs (root mean squares over them), and every
-    c of `scales`. Both ratios are near 1, or larger, for other parameters, in whatever width and
-    depth. The point of the test is `params` with noise: at the start of training, where biases are
-    zeros, more is invariant than stays so.
+    c of `scales`. For other parameters both ratios are near 1 or larger, at any width and depth.
+    The test adds noise to `params`: at the start of training, when biases are zeros, more
+    parameters are invariant than later.
 
     The epsilon of a normalization makes invariance approximate: the ratios are about `epsilon /
-    variance` of what is normalized (3 times that for c = 0.5), some 1e-5 usually. If the variance
+    variance` of what is normalized (3 times that for c = 0.5), usually some 1e-5. If the variance
     is below 1000 epsilon, the kernel is not reported as invariant.
 
     A leaf that the function does not depend on, such as a bias that batch norm cancels, is not
-    found: it has no direction to learn. Nor is one of integers, or with single numbers along
-    `feature_axes`.
+    reported either: it has no direction to learn. Neither are integers, and leaves with a single
+    number for each feature.
 
     Args:
       params: any tree of arrays, or an nnx module: its `nnx.Param`s.
-      function: from parameters (or the module) to what should be invariant: a loss or outputs, any
+      function: maps parameters (or the module) to what should be invariant: a loss or outputs, any
         tree of arrays, on a few examples of the usual scale, in *training* mode. With running
-        statistics, nothing is invariant; new statistics, which do depend on the scale, are to be
-        left out. It is compiled.
-      feature_axes: the axes along which each feature has a scale of its own, such as -1 for the
-        output channels before batch norm; `()` for one scale of the whole kernel, which is all that
-        layer norm allows.
-      scales: c. Along `feature_axes` each feature has another one of them.
-      tolerance: largest ratio.
-      dtype: to compute in; None for that of `params`, where the function cannot do otherwise. If it
-        rounds to bfloat16 inside, the ratios are some 0.01, and want a `tolerance` of 0.1.
+        statistics nothing is invariant. Leave out new statistics, which do depend on the scale. The
+        function is compiled.
+      feature_axes: the axes along which each feature has its own scale, such as -1 for the output
+        channels before batch norm; `()` for one scale of the whole kernel, which is all that layer
+        norm allows.
+      scales: the values of c. Along `feature_axes` they alternate from feature to feature.
+      tolerance: the largest ratio of an invariant parameter.
+      dtype: the dtype to compute in; None for the dtypes of `params`, if the function needs them.
+        If it rounds to bfloat16 inside, the ratios are some 0.01, and need a `tolerance` of 0.1.
 
     Returns:
       Python bools in a tree of the structure of `params` (nnx's variables opened): a mask for
@@ -84,8 +84,9 @@ def scale_invariant(
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
       >>> x = jax.random.normal(jax.random.key(0), (16, 8))
-      >>> keys = jax.random.split(jax.random.key(1))
-      >>> params = {"in": jax.random.normal(keys[0], (8, 4)), "out": jax.random.normal(keys[1], (4, 2))}
+      >>> kernel_in = jax.random.normal(jax.random.key(1), (8, 4))
+      >>> kernel_out = jax.random.normal(jax.random.key(2), (4, 2))
+      >>> params = {"in": kernel_in, "out": kernel_out}
       >>> def function(params):
       ...     h, _ = nj.batch_norm(*nj.batch_norm_init(4), x @ params["in"], train=True)
       ...     return jax.nn.relu(h) @ params["out"]
@@ -103,7 +104,7 @@ def scale_invariant(
 
 
 class Settings(NamedTuple):
-    """The arguments of the public functions that go by these numbers."""
+    """The arguments of the public functions that use the test."""
 
     feature_axes: Axes
     scales: Sequence[float]
@@ -115,7 +116,7 @@ class Settings(NamedTuple):
 def invariance_test(
     name: str, params: PyTree, function: Callable[[Any], PyTree], settings: Settings
 ) -> Iterator[InvarianceTest]:
-    """Yields the test, to be asked within the context; refuses in the name of a public function."""
+    """Yields the test, to be used within the context; `name` is the function that errors name."""
     for c in settings.scales:
         _checks.between(name, "scales", c, sys.float_info.min, math.inf)
     _checks.between(name, "tolerance", settings.tolerance, 0.0, 1.0)
@@ -137,8 +138,8 @@ def invariance_test(
 class InvarianceTest:
     """A function at a point near the parameters, and how it changes with the length of each leaf.
 
-    Leaves go by their number. Those that are not `tested` have no length: integers, single numbers
-    along feature axes.
+    Leaves are named by their number. Only those in `tested` have a length: integers have none, nor
+    have leaves with a single number for each feature.
     """
 
     def __init__(
@@ -165,41 +166,58 @@ class InvarianceTest:
 
     @property
     def tested(self) -> list[int]:
-        """The leaves that have a length."""
+        """Returns the leaves that have a length."""
         return list(self._axes)
 
     def finds(self, i: int) -> bool:
-        """Whether the function depends on the i-th leaf, and on its direction alone."""
-        return i in self._axes and self.passes(
-            i, itertools.chain([self.radial(i)], self.changes(i))
-        )
+        """Returns whether the function depends on the i-th leaf, but only on its direction."""
+        if i not in self._axes:
+            return False
+        ratios = itertools.chain([self.radial(i)], self.changes(i))
+        return self.passes(i, ratios)
 
     def passes(self, i: int, ratios: Iterable[float]) -> bool:
-        """Whether the i-th leaf matters at all, and its ratios are small; the first that is not settles it."""
-        return self.influence(i) > _NO_INFLUENCE and all(
-            ratio <= self._settings.tolerance for ratio in ratios
-        )
+        """Returns whether the i-th leaf has an influence and all its ratios are small.
+
+        Ratios after the first large one are not computed.
+        """
+        if self.influence(i) <= _NO_INFLUENCE:
+            return False
+        return all(ratio <= self._settings.tolerance for ratio in ratios)
 
     def influence(self, i: int) -> float:
-        """The derivative along random steps of the i-th leaf's length, relative to the largest of all leaves."""
+        """Returns the derivative along random steps of the i-th leaf's length.
+
+        It is relative to the largest of all leaves.
+        """
         return float(self._slopes[i].by_chance.max() / (self._largest or 1.0))
 
     def radial(self, i: int) -> float:
-        """The derivative along the i-th leaf, relative to that along random steps: the largest of all features."""
+        """Returns the derivative along the i-th leaf, relative to that along random steps.
+
+        It is the largest of all features.
+        """
         along, by_chance = self._slopes[i]
         counts = by_chance > _NO_INFLUENCE * self._largest
         return float((along[counts] / by_chance[counts]).max(initial=0.0))
 
     def cosine(self, i: int) -> float:
-        """That between the i-th leaf and its gradient."""
+        """Returns the cosine between the i-th leaf and its gradient."""
         return self.radial(i) * self.chance(i)
 
     def chance(self, i: int) -> float:
-        """The root mean square of the cosine between the i-th leaf and random directions, where `radial` is 1."""
-        return 1 / math.sqrt(math.prod(self._point[i].shape[axis] for axis in self._axes[i]))
+        """Returns the root mean square cosine between the i-th leaf and random directions.
+
+        At this cosine `radial` is 1.
+        """
+        sizes = [self._point[i].shape[axis] for axis in self._axes[i]]
+        return 1 / math.sqrt(math.prod(sizes))
 
     def changes(self, i: int) -> Iterator[float]:
-        """How far outputs move with the i-th leaf scaled, relative to random changes of the size, for each scale."""
+        """Yields for each scale how far outputs move if the i-th leaf is scaled.
+
+        It is relative to how far they move with a random change of the same size.
+        """
         w, axes = self._point[i], self._axes[i]
         features = tuple(1 if axis in axes else size for axis, size in enumerate(w.shape))
         for first in range(len(self._settings.scales)):
@@ -208,13 +226,11 @@ class InvarianceTest:
             yield _ratio(self._change(i, w * c), self._change(i, w + np.abs(c - 1) * other))
 
     def _change(self, i: int, w: Array) -> float:
-        """How far the outputs move with another i-th leaf."""
-        w = w.astype(self._point[i].dtype)
-        return float(
-            jnp.linalg.norm(
-                self._evaluate([*self._point[:i], w, *self._point[i + 1 :]])[0] - self._base
-            )
-        )
+        """Returns how far the outputs move if w replaces the i-th leaf."""
+        point = list(self._point)
+        point[i] = w.astype(point[i].dtype)
+        outputs, _ = self._evaluate(point)
+        return float(jnp.linalg.norm(outputs - self._base))
 
     def _differentiate(self) -> dict[int, _Slope]:
         def combined(tested: dict[int, Array], weights: Array) -> Array:
@@ -224,13 +240,14 @@ class InvarianceTest:
         tested = {i: self._point[i] for i in self._axes}
         gradient = jax.jit(jax.grad(combined))
         draws = [gradient(tested, self._noise(self._base)) for _ in range(_DRAWS)]
-        return {
-            i: _slope(w, [jnp.conj(draw[i]) for draw in draws], self._axes[i])
-            for i, w in tested.items()
-        }
+        slopes = {}
+        for i, w in tested.items():
+            gradients = [jnp.conj(draw[i]) for draw in draws]
+            slopes[i] = _slope(w, gradients, self._axes[i])
+        return slopes
 
     def _near(self, leaf: Array, dtype: DTypeLike | None) -> Array:
-        """The leaf with noise, in the precision of the test; integers and keys as they are."""
+        """Returns the leaf with noise, in the precision of the test; integers, keys unchanged."""
         if not _inexact(leaf):
             return leaf
         leaf = jnp.asarray(leaf, leaf.dtype if dtype is None else promote(dtype, leaf.dtype))
@@ -242,7 +259,10 @@ class InvarianceTest:
 
 
 class _Slope(NamedTuple):
-    """Derivatives along a leaf, and along random steps of its length: root mean squares, for each feature."""
+    """Derivatives along a leaf, and along random steps of its length.
+
+    They are root mean squares over the draws, for each feature.
+    """
 
     along: np.ndarray
     by_chance: np.ndarray
@@ -255,16 +275,18 @@ def _slope(w: Array, gradients: list[Array], axes: tuple[int, ...]) -> _Slope:
 
 
 def _ratio(change: float, other: float) -> float:
-    """The quotient; 0 where nothing moves at all."""
-    return change / other if other else math.inf if change else 0.0
+    """Returns the quotient, which is 0 if nothing moves at all."""
+    if other:
+        return change / other
+    return math.inf if change else 0.0
 
 
 def _reduced(leaf: Any, feature_axes: Axes) -> tuple[int, ...] | None:
-    """The axes over which weights have one scale; None without such axes, or with a single weight along them."""
-    kept = tuple(feature_axes) if isinstance(feature_axes, Sequence) else (feature_axes,)
-    if not _inexact(leaf) or any(not -leaf.ndim <= axis < leaf.ndim for axis in kept):
+    """Returns the axes over which weights have one scale, None if that is a single weight."""
+    features = tuple(feature_axes) if isinstance(feature_axes, Sequence) else (feature_axes,)
+    if not _inexact(leaf) or any(not -leaf.ndim <= axis < leaf.ndim for axis in features):
         return None
-    axes = _checks.other_axes([axis % leaf.ndim for axis in kept], leaf.ndim)
+    axes = _checks.other_axes([axis % leaf.ndim for axis in features], leaf.ndim)
     return axes if math.prod(leaf.shape[axis] for axis in axes) > 1 else None
 
 
@@ -273,7 +295,7 @@ def _inexact(leaf: Any) -> bool:
 
 
 def _real_vector(name: str, outputs: PyTree) -> Array:
-    """All floating-point outputs as one real vector."""
+    """Returns all floating-point outputs as one real vector."""
     leaves = [leaf for leaf in jax.tree.leaves(outputs) if _inexact(leaf)]
     if not leaves:
         _checks.raise_error(
@@ -283,18 +305,15 @@ def _real_vector(name: str, outputs: PyTree) -> Array:
             got=f"{jax.tree.map(jnp.result_type, outputs)}",
             fix="Return what should be invariant",
         )
-    return jnp.concatenate(
-        [
-            jnp.ravel(part)
-            for leaf in leaves
-            for part in ((leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,))
-        ]
-    )
+    parts = []
+    for leaf in leaves:
+        parts += [leaf.real, leaf.imag] if jnp.iscomplexobj(leaf) else [leaf]
+    return jnp.concatenate([jnp.ravel(part) for part in parts])
 
 
 @contextlib.contextmanager
 def _precision(dtype: DTypeLike | None) -> Iterator[None]:
-    """Allows for float64, and for constants of the function that are of less."""
+    """Enables float64, and functions whose constants have a lower precision."""
     wide = contextlib.nullcontext() if dtype is None else jax.enable_x64(True)
     with wide, jax.numpy_dtype_promotion("standard"):
         yield

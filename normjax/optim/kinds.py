@@ -1,4 +1,4 @@
-"""What a parameter is, by the names on its path, and which of them weight decay is for."""
+"""Finds what each parameter is by the names on its path, and which of them should decay."""
 
 from __future__ import annotations
 
@@ -35,36 +35,32 @@ _ABBREVIATED = ("bn", "ln", "gn")
 
 
 def kind_of(params: PyTree, *, names: Mapping[str, Kind] | None = None) -> PyTree[str]:
-    """Returns what each parameter is.
+    """Returns what each parameter is, found by its name.
 
-    By names and never by rank: a kernel of rank 1 is one, and neither the bias of attention heads,
-      `(heads, size)`, nor
-    a conditional scale, `(classes, features)`, is. The rules, in their order:
+    Ranks would mislead: a kernel may have rank 1, and the bias of attention heads, `(heads, size)`,
+    or a conditional scale, `(classes, features)`, is not a kernel. The rules, in their order:
 
-    1. What `names` says.
-    2. A leaf below `batch_stats` is a "statistic", and so are `u` and `sigma` side by side; one
-      below `scales` (of
-       `nnx.WeightNorm`) is a "scale".
-    3. A leaf is what its last name says, cut at underscores, without digits and capitals, if all of
-      the words that this
-       table knows agree:
+    1. `names` decides first.
+    2. A leaf below `batch_stats` is a "statistic", and so are `u` and `sigma` side by side. A leaf
+       below `scales` (of `nnx.WeightNorm`) is a "scale".
+    3. The last name is split at underscores, without digits and capitals. If the words in this
+       table that it has agree, they are its kind:
 
-       | kind | words | of |
+       | kind | words | layers |
        |---|---|---|
-       | "kernel" | kernel, w, weight | dense, convolution, attention, recurrent cells; the direction of weight norm |
+       | "kernel" | kernel, w, weight | dense, convolution, attention, recurrent cells |
        | "embedding" | embedding, embed | lookup tables, positions |
        | "scale" | scale, gamma, gain | normalization |
        | "bias" | bias, b, offset, beta | all layers |
-       | "activation" | alpha, threshold, tau, epsilon, slope | dynamic tanh, filter response norm, PReLU |
+       | "activation" | alpha, threshold, tau, epsilon, slope | dynamic tanh, FRN, PReLU |
        | "statistic" | mean, var, count | running statistics |
 
     4. A `weight` or `w` in a module named after a normalization (`norm1`, `layer_norm`, `bn`) is
-      its "scale", as in
-       PyTorch. A `weight` of rank 1 elsewhere may be either, and is refused.
+       its "scale", as in PyTorch. A `weight` of rank 1 elsewhere is ambiguous: it raises an error.
 
     Args:
-      params: of a linen or Haiku model, an nnx module or its state, or any tree of arrays behind
-        names.
+      params: the parameters of a linen or Haiku model, an nnx module or its state, or any tree of
+        named arrays.
       names: kinds by a leaf's last name, or by the end of its path: `{"cls": "bias", "head/table":
         "kernel"}`.
 
@@ -77,7 +73,8 @@ def kind_of(params: PyTree, *, names: Mapping[str, Kind] | None = None) -> PyTre
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
-      >>> params = {"conv": {"kernel": jnp.ones((3, 3, 1, 8))}, "norm": nj.batch_norm_init(8)[0], "cls": jnp.ones(8)}
+      >>> params = {"conv": {"kernel": jnp.ones((3, 3, 1, 8))}, "norm": nj.batch_norm_init(8)[0]}
+      >>> params["cls"] = jnp.ones(8)
       >>> print(nj.optim.kind_of(params, names={"cls": "embedding"}))
       {'cls': 'embedding', 'conv': {'kernel': 'kernel'}, 'norm': {'bias': 'bias', 'scale': 'scale'}}
     """
@@ -92,7 +89,7 @@ def kind_of(params: PyTree, *, names: Mapping[str, Kind] | None = None) -> PyTre
     ]
     unknown = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind is None]
     if unknown:
-        _refuse_unknown(unknown)
+        _raise_unknown(unknown)
     return jax.tree.unflatten(structure, kinds)
 
 
@@ -102,14 +99,14 @@ def decay_mask(
     kinds: Collection[Kind] = ("kernel", "embedding"),
     names: Mapping[str, Kind] | None = None,
 ) -> PyTree[bool]:
-    """Returns which parameters weight decay is for: kernels and embeddings, not scales, biases and the like.
+    """Returns which parameters should decay: kernels and embeddings, but not scales and biases.
 
-    Pass it as the mask of an optax transformation, as it is or with `functools.partial`. It looks
-    at names and shapes alone, so it may be called inside `jax.jit`.
+    Pass it as the mask of an optax transformation, as it is or with `functools.partial`. It only
+    looks at names and shapes, so it may be called inside `jax.jit`.
 
     Args:
       params: as in `kind_of`.
-      kinds: the kinds that decay; `("kernel",)` leaves embeddings out, too.
+      kinds: the kinds that decay; `("kernel",)` also leaves out embeddings.
       names: as in `kind_of`.
 
     Returns:
@@ -120,15 +117,15 @@ def decay_mask(
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj, optax
-      >>> params = {"query": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))}, "norm": nj.rms_norm_init(8)[0]}
+      >>> query = {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))}
+      >>> params = {"query": query, "norm": nj.rms_norm_init(8)[0]}
       >>> print(nj.optim.decay_mask(params))
       {'norm': {'scale': False}, 'query': {'bias': False, 'kernel': True}}
       >>> optimizer = optax.adamw(1e-3, weight_decay=0.1, mask=nj.optim.decay_mask)
 
     References:
-      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017): what decay
-      does to a kernel before normalization is to set its learning rate; see
-      `effective_learning_rate`.
+      van Laarhoven, "L2 Regularization versus Batch and Weight Normalization" (2017): decay of a
+      kernel before normalization sets its learning rate; see `effective_learning_rate`.
     """
     for kind in kinds:
         _checks.choice("decay_mask", "kinds", kind, KINDS)
@@ -165,22 +162,21 @@ def _words(name: str) -> list[str]:
 
 
 def _normalizes(above: list[str]) -> bool:
-    """Whether the nearest module with a name is one of activations' normalizations."""
+    """Returns whether the nearest module with a name normalizes activations."""
     words = next((words for words in map(_words, reversed(above)) if words), [])
     of_kernels = any(word.startswith(("weight", "spectral")) for word in words)
     return not of_kernels and any(word.endswith("norm") or word in _ABBREVIATED for word in words)
 
 
-def _refuse_unknown(unknown: list[tuple[KeyPath, Any]]) -> None:
-    listed = ", ".join(
-        f"{show('params', path)} of shape {np.shape(leaf)}" for path, leaf in unknown[:5]
-    )
+def _raise_unknown(unknown: list[tuple[KeyPath, Any]]) -> None:
+    shown = [f"{show('params', path)} of shape {np.shape(leaf)}" for path, leaf in unknown[:5]]
+    listed = ", ".join(shown)
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
     last = (path_names(unknown[0][0]) or ("",))[-1]
     _checks.raise_error(
         "kind_of",
         "names do not say what parameters are",
-        expected=f"names such as {', '.join(map(repr, ('kernel', 'w', 'embedding', 'scale', 'bias')))}",
+        expected="names such as 'kernel', 'w', 'embedding', 'scale', 'bias'",
         got=f"{listed}{more}",
-        fix=f"Say it: names={{{last!r}: 'kernel'}}, or another of {', '.join(map(repr, KINDS))}",
+        fix=f"Pass names={{{last!r}: 'kernel'}}, or another of {', '.join(map(repr, KINDS))}",
     )

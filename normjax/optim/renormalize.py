@@ -1,4 +1,4 @@
-"""Kernels on the unit sphere, and the angular updates that are equivalent to learning rate and weight decay."""
+"""Keeps kernels on the unit sphere; angular updates replace learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from normjax._typing import Axes, widen
 from normjax.optim._transformations import check_params, transformation
 from normjax.optim.directions import norm, reduced_axes, tangent, unit
 
-_BETA = 0.9  # of the mean of squared lengths
+_BETA = 0.9  # the decay of the mean of squared lengths
 Rotation = ArrayLike | Callable[[Array], ArrayLike]
 
 
@@ -26,9 +26,9 @@ class RenormalizeState(NamedTuple):
     """State of `renormalize`.
 
     Attributes:
-      count: of steps.
-      inner_state: of the inner transformation.
-      radius: for each chosen kernel the norm that it would have off the sphere, in at least
+      count: the number of steps.
+      inner_state: the state of the inner transformation.
+      radius: for each chosen kernel, the norm that it would have without `renormalize`, in at least
         float32. With a `rotation`: the moving mean of the squared length of its steps.
     """
 
@@ -44,45 +44,43 @@ def renormalize(
     feature_axes: Axes = (),
     rotation: Rotation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps kernels of which only the direction counts on the unit sphere, and turns them as `inner` would.
+    r"""Keeps kernels before a normalization on the unit sphere, and turns them as `inner` would.
 
-    For SGD with learning rate and weight decay, the step of :math:`w = r \theta` is one of its
-    direction and radius:
+    If only the direction of a kernel counts, a step of SGD with weight decay splits into a step of
+    its direction and one of its radius, :math:`w = r \theta`:
 
     .. math:: \tilde\theta = (1 - \eta \lambda) \theta - \frac{\eta}{r^2} \nabla f(\theta), \qquad
               \theta' = \frac{\tilde\theta}{\lVert \tilde\theta \rVert}, \qquad
               r' = r \lVert \tilde\theta \rVert
 
-    as :math:`\nabla f(r \theta) = \nabla f(\theta) / r`. So theta and the *function* of the network
-    follow the path that they would without `renormalize`, for any `inner` (momentum, Adam, ...): it
-    is shown the kernel :math:`r \theta` and its gradient, while parameters have norm 1, whatever
-    decay and learning rate do, and r is a number in the state.
+    since :math:`\nabla f(r \theta) = \nabla f(\theta) / r`. The parameters have norm 1, and r is
+    stored in the state. `inner` (momentum, Adam, ...) gets the kernel :math:`r \theta` and its
+    gradient, so theta and the *function* of the network change as they would without `renormalize`.
 
-    With `rotation`, learning rate and weight decay act through the angle alone that they lead to in
-    the long run, from the first step on (Kosson et al.'s rotational variants):
+    With `rotation`, kernels turn from the first step by the angle that learning rate and weight
+    decay lead to in the long run (Kosson et al.'s rotational variants):
 
     .. math:: t = u - \langle \theta, u \rangle \theta, \qquad
               \nu' = \beta \nu + (1 - \beta) \lVert t \rVert^2, \qquad
               \theta' \propto \theta + \hat\eta \frac{t}{\sqrt{\nu' / (1 - \beta^k)}}
 
-    with the update u of `inner`, of which only the direction counts, and beta = 0.9. All kernels
-    turn at the same rate, without warm-up. Parameters that are not in the mask have the updates of
-    `inner` as they are.
+    with the direction of the update u of `inner`, and beta = 0.9. All kernels turn at the same
+    rate, without warm-up. Parameters that are not in the mask get the updates of `inner` unchanged.
 
     Args:
-      mask: which kernels: bools in a tree of the structure of the parameters or a prefix of it, or
-        a function from parameters to it; see `scale_invariant`.
+      mask: the kernels to normalize: bools in a tree of the structure of the parameters or a prefix
+        of it, or a function from parameters to it; see `scale_invariant`.
       inner: a whole optimizer, with its learning rate (and sign), such as `optax.adamw(1e-3)`.
-      feature_axes: the axes that have a direction of their own: `()` for one of the whole kernel;
-        -1 for each output channel before batch norm.
+      feature_axes: the axes along which each slice has its own direction: `()` for one direction of
+        the whole kernel; -1 for each output channel before batch norm.
       rotation: root mean square angle per step, in radians, or a schedule of it; see
         `rotational_equilibrium`. None for the angle of `inner`.
 
     Returns:
       An optax transformation, the last of a chain. Its first update puts the kernels on the sphere;
-      their norms until then are where r starts. A kernel of zeros has no direction, and gets the
-      updates of `inner` until it has one. Computed in at least float32; updates have the dtype of
-      the gradients. Where axes are sharded under `jax.jit`, so are the sums.
+      r starts at their norms. A kernel of zeros has no direction, and gets the updates of `inner`
+      until it has one. Updates are computed in at least float32 and have the dtype of the
+      gradients. Under `jax.jit`, sums over sharded axes are sharded.
 
     Raises:
       ValueError: from `init` and `update`, for missing params, trees that do not match, or feature
@@ -92,8 +90,10 @@ def renormalize(
       >>> import jax, jax.numpy as jnp, normjax as nj, optax
       >>> params = {"kernel": jnp.array([[3.0], [4.0]])}
       >>> optimizer = nj.optim.renormalize({"kernel": True}, optax.sgd(0.1))
-      >>> updates, state = optimizer.update({"kernel": jnp.zeros((2, 1))}, optimizer.init(params), params)
-      >>> print(optax.apply_updates(params, updates)["kernel"].ravel().round(3), state.radius["kernel"].ravel())
+      >>> gradients = {"kernel": jnp.zeros((2, 1))}
+      >>> updates, state = optimizer.update(gradients, optimizer.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(params["kernel"].ravel().round(3), state.radius["kernel"].ravel())
       [0.6 0.8] [5.]
 
     References:
@@ -142,30 +142,34 @@ class _Sphere(NamedTuple):
 
         axes = self._axes(params)
         factors = jax.tree.map(stretch, params, state.radius, axes)
-        shown = jax.tree.map(lambda w, factor: (widen(w) * factor).astype(w.dtype), params, factors)
-        gradients = jax.tree.map(
-            lambda g, factor: (widen(g) / factor).astype(g.dtype), updates, factors
-        )
+        shown = jax.tree.map(_times, params, factors)
+        gradients = jax.tree.map(_over, updates, factors)
         updates, inner_state = self.inner.update(gradients, state.inner_state, shown, **extra)
         turned = jax.tree.map(turn, params, factors, updates, state.radius, axes)
-        updates, radii = (
-            jax.tree.map(operator.itemgetter(part), turned, is_leaf=_is_turned) for part in (0, 1)
-        )
+        updates = jax.tree.map(operator.itemgetter(0), turned, is_leaf=_is_turned)
+        radii = jax.tree.map(operator.itemgetter(1), turned, is_leaf=_is_turned)
         return updates, RenormalizeState(count, inner_state, radii)
 
     def _axes(self, params: PyTree) -> PyTree[_Axes]:
         def reduced(path: KeyPath, w: Array, chosen: bool) -> _Axes:
-            return _Axes(
-                reduced_axes("renormalize", self.feature_axes, w, path) if chosen else None
-            )
+            if not chosen:
+                return _Axes(None)
+            return _Axes(reduced_axes("renormalize", self.feature_axes, w, path))
 
-        return jax.tree_util.tree_map_with_path(
-            reduced, params, spread("renormalize", "mask", self.mask, params)
-        )
+        chosen = spread("renormalize", "mask", self.mask, params)
+        return jax.tree_util.tree_map_with_path(reduced, params, chosen)
+
+
+def _times(w: Array, factor: ArrayLike) -> Array:
+    return (widen(w) * factor).astype(w.dtype)
+
+
+def _over(g: Array, factor: ArrayLike) -> Array:
+    return (widen(g) / factor).astype(g.dtype)
 
 
 class _Turned(NamedTuple):
-    """What a step makes of a kernel."""
+    """The update of a kernel, and its new radius."""
 
     update: Array
     radius: Array
@@ -177,13 +181,13 @@ def _is_turned(node: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Axes:
-    """The axes that a kernel's norm is taken over, as a leaf of a tree; None where it is not on the sphere."""
+    """The axes that a kernel's norm is taken over, None for a parameter outside of the mask."""
 
     reduced: tuple[int, ...] | None
 
 
 def _stretch(w: Array, radius: Array, axes: tuple[int, ...] | None) -> ArrayLike:
-    """The factor that gives w the norm that is asked for; 1 for zeros, and where w is to stay as it is."""
+    """Returns the factor that gives w the norm `radius`; 1 for zeros and outside of the mask."""
     if axes is None:
         return 1.0
     length = norm(w, axes)

@@ -1,7 +1,7 @@
-"""How primitives are phrased for one compiler: what the formula does not ask for, and XLA does.
+"""Phrases primitives for one compiler, where XLA needs more than the formula.
 
-Everything here is the identity to mathematics. A program is told apart by the platform that it is
-lowered for, never by the one that traces it, so exported programs and ahead-of-time compilation get
+Mathematically, everything here is the identity. The phrasing depends on the platform that a program
+is lowered for, not on the one that traces it, so exported and ahead-of-time compiled programs get
 the phrasing of the platform that they run on.
 """
 
@@ -20,7 +20,7 @@ def on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *operands: An
 
 
 def one_device() -> bool:
-    """Whether JAX has a single device, so that no array is sharded, whatever the compiler is told.
+    """Returns whether JAX has a single device, so that no array is sharded.
 
     Only then is a branch free of communication: its predicate reads values of all examples, which
     over sharded examples is an all-reduce.

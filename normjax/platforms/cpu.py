@@ -1,6 +1,6 @@
-"""What XLA's CPU backend wants. Programs for other platforms are left as they are.
+"""Phrases primitives for XLA's CPU backend. Programs for other platforms do not change.
 
-Measured by `python benchmarks/layers.py`; docs/pages/design.md, "What a CPU wants", tells the story.
+Measured by `python benchmarks/layers.py`; see "What a CPU wants" in docs/pages/design.md.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from normjax.platforms import on_cpu
 
 
 def separate_operands(x: Array, copies: int) -> tuple[Array, ...]:
-    """Returns x several times, as arrays that the compiler takes for different ones.
+    """Returns copies of x behind an optimization barrier, so that reductions do not share them.
 
-    XLA's CPU reductions cast, subtract and multiply as they read, but only if no one else uses the
-    result: a float32 view that two reductions share is written out first. With a copy each, batch
-    norm reads bfloat16 as it is, and its forward pass is 2 to 4 times as fast.
+    XLA's CPU reductions cast, subtract and multiply as they read, but only if nothing else uses the
+    result: a float32 view that two reductions share is written to memory first. With a copy for
+    each, batch norm reads bfloat16 directly, and its forward pass is 2 to 4 times as fast.
     """
 
     def barriers(x: Array) -> tuple[Array, ...]:
@@ -36,18 +36,18 @@ def separate_operands(x: Array, copies: int) -> tuple[Array, ...]:
 
 
 def separate_if_narrow(x: Array, copies: int) -> tuple[Array, ...]:
-    """Returns x several times; apart, if a reduction of it has to cast it first."""
+    """Returns x several times, as `separate_operands` if a reduction has to cast it first."""
     if is_wide(x):
         return (x,) * copies
     return separate_operands(x, copies)
 
 
 def materialize(*arrays: Array) -> tuple[Array, ...]:
-    """Returns small arrays, and their gradients, stored before x meets them.
+    """Stores small arrays, and their gradients, before they are broadcast to x's size.
 
-    Otherwise XLA computes them again for each element of x, or makes one slow fusion of the
-    reductions of x and their uses: instance norm's backward pass took twice as long. XLA does not
-    fuse through a rounding, even one to the precision that the array has.
+    Otherwise XLA recomputes them for each element of x, or makes one slow fusion of the reductions
+    of x and their uses: instance norm's backward pass took twice as long. XLA does not fuse through
+    `reduce_precision`, even to the precision that the array has.
     """
 
     def rounded(array: Array) -> Array:
@@ -65,8 +65,8 @@ def materialize(*arrays: Array) -> tuple[Array, ...]:
 def without_unit_axes(step: Callable[..., Array]) -> Callable[..., Array]:
     """Returns a step `(params, x, mask, spec)` that works on x without axes of size 1.
 
-    XLA takes `(1, time, features)` for a batch of matrices, and sums over features of the
-    derivative for products of matrices, which took 6 times as long. Other platforms do not mind.
+    XLA takes `(1, time, features)` for a batch of matrices, and turns the derivative's sums over
+    features into matrix products, which took 6 times as long. Other platforms do not.
     """
 
     def squeezed(params: Any, x: Array, mask: Array | None, spec: Any) -> Array:

@@ -1,1 +1,1 @@
-"""Where statistics come from and where they are kept."""
+"""Computes, merges and stores statistics."""

@@ -1,4 +1,4 @@
-"""How devices share statistics: one packed collective forward, one backward."""
+"""Shares statistics over devices, by one packed collective forward and one backward."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class DeviceGroup:
     """The devices that share statistics.
 
     Attributes:
-      axis_name: the mapped axes that statistics are shared over; none: each device by itself.
-      groups: of indices of the one mapped axis, which share among themselves; None: all do.
+      axis_name: the mapped axes that statistics are shared over; empty if they are not shared.
+      groups: groups of indices of the one mapped axis that share statistics; None: all share.
     """
 
     axis_name: tuple[Hashable, ...] = ()
@@ -32,13 +32,13 @@ class DeviceGroup:
 
     @property
     def size(self) -> int:
-        """The number of devices that share."""
+        """Returns the number of devices that share statistics."""
         if self.groups is not None:
             return len(self.groups[0])
         return math.prod(map(lax.axis_size, self.axis_name))
 
     def sum(self, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "..."], ...]:
-        """Sums each part over the devices, in one collective of all parts end to end."""
+        """Sums each part over the devices, in one collective of all parts."""
         return _packed(self._sum, parts) if self.axis_name else parts
 
     def _sum(self, flat: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
@@ -46,16 +46,15 @@ class DeviceGroup:
             return lax.psum(flat, self.axis_name)
         (name,) = self.axis_name
         if name not in jax.sharding.get_abstract_mesh().manual_axes:
-            # vmap has no groups. Its "devices" are rows of one array, and to gather them costs
-            # nothing.
+            # vmap has no groups. Its "devices" are rows of one array, so a gather costs nothing.
             return lax.all_gather(flat, name)[self._peers()].sum(0)
         if _tracks_variation(name):
-            # psum knows no groups under check_vma=True; a gather within a group is small.
+            # psum has no groups under check_vma=True; a gather within a group is small.
             return lax.all_gather(flat, name, axis_index_groups=self.groups).sum(0)
         return lax.psum(flat, name, axis_index_groups=self.groups)
 
     def _peers(self) -> Int[Array, " group"]:
-        """The indices of those in this device's group."""
+        """Returns the indices of the devices in this device's group."""
         assert self.groups is not None
         peers = {index: group for group in self.groups for index in group}
         return jnp.asarray([peers[index] for index in range(len(peers))])[
@@ -77,7 +76,7 @@ def device_group(
 
 
 def varying_axes(value: Any) -> frozenset[Hashable]:
-    """Returns the mapped axes that `value` is known to vary over (none where JAX does not track it)."""
+    """Returns the mapped axes that `value` is known to vary over, none if JAX does not track it."""
     kind = jax.typeof(value)
     return getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", frozenset())
 
@@ -89,8 +88,8 @@ def _tracks_variation(name: Hashable) -> bool:
 def pcast_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "..."], ...]:
     """Casts parts to vary over the mapped axes that `x` varies over, all in one cast.
 
-    The transpose of that cast is a sum over devices. Left to JAX it happens part by part: an
-    all-reduce in the backward pass for each of mean, scale and bias. Packed, it is one.
+    The transpose of that cast is a sum over devices. JAX would cast part by part, and the backward
+    pass would have an all-reduce for each of mean, scale and bias. Packed, it has one.
     """
     missing = varying_axes(x) - frozenset().union(*map(varying_axes, parts))
     if not (missing and parts):
@@ -99,7 +98,7 @@ def pcast_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, 
 
 
 def _packed(collective: Callable[[Array], Array], parts: Sequence[Array]) -> tuple[Array, ...]:
-    """Applies a collective to all parts end to end."""
+    """Applies a collective to the concatenation of all parts."""
     dtype = promote(*(part.dtype for part in parts))
     result = collective(jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts]))
     cuts = list(accumulate((part.size for part in parts), initial=0))
@@ -129,8 +128,8 @@ def _bound_axes(function: str, axis_name: AxisName | None) -> tuple[Hashable, ..
                 f"axis name {name!r} is not bound here",
                 expected=f"one of the axes in scope, {scope}" if scope else "an axis in scope",
                 got=f"axis_name={axis_name!r}" + ("" if scope else ", and no axis is in scope"),
-                fix="Call it under jax.pmap, jax.shard_map or jax.vmap with that axis_name, or drop "
-                "axis_name (plain jit synchronizes sharded inputs by itself)",
+                fix="Call it under jax.pmap, jax.shard_map or jax.vmap with that axis_name, or "
+                "drop axis_name (plain jit synchronizes sharded inputs by itself)",
                 kind=NameError,
             )
     return names
@@ -139,7 +138,7 @@ def _bound_axes(function: str, axis_name: AxisName | None) -> tuple[Hashable, ..
 def _index_groups(
     function: str, groups: Sequence[Sequence[int]] | None, names: tuple[Hashable, ...]
 ) -> tuple[tuple[int, ...], ...] | None:
-    """Returns groups as tuples; raises an error for those that do not partition the one mapped axis evenly."""
+    """Returns groups as tuples; raises if they do not partition the one mapped axis evenly."""
     if groups is None:
         return None
     got = f"axis_index_groups={groups!r} for axis_name={names!r}"

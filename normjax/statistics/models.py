@@ -1,6 +1,6 @@
-"""Where models of any kind keep the running statistics of their layers, and how they are called with others.
+"""Reads, replaces and collects the running statistics of models of any kind.
 
-A layer is a dict with `mean` and `var`, and maybe `count`; a model's layers go by their paths.
+A layer is a dict with `mean` and `var`, and maybe `count`; layers are identified by their paths.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ApplyFn = Callable[[Any, Any], Any]
 
 
 class Model(Protocol):
-    """A model whose layers can be read, replaced, and called with a population each to add to.
+    """A model whose layers can be read and replaced, and can each add to a population.
 
     Attributes:
-      layers: its running statistics as they are.
-      static: what is compiled for.
-      arrays: all else that a call needs.
+      layers: its running statistics.
+      static: the static arguments of a call.
+      arrays: all other arguments of a call.
     """
 
     layers: Layers
@@ -48,7 +48,7 @@ class Model(Protocol):
 
 
 def open_model(variables: Any) -> Model:
-    """Returns the model; refuses one without layers."""
+    """Returns the model; raises an error if it has no layers."""
     if is_nnx(_batch_stats_of(variables), "State"):
         _checks.raise_error(
             FUNCTION,
@@ -65,8 +65,8 @@ def open_model(variables: Any) -> Model:
             "there are no batch statistics",
             expected="variables with a 'mean' and a 'var' side by side in batch_stats",
             got=f"variables with {_contents(variables)}",
-            fix="Pass {'params': ..., 'batch_stats': ...}, the pair (params, batch_stats) or an nnx.Module; "
-            "layers without running statistics need no recalibration",
+            fix="Pass {'params': ..., 'batch_stats': ...}, the pair (params, batch_stats) or an "
+            "nnx.Module; layers without running statistics need no recalibration",
         )
     return model
 
@@ -88,7 +88,8 @@ class Tree:
             _checks.raise_error(
                 FUNCTION,
                 "apply_fn did not return a pair",
-                expected="(anything, batch_stats), or what linen's apply(..., mutable=['batch_stats']) returns",
+                expected="(anything, batch_stats), or what linen's apply(..., "
+                "mutable=['batch_stats']) returns",
                 got=_contents(result),
                 fix="Return the new statistics behind the output",
                 kind=TypeError,
@@ -100,7 +101,7 @@ class Tree:
         return {path: returned[path] for path in layers}
 
     def finish(self, layers: Layers) -> Any:
-        """Returns a copy with these statistics; what was passed stays as it was."""
+        """Returns a copy with these statistics; the argument is not changed."""
         return _replaced(self.arrays, layers)
 
 
@@ -152,7 +153,7 @@ def _collections(variables: Any) -> tuple[_trees.Collections, Callable[[_trees.C
 
 
 def _replaced(variables: Any, layers: Layers) -> Any:
-    """Returns the variables with these layers in place of those of the same paths."""
+    """Returns the variables with the layers at these paths replaced."""
 
     def replaced(path: KeyPath, node: Any) -> Any:
         if not is_layer(node):
@@ -166,7 +167,7 @@ def _replaced(variables: Any, layers: Layers) -> Any:
 
 
 def _layers_in(batch_stats: Any) -> Layers:
-    """Returns the layers of a tree by path; refuses a mean without a variance, and the reverse."""
+    """Returns the layers of a tree by path; raises if one has only a mean or a variance."""
     nodes, _ = jax.tree.flatten_with_path(batch_stats, is_leaf=is_layer)
     layers = {}
     for path, node in nodes:
@@ -209,7 +210,8 @@ def _missing(path: str, returned: Collection[str]) -> NoReturn:
         "apply_fn did not return the statistics of a layer",
         expected=f"{path}['mean'] and {path}['var'] among what it returns second",
         got=", ".join(sorted(returned)) or "no layer",
-        fix="Return the whole batch_stats: (y, batch_stats), or apply(..., mutable=['batch_stats'])",
+        fix="Return the whole batch_stats: (y, batch_stats), or "
+        "apply(..., mutable=['batch_stats'])",
     )
 
 

@@ -1,4 +1,4 @@
-"""Statistics as users see them: count, mean and variance, and how those of several sets combine."""
+"""Computes count, mean and variance of arrays, and merges the moments of several sets."""
 
 from __future__ import annotations
 
@@ -26,21 +26,20 @@ def moments(
 
     .. math:: \mu = \frac1n \sum_i x_i, \qquad \sigma^2 = \frac1n \sum_i |x_i - \mu|^2
 
-    The variance is safe: not the difference of two large numbers. One pass over `x` suffices where
-      the data lie near
-    zero; a second, shifted by the first one's mean, is taken where some feature's mean is more than
-    8 standard deviations away from it.
+    The variance is safe: not the difference of two large numbers. One pass over `x` is enough if
+    the data lie near zero. A second pass, around the mean of the first one, is taken if the mean of
+    some feature is more than 8 standard deviations away from zero.
 
     Args:
       x: floating-point or complex array of any rank >= 1.
       reduction_axes: the axes to reduce; the features are those that remain, in their order.
-      mask: bool, broadcastable to `x`; True where an element counts. What it hides may be NaN.
-      axis_name: mapped axis or axes (pmap, shard_map, vmap) to take the statistics over, too.
-      axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
+      mask: bool, broadcastable to `x`; True where an element counts. Other elements may be NaN.
+      axis_name: mapped axis or axes (pmap, shard_map, vmap) to take the statistics over as well.
+      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
 
     Returns:
-      `Moments` of shape `(*features)`, in at least float32. Where nothing counts: count 0, mean 0,
-      var 0.
+      `Moments` of shape `(*features)`, in at least float32. If nothing counts, count, mean and var
+      are 0.
 
     Raises:
       ValueError, TypeError, NameError: for axes, a mask or an axis name that do not fit `x`.
@@ -77,13 +76,13 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     .. math:: n = n_a + n_b, \qquad \mu = \frac{n_a \mu_a + n_b \mu_b}{n}, \qquad
               \sigma^2 = \frac1n \sum_{k \in a, b} n_k \left(\sigma_k^2 + |\mu_k - \mu|^2\right)
 
-    Exact, commutative, and associative up to rounding: microbatches, devices and calibration
-    batches can be merged in any order. An empty set (count 0) changes nothing, whatever its mean
-    and variance are.
+    Merging is exact, commutative, and associative up to rounding: microbatches, devices and
+    calibration batches can be merged in any order. An empty set (count 0) changes nothing, whatever
+    its mean and variance are.
 
     Args:
-      a: moments of the one set, of any shape.
-      b: moments of the other, broadcastable to it.
+      a: moments of one set, of any shape.
+      b: moments of the other set, broadcastable to it.
 
     Returns:
       `Moments` in the precision of the inputs.
@@ -102,7 +101,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 def merge_stacked(moments: Moments) -> Moments:
-    """Merges moments that lie along the first axis, as `merge_moments` would one after the other."""
+    """Merges moments that lie along the first axis, like repeated `merge_moments`."""
     counts = jnp.broadcast_to(moments.count, moments.var.shape)
     counted = counts > 0
     count = jnp.sum(counts, 0)

@@ -1,4 +1,4 @@
-"""A pass over batches: every layer collects, and what goes wrong is refused with the batch and the layer's path."""
+"""Passes over batches in which layers collect statistics; errors name the batch and the layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ Step = Callable[[Any, PyTree[Array], Layers, Any], tuple[Layers, "Report"]]
 
 
 def compile_step(apply_fn: ApplyFn, model: Model) -> Step:
-    """Returns `step(static, arrays, layers, batch)`, which calls the model and reports, compiled once a function."""
+    """Returns `step(static, arrays, layers, batch)`, which calls the model and reports.
+
+    It is compiled once for each function.
+    """
     try:
         hash(apply_fn)
     except TypeError:  # a bound method of some modules
@@ -29,13 +32,12 @@ def compile_step(apply_fn: ApplyFn, model: Model) -> Step:
 
 
 class Report(NamedTuple):
-    """What a pass over one batch says of each layer, in the order of their paths.
+    """What a pass over one batch reports for each layer, in the order of their paths.
 
     Attributes:
-      collected: whether any element was.
-      foreign: whether the running statistics moved, as those of a layer that knows nothing of
-        populations do.
-      finite: whether means and variances are, `(layers, 2)`.
+      collected: whether any element was collected.
+      foreign: whether the running statistics moved, as in layers that are not normjax's.
+      finite: whether means and variances are finite, `(layers, 2)`.
     """
 
     collected: Bool[Array, " layers"]
@@ -45,7 +47,7 @@ class Report(NamedTuple):
 
 @lru_cache(maxsize=16)
 def _compiled(apply_fn: ApplyFn, kind: type[Model]) -> Step:
-    """Returns a compiled `step(static, arrays, layers, batch)`; of the last few functions."""
+    """Returns a compiled `step(static, arrays, layers, batch)`, cached for 16 functions."""
 
     @partial(jax.jit, static_argnums=0)
     def step(
@@ -68,12 +70,12 @@ def _report_of(old: Layer, new: Layer) -> Report:
 
 
 def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -> Layers:
-    """Returns the layers after all batches; refuses what the reports say is wrong with one."""
+    """Returns the layers after all batches; raises an error for a batch with a bad report."""
     report, index = None, -1
     for index, batch in enumerate(batches):
         previous = report
         layers, report = step(model.static, model.arrays, layers, batch)
-        # One batch behind: the device is never idle, and never has more than two batches waiting.
+        # Checks one batch late: the device is never idle, and has at most two batches waiting.
         if previous is not None:
             _check(previous, index - 1, sorted(layers))
     if report is None:
@@ -91,13 +93,14 @@ def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -
             "no layer collected anything",
             expected="a forward pass in training mode, through layers of normjax",
             got=f"{len(layers)} layer(s) that did not update, the first of them {min(layers)}",
-            fix="Pass train=True (linen: use_running_average=False; nnx: model.train()) and no mask that hides it all",
+            fix="Pass train=True (linen: use_running_average=False; nnx: model.train()) and no "
+            "mask that hides it all",
         )
     return layers
 
 
 def _check(report: Report, index: int, paths: list[str]) -> None:
-    """Refuses a batch through which a layer went wrong."""
+    """Raises an error for a batch that went wrong in a layer."""
     report = jax.tree.map(np.asarray, report)
     if not report.finite.all():
         layer, leaf = (int(position) for position in np.argwhere(~report.finite)[0])
@@ -106,15 +109,18 @@ def _check(report: Report, index: int, paths: list[str]) -> None:
             FUNCTION,
             f"the statistics of batch {index} are not finite",
             expected="finite activations",
-            got=f"NaN or infinity in {paths[layer]}[{STATISTICS[leaf]!r}], in {count} of {len(paths)} layer(s)",
-            fix=f"Look for NaN in batch {index} (counted from 0) and in the parameters, or mask what does not count",
+            got=f"NaN or infinity in {paths[layer]}[{STATISTICS[leaf]!r}], in {count} of "
+            f"{len(paths)} layer(s)",
+            fix=f"Look for NaN in batch {index} (counted from 0) and in the parameters, or mask "
+            "what does not count",
         )
     if report.foreign.any():
         _checks.raise_error(
             FUNCTION,
             "a layer updated its running statistics instead of collecting those of the population",
             expected="layers of normjax",
-            got=f"{paths[int(report.foreign.argmax())]}, which another library's layer keeps, or which lost its "
-            f"{POPULATION!r} leaf on the way",
-            fix="Use nj.batch_norm, nj.linen.BatchNorm or nj.nnx.BatchNorm, and hand each layer its whole sub-tree",
+            got=f"{paths[int(report.foreign.argmax())]}, which another library's layer keeps, or "
+            f"which lost its {POPULATION!r} leaf on the way",
+            fix="Use nj.batch_norm, nj.linen.BatchNorm or nj.nnx.BatchNorm, and hand each layer "
+            "its whole sub-tree",
         )

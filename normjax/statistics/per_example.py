@@ -1,8 +1,8 @@
-"""Statistics that each example has of its own, so that examples on different devices never wait.
+"""Computes statistics of each example, without communication between devices.
 
-`batch_moments` asks of all features at once whether a second pass is due. For statistics of
-examples that question would be a collective in layers that need none, and one example far from
-zero would cost all of them the second pass.
+`batch_moments` decides for all features at once whether to take a second pass. For statistics of
+examples, that decision would be a collective in layers that need none, and one example far from
+zero would cost all examples the second pass.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from normjax.statistics.reduction import (
 
 
 def example_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
-    """Returns the moments of x; of an empty set they are 0.
+    """Returns the moments of x, which are 0 for an empty set.
 
-    Devices that share do so in each of the two passes.
+    Devices share the statistics of each of the two passes.
     """
     return moments_by(_moments, spec, x, mask)
 
 
 def _moments(spec: Spec, x: Array, mask: Mask | None) -> Moments:
-    """Takes two passes: a row that was just read is at hand. On a single CPU, one if it is safe."""
+    """Takes two passes, as a row is cached after the first; on a single CPU, one if it is safe."""
     if spec.devices == ALONE and one_device():
         return on_cpu(partial(one_pass_if_safe, spec), partial(two_passes, spec), x, mask)
     return two_passes(spec, x, mask)
@@ -57,9 +57,9 @@ def two_passes(spec: Spec, x: Array, mask: Mask | None) -> Moments:
 
 
 def mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array, Array]:
-    r"""Returns how many elements count, and the mean of their squares :math:`\frac1n \sum_i |x_i|^2`.
+    r"""Returns how many elements count, and their mean square :math:`\frac1n \sum_i |x_i|^2`.
 
-    Of none, the mean is 0.
+    If none counts, the mean is 0.
     """
     count, square = _mean_square(spec, x, mask)
     return (spec.count(x.x) if mask is None else count), square
@@ -92,7 +92,7 @@ def _mean_square_dot(
 def _mean(
     spec: Spec, values: Inexact[Array, "..."], mask: Mask | None
 ) -> tuple[Array | None, Array]:
-    """Returns how many elements count (None: all), and their mean; what does not count is zero."""
+    """Returns how many elements count (None: all), and their mean; the others are 0 in x."""
     total = spec.local_sum(values)
     if mask is None:
         (total,) = spec.devices.sum(total)

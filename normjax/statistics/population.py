@@ -1,9 +1,8 @@
-"""Statistics of a population, added up over its batches by the layers that see them.
+"""Statistics of a population, which layers add up over its batches.
 
-A layer's `batch_stats` may hold one more leaf, `population`. Whoever puts it there
-(`normjax.recalibrate`) asks the layer to add the moments of each batch to it, and to leave its
-running mean and variance alone. So the request travels with the variables, through every
-transformation of JAX and Flax that they travel through.
+A layer's `batch_stats` may have one more leaf, `population` (`normjax.recalibrate` adds it). The
+layer then adds the moments of each batch to it, and does not change its running mean and variance.
+As a variable, it passes through every transformation of JAX and Flax.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Estimate = Literal["merged", "averaged"]
 
 
 class Sums(NamedTuple):
-    """What is added up: weighted means and variances, and their weights; each `(*features)`."""
+    """Sums of weighted means and variances, and of their weights; each `(*features)`."""
 
     mean_weight: Array
     mean: Array
@@ -43,11 +42,11 @@ class Population:
     """The statistics of all batches so far, in memory that does not depend on their number.
 
     Attributes:
-      shift: the first batch's mean, which the others are taken relative to, `(*features)`.
-      sums: as rounded.
+      shift: the first batch's mean, which is subtracted from the others, `(*features)`.
+      sums: the sums, rounded.
       lost: what was lost in rounding them.
-      estimate: "merged": of all elements together; "averaged": the mean of the batches' means and
-        unbiased variances.
+      estimate: "merged" for the moments of all elements; "averaged" for the mean of the batches'
+        means and unbiased variances.
       layer_by_layer: whether the layer normalizes by its running statistics meanwhile, instead of
         the batch's.
     """
@@ -59,7 +58,7 @@ class Population:
     layer_by_layer: bool
 
     def add(self, moments: Moments, *, unbiased: bool) -> Population:
-        """Adds a batch; `unbiased` says which variance "merged" is to find in the end."""
+        """Adds a batch; `unbiased` chooses the variance that "merged" gives in the end."""
         dtype, real = self._dtypes(moments)
         n, mean, var = moments.count, moments.mean.astype(dtype), moments.var.astype(real)
         n = jnp.broadcast_to(jnp.asarray(n).astype(real), var.shape)
@@ -79,7 +78,7 @@ class Population:
         return replace(self, shift=shift, sums=sums, lost=lost)
 
     def statistics(self) -> tuple[Array, Array]:
-        """Returns the mean and the variance of the population; of features without elements they mean nothing."""
+        """Returns the population's mean and variance, arbitrary for features without elements."""
         weight, mean, freedom, var = map(jnp.add, self.sums, self.lost)
         offset = mean / jnp.maximum(weight, 1).astype(mean.dtype)
         if self.estimate == "merged":
@@ -88,11 +87,11 @@ class Population:
 
     @property
     def seen(self) -> tuple[Bool[Array, "*features"], Bool[Array, "*features"]]:
-        """Of which features there is a mean, and of which a variance."""
+        """Returns which features have a mean, and which have a variance."""
         return self.sums.mean_weight > 0, self.sums.var_weight > 0
 
     def _dtypes(self, moments: Moments) -> tuple[Any, Any]:
-        """Those of the sums: as they are, but that they turn complex with x."""
+        """Returns the dtypes of the sums, which turn complex with x."""
         dtype = self.shift.dtype
         if jnp.iscomplexobj(moments.mean):
             dtype = promote(dtype, jnp.complex64)
@@ -102,7 +101,7 @@ class Population:
 def empty_population(
     batch_stats: Mapping[str, Array], estimate: Estimate, layer_by_layer: bool
 ) -> Population:
-    """Returns the population of no batches yet, in at least float32, laid out over devices as `batch_stats` are."""
+    """Returns an empty population, in at least float32, sharded like `batch_stats`."""
     mean = jnp.zeros_like(
         batch_stats["mean"], promote(jnp.asarray(batch_stats["mean"]).dtype, jnp.float32)
     )
@@ -112,11 +111,11 @@ def empty_population(
 
 
 def is_layer_by_layer(batch_stats: Mapping[str, Any]) -> bool:
-    """Whether a layer is to normalize by its running statistics, and collect those of its input all the same."""
+    """Returns whether a layer normalizes by its running statistics while it collects."""
     return POPULATION in batch_stats and batch_stats[POPULATION].layer_by_layer
 
 
 def _lost(before: Array, amount: Array, after: Array, lost: Array) -> Array:
-    """Adds what `before + amount = after` lost in rounding (Knuth's TwoSum)."""
+    """Adds the rounding error of `before + amount = after` (Knuth's TwoSum)."""
     added = after - before
     return lost + ((before - (after - added)) + (amount - added))

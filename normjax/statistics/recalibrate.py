@@ -1,4 +1,4 @@
-"""Population statistics over a stream of batches, in place of running ones."""
+"""Replaces running statistics by statistics of a population, over a stream of batches."""
 
 from __future__ import annotations
 
@@ -21,11 +21,9 @@ from normjax.statistics.reduction import abs2
 Variables = TypeVar("Variables")
 Batch = TypeVar("Batch")
 
-# Layer by layer is done when a pass moves no mean by more than this much of a deviation, and no
-# variance by more than
-# this much of itself: what the library promises of a variance. Devices that do not add up in the
-# same order each time may never get there, but stay far below the other, which means that passes
-# lead nowhere.
+# Passes move means, in deviations, and variances, relative to themselves. Below SETTLED they have
+# converged: that is as precise as variances are. Devices that add up in varying order may never get
+# there, but stay far below ADRIFT. Above ADRIFT there is no fixed point.
 SETTLED, ADRIFT = 1e-5, 1e-2
 EPSILON = 1e-5
 
@@ -39,15 +37,13 @@ def recalibrate(
     layer_by_layer: bool = False,
     progress: bool = False,
 ) -> Variables:
-    r"""Replaces running statistics by those of a population, seen batch by batch.
+    r"""Replaces running statistics by those of a population, computed batch by batch.
 
-    Running statistics trail the weights that they were collected under. Call it where those are not
-    the weights, or the
-    data, of inference: after averaging weights (EMA, SWA, schedule-free), for data from another
-      domain, after training
-    with small batches or too much momentum. With `n_b` elements, mean `\mu_b` and biased variance
-    `\sigma_b^2` of a feature in batch b, "merged" finds the moments of all elements together, and
-    "averaged" is the paper's Algorithm 2:
+    Running statistics lag behind the weights. Call it when weights or data at inference differ from
+    training: after averaging weights (EMA, SWA, schedule-free), for data from another domain, after
+    training with small batches or too much momentum. With `n_b` elements, mean `\mu_b` and biased
+    variance `\sigma_b^2` of a feature in batch b, "merged" computes the moments of all elements
+    together, and "averaged" is the paper's Algorithm 2:
 
     .. math:: \mu = \frac{\sum_b n_b \mu_b}{\sum_b n_b}, \qquad
               \sigma^2 = \frac{\sum_b n_b (\sigma_b^2 + |\mu_b - \mu|^2)}{\sum_b n_b}
@@ -55,39 +51,38 @@ def recalibrate(
     .. math:: \mu = \operatorname{mean}_b \mu_b, \qquad
               \sigma^2 = \operatorname{mean}_b \frac{n_b}{n_b - 1} \sigma_b^2
 
-    All at once, each layer sees what the layers before it make of a batch *by that batch's
-    statistics*, as in training: one pass over the batches. Layer by layer, it sees what they make
-      of it by the new statistics, as at inference: one
-    pass more than there are layers behind one another. Where batches are large, the two hardly
-    differ.
+    By default, the layers before a layer normalize a batch *by that batch's statistics*, as in
+    training. This takes one pass over the batches. Layer by layer, they normalize by the new
+    statistics, as at inference. This takes one pass more than there are layers in sequence. If
+    batches are large, the two hardly differ.
 
     Args:
       apply_fn: `apply_fn(variables, batch)` does a forward pass in training mode. It returns
         `(anything, batch_stats)`, as a functional model does, or what linen's `apply(...,
-        mutable=["batch_stats"])` returns; of an nnx module, whatever it likes. It is compiled, once
-        for each function: what it closes over is a constant.
+        mutable=["batch_stats"])` returns; for an nnx module, it may return anything. It is compiled
+        once for each function: arrays that it closes over are constants.
       variables: `{"params": ..., "batch_stats": ...}` (all collections of linen), the pair
         `(params, batch_stats)`, batch_stats alone, or a `flax.nnx.Module` in training mode.
-      batches: arrays, or trees of them, as `apply_fn` takes them; the last may be smaller. Sharded
-        ones are one batch.
-      estimate: "merged" or "averaged". The former's variance is biased or not as the layers'
-        `running_var` says.
-      layer_by_layer: see above. `batches` is gone through several times: a list, not a generator.
-        Here `apply_fn` may run in inference mode too, which leaves dropout out.
+      batches: arrays, or trees of them, as `apply_fn` takes them; the last may be smaller. A
+        sharded array is one batch.
+      estimate: "merged" or "averaged". The variance of "merged" is biased or unbiased, according to
+        the layers' `running_var`.
+      layer_by_layer: see above. It iterates over `batches` several times: pass a list, not a
+        generator. `apply_fn` may then also run in inference mode, without dropout.
       progress: whether to show a bar; it needs `rich`.
 
     Returns:
-      The variables with new statistics in the dtypes of the old, and all else as it was; an nnx
-      module is updated itself, when all is done, and returned. Everything is added up in float32 or
-      wider, with what rounding loses, so that the number of batches costs neither memory nor
-      digits. A cumulative layer's `count` is that of the batches. Layers that do not train
-      (`frozen`), or that no element reaches, keep their statistics; batch renorm is taken for batch
-      norm, since its correction goes by the statistics that are to be replaced.
+      The variables with new statistics, in the dtypes of the old ones. An nnx module is updated in
+      place at the end, and returned. Sums are in float32 or wider, with compensation of rounding
+      errors, so that the number of batches costs neither memory nor digits. A cumulative layer's
+      `count` becomes the number of batches. The statistics of layers that do not train (`frozen`),
+      or that no element reaches, do not change. Batch renorm runs as batch norm, since its
+      correction depends on the statistics that are replaced.
 
     Raises:
       ValueError, TypeError: for a model without batch statistics, or whose layers do not update or
-        are not normjax's; no batches, or a generator layer by layer; statistics that are not
-        finite, with their path and batch.
+        are not normjax's; for no batches, or a generator with `layer_by_layer`; for for statistics
+        that are not finite, with their path and batch.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -118,10 +113,9 @@ def recalibrate(
 def _fixed_point(
     step: Step, model: Model, batches: Iterable[Any], estimate: Estimate, bar: Callable
 ) -> Layers:
-    """Repeats passes, each of which normalizes by the statistics of the last, until they stay as they are."""
+    """Repeats passes, each with the statistics of the last, until the statistics converge."""
     layers = model.layers
-    # Right after pass k are the first k layers behind one another, stacked ones (of a scan)
-    # included.
+    # After pass k, the first k layers in sequence are right, also the stacked layers of a scan.
     passes = 2 + sum(math.prod(jnp.shape(layer["var"])[:-1]) for layer in layers.values())
     movement: dict[str, float] = {}
     for index in range(passes):
@@ -138,13 +132,13 @@ def _fixed_point(
             "the statistics do not settle",
             expected=f"no change after {passes} passes for {len(layers)} layer(s)",
             got=f"{worst}, which still changes by {movement[worst]:.1%}",
-            fix="Where a layer's input depends on its own output, or batches differ from pass to pass, there may be no "
-            "such statistics: use layer_by_layer=False",
+            fix="Where a layer's input depends on its own output, or batches differ from pass to "
+            "pass, there may be no such statistics: use layer_by_layer=False",
         )
     return layers
 
 
-@partial(jax.jit, static_argnames=("estimate", "layer_by_layer"))  # laid out as what a step returns
+@partial(jax.jit, static_argnames=("estimate", "layer_by_layer"))  # sharded as in a step
 def _with_empty_populations(layers: Layers, estimate: Estimate, *, layer_by_layer: bool) -> Layers:
     return {
         path: layer | {POPULATION: empty_population(layer, estimate, layer_by_layer)}
@@ -154,7 +148,7 @@ def _with_empty_populations(layers: Layers, estimate: Estimate, *, layer_by_laye
 
 @jax.jit
 def _settle(layers: Layers) -> Layers:
-    """Returns the layers with what their populations say; features that were not seen keep what they have."""
+    """Returns the layers with their populations' statistics, old ones for missing features."""
     settled = {}
     for path, layer in layers.items():
         found = zip(STATISTICS, layer[POPULATION].statistics(), layer[POPULATION].seen, strict=True)
@@ -168,7 +162,7 @@ def _settle(layers: Layers) -> Layers:
 
 @jax.jit
 def _movement(old: Layer, new: Layer) -> Float[Array, ""]:
-    """Returns how far the layer's statistics moved: means in deviations, variances in parts of themselves."""
+    """Returns how far statistics moved: means in deviations, variances relative to themselves."""
     var = new["var"] + EPSILON
     mean_moved = jnp.sqrt(abs2(new["mean"] - old["mean"].astype(new["mean"].dtype)) / var)
     return jnp.maximum(jnp.max(mean_moved), jnp.max(jnp.abs(new["var"] - old["var"]) / var))
@@ -203,13 +197,14 @@ def _check_batches(batches: Any, layer_by_layer: bool) -> None:
             "layer by layer goes through the batches several times, and these can be had once",
             expected="an iterable that starts anew each time, such as a list or a data loader",
             got=f"a {type(batches).__name__}",
-            fix="Pass list(batches) if they fit into memory, or an object whose __iter__ makes a new generator",
+            fix="Pass list(batches) if they fit into memory, or an object whose __iter__ makes a "
+            "new generator",
             kind=TypeError,
         )
 
 
 class _Bar:
-    """A progress bar, where one is asked for: `bar(batches)` goes through the batches and shows how many are done."""
+    """An optional progress bar: `bar(batches)` iterates over the batches and shows their number."""
 
     def __init__(self, shown: bool):
         self.progress = _progress() if shown else None

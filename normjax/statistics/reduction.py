@@ -1,4 +1,4 @@
-"""What every statistic is made of: which elements are reduced, and how they add up to moments."""
+"""Reduces arrays to moments: the basis of every statistic."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from normjax._typing import Activations, Mask, promote, widen
 from normjax.platforms.cpu import separate_if_narrow, separate_operands
 from normjax.statistics.devices import ALONE, DeviceGroup
 
-# The names under which `jax.checkpoint` can keep a layer's statistics, its input, and an output
-# that stands for the input.
+# The names under which `jax.checkpoint` can store a layer's statistics, its input, and an output
+# that replaces the input.
 STATISTICS = "normjax_statistics"
 INPUT = "normjax_input"
 OUTPUT = "normjax_output"
 
-# A variance v that is found around zero carries an error of about (v + mean^2) rounding errors.
+# A variance v that is computed around zero has an error of about (v + mean^2) rounding errors.
 # Up to mean^2 = 64 v that is 4e-6 of v in float32.
 TOLERATED_MEAN_SQUARE = 64.0
 
 
 class Moments(NamedTuple):
-    """How many elements, their mean, and their biased variance, for each feature.
+    """The number of elements, their mean, and their biased variance, for each feature.
 
     `Moments` of disjoint sets of elements combine exactly through `merge_moments`. An empty set has
-    count 0; its mean and variance carry no meaning and count for nothing in a merge.
+    count 0; its mean and variance have no meaning and do not affect a merge.
 
     Attributes:
       count: number of elements, real, of shape `(*features)` or broadcastable to it.
-      mean: their mean, `(*features)`; complex where x is.
+      mean: their mean, `(*features)`; complex if x is.
       var: mean of `|x - mean|^2`, `(*features)`; real, not negative.
     """
 
@@ -47,15 +47,15 @@ class Moments(NamedTuple):
 
 
 class Input(NamedTuple):
-    """The input of a layer as it came, and in at least float32.
+    """The input of a layer, in its own dtype and in at least float32.
 
-    Gradients flow through `x32`, so that they are added up before they are rounded to the dtype of
-    `x`. Whatever reads x and keeps it for the backward pass reads `x`, which is smaller.
+    Gradients flow through `x32`, so that they are summed before they are rounded to the dtype of
+    `x`. Reductions read and store `x`, which is smaller.
 
     Attributes:
-      x: with zeros where the mask hides a NaN or an infinity.
+      x: the input, with zeros where the mask hides a NaN or an infinity.
       x32: the same in at least float32.
-      sound: where nothing was hidden; None without a mask.
+      sound: False where the mask hid a NaN or an infinity; None without a mask.
     """
 
     x: Inexact[Array, "..."]
@@ -65,17 +65,17 @@ class Input(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec:
-    """What is static about a layer's step; hashable, so that eager calls compile it once.
+    """The static arguments of a layer's step; hashable, so that eager calls compile it once.
 
     Attributes:
       axes: the reduced axes, not negative.
       feature_axes: the axes of scale and bias, ascending.
-      devices: the devices to share with.
-      epsilon: what the layer adds to the variance.
-      dtype: of y.
-      groups: None, or the axis of x whose neighbours share their statistics, and how many of them
-        do. x is never cut into groups: its minor axis would be as small as a group, which
-        accelerators pad.
+      devices: the devices that share statistics.
+      epsilon: added to the variance.
+      dtype: dtype of y.
+      groups: None, or the axis of x along which groups of neighbours share statistics, and the size
+        of a group. x is not reshaped into groups: its minor axis would be as small as a group,
+        which accelerators pad.
     """
 
     axes: tuple[int, ...]
@@ -86,7 +86,7 @@ class Spec:
     groups: tuple[int, int] | None = None
 
     def without(self, dropped: tuple[int, ...]) -> Self:
-        """Returns the same of x without some axes that are not reduced."""
+        """Returns the spec for x without some axes that are not reduced."""
         groups = self.groups and (_place(self.groups[0], dropped), self.groups[1])
         axes = tuple(_place(axis, dropped) for axis in self.axes)
         return replace(self, axes=axes, groups=groups)
@@ -96,7 +96,7 @@ class Spec:
         return jnp.expand_dims(statistic, self.axes)
 
     def count(self, x: Activations) -> Any:
-        """How many elements of x each statistic is over: a float, or an array of a symbolic size."""
+        """Returns how many elements of x each statistic is over, an array if sizes are symbolic."""
         count = math.prod(map(x.shape.__getitem__, self.axes))
         if self.groups is not None:
             count *= self.groups[1]
@@ -112,11 +112,11 @@ class Spec:
         return total if self.groups is None else self._over_groups(total, self.groups)
 
     def local_count(self, x: Activations, mask: Mask) -> Array:
-        """How many elements count on this device: real, broadcastable to the features."""
+        """Returns how many elements count on this device, broadcastable to the features."""
         repeats = math.prod(x.shape[axis] for axis in self.axes if mask.shape[axis] == 1)
         axes = [axis for axis in self.axes if mask.shape[axis] != 1]
-        # Exact within an example. Over examples in the sums' own dtype: under jit, where that sum
-        # is one over devices, XLA sends it along with the others.
+        # The count is exact within an example. Over examples it is summed in the dtype of the other
+        # sums: under jit, XLA then combines their collectives over devices into one.
         counts = jnp.sum(mask, axes[1:], jnp.int32, keepdims=True).astype(_real_dtype(x))
         counts = (jnp.sum(counts, axes[:1], keepdims=True) * repeats).squeeze(self.axes)
         if self.groups is not None and mask.shape[self.groups[0]] == 1:
@@ -132,21 +132,21 @@ class Spec:
 
 
 def _place(axis: int, dropped: tuple[int, ...]) -> int:
-    """Where an axis is once others are dropped."""
+    """Returns the index of an axis after others are removed."""
     return axis - sum(other < axis for other in dropped)
 
 
 def batch_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
     """Returns the moments of x: one pass around zero, and a second one if the first one cancelled.
 
-    On several devices the second pass is a collective of its own, and whether it is due is asked of
-    all features at once. See `example_moments` for statistics that each example has of its own.
+    On several devices the second pass is another collective, so one decision is made for all
+    features. See `example_moments` for statistics of each example.
     """
     return moments_by(one_pass_if_safe, spec, x, mask)
 
 
 def moments_by(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask | None) -> Moments:
-    """Returns the moments that `forward(spec, x, mask)` computes, with the derivative of the formula."""
+    """Returns the moments by `forward(spec, x, mask)`, with the derivative of the formula."""
     moments = _moments(forward, spec, x, mask)
     return moments._replace(count=spec.count(x.x)) if mask is None else moments
 
@@ -160,7 +160,7 @@ def _moments(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask |
 def _moments_jvp(
     forward: Callable[..., Moments], spec: Spec, primals: tuple, tangents: tuple
 ) -> tuple[Moments, Moments]:
-    """The derivative does not know of passes and branches."""
+    """Returns the derivative of the formula, which does not depend on passes and branches."""
     x, mask = primals
     moments = jax.tree.map(named, _moments(forward, spec, x, mask))
     return moments, moments_dot(spec, moments, x.x, mask, tangents[0].x32)
@@ -188,8 +188,8 @@ def one_pass_if_safe(spec: Spec, x: Array, mask: Mask | None) -> Moments:
 
     .. math:: \mu = \frac1n \sum_i x_i, \qquad \sigma^2 = \frac1n \sum_i |x_i|^2 - |\mu|^2
 
-    The predicate is made of sums over the devices alone, so all of them take the same branch, and
-    the collective within it finds its partners.
+    The predicate only depends on sums over the devices, so all devices take the same branch, and
+    with it the same collective.
     """
     count, mean, square = means(spec, x, mask)
     mean_squared = abs2(mean)
@@ -213,7 +213,7 @@ def around(spec: Spec, x: Array, mask: Mask | None, first: Moments) -> Moments:
     .. math:: \delta = \frac1n \sum_i (x_i - m), \qquad \mu = m + \delta, \qquad
               \sigma^2 = \frac1n \sum_i |x_i - m|^2 - |\delta|^2
 
-    A sum of many numbers far from zero is off by more than the last digit of their mean.
+    The mean of many numbers far from zero has an error of more than its last digit.
     """
     count, offset, square = means(spec, x, mask, first)
     return Moments(count, first.mean + offset, square - abs2(offset))
@@ -224,7 +224,7 @@ def means(
 ) -> tuple[Any, Array, Array]:
     """Returns the count (None: all), the mean, and the mean square of x in one pass.
 
-    With the moments of a first pass they are those of x less its mean. Of an empty set they are 0.
+    Given the moments of a first pass, x is centered around their mean. For an empty set they are 0.
     """
     values, squares = _values(spec, x, mask, first)
     sums = spec.local_sum(values), spec.local_sum(squares)
@@ -241,12 +241,12 @@ def means(
 
 
 def _values(spec: Spec, x: Array, mask: Mask | None, first: Moments | None) -> tuple[Array, Array]:
-    """Returns the terms of the sum, and their squares; 0 for what does not count."""
+    """Returns the terms of the sum, and their squares; 0 for elements that do not count."""
     own, other = separate_if_narrow(x, 2)
     if first is None:
         reference, again = None, None
     else:
-        # Not to be shared either: it would be broadcast to the size of x, and written out.
+        # Also separate: a shared one would be broadcast to the size of x, and written to memory.
         reference, again = (
             separate_operands(first.mean, 2) if other is not own else [first.mean] * 2
         )
@@ -260,7 +260,7 @@ def _value(spec: Spec, x: Array, mask: Mask | None, reference: Array | None) -> 
 
 
 def at_least_one(count: Any) -> Any:
-    """Returns a count to divide by."""
+    """Returns a count that is safe to divide by."""
     return max(count, 1.0) if isinstance(count, float) else jnp.maximum(count, 1)
 
 
@@ -269,9 +269,9 @@ def _ratio(total: Array, n: Any) -> Array:
 
 
 def read(x: Activations, mask: Mask | None = None) -> Input:
-    """Returns x under the name by which a checkpoint policy finds it, and widened.
+    """Returns x, named for checkpoint policies, and widened.
 
-    A NaN times a gradient of zero is NaN. So a hidden NaN must not get as far as the derivative.
+    A NaN times a gradient of zero is NaN. So a masked NaN must not reach the derivative.
     """
     sound = None
     if mask is not None:
@@ -287,8 +287,8 @@ def masked(x: Array, mask: Mask | None) -> Array:
 
 
 def named(value: Array, name: str = STATISTICS) -> Array:
-    """Marks what `jax.checkpoint` is to keep."""
-    if jnp.iscomplexobj(value):  # which jax.checkpoint cannot keep as it is
+    """Marks an array that `jax.checkpoint` should store."""
+    if jnp.iscomplexobj(value):  # jax.checkpoint cannot store complex arrays by name
         return lax.complex(named(value.real, name), named(value.imag, name))
     return checkpoint_name(value, name)
 
@@ -299,7 +299,7 @@ def abs2(x: Array) -> Array:
 
 
 def real_product(a: Array, b: Array) -> Array:
-    """Re(conj(a) b), without the complex product where both are real."""
+    """Returns Re(conj(a) b), without a complex product if both are real."""
     return a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b
 
 

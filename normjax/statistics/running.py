@@ -1,4 +1,4 @@
-"""Where statistics are kept: the running mean and variance that stand for the population at inference."""
+"""Updates the running mean and variance, which are used at inference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIONS = ("biased", "unbiased")
 
 
 def init_batch_stats(features: tuple[int, ...], dtype: DTypeLike, *, count: bool) -> BatchStats:
-    """Returns mean 0 and variance 1 in at least float32, and the count of batches where asked for."""
+    """Returns mean 0 and variance 1 in at least float32, and the count of batches if `count`."""
     dtype = promote(dtype, jnp.float32)
     batch_stats = {
         "mean": jnp.zeros(features, dtype),
@@ -40,18 +40,18 @@ def update_batch_stats(
     batch is `(k - 1) / k`: the mean over all batches, each counted once.
 
     Args:
-      batch_stats: `mean` and `var`, each `(*features)`, and `count`, an int32 scalar, where
-        cumulative.
-      moments: of the batch, or merged from several (devices, microbatches).
-      momentum: weight of the old value, from 0 to 1; a number or a scalar array. PyTorch's is the
-        complement.
+      batch_stats: `mean` and `var`, each `(*features)`, and `count`, an int32 scalar, if
+        `momentum=None`.
+      moments: moments of the batch, or merged from several (devices, microbatches).
+      momentum: weight of the old value, from 0 to 1; a number or a scalar array. PyTorch's momentum
+        is 1 minus this one.
       running_var: "biased" (Flax, Keras) or "unbiased" (PyTorch, Ioffe & Szegedy 2015, Algorithm
         2).
 
     Returns:
-      A dict of the same structure, shapes and dtypes. Features for which no element counts keep
-      their values (for the
-      unbiased variance: fewer than two elements), and a batch in which none does is not counted.
+      A dict of the same structure, shapes and dtypes. Features without elements keep their values
+      (the unbiased variance needs two elements), and a batch in which nothing counts is not
+      counted.
 
     Raises:
       ValueError: for `momentum=None` without a count, an unknown `running_var`, or leaves that do
@@ -80,9 +80,9 @@ def update(
     momentum: float | ArrayLike | None,
     running_var: RunningVar,
 ) -> BatchStats:
-    """Does what `update_batch_stats` says, with arguments that have been checked.
+    """Updates as `update_batch_stats` does, with checked arguments.
 
-    A count that is a float is known when the program is compiled, and nothing has to be asked.
+    If the count is a float, it is static, and `count > 0` needs no operation.
     """
     count: Any = batch.count
     mean, var = batch.mean, batch.var
@@ -106,7 +106,7 @@ def update(
 def collect(
     batch_stats: BatchStats, batch: Moments, cumulative: bool, running_var: RunningVar
 ) -> BatchStats:
-    """Adds the batch to the population instead, and counts it if the running mean is cumulative."""
+    """Adds the batch to the population, and counts it if the running mean is cumulative."""
     population: Any = batch_stats[POPULATION]
     new = {POPULATION: population.add(batch, unbiased=running_var == "unbiased")}
     if cumulative:
@@ -116,9 +116,9 @@ def collect(
 
 
 def _blend(old: Array, batch: Array, momentum: Any, enough: Any) -> Array:
-    """The convex combination in the precision of the batch, then in the dtype of the old value.
+    """Returns the weighted mean, computed in the batch's precision, in the old value's dtype.
 
-    A value of weight 0 leaves no trace, though 0 times infinity is NaN.
+    A value of weight 0 has no effect, although 0 times infinity is NaN.
     """
     if enough is False:
         return old
@@ -150,7 +150,7 @@ def check_batch_stats(
     dtype: DTypeLike,
     momentum: object,
 ) -> None:
-    """Refuses running statistics that do not fit the features, the dtype or the momentum."""
+    """Raises for running statistics that do not fit the features, the dtype or the momentum."""
     if momentum is not None:
         _checks.between(function, "momentum", momentum, 0.0, 1.0)
     tree = batch_stats
@@ -178,6 +178,7 @@ def check_batch_stats(
             function,
             "the running mean of complex x is complex",
             expected="a complex batch_stats['mean']",
-            got=f"batch_stats['mean'].dtype={jnp.asarray(batch_stats['mean']).dtype} for dtype {dtype}",
+            got=f"batch_stats['mean'].dtype={jnp.asarray(batch_stats['mean']).dtype} for dtype "
+            f"{dtype}",
             fix="Make it with batch_norm_init(..., param_dtype=jnp.complex64)",
         )

@@ -1,4 +1,4 @@
-"""Running statistics of replicas that trained apart, merged into those of all of them."""
+"""Merges the running statistics of replicas that trained separately."""
 
 from __future__ import annotations
 
@@ -22,31 +22,32 @@ def sync_batch_stats(
     axis_index_groups: AxisIndexGroups | None = None,
     momentum: float | None = None,
 ) -> PyTree[Array]:
-    r"""Returns the statistics of the union of what the devices have seen, the same on each of them.
+    r"""Merges the running statistics of all devices, with the same result on each of them.
 
-    .. math:: \mu = \frac1D \sum_d \mu_d, \qquad \sigma^2 = \frac1D \sum_d \left(\sigma_d^2 + |\mu_d - \mu|^2\right)
+    .. math:: \mu = \frac1D \sum_d \mu_d, \qquad
+              \sigma^2 = \frac1D \sum_d \left(\sigma_d^2 + |\mu_d - \mu|^2\right)
 
-    If you train without `axis_name`, each device has statistics of its own: call this function
-    before evaluation or a checkpoint. The mean of the variances alone would leave out how far the
-    devices' means lie apart. Devices count alike.
+    If you train without `axis_name`, each device has its own statistics: call this function before
+    evaluation or a checkpoint. The mean of the variances alone would leave out the variance between
+    the devices' means. All devices have the same weight.
 
-    If you share statistics within groups of devices, and they are to leave each step replicated,
-    call it after each step with the `momentum` m of that step. Means that started equal have moved
-    by a fraction `1 - m` towards those of their batches. With `|\mu_d - \mu|^2 / (1 - m)` in the
+    If you share statistics within groups of devices, and want them replicated after each step, call
+    it after each step with the `momentum` m of that step. Means that started equal have moved by a
+    fraction `1 - m` towards those of their batches. With `|\mu_d - \mu|^2 / (1 - m)` in the
     formula, the result is what one step on the whole batch gives.
 
     Args:
-      batch_stats: of one layer, or of a whole model: dicts of dicts, as in Flax's `batch_stats`
-        collection.
+      batch_stats: statistics of one layer, or of a whole model: dicts of dicts, as in Flax's
+        `batch_stats` collection.
       axis_name: mapped axis or axes (pmap, shard_map, vmap) to merge over.
       axis_index_groups: groups of indices of that axis that merge, as in `jax.lax.psum`.
-      momentum: None, or that of the one step since the devices' statistics were equal: from 0 to
-        below 1.
+      momentum: None, or the momentum of the one step since the devices' statistics were equal: from
+        0 to below 1.
 
     Returns:
       A tree of the same structure, shapes and dtypes. Leaves other than `mean` and `var` (such as
-      `count`) take the devices' mean, rounded for ints. Two collectives, however many layers there
-      are.
+      `count`) take the devices' mean, rounded for ints. There are two collectives for any number of
+      layers.
 
     Raises:
       NameError: for an axis that is not in scope. ValueError: for a `var` without a `mean` beside
@@ -54,8 +55,9 @@ def sync_batch_stats(
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
-      >>> batch_stats = {"mean": jnp.array([[0.0], [2.0]]), "var": jnp.array([[1.0], [1.0]])}  # of 2 devices
-      >>> merged = jax.vmap(lambda own: nj.sync_batch_stats(own, "data"), axis_name="data")(batch_stats)
+      >>> batch_stats = {"mean": jnp.array([[0.0], [2.0]]), "var": jnp.ones((2, 1))}  # of 2 devices
+      >>> sync = lambda own: nj.sync_batch_stats(own, "data")
+      >>> merged = jax.vmap(sync, axis_name="data")(batch_stats)
       >>> print(merged["mean"][0], merged["var"][0])
       [1.] [2.]
 
@@ -93,7 +95,7 @@ def _below_one(momentum: float) -> float:
 
 
 def _averaged(leaves: dict[Any, Array], devices: DeviceGroup) -> dict[Any, Array]:
-    """The devices' mean of each leaf, in the leaf's dtype, by one collective."""
+    """Returns the devices' mean of each leaf, in the leaf's dtype, by one collective."""
     if not leaves:  # of layers without statistics, there is nothing to send
         return {}
     means = (total / devices.size for total in devices.sum(*map(_wide, leaves.values())))
@@ -106,7 +108,7 @@ def _averaged(leaves: dict[Any, Array], devices: DeviceGroup) -> dict[Any, Array
 
 
 def _mean_beside(names: Path, named: dict[Path, KeyPath]) -> KeyPath:
-    """Returns the path of the mean that lies beside a variance."""
+    """Returns the path of the mean that belongs to a variance."""
     mean = named.get((*names[:-1], "mean"))
     if mean is not None:
         return mean

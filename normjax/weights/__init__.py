@@ -1,4 +1,4 @@
-"""Normalization of kernels instead of activations, under the same contract: `(params, batch_stats, kernel, train)`."""
+"""Normalizes kernels instead of activations, with `(params, batch_stats, kernel, train)`."""
 
 from normjax.weights.spectral_norm import spectral_norm, spectral_norm_init
 from normjax.weights.weight_norm import weight_norm, weight_norm_init, weight_norm_init_from_data

@@ -23,7 +23,7 @@ def spectral_norm_init(
 
     Args:
       kernel: of any rank >= 1.
-      key: for the random direction.
+      key: random key for the direction.
       feature_axes: the axes that make the columns of the matrix.
 
     Returns:
@@ -35,7 +35,8 @@ def spectral_norm_init(
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
-      >>> params, batch_stats = nj.weights.spectral_norm_init(jnp.ones((3, 3, 8, 16)), key=jax.random.key(0))
+      >>> kernel, key = jnp.ones((3, 3, 8, 16)), jax.random.key(0)
+      >>> params, batch_stats = nj.weights.spectral_norm_init(kernel, key=key)
       >>> print(params, batch_stats["u"].shape, batch_stats["sigma"])
       {} (1, 16) 1.0
     """
@@ -58,29 +59,30 @@ def spectral_norm(
     epsilon: float = 1e-12,
     dtype: DTypeLike | None = None,
 ) -> tuple[Kernel, BatchStats]:
-    r"""Divides a kernel by its largest singular value, which power iteration finds over the steps of training.
+    r"""Divides a kernel by its largest singular value, found by power iteration in training.
 
-    .. math:: v = \frac{u W^\top}{\lVert u W^\top \rVert}, \quad u = \frac{v W}{\lVert v W \rVert}, \quad
+    .. math:: v = \frac{u W^\top}{\lVert u W^\top \rVert}, \quad
+              u = \frac{v W}{\lVert v W \rVert}, \quad
               \sigma = v W u^\top, \quad w = \frac{W}{\sigma}
 
-    with the kernel as a matrix W of one column a feature. It bounds how much a layer can stretch
-    its input: use it in the discriminators of GANs, and where a network is to be Lipschitz. u and v
-      are constants to the derivative.
+    with the kernel as a matrix W of one column for each feature. It bounds how much a layer can
+    stretch its input: use it in the discriminators of GANs, and for networks that must be
+    Lipschitz. Gradients treat u and v as constants.
 
     Args:
       params: `{}`.
       batch_stats: dict of `u`, `(1, features)`, and `sigma`, a scalar.
       kernel: W, real, of any rank >= 1. It is not changed.
-      train: Python bool: whether to return the new u and sigma. At inference the iteration starts
-        from the stored u, too, and is as deterministic as it is.
+      train: Python bool: whether to return the new u and sigma. Inference also starts from the
+        stored u, so it is deterministic.
       feature_axes: the axes that make the columns of the matrix; all others make its rows.
-      n_steps: of power iteration, at each call.
+      n_steps: number of steps of power iteration in each call.
       epsilon: added to the squared norms, of vectors whose largest element is 1.
-      dtype: of w; None for that of the kernel.
+      dtype: dtype of w; None for the dtype of the kernel.
 
     Returns:
       `w`, of the kernel's shape, and the `batch_stats`, new in training. A kernel whose sigma is 0
-      comes back as it is. Computed in at least float32 and rounded once.
+      is returned unchanged. Computed in at least float32 and rounded once.
 
     Raises:
       ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit, or `n_steps`
@@ -90,7 +92,8 @@ def spectral_norm(
       >>> import jax, jax.numpy as jnp, normjax as nj
       >>> kernel = jnp.diag(jnp.array([5.0, 1.0]))
       >>> params, batch_stats = nj.weights.spectral_norm_init(kernel, key=jax.random.key(0))
-      >>> w, batch_stats = nj.weights.spectral_norm(params, batch_stats, kernel, train=True, n_steps=10)
+      >>> spectral_norm = nj.weights.spectral_norm
+      >>> w, batch_stats = spectral_norm(params, batch_stats, kernel, train=True, n_steps=10)
       >>> print(batch_stats["sigma"].round(3), w.round(3).diagonal())
       5.0 [1.  0.2]
 
@@ -130,12 +133,12 @@ def spectral_norm(
 
 
 def forget_kernels_of_zeros(batch_stats: BatchStats) -> BatchStats:
-    """Returns what Flax stores: weights of zeros (new biases of attention) lose their direction, and are left alone."""
+    """Returns the state that Flax stores, which has u = 0 for weights of zeros."""
     return batch_stats | {"u": jnp.where(batch_stats["sigma"] == 0, 0, batch_stats["u"])}
 
 
 class _Plan(NamedTuple):
-    """What is static about a step."""
+    """The static arguments of a step."""
 
     feature_axes: tuple[int, ...]
     n_steps: int
@@ -164,12 +167,12 @@ def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, 
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """In full float32 on accelerators too, where matrix products default to less."""
+    """Multiplies in full float32 also on accelerators, where matrix products default to less."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _direction(vector: Array, otherwise: Array, epsilon: float) -> Array:
-    """The unit vector, safe from overflow and underflow; `otherwise` where there is none, as in a kernel of zeros."""
+    """Returns the unit vector, safe from overflow and underflow; `otherwise` for zeros."""
     largest = jnp.max(jnp.abs(vector))
     known = largest > 0
     vector = vector / jnp.where(known, largest, 1)

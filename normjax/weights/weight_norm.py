@@ -21,12 +21,13 @@ from normjax.statistics.reduction import Spec, abs2
 def weight_norm_init(
     kernel: Kernel, *, feature_axes: Axes = -1, param_dtype: DTypeLike | None = None
 ) -> tuple[Params, BatchStats]:
-    """Returns the scale at which `weight_norm` gives back the kernel that it is given, and `{}`.
+    """Returns the scale with which `weight_norm` returns the same kernel, and `{}`.
 
     Args:
       kernel: of any rank >= 1, such as `(inputs, features)` or `(height, width, inputs, features)`.
-      feature_axes: the axes that have a norm of their own; `()` for one norm of all.
-      param_dtype: of the scale; None for that of the kernel.
+      feature_axes: the axes along which each slice has its own norm; `()` for one norm of the whole
+        kernel.
+      param_dtype: dtype of the scale; None for the dtype of the kernel.
 
     Returns:
       `params`: a dict of `scale`, the norms of the kernel, `(*features)`; and an empty
@@ -59,23 +60,23 @@ def weight_norm(
     epsilon: float = 1e-12,
     dtype: DTypeLike | None = None,
 ) -> tuple[Kernel, BatchStats]:
-    r"""Gives a kernel the norms that `scale` says, whatever its own are.
+    r"""Gives a kernel the norms in `scale`, whatever its own are.
 
     .. math:: w = \gamma \frac{v}{\sqrt{\lVert v \rVert^2 + \epsilon}}
 
-    with the norm over all axes but the features. Length and direction of each feature's weights are
-    then learned apart,
-    with no statistics of activations: use it in recurrent and generative networks, and in
-      reinforcement learning.
+    with the norm over all axes but the features. The length and direction of each feature's weights
+    are then learned separately, without statistics of activations: use it in recurrent and
+    generative networks, and in reinforcement learning.
 
     Args:
       params: dict of `scale`, `(*features)`; without it all norms are 1.
       batch_stats: `{}`.
       kernel: v, floating-point or complex, of any rank >= 1. It is not changed.
       train: Python bool.
-      feature_axes: the axes that have a norm of their own; `()` for one norm of all.
+      feature_axes: the axes along which each slice has its own norm; `()` for one norm of the whole
+        kernel.
       epsilon: added to the squared norm.
-      dtype: of w; None for that of the kernel.
+      dtype: dtype of w; None for the dtype of the kernel.
 
     Returns:
       `w`, of the kernel's shape, and `{}`. Computed in at least float32 and rounded once.
@@ -86,7 +87,8 @@ def weight_norm(
     Example:
       >>> import jax.numpy as jnp, normjax as nj
       >>> kernel = jnp.array([[3.0, 1.0], [4.0, 0.0]])
-      >>> print(nj.weights.weight_norm({"scale": jnp.array([1.0, 2.0])}, {}, kernel, train=True)[0].round(3))
+      >>> params = {"scale": jnp.array([1.0, 2.0])}
+      >>> print(nj.weights.weight_norm(params, {}, kernel, train=True)[0].round(3))
       [[0.6 2. ]
        [0.8 0. ]]
 
@@ -127,21 +129,21 @@ def weight_norm_init_from_data(
     output_axes: Axes = -1,
     epsilon: float = 1e-5,
 ) -> tuple[Params, BatchStats, Array]:
-    r"""Returns a scale and a bias with which a first batch comes out with mean 0 and variance 1.
+    r"""Returns a scale and a bias that give a first batch mean 0 and variance 1.
 
     .. math:: t = \mathrm{linear}\left(\frac{v}{\lVert v \rVert}\right), \qquad
               \gamma = \frac{1}{\sqrt{\sigma^2[t] + \epsilon}}, \qquad \beta = - \gamma \mu[t]
 
     Args:
-      linear: from a kernel to the pre-activations of a batch, such as `lambda kernel: x @ kernel`;
+      linear: maps a kernel to the pre-activations of a batch, such as `lambda kernel: x @ kernel`;
         without a bias.
       kernel: v.
-      feature_axes: of the kernel.
-      output_axes: the axes of those features in what `linear` returns.
+      feature_axes: the feature axes of the kernel.
+      output_axes: the axes of these features in the result of `linear`.
       epsilon: added to the variance.
 
     Returns:
-      `params` and `batch_stats` for `weight_norm`, and the bias to add to what `linear` returns,
+      `params` and `batch_stats` for `weight_norm`, and the bias to add to the result of `linear`,
       `(*features)`.
 
     Raises:

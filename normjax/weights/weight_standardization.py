@@ -23,14 +23,14 @@ def weight_standardization_init(
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
 ) -> tuple[Params, BatchStats]:
-    """Returns a learned gain for `weight_standardization`, which also works without: with `{}`.
+    """Returns a learned gain for `weight_standardization`, which also works without one: with `{}`.
 
     Args:
       num_features: the size of the kernel's feature axis; with several, their sizes in the order of
         its axes.
       scale_init: makes the gain.
-      key: for a random initializer; not needed otherwise.
-      param_dtype: of the gain.
+      key: random key, only needed for a random initializer.
+      param_dtype: dtype of the gain.
 
     Returns:
       `params`: a dict of `scale` (ones), `(*num_features)`; and an empty `batch_stats`.
@@ -65,10 +65,10 @@ def weight_standardization(
     .. math:: w = \gamma \frac{v - \mu}{\sqrt{N \sigma^2 + \epsilon}}
 
     with mean and biased variance over all axes but the features, and N = 1, or the fan-in with
-    `scaled=True`. The plain form goes with group norm and small batches; the scaled one keeps the
-    variance of activations and so replaces normalization, in networks without (NF-ResNets), with a
-    gain for the activation, such as `sqrt(2 / (1 - 1 / pi))` for ReLU, in `scale_init` or behind
-    it.
+    `scaled=True`. The plain form goes with group norm and small batches. The scaled form preserves
+    the variance of activations, and so replaces normalization in networks without it (NF-ResNets).
+    It needs a gain for the activation, such as `sqrt(2 / (1 - 1 / pi))` for ReLU, in `scale_init`
+    or after the activation.
 
     Args:
       params: `{}`, or a dict of `scale`, `(*features)`.
@@ -76,11 +76,11 @@ def weight_standardization(
       kernel: v, floating-point or complex, of any rank >= 2, such as `(height, width, inputs,
         features)`. It is not changed.
       train: Python bool.
-      feature_axes: the axes whose weights have statistics of their own.
+      feature_axes: the axes along which each slice has its own statistics.
       scaled: whether the result has the variance 1 / fan-in.
       epsilon: added to the variance, or to the variance times the fan-in, which is near 1 for usual
         initializers.
-      dtype: of w; None for that of the kernel.
+      dtype: dtype of w; None for the dtype of the kernel.
 
     Returns:
       `w`, of the kernel's shape, and `{}`. Computed in at least float32 and rounded once.
@@ -92,9 +92,11 @@ def weight_standardization(
     Example:
       >>> import jax.numpy as jnp, normjax as nj
       >>> kernel = jnp.array([[1.0], [3.0], [1.0], [3.0]])
-      >>> print(nj.weights.weight_standardization({}, {}, kernel, train=True)[0].round(3).ravel())
+      >>> w, _ = nj.weights.weight_standardization({}, {}, kernel, train=True)
+      >>> print(w.round(3).ravel())
       [-1.  1. -1.  1.]
-      >>> print(nj.weights.weight_standardization({}, {}, kernel, train=True, scaled=True)[0].round(3).ravel())
+      >>> w, _ = nj.weights.weight_standardization({}, {}, kernel, train=True, scaled=True)
+      >>> print(w.round(3).ravel())
       [-0.5  0.5 -0.5  0.5]
 
     References:
@@ -117,7 +119,7 @@ def weight_standardization(
     shape = operands.x.shape
     axes = _checks.other_axes(operands.feature_axes, len(shape))
     fan_in = math.prod(shape[axis] for axis in axes) if scaled else 1
-    # (v - mu) / sqrt(N var + epsilon) is that of var + epsilon / N, divided by the root of N.
+    # (v - mu) / sqrt(N var + epsilon) equals (v - mu) / sqrt(var + epsilon / N) / sqrt(N).
     spec = check_spec(
         function,
         operands,

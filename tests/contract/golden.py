@@ -20,7 +20,7 @@ DIGITS = 7
 
 
 def values(layer, settings):
-    """y in training and at inference, the new statistics, and the gradients of sum(tanh(y)), by name."""
+    """y in training and inference, new statistics, and the gradients of sum(tanh(y)), by name."""
     params, batch_stats, x = arguments(layer, settings, np.random.default_rng(2015))
     apply = functools.partial(layer.apply, **settings)
 

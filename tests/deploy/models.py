@@ -42,7 +42,7 @@ def linen_model(function, x):
 
 
 class Block(nnx.Module):
-    """A residual block: the identity, or a projection, beside two convolutions, each with batch norm."""
+    """A residual block: two convolutions beside the identity or a projection, with batch norms."""
 
     def __init__(self, norm, features_in, features, strides, rngs):
         conv = {"use_bias": False, "rngs": rngs}

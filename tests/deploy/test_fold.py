@@ -35,7 +35,7 @@ def assert_agrees(actual, expected, relative=RELATIVE):
 
 
 def assert_folds(model, variables, x, count, relative=RELATIVE):
-    """Asserts that all of `count` batch norms are folded, that no trace of them is left, and that outputs agree."""
+    """Asserts that all `count` batch norms are folded without a trace, and that outputs agree."""
     folded = nj.deploy.fold(model, variables, x, show=False)
     assert [found.reason for found in folded.found] == [None] * count
     kept = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(folded.variables)}

@@ -1,4 +1,4 @@
-"""A layer with batch norm folded into it does what the two did: against lax, against Flax, on shapes that vary."""
+"""A layer with batch norm folded into it does what the two did, in lax and in Flax."""
 
 import re
 
@@ -171,8 +171,14 @@ def test_before_a_layer_that_sees_zeros_only_without_a_shift(rng, layer):
     kernel, bias = fold(*layer_leaves(variables), params, batch_stats, **how)
     expected = layer.apply(variables, norm(params, batch_stats, x))
     assert_agrees(layer.apply({"params": {"kernel": kernel, "bias": bias}}, x), expected)
-    refuses(ValueError, "padding='SAME'", params=params | {"bias": jnp.ones(3)}, batch_stats=batch_stats,
-            kernel=layer_leaves(variables)[0], **how)  # fmt: skip
+    refuses(
+        ValueError,
+        "padding='SAME'",
+        params=params | {"bias": jnp.ones(3)},
+        batch_stats=batch_stats,
+        kernel=layer_leaves(variables)[0],
+        **how,
+    )
 
 
 @pytest.mark.parametrize(("padding", "window"), [(None, 1), ("SAME", 1), (0, 1), ("VALID", 3)])

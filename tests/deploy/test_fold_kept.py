@@ -57,8 +57,8 @@ def scanned(x):
 
 
 KEPT = {
-    "beside": (beside, "what params/Dense_0/kernel makes is used elsewhere, too"),
-    "returned": (returned, "what params/Dense_0/kernel makes is used elsewhere, too"),
+    "beside": (beside, "the output of params/Dense_0/kernel is also used elsewhere"),
+    "returned": (returned, "the output of params/Dense_0/kernel is also used elsewhere"),
     "shared": (shared, "params/Dense_0/kernel is used more than once"),
     "tied": (tied, "params/Dense_0/kernel is used more than once"),
     "first": (lambda x: nn.Dense(3)(BN()(x)), "it comes first: its input is the model's"),
@@ -76,7 +76,7 @@ KEPT = {
     ),
     "other axis": (
         lambda x: BN(axis=1)(nn.Dense(3)(x)),
-        "`sub` of batch_stats/BatchNorm_0/mean, which is not one",
+        "`sub` of batch_stats/BatchNorm_0/mean, not one",
     ),
     "merged": (
         lambda x: BN()(nn.DenseGeneral((2, 3))(x).reshape(4, 6, 6)),
@@ -85,11 +85,12 @@ KEPT = {
     "scan": (scanned, "it is used by `scan`"),
     "weight norm": (
         lambda x: BN()(nj.linen.WeightNorm(nn.Dense(3))(x)),
-        "the kernel of the linear layer before it is computed from params/Dense_0/kernel, params/WeightNorm_0",
+        "the kernel of the linear layer before it is computed from params/Dense_0/kernel, "
+        "params/WeightNorm_0",
     ),
     "constant kernel": (
         lambda x: BN()(x @ jnp.eye(3)),
-        "the kernel of the linear layer before it is no leaf of variables",
+        "the kernel of the linear layer before it is not a leaf of variables",
     ),
     "mask": (
         lambda x: BN()(nn.Dense(3)(x), mask=jnp.ones((4, 1, 1), bool)),
@@ -114,7 +115,7 @@ def test_what_is_kept(name, x):
 
 
 def test_constants_in_between(x):
-    """An embedding of positions varies along another axis than the features, and what a sort makes is not followed."""
+    """An embedding of positions varies along another axis; a sorted constant is not followed."""
     variables = {
         "kernel": jnp.ones((3, 4)),
         "table": jnp.ones((6, 4)),
@@ -126,7 +127,7 @@ def test_constants_in_between(x):
         return nj.batch_norm({}, variables["norm"], y, train=False)[0]
 
     for constant, reason in (
-        (lambda table: table, "is `add` of table, which is not one number a feature"),
+        (lambda table: table, "is `add` of table, not one number for each feature"),
         (lambda table: jnp.sort(table[0]), "is a constant made by sort"),
     ):
         folded = nj.deploy.fold(partial(network, constant), variables, x, show=False)
@@ -179,7 +180,7 @@ def test_pairs_that_are_none(model, x):
     call = partial(nj.deploy.fold, *model, x)
     refuses(
         ValueError,
-        "('params/dense2/kernel', 'batch_stats/norm1') is no kernel and batch norm",
+        "('params/dense2/kernel', 'batch_stats/norm1') is not a kernel and a batch norm",
         ("params/dense1/kernel", "batch_stats/norm1"),
         call=partial(call, pairs=[("params/dense2/kernel", "batch_stats/norm1")]),
     )
@@ -195,7 +196,7 @@ def test_pairs_that_are_none(model, x):
     )
     refuses(
         ValueError,
-        "'params/dense1/kernel' is no",
+        "'params/dense1/kernel' is not a",
         call=partial(call, pairs=["params/dense1/kernel"]),
     )
     both = linen_model(lambda x: BN(name="b")(BN(name="a")(nn.Dense(3)(x))), x)

@@ -95,8 +95,8 @@ def test_random_gradients_lead_to_the_predicted_rotation(name):
     }
     (found,) = equilibrium(late(history, 2500), **settings).values()
     assert found.time_constant < 500
-    assert_close(found.angle.predicted, np.full(64, nj.optim.rotational_equilibrium(rate, decay, momentum=momentum,
-                 optimizer=kind)), rtol=1e-12)  # fmt: skip
+    expected = nj.optim.rotational_equilibrium(rate, decay, momentum=momentum, optimizer=kind)
+    assert_close(found.angle.predicted, np.full(64, expected), rtol=1e-12)
     for compared in (found.angle, found.norm):
         error = compared.ratio.std(ddof=1) / np.sqrt(64)
         assert error < 0.01

@@ -1,4 +1,4 @@
-"""No false alarm on the models of `examples/`, with the batches, steps and optimizers that they train with."""
+"""No false alarm on the models of `examples/`, with their batches, steps and optimizers."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""What `lint` reads in networks of all kinds: its findings against gradients, no false alarm, and clear errors."""
+"""`lint` on networks of all kinds: findings agree with gradients, no false alarms, errors."""
 
 from functools import partial
 
@@ -112,7 +112,7 @@ BETWEEN = {
 
 
 def verdict_and_gradient(norm, between):
-    """Whether lint finds the bias of a convolution, and its gradient relative to the kernel's, in float64."""
+    """Whether lint finds a convolution's bias, and its gradient relative to the kernel's."""
 
     def apply(params, x):
         h = conv(params["conv"]["kernel"], x) + params["conv"]["bias"]
@@ -329,7 +329,7 @@ class TestVariables:
 
 
 class TestErrors:
-    def refuse(self, message, *args, kind=ValueError, **settings):
+    def raises(self, message, *args, kind=ValueError, **settings):
         with pytest.raises(kind, match=message):
             lint(*args, **settings)
 
@@ -342,14 +342,14 @@ class TestErrors:
                 params["norm_0"], batch_stats["norm_0"], linear(params["dense_0"], x), train=False
             )
 
-        self.refuse(
+        self.raises(
             "runs in inference mode.*2 running statistics.*train=True", apply, variables, ROWS
         )
 
     def test_missing_statistics(self):
         network = Dense()
         apply = lambda variables, x: network(variables, x)[0]  # noqa: E731
-        self.refuse("returns no new statistics", apply, network.variables, ROWS, kind=TypeError)
+        self.raises("returns no new statistics", apply, network.variables, ROWS, kind=TypeError)
 
     def test_an_axis_without_a_name(self):
         network = Dense(axis_name="data")
@@ -359,16 +359,16 @@ class TestErrors:
 
     def test_arguments(self):
         network = Dense(hidden=1)
-        refuse = partial(self.refuse, apply_fn=network, variables=network.variables, x=ROWS)
-        refuse("got steps=0", steps=0)
-        refuse("got steps=1.5", steps=1.5)
-        refuse("got axis_size=-1", axis_name="data", axis_size=-1)
-        refuse("axis_size is that of no axis", axis_size=2)
-        refuse("optimizer of type float", optimizer=0.1, kind=TypeError)
-        self.refuse("The order is lint", network.variables, network, ROWS, kind=TypeError)
+        raises = partial(self.raises, apply_fn=network, variables=network.variables, x=ROWS)
+        raises("got steps=0", steps=0)
+        raises("got steps=1.5", steps=1.5)
+        raises("got axis_size=-1", axis_name="data", axis_size=-1)
+        raises("axis_size is given without an axis", axis_size=2)
+        raises("optimizer of type float", optimizer=0.1, kind=TypeError)
+        self.raises("The order is lint", network.variables, network, ROWS, kind=TypeError)
         alone = nj.batch_norm_init(5)[1]
         apply = partial(nj.batch_norm, {}, train=True)
-        self.refuse(
+        self.raises(
             "no parameters", lambda s, x: apply(s, x), alone, ROWS, optimizer=optax.sgd(0.1)
         )
 

@@ -47,8 +47,9 @@ def test_a_healthy_layer_is_reported_in_numbers_and_nothing_is_found():
     (layer,), findings = report(tree)
     assert findings == () and layer.severity is None
     assert (layer.path, layer.kind, layer.shape, layer.gap) == ("norm", "batch norm", (32,), None)
-    for name, values in (("mean", tree["batch_stats"]["norm"]["mean"]), ("var", tree["batch_stats"]["norm"]["var"]),
-                         ("scale", tree["params"]["norm"]["scale"])):  # fmt: skip
+    batch_stats, params = tree["batch_stats"]["norm"], tree["params"]["norm"]
+    expected = {"mean": batch_stats["mean"], "var": batch_stats["var"], "scale": params["scale"]}
+    for name, values in expected.items():
         assert getattr(layer, name) == (values.min(), np.median(values), values.max())
 
 
@@ -254,9 +255,17 @@ def test_a_state_of_training_is_reported_without_its_optimizer_and_copies_by_the
 
 
 def test_names_of_pytorch_and_keras():
-    torch = {"bn1.running_mean": np.zeros(4), "bn1.running_var": np.ones(4), "bn1.weight": np.ones(4),
-             "bn1.num_batches_tracked": np.array(3), "fc.weight": np.ones((4, 4)), "ln.weight": np.ones(4),
-             "4.weight": np.ones(4), "4.bias": np.ones(4), "5.weight": np.ones(1)}  # fmt: skip
+    torch = {
+        "bn1.running_mean": np.zeros(4),
+        "bn1.running_var": np.ones(4),
+        "bn1.weight": np.ones(4),
+        "bn1.num_batches_tracked": np.array(3),
+        "fc.weight": np.ones((4, 4)),
+        "ln.weight": np.ones(4),
+        "4.weight": np.ones(4),
+        "4.bias": np.ones(4),
+        "5.weight": np.ones(1),
+    }
     tree = {tuple(name.split(".")): value for name, value in torch.items()}
     assert [(layer.path, layer.kind, sorted(layer.leaves)) for layer in report(tree).layers] == [
         ("4", "norm", ["bias", "scale"]),

@@ -103,8 +103,10 @@ def test_the_newest_step_of_a_manager_and_any_other(capsys, tmp_path, items):
                 saved = ocp.args.Composite(state=saved, meta=ocp.args.JsonSave({"position": 7}))
             manager.save(step, args=saved)
     (tmp_path / "run" / "11.orbax-checkpoint-tmp").mkdir()  # as a process leaves it that dies
-    rules = {folder: [finding["rule"] for finding in reported(capsys, tmp_path / folder)[1]["findings"]]
-             for folder in ("run", "run/9", "run/10")}  # fmt: skip
+    rules = {}
+    for folder in ("run", "run/9", "run/10"):
+        findings = reported(capsys, tmp_path / folder)[1]["findings"]
+        rules[folder] = [finding["rule"] for finding in findings]
     assert rules["run"] == rules["run/10"] == ["dead-channels", "zero-scale"] and rules[
         "run/9"
     ] == ["zero-scale"]

@@ -1,4 +1,4 @@
-"""One step of synced batch norm on 8 devices, in each of JAX's ways to map, and the same step on one device."""
+"""A step of synced batch norm on 8 devices, mapped in each of JAX's ways, and on one device."""
 
 from functools import cache, partial
 
@@ -35,7 +35,7 @@ def operands(rng, *, dtype=jnp.float32, offset=0.0, mask=None, features=FEATURES
 
 
 def assert_steps_close(actual, expected, rtol=1e-5):
-    """Equal to rtol of each array's largest value: single values may lie near zero by cancellation."""
+    """Asserts equality to rtol of each array's largest value, as values may cancel to zero."""
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert_close(a, b, atol=rtol * float(jnp.abs(b).max()))
 
@@ -59,7 +59,7 @@ one_device = jax.jit(step, static_argnames="virtual_batch_size")
 
 
 def summed(step, **settings):
-    """The step as it stands in pmap or an unchecked shard_map: gradients of parameters are added up by hand."""
+    """The step in pmap or an unchecked shard_map, which sums the parameters' gradients itself."""
 
     def run(*operands):
         y, batch_stats, d_params, dx = step(*operands, axis_name="data", **settings)
@@ -85,7 +85,7 @@ WAYS = ("pmap", "vmap", "shard_map", "shard_map unchecked", "jit", "jit explicit
 
 @cache
 def synced_step(way):
-    """The step as a function of whole batches: mapped over devices, or as it is for sharded operands."""
+    """The step as a function of whole batches: mapped over devices, or for sharded operands."""
     if way in ("pmap", "vmap"):
         return over_axis(getattr(jax, way))
     if way in ("jit", "jit explicit"):

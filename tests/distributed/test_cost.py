@@ -1,4 +1,4 @@
-"""What synced batch norm costs, read off the compiled program: one collective each way, of O(features) elements."""
+"""Synced batch norm compiles to a collective forward and one backward, of O(features) elements."""
 
 import re
 from functools import partial
@@ -69,7 +69,7 @@ def test_one_all_reduce_backward(way, masked):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_plain_jit_with_a_sharded_batch_sends_no_more(kind, masked):
-    """No axis name: XLA's partitioner finds the sums over devices, the mask's count among them, and packs them."""
+    """Without an axis name, XLA's partitioner finds and packs the sums and the mask's count."""
     devices = jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,))
     whole, split = NamedSharding(devices, WHOLE), NamedSharding(devices, SPLIT)
     params, batch_stats = jax.device_put(nj.batch_norm_init(FEATURES), whole)
@@ -83,7 +83,7 @@ def test_plain_jit_with_a_sharded_batch_sends_no_more(kind, masked):
 
 
 def test_checked_shard_map_sends_two_numbers_a_feature():
-    """With check_vma the types prove that replicas agree, and scale and bias get their gradients from the same sum."""
+    """With check_vma, scale and bias get their gradients from the same sum."""
     assert collectives(compiled(forward, "shard_map", False)) == [(REDUCE, 2 * FEATURES)]
     assert (
         sorted(collectives(compiled(backward, "shard_map", False))) == [(REDUCE, 2 * FEATURES)] * 2
@@ -114,7 +114,7 @@ def test_the_second_pass_is_taken_on_all_devices_at_once(offset, far):
 
 
 def test_the_program_of_a_device_does_not_grow_with_their_number():
-    """Lowered for an abstract mesh, no device needed: 4,096 devices run what 8 do, but for the numbers in it."""
+    """Lowered for an abstract mesh, 4,096 devices run the program of 8, with other numbers."""
     texts = {}
     for devices in (8, 4096):
         abstract = jax.sharding.AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))

@@ -211,7 +211,7 @@ def squares_of_a_device(*operands):
 
 
 def in_both_orders(function):
-    """Its slope along a tangent, and the Hessian times it: forward over reverse and reverse over reverse."""
+    """The slope along a tangent, and Hessian-vector products, forward and reverse over reverse."""
 
     def run(params, batch_stats, x, weight, tangent):
         def f(x):

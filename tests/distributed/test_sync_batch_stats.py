@@ -55,7 +55,7 @@ def test_equals_the_union_and_comes_back_replicated(rng, check_vma):
 
 
 def test_devices_that_saw_one_batch_each_know_the_whole_batch(rng):
-    """With momentum 0 the running statistics are the batch's: merged, they are those of all examples."""
+    """With momentum 0 running statistics are the batch's, and merge to those of all examples."""
     x = jnp.asarray(
         rng.normal(3, 2, (4 * DEVICES, 5)) + np.arange(4 * DEVICES)[:, None], jnp.float32
     )

@@ -1,4 +1,4 @@
-"""Synced batch norm on meshes of several axes: over any of them, with features cut over another one, accumulated."""
+"""Synced batch norm on meshes of several axes, with sharded features, and with accumulation."""
 
 from itertools import combinations
 
@@ -135,7 +135,7 @@ def test_jit_with_ghost_batches_of_several_devices(rng, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_accumulated_gradients_and_statistics(rng, check_vma):
-    """Microbatches under scan, each synced; gradients are added up, and the running statistics move once."""
+    """Synced microbatches under scan: gradients are summed, and running statistics move once."""
     params, batch_stats, x, weight, _ = operands(rng)
 
     def accumulated(params, batch_stats, x, weight, **axis):

@@ -1,4 +1,4 @@
-"""Layers whose statistics are each example's own, on examples that are cut over 8 devices; and batch renorm, synced."""
+"""Layers with statistics of each example, on examples sharded over 8 devices; batch renorm."""
 
 from functools import cache, partial
 
@@ -116,7 +116,7 @@ def test_offsets_of_1e4_between_devices(on_platform, rng, case, way):
     "case", ["layer_norm", "group_norm", "instance_norm", "filter_response_norm"]
 )
 def test_examples_on_different_devices_do_not_talk(rng, case):
-    """Cut over the examples, no layer with statistics of each example compiles to any collective."""
+    """With sharded examples, layers with statistics of each example compile to no collective."""
     layer, _ = CASES[case]
     devices = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     params, _, _ = operands(rng)

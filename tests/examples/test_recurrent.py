@@ -136,8 +136,10 @@ def test_equations_masks_and_statistics_against_numpy(kind, norm, train, rng):
 
 
 def test_biases_are_there_once():
-    shapes = {norm: jax.eval_shape(lambda key, norm=norm: gru(NORMS[norm]).init(key, 2, 3, 1), jax.random.key(0))[0]
-              for norm in NORMS}  # fmt: skip
+    shapes = {}
+    for name, norm in NORMS.items():
+        init = functools.partial(gru(norm).init, inputs=2, units=3, max_steps=1)
+        shapes[name], _ = jax.eval_shape(init, jax.random.key(0))
     assert "bias" in shapes["plain"] and "bias" in shapes["batch"] and "bias" not in shapes["layer"]
     _, (params, _) = start("lstm", "batch")
     leaves = {name: set(norm) for name, norm in params["norms"].items()}
@@ -275,8 +277,12 @@ def test_seeds_are_those_of_the_sequence(sequence, seeds):
 
 def test_claims_are_of_the_best_rate():
     study = Reading(parse([]))
-    for name, rate, accuracies in (("LSTM", 0.1, [0.2, 0.8]), ("LSTM", 0.2, [0.5, 0.95]), ("BN-LSTM", 0.1, [0.9, 0.97]),
-                                   ("GRU", 0.1, [0.99, 0.99])):  # fmt: skip
+    for name, rate, accuracies in (
+        ("LSTM", 0.1, [0.2, 0.8]),
+        ("LSTM", 0.2, [0.5, 0.95]),
+        ("BN-LSTM", 0.1, [0.9, 0.97]),
+        ("GRU", 0.1, [0.99, 0.99]),
+    ):
         study.results[f"{name} {rate}"] = result_content(
             Result(name, rate, [Run(0, [10, 20], accuracies, 1.0)])
         )

@@ -138,8 +138,12 @@ def test_claims_are_made_of_what_is_finished():
     assert study.claims() == [] and study.tables() == []
     kernel = {"predicted": 0.06, "observed": 0.03, "ratio": 0.5}
     study.results["rotation/batch/0.1 x 0.02"] = {
-        "rate": 0.1, "decay": 0.02, "kernels": {"a": kernel}, "loss": [9.0, 1.0, 2.0], "accuracy": [0.1, 0.9]
-    }  # fmt: skip
+        "rate": 0.1,
+        "decay": 0.02,
+        "kernels": {"a": kernel},
+        "loss": [9.0, 1.0, 2.0],
+        "accuracy": [0.1, 0.9],
+    }
     study.results["scaled/1"] = {"losses": [1.0, 2.0]}
     study.results["scaled/4"] = {"losses": [1.0, 2.5]}
     claims = {claim.what: claim.measured for claim in study.claims()}

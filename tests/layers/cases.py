@@ -78,7 +78,7 @@ def cases(draw, dtype):
 
 
 def check_against_reference(on_platform, case):
-    """Runs the layer and compares y and the statistics with float64, to the rounding that their formulas imply."""
+    """Runs the layer and compares y and the statistics with float64, to their rounding errors."""
     params, batch_stats, x, train, settings = case
     layer = partial(nj.batch_norm, train=train, **settings)
     actual, new = on_platform(layer, *jax.tree.map(jnp.asarray, (params, batch_stats, x)))

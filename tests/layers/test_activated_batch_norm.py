@@ -1,4 +1,4 @@
-"""In-place activated batch norm: gradients are those of the formula, and the output is all that is kept."""
+"""In-place activated batch norm: gradients are exact, and only the output is stored."""
 
 import re
 from functools import cache, partial

@@ -1,4 +1,4 @@
-"""`batch_norm` against the formula in float64, and what the contract says of its inputs and outputs."""
+"""`batch_norm` against the formula in float64, and its contract on inputs and outputs."""
 
 from functools import partial
 

@@ -15,7 +15,7 @@ X = jnp.ones((4, 3))
 
 
 def refuses(error, *values, params=PARAMS, batch_stats=BATCH_STATS, x=X, train=True, **settings):
-    """Asserts that both the call and its abstract evaluation raise `error`, with all of `values` in one message."""
+    """Asserts that the call and its abstract evaluation raise `error` with all `values`."""
     with pytest.raises(error) as eager:
         nj.batch_norm(params, batch_stats, x, train, **settings)
     with pytest.raises(error) as traced:

@@ -16,7 +16,7 @@ MODES = ["train", "eval", "masked", "ghosts"]
 
 
 def textbook(params, batch_stats, x, mode, mask):
-    """Algorithms 1 and 2 of the paper in plain jnp; returns y, and the running statistics with momentum 0.9."""
+    """Algorithms 1 and 2 of the paper in jnp; returns y, and running statistics of momentum 0.9."""
     if mode == "ghosts":
         x = x.reshape(2, -1, x.shape[-1])
     mean, var = batch_stats["mean"], batch_stats["var"]

@@ -43,7 +43,7 @@ def from_torch(layer, count):
 
 
 def compare_step(layer, params, batch_stats, x, weights, settings):
-    """One step of training in both; asserts that outputs, gradients and statistics agree, and returns ours."""
+    """Asserts that outputs, gradients and statistics of a training step agree; returns ours."""
 
     def loss(params, x):
         y, new = nj.batch_norm(params, batch_stats, x, True, **settings)

@@ -1,4 +1,4 @@
-"""Scale and bias per example: conditional batch norm, adaLN, FiLM, adaptive instance norm, in every layer."""
+"""Scale and bias for each example in every layer: conditional batch norm, adaLN, FiLM, AdaIN."""
 
 import re
 
@@ -216,7 +216,7 @@ def test_narrow_x_and_wide_leaves(rng, name):
 
 
 def test_conditional_batch_norm_looks_its_leaves_up(rng):
-    """Dumoulin et al. 2017; de Vries et al. 2017: one scale and bias per class, shared statistics."""
+    """Dumoulin et al. 2017, de Vries et al. 2017: a scale and bias per class, shared statistics."""
     labels, tables = (
         jnp.array([2, 0, 2, 4]),
         {"scale": draw(rng, (5, C), 1.0), "bias": draw(rng, (5, C))},
@@ -249,7 +249,7 @@ def test_conditional_batch_norm_looks_its_leaves_up(rng):
 
 
 def test_adaptive_layer_norm_and_film(rng):
-    """Perez et al. 2018, eq. 2; Peebles & Xie 2023: gamma and beta per example and channel, 1 + gamma as the scale."""
+    """Perez et al. 2018, eq. 2; Peebles & Xie 2023: gamma, beta per example; 1 + gamma scales."""
     tokens, gamma, beta = draw(rng, (2, 5, 6), 1.0), draw(rng, (2, 6)), draw(rng, (2, 6))
     y, _ = nj.layer_norm({"scale": 1 + gamma, "bias": beta}, {}, tokens, True)
     x = np.float64(tokens)

@@ -35,7 +35,7 @@ def init(name, num_features=3, **settings):
 
 
 def refuses(name, error, *values, x=X, train=True, params=None, batch_stats=None, **settings):
-    """Asserts that both the call and its abstract evaluation raise `error`, with all of `values` in one message."""
+    """Asserts that the call and its abstract evaluation raise `error` with all `values`."""
     own_params, own_stats = init(name)
     params = own_params if params is None else params
     batch_stats = own_stats if batch_stats is None else batch_stats

@@ -1,4 +1,4 @@
-"""Every layer of the family against float64 for any arguments: ranks, axes, masks, dtypes, leaves per example."""
+"""Every layer of the family against float64 for random ranks, axes, masks, dtypes and leaves."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -83,7 +83,7 @@ def per_statistic(name, shape, settings):
 
 
 def draw_leaf(draw, rng, shape, feature_axes, dtype, mean=0.0):
-    """Of the features' shape, behind leading dimensions of size 1 or of the axes that they belong to."""
+    """A leaf of the features' shape, with leading dimensions of size 1 or of their axes."""
     features = [shape[axis] for axis in family.axes_of(feature_axes, len(shape))]
     others = [
         draw(st.sampled_from((1, shape[axis]))) for axis in family.others(feature_axes, len(shape))
@@ -141,7 +141,7 @@ def family_cases(draw, name):
 
 
 def draw_mask(draw, rng, x):
-    """None, or a mask of any shape that broadcasts; then some of what it hides may not be finite."""
+    """None, or a mask of any shape that broadcasts; masked values may then be NaN or infinite."""
     if draw(st.booleans()):
         return None
     sizes = [draw(st.sampled_from((1, size))) for size in x.shape][draw(st.integers(0, x.ndim)) :]
@@ -153,7 +153,7 @@ def draw_mask(draw, rng, x):
 
 
 def roundings_of(case, expected):
-    """The largest |x| + |mean|, over the standard deviation and times the scale; and the largest |y|."""
+    """The largest (|x| + |mean|) * scale / standard deviation, and the largest |y|."""
     largest = np.abs(expected).max()
     if case.name in CENTERED:
         mask, settings = case.settings["mask"], dict(case.settings)

@@ -1,4 +1,4 @@
-"""The layers without batch statistics against `torch.nn`: outputs, and gradients of x, weight and bias."""
+"""Layers without batch statistics against `torch.nn`: outputs; gradients of x, weight and bias."""
 
 import functools
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from tests.compare import assert_close
 
 
 class Pair(NamedTuple):
-    """A torch layer, the layer of ours that is to equal it, and a shape of x in torch's channel-first layout."""
+    """A torch layer, our layer that should equal it, and a shape of x with channels first."""
 
     shape: tuple[int, ...]
     theirs: Any
@@ -28,45 +28,79 @@ PAIRS = {
     "layer, rank 2": Pair((6, 5), NN.LayerNorm(5), "layer_norm", {}),
     "layer, rank 3": Pair((2, 3, 8), NN.LayerNorm(8, eps=1e-3), "layer_norm", {"epsilon": 1e-3}),
     "layer, two axes": Pair(
-        (4, 2, 3, 5), NN.LayerNorm((3, 5)), "layer_norm", {"reduction_axes": (-2, -1), "feature_axes": (-2, -1)}
+        (4, 2, 3, 5),
+        NN.LayerNorm((3, 5)),
+        "layer_norm",
+        {"reduction_axes": (-2, -1), "feature_axes": (-2, -1)},
     ),
     "layer, no bias": Pair((6, 5), NN.LayerNorm(5, bias=False), "layer_norm", {}),
     "layer, plain": Pair((6, 5), NN.LayerNorm(5, elementwise_affine=False), "layer_norm", {}),
     "rms, rank 2": Pair((6, 5), NN.RMSNorm(5, eps=1e-5), "rms_norm", {}),
     "rms, rank 4": Pair(
-        (2, 3, 4, 5), NN.RMSNorm((4, 5), eps=1e-2), "rms_norm",
+        (2, 3, 4, 5),
+        NN.RMSNorm((4, 5), eps=1e-2),
+        "rms_norm",
         {"reduction_axes": (2, 3), "feature_axes": (2, 3), "epsilon": 1e-2},
     ),
     "rms, plain": Pair((6, 5), NN.RMSNorm(5, eps=1e-5, elementwise_affine=False), "rms_norm", {}),
-    "group, rank 2": Pair((3, 8), NN.GroupNorm(2, 8), "group_norm", {"num_groups": 2, "feature_axes": 1}),
-    "group, rank 4": Pair((2, 6, 4, 5), NN.GroupNorm(3, 6), "group_norm", {"num_groups": 3, "feature_axes": 1}),
-    "group, by size": Pair((2, 6, 4), NN.GroupNorm(3, 6), "group_norm", {"group_size": 2, "feature_axes": 1}),
-    "group, 32 by default": Pair((2, 64, 3), NN.GroupNorm(32, 64), "group_norm", {"feature_axes": 1}),
-    "group, plain": Pair(
-        (2, 6, 4), NN.GroupNorm(1, 6, affine=False), "group_norm", {"num_groups": 1, "feature_axes": 1}
+    "group, rank 2": Pair(
+        (3, 8), NN.GroupNorm(2, 8), "group_norm", {"num_groups": 2, "feature_axes": 1}
     ),
-    "instance, 1d": Pair((3, 4, 7), NN.InstanceNorm1d(4, affine=True), "instance_norm", {"feature_axes": 1}),
-    "instance, 2d": Pair((2, 3, 4, 5), NN.InstanceNorm2d(3, affine=True), "instance_norm", {"feature_axes": 1}),
-    "instance, 3d": Pair((2, 3, 2, 4, 3), NN.InstanceNorm3d(3, affine=True), "instance_norm", {"feature_axes": 1}),
+    "group, rank 4": Pair(
+        (2, 6, 4, 5), NN.GroupNorm(3, 6), "group_norm", {"num_groups": 3, "feature_axes": 1}
+    ),
+    "group, by size": Pair(
+        (2, 6, 4), NN.GroupNorm(3, 6), "group_norm", {"group_size": 2, "feature_axes": 1}
+    ),
+    "group, 32 by default": Pair(
+        (2, 64, 3), NN.GroupNorm(32, 64), "group_norm", {"feature_axes": 1}
+    ),
+    "group, plain": Pair(
+        (2, 6, 4),
+        NN.GroupNorm(1, 6, affine=False),
+        "group_norm",
+        {"num_groups": 1, "feature_axes": 1},
+    ),
+    "instance, 1d": Pair(
+        (3, 4, 7), NN.InstanceNorm1d(4, affine=True), "instance_norm", {"feature_axes": 1}
+    ),
+    "instance, 2d": Pair(
+        (2, 3, 4, 5), NN.InstanceNorm2d(3, affine=True), "instance_norm", {"feature_axes": 1}
+    ),
+    "instance, 3d": Pair(
+        (2, 3, 2, 4, 3), NN.InstanceNorm3d(3, affine=True), "instance_norm", {"feature_axes": 1}
+    ),
     "instance, plain": Pair(
-        (2, 3, 4, 5), NN.InstanceNorm2d(3, eps=0.1), "instance_norm", {"feature_axes": 1, "epsilon": 0.1}
+        (2, 3, 4, 5),
+        NN.InstanceNorm2d(3, eps=0.1),
+        "instance_norm",
+        {"feature_axes": 1, "epsilon": 0.1},
     ),
     "response, the paper's": Pair(
-        (2, 7, 3, 4), NN.LocalResponseNorm(5, alpha=5e-4, k=2.0), "local_response_norm", {"feature_axes": 1}
+        (2, 7, 3, 4),
+        NN.LocalResponseNorm(5, alpha=5e-4, k=2.0),
+        "local_response_norm",
+        {"feature_axes": 1},
     ),
     "response, strong": Pair(
-        (2, 7, 4), NN.LocalResponseNorm(3, alpha=2.0, beta=0.5, k=0.5), "local_response_norm",
+        (2, 7, 4),
+        NN.LocalResponseNorm(3, alpha=2.0, beta=0.5, k=0.5),
+        "local_response_norm",
         {"size": 3, "alpha": 2.0, "beta": 0.5, "k": 0.5, "feature_axes": 1},
     ),
     "response, even window": Pair(
-        (2, 7, 4), NN.LocalResponseNorm(4, alpha=1.0), "local_response_norm",
+        (2, 7, 4),
+        NN.LocalResponseNorm(4, alpha=1.0),
+        "local_response_norm",
         {"size": 4, "alpha": 1.0, "k": 1.0, "feature_axes": 1},
     ),
     "response, wider than x": Pair(
-        (2, 3, 4), NN.LocalResponseNorm(9, alpha=1.0), "local_response_norm",
+        (2, 3, 4),
+        NN.LocalResponseNorm(9, alpha=1.0),
+        "local_response_norm",
         {"size": 9, "alpha": 1.0, "k": 1.0, "feature_axes": 1},
     ),
-}  # fmt: skip
+}
 LEAVES = {"scale": "weight", "bias": "bias"}
 
 
@@ -126,7 +160,7 @@ def test_outputs_and_gradients_are_torchs(rng, pair, dtype, train):
 
 
 def test_the_paper_of_alexnet_sums_where_torch_averages(rng):
-    """Krizhevsky et al. 2012, section 3.3: alpha = 1e-4 times a sum over 5 channels is our default."""
+    """Krizhevsky et al. 2012, section 3.3: the default is 1e-4 times a sum over 5 channels."""
     x = rng.normal(0, 20, (2, 3, 9)).astype(np.float32)
     sums = np.stack(
         [(np.float64(x[..., max(c - 2, 0) : c + 3]) ** 2).sum(-1) for c in range(9)], -1

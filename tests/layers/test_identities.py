@@ -1,4 +1,4 @@
-"""Layers that are special cases of each other agree in outputs and gradients; batch renorm, by hand."""
+"""Layers that are special cases of each other agree; batch renorm against a manual formula."""
 
 import jax
 import jax.numpy as jnp
@@ -262,7 +262,7 @@ def test_batch_renorm_by_hand_at_each_limit(r_max, d_max, mean, var, expected, a
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_unclipped_batch_renorm_trains_on_what_inference_computes(rng, momentum):
-    """Ioffe 2017, section 3: with r and d unclipped, the output depends on the running statistics alone."""
+    """Ioffe 2017, section 3: with r and d unclipped, y only depends on the running statistics."""
     params, batch_stats, x = small(rng, (16, 3))
     loose = {"r_max": 1e6, "d_max": 1e6}
     y, new = nj.batch_renorm(params, batch_stats, x, True, momentum=momentum, **loose)

@@ -1,4 +1,4 @@
-"""Under the policy a network keeps what linear layers and statistics cost, computes the same, and sends no more."""
+"""Under the policy a network stores linear layers and statistics, with equal results and sends."""
 
 from collections import Counter
 from functools import partial

@@ -14,7 +14,7 @@ def batch(seed=0, examples=16, features=5):
 
 
 def params(seed=1):
-    """Two kernels that normalization follows, with their scale and bias, and one that it does not."""
+    """Two kernels before a normalization, with its scale and bias, and a kernel before none."""
     rng = np.random.default_rng(seed)
     return {
         "first": {"kernel": rng.standard_normal((5, 7))},
@@ -25,7 +25,7 @@ def params(seed=1):
 
 
 def outputs(params, x, *, epsilon=0.0):
-    """Batch norm (each channel is invariant), then layer norm (the kernel is, as a whole), then a linear layer."""
+    """Batch norm (channels are invariant), layer norm (the whole kernel is), a linear layer."""
     x = x @ params["first"]["kernel"]
     x, _ = nj.batch_norm(params["norm"], nj.batch_norm_init(7)[1], x, train=True, epsilon=epsilon)
     x = jax.nn.gelu(x) @ params["second"]["kernel"]

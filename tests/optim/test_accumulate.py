@@ -1,4 +1,4 @@
-"""Microbatches under optax.MultiSteps: running statistics move once per step, by the moments of all of them."""
+"""Microbatches under optax.MultiSteps: statistics move once per step, by all their moments."""
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def test_statistics_move_once_per_step_by_the_merged_moments():
 
 
 def test_without_it_statistics_are_others():
-    """So that the tests above could fail: moved for each microbatch, the variance between them is lost."""
+    """The tests above can fail: updates for each microbatch lose the variance between them."""
     params, batch_stats = start()
     data = microbatches()
     each = batch_stats
@@ -362,7 +362,7 @@ NAN = {"norm": start()[1] | {"var": jnp.full(5, jnp.nan)}}
         (
             {},
             {"norm": {"mean": jnp.ones(5)}},
-            r"more or less than a layer's.*new\['norm'\]\['mean'\]",
+            r"statistics are incomplete.*new\['norm'\]\['mean'\]",
         ),
         (
             {},
@@ -372,7 +372,7 @@ NAN = {"norm": start()[1] | {"var": jnp.full(5, jnp.nan)}}
         (
             {"running_var": "unbiased"},
             {"norm": start()[1]},
-            r"does not tell of how many.*new\['norm'\].*Moments",
+            r"does not say how many values.*new\['norm'\].*Moments",
         ),
         ({"momentum": None}, {"norm": start()[1]}, r"count of batches is missing.*new\['norm'\]"),
     ],
@@ -422,10 +422,10 @@ def test_coarse_statistics_are_refused():
 def test_other_optimizers_and_settings_are_refused():
     batch_stats, state = setting()
     with pytest.raises(
-        ValueError, match="says nothing about steps.*0 MultiStepsState.*optax.MultiSteps"
+        ValueError, match="the state has no MultiSteps.*0 MultiStepsState.*optax.MultiSteps"
     ):
         accumulate().init(batch_stats, optax.sgd(0.1).init(batch_stats))
-    with pytest.raises(ValueError, match="speaks of different steps.*2 MultiStepsState"):
+    with pytest.raises(ValueError, match="the state has several MultiSteps.*2 MultiStepsState"):
         accumulate().init(batch_stats, (state, state))
     with pytest.raises(ValueError, match="accumulate: momentum is out of range.*momentum=1.0"):
         accumulate(momentum=1.0)

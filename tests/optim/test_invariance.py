@@ -70,7 +70,7 @@ def test_running_statistics_make_nothing_invariant():
 
 
 def test_what_is_invariant_at_the_start_alone_is_not_found():
-    """With biases of zero, as at initialization, layer norm cancels the kernel's scale; with others it does not."""
+    """Layer norm only cancels the kernel's scale if biases are zero, as at initialization."""
     params = {"kernel": jnp.asarray(networks.params()["first"]["kernel"]), "bias": jnp.zeros(7)}
 
     def function(params):

@@ -21,7 +21,7 @@ INVARIANT = {
 
 
 def views(w):
-    """Of output channels, which lie along the last axis, and of the whole kernel: rows that have a direction."""
+    """Rows that have a direction: the output channels, along the last axis, or the whole kernel."""
     return (lambda a: a.reshape(-1, w.shape[-1]).T), (lambda a: a.reshape(1, -1))
 
 
@@ -204,7 +204,7 @@ def test_directions_of_features(feature_axes):
 
 
 def test_bfloat16_is_projected_in_float32():
-    """Sums of 4096 products would lose most of their digits in bfloat16, and squares overflow in float16."""
+    """Sums of 4096 products lose most digits in bfloat16, and squares overflow in float16."""
     w = jnp.full((4096, 1), 1.0, jnp.bfloat16)
     u = jnp.where(jnp.arange(4096)[:, None] < 2048, 1.0, 0.0).astype(jnp.bfloat16)
     optimizer = project_scale_invariant({"w": True})
@@ -241,7 +241,7 @@ MATRIX = {"w": jnp.ones((3, 2))}
             {"w": True},
             {"w": jnp.ones((2, 2))},
             MATRIX,
-            r"differ in shape.*\(3, 2\).*params\['w'\]; got shape \(2, 2\)",
+            r"differ in shape.*\(3, 2\).*params\['w'\] has; got shape \(2, 2\)",
         ),
         (
             {"v": True},
@@ -249,7 +249,7 @@ MATRIX = {"w": jnp.ones((3, 2))}
             MATRIX,
             r"mask does not fit.*nothing for params\['w'\] of shape \(3, 2\)",
         ),
-        ({"w": "yes"}, MATRIX, MATRIX, r"mask does not choose.*mask\['w'\]='yes'"),
+        ({"w": "yes"}, MATRIX, MATRIX, r"mask is not made of bools.*mask\['w'\]='yes'"),
     ],
 )
 def test_bad_input_is_refused(mask, updates, params, message):

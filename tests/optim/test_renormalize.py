@@ -31,10 +31,10 @@ def decayed(optimizer, weight_decay):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_weight_decay_is_an_exponential_learning_rate(momentum):
-    r"""Li & Arora (2020), Theorem 1.1: the rate lr alpha^(-2t-1) without decay, where alpha is the larger root of
-    x^2 - (1 + momentum - lr wd) x + momentum.
+    r"""Li & Arora (2020), Theorem 1.1: the rate lr alpha^(-2t-1) without decay.
 
-    With momentum the first step of the other path has a velocity: w_{-1} = alpha w_0.
+    alpha is the larger root of x^2 - (1 + momentum - lr wd) x + momentum. With momentum the first
+    step of the other path has a velocity: w_{-1} = alpha w_0.
     """
     lr, weight_decay = 0.02, 0.05
     b = 1 + momentum - lr * weight_decay
@@ -66,7 +66,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_function_follows_the_path_of_the_inner_optimizer(name):
-    """In a network of batch norm (by channels), layer norm (as a whole) and a head that is not on the sphere."""
+    """A network of batch norm (by channels), layer norm (whole kernels) and a free head."""
     optimizer = OPTIMIZERS[name]
     with jax.enable_x64(True):
         params = networks.wide(networks.params())
@@ -101,7 +101,7 @@ def test_each_channel_on_a_sphere_of_its_own():
 
 
 def test_a_step_on_the_sphere_is_one_at_the_effective_learning_rate():
-    """SGD from w turns the kernel as SGD from w / ||w|| does at the rate lr / ||w||^2 (van Laarhoven, 2017)."""
+    """SGD from w turns as SGD from w / ||w|| at the rate lr / ||w||^2 (van Laarhoven, 2017)."""
     lr = 0.3
     with jax.enable_x64(True):
         params, data = start(), tuple(map(jnp.asarray, networks.batch()))
@@ -121,7 +121,7 @@ def test_a_step_on_the_sphere_is_one_at_the_effective_learning_rate():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_the_effective_learning_rate_keeps_the_function(optimizer):
-    """A network c times as large, at a rate of the same effect, has the same path: c^2 lr for SGD, c lr for Adam."""
+    """A network c times as large has the same path at c^2 lr (SGD) or c lr (Adam)."""
     make = {"sgd": optax.sgd, "adam": lambda lr: optax.adam(lr, eps=0.0)}[optimizer]
     with jax.enable_x64(True):
         params = start()
@@ -137,7 +137,7 @@ def test_the_effective_learning_rate_keeps_the_function(optimizer):
 
 
 def rotations(optimizer, steps, size=4096):
-    """Angles of a random walk: gradients are noise, orthogonal to the kernel and as 1 / ||w||, as a network's are."""
+    """Angles of a random walk with noise for gradients, orthogonal to w and scaled by 1 / ||w||."""
     w = jax.random.normal(jax.random.key(0), (size,))
 
     def step(carry, key):

@@ -1,4 +1,4 @@
-"""Both transformations as optax has them: in chains, wrapped, scheduled, under jit, scan, pmap and sharding."""
+"""Both transformations in chains, wrapped, scheduled, under jit, scan, pmap and sharding."""
 
 import functools
 
@@ -252,7 +252,7 @@ def test_pmap(make, params):
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", ["by the test", "renormalize", "rotation"])
 def test_sharded_reduction_axes(name, axis_type):
-    """Kernels cut along the axis that norms are taken over, on 8 devices: equal numbers, and the sharding is kept."""
+    """Kernels sharded along the axis of their norms give equal numbers and keep their sharding."""
     mesh = jax.make_mesh((8,), ("model",), axis_types=(axis_type,))
     rng = np.random.default_rng(0)
     params, own = ({"w": jnp.asarray(rng.standard_normal((64, 6)), jnp.float32)} for _ in range(2))

@@ -133,7 +133,7 @@ def test_axes_out_of_range_or_repeated_are_refused(axes):
 
 
 def parts(rng, count=3):
-    """Moments of disjoint sets of different size, offset and scale, and those of their union in float64."""
+    """Moments of disjoint sets of different size, offset and scale, and of their union."""
     sets = [rng.normal(5 * k, 1 + k, (2 + 3 * k, 4)).astype(np.float32) for k in range(count)]
     return [nj.moments(jnp.asarray(x), 0) for x in sets], reference.moments(np.concatenate(sets), 0)
 

@@ -1,1 +1,1 @@
-"""How `lint` reads a network: its jaxpr as one graph, the normalizations in it, and the rules."""
+"""Reads a network for `lint`: its jaxpr as one graph, the normalizations in it, and the rules."""

@@ -1,4 +1,4 @@
-"""Along which axes a value varies, given along which its operands do."""
+"""Finds the axes along which a value varies, from the axes along which its operands do."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ POOLING = {"reduce_window_sum", "reduce_window_max", "reduce_window_min"}
 
 
 def spread(node: Node, operand: int, shape: tuple[int, ...], axes: Collection[int]) -> Axes | None:
-    """Returns the axes along which an operation's result varies; None where nothing is known about it.
+    """Returns the axes along which an operation's result varies; None if they are unknown.
 
     Args:
       node: the result.
-      operand: which of its inputs.
-      shape: of that input.
-      axes: along which that input varies; the others are taken not to.
+      operand: the number of the input.
+      shape: the shape of the input.
+      axes: the axes along which the input varies, while the other inputs are constant.
     """
     params, op = node.params, node.op
     if not shape:
@@ -40,8 +40,8 @@ def spread(node: Node, operand: int, shape: tuple[int, ...], axes: Collection[in
     if op == "transpose":
         return frozenset(params["permutation"].index(axis) for axis in axes)
     if op in REDUCING:
-        kept = [axis for axis in range(len(shape)) if axis not in params["axes"]]
-        return frozenset(kept.index(axis) for axis in axes if axis in kept)
+        others = [axis for axis in range(len(shape)) if axis not in params["axes"]]
+        return frozenset(others.index(axis) for axis in axes if axis in others)
     if op in ("reshape", "squeeze", "expand_dims"):
         return _reshaped(shape, node.shape, axes)
     if op == "dot_general":
@@ -49,18 +49,13 @@ def spread(node: Node, operand: int, shape: tuple[int, ...], axes: Collection[in
     if op == "conv_general_dilated":
         return _convolved(node, operand, axes)
     if op in POOLING:
-        padded = {
-            axis
-            for axis, sides in enumerate(params["padding"])
-            if op == "reduce_window_sum" and any(sides)
-        }
-        return frozenset(axes) | padded
+        padded = [axis for axis, sides in enumerate(params["padding"]) if any(sides)]
+        return frozenset(axes).union(padded if op == "reduce_window_sum" else ())
     if op == "concatenate":
         return frozenset(axes) | {params["dimension"]}
     if op == "pad":
-        return frozenset(axes) | {
-            axis for axis, sides in enumerate(params["padding_config"]) if any(sides)
-        }
+        padded = [axis for axis, sides in enumerate(params["padding_config"]) if any(sides)]
+        return frozenset(axes).union(padded)
     if op == "take":
         return frozenset(axis - 1 for axis in axes if axis > 0)
     if op == "stack":
@@ -69,7 +64,7 @@ def spread(node: Node, operand: int, shape: tuple[int, ...], axes: Collection[in
 
 
 def reduced(node: Node, operand: int) -> Axes:
-    """Returns the axes of an operand that an operation adds up, or otherwise makes one of."""
+    """Returns the axes of an operand that an operation reduces."""
     if node.op in REDUCING:
         return frozenset(node.params["axes"])
     if node.op == "dot_general":
@@ -78,13 +73,16 @@ def reduced(node: Node, operand: int) -> Axes:
 
 
 def _reshaped(before: tuple[int, ...], after: tuple[int, ...], axes: Collection[int]) -> Axes:
-    """Axes that are cut or merged vary in all of their parts."""
+    """Returns the axes after a reshape: axes that are split or merged vary in all parts."""
     if 0 in before:
         return frozenset(range(len(after)))
     found, i, j = set(), 0, 0
     while i < len(before) and j < len(after):
         old, new = [i], [j]
-        while (a := math.prod(before[k] for k in old)) != (b := math.prod(after[k] for k in new)):
+        while True:
+            a, b = math.prod(before[k] for k in old), math.prod(after[k] for k in new)
+            if a == b:
+                break
             if a < b:
                 old.append(old[-1] + 1)
             else:
@@ -96,11 +94,10 @@ def _reshaped(before: tuple[int, ...], after: tuple[int, ...], axes: Collection[
 
 
 def _multiplied(node: Node, operand: int, shape: tuple[int, ...], axes: Collection[int]) -> Axes:
-    """Along its free axes the other operand varies, in all likelihood."""
+    """Returns the axes of a product; the other operand is taken to vary along its free axes."""
     contracted, batch = node.params["dimension_numbers"]
-    free = [
-        axis for axis in range(len(shape)) if axis not in (*contracted[operand], *batch[operand])
-    ]
+    taken = (*contracted[operand], *batch[operand])
+    free = [axis for axis in range(len(shape)) if axis not in taken]
     others = len(node.shape) - len(batch[0]) - len(free)
     first = len(batch[0]) + (others if operand == 1 else 0)
     result = {first + free.index(axis) for axis in axes if axis in free}
@@ -113,14 +110,10 @@ def _convolved(node: Node, operand: int, axes: Collection[int]) -> Axes | None:
     if operand != 0:
         return None
     params, numbers = node.params, node.params["dimension_numbers"]
-    moved = {
-        numbers.out_spec[numbers.lhs_spec.index(axis)]
-        for axis in axes
-        if axis != numbers.lhs_spec[1]
-    }
-    for axis, sides, dilation in zip(
-        numbers.out_spec[2:], params["padding"], params["lhs_dilation"], strict=True
-    ):
-        if any(sides) or dilation > 1:
+    placed = [numbers.lhs_spec.index(axis) for axis in axes]
+    moved = {numbers.out_spec[place] for place in placed if place != 1}
+    window = zip(numbers.out_spec[2:], params["padding"], params["lhs_dilation"], strict=True)
+    for axis, sides, dilation in window:
+        if any(sides) or dilation > 1:  # zeros make the borders differ
             moved.add(axis)
     return frozenset(moved | {numbers.out_spec[1]})

@@ -1,4 +1,4 @@
-"""Biases that are subtracted again."""
+"""Finds biases that mean subtraction removes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from normjax.diagnostics._lint.graph import Kind
 from normjax.diagnostics._lint.network import Network
 from normjax.diagnostics._lint.norms import VIEWS, Norm
 
-# What passes a constant on: f(x + c) = f(x) + c, or plus a multiple of it. Layers end what is
-# "right behind".
+# Operations with f(x + c) = f(x) + c, or plus a multiple of c. Linear layers end the search.
 SUMS = ("add", "sub")
 MULTIPLES = ("mul", "div")
 PASSING = VIEWS | POOLING | {
@@ -22,23 +21,24 @@ PASSING = VIEWS | POOLING | {
 
 
 def cancelled_biases(network: Network) -> Iterator[Finding]:
-    """Yields biases that reach nothing but normalizations which subtract them."""
+    """Yields biases that only reach normalizations, which subtract them."""
     graph = network.graph
     search = _Search(network)
     for leaf, name in network.leaves.items():
-        if name.collection != "batch_stats" and (norms := search.cancelling(leaf)):
-            norm = network.path(norms[0])
+        norms = [] if name.collection == "batch_stats" else search.cancelling(leaf)
+        if norms:
+            norm, shape = network.path(norms[0]), graph.nodes[leaf].shape
             yield Finding(
                 name.path,
                 "cancelled-bias",
                 "note",
-                f"{norm} subtracts the mean, and so cancels {name.name!r} of shape {graph.nodes[leaf].shape}",
+                f"{norm} subtracts the mean, and so cancels {name.name!r} of shape {shape}",
                 "leave it out (use_bias=False); the normalization has a bias of its own",
             )
 
 
 class _Search:
-    """Follows what adds a leaf to wherever it goes."""
+    """Follows a leaf that is added to activations."""
 
     def __init__(self, network: Network):
         self.graph = network.graph
@@ -48,7 +48,7 @@ class _Search:
             self.norms.setdefault(norm.h, []).append(norm)
 
     def cancelling(self, leaf: int) -> list[Norm]:
-        """Returns the normalizations that cancel a leaf; none if it gets past them, or is no bias."""
+        """Returns the normalizations that cancel a leaf; none unless they remove all of it."""
         found: list[Norm] = []
         waiting = [(leaf, self.varying[leaf])]
         seen = set()
@@ -59,17 +59,12 @@ class _Search:
             seen.add((number, axes))
             if number in self.graph.outputs:
                 return []
-            cancelling = [
-                norm
-                for norm in self.norms.get(number, ())
-                if norm.centered and not norm.axes & axes
-            ]
+            norms = [norm for norm in self.norms.get(number, ()) if norm.centered]
+            cancelling = [norm for norm in norms if not norm.axes & axes]
             found += cancelling
             for user in self.graph.users[number]:
-                if (
-                    any(user in norm.inside for norm in cancelling)
-                    or self.graph.nodes[user].op == "is_finite"
-                ):
+                cancelled = any(user in norm.inside for norm in cancelling)
+                if cancelled or self.graph.nodes[user].op == "is_finite":
                     continue
                 after = self._after(number, user, axes)
                 if after is None:
@@ -78,26 +73,23 @@ class _Search:
         return found
 
     def _after(self, number: int, user: int, axes: Axes) -> Axes | None:
-        """Returns the axes along which the shift varies behind an operation; None where it is a shift no more."""
-        node = self.graph.nodes[user]
+        """Returns the axes along which the shift varies after an operation.
+
+        None means that the result is not a shift of the same activations.
+        """
+        node, given = self.graph.nodes[user], self.graph.nodes[number]
         if node.kind != Kind.DATA:
             return self.varying[user]
-        others = [given for given in node.inputs if given != number]
+        others = [each for each in node.inputs if each != number]
         operand = node.inputs.index(number)
-        if (
-            node.op not in PASSING
-            or (node.op == "branch" and operand == 0)
-            or (node.op == "div" and operand == 1)
-        ):
+        is_condition = node.op == "branch" and operand == 0
+        is_divisor = node.op == "div" and operand == 1
+        if node.op not in PASSING or is_condition or is_divisor:
+            return None
+        if given.kind != Kind.DATA and node.op not in SUMS:
             return None
         if node.op in MULTIPLES:
-            if (
-                len(self.graph.data(user)) != 1
-                or len(others) != 1
-                or self.graph.nodes[number].kind != Kind.DATA
-            ):
+            if len(self.graph.data(user)) != 1 or len(others) != 1:
                 return None
             axes = axes | self.varying[others[0]]
-        if self.graph.nodes[number].kind != Kind.DATA and node.op not in SUMS:
-            return None
-        return spread(node, operand, self.graph.nodes[number].shape, axes)
+        return spread(node, operand, given.shape, axes)

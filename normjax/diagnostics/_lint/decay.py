@@ -1,4 +1,4 @@
-"""Which parameters an optimizer decays, found by asking it for updates without gradients."""
+"""Finds the parameters that an optimizer decays: those that it changes without a gradient."""
 
 from __future__ import annotations
 
@@ -15,58 +15,60 @@ from normjax.diagnostics._findings import Finding
 from normjax.diagnostics._lint.graph import Unknown
 from normjax.diagnostics._lint.model import FUNCTION
 from normjax.diagnostics._lint.network import Network
+from normjax.diagnostics._lint.norms import Norm
 
-STEPS = 100  # at most: some start with a rate of 0, and some collect gradients first
-NOTHING = 1e-13  # of a parameter of 1, in float64
+STEPS = 100  # the most that are tried: some start at a rate of 0, some collect gradients first
+NOTHING = 1e-13  # smaller changes of a parameter of 1, in float64, are rounding
 
 
 def decayed_scales(network: Network, optimizer: Any, params: PyTree) -> Iterator[Finding]:
     """Yields normalizations whose scale or bias an optimizer decays."""
     names = [leaf for leaf, name in network.leaves.items() if name.collection == "params"]
-    decayed = {
-        leaf
-        for leaf, moves in zip(names, jax.tree.leaves(decays(optimizer, params)), strict=True)
-        if moves
-    }
+    moves = jax.tree.leaves(decays(optimizer, params))
+    decayed = {leaf for leaf, moved in zip(names, moves, strict=True) if moved}
     for norm in network.norms:
         hit = sorted(norm.leaves & decayed)
-        try:
-            harmless = bool(norm.factors) and all(
-                bool(jnp.any(f != 0)) for f in network.factors(norm, zeros=True)
-            )
-        except Unknown:
-            harmless = False
-        if hit and not harmless:
+        if hit and not _is_offset(network, norm):
+            listed = " and ".join(repr(network.leaves[leaf].name) for leaf in hit)
             yield Finding(
                 network.path(norm),
                 "decayed-scale",
                 "warning",
-                f"the optimizer decays its {' and '.join(repr(network.leaves[leaf].name) for leaf in hit)}",
-                "leave scales and biases out: mask=nj.optim.decay_mask in optax.adamw or optax.add_decayed_weights",
+                f"the optimizer decays its {listed}",
+                "leave scales and biases out: mask=nj.optim.decay_mask in optax.adamw or "
+                "optax.add_decayed_weights",
             )
 
 
+def _is_offset(network: Network, norm: Norm) -> bool:
+    """Returns whether y is still multiplied by something if the variables are 0."""
+    try:
+        factors = network.factors(norm, zeros=True)
+    except Unknown:
+        return False
+    return bool(factors) and all(bool(jnp.any(factor != 0)) for factor in factors)
+
+
 def decays(optimizer: Any, params: PyTree) -> PyTree[bool]:
-    """Returns which parameters change without a gradient, and the more, the larger they are."""
+    """Returns which parameters change without a gradient, by more the larger they are."""
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         _checks.raise_error(
             FUNCTION,
-            "optimizer is no optax transformation",
+            "optimizer is not an optax transformation",
             expected="a pair of init and update, such as optax.adamw(1e-3)",
             got=f"optimizer of type {type(optimizer).__name__}",
             fix="Pass optimizer=optax.adamw(...), or leave it out",
             kind=TypeError,
         )
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        ones, twos = (
-            jax.tree.map(lambda leaf, value=value: _filled(leaf, value), params)
-            for value in (1.0, 2.0)
-        )
-        step = jax.jit(
-            lambda state, params: optimizer.update(
-                jax.tree.map(jnp.zeros_like, params), state, params
-            )
-        )
+        ones = jax.tree.map(lambda leaf: _filled(leaf, 1.0), params)
+        twos = jax.tree.map(lambda leaf: _filled(leaf, 2.0), params)
+
+        @jax.jit
+        def step(state: Any, params: PyTree) -> tuple[PyTree, Any]:
+            gradients = jax.tree.map(jnp.zeros_like, params)
+            return optimizer.update(gradients, state, params)
+
         states = optimizer.init(ones), optimizer.init(twos)
         found = jax.tree.map(lambda _: False, params)
         for _ in range(STEPS):
@@ -78,7 +80,7 @@ def decays(optimizer: Any, params: PyTree) -> PyTree[bool]:
 
 
 def _filled(leaf: Any, value: float) -> Any:
-    """Returns a leaf of the same rank, which masks may look at, with a single number."""
+    """Returns a leaf with a single number; it has the same rank, since masks may look at it."""
     dtype = jnp.result_type(leaf)
     wide = jnp.promote_types(dtype, jnp.float64) if jnp.issubdtype(dtype, jnp.inexact) else dtype
     return jnp.full((1,) * jnp.ndim(leaf), value, wide)

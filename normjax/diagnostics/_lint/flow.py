@@ -1,4 +1,4 @@
-"""What is known of each value of a graph from where it comes: examples, devices, and dropout."""
+"""Follows examples, devices and dropout through the values of a graph."""
 
 from __future__ import annotations
 
@@ -14,18 +14,13 @@ SUMMING = ("psum", "all_gather", "pmean", "pmax", "pmin")
 
 
 def examples(graph: Graph) -> list[Axes]:
-    """Returns along which axes the examples lie, which are along axis 0 of x."""
+    """Returns the axes of the examples, which are along axis 0 of x, for each value."""
     found: list[Axes] = []
     for node in graph.nodes:
-        first = frozenset([0]) if node.op == "input" and node.shape else NOWHERE
-        found.append(
-            first.union(
-                *(
-                    _followed(graph, node, operand, found[i])
-                    for operand, i in enumerate(node.inputs)
-                )
-            )
-        )
+        axes = frozenset([0]) if node.op == "input" and node.shape else NOWHERE
+        for operand, given in enumerate(node.inputs):
+            axes |= _followed(graph, node, operand, found[given])
+        found.append(axes)
     return found
 
 
@@ -41,7 +36,7 @@ def _followed(graph: Graph, node: Node, operand: int, axes: Axes) -> Axes:
 
 
 def devices(graph: Graph, names: frozenset[Hashable]) -> list[frozenset[Hashable]]:
-    """Returns over which mapped axes values may differ, because x, or what it is made of, is split over them."""
+    """Returns the mapped axes over which each value may differ, since x is split over them."""
     found: list[frozenset[Hashable]] = []
     for node in graph.nodes:
         own = names if node.op == "input" else frozenset()
@@ -53,31 +48,27 @@ def devices(graph: Graph, names: frozenset[Hashable]) -> list[frozenset[Hashable
 
 
 def _names(spec: Any) -> list[Hashable]:
-    return [
-        name
-        for part in spec
-        if part is not None
-        for name in (part if isinstance(part, tuple) else (part,))
-    ]
+    names = []
+    for part in spec:
+        if part is not None:
+            names += part if isinstance(part, tuple) else (part,)
+    return names
 
 
 def dropouts(graph: Graph, along: list[Axes]) -> set[int]:
-    """Returns the activations that a random mask, one of more than whole examples, sets to 0 in places."""
-    # along which axes there are numbers of their own; None for what is not random
+    """Returns the activations that a random mask sets to 0 in places, not by whole examples."""
+    # The axes along which random numbers differ; None for a value that is not random.
     drawn: list[Axes | None] = []
     masks: set[int] = set()
     found = set()
     for number, node in enumerate(graph.nodes):
         drawn.append(_drawn(graph, node, drawn))
         if node.kind != Kind.MASK:
-            data = graph.data(number)
-            chance = [
-                given
-                for given in node.inputs
-                if given in masks and (drawn[given] or NOWHERE) - along[number]
-            ]
-            zeroed = node.op in ("mul", "div") or (node.op == "select_n" and len(node.inputs) == 3)
-            if chance and zeroed and len(data) == 1:
+            masking = [given for given in node.inputs if given in masks]
+            inside = [given for given in masking if (drawn[given] or NOWHERE) - along[number]]
+            selects = node.op == "select_n" and len(node.inputs) == 3
+            zeroes = node.op in ("mul", "div") or selects
+            if inside and zeroes and len(graph.data(number)) == 1:
                 found.add(number)
         elif drawn[number] is not None:
             if jnp.issubdtype(node.aval.dtype, jnp.bool_) or masks & set(node.inputs):
@@ -90,17 +81,17 @@ def _drawn(graph: Graph, node: Node, drawn: list[Axes | None]) -> Axes | None:
         return frozenset(axis for axis, size in enumerate(node.shape) if size > 1)
     if node.kind != Kind.MASK:
         return None
-    axes = NOWHERE
-    chance = [
-        (operand, given) for operand, given in enumerate(node.inputs) if drawn[given] is not None
-    ]
-    for operand, given in chance:
-        axes |= spread(node, operand, graph.nodes[given].shape, drawn[given] or NOWHERE) or NOWHERE
-    return axes if chance else None
+    axes: Axes | None = None
+    for operand, given in enumerate(node.inputs):
+        own = drawn[given]
+        if own is not None:
+            after = spread(node, operand, graph.nodes[given].shape, own)
+            axes = (axes or NOWHERE) | (after or NOWHERE)
+    return axes
 
 
 def varying(graph: Graph) -> list[Axes]:
-    """Returns along which axes values may vary that do not depend on activations."""
+    """Returns the axes along which each value that does not depend on activations may vary."""
     found: list[Axes] = []
     for node in graph.nodes:
         shape = getattr(node.aval, "shape", ())
@@ -109,10 +100,9 @@ def varying(graph: Graph) -> list[Axes]:
             spread(node, i, graph.nodes[given].shape, found[given])
             for i, given in enumerate(node.inputs)
         ]
-        known = parts and node.kind != Kind.DATA and None not in parts
-        found.append(
-            everywhere & frozenset().union(*(part or NOWHERE for part in parts))
-            if known
-            else everywhere
-        )
+        known = [part for part in parts if part is not None]
+        if node.kind == Kind.DATA or not known or len(known) < len(parts):
+            found.append(everywhere)
+        else:
+            found.append(everywhere & NOWHERE.union(*known))
     return found

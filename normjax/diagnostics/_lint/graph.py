@@ -1,4 +1,4 @@
-"""A traced function as one graph of values, what they depend on, and who dominates whom."""
+"""A traced function as one graph of values, with what they depend on and their dominators."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from normjax._jaxpr import Op, Program, makers
 
 MIXING = {"dot_general", "conv_general_dilated", "gather"}
 COLLECTIVE = ("psum", "pmax", "pmin", "ppermute", "all_gather", "all_to_all", "reduce_scatter")
-# What becomes of several operands, each by itself.
+# Operations that apply to each of their operands separately.
 ONE_BY_ONE = {"psum", "psum_invariant", "pmax", "pmin", "optimization_barrier", "pvary", "pcast"}
 ROOT = -1
 
 
 class Kind(IntEnum):
-    """What a value depends on; of several, it is the last that counts."""
+    """What a value depends on; the last of several in this list counts."""
 
     CONSTANT = 0
     PARAM = 1  # variables
-    MASK = 2  # also on integers, bools or random bits: labels, masks, counters, noise
-    DATA = 3  # on activations
+    MASK = 2  # also integers, bools or random bits: labels, masks, counters, noise
+    DATA = 3  # activations
 
 
 class Node(NamedTuple):
-    """A value, and what makes it.
+    """A value, and the operation that makes it.
 
     Attributes:
-      op: the primitive, or one of: leaf, input, constant; carry, take, stack, branch (of loops and
+      op: the primitive, or one of: leaf, input, constant; carry, take, stack, branch (for loops and
         conditions).
       inputs: the values that it is made from.
       aval: its shape and dtype.
-      params: of the primitive.
-      eqn: the equation; None where there is none.
+      params: the parameters of the primitive.
+      eqn: the equation, or None.
       kind: what it depends on.
     """
 
@@ -52,30 +52,30 @@ class Node(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the value."""
+        """Returns the shape of the value."""
         return self.aval.shape
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """Returns the number of its elements."""
         return math.prod(self.aval.shape)
 
 
 class Unknown(Exception):
-    """A value that cannot be had without running the network."""
+    """A value that is not known without running the network."""
 
 
 class Graph:
-    """The values of a function `(variables, x) -> (outputs, updates)`, in the order in which they are made.
+    """The values of a function `(variables, x) -> (outputs, updates)`, in the order of computation.
 
     Attributes:
       statistics: the leaves that are running statistics.
-      nodes: the values.
-      leaves: those that are leaves of the variables.
-      inputs: those that are leaves of x.
-      outputs: those that are returned as the network's outputs.
-      updates: those that are returned as new statistics, in a tree.
-      users: by value, those that are made from it.
+      nodes: all values; the others are numbers of values.
+      leaves: the leaves of the variables.
+      inputs: the leaves of x.
+      outputs: the outputs of the network.
+      updates: the new statistics, in a tree.
+      users: for each value, the values that are made from it.
     """
 
     def __init__(self, program: Program, statistics: frozenset[int] = frozenset()) -> None:
@@ -102,13 +102,13 @@ class Graph:
         self.nodes.append(node)
         for given in dict.fromkeys(inputs):
             self.users[given].append(number)
-        data = self.data(number)
-        above = functools.reduce(self.common, data) if data and op.name != "carry" else ROOT
+        data = self.data(number) if op.name != "carry" else []
+        above = functools.reduce(self.common, data) if data else ROOT
         self._above.append(above)
         self._depth.append(0 if above == ROOT else self._depth[above] + 1)
 
     def _forget_users(self, needed: set[int]) -> None:
-        """Forgets the users that nothing that is returned is made from."""
+        """Removes the users that do not contribute to what is returned."""
         for number in range(len(self.nodes) - 1, -1, -1):
             if number in needed:
                 needed.update(self.nodes[number].inputs)
@@ -119,15 +119,15 @@ class Graph:
         return [given for given in self.nodes[number].inputs if self.nodes[given].kind == Kind.DATA]
 
     def is_param(self, number: int) -> bool:
-        """Whether a value is made from variables, and neither from activations nor at random."""
+        """Returns whether a value is made from variables, but not from activations."""
         return self.nodes[number].kind in (Kind.PARAM, Kind.MASK) and bool(self.sources(number))
 
     def above(self, number: int) -> int:
-        """Returns the last activation that all of the data passes on its way to this one; ROOT for none."""
+        """Returns the last activation that all data passes on its way to this one, or ROOT."""
         return self._above[number]
 
     def common(self, a: int, b: int) -> int:
-        """Returns the last activation that all of the data passes on its way to either."""
+        """Returns the last activation that all data passes on its way to either, or ROOT."""
         while a != b:
             if a == ROOT or b == ROOT:
                 return ROOT
@@ -138,7 +138,7 @@ class Graph:
         return a
 
     def between(self, start: int, end: int, *, avoiding: int | None = None) -> set[int]:
-        """Returns the activations on the ways from one to the other, the latter included."""
+        """Returns the activations on all paths from start to end, including end."""
         found, waiting = set(), [end]
         while waiting:
             number = waiting.pop()
@@ -148,7 +148,7 @@ class Graph:
         return found
 
     def sources(self, number: int) -> frozenset[int]:
-        """Returns the leaves that a value is made from, other than by way of activations."""
+        """Returns the leaves that a value is made from, but not by way of activations."""
         found, waiting = set(), [number]
         while waiting:
             number = waiting.pop()
@@ -158,7 +158,7 @@ class Graph:
         return frozenset(found.intersection(self.leaves))
 
     def value(self, number: int, given: dict[int, Any]) -> Any:
-        """Computes a value from those that are given, to which it adds what it had to compute; or raises Unknown."""
+        """Computes a value and adds all that it had to compute to `given`; or raises Unknown."""
         if number not in given:
             given[number] = self._computed(number, given)
         return given[number]
@@ -176,28 +176,24 @@ class Graph:
             try:
                 index = self.value(condition, given)
             except Unknown:
-                return self.value(cases[-1], given)  # where something counts, say
+                return self.value(cases[-1], given)  # such as "the mask has counted something"
             return lax.select_n(index, *(self.value(case, given) for case in cases))
         if node.op == "stack":
             return self.value(node.inputs[0], given)[None]
         if node.op == "optimization_barrier":
             return self.value(node.inputs[0], given)
         expensive = node.op in MIXING and node.kind == Kind.DATA
-        if (
-            node.eqn is None
-            or node.eqn.primitive.multiple_results
-            or collective_axes(node)
-            or expensive
-        ):
+        if node.eqn is None or expensive or collective_axes(node):
+            raise Unknown
+        if node.eqn.primitive.multiple_results:
             raise Unknown
         values = [self.value(each, given) for each in node.inputs]
         return node.eqn.primitive.bind(*values, **node.params)
 
     def _kind(self, op: str, inputs: Sequence[int], aval: Any) -> Kind:
         inexact = hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.inexact)
-        if op in ("input", "carry") and not (
-            op == "carry" and self.nodes[inputs[0]].kind == Kind.PARAM
-        ):
+        carries_param = op == "carry" and self.nodes[inputs[0]].kind == Kind.PARAM
+        if op in ("input", "carry") and not carries_param:
             return Kind.DATA if inexact else Kind.MASK
         if op == "leaf":
             return Kind.PARAM
@@ -206,18 +202,17 @@ class Graph:
         if op.startswith("random") or (kind == Kind.DATA and not inexact):
             return Kind.MASK
         if kind == Kind.DATA and op == "add" and any(map(self._is_old, inputs)):
-            # new running statistics, which no activation of a later call owes itself to
+            # New running statistics, which later activations do not depend on.
             return Kind.MASK
         if kind == Kind.MASK and op in MIXING and inexact and Kind.PARAM in kinds:
-            return Kind.DATA  # of an embedding
+            return Kind.DATA  # an embedding
         return kind
 
     def _is_old(self, number: int) -> bool:
-        """Whether that is a multiple of old running statistics."""
+        """Returns whether a value is a multiple of old running statistics."""
         node = self.nodes[number]
-        return (
-            node.op == "mul" and node.kind == Kind.PARAM and self.sources(number) <= self.statistics
-        )
+        is_multiple = node.op == "mul" and node.kind == Kind.PARAM
+        return is_multiple and self.sources(number) <= self.statistics
 
 
 def _inputs(op: Op, number: int) -> tuple[int, ...]:
@@ -228,7 +223,7 @@ def _inputs(op: Op, number: int) -> tuple[int, ...]:
 
 
 def collective_axes(node: Node) -> tuple[Hashable, ...]:
-    """Returns the mapped axes that an operation communicates over; those of arrays go by numbers."""
+    """Returns the mapped axes that an operation communicates over, without axes of arrays."""
     if not node.op.startswith(COLLECTIVE):
         return ()
     names = node.params.get("axis_name", node.params.get("axes", ()))

@@ -1,4 +1,4 @@
-"""Models of any kind as one function of a tree of variables, whose leaves are named."""
+"""Opens any kind of model as one function of a tree of variables with named leaves."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Leaf(NamedTuple):
     """A leaf of the variables.
 
     Attributes:
-      collection: "params", "batch_stats", or another of linen's.
-      layer: the names on the path to it.
-      name: its own.
+      collection: "params", "batch_stats", or another collection of linen.
+      layer: the names on the path to the leaf.
+      name: the name of the leaf.
     """
 
     collection: str
@@ -29,12 +29,12 @@ class Leaf(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The layer's path, as findings have it; "/" where there is but one layer."""
+        """Returns the layer's path as findings show it; "/" for the only layer."""
         return "/".join(self.layer) or "/"
 
     @property
     def is_statistic(self) -> bool:
-        """Whether it is a running mean or variance."""
+        """Returns whether it is a running mean or variance."""
         return self.collection == "batch_stats" and self.name in STATISTICS
 
 
@@ -42,9 +42,9 @@ class Model(NamedTuple):
     """A model.
 
     Attributes:
-      function: from variables and x to outputs and new statistics.
+      function: maps variables and x to outputs and new statistics.
       variables: collections by their names.
-      names: of the leaves of the variables, in their order.
+      names: the leaves of the variables, in their order.
     """
 
     function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -53,7 +53,7 @@ class Model(NamedTuple):
 
 
 def open_model(apply_fn: Callable[[Any, Any], Any], variables: Any) -> Model:
-    """Returns the model."""
+    """Returns the model as one function of named variables."""
     _checks.must_be_callable(
         FUNCTION,
         "apply_fn",
@@ -70,19 +70,17 @@ def open_model(apply_fn: Callable[[Any, Any], Any], variables: Any) -> Model:
 
     def function(collections: dict[str, PyTree], x: PyTree) -> tuple[PyTree, PyTree]:
         result = apply_fn(pack(collections), x)
-        if (
-            isinstance(result, tuple)
-            and len(result) == 2
-            and (has_statistics or _is_updates(result[1]))
-        ):
+        is_pair = isinstance(result, tuple) and len(result) == 2
+        if is_pair and (has_statistics or _is_updates(result[1])):
             return result[0], _trees.new_batch_stats(result[1])
         if has_statistics:
             _checks.raise_error(
                 FUNCTION,
-                "apply_fn returns no new statistics, and they are half of what training does",
-                expected="(y, batch_stats), or what linen's apply(..., mutable=['batch_stats']) returns",
+                "apply_fn returns no new statistics, which training needs",
+                expected="(y, batch_stats), or what linen's apply(..., mutable=['batch_stats']) "
+                "returns",
                 got=f"a {type(result).__name__}",
-                fix="Call the model in training mode, and return its new statistics behind the output",
+                fix="Call the model in training mode, and return its new statistics after y",
                 kind=TypeError,
             )
         return result, {}
@@ -105,10 +103,11 @@ def _of_nnx(apply_fn: Callable[[Any, Any], Any], module: Any) -> Model:
 
 
 def _is_updates(updates: Any) -> bool:
-    """Whether that is a tree of statistics, maybe an empty one."""
-    return isinstance(updates, Mapping) and all(
-        leaf.name in (*STATISTICS, "count") for leaf in names_in("batch_stats", updates)
-    )
+    """Returns whether this is a tree of statistics, maybe an empty one."""
+    if not isinstance(updates, Mapping):
+        return False
+    names = [leaf.name for leaf in names_in("batch_stats", updates)]
+    return all(name in (*STATISTICS, "count") for name in names)
 
 
 def _names(collections: Mapping[str, PyTree]) -> list[Leaf]:

@@ -1,4 +1,4 @@
-"""A traced network, and the questions that rules ask about it."""
+"""A traced network, and what rules need to know about it."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ class Network:
       graph: its values.
       leaves: the names of the variables, by their values in the graph.
       norms: its normalizations.
-      examples: by value, the axes along which examples lie.
-      devices: by value, the mapped axes over which it may differ.
-      sizes: of the mapped axes.
+      examples: for each value, the axes of the examples.
+      devices: for each value, the mapped axes over which it may differ.
+      sizes: the sizes of the mapped axes.
     """
 
     def __init__(self, model: Model, x: Any, sizes: Mapping[Hashable, int]):
         self.sizes = dict(sizes)
         statistics = [i for i, leaf in enumerate(model.names) if leaf.is_statistic]
-        self.graph = trace(
-            model.function, model.variables, x, axes=tuple(sizes.items()), statistics=statistics
-        )
+        axes = tuple(sizes.items())
+        variables = model.variables
+        self.graph = trace(model.function, variables, x, axes=axes, statistics=statistics)
         self.leaves = dict(zip(self.graph.leaves, model.names, strict=True))
         self.norms = find_norms(self.graph, self.sizes)
         self.examples = flow.examples(self.graph)
         self.devices = flow.devices(self.graph, frozenset(sizes))
-        values = zip(self.graph.leaves, jax.tree.leaves(model.variables), strict=True)
-        self._values = {
-            leaf: value for leaf, value in values if not isinstance(value, jax.ShapeDtypeStruct)
-        }
+        self._values: dict[int, Any] = {}
+        for leaf, value in zip(self.graph.leaves, jax.tree.leaves(variables), strict=True):
+            if not isinstance(value, jax.ShapeDtypeStruct):
+                self._values[leaf] = value
         updates = self.graph.updates
         names = names_in("batch_stats", updates)
         self.updates = dict(zip(names, jax.tree.leaves(updates), strict=True))
         self._running = self._find_running()
 
     def path(self, norm: Norm) -> str:
-        """Returns the path of a normalization: of its scale and bias, of its statistics, or where it was called."""
+        """Returns the path of a normalization's scale, bias or statistics, or of its call."""
         own = [self.leaves[leaf] for leaf in sorted(norm.leaves)]
         layers = [leaf for leaf in own if leaf.collection == "params"] or self.running(norm) or own
         if layers:
@@ -57,67 +57,59 @@ class Network:
         return called or f"normalization {self.norms.index(norm)}"
 
     def running(self, norm: Norm) -> list[Leaf]:
-        """Returns the running statistics that follow those of a normalization."""
+        """Returns the running statistics of a normalization."""
         return self._running.get(norm.y, [])
 
     def over_examples(self, norm: Norm) -> bool:
-        """Whether statistics are of several examples together, as those of batch norm are."""
+        """Returns whether statistics combine several examples, as in batch norm."""
         return bool(self.examples[norm.h] & norm.axes or norm.shared or self.running(norm))
 
     def factors(self, norm: Norm, *, zeros: bool = False) -> list[Array]:
-        """Returns what y is multiplied by, or what that would be if its variables were 0; or raises Unknown."""
+        """Returns what y is multiplied by, or would be if variables were 0; or raises Unknown."""
         given: dict[int, Any] = dict(self._values)
         if zeros:
             given |= {leaf: jnp.zeros_like(self.graph.nodes[leaf].aval) for leaf in norm.leaves}
         return [self.graph.value(number, given) for number in norm.factors]
 
     def momenta(self) -> dict[int, float]:
-        """Returns the weight of the old running statistics in the new ones, by y, where it is known."""
-        found = jax.jit(
-            lambda: {norm.y: self._momentum(norm) for norm in self.norms if self.running(norm)}
-        )()
+        """Returns the known momenta, by the y of their normalization."""
+        norms = [norm for norm in self.norms if self.running(norm)]
+        found = jax.jit(lambda: {norm.y: self._momentum(norm) for norm in norms})()
         return {y: float(momentum) for y, momentum in found.items() if not jnp.isnan(momentum)}
 
     def _momentum(self, norm: Norm) -> Array:
-        """Returns by how much the new statistics move with the old, whatever is measured; NaN where that is unknown."""
+        """Returns how much new statistics change with old ones and constant activations, or NaN."""
         layer = self.running(norm)[0]
         (leaf,) = (leaf for leaf, name in self.leaves.items() if name == layer)
-        measured = {
-            number: jnp.full_like(self.graph.nodes[number].aval, 2)
-            for number in (norm.h, *norm.inside)
-        }
+        given = dict(self._values)
+        for number in (norm.h, *norm.inside):
+            given[number] = jnp.full_like(self.graph.nodes[number].aval, 2)
+        new, old = self.updates[layer], self.graph.nodes[leaf].aval
         try:
-            zero, one = (
-                self.graph.value(
-                    self.updates[layer],
-                    self._values | measured | {leaf: make(self.graph.nodes[leaf].aval)},
-                )
-                for make in (jnp.zeros_like, jnp.ones_like)
-            )
+            from_zero = self.graph.value(new, given | {leaf: jnp.zeros_like(old)})
+            from_one = self.graph.value(new, given | {leaf: jnp.ones_like(old)})
         except Unknown:
             return jnp.array(jnp.nan)
-        return jnp.max(one - zero)
+        return jnp.max(from_one - from_zero)
 
     def _find_running(self) -> dict[int, list[Leaf]]:
-        """Goes from old statistics to what they are put together with, and back to what measured that."""
+        """Finds the layers of running statistics, by the normalization that measures them."""
         found: dict[int, list[Leaf]] = {}
-        # means before variances
-        for leaf, layer in sorted(self.leaves.items(), key=lambda each: each[1].name):
+        by_name = sorted(self.leaves.items(), key=lambda each: each[1].name)  # "mean" before "var"
+        for leaf, layer in by_name:
             if layer.is_statistic and layer in self.updates:
-                owners = [
-                    owner
-                    for meeting in self._meetings(leaf, self.updates[layer])
-                    if (owner := self._measuring(meeting)) is not None
-                ]
+                meetings = self._meetings(leaf, self.updates[layer])
+                owners = [self._measuring(meeting) for meeting in meetings]
                 for owner in dict.fromkeys(owners):
-                    found.setdefault(owner, []).append(layer)
+                    if owner is not None:
+                        found.setdefault(owner, []).append(layer)
         return found
 
     def _meetings(self, leaf: int, update: int) -> list[int]:
-        """Returns what is made from a leaf and from activations at once.
+        """Returns the first values that are made from both a leaf and activations.
 
-        A layer that is called twice updates its statistics twice. So the first meeting is followed
-        on the way to the update.
+        A layer that is called twice updates its statistics twice. So the search goes on after the
+        first meeting, along the path to the update.
         """
         on_the_way = self._sources(update)
         size = self.graph.nodes[leaf].size
@@ -142,7 +134,7 @@ class Network:
         return found
 
     def _measuring(self, number: int) -> int | None:
-        """Returns which normalization measured what a value is made from, by its y."""
+        """Returns the normalization that measured what a value is made from, as its y."""
         while number != ROOT:
             for norm in self.norms:
                 if number == norm.h or number in norm.inside:

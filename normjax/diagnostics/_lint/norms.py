@@ -1,4 +1,4 @@
-"""The normalizations of a graph, whoever wrote them: what is divided by the root of a statistic of its own."""
+"""Finds the normalizations of a graph: values that are divided by a root of their statistics."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from normjax.diagnostics._lint.graph import ROOT, Graph, Kind, collective_axes
 
 ROOTS = {"rsqrt", "sqrt", "pow"}
 VIEWS = {
-    "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "expand_dims", "name", "optimization_barrier",
-    "pcast", "pvary", "reduce_precision", "reshape", "shard", "sharding_constraint", "squeeze", "stop_gradient",
-    "take", "transpose",
+    "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "expand_dims", "name",
+    "optimization_barrier", "pcast", "pvary", "reduce_precision", "reshape", "shard",
+    "sharding_constraint", "squeeze", "stop_gradient", "take", "transpose",
 }  # fmt: skip
-# What leaves a statistic one of the same thing, its scale apart.
+# Operations that give another statistic of the same values, up to a factor.
 SHARED = {"psum", "psum_invariant", "all_gather"}
 LINEAR = VIEWS | SHARED | {"add", "sub", "neg", "mul", "div", "select_n", "branch", "dot_general"}
 ARITHMETIC = VIEWS | {"add", "sub", "mul", "div", "max", "neg", "select_n", "branch", "integer_pow"}
@@ -26,15 +26,15 @@ class Norm(NamedTuple):
 
     Attributes:
       h: its input.
-      variance: what the root is taken of.
+      variance: the value that the root is taken of.
       y: the normalized value.
-      end: y behind scale and bias.
-      axes: those of h that statistics are taken over, wholly or in parts.
-      values: how many values there are in a statistic, over all devices that share it.
-      shared: the mapped axes that it is shared over.
+      end: y after scale and bias.
+      axes: the axes of h that statistics are taken over, at least in parts.
+      values: the number of values in a statistic, over all devices that share it.
+      shared: the mapped axes that the statistics are shared over.
       centered: whether the mean is subtracted.
-      factors: what y is multiplied by that depends on variables alone.
-      leaves: the variables that go into it.
+      factors: the factors of y that only depend on variables.
+      leaves: the variables that it uses.
       inside: the activations between h and y.
     """
 
@@ -52,7 +52,7 @@ class Norm(NamedTuple):
 
 
 def find_norms(graph: Graph, sizes: dict[Hashable, int]) -> list[Norm]:
-    """Returns the normalizations in the order of the graph; `sizes` are those of the mapped axes."""
+    """Returns the normalizations in the order of the graph, for these sizes of mapped axes."""
     found: dict[int, Norm] = {}
     for number, node in enumerate(graph.nodes):
         if node.op in ROOTS and node.kind == Kind.DATA:
@@ -62,7 +62,7 @@ def find_norms(graph: Graph, sizes: dict[Hashable, int]) -> list[Norm]:
 
 
 def _from_root(graph: Graph, root: int, sizes: dict[Hashable, int]) -> Iterator[Norm]:
-    """Follows the root of a variance to what is multiplied by its inverse."""
+    """Follows the root of a variance to the values that are multiplied by its inverse."""
     (variance, *_) = graph.data(root)
     waiting: list[tuple[int, bool, tuple[int, ...]]] = [(root, _is_inverse(graph, root), ())]
     seen = set()
@@ -73,24 +73,19 @@ def _from_root(graph: Graph, root: int, sizes: dict[Hashable, int]) -> Iterator[
             if user in seen or op not in ARITHMETIC or graph.nodes[user].kind != Kind.DATA:
                 continue
             seen.add(user)
-            first, *others = graph.nodes[user].inputs
-            multiplies = (op == "mul" and inverse) or (
-                op == "div" and not inverse and first != number
-            )
-            others = [each for each in (first, *others) if each != number]
+            inputs = graph.nodes[user].inputs
+            others = [each for each in inputs if each != number]
+            is_divisor = op == "div" and inputs[0] != number
+            multiplies = (op == "mul" and inverse) or (is_divisor and not inverse)
             if multiplies and len(graph.data(user)) == 2 and len(others) == 1:
-                if (norm := _norm(graph, variance, user, others[0], scales, sizes)) is not None:
+                norm = _norm(graph, variance, user, others[0], scales, sizes)
+                if norm is not None:
                     yield norm
                     continue
-            flips = (op == "div" and first != number) or (
-                op == "integer_pow" and graph.nodes[user].params["y"] < 0
-            )
-            factors = (
-                [each for each in others if graph.nodes[each].kind != Kind.CONSTANT]
-                if op == "mul"
-                else []
-            )
-            waiting.append((user, inverse ^ flips, (*scales, *factors)))
+            inverts = op == "integer_pow" and graph.nodes[user].params["y"] < 0
+            factors = [each for each in others if graph.nodes[each].kind != Kind.CONSTANT]
+            more = (*scales, *factors) if op == "mul" else scales
+            waiting.append((user, inverse ^ (is_divisor or inverts), more))
 
 
 def _is_inverse(graph: Graph, root: int) -> bool:
@@ -108,7 +103,7 @@ def _norm(
     scales: tuple[int, ...],
     sizes: dict[Hashable, int],
 ) -> Norm | None:
-    """Returns what makes y of two activations, a variance and what is divided by it; None for something else."""
+    """Returns the normalization that makes y of a centered value and its variance, if it is one."""
     h = graph.common(variance, centered)
     if h == ROOT or h == variance or graph.nodes[h].size != graph.nodes[centered].size:
         return None
@@ -121,51 +116,44 @@ def _norm(
     end, more, biases = _affine(graph, y)
     shared, devices = _sharing(graph, measuring, sizes)
     inside = measuring | around
-    params = [
-        given for number in inside for given in graph.nodes[number].inputs if graph.is_param(given)
-    ]
+    inputs = [given for number in inside for given in graph.nodes[number].inputs]
+    params = [given for given in inputs if graph.is_param(given)]
     factors = tuple(number for number in (*scales, *more) if graph.is_param(number))
+    smallest = min(graph.nodes[number].size for number in measuring)
+    sources = [graph.sources(number) for number in (*params, *more, *biases)]
     return Norm(
         h=h,
         variance=variance,
         y=y,
         end=end,
         axes=_measured_axes(graph, h, measuring),
-        values=devices
-        * graph.nodes[h].size
-        // max(1, min(graph.nodes[number].size for number in measuring)),
+        values=devices * graph.nodes[h].size // max(1, smallest),
         shared=shared,
         centered=bool(_means(graph, h, inside) & around),
         factors=factors,
-        leaves=frozenset().union(*(graph.sources(number) for number in (*params, *more, *biases))),
+        leaves=frozenset().union(*sources),
         inside=inside,
     )
 
 
 def _has_reduction(graph: Graph, region: set[int]) -> bool:
-    return any(
-        graph.nodes[number].op in REDUCING or graph.nodes[number].op == "dot_general"
-        for number in region
-    )
+    ops = {graph.nodes[number].op for number in region}
+    return bool(ops & (REDUCING | {"dot_general"}))
 
 
 def _uncentered(graph: Graph, h: int) -> int:
-    """Goes back over the subtraction of a mean, where the variance is measured behind it."""
+    """Returns the value before the mean was subtracted, if the variance is measured after that."""
     above = graph.above(h)
     is_difference = graph.nodes[h].op in ("add", "sub") and len(graph.data(h)) == 2
     if not is_difference or above == ROOT or graph.nodes[above].size != graph.nodes[h].size:
         return h
     region = graph.between(above, h)
-    means = _means(graph, above, region)
-    return (
-        above
-        if _measures(graph, region) and any(number in means for number in graph.data(h))
-        else h
-    )
+    subtracts_mean = bool(_means(graph, above, region) & set(graph.data(h)))
+    return above if _measures(graph, region) and subtracts_mean else h
 
 
 def _shifted(graph: Graph, h: int, y: int) -> int:
-    """Goes on to where a multiple of the mean is subtracted, if it is behind the product."""
+    """Returns the value after a multiple of the mean is subtracted from y, if it is."""
     if len(users := graph.users[y]) != 1 or graph.nodes[users[0]].op not in ("add", "sub"):
         return y
     others = [number for number in graph.data(users[0]) if number != y]
@@ -176,37 +164,31 @@ def _shifted(graph: Graph, h: int, y: int) -> int:
 
 
 def _measures(graph: Graph, region: set[int]) -> bool:
-    """Whether nothing happens in a region but what makes statistics."""
-    return {graph.nodes[number].op for number in region} <= ARITHMETIC | REDUCING | {
-        *ROOTS,
-        *SHARED,
-        "square",
-    }
+    """Returns whether a region only has operations that make statistics."""
+    ops = {graph.nodes[number].op for number in region}
+    return ops <= ARITHMETIC | REDUCING | ROOTS | SHARED | {"square"}
 
 
 def _means(graph: Graph, h: int, region: set[int]) -> set[int]:
-    """Returns the sums of h, their multiples, and what they are laid out as."""
+    """Returns the sums of h, and their multiples, in any layout."""
     linear, means = {h}, set()
     for number in sorted(region):
         node, data = graph.nodes[number], graph.data(number)
         product = node.op in ("mul", "dot_general") and len(data) > 1
         divisor = node.op == "div" and graph.nodes[node.inputs[1]].kind == Kind.DATA
-        known = [given for given in data if given in linear]
-        if (
-            node.op in LINEAR | {"reduce_sum"}
-            and known
-            and not (product or divisor)
-            and (len(known) == len(data) or node.op == "branch")
-        ):
+        if node.op not in LINEAR | {"reduce_sum"} or product or divisor:
+            continue
+        known = linear.intersection(data)
+        if known and (known == set(data) or node.op == "branch"):
             linear.add(number)
             if node.op in ("reduce_sum", "dot_general") or means & set(data):
                 means.add(number)
-    # The difference of an activation and its mean is no mean.
-    small = graph.nodes[h].size
+    # The difference of an activation and its mean is not a mean.
+    size = graph.nodes[h].size
     return {
         number
         for number in means
-        if graph.nodes[number].size < small or not _subtracts(graph, number)
+        if graph.nodes[number].size < size or not _subtracts(graph, number)
     }
 
 
@@ -215,7 +197,7 @@ def _subtracts(graph: Graph, number: int) -> bool:
 
 
 def _measured_axes(graph: Graph, h: int, region: set[int]) -> Axes:
-    """Returns the axes of h that are summed over on the way to a variance."""
+    """Returns the axes of h that are summed over on the path to a variance."""
     rank = len(graph.nodes[h].shape)
     places = {h: [frozenset([axis]) for axis in range(rank)]}
     measured = set()
@@ -229,16 +211,15 @@ def _measured_axes(graph: Graph, h: int, region: set[int]) -> Axes:
             for axis, at in enumerate(places[given]):
                 if at & reduced(node, operand):
                     measured.add(axis)
-                places[number][axis] |= (
-                    spread(node, operand, shape, at) if at else at
-                ) or frozenset()
+                after = spread(node, operand, shape, at) if at else None
+                places[number][axis] |= after or frozenset()
     return frozenset(measured)
 
 
 def _sharing(
     graph: Graph, region: set[int], sizes: dict[Hashable, int]
 ) -> tuple[frozenset[Hashable], int]:
-    """Returns the mapped axes that statistics are shared over, and how many devices share one."""
+    """Returns the mapped axes that statistics are shared over, and the number of devices."""
     shared: dict[Hashable, int] = {}
     for number in region:
         node = graph.nodes[number]
@@ -249,7 +230,7 @@ def _sharing(
 
 
 def _affine(graph: Graph, y: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Follows scale and bias behind a normalized value; returns where they end, the factors, and what is added."""
+    """Follows scale and bias after a normalized value; returns their end, factors and biases."""
     scales, biases = [], []
     while len(users := graph.users[y]) == 1 and y not in graph.outputs:
         (user,) = users

@@ -1,4 +1,4 @@
-"""The rules about normalizations; each yields what it finds."""
+"""The rules about normalizations; each yields its findings."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from normjax.diagnostics._lint.graph import ROOT, Graph, Unknown
 from normjax.diagnostics._lint.network import Network
 from normjax.diagnostics._lint.norms import VIEWS, Norm
 
-FEWEST = 16  # values in a statistic
-REMAINDER = 0.01  # of the initial statistics, after training
+FEWEST = 16  # the fewest values in a statistic without a warning
+REMAINDER = 0.01  # the largest part of the initial statistics after training without a warning
 LAYERS = ("dot_general", "conv_general_dilated")
 
 
 def dropout_before(network: Network) -> Iterator[Finding]:
-    """Yields batch norms whose input was dropped out, one linear layer back at most."""
+    """Yields batch norms after dropout, with at most one linear layer between."""
     dropped = flow.dropouts(network.graph, network.examples)
     ends = {norm.y for norm in network.norms}
     for norm in network.norms:
         between = _layers_back_to(network.graph, norm.h, dropped, ends)
         if between is not None and network.over_examples(norm):
-            where = "with one linear layer between" if between else "with no linear layer between"
+            layers = "one linear layer" if between else "no linear layer"
             yield Finding(
                 network.path(norm),
                 "dropout-before",
                 "warning",
-                f"its input was dropped out, {where}: its variance is larger in training than at inference",
-                "move the dropout behind the last batch norm",
+                f"dropout comes before it, with {layers} between: its variance is larger in "
+                "training than at inference",
+                "move the dropout after the last batch norm",
             )
 
 
 def _layers_back_to(graph: Graph, start: int, wanted: set[int], ends: set[int]) -> int | None:
-    """Returns how many linear layers there are on the way back to one of the wanted, if at most one."""
+    """Returns the number of linear layers back to a wanted value, None if more than one."""
     waiting, seen = [(start, 0)], set()
     while waiting:
         number, layers = min(waiting, key=lambda each: each[1])
@@ -58,27 +59,26 @@ def few_values(network: Network) -> Iterator[Finding]:
     for norm in network.norms:
         values, shape = norm.values, network.graph.nodes[norm.h].shape
         if values < FEWEST and network.over_examples(norm):
-            off = (
-                f"off by {math.sqrt(2 / (norm.values - 1)):.0%} or so"
-                if norm.values > 1
-                else "0, whatever the input is"
-            )
+            several = values > 1
+            off = f"off by about {math.sqrt(2 / (values - 1)):.0%}" if several else "always 0"
             yield Finding(
                 network.path(norm),
                 "few-values",
-                "warning" if values > 1 else "error",
-                f"its input of shape {shape} has {values} value{'s' * (values > 1)} for each statistic{_devices(norm)}:"
-                f" variances are {off}",
-                "use a larger batch, share statistics over devices (axis_name), or take group norm or batch renorm",
+                "warning" if several else "error",
+                f"its input of shape {shape} has {values} value{'s' * several} for each "
+                f"statistic{_devices(norm)}: variances are {off}",
+                "use a larger batch, share statistics over devices (axis_name), or use group norm "
+                "or batch renorm",
             )
 
 
 def _devices(norm: Norm) -> str:
-    return f", all over {', '.join(sorted(map(repr, norm.shared)))}" if norm.shared else ""
+    names = ", ".join(sorted(map(repr, norm.shared)))
+    return f", over all of {names}" if names else ""
 
 
 def slow_momentum(network: Network, steps: int) -> Iterator[Finding]:
-    """Yields running statistics that are still those of the initialization when training ends."""
+    """Yields running statistics that training does not move far enough from their start."""
     momenta = network.momenta()
     for norm in network.norms:
         momentum = momenta.get(norm.y, 0.0)
@@ -88,29 +88,28 @@ def slow_momentum(network: Network, steps: int) -> Iterator[Finding]:
                 network.path(norm),
                 "slow-momentum",
                 "warning",
-                f"after {steps} steps of momentum {momentum:.4g}, {momentum**steps:.0%} of its running statistics are "
-                "what they started from",
-                f"use momentum={fast:g} or less, momentum=None (the mean over all batches), or recalibrate in the end",
+                f"after {steps} steps of momentum {momentum:.4g}, {momentum**steps:.0%} of its "
+                "running statistics are their initial value",
+                f"use momentum={fast:g} or less, momentum=None (the mean over all batches), or "
+                "recalibrate at the end",
             )
 
 
 def unsynced(network: Network) -> Iterator[Finding]:
-    """Yields batch norms with statistics of one device, where the examples are split over several."""
+    """Yields batch norms with statistics of one device, if examples are split over several."""
     for norm in network.norms:
         names = network.devices[norm.h] - norm.shared
-        merged = [
-            layer
-            for layer in network.running(norm)
-            if not names & network.devices[network.updates[layer]]
-        ]
+        updates = [network.updates[layer] for layer in network.running(norm)]
+        merged = any(not names & network.devices[update] for update in updates)
         if names and network.over_examples(norm) and not merged:
             listed = ", ".join(sorted(map(repr, names)))
             yield Finding(
                 network.path(norm),
                 "unsynced",
                 "warning",
-                f"the examples are split over the mapped axis {listed}, and its statistics are each device's own",
-                f"pass axis_name={listed} to it, or merge what each device has learned with nj.sync_batch_stats",
+                f"the examples are split over the mapped axis {listed}, but each device has its "
+                "own statistics",
+                f"pass axis_name={listed} to it, or merge the statistics with nj.sync_batch_stats",
             )
 
 
@@ -122,7 +121,8 @@ def residual_scales(network: Network) -> Iterator[Finding]:
                 network.path(norm),
                 "residual-scale",
                 "note",
-                "it ends a residual branch, and its scale starts at 1: the block does not start as the identity",
+                "it ends a residual branch, and its scale starts at 1: the block does not start as "
+                "the identity",
                 "start it at zero: scale_init=jax.nn.initializers.zeros",
             )
 
@@ -136,7 +136,7 @@ def _is_one(network: Network, norm: Norm) -> bool:
 
 
 def _ends_a_branch(graph: Graph, norm: Norm) -> bool:
-    """Whether what comes straight out of it is added to what a shortcut makes of the branch's own input."""
+    """Returns whether its output is directly added to a shortcut from the branch's input."""
     end = norm.end
     while len(users := graph.users[end]) == 1 and graph.nodes[users[0]].op in VIEWS:
         end = users[0]
@@ -146,16 +146,15 @@ def _ends_a_branch(graph: Graph, norm: Norm) -> bool:
     (other,) = (given for given in graph.data(users[0]) if given != end)
     if above == ROOT:
         return False
-    branch, shortcut = (_most_layers(graph, above, number) for number in (end, other))
+    branch, shortcut = _most_layers(graph, above, end), _most_layers(graph, above, other)
     return shortcut <= 1 and shortcut < branch
 
 
 def _most_layers(graph: Graph, start: int, end: int) -> int:
-    """Returns how many linear layers there are one behind the other on the longest way between two values."""
+    """Returns the number of linear layers on the longest path between two values."""
     most = {start: 0}
     for number in sorted(graph.between(start, end)):
         is_layer = graph.nodes[number].op in LAYERS and len(graph.data(number)) == 1
-        most[number] = is_layer + max(
-            (most.get(given, 0) for given in graph.data(number)), default=0
-        )
+        before = [most.get(given, 0) for given in graph.data(number)]
+        most[number] = is_layer + max(before, default=0)
     return most[end]

@@ -1,4 +1,4 @@
-"""Traces functions into graphs: calls, branches and loops written out."""
+"""Traces functions into graphs; calls, branches and loops are inlined."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from normjax import _jaxpr
 from normjax._jaxpr import Writer
 from normjax.diagnostics._lint.graph import Graph
 
+# Operations that apply a jaxpr to elements, which is not a call of it.
+NOT_CALLS = ("reduce", "scatter", "pallas", "select_and")
+
 
 def trace(
     function: Callable[..., Any],
@@ -24,21 +27,25 @@ def trace(
 ) -> Graph:
     """Traces a function `(variables, x) -> (outputs, updates)`.
 
-    It is traced under the mapped `axes`, whose sizes are beside their names. `statistics` are the
-    numbers of those leaves of the variables that are running statistics.
+    Args:
+      function: the function to trace.
+      variables: its first argument.
+      x: its second argument.
+      axes: the mapped axes to trace under, and their sizes.
+      statistics: the numbers of the leaves of the variables that are running statistics.
     """
     try:
         program = _jaxpr.trace(function, variables, (x,), inline=_inline, axes=axes)
-    except NameError as error:  # of an axis, in all likelihood
+    except NameError as error:  # probably of an axis
         error.add_note(
-            "lint: if apply_fn is to be mapped over an axis, pass its name: lint(..., axis_name='data')"
+            "lint: if apply_fn is mapped over an axis, pass its name: lint(..., axis_name='data')"
         )
         raise
     return Graph(program, frozenset(statistics))
 
 
 def _inline(writer: Writer, eqn: Any, inputs: list[int]) -> Sequence[int] | None:
-    """Writes out whatever has a body: calls, derivatives, branches and loops."""
+    """Inlines every equation that has a body: calls, derivatives, branches and loops."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         return _scan(writer, params, inputs)
@@ -57,7 +64,7 @@ def _inline(writer: Writer, eqn: Any, inputs: list[int]) -> Sequence[int] | None
 
 
 def _scan(writer: Writer, params: Mapping[str, Any], inputs: list[int]) -> list[int]:
-    """Adds the body once: what it carries is unknown, or the variable that it starts from."""
+    """Adds the body once: a carry is unknown, or the variable that it starts from."""
     consts, first = params["num_consts"], params["num_consts"] + params["num_carry"]
     body, carries = params["jaxpr"], params["num_carry"]
     carried = [_add(writer, "carry", (number,)) for number in inputs[consts:first]]
@@ -92,13 +99,10 @@ def _add(
 
 
 def _body(eqn: Any) -> Any:
-    """Returns the jaxpr of an equation that does what it says, whatever else it is for: jit, remat, derivatives."""
-    bodies = [
-        param for param in eqn.params.values() if isinstance(param, (core.Jaxpr, core.ClosedJaxpr))
-    ]
-    if len(bodies) != 1 or eqn.primitive.name.startswith(
-        ("reduce", "scatter", "pallas", "select_and")
-    ):
+    """Returns the jaxpr of an equation that only calls it, such as jit, remat, derivatives."""
+    kinds = (core.Jaxpr, core.ClosedJaxpr)
+    bodies = [param for param in eqn.params.values() if isinstance(param, kinds)]
+    if len(bodies) != 1 or eqn.primitive.name.startswith(NOT_CALLS):
         return None
     body = getattr(bodies[0], "jaxpr", bodies[0])
     fits = len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars)
