@@ -100,6 +100,7 @@ def activated_batch_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     virtual_batch_size: int | None = None,
+    skip_nonfinite: bool = False,
     dtype: DTypeLike | None = None,
 ) -> tuple[Activations, BatchStats]:
     r"""Batch norm and an invertible activation in one, of which the backward pass needs the output, not x.
@@ -132,6 +133,7 @@ def activated_batch_norm(
         collective forward, one backward.
       axis_index_groups: groups of indices of that axis that share.
       virtual_batch_size: ghost batches of that many examples, in training.
+      skip_nonfinite: whether a batch that is not finite leaves the running statistics alone.
       dtype: of z, so of what is kept; None for that of x.
 
     Returns:
@@ -170,6 +172,7 @@ def activated_batch_norm(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         virtual_batch_size=virtual_batch_size,
+        skip_nonfinite=skip_nonfinite,
         dtype=dtype,
         make_spec=partial(ActivatedSpec, activation=chosen),
     )

@@ -104,6 +104,7 @@ def batch_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     virtual_batch_size: int | None = None,
+    skip_nonfinite: bool = False,
     dtype: DTypeLike | None = None,
 ) -> tuple[Activations, BatchStats]:
     r"""Normalizes each feature by the batch's statistics in training, by the population's at inference.
@@ -135,23 +136,28 @@ def batch_norm(
       mask: bool, broadcastable to x: True where an element counts. Elements that do not count are
         normalized like the others but leave no trace in the statistics; where one is NaN or
         infinite, y is the bias, a constant. Features of which nothing counts use and keep their
-        running statistics.
+        running statistics. Or real: the weight of each element, not negative, which counts as that
+        many elements; weights have gradients, those of 0 none.
       axis_name: mapped axis or axes (pmap, shard_map, vmap) over which the statistics are shared,
         in training. Under plain jit with sharded x they are those of the global batch without it.
       axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
       virtual_batch_size: ghost batches: in training, normalizes each slice of that many examples of
         axis 0 by statistics of its own; the running statistics take in the whole batch.
+      skip_nonfinite: whether a batch whose mean or variance is NaN or infinite in any feature
+        leaves the running statistics as they were, on all devices alike: for dynamic loss scaling.
+        By default they take it in, as in Flax, and stay NaN.
       dtype: of y; None for that of x.
 
     Returns:
       `y`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes.
       Statistics and y are computed in at least float32 and rounded once; the variance is safe, on
-      the first step too: right to 1e-5 of `var + epsilon`.
+      the first step too: right to 1e-5 of `var + epsilon`. y and gradients are right for deviations
+      up to 1e25 (1e15 with `epsilon=0`); a running variance beyond 3e38 is infinite.
 
     Raises:
       ValueError, TypeError, NameError: at trace time, for whatever does not fit: axes, leaves,
         dtypes, a mask, an axis name that is not in scope, a traced `train`, one value per feature
-        in training.
+        in training, running statistics in less than float32 in training.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -182,6 +188,7 @@ def batch_norm(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         virtual_batch_size=virtual_batch_size,
+        skip_nonfinite=skip_nonfinite,
         dtype=dtype,
     )
     return take_step(step, train_step, infer_step)
@@ -203,7 +210,7 @@ def train_step(
     inputs = read(x, mask)
     batch = batch_moments(spec, inputs, mask)
     mean, var = batch_or_running(batch, batch_stats, spec)
-    y = normalize(inputs, mean, var, params, spec.epsilon)
+    y = normalize(inputs, mean, var, params, spec.epsilon, spec.unit(x))
     new = spec.update(batch_stats, batch, momentum)
     return y.reshape(shape).astype(spec.dtype), new
 

@@ -119,7 +119,8 @@ def filter_response_norm(
       epsilon: added to the mean square. The paper's 1e-6 is small enough to be of no account where
         there is something to average over; where there is not, y would be the sign of x, and a
         learned epsilon helps.
-      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no
+      mask: bool, broadcastable to x: True where an element counts; or real: the weight of each
+        element, not negative. What does not count leaves no
         trace in the statistics; where it is NaN or infinite, y is that of x = 0, a constant. Where
         nothing counts, the mean square is 1.
       axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
@@ -177,12 +178,12 @@ def _filter_response_norm(params: Params, x: Array, mask: Array | None, spec: Sp
     inputs = read(x, mask)
     count, square = mean_square(spec, inputs, mask)
     if mask is not None:
-        square = jnp.where(count > 0, square, 1)
+        square = jnp.where(count > 0, square, spec.unit(x) ** 2)
     epsilon = spec.epsilon
     if "epsilon" in params:
         epsilon += jnp.abs(widen(params["epsilon"]))
     affine = {leaf: params[leaf] for leaf in ("scale", "bias") if leaf in params}
-    y = normalize(inputs, None, spec.expand(square), affine, epsilon)
+    y = normalize(inputs, None, spec.expand(square), affine, epsilon, spec.unit(x))
     if "threshold" in params:
         y = jnp.maximum(y, params["threshold"].astype(y.dtype))
     return y.astype(spec.dtype)

@@ -101,7 +101,8 @@ def layer_norm(
       feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in
         ascending order.
       epsilon: added to the variance.
-      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no
+      mask: bool, broadcastable to x: True where an element counts; or real: the weight of each
+        element, not negative. What does not count leaves no
         trace in the statistics; where it is NaN or infinite, y is the bias, a constant. Where
         nothing counts, the mean is 0 and the variance 1.
       axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared

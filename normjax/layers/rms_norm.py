@@ -110,7 +110,8 @@ def rms_norm(
       feature_axes: the axes that have a scale and bias of their own; leaves have their sizes in
         ascending order.
       epsilon: added to the mean square.
-      mask: bool, broadcastable to x: True where an element counts. What does not count leaves no
+      mask: bool, broadcastable to x: True where an element counts; or real: the weight of each
+        element, not negative. What does not count leaves no
         trace in the statistics; where it is NaN or infinite, y is the bias (or 0), a constant.
         Where nothing counts, the mean square is 1.
       axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
@@ -166,8 +167,8 @@ def _rms_norm(params: Params, x: Array, mask: Array | None, spec: RMSSpec) -> Ar
     inputs = read(x, mask)
     count, square = mean_square(spec, inputs, mask)
     if mask is not None:
-        square = jnp.where(count > 0, square, 1)
+        square = jnp.where(count > 0, square, spec.unit(x) ** 2)
     if "scale" in params and spec.scale_offset:
         params = params | {"scale": widen(params["scale"]) + spec.scale_offset}
-    y = normalize(inputs, None, spec.expand(square), params, spec.epsilon)
+    y = normalize(inputs, None, spec.expand(square), params, spec.epsilon, spec.unit(x))
     return y.astype(spec.dtype)
