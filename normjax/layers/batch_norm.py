@@ -151,7 +151,7 @@ def batch_norm(
     Returns:
       `y`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes.
       Statistics and y are computed in at least float32 and rounded once; the variance is safe, on
-      the first step too: right to 1e-5 of `var + epsilon`. y and gradients are right for deviations
+      the first step too: right to 5e-5 of `var + epsilon`. y and gradients are right for deviations
       up to 1e25 (1e15 with `epsilon=0`); a running variance beyond 3e38 is infinite.
 
     Raises:

@@ -25,7 +25,7 @@ INPUT = "normjax_input"
 OUTPUT = "normjax_output"
 
 # A variance v that is found around zero carries an error of about (v + mean^2) rounding errors.
-# Up to mean^2 = 64 v that is 4e-6 of v in float32.
+# Up to mean^2 = 64 v, over a hundred thousand elements, 2e-5 of v was measured in float32.
 TOLERATED_MEAN_SQUARE = 64.0
 
 
