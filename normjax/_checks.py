@@ -73,6 +73,20 @@ def static_train(function: str, train: object) -> bool:
     return bool(train)
 
 
+def boolean(function: str, name: str, given: object) -> bool:
+    """Returns an option that is on or off; raises for anything but a bool."""
+    if not isinstance(given, bool | np.bool_):
+        raise_error(
+            function,
+            f"{name} is not a bool",
+            expected="True or False",
+            got=f"{name}={given!r}",
+            fix="Make it static: close over it instead of passing it through jax.jit",
+            kind=TypeError,
+        )
+    return bool(given)
+
+
 def activations(function: str, x: Any, name: str = "x") -> jax.Array:
     """Returns `x` as an array; raises an error for integers, booleans and scalars."""
     x = jnp.asarray(x)
@@ -140,16 +154,21 @@ def other_axes(axes: Collection[int], rank: int) -> tuple[int, ...]:
 
 
 def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
-    """Returns the mask with x's rank; raises if it is not bool or does not broadcast to x."""
+    """Returns the mask with x's rank; raises for integers, and for shapes that do not broadcast.
+
+    Real weights are checked if they are a NumPy array: the values of a JAX array are not looked at.
+    """
     if given is None:
         return None
+    if isinstance(given, np.ndarray) and given.dtype.kind == "f":
+        _not_negative(function, given)
     given = jnp.asarray(given)
     got = f"mask.shape={given.shape}, mask.dtype={given.dtype} for x.shape={shape}"
-    if given.dtype != jnp.bool_:
+    if given.dtype != jnp.bool_ and not jnp.issubdtype(given.dtype, jnp.floating):
         raise_error(
             function,
-            "mask is not boolean",
-            expected="dtype bool, True where an element counts",
+            "mask holds neither bools nor real weights",
+            expected="dtype bool, True where an element counts; or a float, its weight",
             got=got,
             fix="Compare first, as in mask > 0",
             kind=TypeError,
@@ -166,6 +185,19 @@ def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
             fix="Add the missing axes at the end, as in mask[:, None]",
         )
     return given.reshape((1,) * (len(shape) - given.ndim) + given.shape)
+
+
+def _not_negative(function: str, weights: np.ndarray) -> None:
+    """Raises for weights that are negative, infinite or NaN."""
+    wrong = weights[~((weights >= 0) & np.isfinite(weights))]
+    if wrong.size:
+        raise_error(
+            function,
+            "mask holds weights that are negative or not finite",
+            expected="finite weights of at least 0",
+            got=f"{wrong.size} such weights, the first of them {wrong[0]}",
+            fix="Clip them: np.maximum(mask, 0)",
+        )
 
 
 def sizes(function: str, name: str, given: Any) -> tuple[int, ...]:

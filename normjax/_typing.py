@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Inexact, Key, Num, Shaped
+from jaxtyping import Array, Bool, Float, Inexact, Key, Num, Shaped
 
 Axes = int | Sequence[int]
 AxisName = Hashable | Sequence[Hashable]
@@ -20,7 +20,7 @@ RunningVar = Literal["biased", "unbiased"]
 Activations = Inexact[Array, "..."]
 Kernel = Inexact[Array, "..."]
 FeatureArray = Inexact[Array, "*features"]
-Mask = Bool[Array, "..."]
+Mask = Bool[Array, "..."] | Float[Array, "..."]
 Params = dict[str, Inexact[Array, "..."]]
 BatchStats = dict[str, Num[Array, "..."]]
 WIDE = frozenset(map(np.dtype, ("float32", "float64", "complex64", "complex128")))
@@ -42,6 +42,18 @@ def admissible(x: jax.Array, dtype: Any) -> jax.Array:
 def widen(x: jax.Array) -> jax.Array:
     """Casts to the precision that statistics are computed in: at least float32."""
     return x if is_wide(x) else x.astype(jnp.float32)
+
+
+def is_weight(mask: jax.Array) -> bool:
+    """Whether a mask holds real weights instead of bools."""
+    return jnp.issubdtype(mask.dtype, jnp.floating)
+
+
+def as_mask(mask: Any) -> Any:
+    """Returns a mask of the adapters, as which Flax takes integers, too: bools, or real weights."""
+    if mask is None or jnp.issubdtype(jnp.result_type(mask), jnp.floating):
+        return mask
+    return jnp.asarray(mask, bool)
 
 
 def is_wide(x: jax.Array) -> bool:
@@ -72,6 +84,8 @@ __all__ = [
     "Params",
     "RunningVar",
     "admissible",
+    "as_mask",
+    "is_weight",
     "is_wide",
     "promote",
     "widen",

@@ -90,4 +90,4 @@ def test_optimizers():
 
 def test_a_wrong_type_is_noticed():
     with pytest.raises(Exception, match="mask"):
-        typed(nj.moments)(jnp.ones((4, 3)), 0, mask=jnp.ones((4, 3)))
+        typed(nj.moments)(jnp.ones((4, 3)), 0, mask=jnp.ones((4, 3), jnp.int32))

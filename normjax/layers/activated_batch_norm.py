@@ -99,6 +99,7 @@ def activated_batch_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     virtual_batch_size: int | None = None,
+    skip_nonfinite: bool = False,
     dtype: DTypeLike | None = None,
 ) -> tuple[Activations, BatchStats]:
     r"""Batch norm and an invertible activation; the backward pass needs the output, not x.
@@ -130,6 +131,7 @@ def activated_batch_norm(
         collective forward, one backward.
       axis_index_groups: groups of indices of that axis that share statistics.
       virtual_batch_size: ghost batches of that many examples, in training.
+      skip_nonfinite: whether a batch that is not finite leaves the running statistics as they were.
       dtype: dtype of z, and so of what is stored for the backward pass; None for the dtype of x.
 
     Returns:
@@ -168,6 +170,7 @@ def activated_batch_norm(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         virtual_batch_size=virtual_batch_size,
+        skip_nonfinite=skip_nonfinite,
         dtype=dtype,
         make_spec=partial(ActivatedSpec, activation=chosen),
     )

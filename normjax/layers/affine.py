@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from normjax._typing import (
     Params,
     PRNGKey,
     promote,
+    widen,
 )
 from normjax.platforms.cpu import materialize, separate_if_narrow, separate_operands
 from normjax.statistics.devices import pcast_like
@@ -87,15 +89,17 @@ def normalize(
     var: Inexact[Array, "..."],
     params: Params,
     epsilon: float | Array,
+    unit: float = 1.0,
 ) -> Activations:
     r"""Returns `(x - mean) / sqrt(var + epsilon) * scale + bias` in the widest dtype among them.
 
     Args:
       x: the input.
       mean: mean of x, with its rank; None to subtract nothing.
-      var: variance of x, or the mean of its squares, with its rank.
+      var: variance of x times the unit, or the mean of its squares, with the rank of x.
       params: `scale` and `bias`, both optional, with the rank of x.
-      epsilon: added to the variance.
+      epsilon: added to the variance of x.
+      unit: a power of two; 1 if the variance is that of x.
 
     Returns:
       y. If the mask hides a NaN or an infinity, y is the bias there, a constant.
@@ -106,32 +110,44 @@ def normalize(
     bias = params["bias"].astype(dtype) if "bias" in params else jnp.zeros((), dtype)
     scale, bias = pcast_like(var, scale, bias)
     wide = Input(x.x, x.x32.astype(dtype))
-    y = _affine(wide, mean.astype(dtype), var + epsilon, scale, bias)
+    total = widen(var) + epsilon * unit**2
+    y = _affine(unit, wide, mean.astype(dtype), total, scale, bias)
     return y if x.sound is None else jnp.where(x.sound, y, lax.stop_gradient(bias))
 
 
-@jax.custom_jvp
-def _affine(x: Input, mean: Array, var: Array, scale: Array, bias: Array) -> Array:
-    """Returns `(x - mean) / sqrt(var) * scale + bias`."""
-    inverse = lax.rsqrt(var).astype(mean.dtype)
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def inverse_deviation(unit: float, var: Array) -> Array:
+    """Returns 1 / sqrt(var / unit^2)."""
+    return lax.rsqrt(var) * unit
+
+
+@inverse_deviation.defjvp
+def _inverse_deviation_jvp(unit: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """Multiplies from right to left: the cube of the root underflows at deviations of 1e13."""
+    inverse = named(inverse_deviation(unit, *primals))
+    root = inverse / unit
+    return inverse, -0.5 * inverse * (root * (root * tangents[0]))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _affine(unit: float, x: Input, mean: Array, var: Array, scale: Array, bias: Array) -> Array:
+    """Returns `(x - mean) / sqrt(var / unit^2) * scale + bias`."""
+    inverse = inverse_deviation(unit, var).astype(mean.dtype)
     if scale.shape == inverse.shape:
         return (x.x32 - mean) * (inverse * scale) + bias
     return (x.x32 - mean) * inverse * scale + bias
 
 
 @_affine.defjvp
-def _affine_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _affine_jvp(unit: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, mean, var, scale, _ = primals
-    inverse = named(lax.rsqrt(var))
     x_dot, mean_dot, var_dot, scale_dot, bias_dot = tangents
-    # From right to left, so that the cube of the inverse is never formed: it underflows at
-    # deviations of 1e13.
-    inverse_dot = -0.5 * inverse * (inverse * (inverse * var_dot))
+    inverse, inverse_dot = jax.jvp(partial(inverse_deviation, unit), (var,), (var_dot,))
     inverse, inverse_dot = inverse.astype(mean.dtype), inverse_dot.astype(mean.dtype)
     fits = jnp.broadcast_shapes(scale.shape, inverse.shape) == inverse.shape
     derivative = _by_multiplier if fits else _by_scale
     dots = x_dot.x32, mean_dot, inverse_dot, scale_dot, bias_dot
-    return _affine(*primals), derivative(x.x, mean, inverse, scale, *dots)
+    return _affine(unit, *primals), derivative(x.x, mean, inverse, scale, *dots)
 
 
 def _by_multiplier(

@@ -106,6 +106,7 @@ def batch_renorm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     virtual_batch_size: int | None = None,
+    skip_nonfinite: bool = False,
     dtype: DTypeLike | None = None,
 ) -> tuple[Activations, BatchStats]:
     r"""Batch norm that also trains with the running statistics, within limits.
@@ -137,10 +138,11 @@ def batch_renorm(
       momentum: weight of the old running value.
       epsilon: added to the variances.
       running_var: which estimate of the variance is stored, "biased" or "unbiased".
-      mask: bool, broadcastable to x: True where an element counts.
+      mask: bool, broadcastable to x: True where an element counts; or the weight of each element.
       axis_name: mapped axis or axes over which the statistics are shared, in training.
       axis_index_groups: groups of indices of that axis that share statistics.
       virtual_batch_size: ghost batches, each with its own r and d.
+      skip_nonfinite: whether a batch that is not finite leaves the running statistics as they were.
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
@@ -181,6 +183,7 @@ def batch_renorm(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         virtual_batch_size=virtual_batch_size,
+        skip_nonfinite=skip_nonfinite,
         dtype=dtype,
     )
     return take_renorm_step(step, r_max, d_max)
@@ -213,7 +216,8 @@ def renorm_step(
     mean, var = batch_or_running(batch, batch_stats, spec)
     running_mean, running_var = running_like(batch, batch_stats)
     running = spec.expand(running_mean), spec.expand(running_var)
-    corrected = correct(params, (mean, var), running, limits, spec.epsilon)
-    y = normalize(inputs, mean, var, corrected, spec.epsilon)
+    unit = spec.unit(x)
+    corrected = correct(params, (mean, var), running, limits, spec.epsilon, unit)
+    y = normalize(inputs, mean, var, corrected, spec.epsilon, unit)
     new = spec.update(batch_stats, batch, momentum)
     return y.reshape(shape).astype(spec.dtype), new

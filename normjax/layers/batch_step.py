@@ -30,7 +30,14 @@ from normjax.statistics.devices import device_group
 from normjax.statistics.moments import compiled_moments, merge_stacked
 from normjax.statistics.population import POPULATION, is_layer_by_layer
 from normjax.statistics.reduction import Moments, Spec
-from normjax.statistics.running import OPTIONS, check_batch_stats, collect, update
+from normjax.statistics.running import (
+    OPTIONS,
+    check_batch_stats,
+    check_precision,
+    collect,
+    unless_nonfinite,
+    update,
+)
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,21 @@ class BatchSpec(Spec):
       momentum: weight of the old running value; None if it is traced, or 1 - 1 / count.
       running_var: which estimate of the variance is stored.
       virtual_batch_size: the number of examples in a ghost batch; None without ghost batches.
+      skip_nonfinite: whether a batch that is not finite leaves the running statistics as they were.
     """
 
     momentum: float | None = None
     running_var: RunningVar = "biased"
     virtual_batch_size: int | None = None
+    skip_nonfinite: bool = False
 
     def update(self, batch_stats: BatchStats, batch: Moments, momentum: Array | None) -> BatchStats:
         """Moves the running statistics towards the batch's, with all its ghost batches merged."""
+        batch = self.natural(batch)
         if self.virtual_batch_size is not None:
             batch = merge_stacked(batch)
+        if self.skip_nonfinite:
+            batch = unless_nonfinite(batch)
         weight = self.momentum if momentum is None else momentum
         return update(batch_stats, batch, weight, self.running_var)
 
@@ -85,6 +97,7 @@ def check_batch_step(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     virtual_batch_size: int | None = None,
+    skip_nonfinite: bool = False,
     dtype: DTypeLike | None = None,
     one_value: bool = False,
     make_spec: Callable[..., BatchSpec] = BatchSpec,
@@ -110,12 +123,14 @@ def check_batch_step(
         dtype=x.dtype if dtype is None else _checks.output_dtype(function, dtype, x),
         momentum=momentum if static else None,
         running_var=running_var,
+        skip_nonfinite=_checks.boolean(function, "skip_nonfinite", skip_nonfinite),
     )
     mask = None if mask is None else _checks.mask(function, mask, x.shape)
     traced = None if static else jnp.asarray(momentum)
     step = BatchStep(params, batch_stats, x, train, mask, traced, spec)
     if not (train or POPULATION in batch_stats):
         return step
+    check_precision(function, batch_stats)
     if axis_name is not None or axis_index_groups is not None:
         spec = replace(spec, devices=device_group(function, axis_name, axis_index_groups))
     if virtual_batch_size is not None:
@@ -205,6 +220,8 @@ def _collecting_step(
     if not (train or layer_by_layer):
         return y, batch_stats
     batch = compiled_moments(spec, x, mask)
+    if spec.skip_nonfinite:
+        batch = unless_nonfinite(batch)
     cumulative = spec.momentum is None and momentum is None
     return y, collect(batch_stats, batch, cumulative, spec.running_var)
 
@@ -246,11 +263,15 @@ def into_ghosts(
 def batch_or_running(
     batch: Moments, batch_stats: BatchStats, spec: BatchSpec
 ) -> tuple[Array, Array]:
-    """Returns the batch's mean and variance, or running ones if nothing counts; with x's rank."""
+    """Returns the batch's mean and variance, or running ones if nothing counts; with x's rank.
+
+    The variance is in the unit of `spec`.
+    """
     if isinstance(batch.count, float):
         return spec.expand(batch.mean), spec.expand(batch.var)
     counted = jnp.asarray(batch.count) > 0
     mean, var = running_like(batch, batch_stats)
+    var *= spec.unit(var) ** 2
     mean, var = jnp.where(counted, batch.mean, mean), jnp.where(counted, batch.var, var)
     return spec.expand(mean), spec.expand(var)
 

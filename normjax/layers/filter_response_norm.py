@@ -119,9 +119,10 @@ def filter_response_norm(
         ascending order.
       epsilon: added to the mean square. The paper's 1e-6 has no effect if there are several values
         to average. With a single value, y would be the sign of x, and a learned epsilon helps.
-      mask: bool, broadcastable to x: True where an element counts. Other elements do not affect the
-        statistics; if one is NaN or infinite, y is as for x = 0 there, a constant. If nothing
-        counts, the mean square is 1.
+      mask: bool, broadcastable to x: True where an element counts; or real and not negative: the
+        weight of each element. Elements that do not count do not affect the statistics; if one is
+        NaN or infinite, y is as for x = 0 there, a constant. If nothing counts, the mean square is
+        1.
       axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
         over them.
       axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
@@ -177,12 +178,12 @@ def _filter_response_norm(params: Params, x: Array, mask: Array | None, spec: Sp
     inputs = read(x, mask)
     count, square = mean_square(spec, inputs, mask)
     if mask is not None:
-        square = jnp.where(count > 0, square, 1)
+        square = jnp.where(count > 0, square, spec.unit(x) ** 2)
     epsilon = spec.epsilon
     if "epsilon" in params:
         epsilon += jnp.abs(widen(params["epsilon"]))
     affine = {leaf: params[leaf] for leaf in ("scale", "bias") if leaf in params}
-    y = normalize(inputs, None, spec.expand(square), affine, epsilon)
+    y = normalize(inputs, None, spec.expand(square), affine, epsilon, spec.unit(x))
     if "threshold" in params:
         y = jnp.maximum(y, params["threshold"].astype(y.dtype))
     return y.astype(spec.dtype)

@@ -110,9 +110,10 @@ def group_norm(
         all but the first by default. Leave out further axes of examples.
       feature_axes: the axis of the channels.
       epsilon: added to the variance.
-      mask: bool, broadcastable to x: True where an element counts. Other elements do not affect the
-        statistics; if one is NaN or infinite, y is the bias there, a constant. If nothing counts,
-        the mean is 0 and the variance 1.
+      mask: bool, broadcastable to x: True where an element counts; or real and not negative: the
+        weight of each element. Elements that do not count do not affect the statistics; if one is
+        NaN or infinite, y is the bias there, a constant. If nothing counts, the mean is 0 and the
+        variance 1.
       axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
         over them. If the channels are sharded, the first groups of all devices form one group, and
         so on.

@@ -105,9 +105,10 @@ def instance_norm(
       feature_axes: the axes that statistics, scale and bias run along; leaves have their sizes in
         ascending order.
       epsilon: added to the variance.
-      mask: bool, broadcastable to x: True where an element counts. Other elements do not affect the
-        statistics; if one is NaN or infinite, y is the bias there, a constant. If nothing counts,
-        the mean is 0 and the variance 1.
+      mask: bool, broadcastable to x: True where an element counts; or real and not negative: the
+        weight of each element. Elements that do not count do not affect the statistics; if one is
+        NaN or infinite, y is the bias there, a constant. If nothing counts, the mean is 0 and the
+        variance 1.
       axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
         over them.
       axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.

@@ -109,9 +109,10 @@ def rms_norm(
       feature_axes: the axes that scale and bias run along; leaves have their sizes in ascending
         order.
       epsilon: added to the mean square.
-      mask: bool, broadcastable to x: True where an element counts. Other elements do not affect the
-        statistics; if one is NaN or infinite, y is the bias (or 0) there, a constant. If nothing
-        counts, the mean square is 1.
+      mask: bool, broadcastable to x: True where an element counts; or real and not negative: the
+        weight of each element. Elements that do not count do not affect the statistics; if one is
+        NaN or infinite, y is the bias (or 0) there, a constant. If nothing counts, the mean square
+        is 1.
       axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
         over them.
       axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
@@ -165,8 +166,8 @@ def _rms_norm(params: Params, x: Array, mask: Array | None, spec: RMSSpec) -> Ar
     inputs = read(x, mask)
     count, square = mean_square(spec, inputs, mask)
     if mask is not None:
-        square = jnp.where(count > 0, square, 1)
+        square = jnp.where(count > 0, square, spec.unit(x) ** 2)
     if "scale" in params and spec.scale_offset:
         params = params | {"scale": widen(params["scale"]) + spec.scale_offset}
-    y = normalize(inputs, None, spec.expand(square), params, spec.epsilon)
+    y = normalize(inputs, None, spec.expand(square), params, spec.epsilon, spec.unit(x))
     return y.astype(spec.dtype)

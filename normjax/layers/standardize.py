@@ -31,9 +31,9 @@ def standardize(params: Params, x: Array, mask: Array | None, spec: StandardizeS
     inputs = read(x, mask)
     count, mean, var = example_moments(spec, inputs, mask)
     if mask is not None:
-        var = jnp.where(jnp.asarray(count) > 0, var, 1)
+        var = jnp.where(jnp.asarray(count) > 0, var, spec.unit(x) ** 2)
     if spec.gain != 1:
         scale = params["scale"] if "scale" in params else jnp.ones((), var.dtype)
         params = params | {"scale": scale * spec.gain}
-    y = normalize(inputs, spec.expand(mean), spec.expand(var), params, spec.epsilon)
+    y = normalize(inputs, spec.expand(mean), spec.expand(var), params, spec.epsilon, spec.unit(x))
     return y.astype(spec.dtype)

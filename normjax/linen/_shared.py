@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 
 from normjax import _checks
-from normjax._typing import Params, admissible
+from normjax._typing import Params, admissible, as_mask
 
 
 def sizes(module: Any, x: jax.Array, name: str = "feature_axes") -> tuple[int, ...]:
@@ -53,7 +53,7 @@ def common(module: Any, mask: Any) -> dict[str, Any]:
     mapped = not module.is_initializing()
     return {
         "epsilon": module.epsilon,
-        "mask": None if mask is None else jnp.asarray(mask, bool),
+        "mask": as_mask(mask),
         "axis_name": module.axis_name if mapped else None,
         "axis_index_groups": module.axis_index_groups if mapped else None,
     }

@@ -62,6 +62,8 @@ class BatchNorm(nn.BatchNorm):
         (divided by n - 1, as in PyTorch).
       virtual_batch_size: in training, each slice of this many examples along axis 0 is normalized
         by its own statistics (ghost batches). None: the whole batch is.
+      skip_nonfinite: whether a batch with a mean or variance that is NaN or infinite leaves the
+        running statistics as they were, on all devices alike: for dynamic loss scaling.
       frozen: whether to use the running statistics and leave them alone, whatever
         `use_running_average` says. Scale and bias still have gradients.
 
@@ -78,6 +80,7 @@ class BatchNorm(nn.BatchNorm):
 
     running_var: RunningVar = "biased"
     virtual_batch_size: int | None = None
+    skip_nonfinite: bool = False
     frozen: bool = False
 
     @nn.compact
@@ -93,7 +96,7 @@ class BatchNorm(nn.BatchNorm):
         Args:
           x: the input, features along `axis`.
           use_running_average: whether to use the running statistics; here or in the constructor.
-          mask: broadcastable to x, True where an element counts.
+          mask: broadcastable to x: True where an element counts, or the weight of each.
 
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
@@ -133,6 +136,7 @@ def normalize(
         momentum=norm.momentum,
         running_var=norm.running_var,
         virtual_batch_size=norm.virtual_batch_size,
+        skip_nonfinite=norm.skip_nonfinite,
         dtype=dtype,
         one_value=True,
         **common(norm, mask),

@@ -43,6 +43,8 @@ class BatchRenorm(BatchNorm):
         (divided by n - 1, as in PyTorch).
       virtual_batch_size: in training, each slice of this many examples along axis 0 is normalized
         by its own statistics (ghost batches). None: the whole batch is.
+      skip_nonfinite: whether a batch with a mean or variance that is NaN or infinite leaves the
+        running statistics as they were, on all devices alike: for dynamic loss scaling.
       frozen: whether to use the running statistics and leave them alone, whatever
         `use_running_average` says. Scale and bias still have gradients.
       r_max: limit of r, the ratio of the batch's standard deviation to the running one: r stays
@@ -79,7 +81,7 @@ class BatchRenorm(BatchNorm):
         Args:
           x: the input, features along `axis`.
           use_running_average: whether to use the running statistics; here or in the constructor.
-          mask: broadcastable to x, True where an element counts.
+          mask: broadcastable to x: True where an element counts, or the weight of each.
 
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.

@@ -66,7 +66,7 @@ class FilterResponseNorm(nn.Module):
 
         Args:
           x: the input, examples along axis 0.
-          mask: broadcastable to x, True where an element counts.
+          mask: broadcastable to x: True where an element counts, or the weight of each.
 
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x and the parameters promote to.

@@ -62,7 +62,7 @@ class GroupNorm(nn.GroupNorm):
 
         Args:
           x: the input, channels along the last axis.
-          mask: broadcastable to x, True where an element counts.
+          mask: broadcastable to x: True where an element counts, or the weight of each.
 
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.

@@ -59,7 +59,7 @@ class InstanceNorm(nn.InstanceNorm):
 
         Args:
           x: the input, examples along axis 0.
-          mask: broadcastable to x, True where an element counts.
+          mask: broadcastable to x: True where an element counts, or the weight of each.
 
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.

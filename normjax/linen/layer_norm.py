@@ -57,7 +57,7 @@ class LayerNorm(nn.LayerNorm):
 
         Args:
           x: the input.
-          mask: broadcastable to x, True where an element counts.
+          mask: broadcastable to x: True where an element counts, or the weight of each.
 
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.

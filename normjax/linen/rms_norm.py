@@ -57,7 +57,7 @@ class RMSNorm(nn.RMSNorm):
 
         Args:
           x: the input.
-          mask: broadcastable to x, True where an element counts.
+          mask: broadcastable to x: True where an element counts, or the weight of each.
 
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x and the scale promote to.

@@ -11,7 +11,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype
 
 from normjax import _checks
-from normjax._typing import Axes, DTypeLike, Initializer, Params, admissible
+from normjax._typing import Axes, DTypeLike, Initializer, Params, admissible, as_mask
 
 Leaves = dict[str, jax.Array | None]
 
@@ -77,7 +77,7 @@ def common(norm: Any, mask: Any) -> dict[str, Any]:
     """Returns the arguments of all layers with statistics."""
     return {
         "epsilon": norm.epsilon,
-        "mask": None if mask is None else jnp.asarray(mask, bool),
+        "mask": as_mask(mask),
         "axis_name": norm.axis_name,
         "axis_index_groups": norm.axis_index_groups,
     }

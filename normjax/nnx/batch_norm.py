@@ -68,6 +68,8 @@ class BatchNorm(nnx.BatchNorm):
         (divided by n - 1, as in PyTorch).
       virtual_batch_size: in training, each slice of this many examples along axis 0 is normalized
         by its own statistics (ghost batches). None: the whole batch is.
+      skip_nonfinite: whether a batch with a mean or variance that is NaN or infinite leaves the
+        running statistics as they were, on all devices alike: for dynamic loss scaling.
       frozen: whether to use the running statistics and leave them alone, also after
         `model.train()`. Scale and bias still have gradients.
       rngs: random keys for the initializers.
@@ -106,6 +108,7 @@ class BatchNorm(nnx.BatchNorm):
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
         running_var: RunningVar = "biased",
         virtual_batch_size: int | None = None,
+        skip_nonfinite: bool = False,
         frozen: bool = False,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
@@ -133,6 +136,7 @@ class BatchNorm(nnx.BatchNorm):
         )
         self.running_var: RunningVar = running_var
         self.virtual_batch_size = virtual_batch_size
+        self.skip_nonfinite = skip_nonfinite
         self.frozen = frozen
         if momentum is None:
             self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
@@ -149,7 +153,7 @@ class BatchNorm(nnx.BatchNorm):
         Args:
           x: the input, features along `axis`.
           use_running_average: overrides the constructor, `model.train()` and `model.eval()`.
-          mask: broadcastable to x, True where an element counts.
+          mask: broadcastable to x: True where an element counts, or the weight of each.
 
         Returns:
           y, of x's shape.
@@ -181,6 +185,7 @@ class BatchNorm(nnx.BatchNorm):
             momentum=self.momentum,
             running_var=self.running_var,
             virtual_batch_size=self.virtual_batch_size,
+            skip_nonfinite=self.skip_nonfinite,
             dtype=dtype,
             one_value=True,
             **common(self, mask),

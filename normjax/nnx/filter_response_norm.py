@@ -100,7 +100,7 @@ class FilterResponseNorm(nnx.Module):
 
         Args:
           x: the input, examples along axis 0.
-          mask: broadcastable to x, True where an element counts.
+          mask: broadcastable to x: True where an element counts, or the weight of each.
 
         Returns:
           y, of x's shape.

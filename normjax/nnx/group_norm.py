@@ -24,8 +24,8 @@ class GroupNorm(nnx.GroupNorm):
       - Each group is normalized by its own statistics, whatever `reduction_axes` are. (`flax.nnx`
         repeats the statistics along axis 1, which mixes up the groups if `reduction_axes` leaves
         out more than one axis.)
-      - Masks need not be boolean, nor have the size of the channels, and masked elements may be
-        NaN. If nothing counts, the mean is 0 and the variance 1.
+      - Masks may be integers or real weights, and need not have the size of the channels. Masked
+        elements may be NaN. If nothing counts, the mean is 0 and the variance 1.
       - Axes out of range or repeated raise an error.
 
     Args:
@@ -67,7 +67,7 @@ class GroupNorm(nnx.GroupNorm):
 
         Args:
           x: the input, channels along the last axis.
-          mask: broadcastable to x, True where an element counts.
+          mask: broadcastable to x: True where an element counts, or the weight of each.
 
         Returns:
           y, of x's shape.

@@ -23,8 +23,8 @@ class InstanceNorm(nnx.InstanceNorm):
       - The variance is safe; `use_fast_variance` has no effect.
       - Input and parameters keep their precision: `promote_dtype` and `dtype` only decide the dtype
         of y.
-      - Masks need not be boolean, and masked elements may be NaN. If nothing counts, the mean is 0
-        and the variance 1.
+      - Masks may be integers or real weights, and masked elements may be NaN. If nothing counts,
+        the mean is 0 and the variance 1.
       - Axes out of range or repeated raise an error.
 
     Args:
@@ -63,7 +63,7 @@ class InstanceNorm(nnx.InstanceNorm):
 
         Args:
           x: the input, examples along axis 0.
-          mask: broadcastable to x, True where an element counts.
+          mask: broadcastable to x: True where an element counts, or the weight of each.
 
         Returns:
           y, of x's shape.

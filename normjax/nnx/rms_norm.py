@@ -28,8 +28,8 @@ class RMSNorm(nnx.RMSNorm):
     Beyond Flax:
       - Input and scale keep their precision: `promote_dtype` and `dtype` only decide the dtype of
         y.
-      - Masks need not be boolean, and masked elements may be NaN. If nothing counts, the mean
-        square is 1.
+      - Masks may be integers or real weights, and masked elements may be NaN. If nothing counts,
+        the mean square is 1.
       - Axes out of range or repeated raise an error.
 
     Args:
@@ -102,7 +102,7 @@ class RMSNorm(nnx.RMSNorm):
 
         Args:
           x: the input.
-          mask: broadcastable to x, True where an element counts.
+          mask: broadcastable to x: True where an element counts, or the weight of each.
 
         Returns:
           y, of x's shape.

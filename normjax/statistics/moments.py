@@ -11,7 +11,7 @@ from jaxtyping import Array
 from normjax import _checks
 from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, Mask, widen
 from normjax.statistics.devices import device_group
-from normjax.statistics.reduction import Input, Moments, Spec, abs2, batch_moments
+from normjax.statistics.reduction import Input, Moments, Spec, abs2, batch_moments, or_one
 
 
 def moments(
@@ -33,7 +33,10 @@ def moments(
     Args:
       x: floating-point or complex array of any rank >= 1.
       reduction_axes: the axes to reduce; the features are those that remain, in their order.
-      mask: bool, broadcastable to `x`; True where an element counts. Other elements may be NaN.
+      mask: bool, broadcastable to `x`; True where an element counts. Other elements may be NaN. Or
+        real: the weight w of each element, not negative, with :math:`n = \sum_i w_i`,
+        :math:`\mu = \frac1n \sum_i w_i x_i`, :math:`\sigma^2 = \frac1n \sum_i w_i |x_i - \mu|^2`;
+        weights have gradients.
       axis_name: mapped axis or axes (pmap, shard_map, vmap) to take the statistics over as well.
       axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
 
@@ -65,7 +68,7 @@ def moments(
 @partial(jax.jit, static_argnums=0, inline=True)
 def compiled_moments(spec: Spec, x: Array, mask: Array | None) -> Moments:
     """Returns the moments of x; compiled, so that eager calls compile the branch once."""
-    count, mean, var = batch_moments(spec, Input(x, widen(x)), mask)
+    count, mean, var = spec.natural(batch_moments(spec, Input(x, widen(x)), mask))
     # Of the variance's shape, and sharded as it is on Explicit meshes.
     return Moments(count + jnp.zeros_like(var), mean, var)
 
@@ -105,7 +108,7 @@ def merge_stacked(moments: Moments) -> Moments:
     counts = jnp.broadcast_to(moments.count, moments.var.shape)
     counted = counts > 0
     count = jnp.sum(counts, 0)
-    weights = counts / jnp.maximum(count, 1)
+    weights = counts / or_one(count)
     means, variances = jnp.where(counted, moments.mean, 0), jnp.where(counted, moments.var, 0)
     mean = jnp.sum(weights.astype(means.dtype) * means, 0)
     return Moments(count, mean, jnp.sum(weights * (variances + abs2(means - mean)), 0))

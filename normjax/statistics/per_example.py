@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Inexact
 
-from normjax._typing import Mask, widen
+from normjax._typing import Mask, is_weight, is_wide, widen
 from normjax.platforms import on_cpu, one_device
 from normjax.platforms.cpu import separate_operands
 from normjax.statistics.devices import ALONE
@@ -24,17 +25,18 @@ from normjax.statistics.reduction import (
     Spec,
     abs2,
     around,
-    at_least_one,
     masked,
     moments_by,
     named,
     one_pass_if_safe,
+    or_one,
     real_product,
+    weighted,
 )
 
 
 def example_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
-    """Returns the moments of x, which are 0 for an empty set.
+    """Returns the moments of x, which are 0 for an empty set; the variance in the unit of `spec`.
 
     Devices share the statistics of each of the two passes.
     """
@@ -57,9 +59,9 @@ def two_passes(spec: Spec, x: Array, mask: Mask | None) -> Moments:
 
 
 def mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array, Array]:
-    r"""Returns how many elements count, and their mean square :math:`\frac1n \sum_i |x_i|^2`.
+    r"""Returns how many elements count, and their mean square :math:`\frac1n \sum_i |u x_i|^2`.
 
-    If none counts, the mean is 0.
+    u is the unit of `spec`. If none counts, the mean is 0.
     """
     count, square = _mean_square(spec, x, mask)
     return (spec.count(x.x) if mask is None else count), square
@@ -68,37 +70,84 @@ def mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array, Array]:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array | None, Array]:
     (own,) = separate_operands(x.x, 1)
-    return _mean(spec, abs2(masked(widen(own), mask)), mask)
+    if is_wide(own) or spec.devices != ALONE or not one_device():
+        return _mean_square_in(spec, spec.unit(own), own, mask)
+    safe = partial(_mean_square_if_finite, spec)
+    return on_cpu(safe, partial(_mean_square_in, spec, spec.unit(own)), own, mask)
+
+
+def _mean_square_in(
+    spec: Spec, unit: float, x: Array, mask: Mask | None
+) -> tuple[Array | None, Array]:
+    """Returns count and mean square of x times the unit."""
+    value = masked(widen(x), mask)
+    return _mean(spec, abs2(value if unit == 1 else value * unit), mask)
+
+
+def _mean_square_if_finite(spec: Spec, x: Array, mask: Mask | None) -> tuple[Array | None, Array]:
+    """Squares x in its own unit if nothing overflows: then XLA needs no float32 copy of x."""
+    count, square = _mean_square_in(spec, 1.0, x, mask)
+    unit = spec.unit(x)
+
+    def keep(x: Array, mask: Mask | None, square: Array) -> Array:
+        return square * unit**2
+
+    def again(x: Array, mask: Mask | None, square: Array) -> Array:
+        return _mean_square_in(spec, unit, x, mask)[1]
+
+    return count, lax.cond(jnp.all(square < jnp.inf), keep, again, x, mask, square)
 
 
 @_mean_square.defjvp
 def _mean_square_jvp(spec: Spec, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     x, mask = primals
     count, square = _mean_square(spec, x, mask)
-    dot = _mean_square_dot(spec, count, x.x, mask, tangents[0].x32)
-    return (count, named(square)), (jax.tree.map(jnp.zeros_like, count), dot)
+    dot = _mean_square_dot(spec, count, square, x.x, mask, tangents[0].x32)
+    count_dot = jax.tree.map(jnp.zeros_like, count)
+    if mask is not None and is_weight(mask):
+        count_dot, by_weights = _mean_square_dot_by_weights(
+            spec, (count, square), x.x, mask, tangents[1]
+        )
+        dot += by_weights
+    return (count, named(square)), (count_dot, dot)
 
 
 def _mean_square_dot(
-    spec: Spec, count: Array | None, x: Array, mask: Mask | None, x_dot: Array
+    spec: Spec, count: Array | None, square: Array, x: Array, mask: Mask | None, x_dot: Array
 ) -> Array:
-    r"""Returns :math:`\frac2n \sum_i \mathrm{Re}\,\overline{x_i}\, dx_i`."""
+    r"""Returns :math:`\frac{2 u^2}n \sum_i w_i \mathrm{Re}\,\overline{x_i}\, dx_i`."""
     (x,) = separate_operands(x, 1)
-    product = real_product(masked(widen(x), mask), masked(x_dot, mask))
+    deviation = spec.deviation(square)
+    inverse = spec.expand((1 / deviation).astype(widen(x).dtype))
+    normalized = masked(widen(x) * inverse, mask)
+    product = real_product(normalized, weighted(masked(x_dot, mask), mask))
     (total,) = spec.devices.sum(spec.local_sum(product))
-    return 2 * total / at_least_one(spec.count(x) if count is None else count)
+    n = or_one(spec.count(x) if count is None else count)
+    return 2 * spec.unit(x) ** 2 * deviation * total / n
+
+
+def _mean_square_dot_by_weights(
+    spec: Spec, found: tuple[Any, Array], x: Array, mask: Mask, mask_dot: Array
+) -> tuple[Array, Array]:
+    r"""Returns :math:`dn` and :math:`\frac1n \sum_i (|x_i|^2 - s)\, dw_i` of the mean square s."""
+    count, square = found
+    apart = abs2(masked(widen(x), mask) * spec.unit(x)) - spec.expand(square)
+    mask_dot = jnp.where(mask > 0, mask_dot, 0).astype(apart.dtype)
+    total = spec.local_sum(masked(apart, mask) * mask_dot)
+    total, count_dot = spec.devices.sum(total, spec.local_count(x, mask_dot))
+    return count_dot, total / or_one(count)
 
 
 def _mean(
     spec: Spec, values: Inexact[Array, "..."], mask: Mask | None
 ) -> tuple[Array | None, Array]:
     """Returns how many elements count (None: all), and their mean; the others are 0 in x."""
-    total = spec.local_sum(values)
+    total = spec.local_sum(weighted(values, mask))
     if mask is None:
         (total,) = spec.devices.sum(total)
         count, n = None, spec.count(values)
     else:
         total, count = spec.devices.sum(total, spec.local_count(values, mask))
         n = count
-    n = at_least_one(n)
+    n = or_one(n)
     return count, total / (n if isinstance(n, float) else n.astype(total.dtype))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
 from normjax._typing import promote
-from normjax.statistics.reduction import Moments, abs2
+from normjax.statistics.reduction import Moments, abs2, or_one
 
 POPULATION = "population"
 Estimate = Literal["merged", "averaged"]
@@ -80,10 +80,10 @@ class Population:
     def statistics(self) -> tuple[Array, Array]:
         """Returns the population's mean and variance, arbitrary for features without elements."""
         weight, mean, freedom, var = map(jnp.add, self.sums, self.lost)
-        offset = mean / jnp.maximum(weight, 1).astype(mean.dtype)
+        offset = mean / or_one(weight).astype(mean.dtype)
         if self.estimate == "merged":
             var = jnp.maximum(var - weight * abs2(offset), 0)
-        return self.shift + offset, var / jnp.maximum(freedom, 1)
+        return self.shift + offset, var / or_one(freedom)
 
     @property
     def seen(self) -> tuple[Bool[Array, "*features"], Bool[Array, "*features"]]:

@@ -31,6 +31,7 @@ def update_batch_stats(
     *,
     momentum: float | ArrayLike | None = 0.99,
     running_var: RunningVar = "biased",
+    skip_nonfinite: bool = False,
 ) -> BatchStats:
     r"""Returns the running statistics after one more batch.
 
@@ -47,6 +48,8 @@ def update_batch_stats(
         is 1 minus this one.
       running_var: "biased" (Flax, Keras) or "unbiased" (PyTorch, Ioffe & Szegedy 2015, Algorithm
         2).
+      skip_nonfinite: whether a batch with a NaN or an infinity in the mean or variance of any
+        feature leaves all of `batch_stats` as they were. By default it enters them, as in Flax.
 
     Returns:
       A dict of the same structure, shapes and dtypes. Features without elements keep their values
@@ -55,7 +58,7 @@ def update_batch_stats(
 
     Raises:
       ValueError: for `momentum=None` without a count, an unknown `running_var`, or leaves that do
-        not fit.
+        not fit. TypeError: for running statistics in less than float32, which stop moving.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -69,6 +72,8 @@ def update_batch_stats(
       Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1 and Algorithm 2.
     """
     _check(batch_stats, moments, momentum, running_var)
+    if skip_nonfinite:
+        moments = unless_nonfinite(moments)
     if POPULATION in batch_stats:
         return collect(batch_stats, moments, momentum is None, running_var)
     return update(batch_stats, moments, momentum, running_var)
@@ -101,6 +106,12 @@ def update(
     new["mean"] = _blend(batch_stats["mean"], mean, momentum, enough)
     new["var"] = _blend(batch_stats["var"], var, momentum, enough_for_var)
     return {leaf: new[leaf] for leaf in batch_stats}
+
+
+def unless_nonfinite(batch: Moments) -> Moments:
+    """Returns the moments of a batch, or of none if a mean or variance is not finite."""
+    finite = jnp.isfinite(batch.mean).all() & jnp.isfinite(batch.var).all()
+    return Moments(*(jnp.where(finite, part, 0) for part in batch))
 
 
 def collect(
@@ -141,6 +152,23 @@ def _check(
     function = "update_batch_stats"
     _checks.choice(function, "running_var", running_var, OPTIONS)
     check_batch_stats(function, batch_stats, moments.mean.shape, moments.mean.dtype, momentum)
+    check_precision(function, batch_stats)
+
+
+def check_precision(function: str, batch_stats: BatchStats) -> None:
+    """Raises for running statistics that a training step could not move by a hundredth."""
+    for leaf in ("mean", "var"):
+        dtype = jnp.result_type(batch_stats[leaf])
+        if POPULATION not in batch_stats and jnp.finfo(dtype).bits < 32:
+            _checks.raise_error(
+                function,
+                f"batch_stats[{leaf!r}] is too coarse to train with: it would stop moving, or "
+                "overflow",
+                expected="float32 or wider in training; any float at inference",
+                got=f"dtype {dtype}",
+                fix="Cast params alone, and leave batch_stats in float32",
+                kind=TypeError,
+            )
 
 
 def check_batch_stats(

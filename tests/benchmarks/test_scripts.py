@@ -134,7 +134,7 @@ def test_overhead_times_eager_calls_and_compilation(tmp_path):
 @pytest.mark.slow
 def test_the_gpu_call_works_dry(tmp_path):
     out = tmp_path / "gpu.json"
-    # The peers are the same as those of layers.py, and a network with each takes seconds to compile.
+    # The peers are those of layers.py, and a network with each takes seconds to compile.
     shown = call("gpu.py", "--dry-run", "--rounds", 2, "--out", out, "--peers", "normjax")
     last = shown.rstrip().splitlines()[-1]
     assert last.startswith("| inception 4x8x8x1 float32 step | ")

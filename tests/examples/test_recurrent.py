@@ -29,7 +29,7 @@ def start(kind, norm):
 
 
 def case(kind, norm, rng, time=TIME):
-    """Returns a cell with parameters and statistics that are nowhere at their start, x, and a mask over NaN."""
+    """Returns a cell with random parameters and statistics, x, and a mask over NaN."""
     cell, (params, batch_stats) = start(kind, norm)
     params = jax.tree.map(lambda leaf: leaf + np.float32(rng.normal(0, 0.3, leaf.shape)), params)
     batch_stats = jax.tree.map(

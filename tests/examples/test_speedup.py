@@ -36,7 +36,7 @@ def is_plot(folder):
 
 @pytest.fixture
 def small_inception(monkeypatch):
-    """The network of `--network inception` with a module in place of three, which compiles in a third of the time."""
+    """Puts one module in place of the three of `--network inception`, to compile a third."""
     small = functools.partial(networks.inception, stem=4, widths=(2,))
     monkeypatch.setattr(networks, "inception", small)
 

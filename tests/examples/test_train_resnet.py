@@ -197,7 +197,7 @@ TWO_PROCESSES = ["--processes", "2", "--devices", "2"]
 
 
 class Killed(NamedTuple):
-    """A run of two processes after one of them was killed: its folder, and how the other one ended."""
+    """A run of two processes after one was killed: its folder, and how the other one ended."""
 
     out: Path
     status: int

@@ -12,7 +12,7 @@ IMAGES = (8, 8, 1)
 
 @pytest.fixture(scope="module", autouse=True)
 def few_steps():
-    """Optimizes after all: else XLA computes what max pooling compares twice, once with another rounding.
+    """Optimizes: else XLA computes what max pooling compares twice, with different roundings.
 
     No pixel is then equal to the largest, and the derivative of the pooling is 0/0.
     """

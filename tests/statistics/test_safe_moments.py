@@ -3,10 +3,11 @@
 from functools import partial
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import normjax as nj
-from tests.compare import assert_close
+from tests.compare import assert_close, widest
 from tests.reference import moments
 
 
@@ -35,3 +36,11 @@ def test_the_variance_is_right_to_float32(on_platform, rng, shape):
         assert_close(seen.mean, expected.mean, rtol=1e-6, atol=1e-6)
         # Rounding errors of 6e-8, random over a sum of up to 1,280 terms.
         assert_close(seen.var, expected.var, rtol=4e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("deviations", [0.0, 5.0, 7.9, 9.0, 1e3])
+def test_the_variance_of_many_elements_keeps_the_promise(on_platform, rng, deviations):
+    """The promise of `batch_norm`, where one pass around zero is at its worst."""
+    x = np.asarray(rng.normal(deviations, 1, (50_000, 16)), np.float32)
+    moments = on_platform(partial(nj.moments, reduction_axes=0), x)
+    assert_close(moments.var, widest(x).var(0), rtol=5e-5)
