@@ -21,11 +21,13 @@ import numpy as np
 import pytest
 
 from tests.platforms import PLATFORMS, Platform
+from tests.xla import quickly
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = 100_000  # in the cache, a few suites' worth: then it starts anew
 DEVICES = int(os.environ.get("NORMJAX_TEST_DEVICES", "8"))
 
+quickly()
 jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile(
@@ -85,18 +87,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def rng():
     """A NumPy generator with a fixed seed."""
     return np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module")
-def without_optimizations():
-    """Compiles what a module of tests compiles without optimizing it, in two thirds of the time.
-
-    For tests of what a program does, not of what XLA makes of it.
-    """
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ runs it here. What is static is closed over. Take derivatives inside the functio
 platform's own backward program runs. `on_platform.compiled(function, *arguments)` returns the
 program, to run it on several arguments of the same shapes.
 
-The program for CPUs is that of `jax.jit`. The others come from `jax.export`. They are compiled with
-few optimizations, which takes half the time; their own compilers would optimize differently anyway.
+The program for CPUs is that of `jax.jit`, optimized as for users. The others come from `jax.export`.
+They are compiled quickly (see xla.py); their own compilers would optimize differently anyway.
 Equal programs are compiled once, and a function is traced once for all platforms if it is the same
 object each time.
 
@@ -34,9 +34,10 @@ import numpy as np
 from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests.xla import AS_FOR_USERS
+
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 ELSEWHERE = [export.DisabledSafetyCheck.platform()]
-QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +90,12 @@ class _Elsewhere:
 
 @functools.lru_cache(maxsize=256)
 def _compiled_here(program: _Here) -> Callable[..., Any]:
-    return program.lowered.compile()
+    return program.lowered.compile(AS_FOR_USERS)
 
 
 @functools.lru_cache(maxsize=256)
 def _compiled_elsewhere(program: _Elsewhere) -> Callable[..., Any]:
-    run = jax.jit(program.exported.call, compiler_options=QUICKLY)
+    run = jax.jit(program.exported.call)
     return lambda *arguments: run(*_placed(arguments, program.exported.nr_devices))
 
 

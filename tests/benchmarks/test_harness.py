@@ -14,7 +14,7 @@ from benchmarks.harness.timing import Program
 
 SMALL = Case("batch", "forward+backward", (4, 3, 3, 32), "float32", "add+relu")
 
-pytestmark = pytest.mark.usefixtures("promotion_as_in_flax", "without_optimizations")
+pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import pytest
 import normjax as nj
 from benchmarks.harness import networks, training
 
-pytestmark = pytest.mark.usefixtures("promotion_as_in_flax", "without_optimizations")
+pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 TINY = {network.name: network for network in networks.suite("tiny")}
 
 

@@ -21,15 +21,20 @@ DIGITS = 7
 
 def values(layer, settings):
     """y in training and inference, new statistics, and the gradients of sum(tanh(y)), by name."""
-    params, batch_stats, x = arguments(layer, settings, np.random.default_rng(2015))
     apply = functools.partial(layer.apply, **settings)
 
-    def loss(params, x):
+    def loss(params, batch_stats, x):
         y, new = apply(params, batch_stats, x, True)
         return jnp.sum(jnp.tanh(y)), (y, new)
 
-    (_, (y, new)), (params_dot, x_dot) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
-    named = {"y": y, "y_inference": apply(params, batch_stats, x, False)[0], "gradient_x": x_dot}
+    @jax.jit
+    def step(*given):
+        return apply(*given, False)[0], jax.grad(loss, (0, 2), has_aux=True)(*given)
+
+    inferred, ((params_dot, x_dot), (y, new)) = step(
+        *arguments(layer, settings, np.random.default_rng(2015))
+    )
+    named = {"y": y, "y_inference": inferred, "gradient_x": x_dot}
     named |= {f"gradient_{leaf}": value for leaf, value in params_dot.items()}
     return named | {f"new_{leaf}": value for leaf, value in new.items()}
 

@@ -2,6 +2,8 @@
 
 import builtins
 import json
+import os
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -279,13 +281,14 @@ def test_on_a_terminal_the_table_is_rich_s_and_without_rich_plain(capsys, monkey
     assert "\x1b[" not in plain and "nothing wrong" in plain
 
 
-def test_ctrl_c_is_quiet(capsys, monkeypatch, tmp_path):
-    def interrupted(path):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("normjax.diagnostics._checkpoints.read_checkpoint", interrupted)
-    assert run(tmp_path) == 130
-    assert capsys.readouterr() == ("", "")
+def test_ctrl_c_is_quiet(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    command = [sys.executable, "-m", "normjax.diagnostics", tmp_path / "a"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with (tmp_path / "a").open("wb"):  # opens once the command reads it
+            process.send_signal(signal.SIGINT)
+            assert process.communicate() == (b"", b"")
+    assert process.returncode == 130
 
 
 def test_as_a_process(tmp_path):

@@ -13,6 +13,7 @@ import normjax as nj
 from benchmarks import hlo
 from tests.compare import assert_close
 from tests.distributed.mapped import DEVICES, SPLIT, WHOLE, collectives, mesh, stacked
+from tests.xla import AS_FOR_USERS
 
 FEATURES = 128
 REDUCE = "all-reduce"
@@ -37,7 +38,7 @@ def compiled(program, way, masked):
     run = partial(program, axis_name="data")
     if way == "pmap":
         mapped = jax.pmap(run, axis_name="data", in_axes=(None, None, 0, 0))
-        return mapped.lower(params, batch_stats, *stacked(operands[2:])).compile()
+        return mapped.lower(params, batch_stats, *stacked(operands[2:])).compile(AS_FOR_USERS)
     check_vma = way == "shard_map"
     outputs = (SPLIT, WHOLE) if program is forward else (WHOLE if check_vma else SPLIT, SPLIT)
     mapped = jax.shard_map(
@@ -47,7 +48,7 @@ def compiled(program, way, masked):
         out_specs=outputs,
         check_vma=check_vma,
     )
-    return jax.jit(mapped).lower(*operands).compile()
+    return jax.jit(mapped).lower(*operands).compile(AS_FOR_USERS)
 
 
 @pytest.mark.parametrize("way", ["pmap", "shard_map", "shard_map unchecked"])
@@ -78,7 +79,9 @@ def test_plain_jit_with_a_sharded_batch_sends_no_more(kind, masked):
     there = (REDUCE, 2 * FEATURES + masked)
     with jax.set_mesh(devices):
         for program, expected in ((forward, [there]), (backward, [there, (REDUCE, 2 * FEATURES)])):
-            found = collectives(jax.jit(program).lower(params, batch_stats, x, mask).compile())
+            found = collectives(
+                jax.jit(program).lower(params, batch_stats, x, mask).compile(AS_FOR_USERS)
+            )
             assert sorted(found) == sorted(expected)
 
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 import normjax as nj
 from tests.compare import assert_close, assert_same_kind, assert_trees_close
 from tests.distributed.mapped import DEVICES, collectives, mesh
+from tests.xla import AS_FOR_USERS
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec("data")
 
@@ -148,7 +149,9 @@ def test_two_axes_merge_as_one(rng):
 
 def test_a_model_of_any_depth_takes_two_collectives(rng):
     compiled = (
-        over_devices(partial(nj.sync_batch_stats, axis_name="data")).lower(model(rng)).compile()
+        over_devices(partial(nj.sync_batch_stats, axis_name="data"))
+        .lower(model(rng))
+        .compile(AS_FOR_USERS)
     )
     assert [kind for kind, _ in collectives(compiled)] == ["all-reduce", "all-reduce"]
 

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import normjax as nj
 from tests.compare import assert_close, assert_trees_close
 from tests.distributed.mapped import DEVICES, collectives, mesh
+from tests.xla import AS_FOR_USERS
 
 POSITIONS, FEATURES = PartitionSpec(None, "data"), PartitionSpec(None, None, "data")
 SHAPE = (3, 16, 16)
@@ -123,7 +124,11 @@ def test_examples_on_different_devices_do_not_talk(rng, case):
     x = jax.device_put(
         jnp.ones((2 * DEVICES, 16, 16)), NamedSharding(devices, PartitionSpec("data"))
     )
-    compiled = jax.jit(lambda params, x: layer(params, {}, x, True)[0]).lower(params, x).compile()
+    compiled = (
+        jax.jit(lambda params, x: layer(params, {}, x, True)[0])
+        .lower(params, x)
+        .compile(AS_FOR_USERS)
+    )
     assert collectives(compiled) == []
 
 

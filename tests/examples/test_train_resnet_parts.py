@@ -20,6 +20,7 @@ from train_resnet.steps import AXIS, Program, SetupError, learning_rate, optimiz
 
 from benchmarks import hlo
 from normjax.linen import BatchNorm
+from tests.xla import AS_FOR_USERS
 
 
 def parse(*arguments):
@@ -206,7 +207,9 @@ def test_a_step_sends_what_its_layers_share_and_the_gradients(
     batch = {
         name: jax.ShapeDtypeStruct(*shape, sharding=program.split) for name, shape in shapes.items()
     }
-    found = hlo.collectives(program.train.lower(program.abstract_state(), batch).compile())
+    found = hlo.collectives(
+        program.train.lower(program.abstract_state(), batch).compile(AS_FOR_USERS)
+    )
     sent = [one for one in found if not one.in_branch]
     # Beside them the vote to stop, the gradients with the metrics, and the statistics of groups;
     # XLA packs what it can.

@@ -13,6 +13,7 @@ import normjax as nj
 from tests.compare import assert_close, assert_finite, assert_trees_close
 from tests.distributed.mapped import DEVICES, SPLIT, WHOLE, assert_steps_close, collectives, mesh
 from tests.layers.cases import small
+from tests.xla import AS_FOR_USERS
 
 EPS64 = float(jnp.finfo(jnp.float64).eps)
 ACTIVATIONS = {
@@ -233,7 +234,7 @@ def test_synced_over_devices_it_is_one_device_on_the_whole_batch(on_platform, rn
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_synced_over_devices_it_sends_little(rng, check_vma):
     given = batch_of_all_devices(rng)
-    sent = collectives(jax.jit(synced(check_vma)).lower(*given).compile())
+    sent = collectives(jax.jit(synced(check_vma)).lower(*given).compile(AS_FOR_USERS))
     assert len(sent) <= 2 + (not check_vma), "one forward, one backward (and that of the test)"
 
 

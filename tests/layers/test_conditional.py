@@ -10,7 +10,7 @@ import pytest
 import normjax as nj
 from tests import reference
 from tests import reference_family as family
-from tests.compare import assert_close, assert_finite, assert_trees_close
+from tests.compare import assert_close, assert_finite, assert_trees_close, at_once
 from tests.layers.cases import draw_normal
 
 EPS = float(jnp.finfo(jnp.float32).eps)
@@ -72,15 +72,20 @@ def test_leading_dimensions_belong_to_the_first_axes(rng, name, train):
     params, batch_stats = state(name, rng)
     x = draw(rng, SHAPE, 1.0)
     plain = normalized(name, params, batch_stats, x, train)
-    run = jax.jit(lambda leaves: apply(name, params | leaves, batch_stats, x, train)[0])
-    for shape in LEAVES:
-        scale, bias = draw(rng, shape, 1.0), draw(rng, shape)
+    both = [{"scale": draw(rng, shape, 1.0), "bias": draw(rng, shape)} for shape in LEAVES]
+    drawn = both + [{leaf: leaves[leaf]} for leaves in both for leaf in leaves]
+
+    def with_each(drawn, x):
+        return [apply(name, params | leaves, batch_stats, x, train)[0] for leaves in drawn]
+
+    outcomes = at_once(with_each, drawn, x)
+    for y, leaves in zip(outcomes, drawn, strict=True):
+        close(y, family.affine(leaves, plain, -1), dtype=jnp.float32)
+    for y, leaves, shape in zip(outcomes, both, LEAVES, strict=False):
         # By hand: ones between the leading dimensions and the features.
         spread = (*shape[:-1], *[1] * (4 - len(shape)), C)
-        by_hand = np.float64(scale).reshape(spread) * plain + np.float64(bias).reshape(spread)
-        close(run({"scale": scale, "bias": bias}), by_hand, dtype=jnp.float32)
-        for leaf in ({"scale": scale}, {"bias": bias}):
-            close(run(leaf), family.affine(leaf, plain, -1))
+        scale, bias = (np.float64(leaf).reshape(spread) for leaf in leaves.values())
+        close(y, scale * plain + bias)
 
 
 @every_layer

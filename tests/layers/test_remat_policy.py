@@ -12,6 +12,7 @@ from flax import nnx
 import normjax as nj
 from tests.compare import assert_trees_close
 from tests.distributed.mapped import DEVICES, SPLIT, WHOLE, assert_steps_close, collectives, mesh
+from tests.xla import AS_FOR_USERS
 
 WIDTH = 8
 
@@ -163,7 +164,9 @@ def test_statistics_are_shared_once_each_way(check_vma):
             out_specs=SPLIT,
             check_vma=check_vma,
         )
-        return collectives(jax.jit(mapped).lower(jnp.ones((3, WIDTH)), jnp.ones((16, 3))).compile())
+        return collectives(
+            jax.jit(mapped).lower(jnp.ones((3, WIDTH)), jnp.ones((16, 3))).compile(AS_FOR_USERS)
+        )
 
     assert sent(lean) == sent(lambda network: network)
 
