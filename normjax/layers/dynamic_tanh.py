@@ -62,7 +62,7 @@ def dynamic_tanh_init(
     _checks.between("dynamic_tanh_init", "alpha", alpha, -math.inf, math.inf)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     params = init_params("dynamic_tanh_init", num_features, makers, key, param_dtype)
-    return {"alpha": jnp.asarray(alpha, jnp.finfo(param_dtype).dtype)} | params, {}
+    return {"alpha": jnp.array(alpha, jnp.finfo(param_dtype).dtype)} | params, {}
 
 
 @jax.named_scope("dynamic_tanh")
