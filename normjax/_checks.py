@@ -214,6 +214,8 @@ def leaves(
     if not isinstance(tree, dict) or not known.issuperset(tree) or not set(required) <= set(tree):
         _raise_for_tree(function, name, tree, sorted(required), sorted(known))
     for leaf, value in tree.items():
+        if not (hasattr(value, "dtype") or isinstance(value, int | float | complex)):
+            _raise_without_array(function, f"{name}[{leaf!r}]", value)
         given = np.shape(value)
         features, allowed = ((), ()) if leaf in SCALARS else (shape, leading)
         extra = len(given) - len(features)
@@ -292,6 +294,17 @@ def _raise_for_tree(
         fix="Unfreeze it: flax.core.unfreeze(tree)"
         if frozen
         else "Pass it as the layer's init function returned it",
+        kind=TypeError,
+    )
+
+
+def _raise_without_array(function: str, leaf: str, value: object) -> NoReturn:
+    raise_error(
+        function,
+        f"{leaf} is not an array",
+        expected="a JAX or NumPy array",
+        got=f"{leaf} of type {type(value).__name__}",
+        fix="Convert it: jnp.asarray(...), or jax.tree.map over the arrays that were made lists",
         kind=TypeError,
     )
 

@@ -18,6 +18,11 @@ from normjax.layers.operands import check_operands
 from normjax.statistics.reduction import Spec, read
 
 
+def half(key: PRNGKey | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """Makes the slope of the Flax modules. A closure, as JAX's `constant(0.5)`, cannot be pickled."""
+    return jnp.full(shape, 0.5, dtype)
+
+
 def dynamic_tanh_init(
     num_features: int | Sequence[int],
     *,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import constant, ones, zeros
+from jax.nn.initializers import ones, zeros
 from jaxtyping import Array
 
 from normjax import _checks
@@ -28,6 +28,11 @@ from normjax.layers.jit_step import jit_step_within_examples
 from normjax.layers.operands import axes_within_examples, check_operands, check_spec
 from normjax.statistics.per_example import mean_square
 from normjax.statistics.reduction import Spec, read
+
+
+def small(key: PRNGKey | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """Makes the learned epsilon. A closure, as JAX's `constant(1e-4)`, cannot be pickled."""
+    return jnp.full(shape, 1e-4, dtype)
 
 
 def filter_response_norm_init(
@@ -76,7 +81,7 @@ def filter_response_norm_init(
         "scale": (use_scale, scale_init),
         "bias": (use_bias, bias_init),
         "threshold": (use_threshold, zeros),
-        "epsilon": (learn_epsilon, constant(1e-4)),
+        "epsilon": (learn_epsilon, small),
     }
     return init_params("filter_response_norm_init", num_features, makers, key, param_dtype), {}
 

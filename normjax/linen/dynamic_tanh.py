@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.nn.initializers import constant, ones, zeros
+from jax.nn.initializers import ones, zeros
 
 from normjax._typing import Axes, DTypeLike, Initializer
-from normjax.layers.dynamic_tanh import dynamic_tanh
+from normjax.layers.dynamic_tanh import dynamic_tanh, half
 from normjax.linen._shared import declare, promoted, sizes
 
 
@@ -41,7 +41,7 @@ class DynamicTanh(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     use_bias: bool = True
     use_scale: bool = True
-    alpha_init: Initializer = constant(0.5)
+    alpha_init: Initializer = half
     bias_init: Initializer = zeros
     scale_init: Initializer = ones
     feature_axes: Axes = -1

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import PromoteDtypeFn
-from jax.nn.initializers import constant, ones, zeros
+from jax.nn.initializers import ones, zeros
 
 from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
-from normjax.layers.filter_response_norm import filter_response_norm
+from normjax.layers.filter_response_norm import filter_response_norm, small
 from normjax.nnx._shared import common, declare, present, promoted, read
 
-EPSILON = constant(1e-4)
 LEAVES = ("scale", "bias", "threshold", "epsilon")
 
 
@@ -74,7 +73,7 @@ class FilterResponseNorm(nnx.Module):
         bias_init: Initializer = zeros,
         scale_init: Initializer = ones,
         threshold_init: Initializer = zeros,
-        epsilon_init: Initializer = EPSILON,
+        epsilon_init: Initializer = small,
         feature_axes: Axes = -1,
         axis_name: AxisName | None = None,
         axis_index_groups: AxisIndexGroups | None = None,
