@@ -73,9 +73,26 @@ def static_train(function: str, train: object) -> bool:
     return bool(train)
 
 
+def array(function: str, x: Any, name: str = "x") -> jax.Array:
+    """Returns `x` as an array; refuses what cannot be one, such as None."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError):
+        pass
+    raise_error(
+        function,
+        f"{name} is not an array",
+        expected=f"an array of numbers for {name}",
+        got=f"{name} of type {type(x).__name__}",
+        fix=f"Check what {name} was computed by: a function without return gives None",
+        kind=TypeError,
+    )
+
+
 def activations(function: str, x: Any, name: str = "x") -> jax.Array:
     """Returns `x` as an array; refuses integers, booleans and scalars."""
-    x = jnp.asarray(x)
+    if not isinstance(x, Tracer):
+        x = array(function, x, name)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise_error(
             function,
@@ -244,6 +261,35 @@ def _check_kind(function: str, where: str, given: Any, leaf: str, dtype: Any) ->
             got=f"dtype {given}",
             fix="Pass it in the dtype that the init function gave it",
             kind=TypeError,
+        )
+
+
+def moments(function: str, **given: Any) -> None:
+    """Raises for arguments that are not `Moments` whose parts fit together."""
+    shapes = []
+    for name, argument in given.items():
+        if not (isinstance(argument, tuple) and len(argument) == 3):
+            raise_error(
+                function,
+                f"{name} does not hold moments",
+                expected="nj.Moments(count, mean, var)",
+                got=f"{name} of type {type(argument).__name__}",
+                fix="Compute them with nj.moments(x, reduction_axes)",
+                kind=TypeError,
+            )
+        for part, value in zip(("count", "mean", "var"), argument, strict=True):
+            if not (hasattr(value, "dtype") or isinstance(value, int | float | complex)):
+                _raise_without_array(function, f"{name}.{part}", value)
+            shapes.append((f"{name}.{part}", np.shape(value)))
+    try:
+        np.broadcast_shapes(*(shape for _, shape in shapes))
+    except ValueError:
+        raise_error(
+            function,
+            "the moments have different shapes",
+            expected="shapes that broadcast to each other",
+            got=", ".join(f"{name}.shape={shape}" for name, shape in shapes),
+            fix="Take all of them over the same features",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,7 @@ def filter_response_norm(
         mask=mask,
         dtype=dtype,
         leaves=leaves,
+        find_axes=partial(axes_within_examples, function, reduction_axes),
     )
     if "threshold" in params and jnp.iscomplexobj(operands.x):
         _checks.raise_error(
@@ -172,8 +174,7 @@ def filter_response_norm(
             fix="Leave the threshold out: filter_response_norm_init(..., use_threshold=False)",
             kind=TypeError,
         )
-    axes = axes_within_examples(function, operands, reduction_axes)
-    spec = check_spec(function, operands, axes, epsilon, axis_name, axis_index_groups)
+    spec = check_spec(function, operands, operands.axes, epsilon, axis_name, axis_index_groups)
     return _filter_response_norm(operands.params, operands.x, operands.mask, spec), batch_stats
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import ones, zeros
 
+from normjax import _checks
 from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 from normjax.layers.filter_response_norm import filter_response_norm, small
 from normjax.linen._shared import common, declare, promoted, sizes
@@ -71,7 +72,7 @@ class FilterResponseNorm(nn.Module):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x and the parameters promote to.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         params = declare(
             self,
             sizes(self, x),

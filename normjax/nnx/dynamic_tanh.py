@@ -13,6 +13,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import ones, zeros
 
+from normjax import _checks
 from normjax._typing import Axes, DTypeLike, Initializer
 from normjax.layers.dynamic_tanh import dynamic_tanh, half
 from normjax.nnx._shared import declare, present, promoted, read
@@ -88,7 +89,7 @@ class DynamicTanh(nnx.Module):
         Returns:
           y, of x's shape.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         leaves = read(self, "alpha", "scale", "bias")
         x, dtype = promoted(self, x, leaves)
         params = present(leaves, self, x, self.feature_axes)

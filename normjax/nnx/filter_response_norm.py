@@ -13,6 +13,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import ones, zeros
 
+from normjax import _checks
 from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 from normjax.layers.filter_response_norm import filter_response_norm, small
 from normjax.nnx._shared import common, declare, present, promoted, read
@@ -104,7 +105,7 @@ class FilterResponseNorm(nnx.Module):
         Returns:
           y, of x's shape.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         leaves = read(self, *LEAVES)
         x, dtype = promoted(self, x, leaves)
         arguments: dict[str, Any] = common(self, mask) | {"epsilon": self.fixed_epsilon}

@@ -139,8 +139,11 @@ def _check(
     batch_stats: BatchStats, moments: Moments, momentum: object, running_var: object
 ) -> None:
     function = "update_batch_stats"
+    _checks.moments(function, moments=moments)
     _checks.choice(function, "running_var", running_var, OPTIONS)
-    check_batch_stats(function, batch_stats, moments.mean.shape, moments.mean.dtype, momentum)
+    check_batch_stats(
+        function, batch_stats, jnp.shape(moments.mean), jnp.result_type(moments.mean), momentum
+    )
 
 
 def check_batch_stats(
