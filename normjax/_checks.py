@@ -247,10 +247,12 @@ def leaves(
 
 
 def _check_kind(function: str, where: str, given: Any, leaf: str, dtype: Any) -> None:
-    """Raises for the wrong kind: counts are ints, variances real, others complex only if x is."""
+    """Raises for the wrong kind: counts are whole, variances real, others complex only if x is."""
     kind, words = jnp.floating, "a real float"
     if leaf == "count":
-        kind, words = jnp.integer, "an int"
+        if given in (jnp.float32, jnp.float64):  # of averages, such as optax.incremental_update's
+            return
+        kind, words = jnp.integer, "an int, or a float32 of averages"
     elif leaf not in REAL and jnp.issubdtype(dtype, jnp.complexfloating):
         kind, words = jnp.inexact, "a float, real or complex"
     if not jnp.issubdtype(given, kind):

@@ -156,6 +156,8 @@ def activated_batch_norm(
       of DNNs" (CVPR 2018), section 3.
     """
     chosen = Activation(activation, negative_slope)
+    x = _checks.activations("activated_batch_norm", x)
+    check_activation("activated_batch_norm", chosen, x)
     step = check_batch_step(
         "activated_batch_norm",
         params,
@@ -172,7 +174,6 @@ def activated_batch_norm(
         dtype=dtype,
         make_spec=partial(ActivatedSpec, activation=chosen),
     )
-    check_activation("activated_batch_norm", chosen, step.x)
     return take_step(step, _train_step, _infer_step)
 
 
