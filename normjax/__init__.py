@@ -23,6 +23,7 @@ from normjax.layers.layer_norm import layer_norm, layer_norm_init
 from normjax.layers.local_response_norm import local_response_norm, local_response_norm_init
 from normjax.layers.remat_policy import remat_policy
 from normjax.layers.rms_norm import rms_norm, rms_norm_init
+from normjax.statistics.average import average_batch_stats
 from normjax.statistics.moments import merge_moments, moments
 from normjax.statistics.recalibrate import recalibrate
 from normjax.statistics.reduction import Moments
@@ -39,6 +40,7 @@ __all__ = [
     "Moments",
     "activated_batch_norm",
     "activated_batch_norm_init",
+    "average_batch_stats",
     "batch_norm",
     "batch_norm_init",
     "batch_renorm",

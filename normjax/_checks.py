@@ -87,9 +87,26 @@ def boolean(function: str, name: str, given: object) -> bool:
     return bool(given)
 
 
+def array(function: str, x: Any, name: str = "x") -> jax.Array:
+    """Returns `x` as an array; raises for what cannot be one, such as None."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError):
+        pass
+    raise_error(
+        function,
+        f"{name} is not an array",
+        expected=f"an array of numbers for {name}",
+        got=f"{name} of type {type(x).__name__}",
+        fix=f"Check what {name} was computed by: a function without return gives None",
+        kind=TypeError,
+    )
+
+
 def activations(function: str, x: Any, name: str = "x") -> jax.Array:
     """Returns `x` as an array; raises an error for integers, booleans and scalars."""
-    x = jnp.asarray(x)
+    if not isinstance(x, Tracer):
+        x = array(function, x, name)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise_error(
             function,
@@ -246,6 +263,8 @@ def leaves(
     if not isinstance(tree, dict) or not known.issuperset(tree) or not set(required) <= set(tree):
         _raise_for_tree(function, name, tree, sorted(required), sorted(known))
     for leaf, value in tree.items():
+        if not (hasattr(value, "dtype") or isinstance(value, int | float | complex)):
+            _raise_without_array(function, f"{name}[{leaf!r}]", value)
         given = np.shape(value)
         features, allowed = ((), ()) if leaf in SCALARS else (shape, leading)
         extra = len(given) - len(features)
@@ -260,10 +279,12 @@ def leaves(
 
 
 def _check_kind(function: str, where: str, given: Any, leaf: str, dtype: Any) -> None:
-    """Raises for the wrong kind: counts are ints, variances real, others complex only if x is."""
+    """Raises for the wrong kind: counts are whole, variances real, others complex only if x is."""
     kind, words = jnp.floating, "a real float"
     if leaf == "count":
-        kind, words = jnp.integer, "an int"
+        if given in (jnp.float32, jnp.float64):  # of averages, such as optax.incremental_update's
+            return
+        kind, words = jnp.integer, "an int, or a float32 of averages"
     elif leaf not in REAL and jnp.issubdtype(dtype, jnp.complexfloating):
         kind, words = jnp.inexact, "a float, real or complex"
     if not jnp.issubdtype(given, kind):
@@ -274,6 +295,35 @@ def _check_kind(function: str, where: str, given: Any, leaf: str, dtype: Any) ->
             got=f"dtype {given}",
             fix="Pass it in the dtype that the init function gave it",
             kind=TypeError,
+        )
+
+
+def moments(function: str, **given: Any) -> None:
+    """Raises for arguments that are not `Moments` whose parts fit together."""
+    shapes = []
+    for name, argument in given.items():
+        if not (isinstance(argument, tuple) and len(argument) == 3):
+            raise_error(
+                function,
+                f"{name} does not hold moments",
+                expected="nj.Moments(count, mean, var)",
+                got=f"{name} of type {type(argument).__name__}",
+                fix="Compute them with nj.moments(x, reduction_axes)",
+                kind=TypeError,
+            )
+        for part, value in zip(("count", "mean", "var"), argument, strict=True):
+            if not (hasattr(value, "dtype") or isinstance(value, int | float | complex)):
+                _raise_without_array(function, f"{name}.{part}", value)
+            shapes.append((f"{name}.{part}", np.shape(value)))
+    try:
+        np.broadcast_shapes(*(shape for _, shape in shapes))
+    except ValueError:
+        raise_error(
+            function,
+            "the moments have different shapes",
+            expected="shapes that broadcast to each other",
+            got=", ".join(f"{name}.shape={shape}" for name, shape in shapes),
+            fix="Take all of them over the same features",
         )
 
 
@@ -324,6 +374,17 @@ def _raise_for_tree(
         fix="Unfreeze it: flax.core.unfreeze(tree)"
         if frozen
         else "Pass it as the layer's init function returned it",
+        kind=TypeError,
+    )
+
+
+def _raise_without_array(function: str, leaf: str, value: object) -> NoReturn:
+    raise_error(
+        function,
+        f"{leaf} is not an array",
+        expected="a JAX or NumPy array",
+        got=f"{leaf} of type {type(value).__name__}",
+        fix="Convert it: jnp.asarray(...), or jax.tree.map over the arrays that were made lists",
         kind=TypeError,
     )
 

@@ -11,8 +11,8 @@ runs it here. What is static is closed over. Take derivatives inside the functio
 platform's own backward program runs. `on_platform.compiled(function, *arguments)` returns the
 program, to run it on several arguments of the same shapes.
 
-The program for CPUs is that of `jax.jit`, optimized as for users. The others come from `jax.export`.
-They are compiled quickly (see xla.py); their own compilers would optimize differently anyway.
+The program for CPUs is that of `jax.jit`, optimized as for users. The others come from
+`jax.export`, and are compiled quickly (see xla.py): their own compilers would optimize differently.
 Equal programs are compiled once, and a function is traced once for all platforms if it is the same
 object each time.
 

@@ -64,6 +64,10 @@ def test_statistics():
     typed(nj.update_batch_stats)(
         {"mean": jnp.zeros(3), "var": jnp.ones(3)}, merged, momentum=jnp.float32(0.9)
     )
+    states = [{"norm": nj.batch_norm_init(3, count=True)[1]}] * 2
+    typed(nj.average_batch_stats)(states)
+    typed(nj.average_batch_stats)(tuple(states), weights=[1, jnp.float32(0.5)])
+    typed(nj.average_batch_stats)(states, jnp.ones(2))
 
 
 def test_optimizers():

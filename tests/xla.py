@@ -36,7 +36,7 @@ def quickly() -> None:
 
 
 def _is_known(flag: str) -> bool:
-    """Whether this version of XLA has the flag: it ends the process on one that it does not know."""
+    """Whether this version of XLA has the flag; one that it does not know ends the process."""
     library = pathlib.Path(jaxlib.__file__).with_name("libjax_common.so")
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         return text.find(flag.encode()) >= 0

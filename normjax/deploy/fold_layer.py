@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -104,6 +104,9 @@ def fold_batch_norm(
     axes = _checks.axes(FUNCTION, "feature_axes", given, wide.shape)
     norm = partial(_affine, params, batch_stats, epsilon, wide.dtype)
     if before:
+        _check_padding(
+            params, batch_stats, epsilon, wide, padding, len(axes) + np.size(output_axes)
+        )
         layer = _layer(wide.shape, axes, output_axes, feature_group_count)
         check_borders = partial(_check_borders, wide.shape, layer, padding, transposed)
         folded = _fold_before(wide, bias, norm, layer, check_borders)
@@ -221,6 +224,27 @@ def _per_input(values: np.ndarray, kernel: np.ndarray, layer: _Layer) -> np.ndar
     return np.expand_dims(by_output, _checks.other_axes((given, made), kernel.ndim))
 
 
+def _check_padding(
+    params: Params,
+    batch_stats: BatchStats,
+    epsilon: float,
+    kernel: np.ndarray,
+    padding: Any,
+    channel_axes: int,
+) -> None:
+    """Raises for zero padding, before anything about axes, if no axes would make it foldable."""
+    spatial = sum(size > 1 for size in kernel.shape) > channel_axes
+    exact = padding is None or (
+        padding in EXACT if isinstance(padding, str) else not np.any(padding)
+    )
+    if exact or not spatial or not isinstance(batch_stats, dict) or "mean" not in batch_stats:
+        return
+    features = np.shape(batch_stats["mean"])
+    multiplier, mean, bias = _affine(params, batch_stats, epsilon, kernel.dtype, features)
+    if np.any(bias - multiplier * mean):
+        _raise_for_borders(kernel.shape, padding, transposed=False)
+
+
 def _check_borders(
     shape: tuple[int, ...], layer: _Layer, padding: Padding | None, transposed: bool
 ) -> None:
@@ -231,8 +255,13 @@ def _check_borders(
         exact = padding in EXACT or (padding == "SAME" and pointwise)
     else:
         exact = pointwise if padding is None else not np.any(padding)
-    if exact and not transposed:
-        return
+    if not exact or transposed:
+        _raise_for_borders(shape, padding, transposed=transposed)
+
+
+def _raise_for_borders(
+    shape: tuple[int, ...], padding: Padding | None, *, transposed: bool
+) -> NoReturn:
     _checks.raise_error(
         FUNCTION,
         "the zeros that the convolution adds to x lack the batch norm's shift",

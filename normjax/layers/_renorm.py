@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
 from normjax._typing import BatchStats, Params, promote
+from normjax.statistics.running import whole
 
 Limit = float | ArrayLike | Callable[[Array], ArrayLike]
 
@@ -28,7 +29,7 @@ def take_limits(r_max: Limit, d_max: Limit, batch_stats: BatchStats) -> tuple[Ar
                     got=f"batch_stats with {sorted(batch_stats)}",
                     fix="Make them with batch_renorm_init(...)",
                 )
-            limit = limit(batch_stats["count"])
+            limit = limit(whole(batch_stats["count"]))
         _checks.between("batch_renorm", name, limit, low, math.inf, finite=False)
         limit = jnp.asarray(limit)
         if limit.shape != ():

@@ -156,6 +156,7 @@ def activated_batch_norm(
       of DNNs" (CVPR 2018), section 3.
     """
     chosen = Activation(activation, negative_slope)
+    x = _checks.activations("activated_batch_norm", x)
     check_activation("activated_batch_norm", chosen, x)
     step = check_batch_step(
         "activated_batch_norm",

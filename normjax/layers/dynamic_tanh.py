@@ -18,6 +18,11 @@ from normjax.layers.operands import check_operands
 from normjax.statistics.reduction import Spec, read
 
 
+def half(key: PRNGKey | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """Makes the slope of the Flax modules. JAX's `constant(0.5)` is a closure, which no one can pickle."""
+    return jnp.full(shape, 0.5, dtype)
+
+
 def dynamic_tanh_init(
     num_features: int | Sequence[int],
     *,
@@ -61,7 +66,7 @@ def dynamic_tanh_init(
     _checks.between("dynamic_tanh_init", "alpha", alpha, -math.inf, math.inf)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     params = init_params("dynamic_tanh_init", num_features, makers, key, param_dtype)
-    return {"alpha": jnp.asarray(alpha, jnp.finfo(param_dtype).dtype)} | params, {}
+    return {"alpha": jnp.array(alpha, jnp.finfo(param_dtype).dtype)} | params, {}
 
 
 @jax.named_scope("dynamic_tanh")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import constant, ones, zeros
+from jax.nn.initializers import ones, zeros
 from jaxtyping import Array
 
 from normjax import _checks
@@ -28,6 +29,11 @@ from normjax.layers.jit_step import jit_step_within_examples
 from normjax.layers.operands import axes_within_examples, check_operands, check_spec
 from normjax.statistics.per_example import mean_square
 from normjax.statistics.reduction import Spec, read
+
+
+def small(key: PRNGKey | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """Makes the learned epsilon. A closure, as JAX's `constant(1e-4)`, cannot be pickled."""
+    return jnp.full(shape, 1e-4, dtype)
 
 
 def filter_response_norm_init(
@@ -75,7 +81,7 @@ def filter_response_norm_init(
         "scale": (use_scale, scale_init),
         "bias": (use_bias, bias_init),
         "threshold": (use_threshold, zeros),
-        "epsilon": (learn_epsilon, constant(1e-4)),
+        "epsilon": (learn_epsilon, small),
     }
     return init_params("filter_response_norm_init", num_features, makers, key, param_dtype), {}
 
@@ -158,6 +164,7 @@ def filter_response_norm(
         mask=mask,
         dtype=dtype,
         leaves=leaves,
+        find_axes=partial(axes_within_examples, function, reduction_axes),
     )
     if "threshold" in params and jnp.iscomplexobj(operands.x):
         _checks.raise_error(
@@ -168,8 +175,7 @@ def filter_response_norm(
             fix="Leave the threshold out: filter_response_norm_init(..., use_threshold=False)",
             kind=TypeError,
         )
-    axes = axes_within_examples(function, operands, reduction_axes)
-    spec = check_spec(function, operands, axes, epsilon, axis_name, axis_index_groups)
+    spec = check_spec(function, operands, operands.axes, epsilon, axis_name, axis_index_groups)
     return _filter_response_norm(operands.params, operands.x, operands.mask, spec), batch_stats
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -141,9 +142,17 @@ def group_norm(
     """
     function = "group_norm"
     operands = check_operands(
-        function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype
+        function,
+        params,
+        batch_stats,
+        x,
+        train,
+        feature_axes=feature_axes,
+        mask=mask,
+        dtype=dtype,
+        find_axes=partial(one_feature_axis, function),
     )
-    channel = one_feature_axis(function, operands)
+    (channel,) = operands.feature_axes
     shape = operands.x.shape
     num_groups = _number_of_groups(shape[channel], num_groups, group_size, shape)
     axes = (*{*range(1, len(shape)), channel},) if reduction_axes is None else reduction_axes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -138,11 +139,18 @@ def instance_norm(
     """
     function = "instance_norm"
     operands = check_operands(
-        function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype
+        function,
+        params,
+        batch_stats,
+        x,
+        train,
+        feature_axes=feature_axes,
+        mask=mask,
+        dtype=dtype,
+        find_axes=partial(axes_within_examples, function, reduction_axes),
     )
-    axes = axes_within_examples(function, operands, reduction_axes)
     spec = check_spec(
-        function, operands, axes, epsilon, axis_name, axis_index_groups, StandardizeSpec
+        function, operands, operands.axes, epsilon, axis_name, axis_index_groups, StandardizeSpec
     )
     if train:
         more_than_one_value(function, operands.x, spec)

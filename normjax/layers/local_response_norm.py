@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -115,9 +116,16 @@ def local_response_norm(
     """
     function = "local_response_norm"
     operands = check_operands(
-        function, params, batch_stats, x, train, feature_axes=feature_axes, dtype=dtype
+        function,
+        params,
+        batch_stats,
+        x,
+        train,
+        feature_axes=feature_axes,
+        dtype=dtype,
+        find_axes=partial(one_feature_axis, function),
     )
-    channel = one_feature_axis(function, operands)
+    (channel,) = operands.feature_axes
     _checks.between(function, "alpha", alpha, 0.0, math.inf)
     _checks.between(function, "beta", beta, 0.0, math.inf)
     _checks.between(function, "k", k, 0.0, math.inf)

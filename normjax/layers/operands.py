@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from jaxtyping import Array
@@ -32,6 +32,7 @@ class Operands(NamedTuple):
       mask: None, or with the rank of x.
       feature_axes: not negative, ascending.
       dtype: dtype of y.
+      axes: what `find_axes` returned.
     """
 
     params: Params
@@ -39,6 +40,7 @@ class Operands(NamedTuple):
     mask: Array | None
     feature_axes: tuple[int, ...]
     dtype: Any
+    axes: tuple[int, ...] = ()
 
 
 def check_operands(
@@ -54,17 +56,23 @@ def check_operands(
     leaves: Collection[str] = ("scale", "bias"),
     required: Collection[str] = (),
     name: str = "x",
+    find_axes: Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] | None = None,
 ) -> Operands:
-    """Checks the arguments that all layers without statistics of the batch have in common."""
+    """Checks the arguments that all layers without statistics of the batch have in common.
+
+    `find_axes(feature_axes, shape)` raises for axes that the layer cannot have. It comes before the
+    leaves, which do not fit then either.
+    """
     _checks.static_train(function, train)
     x = _checks.activations(function, x, name)
     mask = _checks.mask(function, mask, x.shape)
     feature_axes = _checks.axes(function, "feature_axes", feature_axes, x.shape)
+    axes = () if find_axes is None else find_axes(feature_axes, x.shape)
     _checks.leaves(function, "batch_stats", batch_stats, shape=(), dtype=x.dtype)
     others = _checks.other_axes(feature_axes, x.ndim)
     _checks.params(function, params, x, feature_axes, others, known=leaves, required=required)
     dtype = _checks.output_dtype(function, dtype, x)
-    return Operands(params, x, mask, feature_axes, dtype)
+    return Operands(params, x, mask, feature_axes, dtype, axes)
 
 
 def check_spec(
@@ -90,24 +98,32 @@ def check_spec(
     )
 
 
-def one_feature_axis(function: str, operands: Operands) -> int:
-    """Returns the feature axis of a layer that has exactly one."""
-    if len(operands.feature_axes) != 1:
+def one_feature_axis(
+    function: str, feature_axes: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Returns the feature axes; refuses more or less than one."""
+    if len(feature_axes) != 1:
         _checks.raise_error(
             function,
             "there must be one feature axis",
             expected="an int, or one of them",
-            got=f"feature_axes={operands.feature_axes} for x.shape={operands.x.shape}",
+            got=f"feature_axes={feature_axes} for x.shape={shape}",
             fix="Name the axis of the channels, as in -1",
         )
-    return operands.feature_axes[0]
+    return feature_axes
 
 
 def axes_within_examples(
-    function: str, operands: Operands, reduction_axes: Axes | None
+    function: str,
+    reduction_axes: Axes | None,
+    feature_axes: tuple[int, ...],
+    shape: tuple[int, ...],
 ) -> tuple[int, ...]:
-    """Returns the axes to reduce, by default all but the first and the features."""
-    kept, shape = operands.feature_axes, operands.x.shape
+    """Returns the axes to reduce, by default all but the first and the features.
+
+    Raises for the axis of the examples.
+    """
+    kept = feature_axes
     if reduction_axes is None:
         axes = tuple(axis for axis in range(1, len(shape)) if axis not in kept)
     else:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from normjax import _checks
 from normjax._typing import BatchStats, RunningVar
 from normjax.layers.batch_norm import infer_step, train_step
 from normjax.layers.batch_step import (
@@ -119,7 +120,7 @@ def normalize(
     """Declares the variables of a batch norm, or renorm, and takes its step."""
     given = nn.merge_param("use_running_average", norm.use_running_average, use_running_average)
     infer = norm.frozen or given
-    x = jnp.asarray(x)
+    x = _checks.array(type(norm).__name__, x)
     features = sizes(norm, x, "axis")
     count = norm.momentum is None or function == "batch_renorm"
     running = _declare_running(norm, features, count=count)

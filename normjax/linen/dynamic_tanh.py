@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.nn.initializers import constant, ones, zeros
+from jax.nn.initializers import ones, zeros
 
+from normjax import _checks
 from normjax._typing import Axes, DTypeLike, Initializer
-from normjax.layers.dynamic_tanh import dynamic_tanh
+from normjax.layers.dynamic_tanh import dynamic_tanh, half
 from normjax.linen._shared import declare, promoted, sizes
 
 
@@ -41,7 +42,7 @@ class DynamicTanh(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     use_bias: bool = True
     use_scale: bool = True
-    alpha_init: Initializer = constant(0.5)
+    alpha_init: Initializer = half
     bias_init: Initializer = zeros
     scale_init: Initializer = ones
     feature_axes: Axes = -1
@@ -56,7 +57,7 @@ class DynamicTanh(nn.Module):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x and the parameters promote to.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         params = declare(self, (), alpha=True)
         params |= declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)
         x, dtype = promoted(self, x, *params.values())

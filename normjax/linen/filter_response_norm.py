@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.nn.initializers import constant, ones, zeros
+from jax.nn.initializers import ones, zeros
 
+from normjax import _checks
 from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
-from normjax.layers.filter_response_norm import filter_response_norm
+from normjax.layers.filter_response_norm import filter_response_norm, small
 from normjax.linen._shared import common, declare, promoted, sizes
 
 
@@ -55,7 +56,7 @@ class FilterResponseNorm(nn.Module):
     bias_init: Initializer = zeros
     scale_init: Initializer = ones
     threshold_init: Initializer = zeros
-    epsilon_init: Initializer = constant(1e-4)
+    epsilon_init: Initializer = small
     feature_axes: Axes = -1
     axis_name: AxisName | None = None
     axis_index_groups: AxisIndexGroups | None = None
@@ -71,7 +72,7 @@ class FilterResponseNorm(nn.Module):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x and the parameters promote to.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         params = declare(
             self,
             sizes(self, x),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from normjax import _checks
@@ -68,7 +67,7 @@ class GroupNorm(nn.GroupNorm):
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
         _one_of_two(self)
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         params = declare(self, x.shape[-1:], scale=self.use_scale, bias=self.use_bias)
         x, dtype = promoted(self, x, *params.values())
         y, _ = group_norm(

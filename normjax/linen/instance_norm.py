@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from normjax import _checks
@@ -64,7 +63,7 @@ class InstanceNorm(nn.InstanceNorm):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         _examples_are_no_feature(self.feature_axes, x)
         params = declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)
         x, dtype = promoted(self, x, *params.values())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
+from normjax import _checks
 from normjax.layers.layer_norm import layer_norm
 from normjax.linen._shared import common, declare, promoted, sizes
 
@@ -62,7 +62,7 @@ class LayerNorm(nn.LayerNorm):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         params = declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)
         x, dtype = promoted(self, x, *params.values())
         y, _ = layer_norm(

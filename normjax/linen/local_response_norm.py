@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import ones, zeros
 
+from normjax import _checks
 from normjax._typing import Axes, DTypeLike, Initializer
 from normjax.layers.local_response_norm import local_response_norm
 from normjax.linen._shared import declare, promoted, sizes
@@ -62,7 +63,7 @@ class LocalResponseNorm(nn.Module):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         params = declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)
         x, dtype = promoted(self, x, *params.values())
         y, _ = local_response_norm(

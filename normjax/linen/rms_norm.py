@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
+from normjax import _checks
 from normjax.layers.rms_norm import rms_norm
 from normjax.linen._shared import common, declare, promoted, sizes
 
@@ -62,7 +62,7 @@ class RMSNorm(nn.RMSNorm):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x and the scale promote to.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         params = declare(self, sizes(self, x), scale=self.use_scale)
         x, dtype = promoted(self, x, *params.values())
         y, _ = rms_norm(

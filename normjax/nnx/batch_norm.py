@@ -13,6 +13,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import ones, zeros
 
+from normjax import _checks
 from normjax._typing import AxisIndexGroups, BatchStats, DTypeLike, Initializer, RunningVar
 from normjax.layers.batch_norm import infer_step, train_step
 from normjax.layers.batch_step import (
@@ -165,7 +166,7 @@ class BatchNorm(nnx.BatchNorm):
             "Expected it in the constructor or the call; got None in both. "
             "Call model.train() or model.eval() first.",
         )
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         running = {
             leaf: getattr(self, leaf)[...]
             for leaf in ("mean", "var", "count")

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import PromoteDtypeFn
-from jax.nn.initializers import constant, ones, zeros
+from jax.nn.initializers import ones, zeros
 
+from normjax import _checks
 from normjax._typing import Axes, DTypeLike, Initializer
-from normjax.layers.dynamic_tanh import dynamic_tanh
+from normjax.layers.dynamic_tanh import dynamic_tanh, half
 from normjax.nnx._shared import declare, present, promoted, read
-
-ALPHA = constant(0.5)
 
 
 class DynamicTanh(nnx.Module):
@@ -59,7 +58,7 @@ class DynamicTanh(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         use_bias: bool = True,
         use_scale: bool = True,
-        alpha_init: Initializer = ALPHA,
+        alpha_init: Initializer = half,
         bias_init: Initializer = zeros,
         scale_init: Initializer = ones,
         feature_axes: Axes = -1,
@@ -90,7 +89,7 @@ class DynamicTanh(nnx.Module):
         Returns:
           y, of x's shape.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         leaves = read(self, "alpha", "scale", "bias")
         x, dtype = promoted(self, x, leaves)
         params = present(leaves, self, x, self.feature_axes)

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import PromoteDtypeFn
-from jax.nn.initializers import constant, ones, zeros
+from jax.nn.initializers import ones, zeros
 
+from normjax import _checks
 from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
-from normjax.layers.filter_response_norm import filter_response_norm
+from normjax.layers.filter_response_norm import filter_response_norm, small
 from normjax.nnx._shared import common, declare, present, promoted, read
 
-EPSILON = constant(1e-4)
 LEAVES = ("scale", "bias", "threshold", "epsilon")
 
 
@@ -74,7 +74,7 @@ class FilterResponseNorm(nnx.Module):
         bias_init: Initializer = zeros,
         scale_init: Initializer = ones,
         threshold_init: Initializer = zeros,
-        epsilon_init: Initializer = EPSILON,
+        epsilon_init: Initializer = small,
         feature_axes: Axes = -1,
         axis_name: AxisName | None = None,
         axis_index_groups: AxisIndexGroups | None = None,
@@ -105,7 +105,7 @@ class FilterResponseNorm(nnx.Module):
         Returns:
           y, of x's shape.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         leaves = read(self, *LEAVES)
         x, dtype = promoted(self, x, leaves)
         arguments: dict[str, Any] = common(self, mask) | {"epsilon": self.fixed_epsilon}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from normjax import _checks
 from normjax.layers.group_norm import group_norm
 from normjax.nnx._shared import common, present, promoted, read
 
@@ -72,7 +72,7 @@ class GroupNorm(nnx.GroupNorm):
         Returns:
           y, of x's shape.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         leaves = read(self, "scale", "bias")
         x, dtype = promoted(self, x, leaves)
         y, _ = group_norm(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from normjax import _checks
@@ -68,7 +67,7 @@ class InstanceNorm(nnx.InstanceNorm):
         Returns:
           y, of x's shape.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         _examples_are_no_feature(self.feature_axes, x)
         leaves = read(self, "scale", "bias")
         x, dtype = promoted(self, x, leaves)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from normjax import _checks
 from normjax.layers.layer_norm import layer_norm
 from normjax.nnx._shared import common, present, promoted, read
 
@@ -65,7 +65,7 @@ class LayerNorm(nnx.LayerNorm):
         Returns:
           y, of x's shape.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         leaves = read(self, "scale", "bias")
         x, dtype = promoted(self, x, leaves)
         y, _ = layer_norm(

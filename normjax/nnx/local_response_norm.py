@@ -13,6 +13,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import ones, zeros
 
+from normjax import _checks
 from normjax._typing import Axes, DTypeLike, Initializer
 from normjax.layers.local_response_norm import local_response_norm
 from normjax.nnx._shared import declare, present, promoted, read
@@ -98,7 +99,7 @@ class LocalResponseNorm(nnx.Module):
         Returns:
           y, of x's shape.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         leaves = read(self, "scale", "bias")
         x, dtype = promoted(self, x, leaves)
         y, _ = local_response_norm(

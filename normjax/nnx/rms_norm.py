@@ -13,6 +13,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import ones
 
+from normjax import _checks
 from normjax._typing import Axes, AxisIndexGroups, DTypeLike, Initializer
 from normjax.layers.rms_norm import rms_norm
 from normjax.nnx._shared import common, present, promoted, read
@@ -107,7 +108,7 @@ class RMSNorm(nnx.RMSNorm):
         Returns:
           y, of x's shape.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(type(self).__name__, x)
         leaves = read(self, "scale")
         x, dtype = promoted(self, x, leaves)
         y, _ = rms_norm(

@@ -160,7 +160,7 @@ def accumulate(
 
 
 def _steps(state: optax.OptState) -> tuple[Array, Array]:
-    """Returns mini_step and gradient_step of the one `MultiSteps` in the state."""
+    """Returns copies of mini_step and gradient_step of the one `MultiSteps` in the state."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, optax.MultiStepsState))
     found = [node for node in nodes if isinstance(node, optax.MultiStepsState)]
     if len(found) != 1:
@@ -172,7 +172,10 @@ def _steps(state: optax.OptState) -> tuple[Array, Array]:
             got=f"{type(state).__name__} with {len(found)} MultiStepsState",
             fix="Wrap the optimizer: optax.MultiSteps(optimizer, every_k_schedule=k)",
         )
-    return jnp.asarray(plain(found[0].mini_step)), jnp.asarray(plain(found[0].gradient_step))
+    # Copies: a train step that donates both states would donate a shared array twice.
+    steps = found[0].mini_step, found[0].gradient_step
+    mini_step, gradient_step = (jnp.array(plain(step), copy=True) for step in steps)
+    return mini_step, gradient_step
 
 
 def _nodes(name: str, tree: PyTree) -> tuple[dict[KeyPath, Any], Any]:

@@ -90,6 +90,9 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     Returns:
       `Moments` in the precision of the inputs.
 
+    Raises:
+      ValueError, TypeError: for arguments that are not moments, or whose shapes do not broadcast.
+
     Example:
       >>> import jax.numpy as jnp, normjax as nj
       >>> a, b = nj.moments(jnp.array([[1.0], [3.0]]), 0), nj.moments(jnp.array([[8.0]]), 0)
@@ -99,6 +102,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     References:
       Chan, Golub & LeVeque (1983), eq. 2.1.
     """
+    _checks.moments("merge_moments", a=a, b=b)
     paired = (jnp.stack(jnp.broadcast_arrays(*pair)) for pair in zip(a, b, strict=True))
     return merge_stacked(Moments(*paired))
 

@@ -42,7 +42,8 @@ def update_batch_stats(
 
     Args:
       batch_stats: `mean` and `var`, each `(*features)`, and `count`, an int32 scalar, if
-        `momentum=None`.
+        `momentum=None`. The count may be a float32, as averages of states make it: it is rounded to
+        a whole number, and stays a float32.
       moments: moments of the batch, or merged from several (devices, microbatches).
       momentum: weight of the old value, from 0 to 1; a number or a scalar array. PyTorch's momentum
         is 1 minus this one.
@@ -99,8 +100,7 @@ def update(
         enough_for_var = count > 1
     new = {}
     if "count" in batch_stats:
-        old = batch_stats["count"]
-        new["count"] = old + jnp.any(enough).astype(old.dtype)
+        new["count"] = _next_count(batch_stats["count"], enough)
     if momentum is None:
         momentum = 1 - 1 / jnp.maximum(new["count"], 1).astype(var.dtype)
     new["mean"] = _blend(batch_stats["mean"], mean, momentum, enough)
@@ -124,6 +124,20 @@ def collect(
         so_far = jnp.where(jnp.any(population.seen[0]), batch_stats["count"], 0)
         new["count"] = so_far + jnp.any(jnp.asarray(batch.count) > 0).astype(so_far.dtype)
     return batch_stats | new
+
+
+def whole(count: ArrayLike) -> Array:
+    """Returns a count of batches as an int: averages of state, such as optax's, make it a float."""
+    count = jnp.asarray(count)
+    is_int = jnp.issubdtype(count.dtype, jnp.integer)
+    return count if is_int else jnp.round(count).astype(jnp.int32)
+
+
+def _next_count(old: Array, enough: Any) -> Array:
+    """Counts a batch in which any element counts, in the dtype of the old count."""
+    count = whole(old)
+    one_more = jnp.any(enough) & (count < jnp.iinfo(count.dtype).max)
+    return (count + one_more.astype(count.dtype)).astype(old.dtype)
 
 
 def _blend(old: Array, batch: Array, momentum: Any, enough: Any) -> Array:
@@ -150,8 +164,11 @@ def _check(
     batch_stats: BatchStats, moments: Moments, momentum: object, running_var: object
 ) -> None:
     function = "update_batch_stats"
+    _checks.moments(function, moments=moments)
     _checks.choice(function, "running_var", running_var, OPTIONS)
-    check_batch_stats(function, batch_stats, moments.mean.shape, moments.mean.dtype, momentum)
+    check_batch_stats(
+        function, batch_stats, jnp.shape(moments.mean), jnp.result_type(moments.mean), momentum
+    )
     check_precision(function, batch_stats)
 
 

@@ -68,14 +68,9 @@ def sync_batch_stats(
     step = 1.0 if momentum is None else 1.0 - _below_one(momentum)
     leaves, structure = jax.tree.flatten_with_path(jax.tree.map(jnp.asarray, batch_stats))
     own = dict(leaves)
-    named = {path_names(path): path for path in own}
-    means_beside = {
-        path: _mean_beside(names, named) for names, path in named.items() if names[-1:] == ("var",)
-    }
+    beside = means_beside("sync_batch_stats", list(own))
     merged = _averaged(own, devices)
-    spreads = {
-        path: abs2(_wide(own[mean]) - _wide(merged[mean])) for path, mean in means_beside.items()
-    }
+    spreads = {path: abs2(_wide(own[mean]) - _wide(merged[mean])) for path, mean in beside.items()}
     for path, spread in _averaged(spreads, devices).items():
         merged[path] = (_wide(merged[path]) + spread / step).astype(own[path].dtype)
     return jax.tree.unflatten(structure, list(merged.values()))
@@ -107,13 +102,19 @@ def _averaged(leaves: dict[Any, Array], devices: DeviceGroup) -> dict[Any, Array
     }
 
 
-def _mean_beside(names: Path, named: dict[Path, KeyPath]) -> KeyPath:
-    """Returns the path of the mean that belongs to a variance."""
+def means_beside(function: str, paths: list[KeyPath]) -> dict[KeyPath, KeyPath]:
+    """Returns the path of the mean that lies beside each variance."""
+    named = {path_names(path): path for path in paths}
+    variances = {names: path for names, path in named.items() if names[-1:] == ("var",)}
+    return {path: _mean_beside(function, names, named) for names, path in variances.items()}
+
+
+def _mean_beside(function: str, names: Path, named: dict[Path, KeyPath]) -> KeyPath:
     mean = named.get((*names[:-1], "mean"))
     if mean is not None:
         return mean
     _checks.raise_error(
-        "sync_batch_stats",
+        function,
         "there is a variance without a mean",
         expected="'mean' beside each 'var'",
         got=f"{show('batch_stats', named[names])} and no mean beside it",

@@ -162,8 +162,18 @@ def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, 
     start = jnp.zeros((1, matrix.shape[0]), wide.dtype), lax.stop_gradient(u).astype(wide.dtype)
     v, u = lax.fori_loop(0, plan.n_steps, iterate, start)
     sigma = jnp.sum(_dot(v, matrix) * u)
-    w = wide / jnp.where(sigma == 0, 1, sigma)
+    # The derivative of a quotient has 1 / sigma^2 in it, which overflows from 1e-20 down.
+    unit = _to_invert(sigma)
+    w = wide * unit / (jnp.where(sigma == 0, 1, sigma) * unit)
     return w.astype(plan.dtype), u, lax.stop_gradient(sigma)
+
+
+def _to_invert(sigma: Array) -> Array:
+    """Returns a power of two that takes sigma to where it can be inverted and squared."""
+    size = jnp.abs(lax.stop_gradient(sigma))
+    return jnp.where(size < 1e-12, 2.0**80, jnp.where(size > 1e12, 2.0**-80, 1.0)).astype(
+        size.dtype
+    )
 
 
 def _dot(a: Array, b: Array) -> Array:

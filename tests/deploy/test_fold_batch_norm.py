@@ -360,3 +360,20 @@ def test_annotations_are_true(rng):
     for make in (jnp.asarray, np.asarray):
         typed(make(normal(rng, 5, 4)), make(normal(rng, 4)), *statistics(rng, 4), epsilon=EPSILON)
     typed(normal(rng, 5, 4), None, *statistics(rng, 5), before=True, padding=((0, 0),))
+
+
+@pytest.mark.parametrize("axes", [{"feature_axes": -1}, {"feature_axes": 0}, {}], ids=str)
+def test_padding_is_named_before_axes_that_do_not_fit_either(axes):
+    rng = np.random.default_rng(0)
+    kernel = normal(rng, 3, 3, 4, 5)
+    refuses(
+        ValueError,
+        "padding='SAME'",
+        kernel=kernel,
+        bias=None,
+        params=statistics(rng, 7)[0],
+        batch_stats=statistics(rng, 7)[1],
+        before=True,
+        padding="SAME",
+        **axes,
+    )

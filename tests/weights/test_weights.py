@@ -371,3 +371,19 @@ def test_jit_vmap_and_grad(rng, name):
     ):  # its singular vectors are constants, so that differences in them are not in its gradient
         function = jax.jit(lambda params, kernel: apply(name, params, {}, kernel)[0])
         check_grads(function, (trees[0][0], kernels[0]), 2, eps=1e-2)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e-12, 1e12, 1e22, 1e30])
+def test_gradients_of_spectral_norm_do_not_depend_on_the_size_of_the_kernel(rng, size):
+    kernel, weights = draw(rng, (5, 4)), draw(rng, (5, 4))
+    _, batch_stats = init("spectral_norm", kernel, -1)
+
+    def loss(kernel):
+        return jnp.sum(weights * apply("spectral_norm", {}, batch_stats, kernel)[0])
+
+    def of_size(size):
+        y, gradient = jax.value_and_grad(loss)(jnp.float32(size) * kernel)
+        slope = jax.jvp(lambda s: loss(kernel * size + s * size * weights), (0.0,), (1.0,))[1]
+        return y, gradient * size, slope
+
+    assert_trees_close(of_size(size), of_size(1.0), rtol=32 * EPS, atol=32 * EPS)
