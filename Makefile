@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST ?= $(shell sh .ci/newest-python)
 
-.PHONY: demo gallery test test-fast test-tpu test-oldest lint format docs bench bench-gpu bench-tpu clean
+.PHONY: demo gallery test test-fast test-tpu test-oldest test-newest lint format docs bench bench-gpu bench-tpu clean
 
 demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them, in under 2 minutes
 	$(BIN)/python examples/speedup.py
@@ -26,6 +27,12 @@ test-oldest: ## the suite on the oldest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable ".[test]"
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal
+
+test-newest: ## the fast suite on the newest Python that is installed, with the newest JAX
+	@test -n "$(NEWEST)" || { echo "No Python 3.12 or newer is installed here"; exit 1; }
+	$(NEWEST) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --editable ".[test]"
+	$(VENV)-newest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(VENV)/.dev ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -57,7 +64,7 @@ bench-tpu: $(VENV)/.bench ## what TPU programs move and need, compiled here; no 
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory-v5e-1.json
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-tpu site
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-tpu .jax_cache site
 
 $(VENV)/.%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \

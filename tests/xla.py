@@ -10,19 +10,20 @@ import mmap
 import os
 import pathlib
 
-import jaxlib
+import jaxlib.version
 
+EMITTERS = "xla_cpu_use_fusion_emitters"
+HAS_EMITTERS = jaxlib.version.__version_info__ < (0, 11)
 QUICKLY = {
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": "true",
-    "xla_cpu_use_fusion_emitters": "false",
+    EMITTERS: "false",
     "xla_cpu_parallel_codegen_split_count": "1",
 }
 AS_FOR_USERS = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
-}
+} | ({EMITTERS: True} if HAS_EMITTERS else {})
 
 
 def quickly() -> None:
@@ -37,6 +38,8 @@ def quickly() -> None:
 
 def _is_known(flag: str) -> bool:
     """Whether this version of XLA has the flag; one that it does not know ends the process."""
+    if flag == EMITTERS:  # the newest ones name it without knowing it as a flag
+        return HAS_EMITTERS
     library = pathlib.Path(jaxlib.__file__).with_name("libjax_common.so")
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         return text.find(flag.encode()) >= 0

@@ -19,7 +19,7 @@ from normjax.statistics.reduction import Spec, read
 
 
 def half(key: PRNGKey | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Makes the slope of the Flax modules. JAX's `constant(0.5)` is a closure, which no one can pickle."""
+    """Makes the slope of the Flax modules. A closure such as `constant(0.5)` is not pickled."""
     return jnp.full(shape, 0.5, dtype)
 
 

@@ -29,8 +29,8 @@ class WeightNorm(nnx.WeightNorm):
         are trained, and a call under a transformation of JAX may close over the module. The call
         goes to a copy of the layer that shares all other variables; what it adds to the layer, as
         `sow` does outside `nnx.capture`, is lost.
-      - The scales are `nnx.Param`, so that they are trained (google/flax#5577); in Flax they are
-        plain arrays.
+      - The scales are `nnx.Param`, so that they are trained (google/flax#5577); before
+        Flax 0.12.12 they are plain arrays there.
       - Norms and products are taken in float32 (or wider) and rounded once.
       - Axes out of range or repeated raise an error.
 
@@ -84,7 +84,9 @@ class WeightNorm(nnx.WeightNorm):
             rngs=rngs,
         )
         if self.scales is not None:
-            self.scales = nnx.data({path: nnx.Param(scale) for path, scale in self.scales.items()})
+            # Flax made them plain arrays before 0.12.12.
+            scales = {path: nnx.Param(jnp.asarray(scale)) for path, scale in self.scales.items()}
+            self.scales = nnx.data(scales)
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped layer with its weights normalized.
