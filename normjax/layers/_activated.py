@@ -19,7 +19,6 @@ from jaxtyping import Array
 
 from normjax import _checks
 from normjax._typing import Params, promote, widen
-from normjax.layers.affine import inverse_deviation
 from normjax.layers.batch_step import BatchSpec
 from normjax.statistics.devices import pcast_like
 from normjax.statistics.reduction import (
@@ -111,8 +110,7 @@ def activate_by_batch(spec: ActivatedSpec, params: Params, x: Array) -> tuple[Ar
 def activate(spec: ActivatedSpec, params: Params, x: Array, mean: Array, var: Array) -> Array:
     """Normalizes x by given statistics and activates it. They and params have the rank of x."""
     x32 = widen(x)
-    gain, bias = _gain_and_bias(spec, params, x32)
-    return _by_population(spec, x32, gain, bias, mean, widen(var) * spec.unit(x32) ** 2)
+    return _by_population(spec, x32, *_gain_and_bias(spec, params, x32), mean, widen(var))
 
 
 def _gain_and_bias(spec: ActivatedSpec, params: Params, x32: Array) -> tuple[Array, Array]:
@@ -134,7 +132,7 @@ def _gain_and_bias(spec: ActivatedSpec, params: Params, x32: Array) -> tuple[Arr
 def _by_population(
     spec: ActivatedSpec, x32: Array, gain: Array, bias: Array, mean: Array, var: Array
 ) -> Array:
-    multiplier = gain * _inverse(spec, var).astype(gain.dtype)
+    multiplier = gain * lax.rsqrt(var + spec.epsilon).astype(gain.dtype)
     y = (x32.astype(gain.dtype) - mean.astype(gain.dtype)) * multiplier + bias
     return spec.activation(y).astype(spec.dtype)
 
@@ -170,17 +168,11 @@ def _by_batch_dot(
     """Returns the derivatives of z and of the moments, with x - mean recovered from z."""
     x_dot, gain_dot, bias_dot = dots
     var = spec.expand(batch.var)
-    centered = _normalized(spec, z, gain, bias) / _inverse(spec, var)
+    centered = _normalized(spec, z, gain, bias) * jnp.sqrt(var + spec.epsilon)
     around_zero = batch._replace(mean=jnp.zeros_like(batch.mean))
     batch_dot = moments_dot(spec, around_zero, centered, None, x_dot)
     moved = x_dot, gain_dot, bias_dot, spec.expand(batch_dot.mean), spec.expand(batch_dot.var)
     return _dot(spec, z, gain, bias, var, moved), batch_dot
-
-
-def _inverse(spec: ActivatedSpec, var: Array) -> Array:
-    """Returns 1 / sqrt(var + epsilon) of a variance in the unit of `spec`."""
-    unit = spec.unit(var)
-    return inverse_deviation(unit, var + spec.epsilon * unit**2)
 
 
 def _normalized(spec: ActivatedSpec, z: Array, gain: Array, bias: Array) -> Array:
@@ -194,9 +186,8 @@ def _dot(spec: ActivatedSpec, z: Array, gain: Array, bias: Array, var: Array, do
     Its transpose has two reductions.
     """
     x_dot, gain_dot, bias_dot, mean_dot, var_dot = (dot.astype(gain.dtype) for dot in dots)
-    unit = spec.unit(var)
-    inverse = _inverse(spec, var).astype(gain.dtype)
-    slope = gain_dot - gain * ((inverse / unit) * ((inverse / unit) * var_dot)) / 2
+    inverse = lax.rsqrt(var + spec.epsilon).astype(gain.dtype)
+    slope = gain_dot - gain * (inverse * (inverse * var_dot)) / 2
     offset = bias_dot - gain * inverse * mean_dot
     slope, offset = pcast_like(z, slope, offset)
     (multiplier,) = pcast_like(z, gain * inverse)  # alone: it is not a tangent

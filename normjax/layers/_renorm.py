@@ -50,7 +50,6 @@ def correct(
     running: tuple[Array, Array],
     limits: tuple[Array, Array],
     epsilon: float,
-    unit: float,
 ) -> Params:
     r"""Returns the scale and bias that correct the batch's statistics to the running ones.
 
@@ -66,14 +65,12 @@ def correct(
       running: mean and variance of the population, with the rank of x.
       limits: r_max and d_max.
       epsilon: added to both variances.
-      unit: the variance of the batch is in units of 1 / unit^2.
     """
     dtype = batch[1].dtype
     (mean, var), (running_mean, running_var) = lax.stop_gradient((batch, running))
     r_max, d_max = (lax.stop_gradient(limit).astype(dtype) for limit in limits)
     inverse = lax.rsqrt(running_var.astype(dtype) + epsilon)
-    deviation = jnp.sqrt(var + epsilon * unit**2) / unit
-    r = jnp.clip(deviation * inverse, 1 / r_max, r_max)
+    r = jnp.clip(jnp.sqrt(var + epsilon) * inverse, 1 / r_max, r_max)
     d = (mean - running_mean.astype(mean.dtype)) * inverse.astype(mean.dtype)
     d = d * jnp.minimum(1, d_max / jnp.maximum(jnp.abs(d), jnp.finfo(dtype).tiny)).astype(d.dtype)
     leaves = {"scale": jnp.ones((), dtype), "bias": jnp.zeros((), dtype)} | params

@@ -24,7 +24,7 @@ from normjax._typing import (
 )
 from normjax.platforms.cpu import materialize, separate_if_narrow, separate_operands
 from normjax.statistics.devices import pcast_like
-from normjax.statistics.reduction import Input, named
+from normjax.statistics.reduction import Input, named, times
 
 
 def init_params(
@@ -118,21 +118,21 @@ def normalize(
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def inverse_deviation(unit: float, var: Array) -> Array:
     """Returns 1 / sqrt(var / unit^2)."""
-    return lax.rsqrt(var) * unit
+    return times(lax.rsqrt(var), unit)
 
 
 @inverse_deviation.defjvp
 def _inverse_deviation_jvp(unit: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     """Multiplies from right to left: the cube of the root underflows at deviations of 1e13."""
     inverse = named(inverse_deviation(unit, *primals))
-    root = inverse / unit
+    root = times(inverse, 1 / unit)
     return inverse, -0.5 * inverse * (root * (root * tangents[0]))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _affine(unit: float, x: Input, mean: Array, var: Array, scale: Array, bias: Array) -> Array:
     """Returns `(x - mean) / sqrt(var / unit^2) * scale + bias`."""
-    inverse = inverse_deviation(unit, var).astype(mean.dtype)
+    inverse = times(lax.rsqrt(var), unit).astype(mean.dtype)
     if scale.shape == inverse.shape:
         return (x.x32 - mean) * (inverse * scale) + bias
     return (x.x32 - mean) * inverse * scale + bias

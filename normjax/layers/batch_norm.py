@@ -148,9 +148,9 @@ def batch_norm(
     Returns:
       `y`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes.
       Statistics and y are computed in at least float32 and rounded once. The variance is safe, also
-      on the first step: right to 5e-5 of `var + epsilon`. y and its gradients are right up to
-      standard deviations of 1e25 (1e15 with `epsilon=0`), though a running variance beyond 3e38 is
-      infinite.
+      on the first step: right to 5e-5 of `var + epsilon`. y is right as long as float32 holds the
+      variance: up to standard deviations of 1.8e19 (divided by the root of the number of elements
+      with `epsilon=0`), gradients up to 1e17. Beyond, the variance is infinite, and y is the bias.
 
     Raises:
       ValueError, TypeError, NameError: at trace time, for arguments that do not fit: axes, leaves,
@@ -208,7 +208,7 @@ def train_step(
     inputs = read(x, mask)
     batch = batch_moments(spec, inputs, mask)
     mean, var = batch_or_running(batch, batch_stats, spec)
-    y = normalize(inputs, mean, var, params, spec.epsilon, spec.unit(x))
+    y = normalize(inputs, mean, var, params, spec.epsilon)
     new = spec.update(batch_stats, batch, momentum)
     return y.reshape(shape).astype(spec.dtype), new
 

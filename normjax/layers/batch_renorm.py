@@ -216,8 +216,7 @@ def renorm_step(
     mean, var = batch_or_running(batch, batch_stats, spec)
     running_mean, running_var = running_like(batch, batch_stats)
     running = spec.expand(running_mean), spec.expand(running_var)
-    unit = spec.unit(x)
-    corrected = correct(params, (mean, var), running, limits, spec.epsilon, unit)
-    y = normalize(inputs, mean, var, corrected, spec.epsilon, unit)
+    corrected = correct(params, (mean, var), running, limits, spec.epsilon)
+    y = normalize(inputs, mean, var, corrected, spec.epsilon)
     new = spec.update(batch_stats, batch, momentum)
     return y.reshape(shape).astype(spec.dtype), new

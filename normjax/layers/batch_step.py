@@ -58,7 +58,6 @@ class BatchSpec(Spec):
 
     def update(self, batch_stats: BatchStats, batch: Moments, momentum: Array | None) -> BatchStats:
         """Moves the running statistics towards the batch's, with all its ghost batches merged."""
-        batch = self.natural(batch)
         if self.virtual_batch_size is not None:
             batch = merge_stacked(batch)
         if self.skip_nonfinite:
@@ -263,15 +262,11 @@ def into_ghosts(
 def batch_or_running(
     batch: Moments, batch_stats: BatchStats, spec: BatchSpec
 ) -> tuple[Array, Array]:
-    """Returns the batch's mean and variance, or running ones if nothing counts; with x's rank.
-
-    The variance is in the unit of `spec`.
-    """
+    """Returns the batch's mean and variance, or running ones if nothing counts; with x's rank."""
     if isinstance(batch.count, float):
         return spec.expand(batch.mean), spec.expand(batch.var)
     counted = jnp.asarray(batch.count) > 0
     mean, var = running_like(batch, batch_stats)
-    var *= spec.unit(var) ** 2
     mean, var = jnp.where(counted, batch.mean, mean), jnp.where(counted, batch.var, var)
     return spec.expand(mean), spec.expand(var)
 

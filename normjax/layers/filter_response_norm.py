@@ -27,8 +27,8 @@ from normjax._typing import (
 from normjax.layers.affine import init_params, normalize
 from normjax.layers.jit_step import jit_step_within_examples
 from normjax.layers.operands import axes_within_examples, check_operands, check_spec
-from normjax.statistics.per_example import mean_square
-from normjax.statistics.reduction import Spec, read
+from normjax.statistics.per_example import ExampleSpec, mean_square
+from normjax.statistics.reduction import read
 
 
 def small(key: PRNGKey | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
@@ -135,7 +135,8 @@ def filter_response_norm(
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
+      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; y and its gradients
+      are right for x up to 1e25.
 
     Raises:
       ValueError, TypeError, NameError: at trace time, for arguments that do not fit: a reduction
@@ -180,7 +181,7 @@ def filter_response_norm(
 
 
 @jit_step_within_examples
-def _filter_response_norm(params: Params, x: Array, mask: Array | None, spec: Spec) -> Array:
+def _filter_response_norm(params: Params, x: Array, mask: Array | None, spec: ExampleSpec) -> Array:
     inputs = read(x, mask)
     count, square = mean_square(spec, inputs, mask)
     if mask is not None:

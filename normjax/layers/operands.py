@@ -20,6 +20,7 @@ from normjax._typing import (
     Params,
 )
 from normjax.statistics.devices import device_group
+from normjax.statistics.per_example import ExampleSpec
 from normjax.statistics.reduction import Spec
 
 
@@ -82,7 +83,7 @@ def check_spec(
     epsilon: float,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
-    make_spec: type[Spec] = Spec,
+    make_spec: type[ExampleSpec] = ExampleSpec,
     **static: Any,
 ) -> Any:
     """Checks epsilon and the names of mapped axes; returns the static arguments of the step."""

@@ -28,8 +28,8 @@ from normjax._typing import (
 from normjax.layers.affine import init_params, normalize
 from normjax.layers.jit_step import jit_step_within_examples
 from normjax.layers.operands import check_operands, check_spec
-from normjax.statistics.per_example import mean_square
-from normjax.statistics.reduction import Spec, read
+from normjax.statistics.per_example import ExampleSpec, mean_square
+from normjax.statistics.reduction import read
 
 
 def rms_norm_init(
@@ -119,7 +119,8 @@ def rms_norm(
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
+      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; y and its gradients
+      are right for x up to 1e25.
 
     Raises:
       ValueError, TypeError, NameError: at trace time, for arguments that do not fit: axes, leaves,
@@ -155,7 +156,7 @@ def rms_norm(
 
 
 @dataclass(frozen=True)
-class RMSSpec(Spec):
+class RMSSpec(ExampleSpec):
     """The static arguments of a step."""
 
     scale_offset: float = 0.0

@@ -10,12 +10,12 @@ from jaxtyping import Array
 from normjax._typing import Params
 from normjax.layers.affine import normalize
 from normjax.layers.jit_step import jit_step_within_examples
-from normjax.statistics.per_example import example_moments
-from normjax.statistics.reduction import Spec, read
+from normjax.statistics.per_example import ExampleSpec, example_moments
+from normjax.statistics.reduction import read
 
 
 @dataclass(frozen=True)
-class StandardizeSpec(Spec):
+class StandardizeSpec(ExampleSpec):
     """The static arguments of a step.
 
     Attributes:

@@ -68,7 +68,7 @@ def moments(
 @partial(jax.jit, static_argnums=0, inline=True)
 def compiled_moments(spec: Spec, x: Array, mask: Array | None) -> Moments:
     """Returns the moments of x; compiled, so that eager calls compile the branch once."""
-    count, mean, var = spec.natural(batch_moments(spec, Input(x, widen(x)), mask))
+    count, mean, var = batch_moments(spec, Input(x, widen(x)), mask)
     # Of the variance's shape, and sharded as it is on Explicit meshes.
     return Moments(count + jnp.zeros_like(var), mean, var)
 

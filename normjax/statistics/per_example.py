@@ -31,8 +31,17 @@ from normjax.statistics.reduction import (
     one_pass_if_safe,
     or_one,
     real_product,
+    times,
     weighted,
 )
+
+
+class ExampleSpec(Spec):
+    """A spec whose variances are in the unit of squares: nothing stores them."""
+
+    def unit(self, x: Array) -> float:
+        """Returns the unit of squares."""
+        return self.unit_of_squares(x)
 
 
 def example_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
@@ -81,7 +90,7 @@ def _mean_square_in(
 ) -> tuple[Array | None, Array]:
     """Returns count and mean square of x times the unit."""
     value = masked(widen(x), mask)
-    return _mean(spec, abs2(value if unit == 1 else value * unit), mask)
+    return _mean(spec, abs2(times(value, unit)), mask)
 
 
 def _mean_square_if_finite(spec: Spec, x: Array, mask: Mask | None) -> tuple[Array | None, Array]:

@@ -67,10 +67,10 @@ class Input(NamedTuple):
 class Spec:
     r"""The static arguments of a layer's step; hashable, so that eager calls compile it once.
 
-    Squares are computed in a unit u of their own: they are the squares of :math:`u x`, and the
-    variance of a layer's step is :math:`u^2 \sigma^2`. u is a power of two, so nothing is rounded,
-    and so small beside epsilon that squares overflow beyond :math:`10^{19} / u` only. What
-    underflows is less than a rounding error of epsilon.
+    Squares of numbers far from zero are computed in a unit u of their own: they are the squares of
+    :math:`u x`. u is a power of two, so nothing is rounded, and so small beside epsilon that
+    squares overflow beyond :math:`10^{19} / u` only. What underflows is less than a rounding error
+    of epsilon.
 
     Attributes:
       axes: the reduced axes, not negative.
@@ -101,6 +101,10 @@ class Spec:
         return jnp.expand_dims(statistic, self.axes)
 
     def unit(self, x: Array) -> float:
+        """Returns the unit of variances: 1, so that they can be stored."""
+        return 1.0
+
+    def unit_of_squares(self, x: Array) -> float:
         """Returns u, which is 1 without an epsilon."""
         if self.epsilon == 0:
             return 1.0
@@ -110,13 +114,11 @@ class Spec:
     def deviation(self, var: Array) -> Array:
         """Returns sqrt(sigma^2 + epsilon) in x's unit, and 1 where it is 0: a constant."""
         unit = self.unit(var)
-        total = lax.stop_gradient(var) + self.epsilon * unit**2
-        return jnp.where(total > 0, jnp.sqrt(total) / unit, 1)
-
-    def natural(self, moments: Moments) -> Moments:
-        """Returns moments with the variance in the unit of x."""
-        unit = self.unit(moments.var)
-        return moments if unit == 1 else moments._replace(var=moments.var / unit**2)
+        largest = jnp.finfo(var.dtype).max  # beyond it the derivative is 0, not NaN
+        total = jnp.minimum(lax.stop_gradient(var) + self.epsilon * unit**2, largest)
+        if self.epsilon == 0:
+            total = jnp.where(total > 0, total, 1)
+        return jnp.sqrt(total) / unit
 
     def count(self, x: Activations) -> Any:
         """Returns how many elements of x each statistic is over, an array if sizes are symbolic."""
@@ -164,8 +166,7 @@ def batch_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
     """Returns the moments of x: one pass around zero, and a second one if the first one cancelled.
 
     On several devices the second pass is another collective, so one decision is made for all
-    features. See `example_moments` for statistics of each example. The variance is in the unit of
-    `spec`.
+    features. See `example_moments` for statistics of each example.
     """
     return moments_by(one_pass_if_safe, spec, x, mask)
 
@@ -212,7 +213,7 @@ def moments_dot(spec: Spec, moments: Moments, x: Array, mask: Mask | None, x_dot
     product = real_product(masked(normalized, mask), x_dot)
     mean_dot, total = spec.devices.sum(spec.local_sum(x_dot), spec.local_sum(product))
     count_dot: Any = jax.tree.map(jnp.zeros_like, moments.count)
-    var_dot = 2 * spec.unit(x) ** 2 * deviation * total / n
+    var_dot = times(deviation, 2 * spec.unit(x) ** 2) * total / n
     return Moments(count_dot, _ratio(mean_dot, n), var_dot)
 
 
@@ -225,7 +226,7 @@ def _moments_dot_by_weights(
               d\sigma^2 = \frac1n \sum_i \left(|x_i - \mu|^2 - \sigma^2\right) dw_i
     """
     offset = masked(widen(x) - spec.expand(moments.mean), mask)
-    apart = masked(abs2(offset * spec.unit(x)) - spec.expand(moments.var), mask)
+    apart = masked(abs2(times(offset, spec.unit(x))) - spec.expand(moments.var), mask)
     mask_dot = jnp.where(mask > 0, mask_dot, 0).astype(apart.dtype)
     sums = spec.local_sum(offset * mask_dot), spec.local_sum(apart * mask_dot)
     count = spec.local_count(x, mask_dot)
@@ -246,12 +247,11 @@ def one_pass_if_safe(spec: Spec, x: Array, mask: Mask | None) -> Moments:
     mean_squared = abs2(mean)
     var = square - mean_squared
     scale = TOLERATED_MEAN_SQUARE
-    # Squares that overflow are infinite: the second pass has a unit for them, the first has none.
-    tolerated = jnp.where(var < jnp.inf, scale * var + scale * spec.epsilon, -1)
-    safe = jnp.all(mean_squared <= tolerated)
+    # The second pass has a unit for squares whose sum overflows.
+    safe = jnp.all((mean_squared <= scale * var + scale * spec.epsilon) & (var < jnp.inf))
 
     def keep(x: Array, mask: Mask | None, first: Moments) -> tuple[Array, Array]:
-        return first.mean, first.var * spec.unit(x) ** 2
+        return first.mean, times(first.var, spec.unit(x) ** 2)
 
     def second_pass(x: Array, mask: Mask | None, first: Moments) -> tuple[Array, Array]:
         return around(spec, x, mask, first)[1:]
@@ -268,9 +268,10 @@ def around(spec: Spec, x: Array, mask: Mask | None, first: Moments) -> Moments:
 
     The mean of many numbers far from zero has an error of more than its last digit.
     """
-    unit = spec.unit(x)
+    unit = spec.unit_of_squares(x)
     count, offset, square = means(spec, x, mask, first, unit)
-    return Moments(count, first.mean + offset, square - abs2(offset * unit))
+    var = square - abs2(times(offset, unit))
+    return Moments(count, first.mean + offset, times(var, (spec.unit(x) / unit) ** 2))
 
 
 def means(
@@ -308,13 +309,17 @@ def _values(
         )
     value = _value(spec, own, mask, reference)
     squared = value if other is own else _value(spec, other, mask, again)
-    square = abs2(squared if unit == 1 else squared * unit)
-    return weighted(value, mask), weighted(square, mask)
+    return weighted(value, mask), weighted(abs2(times(squared, unit)), mask)
 
 
 def _value(spec: Spec, x: Array, mask: Mask | None, reference: Array | None) -> Array:
     x32 = widen(x)
     return masked(x32 if reference is None else x32 - spec.expand(reference), mask)
+
+
+def times(x: Array, factor: float) -> Array:
+    """Returns x times a constant, which is often 1."""
+    return x if factor == 1 else x * factor
 
 
 def or_one(count: Any) -> Any:
