@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +188,7 @@ def batch_norm(
     return take_step(step, train_step, infer_step)
 
 
-@jit_step
+@partial(jit_step, like=("x", "batch_stats"))
 def train_step(
     params: Params,
     batch_stats: BatchStats,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
@@ -151,7 +149,9 @@ def _check_values(function: str, x: Array, spec: BatchSpec, *, layer_by_layer: b
     """Raises for one value per feature, unless the layer normalizes by other statistics."""
     size = spec.virtual_batch_size
     slices = 1 if size is None else x.shape[0] // size
-    if layer_by_layer or spec.count(x) != slices or not slices:
+    count = spec.count(x)
+    known = isinstance(count, float)
+    if layer_by_layer or not (known and count == slices and slices):
         return
     _checks.raise_error(
         function,
@@ -176,15 +176,7 @@ def take_step(
     if not train:
         return infer_step(params, batch_stats, x, mask, spec), batch_stats
     operands = params, batch_stats, x, mask, momentum, *extra
-    if spec.virtual_batch_size is not None and jax.typeof(x).sharding.mesh.explicit_axes:
-        return _laid_out_by_the_compiler(partial(_apply, train_step, spec), x, batch_stats)(
-            *operands
-        )
     return train_step(*operands, spec)
-
-
-def _apply(step: Callable[..., Any], spec: BatchSpec, *operands: Any) -> Any:
-    return step(*operands, spec)
 
 
 def _collecting_step(
@@ -207,22 +199,6 @@ def _collecting_step(
     batch = compiled_moments(spec, x, mask)
     cumulative = spec.momentum is None and momentum is None
     return y, collect(batch_stats, batch, cumulative, spec.running_var)
-
-
-def _laid_out_by_the_compiler(
-    step: Callable[..., Any], x: Array, batch_stats: BatchStats
-) -> Callable[..., Any]:
-    """Returns a step whose results are sharded as x and batch_stats, which lie on Explicit axes.
-
-    JAX's types cannot say how ghost batches are sharded that span devices, or parts of them. The
-    compiler knows.
-    """
-    mesh = jax.typeof(x).sharding.mesh
-
-    def like(leaf: Array) -> NamedSharding:
-        return NamedSharding(mesh, jax.typeof(leaf).sharding.spec)
-
-    return jax.sharding.auto_axes(step, out_sharding=jax.tree.map(like, (x, batch_stats)))
 
 
 def into_ghosts(

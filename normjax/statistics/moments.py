@@ -6,11 +6,17 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from normjax import _checks
 from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, Mask, widen
-from normjax.statistics.devices import device_group
+from normjax.statistics.devices import (
+    device_group,
+    explicit_mesh,
+    laid_out_by_the_compiler,
+    spec_of,
+)
 from normjax.statistics.reduction import Input, Moments, Spec, abs2, batch_moments
 
 
@@ -63,11 +69,20 @@ def moments(
     return compiled_moments(spec, x, mask)
 
 
-@partial(jax.jit, static_argnums=0, inline=True)
 def compiled_moments(spec: Spec, x: Array, mask: Array | None) -> Moments:
     """Returns the moments of x; compiled, so that eager calls compile the branch once."""
+    mesh = explicit_mesh(x, mask)
+    if mesh is None:
+        return _compiled_moments(spec, x, mask)
+    sharded = enumerate(spec_of(x))
+    features = PartitionSpec(*[over for axis, over in sharded if axis not in spec.axes])
+    results = Moments(features, features, features)
+    return laid_out_by_the_compiler(partial(_compiled_moments, spec), mesh, results)(x, mask)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _compiled_moments(spec: Spec, x: Array, mask: Array | None) -> Moments:
     count, mean, var = batch_moments(spec, Input(x, widen(x)), mask)
-    # Of the variance's shape, and sharded as it is on Explicit meshes.
     return Moments(count + jnp.zeros_like(var), mean, var)
 
 
