@@ -141,7 +141,8 @@ def batch_norm(
         in training. Under plain jit with sharded x they are those of the global batch without it.
       axis_index_groups: groups of indices of that axis that share, as in `jax.lax.psum`.
       virtual_batch_size: ghost batches: in training, normalizes each slice of that many examples of
-        axis 0 by statistics of its own; the running statistics take in the whole batch.
+        axis 0 by statistics of its own; the running statistics take in the whole batch. Under
+        `axis_name` each device cuts its own examples, and the running statistics are of all devices.
       dtype: of y; None for that of x.
 
     Returns:

@@ -24,8 +24,8 @@ from normjax._typing import (
     RunningVar,
     promote,
 )
-from normjax.statistics.devices import device_group
-from normjax.statistics.moments import compiled_moments, merge_stacked
+from normjax.statistics.devices import ALONE, DeviceGroup, device_group
+from normjax.statistics.moments import compiled_moments, merge_over, merge_stacked
 from normjax.statistics.population import POPULATION, is_layer_by_layer
 from normjax.statistics.reduction import Moments, Spec
 from normjax.statistics.running import OPTIONS, check_batch_stats, collect, update
@@ -39,16 +39,18 @@ class BatchSpec(Spec):
       momentum: weight of the old running value; None if it is traced, or 1 - 1 / count.
       running_var: which estimate of the variance is stored.
       virtual_batch_size: the examples of a ghost batch; None: there are none.
+      sharers: the devices that move the running statistics together, by the ghosts of them all.
     """
 
     momentum: float | None = None
     running_var: RunningVar = "biased"
     virtual_batch_size: int | None = None
+    sharers: DeviceGroup = ALONE
 
     def update(self, batch_stats: BatchStats, batch: Moments, momentum: Array | None) -> BatchStats:
         """Moves the running statistics towards those of the batch, of all its ghosts together."""
         if self.virtual_batch_size is not None:
-            batch = merge_stacked(batch)
+            batch = merge_over(self.sharers, merge_stacked(batch))
         weight = self.momentum if momentum is None else momentum
         return update(batch_stats, batch, weight, self.running_var)
 
@@ -149,7 +151,7 @@ def _check_values(function: str, x: Array, spec: BatchSpec, *, layer_by_layer: b
     """Raises for one value per feature, unless the layer normalizes by other statistics."""
     size = spec.virtual_batch_size
     slices = 1 if size is None else x.shape[0] // size
-    count = spec.count(x)
+    count = (spec if size is None else replace(spec, devices=ALONE)).count(x)
     known = isinstance(count, float)
     if layer_by_layer or not (known and count == slices and slices):
         return
@@ -206,6 +208,7 @@ def into_ghosts(
 ) -> tuple[Params, Array, Array | None, SomeSpec]:
     """Cuts axis 0 into ghost batches, which a new axis 0 counts like one more feature axis.
 
+    A ghost lies on one device: it holds `virtual_batch_size` examples under `axis_name`, too.
     Hoffer, Hubara & Soudry (2017), Algorithm 1. Params and mask have the rank of x.
     """
     size = spec.virtual_batch_size
@@ -216,7 +219,8 @@ def into_ghosts(
         return part[None] if part.shape[0] == 1 else part.reshape(-1, size, *part.shape[1:])
 
     params, x, mask = jax.tree.map(cut, (params, x, mask))
-    return params, x, mask, replace(spec, axes=tuple([axis + 1 for axis in spec.axes]))
+    axes = tuple([axis + 1 for axis in spec.axes])
+    return params, x, mask, replace(spec, axes=axes, devices=ALONE, sharers=spec.devices)
 
 
 def batch_or_running(

@@ -12,6 +12,8 @@ from jaxtyping import Array
 from normjax import _checks
 from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, Mask, widen
 from normjax.statistics.devices import (
+    ALONE,
+    DeviceGroup,
     device_group,
     explicit_mesh,
     laid_out_by_the_compiler,
@@ -125,3 +127,20 @@ def merge_stacked(moments: Moments) -> Moments:
     means, variances = jnp.where(counted, moments.mean, 0), jnp.where(counted, moments.var, 0)
     mean = jnp.sum(weights.astype(means.dtype) * means, 0)
     return Moments(count, mean, jnp.sum(weights * (variances + abs2(means - mean)), 0))
+
+
+def merge_over(devices: DeviceGroup, own: Moments) -> Moments:
+    """Merges the moments that each device has of its own, in two collectives.
+
+    One would do around zero, and would cancel if the means are far from it.
+    """
+    if devices == ALONE:
+        return own
+    count = jnp.broadcast_to(own.count, own.var.shape).astype(own.var.dtype)
+    counted = count > 0
+    mean, var = jnp.where(counted, own.mean, 0), jnp.where(counted, own.var, 0)
+    total, sums = devices.sum(count, count.astype(mean.dtype) * mean)
+    n = jnp.maximum(total, 1)
+    center = sums / n.astype(sums.dtype)
+    (spread,) = devices.sum(count * (var + abs2(mean - center)))
+    return Moments(total, center, spread / n)
