@@ -178,7 +178,7 @@ def activated_batch_norm(
     return take_step(step, _train_step, _infer_step)
 
 
-@jit_step
+@partial(jit_step, like=("x", "batch_stats"))
 def _train_step(
     params: Params,
     batch_stats: BatchStats,

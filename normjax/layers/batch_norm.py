@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,8 @@ def batch_norm(
         in training. Plain jit with sharded x needs none: its statistics are of the global batch.
       axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
       virtual_batch_size: ghost batches: in training, normalizes each slice of that many examples of
-        axis 0 by its own statistics; the running statistics use the whole batch.
+        axis 0 by its own statistics; the running statistics use the whole batch. With `axis_name`
+        each device cuts its own examples; the running statistics use those of all devices.
       skip_nonfinite: whether a batch whose mean or variance is NaN or infinite in some feature
         leaves all running statistics as they were, on all devices alike. Use it with dynamic loss
         scaling. By default they become NaN or infinite for good, as in Flax.
@@ -192,7 +194,7 @@ def batch_norm(
     return take_step(step, train_step, infer_step)
 
 
-@jit_step
+@partial(jit_step, like=("x", "batch_stats"))
 def train_step(
     params: Params,
     batch_stats: BatchStats,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +198,7 @@ def take_renorm_step(step: BatchStep, r_max: Limit, d_max: Limit) -> tuple[Array
     return take_step(step, renorm_step, infer_step, limits)
 
 
-@jit_step
+@partial(jit_step, like=("x", "batch_stats"))
 def renorm_step(
     params: Params,
     batch_stats: BatchStats,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
@@ -26,8 +24,8 @@ from normjax._typing import (
     RunningVar,
     promote,
 )
-from normjax.statistics.devices import device_group
-from normjax.statistics.moments import compiled_moments, merge_stacked
+from normjax.statistics.devices import ALONE, DeviceGroup, device_group
+from normjax.statistics.moments import compiled_moments, merge_over, merge_stacked
 from normjax.statistics.population import POPULATION, is_layer_by_layer
 from normjax.statistics.reduction import Moments, Spec
 from normjax.statistics.running import (
@@ -49,17 +47,19 @@ class BatchSpec(Spec):
       running_var: which estimate of the variance is stored.
       virtual_batch_size: the number of examples in a ghost batch; None without ghost batches.
       skip_nonfinite: whether a batch that is not finite leaves the running statistics as they were.
+      sharers: the devices whose ghost batches are merged for the running statistics.
     """
 
     momentum: float | None = None
     running_var: RunningVar = "biased"
     virtual_batch_size: int | None = None
     skip_nonfinite: bool = False
+    sharers: DeviceGroup = ALONE
 
     def update(self, batch_stats: BatchStats, batch: Moments, momentum: Array | None) -> BatchStats:
         """Moves the running statistics towards the batch's, with all its ghost batches merged."""
         if self.virtual_batch_size is not None:
-            batch = merge_stacked(batch)
+            batch = merge_over(self.sharers, merge_stacked(batch))
         if self.skip_nonfinite:
             batch = unless_nonfinite(batch)
         weight = self.momentum if momentum is None else momentum
@@ -165,7 +165,9 @@ def _check_values(function: str, x: Array, spec: BatchSpec, *, layer_by_layer: b
     """Raises for one value per feature, unless the layer normalizes by other statistics."""
     size = spec.virtual_batch_size
     slices = 1 if size is None else x.shape[0] // size
-    if layer_by_layer or spec.count(x) != slices or not slices:
+    count = (spec if size is None else replace(spec, devices=ALONE)).count(x)
+    known = isinstance(count, float)
+    if layer_by_layer or not (known and count == slices and slices):
         return
     _checks.raise_error(
         function,
@@ -190,15 +192,7 @@ def take_step(
     if not train:
         return infer_step(params, batch_stats, x, mask, spec), batch_stats
     operands = params, batch_stats, x, mask, momentum, *extra
-    if spec.virtual_batch_size is not None and jax.typeof(x).sharding.mesh.explicit_axes:
-        return _laid_out_by_the_compiler(partial(_apply, train_step, spec), x, batch_stats)(
-            *operands
-        )
     return train_step(*operands, spec)
-
-
-def _apply(step: Callable[..., Any], spec: BatchSpec, *operands: Any) -> Any:
-    return step(*operands, spec)
 
 
 def _collecting_step(
@@ -225,27 +219,12 @@ def _collecting_step(
     return y, collect(batch_stats, batch, cumulative, spec.running_var)
 
 
-def _laid_out_by_the_compiler(
-    step: Callable[..., Any], x: Array, batch_stats: BatchStats
-) -> Callable[..., Any]:
-    """Returns a step whose results are sharded like x and batch_stats, which have Explicit axes.
-
-    JAX's types cannot express the sharding of ghost batches that span several devices, or parts of
-    them. The compiler finds it.
-    """
-    mesh = jax.typeof(x).sharding.mesh
-
-    def like(leaf: Array) -> NamedSharding:
-        return NamedSharding(mesh, jax.typeof(leaf).sharding.spec)
-
-    return jax.sharding.auto_axes(step, out_sharding=jax.tree.map(like, (x, batch_stats)))
-
-
 def into_ghosts(
     params: Params, x: Array, mask: Array | None, spec: SomeSpec
 ) -> tuple[Params, Array, Array | None, SomeSpec]:
     """Splits axis 0 into ghost batches along a new axis 0, which acts as one more feature axis.
 
+    A ghost lies on one device: it holds `virtual_batch_size` examples under `axis_name`, too.
     Hoffer, Hubara & Soudry (2017), Algorithm 1. Params and mask have the rank of x.
     """
     size = spec.virtual_batch_size
@@ -256,7 +235,8 @@ def into_ghosts(
         return part[None] if part.shape[0] == 1 else part.reshape(-1, size, *part.shape[1:])
 
     params, x, mask = jax.tree.map(cut, (params, x, mask))
-    return params, x, mask, replace(spec, axes=tuple([axis + 1 for axis in spec.axes]))
+    axes = tuple([axis + 1 for axis in spec.axes])
+    return params, x, mask, replace(spec, axes=axes, devices=ALONE, sharers=spec.devices)
 
 
 def batch_or_running(

@@ -7,25 +7,31 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from normjax._typing import Params
 from normjax.layers.affine import lay_out
 from normjax.platforms.cpu import without_unit_axes
+from normjax.statistics.devices import explicit_mesh, laid_out_by_the_compiler, spec_of
 from normjax.statistics.reduction import OUTPUT, STATISTICS
 
 KEPT = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
 
 
-def jit_step(step: Callable[..., Any]) -> Callable[..., Any]:
+def jit_step(step: Callable[..., Any], like: str | tuple[str, ...] = "x") -> Callable[..., Any]:
     """Compiles a step once for each value of its last argument, which is static.
+
+    What the step returns is sharded like its operands of the names `like`, if these have Explicit
+    axes of a mesh; what none of them names is not sharded.
 
     Under an outer jit, the step becomes part of the outer program. For its backward pass a step
     stores its operands unchanged, and the arrays that it names: statistics, and an output that
     replaces the input. This is done by a checkpoint in the derivative only, so that other readers
     of the program (`jax.experimental.jet`, exporters) do not meet it.
     """
-    last = len(inspect.signature(step).parameters) - 1
+    names = [*inspect.signature(step).parameters]
+    last = len(names) - 1
     lean = jax.checkpoint(step, prevent_cse=False, policy=KEPT, static_argnums=last)
 
     def derivative(spec: Any, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
@@ -33,7 +39,20 @@ def jit_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
     differentiable = jax.custom_jvp(step, nondiff_argnums=(last,))
     differentiable.defjvp(derivative)
-    return jax.jit(differentiable, static_argnums=last, inline=True)
+    compiled = jax.jit(differentiable, static_argnums=last, inline=True)
+
+    def run(*arguments: Any) -> Any:
+        *operands, spec = arguments
+        mesh = explicit_mesh(operands)
+        if mesh is None:
+            return compiled(*arguments)
+        specs = dict(zip(names, jax.tree.map(spec_of, operands), strict=False))
+        results = jax.tree.map(lambda name: specs.get(name, PartitionSpec()), like)
+        return laid_out_by_the_compiler(lambda *each: compiled(*each, spec), mesh, results)(
+            *operands
+        )
+
+    return run
 
 
 def jit_step_within_examples(step: Callable[..., Array]) -> Callable[..., Array]:

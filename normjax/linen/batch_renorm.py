@@ -42,7 +42,8 @@ class BatchRenorm(BatchNorm):
       running_var: which variance is stored: "biased" (divided by n, as in Flax) or "unbiased"
         (divided by n - 1, as in PyTorch).
       virtual_batch_size: in training, each slice of this many examples along axis 0 is normalized
-        by its own statistics (ghost batches). None: the whole batch is.
+        by its own statistics (ghost batches), and `axis_name` only shares the running statistics.
+        None: the whole batch is.
       skip_nonfinite: whether a batch with a mean or variance that is NaN or infinite leaves the
         running statistics as they were, on all devices alike: for dynamic loss scaling.
       frozen: whether to use the running statistics and leave them alone, whatever

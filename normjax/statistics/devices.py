@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Inexact, Int
 
 from normjax import _checks
@@ -95,6 +97,48 @@ def pcast_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, 
     if not (missing and parts):
         return parts
     return _packed(partial(lax.pcast, axis_name=tuple(missing), to="varying"), parts)
+
+
+def laid_out_by_the_compiler(
+    step: Callable[..., Any], mesh: AbstractMesh, results: Any
+) -> Callable[..., Any]:
+    """Returns a step that is compiled as on Auto axes, and whose results have the specs `results`.
+
+    On Explicit axes JAX asks of each operation what its result is sharded like. It has no answer
+    for a branch under vmap, for ghost batches, groups or columns that span devices, or for parts of
+    different kinds end to end. The compiler needs none.
+    """
+
+    def on_the_mesh(leaf: Array) -> Array:
+        # The gradient of an array without a mesh would be put back onto none, which vmap over a
+        # sharded axis cannot do. A product with one stays on the mesh both ways, and is dropped.
+        has_gradient = isinstance(leaf, Tracer) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        if not (has_gradient and jax.typeof(leaf).sharding.mesh.empty):
+            return leaf
+        return leaf * jnp.ones((), leaf.dtype, out_sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def in_whole(*operands: Any) -> Any:
+        operands = jax.tree.map(on_the_mesh, operands)
+        shardings = jax.tree.map(partial(NamedSharding, mesh), results)
+        return jax.sharding.auto_axes(step, axes=mesh.explicit_axes, out_sharding=shardings)(
+            *operands
+        )
+
+    return in_whole
+
+
+def explicit_mesh(*operands: Any) -> AbstractMesh | None:
+    """Returns the mesh whose Explicit axes the operands lie on; None if there is none."""
+    for leaf in jax.tree.leaves(operands):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if mesh.explicit_axes:
+            return mesh
+    return None
+
+
+def spec_of(value: Any) -> PartitionSpec:
+    """Returns what each axis of a value is sharded over, as far as JAX's types say."""
+    return jax.typeof(value).sharding.spec
 
 
 def _packed(collective: Callable[[Array], Array], parts: Sequence[Array]) -> tuple[Array, ...]:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from normjax import _checks
 from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, Mask, widen
-from normjax.statistics.devices import device_group
+from normjax.statistics.devices import (
+    ALONE,
+    DeviceGroup,
+    device_group,
+    explicit_mesh,
+    laid_out_by_the_compiler,
+    spec_of,
+)
 from normjax.statistics.reduction import Input, Moments, Spec, abs2, batch_moments, or_one
 
 
@@ -65,11 +74,20 @@ def moments(
     return compiled_moments(spec, x, mask)
 
 
-@partial(jax.jit, static_argnums=0, inline=True)
 def compiled_moments(spec: Spec, x: Array, mask: Array | None) -> Moments:
     """Returns the moments of x; compiled, so that eager calls compile the branch once."""
+    mesh = explicit_mesh(x, mask)
+    if mesh is None:
+        return _compiled_moments(spec, x, mask)
+    sharded = enumerate(spec_of(x))
+    features = PartitionSpec(*[over for axis, over in sharded if axis not in spec.axes])
+    results: Any = Moments(*[features] * 3)  # pyright: ignore[reportArgumentType]
+    return laid_out_by_the_compiler(partial(_compiled_moments, spec), mesh, results)(x, mask)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _compiled_moments(spec: Spec, x: Array, mask: Array | None) -> Moments:
     count, mean, var = batch_moments(spec, Input(x, widen(x)), mask)
-    # Of the variance's shape, and sharded as it is on Explicit meshes.
     return Moments(count + jnp.zeros_like(var), mean, var)
 
 
@@ -116,3 +134,20 @@ def merge_stacked(moments: Moments) -> Moments:
     means, variances = jnp.where(counted, moments.mean, 0), jnp.where(counted, moments.var, 0)
     mean = jnp.sum(weights.astype(means.dtype) * means, 0)
     return Moments(count, mean, jnp.sum(weights * (variances + abs2(means - mean)), 0))
+
+
+def merge_over(devices: DeviceGroup, own: Moments) -> Moments:
+    """Merges the moments that each device has of its own, in two collectives.
+
+    One would do around zero, and would cancel if the means are far from it.
+    """
+    if devices == ALONE:
+        return own
+    count = jnp.broadcast_to(own.count, own.var.shape).astype(own.var.dtype)
+    counted = count > 0
+    mean, var = jnp.where(counted, own.mean, 0), jnp.where(counted, own.var, 0)
+    total, sums = devices.sum(count, count.astype(mean.dtype) * mean)
+    n = jnp.maximum(total, 1)
+    center = sums / n.astype(sums.dtype)
+    (spread,) = devices.sum(count * (var + abs2(mean - center)))
+    return Moments(total, center, spread / n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -146,7 +147,7 @@ class _Plan(NamedTuple):
     dtype: Any
 
 
-@jit_step
+@partial(jit_step, like=("kernel", "u", "sigma"))
 def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, Array]:
     wide = widen(kernel)
     matrix = jnp.moveaxis(wide, plan.feature_axes, range(-len(plan.feature_axes), 0)).reshape(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def weight_norm(
     return _weight_norm(operands.params, operands.x, spec), batch_stats
 
 
-@jit_step
+@partial(jit_step, like="kernel")
 def _weight_norm(params: Params, kernel: Array, spec: Spec) -> Array:
     params = lay_out(params, kernel.ndim, spec.feature_axes)
     kernel = widen(kernel)

@@ -1,0 +1,96 @@
+"""Flax adapters on x with one axis cut over Explicit axes of a mesh give what one device gives."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen, nnx
+from jax.sharding import AxisType
+
+import normjax as nj
+from tests.compare import assert_trees_close
+from tests.contract.cases import REORDERED
+from tests.distributed.test_sharded_axes import cut, line
+
+pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
+FEATURES = 4
+SHAPE = (6, 3, FEATURES)
+SETTINGS = {
+    "BatchNorm": {"use_running_average": False},
+    "BatchRenorm": {"use_running_average": False},
+    "GroupNorm": {"num_groups": 2},
+}
+WRAPPERS = ("SpectralNorm", "WeightNorm", "WeightStandardization")
+NAMES = [name for name in nj.linen.__all__ if name not in WRAPPERS]
+CUTS = pytest.mark.parametrize(("axis", "devices"), [(0, 2), (1, 3), (2, 4)])
+
+
+def with_linen(name):
+    layer = getattr(nj.linen, name)(**SETTINGS.get(name, {}))
+    variables = layer.init(jax.random.key(0), jnp.ones(SHAPE))
+    return lambda x: layer.apply(variables, x, mutable=["batch_stats"])
+
+
+def with_nnx(name):
+    layer = getattr(nj.nnx, name)(FEATURES, **SETTINGS.get(name, {}), rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+
+    def run(x):
+        layer = nnx.merge(graph, state, copy=True)
+        return layer(x), nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
+
+    return run
+
+
+@CUTS
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("adapter", [with_linen, with_nnx])
+def test_x_with_an_axis_cut(rng, adapter, name, axis, devices):
+    x = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
+    run = adapter(name)
+    expected = jax.jit(run)(x), jax.jit(jax.vmap(run))(jnp.stack([x, 2 * x]))
+    mesh = line(devices, AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        found = (
+            jax.jit(run)(cut(x, axis, mesh)),
+            jax.jit(jax.vmap(run))(cut(jnp.stack([x, 2 * x]), axis + 1, mesh)),
+        )
+    assert_trees_close(jax.device_get(found), jax.device_get(expected), **REORDERED)
+
+
+def linen_wrapper(name):
+    given = {"variable_filter": {"kernel"}} if name != "SpectralNorm" else {}
+    layer = getattr(nj.linen, name)(linen.Dense(FEATURES), **given)
+    training = {"update_stats": True} if name == "SpectralNorm" else {}
+    variables = layer.init(jax.random.key(0), jnp.ones((2, 8)), **training)
+    return variables, lambda variables, x: layer.apply(
+        variables, x, mutable=["batch_stats"], **training
+    )
+
+
+def nnx_wrapper(name):
+    layer = getattr(nj.nnx, name)(nnx.Linear(8, FEATURES, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+
+    def run(state, x):
+        layer = nnx.merge(graph, state, copy=True)
+        return layer(x), nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
+
+    return state, run
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("adapter", [linen_wrapper, nnx_wrapper])
+def test_kernels_with_an_axis_cut(rng, adapter, name, axis):
+    variables, run = adapter(name)
+    x = jnp.asarray(rng.normal(size=(5, 8)), jnp.float32)
+    expected = jax.jit(run)(variables, x)
+    mesh = line(2, AxisType.Explicit)
+
+    def placed(leaf):
+        is_kernel = leaf.ndim == 2 and leaf.shape[0] > 1
+        return cut(leaf, axis, mesh) if is_kernel else cut(leaf, 0, mesh)
+
+    with jax.set_mesh(mesh):
+        found = jax.jit(run)(jax.tree.map(placed, variables), x)
+    assert_trees_close(jax.device_get(found), jax.device_get(expected), **REORDERED)
