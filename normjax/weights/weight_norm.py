@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -19,13 +20,22 @@ from normjax.statistics.reduction import Spec, abs2
 
 
 def weight_norm_init(
-    kernel: Kernel, *, feature_axes: Axes = -1, param_dtype: DTypeLike | None = None
+    kernel: Kernel,
+    *,
+    feature_axes: Axes = -1,
+    epsilon: float = 1e-12,
+    param_dtype: DTypeLike | None = None,
 ) -> tuple[Params, BatchStats]:
-    """Returns the scale at which `weight_norm` gives back the kernel that it is given, and `{}`.
+    r"""Returns the scale at which `weight_norm` gives back the kernel that it is given, and `{}`.
+
+    .. math:: \gamma = \sqrt{\lVert v \rVert^2 + \epsilon}
+
+    Epsilon shows in the scale of kernels that are smaller than 1e-3. With it, they come back too.
 
     Args:
       kernel: of any rank >= 1, such as `(inputs, features)` or `(height, width, inputs, features)`.
       feature_axes: the axes that have a norm of their own; `()` for one norm of all.
+      epsilon: that of `weight_norm`.
       param_dtype: of the scale; None for that of the kernel.
 
     Returns:
@@ -43,8 +53,9 @@ def weight_norm_init(
     """
     kernel = _checks.activations("weight_norm_init", kernel, "kernel")
     kept = _checks.axes("weight_norm_init", "feature_axes", feature_axes, kernel.shape)
+    _checks.between("weight_norm_init", "epsilon", epsilon, 0.0, math.inf)
     axes = _checks.other_axes(kept, kernel.ndim)
-    norm = jnp.sqrt(jnp.sum(abs2(widen(kernel)), axes))
+    norm = jnp.sqrt(jnp.sum(abs2(widen(kernel)), axes) + epsilon)
     return {"scale": norm.astype(kernel.dtype if param_dtype is None else param_dtype)}, {}
 
 
