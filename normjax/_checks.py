@@ -21,6 +21,7 @@ from normjax._typing import Axes
 Shape = tuple[int, ...]
 
 SCALARS = ("count", "alpha", "sigma")
+HOST = jax.memory.Space.Host
 REAL = ("var", "threshold", "epsilon", "alpha", "sigma")
 
 
@@ -93,6 +94,8 @@ def activations(function: str, x: Any, name: str = "x") -> jax.Array:
     """Returns `x` as an array; refuses integers, booleans and scalars."""
     if not isinstance(x, Tracer):
         x = array(function, x, name)
+    if x.aval.memory_space is HOST:
+        _raise_for_host(function, name, x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise_error(
             function,
@@ -111,6 +114,16 @@ def activations(function: str, x: Any, name: str = "x") -> jax.Array:
             fix=f"Give {name} a feature axis: {name}[None]",
         )
     return x
+
+
+def _raise_for_host(function: str, name: str, value: jax.Array) -> NoReturn:
+    raise_error(
+        function,
+        f"{name} lies in the host's memory, which layers do not compute in",
+        expected=f"{name} in the device's memory",
+        got=f"{name} of type {value.aval.str_short()}",
+        fix=f"Move it where it is used: jax.device_put({name}, jax.memory.Space.Device)",
+    )
 
 
 def axes(function: str, name: str, given: Axes, shape: Shape) -> tuple[int, ...]:
@@ -161,6 +174,8 @@ def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
     if given is None:
         return None
     given = jnp.asarray(given)
+    if given.aval.memory_space is HOST:
+        _raise_for_host(function, "mask", given)
     got = f"mask.shape={given.shape}, mask.dtype={given.dtype} for x.shape={shape}"
     if given.dtype != jnp.bool_:
         raise_error(
@@ -233,6 +248,8 @@ def leaves(
     for leaf, value in tree.items():
         if not (hasattr(value, "dtype") or isinstance(value, int | float | complex)):
             _raise_without_array(function, f"{name}[{leaf!r}]", value)
+        if getattr(getattr(value, "aval", None), "memory_space", None) is HOST:
+            _raise_for_host(function, f"{name}[{leaf!r}]", value)
         given = np.shape(value)
         features, allowed = ((), ()) if leaf in SCALARS else (shape, leading)
         extra = len(given) - len(features)
@@ -394,6 +411,19 @@ def output_dtype(function: str, dtype: Any, x: jax.Array) -> Any:
     return asked
 
 
+def no_common_dtype(function: str, *arrays: Any) -> NoReturn:
+    """Raises for dtypes that JAX does not promote, as x in float8 and parameters in float32."""
+    dtypes = {str(array.dtype): None for array in arrays if array is not None}
+    raise_error(
+        function,
+        "x and the variables have no common dtype",
+        expected="dtypes that JAX promotes, or the dtype of y",
+        got=f"x.dtype={arrays[0].dtype} among {list(dtypes)}",
+        fix="Pass dtype=... to the module, such as jnp.bfloat16",
+        kind=TypeError,
+    )
+
+
 def choice(function: str, name: str, given: object, allowed: Sequence[object]) -> None:
     """Refuses an option outside `allowed`."""
     if given not in allowed:
@@ -430,6 +460,27 @@ def between(
             fix=f"Choose {name} within the range" if number else f"Pass {name} as a float",
             kind=ValueError if number else TypeError,
         )
+
+
+def number(function: str, name: str, given: Any, low: float, high: float) -> float:
+    """Returns a number within `[low, high]` as a float, of a JAX array too; refuses a traced one."""
+    if isinstance(given, float) and low <= given < math.inf:  # as nearly always
+        return given
+    if isinstance(given, Tracer):
+        raise_error(
+            function,
+            f"{name} is traced, but it is a part of the program that is compiled",
+            expected=f"{name} as a number that is known at trace time",
+            got=f"{name}={given}",
+            fix=f"Pass a Python float, or close over {name} instead of passing it through jax.jit",
+            kind=TypeError,
+        )
+    if isinstance(given, jax.Array) and given.ndim == 0:
+        given = given.item()
+    if isinstance(given, jax.Array):
+        given = np.asarray(given)
+    between(function, name, given, low, high)
+    return float(given)
 
 
 def positive_int(given: Any) -> int | None:

@@ -157,7 +157,7 @@ def _affine(
     check = partial(_checks.leaves, FUNCTION, shape=features, dtype=dtype)
     check("params", params, optional=("scale", "bias"))
     check("batch_stats", batch_stats, required=("mean", "var"), optional=("count",))
-    _checks.between(FUNCTION, "epsilon", epsilon, 0.0, math.inf)
+    epsilon = _checks.number(FUNCTION, "epsilon", epsilon, 0.0, math.inf)
     mean, var = (
         widened(FUNCTION, f"batch_stats[{leaf!r}]", batch_stats[leaf]) for leaf in ("mean", "var")
     )

@@ -214,7 +214,7 @@ def _range(values: np.ndarray) -> Range:
 
 
 def _check_arguments(apply_fn: Any, batch: Any, measured: Any, epsilon: float) -> None:
-    _checks.between("report", "epsilon", epsilon, 0.0, math.inf)
+    _checks.number("report", "epsilon", epsilon, 0.0, math.inf)
     if (apply_fn is None) != (batch is None) or (apply_fn is not None and measured is not None):
         given = {"apply_fn": apply_fn, "batch": batch, "measured": measured}
         _checks.raise_error(

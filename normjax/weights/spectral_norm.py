@@ -111,7 +111,7 @@ def spectral_norm(
         dtype=kernel.dtype,
         required=("u", "sigma"),
     )
-    _checks.between(function, "epsilon", epsilon, 0.0, math.inf)
+    epsilon = _checks.number(function, "epsilon", epsilon, 0.0, math.inf)
     steps = _checks.positive_int(n_steps)
     if steps is None:
         _checks.raise_error(
@@ -121,7 +121,7 @@ def spectral_norm(
             got=f"n_steps={n_steps!r}",
             fix="Use 1",
         )
-    plan = _Plan(kept, steps, float(epsilon), _checks.output_dtype(function, dtype, kernel))
+    plan = _Plan(kept, steps, epsilon, _checks.output_dtype(function, dtype, kernel))
     w, u, sigma = _spectral_norm(jnp.asarray(batch_stats["u"]), kernel, plan)
     if not train:
         return w, batch_stats

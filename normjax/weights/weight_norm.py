@@ -53,7 +53,7 @@ def weight_norm_init(
     """
     kernel = _checks.activations("weight_norm_init", kernel, "kernel")
     kept = _checks.axes("weight_norm_init", "feature_axes", feature_axes, kernel.shape)
-    _checks.between("weight_norm_init", "epsilon", epsilon, 0.0, math.inf)
+    epsilon = _checks.number("weight_norm_init", "epsilon", epsilon, 0.0, math.inf)
     axes = _checks.other_axes(kept, kernel.ndim)
     norm = jnp.sqrt(jnp.sum(abs2(widen(kernel)), axes) + epsilon)
     return {"scale": norm.astype(kernel.dtype if param_dtype is None else param_dtype)}, {}
