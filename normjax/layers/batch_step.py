@@ -237,7 +237,9 @@ def into_ghosts(
         return params, x, mask, spec
 
     def cut(part: Array) -> Array:
-        return part[None] if part.shape[0] == 1 else part.reshape(-1, size, *part.shape[1:])
+        if part.shape[0] == 1:
+            return part[None]
+        return part.reshape(part.shape[0] // size, size, *part.shape[1:])
 
     params, x, mask = jax.tree.map(cut, (params, x, mask))
     return params, x, mask, replace(spec, axes=tuple([axis + 1 for axis in spec.axes]))

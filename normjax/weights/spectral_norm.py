@@ -122,6 +122,8 @@ def spectral_norm(
             fix="Use 1",
         )
     plan = _Plan(kept, steps, epsilon, _checks.output_dtype(function, dtype, kernel))
+    if not kernel.size:
+        return kernel.astype(plan.dtype), batch_stats
     w, u, sigma = _spectral_norm(jnp.asarray(batch_stats["u"]), kernel, plan)
     if not train:
         return w, batch_stats
@@ -180,6 +182,8 @@ def _dot(a: Array, b: Array) -> Array:
 
 def _direction(vector: Array, otherwise: Array, epsilon: float) -> Array:
     """The unit vector, safe from overflow and underflow; `otherwise` where there is none, as in a kernel of zeros."""
+    if not vector.size:
+        return otherwise
     largest = jnp.max(jnp.abs(vector))
     known = largest > 0
     vector = vector / jnp.where(known, largest, 1)
