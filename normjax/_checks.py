@@ -21,6 +21,7 @@ from normjax._typing import Axes
 Shape = tuple[int, ...]
 
 SCALARS = ("count", "alpha", "sigma")
+HOST = jax.memory.Space.Host
 REAL = ("var", "threshold", "epsilon", "alpha", "sigma")
 
 
@@ -103,10 +104,17 @@ def array(function: str, x: Any, name: str = "x") -> jax.Array:
     )
 
 
+def _on_host(value: Any) -> bool:
+    """Whether an array lies in host memory."""
+    return getattr(getattr(value, "aval", None), "memory_space", None) is HOST
+
+
 def activations(function: str, x: Any, name: str = "x") -> jax.Array:
     """Returns `x` as an array; raises an error for integers, booleans and scalars."""
     if not isinstance(x, Tracer):
         x = array(function, x, name)
+    if _on_host(x):
+        _raise_for_host(function, name, x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise_error(
             function,
@@ -125,6 +133,16 @@ def activations(function: str, x: Any, name: str = "x") -> jax.Array:
             fix=f"Give {name} a feature axis: {name}[None]",
         )
     return x
+
+
+def _raise_for_host(function: str, name: str, value: Any) -> NoReturn:
+    raise_error(
+        function,
+        f"{name} lies in the host's memory, which layers do not compute in",
+        expected=f"{name} in the device's memory",
+        got=f"{name} of type {value.aval.str_short()}",
+        fix=f"Move it where it is used: jax.device_put({name}, jax.memory.Space.Device)",
+    )
 
 
 def axes(function: str, name: str, given: Axes, shape: Shape) -> tuple[int, ...]:
@@ -180,6 +198,8 @@ def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
     if isinstance(given, np.ndarray) and given.dtype.kind == "f":
         _not_negative(function, given)
     given = jnp.asarray(given)
+    if given.aval.memory_space is HOST:
+        _raise_for_host(function, "mask", given)
     got = f"mask.shape={given.shape}, mask.dtype={given.dtype} for x.shape={shape}"
     if given.dtype != jnp.bool_ and not jnp.issubdtype(given.dtype, jnp.floating):
         raise_error(
@@ -265,6 +285,8 @@ def leaves(
     for leaf, value in tree.items():
         if not (hasattr(value, "dtype") or isinstance(value, int | float | complex)):
             _raise_without_array(function, f"{name}[{leaf!r}]", value)
+        if _on_host(value):
+            _raise_for_host(function, f"{name}[{leaf!r}]", value)
         given = np.shape(value)
         features, allowed = ((), ()) if leaf in SCALARS else (shape, leading)
         extra = len(given) - len(features)
@@ -426,6 +448,19 @@ def output_dtype(function: str, dtype: Any, x: jax.Array) -> Any:
     return asked
 
 
+def no_common_dtype(function: str, *arrays: Any) -> NoReturn:
+    """Raises for dtypes that JAX does not promote, as x in float8 and parameters in float32."""
+    dtypes = {str(array.dtype): None for array in arrays if array is not None}
+    raise_error(
+        function,
+        "x and the variables have no common dtype",
+        expected="dtypes that JAX promotes, or the dtype of y",
+        got=f"x.dtype={arrays[0].dtype} among {list(dtypes)}",
+        fix="Pass dtype=... to the module, such as jnp.bfloat16",
+        kind=TypeError,
+    )
+
+
 def choice(function: str, name: str, given: object, allowed: Sequence[object]) -> None:
     """Raises an error for an option outside `allowed`."""
     if given not in allowed:
@@ -462,6 +497,27 @@ def between(
             fix=f"Choose {name} within the range" if number else f"Pass {name} as a float",
             kind=ValueError if number else TypeError,
         )
+
+
+def number(function: str, name: str, given: Any, low: float, high: float) -> float:
+    """Returns a number within `[low, high]` as a float; raises for a traced one."""
+    if isinstance(given, float) and low <= given < math.inf:  # as nearly always
+        return given
+    if isinstance(given, Tracer):
+        raise_error(
+            function,
+            f"{name} is traced, but it is a part of the program that is compiled",
+            expected=f"{name} as a number that is known at trace time",
+            got=f"{name}={given}",
+            fix=f"Pass a Python float, or close over {name} instead of passing it through jax.jit",
+            kind=TypeError,
+        )
+    if isinstance(given, jax.Array) and given.ndim == 0:
+        given = given.item()
+    if isinstance(given, jax.Array):
+        given = np.asarray(given)
+    between(function, name, given, low, high)
+    return float(given)
 
 
 def positive_int(given: Any) -> int | None:

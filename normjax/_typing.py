@@ -30,7 +30,16 @@ PRNGKey = Key[Array, ""] | Shaped[Array, "2"]
 def promote(*dtypes: DTypeLike) -> np.dtype:
     """Returns the dtype that holds all of them, also under strict dtype promotion."""
     with jax.numpy_dtype_promotion("standard"):
-        return reduce(jnp.promote_types, dtypes, jnp.dtype(dtypes[0]))
+        try:
+            return reduce(jnp.promote_types, dtypes, jnp.dtype(dtypes[0]))
+        except jax.dtypes.TypePromotionError:  # JAX promotes no float of 8 bits or fewer
+            wider = [_at_least_16_bits(dtype) for dtype in dtypes]
+            return reduce(jnp.promote_types, wider, wider[0])
+
+
+def _at_least_16_bits(dtype: DTypeLike) -> np.dtype:
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+    return jnp.dtype(jnp.bfloat16 if narrow else dtype)
 
 
 def admissible(x: jax.Array, dtype: Any) -> jax.Array:

@@ -157,7 +157,7 @@ def _affine(
     check = partial(_checks.leaves, FUNCTION, shape=features, dtype=dtype)
     check("params", params, optional=("scale", "bias"))
     check("batch_stats", batch_stats, required=("mean", "var"), optional=("count",))
-    _checks.between(FUNCTION, "epsilon", epsilon, 0.0, math.inf)
+    epsilon = _checks.number(FUNCTION, "epsilon", epsilon, 0.0, math.inf)
     mean = widened(FUNCTION, "batch_stats['mean']", batch_stats["mean"])
     var = widened(FUNCTION, "batch_stats['var']", batch_stats["var"])
     scale = widened(FUNCTION, "params['scale']", params.get("scale", 1.0))

@@ -18,6 +18,8 @@ FAR = 1e2
 LARGE, HUGE = 1e1, 1e4
 # Adjacent float32 numbers differ by 8 here, so smaller terms of a sum are lost.
 LOST = 1e8
+# Deviations. Adjacent float32 numbers differ by a tenth of a deviation here.
+DISTANT = 1e6
 # Times the layer's median; such a channel has almost no effect on the next layer.
 NEAR_ZERO = 1e-3
 # If fewer channels have a scale near 0, they can be pruned; it is not a problem.
@@ -37,6 +39,8 @@ def findings(layer: Layer, epsilon: float) -> Iterator[Finding]:
 
 def _not_finite(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
     bad = {name: ~np.isfinite(value) for name, value in values.items()}
+    if "var" in bad:
+        bad["var"] &= values["var"] != np.inf  # which have a rule of their own
     bad = {name: where for name, where in bad.items() if where.any()}
     if bad:
         counts = [
@@ -49,6 +53,35 @@ def _not_finite(layer: Layer, values: Values, epsilon: float) -> Iterator[Findin
         )
         advice += "where NaN starts"
         yield Finding(layer.path, "non-finite", "error", message, advice)
+
+
+def _infinite_variance(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
+    if "var" in values and (bad := values["var"] == np.inf).any():
+        message = f"{bad.sum()} of {bad.size} variances are infinite{channels(bad)}: the network "
+        message += "diverged; at inference their output is the bias, whatever the input is"
+        advice = "Go back to an earlier checkpoint: a running variance never gets below infinity "
+        advice += "again; look for inputs beyond 1e19, whose squares float32 cannot hold"
+        yield Finding(layer.path, "infinite-variance", "error", message, advice)
+
+
+def _distant_mean(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
+    if not {"mean", "var"} <= values.keys() or values["mean"].shape != values["var"].shape:
+        return
+    var = np.atleast_1d(values["var"])
+    usable = np.isfinite(var) & (var >= 0) & ~_is_dead(var, epsilon)
+    deviation = np.sqrt(np.where(usable, var, 1) + epsilon)
+    distance = np.where(usable, np.abs(np.atleast_1d(values["mean"])) / deviation, 0)
+    bad = (distance > DISTANT) & np.isfinite(distance)
+    if bad.any():
+        message = f"{bad.sum()} of {bad.size} means lie up to {distance[bad].max():.3g} deviations "
+        message += (
+            f"from 0{channels(bad)}: float32 holds hardly anything of how their inputs differ"
+        )
+        advice = (
+            "Look for what adds so large a constant before the layer: the network diverged, or "
+        )
+        advice += "its inputs are not centered"
+        yield Finding(layer.path, "distant-mean", "error", message, advice)
 
 
 def _negative_variance(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding]:
@@ -188,10 +221,12 @@ def _median(values: np.ndarray) -> np.ndarray:
 
 _RULES: tuple[Rule, ...] = (
     _not_finite,
+    _infinite_variance,
     _negative_variance,
     _dead,
     _deaf,
     _exploding,
+    _distant_mean,
     _near_zero,
     _not_stored,
 )

@@ -84,6 +84,8 @@ def report(
     These are the rules. "The median" is that of the layer's channels, for each layer of a scan:
 
     - `non-finite` (error): NaN or infinity in a leaf, or in the batch's statistics.
+    - `infinite-variance` (error): var is infinite, as after one batch beyond 1e19, whose squares
+      overflow. At inference y is the bias from then on.
     - `negative-variance` (error): var < 0.
     - `dead-channels` (warning; error if all are): var is at most epsilon / 100, so that the output
       varies by a tenth of its scale, or at most 1e-6 of the median. Filter response norm: a
@@ -91,6 +93,8 @@ def report(
     - `exploding-channels` (warning; error from 1e8, where adjacent float32 numbers differ by 8):
       the input's root mean square, or the scale, is at least 100 times the median and at least 10;
       or it is at least 1e4, so that 6 deviations overflow float16.
+    - `distant-mean` (error): a mean is more than 1e6 deviations from 0. There, adjacent float32
+      numbers differ by a tenth of a deviation.
     - `near-zero-scale` (warning): a scale is at most 1e-3 of the median. It is a note for fewer
       than 1% of the channels, or if 10% of the scales are negative: then scales cross 0, and some
       are near it by chance.
@@ -214,7 +218,7 @@ def _range(values: np.ndarray) -> Range:
 
 
 def _check_arguments(apply_fn: Any, batch: Any, measured: Any, epsilon: float) -> None:
-    _checks.between("report", "epsilon", epsilon, 0.0, math.inf)
+    _checks.number("report", "epsilon", epsilon, 0.0, math.inf)
     if (apply_fn is None) != (batch is None) or (apply_fn is not None and measured is not None):
         given = {"apply_fn": apply_fn, "batch": batch, "measured": measured}
         _checks.raise_error(

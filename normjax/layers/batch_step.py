@@ -113,12 +113,12 @@ def check_batch_step(
     check_batch_stats(function, batch_stats, features, x.dtype, momentum)
     if running_var not in OPTIONS:
         _checks.choice(function, "running_var", running_var, OPTIONS)
-    _checks.between(function, "epsilon", epsilon, 0.0, math.inf)
+    epsilon = _checks.number(function, "epsilon", epsilon, 0.0, math.inf)
     static = momentum is None or isinstance(momentum, float | int)
     spec = make_spec(
         axes=axes,
         feature_axes=feature_axes,
-        epsilon=float(epsilon),
+        epsilon=epsilon,
         dtype=x.dtype if dtype is None else _checks.output_dtype(function, dtype, x),
         momentum=momentum if static else None,
         running_var=running_var,
@@ -232,7 +232,9 @@ def into_ghosts(
         return params, x, mask, spec
 
     def cut(part: Array) -> Array:
-        return part[None] if part.shape[0] == 1 else part.reshape(-1, size, *part.shape[1:])
+        if part.shape[0] == 1:
+            return part[None]
+        return part.reshape(part.shape[0] // size, size, *part.shape[1:])
 
     params, x, mask = jax.tree.map(cut, (params, x, mask))
     axes = tuple([axis + 1 for axis in spec.axes])

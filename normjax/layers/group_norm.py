@@ -167,7 +167,7 @@ def group_norm(
         axis_name,
         axis_index_groups,
         StandardizeSpec,
-        groups=(channel, shape[channel] // num_groups),
+        groups=(channel, shape[channel] // num_groups or 1),
     )
     if train:
         more_than_one_value(function, operands.x, spec)
@@ -197,7 +197,7 @@ def _number_of_groups(
             got=f"{name}={asked if positive is None else positive!r} for x.shape={shape}",
             fix=f"Choose one of {divisors}",
         )
-    return positive if group_size is None else channels // positive
+    return positive if group_size is None else max(channels // positive, 1)
 
 
 def _must_hold_channels(axes: tuple[int, ...], channel: int, shape: tuple[int, ...]) -> None:

@@ -126,9 +126,9 @@ def local_response_norm(
         find_axes=partial(one_feature_axis, function),
     )
     (channel,) = operands.feature_axes
-    _checks.between(function, "alpha", alpha, 0.0, math.inf)
-    _checks.between(function, "beta", beta, 0.0, math.inf)
-    _checks.between(function, "k", k, 0.0, math.inf)
+    alpha = _checks.number(function, "alpha", alpha, 0.0, math.inf)
+    beta = _checks.number(function, "beta", beta, 0.0, math.inf)
+    k = _checks.number(function, "k", k, 0.0, math.inf)
     neighbours = _checks.positive_int(size)
     if neighbours is None or k == 0:
         _checks.raise_error(
@@ -144,9 +144,9 @@ def local_response_norm(
         dtype=operands.dtype,
         channel=channel,
         size=neighbours,
-        alpha=float(alpha),
-        beta=float(beta),
-        k=float(k),
+        alpha=alpha,
+        beta=beta,
+        k=k,
     )
     return _local_response_norm(operands.params, operands.x, spec), batch_stats
 

@@ -87,13 +87,13 @@ def check_spec(
     **static: Any,
 ) -> Any:
     """Checks epsilon and the names of mapped axes; returns the static arguments of the step."""
-    _checks.between(function, "epsilon", epsilon, 0.0, math.inf)
+    epsilon = _checks.number(function, "epsilon", epsilon, 0.0, math.inf)
     devices = device_group(function, axis_name, axis_index_groups)
     return make_spec(
         axes=axes,
         feature_axes=operands.feature_axes,
         devices=devices,
-        epsilon=float(epsilon),
+        epsilon=epsilon,
         dtype=operands.dtype,
         **static,
     )

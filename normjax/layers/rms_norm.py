@@ -141,7 +141,7 @@ def rms_norm(
         function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype
     )
     axes = _checks.axes(function, "reduction_axes", reduction_axes, operands.x.shape)
-    _checks.between(function, "scale_offset", scale_offset, -math.inf, math.inf)
+    scale_offset = _checks.number(function, "scale_offset", scale_offset, -math.inf, math.inf)
     spec = check_spec(
         function,
         operands,
@@ -150,7 +150,7 @@ def rms_norm(
         axis_name,
         axis_index_groups,
         RMSSpec,
-        scale_offset=float(scale_offset),
+        scale_offset=scale_offset,
     )
     return _rms_norm(operands.params, operands.x, operands.mask, spec), batch_stats
 

@@ -41,7 +41,10 @@ def promoted(module: Any, x: jax.Array, *values: jax.Array) -> tuple[jax.Array, 
 
     The latter is what Flax promotes x and the parameters to.
     """
-    dtype = canonicalize_dtype(x, *values, dtype=module.dtype)
+    try:
+        dtype = canonicalize_dtype(x, *values, dtype=module.dtype)
+    except jax.dtypes.TypePromotionError:
+        _checks.no_common_dtype(type(module).__name__, x, *values)
     return admissible(x, dtype), dtype
 
 

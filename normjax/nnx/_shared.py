@@ -69,7 +69,11 @@ def promoted(
         x, *values = norm.promote_dtype(arrays, dtype=norm.dtype)
         return jnp.zeros((), canonicalize_dtype(x, *values[len(statistics) :], dtype=norm.dtype))
 
-    dtype = jax.eval_shape(output, (x, *statistics, *leaves.values())).dtype
+    arrays = x, *statistics, *leaves.values()
+    try:
+        dtype = jax.eval_shape(output, arrays).dtype
+    except jax.dtypes.TypePromotionError:
+        _checks.no_common_dtype(type(norm).__name__, *arrays)
     return admissible(x, dtype), dtype
 
 

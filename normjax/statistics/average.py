@@ -87,20 +87,20 @@ def _mean(given: list[Array], shares: Array) -> Array:
     So equal values give that value, and counts are exact beyond float32's 2^24.
     """
     stacked = jnp.stack([leaf.astype(given[0].dtype) for leaf in given])
-    center = stacked[jnp.argmax(shares)]
+    center = stacked[jnp.argmax(shares)][None]
     mean = _weighted((stacked - center).astype(_wide(stacked.dtype)), shares)
     if jnp.issubdtype(stacked.dtype, jnp.integer):
-        return center + jnp.round(mean).astype(stacked.dtype)
-    return (center.astype(mean.dtype) + mean).astype(stacked.dtype)
+        return center[0] + jnp.round(mean).astype(stacked.dtype)
+    return (center[0].astype(mean.dtype) + mean).astype(stacked.dtype)
 
 
 def _var(variances: list[Array], means: list[Array], shares: Array) -> Array:
     """The weighted mean of the variances and of the squared distances of the means from theirs."""
     dtype = _wide(variances[0].dtype)
     stacked = jnp.stack([mean.astype(_wide(mean.dtype)) for mean in means])
-    center = stacked[jnp.argmax(shares)]
+    center = stacked[jnp.argmax(shares)][None]
     offset = _weighted(stacked - center, shares)
-    spreads = abs2(stacked - center - offset)
+    spreads = abs2(stacked - center - offset[None])
     spread_and_var = jnp.stack([var.astype(dtype) for var in variances]) + spreads.astype(dtype)
     return _weighted(spread_and_var, shares).astype(variances[0].dtype)
 

@@ -101,6 +101,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     calibration batches can be merged in any order. An empty set (count 0) changes nothing, whatever
     its mean and variance are.
 
+    Counts keep their dtype. The float32 of `moments` is exact up to 2^24 elements. Beyond, sums are
+    rounded, and a set of less than 6e-8 of the whole does not add to the count any more. If you
+    merge many small sets, make the counts ints, which are exact up to 2^31 - 1 and stop there:
+    `a._replace(count=a.count.astype(jnp.int32))`, for both.
+
     Args:
       a: moments of one set, of any shape.
       b: moments of the other set, broadcastable to it.
@@ -121,19 +126,55 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       Chan, Golub & LeVeque (1983), eq. 2.1.
     """
     _checks.moments("merge_moments", a=a, b=b)
-    paired = (jnp.stack(jnp.broadcast_arrays(*pair)) for pair in zip(a, b, strict=True))
-    return merge_stacked(Moments(*paired))
+    shape = jnp.broadcast_shapes(*(jnp.shape(part) for part in (*a, *b)))
+    a, b = (_of_shape(moments, shape) for moments in (a, b))
+    n_a, n_b = jnp.asarray(a.count), jnp.asarray(b.count)
+    big, small = _choose(n_a >= n_b, a, b), _choose(n_a >= n_b, b, a)
+    few = jnp.asarray(small.count)
+    count = _added(jnp.asarray(big.count), few)
+    share = few.astype(big.var.dtype) / or_one(count).astype(big.var.dtype)
+    apart = small.mean - big.mean
+    # By what the smaller set adds: two rounded weights add up to 1 but for a rounding error, which
+    # would move the mean by as much with each of millions of sets.
+    mean = big.mean + share.astype(apart.dtype) * apart
+    var = big.var + share * (small.var - big.var)
+    # Of equal sets, neither is the bigger one: this does not depend on their order.
+    equal = n_a == n_b
+    mean = jnp.where(equal, big.mean / 2 + small.mean / 2, mean)
+    var = jnp.where(equal, big.var / 2 + small.var / 2, var)
+    var = var + jnp.where(few > 0, share * (1 - share) * abs2(apart), 0)
+    return Moments(count, mean, jnp.maximum(var, 0))
+
+
+def _of_shape(moments: Moments, shape: tuple[int, ...]) -> Moments:
+    """Returns moments of that shape; those of an empty set are zeros."""
+    count, mean, var = (jnp.broadcast_to(part, shape) for part in moments)
+    return Moments(count, jnp.where(count > 0, mean, 0), jnp.where(count > 0, var, 0))
+
+
+def _choose(condition: Any, yes: Moments, no: Moments) -> Moments:
+    with jax.numpy_dtype_promotion("standard"):  # a count may be an int, or a number
+        return Moments(
+            *(jnp.where(condition, one, other) for one, other in zip(yes, no, strict=True))
+        )
+
+
+def _added(a: Array, b: Array) -> Array:
+    """The sum of two counts. Ints stop at the largest one instead of wrapping around."""
+    if not jnp.issubdtype(a.dtype, jnp.integer):
+        return a + b
+    return a + jnp.minimum(b, jnp.iinfo(a.dtype).max - a)
 
 
 def merge_stacked(moments: Moments) -> Moments:
-    """Merges moments that lie along the first axis, like repeated `merge_moments`."""
+    """Merges moments along the first axis, of ghost batches of one size or masked."""
     counts = jnp.broadcast_to(moments.count, moments.var.shape)
     counted = counts > 0
     count = jnp.sum(counts, 0)
-    weights = counts / or_one(count)
+    weights = counts / or_one(count)[None]
     means, variances = jnp.where(counted, moments.mean, 0), jnp.where(counted, moments.var, 0)
     mean = jnp.sum(weights.astype(means.dtype) * means, 0)
-    return Moments(count, mean, jnp.sum(weights * (variances + abs2(means - mean)), 0))
+    return Moments(count, mean, jnp.sum(weights * (variances + abs2(means - mean[None])), 0))
 
 
 def merge_over(devices: DeviceGroup, own: Moments) -> Moments:
@@ -147,7 +188,7 @@ def merge_over(devices: DeviceGroup, own: Moments) -> Moments:
     counted = count > 0
     mean, var = jnp.where(counted, own.mean, 0), jnp.where(counted, own.var, 0)
     total, sums = devices.sum(count, count.astype(mean.dtype) * mean)
-    n = jnp.maximum(total, 1)
+    n = or_one(total)
     center = sums / n.astype(sums.dtype)
     (spread,) = devices.sum(count * (var + abs2(mean - center)))
     return Moments(total, center, spread / n)

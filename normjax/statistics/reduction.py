@@ -153,7 +153,8 @@ class Spec:
         """Gives each channel the sum over the channels of its group."""
         axis, size = groups
         axis = _place(axis, self.axes)
-        cut = sums.reshape(*sums.shape[:axis], -1, size, *sums.shape[axis + 1 :])
+        number = sums.shape[axis] // size
+        cut = sums.reshape(*sums.shape[:axis], number, size, *sums.shape[axis + 1 :])
         return jnp.repeat(cut.sum(axis + 1), size, axis)
 
 

@@ -115,7 +115,7 @@ def spectral_norm(
         dtype=kernel.dtype,
         required=("u", "sigma"),
     )
-    _checks.between(function, "epsilon", epsilon, 0.0, math.inf)
+    epsilon = _checks.number(function, "epsilon", epsilon, 0.0, math.inf)
     steps = _checks.positive_int(n_steps)
     if steps is None:
         _checks.raise_error(
@@ -125,7 +125,9 @@ def spectral_norm(
             got=f"n_steps={n_steps!r}",
             fix="Use 1",
         )
-    plan = _Plan(kept, steps, float(epsilon), _checks.output_dtype(function, dtype, kernel))
+    plan = _Plan(kept, steps, epsilon, _checks.output_dtype(function, dtype, kernel))
+    if not kernel.size:
+        return kernel.astype(plan.dtype), batch_stats
     w, u, sigma = _spectral_norm(jnp.asarray(batch_stats["u"]), kernel, plan)
     if not train:
         return w, batch_stats
@@ -184,6 +186,8 @@ def _dot(a: Array, b: Array) -> Array:
 
 def _direction(vector: Array, otherwise: Array, epsilon: float) -> Array:
     """Returns the unit vector, safe from overflow and underflow; `otherwise` for zeros."""
+    if not vector.size:
+        return otherwise
     largest = jnp.max(jnp.abs(vector))
     known = largest > 0
     vector = vector / jnp.where(known, largest, 1)

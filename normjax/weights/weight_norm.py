@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -20,14 +21,23 @@ from normjax.statistics.reduction import Spec, abs2
 
 
 def weight_norm_init(
-    kernel: Kernel, *, feature_axes: Axes = -1, param_dtype: DTypeLike | None = None
+    kernel: Kernel,
+    *,
+    feature_axes: Axes = -1,
+    epsilon: float = 1e-12,
+    param_dtype: DTypeLike | None = None,
 ) -> tuple[Params, BatchStats]:
-    """Returns the scale with which `weight_norm` returns the same kernel, and `{}`.
+    r"""Returns the scale with which `weight_norm` returns the same kernel, and `{}`.
+
+    .. math:: \gamma = \sqrt{\lVert v \rVert^2 + \epsilon}
+
+    With epsilon in the scale, kernels that are smaller than 1e-3 come back, too.
 
     Args:
       kernel: of any rank >= 1, such as `(inputs, features)` or `(height, width, inputs, features)`.
       feature_axes: the axes along which each slice has its own norm; `()` for one norm of the whole
         kernel.
+      epsilon: epsilon of `weight_norm`.
       param_dtype: dtype of the scale; None for the dtype of the kernel.
 
     Returns:
@@ -45,8 +55,9 @@ def weight_norm_init(
     """
     kernel = _checks.activations("weight_norm_init", kernel, "kernel")
     kept = _checks.axes("weight_norm_init", "feature_axes", feature_axes, kernel.shape)
+    epsilon = _checks.number("weight_norm_init", "epsilon", epsilon, 0.0, math.inf)
     axes = _checks.other_axes(kept, kernel.ndim)
-    norm = jnp.sqrt(jnp.sum(abs2(widen(kernel)), axes))
+    norm = jnp.sqrt(jnp.sum(abs2(widen(kernel)), axes) + epsilon)
     return {"scale": norm.astype(kernel.dtype if param_dtype is None else param_dtype)}, {}
 
 

@@ -118,7 +118,9 @@ def weight_standardization(
     )
     shape = operands.x.shape
     axes = _checks.other_axes(operands.feature_axes, len(shape))
+    epsilon = _checks.number(function, "epsilon", epsilon, 0.0, math.inf)
     fan_in = math.prod(shape[axis] for axis in axes) if scaled else 1
+    fan_in = max(fan_in, 1)  # of an empty kernel
     # (v - mu) / sqrt(N var + epsilon) equals (v - mu) / sqrt(var + epsilon / N) / sqrt(N).
     spec = check_spec(
         function,

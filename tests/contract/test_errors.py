@@ -2,15 +2,21 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import normjax as nj
 from tests.adapters import ADAPTERS, WRAPPERS
+from tests.compare import assert_close, assert_identical
 from tests.contract.cases import CASES, of
 
+LAYERS_OF_X = pytest.mark.parametrize(
+    "adapter", [each for each in ADAPTERS if each.name not in WRAPPERS], ids=repr
+)
 PLAIN = of([case for case in CASES if case.variant == "plain"])
+WEIGHTS = ("weight_norm", "weight_standardization", "spectral_norm")
 FORM = r"\w+: .*\. Expected .*; got .*\. .*\."
 
 
@@ -61,9 +67,7 @@ def test_x_that_is_no_array_is_named(case, train, given, rng):
     )
 
 
-@pytest.mark.parametrize(
-    "adapter", [each for each in ADAPTERS if each.name not in WRAPPERS], ids=repr
-)
+@LAYERS_OF_X
 def test_x_that_is_no_array_is_named_by_the_adapters(adapter):
     refuses(
         TypeError, lambda: adapter.call(adapter.make(), None), adapter.name, "x of type NoneType"
@@ -111,3 +115,116 @@ def test_several_feature_axes_are_named_before_leaves_that_do_not_fit_either(nam
         "there must be one feature axis",
         "feature_axes=(1, 2)",
     )
+
+
+WITH_EPSILON = of(
+    [
+        case
+        for case in CASES
+        if case.variant == "plain"
+        and case.layer.name not in ("local_response_norm", "dynamic_tanh")
+    ]
+)
+
+
+@WITH_EPSILON
+@pytest.mark.parametrize("train", [True, False])
+def test_epsilon_may_be_a_jax_scalar_but_not_a_traced_one(case, train, rng):
+    given = case.arguments(rng)
+
+    def apply(epsilon):
+        return case.apply(train, epsilon=epsilon)(*given)
+
+    for scalar in (jnp.float32(0.25), np.float32(0.25), jnp.bfloat16(0.25)):
+        assert_identical(apply(scalar), apply(0.25))
+    words = (case.layer.name, "epsilon is traced", "Pass a Python float")
+    refuses(TypeError, lambda: jax.jit(apply)(0.25), *words)
+    refuses(TypeError, lambda: jax.grad(lambda e: apply(e)[0].sum())(0.25), *words)
+    for value in (-1.0, jnp.float32(-1), jnp.float32(jnp.inf), float("nan")):
+        refuses(ValueError, lambda value=value: apply(value), case.layer.name, "epsilon")
+    for value in ("small", jnp.ones(2), None):
+        refuses(
+            (TypeError, ValueError), lambda value=value: apply(value), case.layer.name, "epsilon"
+        )
+
+
+def test_other_numbers_are_named_when_they_are_traced():
+    def lrn(**settings):
+        return nj.local_response_norm({}, {}, jnp.ones((2, 4)), True, **settings)
+
+    for name in ("alpha", "beta", "k"):
+        assert_identical(lrn(**{name: jnp.float32(0.5)}), lrn(**{name: 0.5}))
+        refuses(
+            TypeError, lambda n=name: jax.jit(lambda v: lrn(**{n: v}))(0.5), f"{name} is traced"
+        )
+    params, _ = nj.rms_norm_init(4)
+    refuses(
+        TypeError,
+        lambda: jax.jit(lambda o: nj.rms_norm(params, {}, jnp.ones(4), True, scale_offset=o))(1.0),
+        "scale_offset is traced",
+    )
+
+
+EIGHT_BITS = (jnp.float8_e4m3fn, jnp.float8_e5m2)
+
+
+@of(CASES)
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
+def test_x_of_eight_bits_is_normalized_in_float32(case, dtype, rng):
+    params, batch_stats, x = case.arguments(rng)
+    x = x.astype(dtype)
+    for train in (True, False):
+        y, new = case.apply(train)(params, batch_stats, x)
+        wide_y, wide_new = case.apply(train)(params, batch_stats, x.astype(jnp.float32))
+        assert_identical(y, wide_y.astype(dtype))
+        assert_identical(new, wide_new)
+
+    def loss(x):
+        return jnp.sum(jnp.tanh(case.apply(True, dtype=jnp.float32)(params, batch_stats, x)[0]))
+
+    gradient = jax.grad(loss)(x)
+    assert gradient.dtype == dtype
+    wide = jax.grad(loss)(x.astype(jnp.float32))
+    eps = float(jnp.finfo(dtype).eps)
+    assert_close(gradient, wide, rtol=2 * eps, atol=8 * eps * float(jnp.finfo(dtype).tiny) + 1e-5)
+
+
+@LAYERS_OF_X
+@pytest.mark.usefixtures("promotion_as_in_flax")
+def test_adapters_take_x_of_eight_bits_with_a_dtype_for_y(adapter, rng):
+    x = jnp.asarray(rng.normal(size=(6, 3, 4)), jnp.float8_e4m3fn)
+    y = adapter.call(adapter.make(dtype=jnp.bfloat16), x)
+    wide_y = adapter.call(adapter.make(dtype=jnp.bfloat16), x.astype(jnp.float32))
+    assert_identical(y, wide_y)
+    if adapter.name == "LocalResponseNorm":  # has no parameters
+        return
+    refuses(
+        TypeError, lambda: adapter.call(adapter.make(), x), adapter.name, "float8_e4m3fn", "float32"
+    )
+
+
+@PLAIN
+def test_arrays_in_the_hosts_memory_are_named(case, rng):
+    given = dict(zip(("params", "batch_stats", "x"), case.arguments(rng), strict=True))
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    for name in [name for name, tree in given.items() if jax.tree.leaves(tree)]:
+        moved = given | {name: jax.device_put(given[name], host)}
+        named = "kernel" if case.layer.name in WEIGHTS and name == "x" else name
+
+        def call(*arguments):
+            return case.apply(True)(*arguments)
+
+        for run in (call, jax.jit(call)):
+            refuses(
+                ValueError,
+                lambda run=run, moved=moved: run(*moved.values()),
+                case.layer.name,
+                f"{named}",
+                "in the host's memory",
+                "<host>",
+            )
+
+        def back(*arguments):
+            return call(*jax.device_put(arguments, jax.memory.Space.Device))
+
+        jax.eval_shape(back, *moved.values())

@@ -88,7 +88,10 @@ def test_channels_far_larger_than_the_layer_s_explode():
         "32 of 32 channels is as large as 3.16e+04"
         in sick("batch_stats", "var", slice(None), 1e9).message
     )
-    assert sick("batch_stats", "mean", [5], 1e9).severity == "error"
+    assert sick("batch_stats", "mean", [5], 9e5).severity == "warning"
+    tree = healthy()
+    tree["batch_stats"]["norm"]["mean"][5] = 1e9
+    assert ("norm", "exploding-channels", "error") in rules(tree)
     tree = healthy()
     tree["batch_stats"]["norm"]["mean"][5] = 50
     tree["batch_stats"]["norm"]["var"][6] = 1000
@@ -132,10 +135,42 @@ def test_what_is_not_finite_is_an_error(place, value):
     tree[place[0]]["norm"][place[1]][[1, 2, 3, 4, 5, 6, 7]] = value
     found = report(tree)
     finding = found.findings[0]
-    assert (finding.rule, finding.severity) == ("non-finite", "error")
-    assert f"7 of 32 in {place[1]} (channels 1, 2, 3, 4, 5 and 2 more)" in finding.message
+    infinite = place[1] == "var" and value == np.inf
+    rule, named = (
+        ("infinite-variance", "variances are infinite")
+        if infinite
+        else ("non-finite", f"in {place[1]}")
+    )
+    assert (finding.rule, finding.severity) == (rule, "error")
+    assert f"7 of 32 {named} (channels 1, 2, 3, 4, 5 and 2 more)" in finding.message
     assert found.layers[0].severity == "error"
     json.loads(found.to_json(), parse_constant=pytest.fail)  # no NaN in it
+
+
+def test_a_network_that_diverged_is_said_to_have_diverged():
+    params, batch_stats = nj.batch_norm_init(4)
+    x = jnp.float32([[1e20, 1e9, 1, 2], [-1e20, 1e9, 3, 4]])
+    _, batch_stats = nj.batch_norm(params, batch_stats, x, train=True)
+    tree = {"params": {"norm": params}, "batch_stats": {"norm": batch_stats}}
+    finding = report(tree).findings[0]
+    assert (finding.rule, finding.severity) == ("infinite-variance", "error")
+    assert "1 of 4 variances are infinite (channel 0): the network diverged" in finding.message
+    assert "the bias, whatever the input is" in finding.message and "checkpoint" in finding.advice
+
+
+@pytest.mark.parametrize("mean", [2e6, -2e12])
+def test_means_of_a_million_deviations_are_errors(mean):
+    tree = healthy()
+    tree["batch_stats"]["norm"]["mean"][7] = mean
+    deviations = abs(mean) / np.sqrt(tree["batch_stats"]["norm"]["var"][7] + 1e-5)
+    (finding,) = [each for each in report(tree).findings if each.rule == "distant-mean"]
+    assert finding.severity == "error" and "1 of 32" in finding.message
+    assert f"up to {deviations:.3g} deviations from 0 (channel 7)" in finding.message
+    tree["batch_stats"]["norm"]["var"][7] = (mean / 2e5) ** 2
+    assert "distant-mean" not in [rule for _, rule, _ in rules(tree)]
+    tree = healthy()
+    tree["batch_stats"]["norm"]["mean"][7], tree["batch_stats"]["norm"]["var"][7] = 1e4, 0
+    assert "distant-mean" not in [rule for _, rule, _ in rules(tree)]  # dead, which is said
 
 
 def test_a_leaf_of_nothing_but_nan():

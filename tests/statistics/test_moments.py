@@ -235,3 +235,39 @@ def test_gradients_of_moments_are_finite_where_the_mask_hides_nan(on_platform):
 
     x = jnp.full((4, 2), jnp.nan).at[:2].set(1.5)
     assert_finite(on_platform(jax.grad(total), x, (jnp.arange(4) < 2)[:, None]))
+
+
+def one_by_one(start, values):
+    """Merges single elements into `start`, one after the other."""
+
+    def step(total, value):
+        one = nj.Moments(jnp.ones_like(total.count), value, jnp.zeros_like(value))
+        return nj.merge_moments(total, one), None
+
+    return jax.jit(lambda start, values: jax.lax.scan(step, start, values)[0])(start, values)
+
+
+def test_counts_that_are_ints_are_exact_beyond_float32(rng):
+    start = nj.Moments(jnp.int32([2**24]), jnp.float32([3]), jnp.float32([2]))
+    values = rng.normal(1e3, 1, (5000, 1)).astype(np.float32)
+    merged = one_by_one(start, jnp.asarray(values))
+    n, wide = 2.0**24, np.float64(values)
+    total = n + len(values)
+    mean = (3 * n + wide.sum(0)) / total
+    var = (n * (2 + (3 - mean) ** 2) + ((wide - mean) ** 2).sum(0)) / total
+    assert_identical(merged.count, jnp.int32([2**24 + 5000]))
+    assert_close(merged.mean, mean, rtol=1e-4)
+    assert_close(merged.var, var, rtol=1e-4)
+
+
+def test_an_int_count_stops_at_the_largest_one():
+    one = nj.Moments(jnp.int32(2**31 - 3), jnp.float32(1), jnp.float32(1))
+    for other in (one, one._replace(count=jnp.int32(5))):
+        assert_identical(nj.merge_moments(one, other).count, jnp.int32(2**31 - 1))
+
+
+def test_a_mean_does_not_drift_over_many_small_sets():
+    start = nj.Moments(jnp.float32([12345678]), jnp.float32([3.1]), jnp.float32([0]))
+    merged = one_by_one(start, jnp.full((100_000, 1), 3.1, jnp.float32))
+    assert_identical(merged.mean, start.mean)
+    assert_identical(merged.var, start.var)

@@ -387,3 +387,15 @@ def test_gradients_of_spectral_norm_do_not_depend_on_the_size_of_the_kernel(rng,
         return y, gradient * size, slope
 
     assert_trees_close(of_size(size), of_size(1.0), rtol=32 * EPS, atol=32 * EPS)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-25, 1e-6, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("feature_axes", [-1, (), (0, 1)], ids=str)
+def test_weight_norm_init_gives_back_kernels_of_any_size(rng, size, feature_axes):
+    kernel = jnp.float32(size) * draw(rng, (5, 4))
+    for epsilon in (1e-12, 1e-5):
+        params, _ = nj.weights.weight_norm_init(kernel, feature_axes=feature_axes, epsilon=epsilon)
+        y, _ = nj.weights.weight_norm(
+            params, {}, kernel, True, feature_axes=feature_axes, epsilon=epsilon
+        )
+        assert_close(y, kernel, rtol=8 * EPS)
