@@ -1,5 +1,7 @@
 """`from_haiku` and `to_haiku` against Haiku's own modules, training continued on each side."""
 
+from functools import partial
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -132,7 +134,7 @@ def train_both(net, sides, haiku, trees, shape, seed):
 def test_training_goes_on_alike_on_both_sides(name):
     make, shape, apply, settings = CASES[name]
     net = hk.transform_with_state(make)
-    start = net.init(jax.random.key(0), jnp.zeros(shape), True)
+    start = jax.jit(net.init, static_argnums=2)(jax.random.key(0), jnp.zeros(shape), True)
     sides = side_of(net), ours(apply, settings)
     haiku = start
     for x, weights in list(batches(1, shape))[:3]:
@@ -144,10 +146,10 @@ def test_training_goes_on_alike_on_both_sides(name):
     train_both(net, sides, back, trees, shape, seed=3)
 
     x = jnp.asarray(np.random.default_rng(4).normal(size=shape), jnp.float32)
-    expected, _ = net.apply(*haiku, None, x, False)
     if "Batch" in name:
+        expected, _ = jax.jit(partial(net.apply, is_training=False))(*haiku, None, x)
         (params,) = trees[0].values() or ({},)
-        y, _ = apply(params, *trees[1].values(), x, False, **settings)
+        y, _ = jax.jit(partial(apply, train=False, **settings))(params, *trees[1].values(), x)
         assert_close(y, expected, **TOLERANCE)
 
 
@@ -172,10 +174,12 @@ def test_statistics_without_a_count_go_on_as_with_a_plain_momentum():
     haiku = nj.convert.to_haiku(
         {"batch_norm": params}, {"batch_norm": batch_stats}, decay_rate=DECAY, like=start
     )
+    theirs = jax.jit(partial(net.apply, is_training=True))
+    ours = jax.jit(partial(nj.batch_norm, train=True, momentum=DECAY))
     for x, _ in batches(1, IMAGES):
-        _, state = net.apply(*haiku, None, x, True)
+        _, state = theirs(*haiku, None, x)
         haiku = haiku[0], state
-        _, batch_stats = nj.batch_norm(params, batch_stats, jnp.asarray(x), True, momentum=DECAY)
+        _, batch_stats = ours(params, batch_stats, x)
         assert_close(
             state["batch_norm/~/mean_ema"]["average"].ravel(), batch_stats["mean"], **TOLERANCE
         )
@@ -190,7 +194,7 @@ def test_a_network_of_linear_layers_and_embeddings_goes_there_and_back():
         return hk.BatchNorm(True, True, DECAY)(hk.Conv1D(3, 2)(x), True)
 
     net = hk.transform_with_state(network)
-    haiku = net.init(jax.random.key(0), jnp.arange(6).reshape(2, 3))
+    haiku = jax.jit(net.init)(jax.random.key(0), jnp.arange(6).reshape(2, 3))
     params, batch_stats = nj.convert.from_haiku(*haiku)
     assert jax.tree.map(jnp.shape, params)["conv1_d"] == {"kernel": (2, 4, 3), "bias": (3,)}
     assert jax.tree.map(jnp.shape, params)["embed"] == {"embedding": (7, 5)}

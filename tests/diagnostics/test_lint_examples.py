@@ -22,6 +22,10 @@ def shapes(function, *args):
     return jax.eval_shape(lambda: function(*args))
 
 
+def values(function, *args):
+    return jax.jit(lambda: function(*args))()
+
+
 @pytest.fixture(autouse=True)
 def examples(monkeypatch, promotion_as_in_flax):
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -62,7 +66,7 @@ def test_the_cells_of_recurrent(kind, norm):
     from common import cells
 
     cell = getattr(cells, kind)(getattr(cells, norm))
-    variables = cell.init(KEY, 8, 16, 6)
+    variables = values(cell.init, KEY, 8, 16, 6)
 
     def apply(variables, x):
         outputs, state, batch_stats = cells.unroll(cell, *variables, x, True)
@@ -79,7 +83,7 @@ def test_the_ways_of_domains_to_share():
     from common import sharing
 
     for way in sharing.WAYS.values():
-        variables = way.init(KEY, 64, 3)
+        variables = values(way.init, KEY, 64, 3)
         x = jnp.ones((3, 32, 64))
         assert lint(lambda v, x, train=way.train: train(*v, x), variables, x, steps=300) == ()
 
@@ -115,7 +119,9 @@ def test_the_networks_of_train_resnet(network, sharing):
     x = jax.ShapeDtypeStruct((32, 32, 32, 3), jnp.float32)
     variables = shapes(resnet.ResNet(network, 16, 10).init, KEY, jnp.ones((1, 32, 32, 3)), False)
     if network == "resnet8":  # of the other, what scales start at is not looked at
-        variables = resnet.ResNet(network, 16, 10).init(KEY, jnp.ones((1, 32, 32, 3)), False)
+        variables = values(
+            resnet.ResNet(network, 16, 10).init, KEY, jnp.ones((1, 32, 32, 3)), False
+        )
 
     def apply(variables, x):
         return model.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -134,7 +140,7 @@ def test_the_network_of_from_torch():
         return model.apply(variables, x, train=True, mutable=["batch_stats"])
 
     assert lint(apply, variables, x, steps=300) == ()
-    assert lint(apply, model.init(KEY, x[:1], False), x, steps=300) == ()
+    assert lint(apply, values(model.init, KEY, x[:1], False), x, steps=300) == ()
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -183,7 +189,7 @@ def test_the_ways_of_adversarial_pairs():
     network = networks.inception(networks.Style(True, "relu"))
     x = jnp.ones((32, 8, 8, 1))
     for way in adversarial.WAYS.values():
-        variables = way.init(network, KEY, (8, 8, 1))
+        variables = values(way.init, network, KEY, (8, 8, 1))
         assert (
             lint(lambda v, x, train=way.train: train(network, *v, x, x), variables, x, steps=300)
             == ()
@@ -213,7 +219,7 @@ def test_the_networks_of_covariate_shift():
 
     for normalize, disturbed in ((False, False), (True, False), (True, True)):
         network = noise.Sigmoids(normalize, disturbed).network
-        variables = network.init(KEY, (8, 8, 1), 10)
+        variables = values(network.init, KEY, (8, 8, 1), 10)
         x = jax.ShapeDtypeStruct((60, 8, 8, 1), jnp.float32)
         assert (
             lint(lambda v, x, apply=network.apply: apply(*v, x, True), variables, x, steps=300)

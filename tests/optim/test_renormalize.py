@@ -10,6 +10,7 @@ from normjax.optim import effective_learning_rate, renormalize, rotational_equil
 from tests.compare import assert_close, assert_trees_close
 from tests.optim import networks
 from tests.optim.test_project import INVARIANT
+from tests.xla import AS_FOR_USERS
 
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")  # and in optax's Adam
 STEPS = 100
@@ -167,7 +168,7 @@ def test_weight_decay_leads_to_the_equilibrium(name, momentum):
         if name == "sgd"
         else optax.adamw(lr, b1=momentum, weight_decay=wd)
     )
-    angles = jax.jit(lambda: rotations(optimizer, 6000))()
+    angles = jax.jit(lambda: rotations(optimizer, 6000), compiler_options=AS_FOR_USERS)()
     expected = rotational_equilibrium(lr, wd, momentum=momentum, optimizer=name)
     assert_close(jnp.sqrt(jnp.mean(angles[-1000:] ** 2)), expected, rtol=0.03)
     assert abs(angles[:100].mean() / expected - 1) > 0.2, "there is something to wait for"

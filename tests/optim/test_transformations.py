@@ -49,10 +49,14 @@ def params():
     return single(networks.params())
 
 
+slope = jax.jit(jax.grad(networks.loss))
+
+
 def gradients(params, seed=0):
-    return jax.grad(networks.loss)(params, *single(networks.batch(seed)))
+    return slope(params, *single(networks.batch(seed)))
 
 
+@functools.partial(jax.jit, static_argnames=("optimizer", "seed"))
 def step(optimizer, params, state=None, seed=0):
     state = optimizer.init(params) if state is None else state
     updates, state = optimizer.update(gradients(params, seed), state, params)
