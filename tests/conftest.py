@@ -1,5 +1,6 @@
 """Sets eight CPU devices, strict promotion, hypothesis and a cache, before JAX's backend starts."""
 
+import gc
 import os
 import pathlib
 import shutil
@@ -50,6 +51,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     if len(jax.devices()) < DEVICES:
         pytest.exit(f"{DEVICES} devices are needed, and {jax.devices()} are there", returncode=1)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Spares what was imported the collections of garbage, which took a tenth of the time."""
+    gc.freeze()
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:

@@ -250,8 +250,9 @@ def test_adamw_under_jit_decays_kernels_alone():
 
 def test_nnx_optimizer_decays_kernels_alone():
     # of any values: those that JAX draws take a program for each kernel
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Nnx(nnx.Rngs(0))), nnx.Param, ...)[0::1][:2]
-    model = nnx.merge(graphdef, jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes))
+    graphdef, shapes, rest = nnx.split(nnx.eval_shape(lambda: Nnx(nnx.Rngs(0))), nnx.Param, ...)
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    model = nnx.merge(graphdef, ones, rest)
     before = nnx.as_pure(nnx.state(model, nnx.Param))
     optimizer = nnx.Optimizer(
         model,
