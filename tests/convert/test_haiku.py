@@ -11,6 +11,7 @@ import pytest
 import normjax as nj
 from tests.compare import assert_close, assert_trees_close
 from tests.convert.training import TOLERANCE, batches, step
+from tests.marks import slow_after
 
 DECAY = 0.8
 IMAGES = (4, 5, 5, 6)
@@ -130,7 +131,7 @@ def train_both(net, sides, haiku, trees, shape, seed):
     return haiku, trees
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_after(2, CASES))
 def test_training_goes_on_alike_on_both_sides(name):
     make, shape, apply, settings = CASES[name]
     net = hk.transform_with_state(make)
@@ -167,6 +168,7 @@ def test_training_starts_alike_from_nothing():
     )
 
 
+@pytest.mark.slow
 def test_statistics_without_a_count_go_on_as_with_a_plain_momentum():
     net = hk.transform_with_state(with_flag(lambda: hk.BatchNorm(True, True, DECAY)))
     start = net.init(jax.random.key(0), jnp.zeros(IMAGES), True)
@@ -188,6 +190,7 @@ def test_statistics_without_a_count_go_on_as_with_a_plain_momentum():
         )
 
 
+@pytest.mark.slow
 def test_a_network_of_linear_layers_and_embeddings_goes_there_and_back():
     def network(x):
         x = hk.LayerNorm(-1, True, True)(hk.Linear(4)(hk.Embed(7, 5)(x)))

@@ -30,6 +30,7 @@ def late(history, start):
     return jax.tree.map(lambda field: field[start:], history)
 
 
+@pytest.mark.slow
 def test_a_gradient_of_one_length_reaches_the_closed_form():
     """Norms are at rest where cos(angle) = 1 - lr wd, and norm^4 = lr^2 / (1 - (1 - lr wd)^2)."""
     (found,) = equilibrium(
@@ -119,6 +120,7 @@ def test_other_angles_are_other_ratios():
     assert_close(adam.norm.predicted, np.sqrt(RATE * 100 / (2 * DECAY)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused():
     w = {"w": jnp.ones(3)}
     once = rotation(w, w, w, learning_rate=0.1)

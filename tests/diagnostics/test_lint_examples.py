@@ -42,6 +42,7 @@ def optimizer(steps):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
 def test_the_networks_of_speedup(normalize, activation):
@@ -60,6 +61,7 @@ def test_the_networks_of_speedup(normalize, activation):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 @pytest.mark.parametrize("norm", ["PLAIN", "LAYER", "BATCH"])
 def test_the_cells_of_recurrent(kind, norm):
@@ -79,6 +81,7 @@ def test_the_cells_of_recurrent(kind, norm):
         )
 
 
+@pytest.mark.slow
 def test_the_ways_of_domains_to_share():
     from common import sharing
 
@@ -88,6 +91,7 @@ def test_the_ways_of_domains_to_share():
         assert lint(lambda v, x, train=way.train: train(*v, x), variables, x, steps=300) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_network_of_quantize(normalize):
     from common import quantize
@@ -102,6 +106,7 @@ def test_the_network_of_quantize(normalize):
     assert lint(apply, variables, x, steps=300, optimizer=optimizer(300)) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "network, sharing",
     [
@@ -130,6 +135,7 @@ def test_the_networks_of_train_resnet(network, sharing):
     assert lint(apply, variables, x, steps=300, optimizer=optimizer(300), **mapped) == ()
 
 
+@pytest.mark.slow
 def test_the_network_of_from_torch():
     import from_torch
 
@@ -143,6 +149,7 @@ def test_the_network_of_from_torch():
     assert lint(apply, values(model.init, KEY, x[:1], False), x, steps=300) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", UNITS)
 def test_the_units_and_the_vgg(unit):
     from common import units, vgg
@@ -163,6 +170,7 @@ def test_the_units_and_the_vgg(unit):
     )
 
 
+@pytest.mark.slow
 def test_the_encoders_of_contrastive():
     from common import contrastive
 
@@ -183,6 +191,7 @@ def test_the_encoders_of_contrastive():
         assert lint(apply, variables, x, steps=300, axis_name=contrastive.AXIS, axis_size=4) == ()
 
 
+@pytest.mark.slow
 def test_the_ways_of_adversarial_pairs():
     from common import adversarial, networks
 
@@ -196,6 +205,7 @@ def test_the_ways_of_adversarial_pairs():
         )
 
 
+@pytest.mark.slow
 def test_the_methods_of_small_batch():
     from common import small_batch
     from common.vgg import vgg
@@ -214,6 +224,7 @@ def test_the_methods_of_small_batch():
         )
 
 
+@pytest.mark.slow
 def test_the_networks_of_covariate_shift():
     from common import noise
 
