@@ -68,8 +68,8 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
     return val.__name__ if isinstance(val, type) or type(val) is type(jax.numpy.float32) else None
 
 
-# `make test-fast` runs the programs for CPU and TPU.
-SLOW_PLATFORMS = ("cuda", "rocm")
+# What `make test-fast` runs: programs for CPUs, and those for TPUs of the tests of every layer.
+FAST_PLATFORMS = {"tests.contract.test_contract": ("cpu", "tpu")}
 
 
 @pytest.hookimpl(trylast=True)
@@ -80,10 +80,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     at hand.
     """
     if "on_platform" in metafunc.fixturenames:
+        fast = FAST_PLATFORMS.get(metafunc.module.__name__, ("cpu",))
         platforms = [
-            pytest.param(
-                Platform(name), id=name, marks=pytest.mark.slow if name in SLOW_PLATFORMS else ()
-            )
+            pytest.param(Platform(name), id=name, marks=() if name in fast else pytest.mark.slow)
             for name in PLATFORMS
         ]
         metafunc.parametrize("on_platform", platforms)
