@@ -9,7 +9,8 @@ takes the argument `on_platform` runs once for each platform (conftest.py sees t
 `on_platform(function, *arguments)` compiles the function as `jax.jit` would on that platform, and
 runs it here. What is static is closed over. Take derivatives inside the function: then the
 platform's own backward program runs. `on_platform.compiled(function, *arguments)` returns the
-program, to run it on several arguments of the same shapes.
+program, to run it on several arguments of the same shapes. `on_platform.quickly` does as
+`on_platform` does, without optimizing the program: for large ones whose values other tests check.
 
 The program for CPUs is that of `jax.jit`, optimized as for users. The others come from
 `jax.export`, and are compiled quickly (see xla.py): their own compilers would optimize differently.
@@ -45,6 +46,12 @@ class Platform:
     """What a test does on one platform; hashable, so that its programs may be kept by it."""
 
     name: str
+    optimized: bool = True
+
+    @property
+    def quickly(self) -> "Platform":
+        """The same platform, whose programs for CPUs are not optimized either."""
+        return dataclasses.replace(self, optimized=False)
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Returns what the platform's program of `function(*arguments)` gives."""
@@ -54,7 +61,8 @@ class Platform:
         """Returns the platform's program for arguments like these."""
         jitted = jax.jit(function)
         if self.name == "cpu":
-            return _compiled_here(_Here.of(jitted.lower(*arguments)))
+            options = tuple(AS_FOR_USERS.items()) if self.optimized else ()
+            return _compiled_here(_Here.of(jitted.lower(*arguments)), options)
         exported = export.export(jitted, platforms=[self.name], disabled_checks=ELSEWHERE)
         return _compiled_elsewhere(_Elsewhere.of(exported(*arguments)))
 
@@ -89,8 +97,8 @@ class _Elsewhere:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled_here(program: _Here) -> Callable[..., Any]:
-    return program.lowered.compile(AS_FOR_USERS)
+def _compiled_here(program: _Here, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return program.lowered.compile(dict(options))
 
 
 @functools.lru_cache(maxsize=256)

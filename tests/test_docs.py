@@ -8,10 +8,12 @@ import jax
 import pytest
 
 import normjax as nj
+from tests.marks import slow_after
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
 PUBLIC = {name: getattr(nj, name) for name in nj.__all__ if callable(getattr(nj, name))}
+OWN = len(PUBLIC)
 for package in (
     nj.convert,
     nj.deploy,
@@ -44,7 +46,7 @@ def test_the_blocks_of_a_page_run_in_turn(page, monkeypatch, tmp_path):
         exec(compile(blocks(page), page.name, "exec"), {"__name__": page.stem})
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", slow_after(OWN, PUBLIC))
 def test_the_example_of_a_docstring_prints_what_it_says(name):
     found = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs={})
     with jax.numpy_dtype_promotion("standard"):  # as users have it; optax needs it

@@ -18,6 +18,7 @@ def test_importing_normjax_loads_no_framework():
     assert not {"flax", "optax", "matplotlib", "torch", "haiku", "keras"} & set(loaded)
 
 
+@pytest.mark.slow
 def test_packages_load_when_they_are_first_used():
     packages = ("convert", "deploy", "diagnostics", "linen", "nnx", "optim")
     loaded = run("import sys, normjax; print(*sys.modules)")
@@ -26,6 +27,7 @@ def test_packages_load_when_they_are_first_used():
     assert "normjax.deploy" in loaded and "flax" not in loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["linen", "nnx"])
 def test_the_adapters_load_when_they_are_first_used(package):
     module = run(f"import normjax; print(normjax.{package}.BatchNorm.__module__)")

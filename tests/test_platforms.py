@@ -66,6 +66,7 @@ def test_arguments_may_lie_on_an_explicit_mesh(on_platform):
     assert total == 28 * (PLATFORMS.index(on_platform.name) + 1)
 
 
+@pytest.mark.slow
 def test_equal_programs_are_compiled_once_and_others_apart():
     x = jnp.arange(3.0)
     cuda, rocm = (Platform(name).compiled(twice, x) for name in ("cuda", "rocm"))

@@ -69,6 +69,7 @@ def test_what_is_not_finite_is_named_with_its_place(bad):
         check_finite("function", "x", {"a": bad})
 
 
+@pytest.mark.slow
 def test_numbers_beyond_float32_are_finite():
     check_finite("function", "x", np.array([1e300]))
     with pytest.raises(ValueError, match=r"not finite.*at \(\): nan"):

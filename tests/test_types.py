@@ -15,6 +15,7 @@ def typed(function):
     return jaxtyped(function, typechecker=beartype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
 def test_batch_norm(dtype):
     param_dtype = jnp.complex64 if dtype == jnp.complex64 else jnp.float32
@@ -36,6 +37,7 @@ def test_initializers_and_keys(key):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 def test_every_layer(layer, rng):
     for settings in layer.settings.values():
@@ -49,6 +51,7 @@ def test_every_init(name):
     typed(getattr(nj, name))((3, 2), param_dtype=jnp.bfloat16, key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_kernels():
     kernel = jnp.ones((3, 3, 4, 5), jnp.bfloat16)
     typed(nj.weights.weight_norm_init)(kernel, feature_axes=(-1, 0))
@@ -57,6 +60,7 @@ def test_kernels():
     typed(nj.weights.spectral_norm_init)(kernel, key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_statistics():
     x = jnp.ones((4, 3))
     moments = typed(nj.moments)(x, 0, mask=x > 0)
@@ -70,6 +74,7 @@ def test_statistics():
     typed(nj.average_batch_stats)(states, jnp.ones(2))
 
 
+@pytest.mark.slow
 def test_optimizers():
     params = {"dense": {"kernel": jnp.ones((4, 3))}, "norm": nj.layer_norm_init(3)[0]}
     mask = typed(nj.optim.decay_mask)(params, names={"kernel": "embedding"})

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 TINY = {network.name: network for network in networks.suite("tiny")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_the_layers_are_the_peers_and_nothing_else_changes(name):
     network = TINY[name]
@@ -36,6 +37,7 @@ def test_the_networks_are_themselves_again_afterwards():
     assert networks.resnet.BatchNorm is nj.linen.BatchNorm
 
 
+@pytest.mark.slow
 def test_a_row_has_times_memory_and_the_error_of_the_losses():
     row = training.row(TINY["transformer, layer norm,"], ["normjax", "flax.linen", "none"], 2)
     for name, got in row["peers"].items():
@@ -58,6 +60,7 @@ def test_time_that_is_up_leaves_rows_out_by_name(capsys):
     assert all(network.title in capsys.readouterr().out for network in [TINY["inception"]])
 
 
+@pytest.mark.slow
 def test_a_step_lowers_the_loss():
     network = TINY["inception"]
     inputs, labels = networks.batch(network)

@@ -48,6 +48,7 @@ def test_equations_are_counted_with_those_inside_and_alone():
     assert tracing.equations(tracing.traced(function, 1.0).jaxpr) == (6, 3)
 
 
+@pytest.mark.slow
 def test_with_empty_caches_a_second_trace_calls_as_much_as_the_first():
     params, batch_stats = nj.batch_norm_init(3)
 

@@ -57,6 +57,7 @@ def test_this_version_has_its_checkpoints():
     assert set(load_file(HERE / nj.__version__ / "outputs.safetensors")) == NAMES | {"linen", "nnx"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_functional_trees(version, kind):
@@ -67,6 +68,7 @@ def test_functional_trees(version, kind):
     assert_outputs(version, trees.functional_outputs(restored))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_variables_of_linen(version, kind):

@@ -1,5 +1,6 @@
 """What JAX's transformations make of every layer, on each platform's program.
 
+They are compared with programs that are optimized as for users, but are not optimized themselves.
 Functions are kept by their case, since JAX traces one function once for all platforms.
 """
 
@@ -47,7 +48,7 @@ def over_x(case):
 def test_vmap_over_x_is_a_loop(on_platform, case, rng):
     params, batch_stats, x = case.arguments(rng)
     xs = jnp.stack([x, 3 * x - 100, x[::-1] + 1e3])
-    ours = on_platform(over_x(case), params, batch_stats, xs)
+    ours = on_platform.quickly(over_x(case), params, batch_stats, xs)
     expected = one_by_one(on_platform, case, [(params, batch_stats, x) for x in xs])
     # At 1e3 the mean is rounded to 1e3 EPS, in units of a deviation near 1.
     assert_trees_close(ours, expected, rtol=100 * EPS, atol=1e5 * EPS)
@@ -68,7 +69,7 @@ def test_vmap_over_parameters_and_statistics_is_a_loop(on_platform, case, rng):
     given = [case.arguments(rng) for _ in range(3)]
     x = given[0][2]
     shared = [(params, batch_stats, x) for params, batch_stats, _ in given]
-    ours = on_platform(over_params(case), *stacked(given), x)
+    ours = on_platform.quickly(over_params(case), *stacked(given), x)
     expected = tuple(one_by_one(on_platform, case, each) for each in (given, shared))
     assert_trees_close(ours, expected, **REORDERED)
 
@@ -89,7 +90,7 @@ def epoch(case):
 def test_scan_carries_the_statistics(on_platform, case, rng):
     params, batch_stats, x = case.arguments(rng)
     xs = jnp.stack([x, x + 1, 2 * x])
-    final, outcomes = on_platform(epoch(case), params, batch_stats, xs)
+    final, outcomes = on_platform.quickly(epoch(case), params, batch_stats, xs)
     for x, y, inferred in zip(xs, *outcomes, strict=True):
         expected = program(on_platform, case)(params, batch_stats, x, case.mask())
         batch_stats = expected.new
@@ -114,7 +115,7 @@ def rematerialized(case):
 @each_layer
 def test_remat_changes_neither_values_nor_gradients(on_platform, case, rng):
     given = case.arguments(rng)
-    gradients, (y, new) = on_platform(rematerialized(case), *given)
+    gradients, (y, new) = on_platform.quickly(rematerialized(case), *given)
     expected = program(on_platform, case)(*given, case.mask())
     assert_trees_close(
         (y, new, gradients), (expected.y, expected.new, expected.gradients), **REORDERED
@@ -173,7 +174,7 @@ def differentiated(case):
 def test_derivatives_of_either_mode_and_order_agree(on_platform, case):
     with jax.enable_x64(True):
         run, at, along, across = differentiated(case)
-        found = on_platform(run, at)
+        found = on_platform.quickly(run, at)
         rounded = {"rtol": 1e-10, "atol": 1e-10 * largest(found)}
         assert_close(found["slope"], inner(found["gradient"], along), **rounded)
         assert_close(found["curvature"], inner(found["along"], along), **rounded)
@@ -187,7 +188,7 @@ def test_derivatives_of_either_mode_and_order_agree(on_platform, case):
 def test_derivatives_agree_with_differences(on_platform, case):
     with jax.enable_x64(True):
         run, at, along, _ = differentiated(case)
-        program, step = on_platform.compiled(run, at), 1e-5
+        program, step = on_platform.quickly.compiled(run, at), 1e-5
         found = program(at)
         above, below = (
             program(jax.tree.map(lambda a, d, h=h: a + h * d, at, along)) for h in (step, -step)

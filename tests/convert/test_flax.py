@@ -115,6 +115,7 @@ def test_training_goes_on_alike_in_both():
     train_both(side, nj.convert.nnx_to_linen(model, like=variables), model, seed=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 def test_there_and_back_nothing_changes(package):
     of_linen, of_nnx = PACKAGES[package]
@@ -137,6 +138,7 @@ def test_a_model_without_arrays_says_what_is_needed():
     assert_identical(nj.convert.nnx_to_linen(state), variables)
 
 
+@pytest.mark.slow
 def test_a_scale_of_several_axes_is_flat_in_nnx():
     variables = nj.linen.RMSNorm(reduction_axes=(1, 2), feature_axes=(1, 2)).init(
         jax.random.key(0), jnp.ones(SHAPE)
@@ -148,6 +150,7 @@ def test_a_scale_of_several_axes_is_flat_in_nnx():
     assert_identical(nj.convert.nnx_to_linen(model, like=variables), variables)
 
 
+@pytest.mark.slow
 def test_metadata_of_sharding_stays_where_it_is():
     layer = nn.Dense(3, kernel_init=nn.with_partitioning(nn.initializers.ones, ("in", "out")))
     variables = layer.init(jax.random.key(0), jnp.ones((2, 4)))
@@ -156,6 +159,7 @@ def test_metadata_of_sharding_stays_where_it_is():
     assert_identical(model.kernel[...], jnp.ones((4, 3)))
 
 
+@pytest.mark.slow
 def test_a_network_from_torch_goes_into_nnx():
     import torch
 

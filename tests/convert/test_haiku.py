@@ -1,5 +1,7 @@
 """`from_haiku` and `to_haiku` against Haiku's own modules, training continued on each side."""
 
+from functools import partial
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 import normjax as nj
 from tests.compare import assert_close, assert_trees_close
 from tests.convert.training import TOLERANCE, batches, step
+from tests.marks import slow_after
 
 DECAY = 0.8
 IMAGES = (4, 5, 5, 6)
@@ -128,11 +131,11 @@ def train_both(net, sides, haiku, trees, shape, seed):
     return haiku, trees
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_after(2, CASES))
 def test_training_goes_on_alike_on_both_sides(name):
     make, shape, apply, settings = CASES[name]
     net = hk.transform_with_state(make)
-    start = net.init(jax.random.key(0), jnp.zeros(shape), True)
+    start = jax.jit(net.init, static_argnums=2)(jax.random.key(0), jnp.zeros(shape), True)
     sides = side_of(net), ours(apply, settings)
     haiku = start
     for x, weights in list(batches(1, shape))[:3]:
@@ -144,10 +147,10 @@ def test_training_goes_on_alike_on_both_sides(name):
     train_both(net, sides, back, trees, shape, seed=3)
 
     x = jnp.asarray(np.random.default_rng(4).normal(size=shape), jnp.float32)
-    expected, _ = net.apply(*haiku, None, x, False)
     if "Batch" in name:
+        expected, _ = jax.jit(partial(net.apply, is_training=False))(*haiku, None, x)
         (params,) = trees[0].values() or ({},)
-        y, _ = apply(params, *trees[1].values(), x, False, **settings)
+        y, _ = jax.jit(partial(apply, train=False, **settings))(params, *trees[1].values(), x)
         assert_close(y, expected, **TOLERANCE)
 
 
@@ -165,6 +168,7 @@ def test_training_starts_alike_from_nothing():
     )
 
 
+@pytest.mark.slow
 def test_statistics_without_a_count_go_on_as_with_a_plain_momentum():
     net = hk.transform_with_state(with_flag(lambda: hk.BatchNorm(True, True, DECAY)))
     start = net.init(jax.random.key(0), jnp.zeros(IMAGES), True)
@@ -172,10 +176,12 @@ def test_statistics_without_a_count_go_on_as_with_a_plain_momentum():
     haiku = nj.convert.to_haiku(
         {"batch_norm": params}, {"batch_norm": batch_stats}, decay_rate=DECAY, like=start
     )
+    theirs = jax.jit(partial(net.apply, is_training=True))
+    ours = jax.jit(partial(nj.batch_norm, train=True, momentum=DECAY))
     for x, _ in batches(1, IMAGES):
-        _, state = net.apply(*haiku, None, x, True)
+        _, state = theirs(*haiku, None, x)
         haiku = haiku[0], state
-        _, batch_stats = nj.batch_norm(params, batch_stats, jnp.asarray(x), True, momentum=DECAY)
+        _, batch_stats = ours(params, batch_stats, x)
         assert_close(
             state["batch_norm/~/mean_ema"]["average"].ravel(), batch_stats["mean"], **TOLERANCE
         )
@@ -184,13 +190,14 @@ def test_statistics_without_a_count_go_on_as_with_a_plain_momentum():
         )
 
 
+@pytest.mark.slow
 def test_a_network_of_linear_layers_and_embeddings_goes_there_and_back():
     def network(x):
         x = hk.LayerNorm(-1, True, True)(hk.Linear(4)(hk.Embed(7, 5)(x)))
         return hk.BatchNorm(True, True, DECAY)(hk.Conv1D(3, 2)(x), True)
 
     net = hk.transform_with_state(network)
-    haiku = net.init(jax.random.key(0), jnp.arange(6).reshape(2, 3))
+    haiku = jax.jit(net.init)(jax.random.key(0), jnp.arange(6).reshape(2, 3))
     params, batch_stats = nj.convert.from_haiku(*haiku)
     assert jax.tree.map(jnp.shape, params)["conv1_d"] == {"kernel": (2, 4, 3), "bias": (3,)}
     assert jax.tree.map(jnp.shape, params)["embed"] == {"embedding": (7, 5)}

@@ -15,6 +15,7 @@ from keras import layers
 import normjax as nj
 from tests.compare import assert_close, assert_identical, assert_trees_close
 from tests.convert.training import TOLERANCE, batches, step
+from tests.marks import slow_after
 
 IMAGES = (4, 5, 5, 6)
 pytestmark = [
@@ -113,7 +114,7 @@ def train_both(layer, side, params, batch_stats, shape, seed):
     return params, batch_stats
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_after(2, CASES))
 def test_training_goes_on_alike_on_both_sides(name):
     make, shape, apply = CASES[name]
     layer = initial(make, shape)
@@ -142,6 +143,7 @@ def test_there_and_back_nothing_changes(name):
     assert_identical(list(back.values()), layer.get_weights())
 
 
+@pytest.mark.slow
 def test_a_model_goes_there_and_back_also_by_a_file(tmp_path):
     from safetensors.numpy import save_file
 

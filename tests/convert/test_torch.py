@@ -217,6 +217,7 @@ def train_both(module, side, params, batch_stats, shape, seed):
     return params, batch_stats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_training_goes_on_alike_on_both_sides(name):
     make, shape, apply = CASES[name]

@@ -31,6 +31,7 @@ def test_keras():
     typed(nj.convert.to_keras)(*nj.batch_norm_init(2), like=weights)
 
 
+@pytest.mark.slow
 def test_haiku():
     net = hk.transform_with_state(lambda x: hk.LayerNorm(-1, True, True)(x))
     haiku = net.init(jax.random.key(0), jnp.ones((3, 2)))

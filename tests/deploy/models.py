@@ -38,7 +38,7 @@ def drawn(variables, seed=0):
 def linen_model(function, x):
     """The model and its variables."""
     model = Model(function)
-    return model, drawn(model.init(jax.random.key(0), x))
+    return model, drawn(jax.jit(model.init)(jax.random.key(0), x))
 
 
 class Block(nnx.Module):

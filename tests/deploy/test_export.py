@@ -48,6 +48,7 @@ def folded(source, x):
     return nj.deploy.fold(*source, x, show=False)
 
 
+@pytest.mark.slow
 def test_any_batch_size_with_the_variables_as_arguments(source, folded, x):
     (batch,) = export.symbolic_shape("batch")
     exported = export.export(folded.apply)(

@@ -78,15 +78,18 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_of_linen(name, x):
     assert_folds(*linen_model(LAYERS[name], x), x, 1)
 
 
+@pytest.mark.slow
 def test_one_after_the_other(x):
     assert_folds(*linen_model(lambda x: nn.relu(BN()(BN()(nn.Dense(4)(x)))), x), x, 2)
 
 
+@pytest.mark.slow
 def test_one_batch_norm_after_two_layers(x):
     def layers(x):
         norm = BN()
@@ -106,6 +109,7 @@ def by_hand(variables, x):
     )
 
 
+@pytest.mark.slow
 def test_functions_of_any_tree(rng, x):
     norm = {
         "mean": rng.normal(size=4),
@@ -140,6 +144,7 @@ def test_a_functional_network(x):
     assert jax.tree.map(jnp.shape, folded.variables) == {"kernel": (3, 5), "bias": (5,)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [nj.nnx.BatchNorm, nnx.BatchNorm], ids=["normjax", "flax"])
 def test_a_resnet_of_nnx(norm, x):
     model = ResNet(norm, nnx.Rngs(0))  # in training mode, in which it stays
@@ -163,6 +168,7 @@ def test_a_resnet_of_linen(rng, monkeypatch):
     assert_folds(partial(model.apply, train=False), variables, x, 20)
 
 
+@pytest.mark.slow
 def test_half_precision_rounds_once(x):
     model, variables = linen_model(
         lambda x: BN(dtype=jnp.bfloat16)(nn.Conv(4, (3, 3), dtype=jnp.bfloat16)(x)), x
@@ -171,6 +177,7 @@ def test_half_precision_rounds_once(x):
     assert {leaf.dtype for leaf in jax.tree.leaves(folded.variables)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_the_variables_are_those_of_the_model_without_its_norms(x):
     """So that what works on modules, as quantizers do, has one."""
     model, variables = linen_model(
@@ -187,6 +194,7 @@ def two(x):
     )
 
 
+@pytest.mark.slow
 def test_pairs_that_are_named(x):
     model, variables = linen_model(two, x)
     first = "params/dense1/kernel", "batch_stats/norm1"
@@ -200,6 +208,7 @@ def test_pairs_that_are_named(x):
     assert_agrees(folded.apply(folded.variables, x), model.apply(variables, x))
 
 
+@pytest.mark.slow
 def test_a_table_is_printed(x, capsys):
     nj.deploy.fold(*linen_model(lambda x: nn.Dense(2)(BN()(two(x) + 1)), x), x)
     lines = capsys.readouterr().out.splitlines()
@@ -212,6 +221,7 @@ def test_a_table_is_printed(x, capsys):
     assert re.fullmatch(r"3 of 3 folded; outputs agree to \d\.\de-0[678]", lines[4])
 
 
+@pytest.mark.slow
 def test_the_folded_model_is_a_function_like_any_other(x):
     model, variables = linen_model(two, x)
     folded = nj.deploy.fold(model, variables, x, show=False)
@@ -234,6 +244,7 @@ def test_the_folded_model_is_a_function_like_any_other(x):
     assert_close(folded.apply(half, x.astype(jnp.bfloat16)), model.apply(variables, x), atol=0.1)
 
 
+@pytest.mark.slow
 def test_shapes_are_traced_once(x):
     count = 0
 

@@ -71,6 +71,7 @@ def test_dense_with_any_leaves(rng, use_bias, leaves):
     assert_agrees(x @ folded_kernel + folded_bias, norm(*before, x) @ kernel + constant)
 
 
+@pytest.mark.slow
 @hypothesis.given(
     rank=st.integers(1, 3),
     groups=st.sampled_from([1, 2, 3]),
@@ -109,6 +110,7 @@ def test_convolutions(
     assert abs(convolve(x, *folded, **how) - expected).max() < RELATIVE * size.max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transpose_kernel", [False, True])
 @pytest.mark.parametrize("strides", [1, 2])
 def test_transposed(rng, transpose_kernel, strides):
@@ -127,6 +129,7 @@ def layer_leaves(variables):
     return variables["params"]["kernel"], variables["params"].get("bias")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
@@ -192,6 +195,7 @@ def test_before_a_pointwise_convolution_padding_need_not_be_known(rng, padding, 
     )
 
 
+@pytest.mark.slow
 def test_layouts_of_others(rng):
     """PyTorch's kernels, and several feature axes on either side."""
     x, kernel, own = normal(rng, 2, 3, 6, 6), normal(rng, 4, 3, 2, 2), statistics(rng, 4)
@@ -238,6 +242,7 @@ def test_several_feature_axes(rng, before):
     assert_agrees(linear(x, folded) + bias, expected)
 
 
+@pytest.mark.slow
 def test_float64_inside_and_the_kernels_dtype_outside(rng):
     """The exact values, rounded once: to within half a unit in the last place of any dtype."""
     params, batch_stats = statistics(rng, 4)
@@ -314,6 +319,7 @@ def test_variances_without_a_root():
     refuses(ValueError, "epsilon=-0.1", epsilon=-0.1)
 
 
+@pytest.mark.slow
 def test_results_that_the_dtype_cannot_hold():
     refuses(
         ValueError,

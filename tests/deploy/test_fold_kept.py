@@ -99,6 +99,7 @@ KEPT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEPT)
 def test_what_is_kept(name, x):
     function, reason = KEPT[name]
@@ -114,6 +115,7 @@ def test_what_is_kept(name, x):
     assert_identical(folded.apply(variables, x), jax.jit(model.apply)(variables, x))
 
 
+@pytest.mark.slow
 def test_constants_in_between(x):
     """An embedding of positions varies along another axis; a sorted constant is not followed."""
     variables = {
@@ -138,6 +140,7 @@ def test_constants_in_between(x):
         )
 
 
+@pytest.mark.slow
 def test_statistics_of_the_batch_are_not_folded(x):
     model, variables = linen_model(lambda x: BN()(nn.Dense(3)(x)), x)
     training = Model(lambda x: BN(use_running_average=False)(nn.Dense(3)(x)))
@@ -147,6 +150,7 @@ def test_statistics_of_the_batch_are_not_folded(x):
     assert folded.found[0].kernel is None and "not from a linear layer" in folded.found[0].reason
 
 
+@pytest.mark.slow
 def test_models_without_batch_norm_stay_as_they_are(x):
     model, variables = linen_model(lambda x: nn.LayerNorm()(nn.Dense(3)(x)), x)
     folded = nj.deploy.fold(model, variables, x, show=False)
@@ -176,6 +180,7 @@ def model(x):
     return linen_model(network, x)
 
 
+@pytest.mark.slow
 def test_pairs_that_are_none(model, x):
     call = partial(nj.deploy.fold, *model, x)
     refuses(
@@ -207,6 +212,7 @@ def test_pairs_that_are_none(model, x):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -242,6 +248,7 @@ def test_variables_that_are_not_those_of_the_folded_model(model, x):
         refuses(ValueError, *values, function="Folded.apply", call=partial(folded.apply, bad, x))
 
 
+@pytest.mark.slow
 def test_models_that_go_another_way_for_other_inputs(x):
     def layers(x):
         y = nn.Dense(3)(x)
@@ -271,6 +278,7 @@ def test_transformations_and_what_is_no_model(model, x):
     )
 
 
+@pytest.mark.slow
 def test_models_that_cannot_be_compared(model, x):
     model, variables = model
     refuses(ValueError, "nan", call=lambda: nj.deploy.fold(model, variables, x * jnp.nan))

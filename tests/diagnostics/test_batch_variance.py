@@ -31,6 +31,7 @@ def measure(function, x, pool, **settings):
     )
 
 
+@pytest.mark.slow
 def test_the_mean_of_a_batch_varies_as_sampling_without_repetition_does(x, pool):
     found = measure(lambda x: x + x.mean(0), x, pool, draws=DRAWS)
     others = BATCH - 1
@@ -47,6 +48,7 @@ def test_the_mean_of_a_batch_varies_as_sampling_without_repetition_does(x, pool)
     assert_close(found.ratio, found.noise.mean() / found.signal, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_signal_is_without_the_noise_that_is_left_in_means(pool):
     """Examples that are all alike have none, whatever their batches do."""
     alike = jnp.tile(pool[:1], (EXAMPLES, 1))
@@ -55,6 +57,7 @@ def test_the_signal_is_without_the_noise_that_is_left_in_means(pool):
     assert abs(found.signal) < 0.3 * uncorrected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [16, 64])
 def test_batch_norm_falls_with_the_batch(rng, n):
     x, pool = (jnp.asarray(rng.normal(size=(size, 20)), jnp.float32) for size in (20, 2000))
@@ -81,6 +84,7 @@ def test_layer_norm_has_none(x, pool):
     )
 
 
+@pytest.mark.slow
 def test_images_bfloat16_and_float64(rng):
     images = rng.normal(size=(POOL, 3, 3, 2))
     with jax.enable_x64(True):
@@ -93,6 +97,7 @@ def test_images_bfloat16_and_float64(rng):
             assert (found.noise > 0).all() and 0 < found.ratio < 1
 
 
+@pytest.mark.slow
 def test_nnx(x, pool, promotion_as_in_flax):
     module = nj.nnx.BatchNorm(FEATURES, use_running_average=False, rngs=nnx.Rngs(0))
     found = measure(module, x, pool)

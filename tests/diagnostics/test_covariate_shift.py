@@ -47,6 +47,7 @@ def gradient(kernels, i):
     return before.T @ (before @ kernels[i] @ after - y) @ after.T
 
 
+@pytest.mark.slow
 def test_a_deep_linear_network():
     old, new = matrices(0), matrices(1)
     with jax.enable_x64(True):
@@ -75,6 +76,7 @@ def test_layers_go_in_the_order_that_is_given():
     assert float(shift.distance[0]) == 0
 
 
+@pytest.mark.slow
 def test_without_an_update_there_is_no_shift():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree(matrices(0)))
     with jax.numpy_dtype_promotion("standard"):
@@ -83,6 +85,7 @@ def test_without_an_update_there_is_no_shift():
     assert_close(shift.cosine, np.ones(DEPTH), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_that_are_zero():
     """A layer that the loss does not depend on, before or after."""
     params = {"a": jnp.float32(0.0), "b": jnp.float32(1.0), "c": jnp.float32(1.0)}
@@ -103,6 +106,7 @@ class Network(nn.Module):
         return nn.Dense(3)(x)
 
 
+@pytest.mark.slow
 def test_a_linen_model_in_a_jitted_step():
     """A dense layer and its normalization are one layer: both are updated at once."""
     x = jax.random.normal(jax.random.key(0), (16, 5))
@@ -126,6 +130,7 @@ def test_a_linen_model_in_a_jitted_step():
     assert_close(shift.distance, np.asarray([0.0, expected]), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_nnx_modules_stay_as_they_are():
     """As the tree of their parameters does; new statistics are left out."""
     x = jax.random.normal(jax.random.key(0), (16, 5))

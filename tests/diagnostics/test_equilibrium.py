@@ -9,6 +9,7 @@ import pytest
 import normjax as nj
 from normjax.diagnostics import Rotation, equilibrium, rotation
 from tests.compare import assert_close
+from tests.xla import AS_FOR_USERS
 
 RATE, DECAY = 0.1, 0.02
 
@@ -29,6 +30,7 @@ def late(history, start):
     return jax.tree.map(lambda field: field[start:], history)
 
 
+@pytest.mark.slow
 def test_a_gradient_of_one_length_reaches_the_closed_form():
     """Norms are at rest where cos(angle) = 1 - lr wd, and norm^4 = lr^2 / (1 - (1 - lr wd)^2)."""
     (found,) = equilibrium(
@@ -81,12 +83,14 @@ def test_random_gradients_lead_to_the_predicted_rotation(name):
             w, g, new, learning_rate=rate, feature_axes=-1, optimizer=kind
         )
 
+    def walk(w):
+        keys = jax.random.split(jax.random.key(0), 4000)
+        return jax.lax.scan(step, (w, optimizer.init(w)), keys)[1]
+
     # Adam's mean of squares forgets another norm slowly
     w = jax.random.normal(jax.random.key(1), (50, 64)) / 7
     with jax.numpy_dtype_promotion("standard"):  # optax's
-        _, history = jax.lax.scan(
-            step, (w, optimizer.init(w)), jax.random.split(jax.random.key(0), 4000)
-        )
+        history = jax.jit(walk, compiler_options=AS_FOR_USERS)(w)
     settings = {
         "learning_rate": rate,
         "weight_decay": decay,
@@ -116,6 +120,7 @@ def test_other_angles_are_other_ratios():
     assert_close(adam.norm.predicted, np.sqrt(RATE * 100 / (2 * DECAY)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused():
     w = {"w": jnp.ones(3)}
     once = rotation(w, w, w, learning_rate=0.1)

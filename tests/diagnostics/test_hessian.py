@@ -45,6 +45,7 @@ def solve(hessian, dtype=jnp.float64, **settings):
     return hessian_eigenvalue(loss, params, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["largest", "smallest"])
 def test_known_spectra(which, rng):
     """Also with fewer parameters, or distinct eigenvalues, than iterations; under vmap."""
@@ -64,12 +65,14 @@ def test_known_spectra(which, rng):
     assert found.converged.all() and found.iterations.tolist() == distinct
 
 
+@pytest.mark.slow
 def test_one_parameter_and_no_tolerance():
     with jax.enable_x64(True):
         found = solve(np.asarray([[-2.5]]), tolerance=0.0)
     assert (float(found.value), int(found.iterations), bool(found.converged)) == (-2.5, 1, True)
 
 
+@pytest.mark.slow
 def test_the_residual_bounds_the_error_before_it_has_converged(rng):
     eigenvalues = np.linspace(0, 1, 200) ** 2
     hessian = matrix(eigenvalues, rng)
@@ -87,6 +90,7 @@ def test_the_residual_bounds_the_error_before_it_has_converged(rng):
     assert values[0] < values[1] < 1.0
 
 
+@pytest.mark.slow
 def test_orthogonalization_keeps_rounding_from_making_copies(rng):
     """Without it, float32 loses orthogonality: the largest eigenvalues are found repeatedly."""
     hessian = matrix(np.concatenate([[1000.0, 500.0], np.linspace(-1, 1, 98)]), rng)
@@ -118,6 +122,7 @@ def dense(loss, params):
     return np.linalg.eigvalsh(jax.jit(jax.hessian(lambda w: loss(unravel(w))))(vector))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["batch_norm", "layer_norm"])
 def test_networks_against_the_dense_hessian(kind):
     with jax.enable_x64(True):
@@ -128,6 +133,7 @@ def test_networks_against_the_dense_hessian(kind):
     assert_close(found.value, eigenvalues[-1], rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_single_precision_under_jit_from_any_start():
     loss, params = network("batch_norm", jnp.float32)
     find = jax.jit(lambda key: hessian_eigenvalue(loss, params, key=key))
@@ -139,6 +145,7 @@ def test_single_precision_under_jit_from_any_start():
     assert len({float(one.residual) for one in found}) == 3
 
 
+@pytest.mark.slow
 def test_half_precision_is_read_in_single():
     """In bfloat16, 1 + 1e-3 is 1."""
     curvature = jnp.asarray([1.0, 1.001])
@@ -150,6 +157,7 @@ def test_half_precision_is_read_in_single():
     assert_close(found.value, 1.001, atol=1e-6, dtype=np.float32)
 
 
+@pytest.mark.slow
 def test_an_nnx_module():
     model, x = (
         nnx.Linear(3, 2, rngs=nnx.Rngs(0)),

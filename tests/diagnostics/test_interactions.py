@@ -36,6 +36,7 @@ def expected_of_batch_norm(x, kernel, epsilon=1e-5):
     return (jacobian**2 * (np.asarray(kernel, np.float64) ** 2).sum(0)).sum(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [2, 7], ids=["by outputs", "by inputs"])
 def test_batch_norm_behind_a_linear_map(rng, features):
     with jax.enable_x64(True):
@@ -52,6 +53,7 @@ def test_batch_norm_behind_a_linear_map(rng, features):
     assert_close(found.standard_error, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [16, 64])
 def test_one_batch_norm_mixes_about_two_nths(rng, n):
     x = jnp.asarray(rng.normal(size=(n, 8)), jnp.float32)
@@ -67,6 +69,7 @@ ALONE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ALONE.values(), ids=ALONE)
 @pytest.mark.parametrize("probes", [None, 4])
 def test_examples_that_do_not_meet(x, function, probes):
@@ -76,6 +79,7 @@ def test_examples_that_do_not_meet(x, function, probes):
     assert (jnp.diag(found.matrix) > 0).all()
 
 
+@pytest.mark.slow
 def test_a_linear_map_by_hand(x):
     kernel = jnp.asarray([[3.0], [0.0], [4.0], [0.0]])
     assert_close(interactions(lambda x: x @ kernel, x).matrix, 25 * np.eye(BATCH))
@@ -84,6 +88,7 @@ def test_a_linear_map_by_hand(x):
     assert rolled.off_diagonal == 1
 
 
+@pytest.mark.slow
 def test_ghost_batches_are_blocks(x):
     found = interactions(batch_normed(jnp.eye(INPUTS), virtual_batch_size=3), x)
     together = np.kron(np.eye(2), np.ones((3, 3))) > 0
@@ -92,11 +97,13 @@ def test_ghost_batches_are_blocks(x):
     ).all()
 
 
+@pytest.mark.slow
 def test_outputs_that_depend_on_nothing(x):
     found = interactions(lambda x: jnp.ones((len(x), 2)), x)
     assert_identical(found, jax.tree.map(jnp.zeros_like, found))
 
 
+@pytest.mark.slow
 def test_probes_estimate_without_bias_and_know_their_error(rng):
     x, kernel = (
         jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((BATCH, INPUTS), (INPUTS, 8))
@@ -115,6 +122,7 @@ def test_probes_estimate_without_bias_and_know_their_error(rng):
     assert (spread <= 1.15 * np.sqrt(2 / 8) * exact.matrix).all()
 
 
+@pytest.mark.slow
 def test_probes_are_exact_for_one_output(x):
     found = interactions(batch_normed(jnp.ones((INPUTS, 1))), x, probes=2, key=jax.random.key(0))
     assert_close(
@@ -123,6 +131,7 @@ def test_probes_are_exact_for_one_output(x):
     assert found.standard_error < 1e-6
 
 
+@pytest.mark.slow
 def test_images_and_bfloat16(rng):
     images = jnp.asarray(rng.normal(size=(4, 3, 3, 2)), jnp.bfloat16)
     found = interactions(lambda x: nj.batch_norm({}, nj.batch_norm_init(2)[1], x, True)[0], images)
@@ -134,6 +143,7 @@ def test_images_and_bfloat16(rng):
     assert_close(found.matrix, exact.matrix, rtol=0.05, atol=0.01)
 
 
+@pytest.mark.slow
 def test_under_jit(x):
     function = batch_normed(jnp.eye(INPUTS))
     assert_close(
@@ -143,6 +153,7 @@ def test_under_jit(x):
     )
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_agree_and_keep_their_statistics(x, promotion_as_in_flax):
     model = linen.Sequential([linen.Dense(3), nj.linen.BatchNorm(use_running_average=False)])
     variables = model.init(jax.random.key(0), x)
@@ -192,6 +203,7 @@ def test_inputs_that_cannot_be_differentiated(x, kind, values):
     assert values in str(caught.value)
 
 
+@pytest.mark.slow
 def test_plot(x, tmp_path):
     from matplotlib.figure import Figure
 

@@ -36,6 +36,7 @@ def expected(w, direction):
     )
 
 
+@pytest.mark.slow
 def test_a_quadratic_along_its_gradient():
     w = np.asarray([1.0, -2.0, 0.5])
     seen = landscape(loss, params_at(w), step_sizes=SIZES)
@@ -43,6 +44,7 @@ def test_a_quadratic_along_its_gradient():
         assert_close(field, value, rtol=1e-5, dtype=np.float32)
 
 
+@pytest.mark.slow
 def test_a_quadratic_along_the_update_of_an_optimizer():
     w = np.asarray([1.0, -2.0, 0.5])
     params = params_at(w)
@@ -54,6 +56,7 @@ def test_a_quadratic_along_the_update_of_an_optimizer():
         assert_close(field, value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_double_precision_is_kept():
     w = np.asarray([1.0, -2.0, 0.5])
     with jax.enable_x64(True):
@@ -62,6 +65,7 @@ def test_double_precision_is_kept():
             assert_close(field, value, rtol=1e-13, dtype=np.float64)
 
 
+@pytest.mark.slow
 def test_what_is_read_from_the_fields():
     """Two steps at once: the ranges and the smoothness of each."""
     seen = Landscape(
@@ -76,6 +80,7 @@ def test_what_is_read_from_the_fields():
     assert_close(seen.smoothness, np.asarray([3.0, 5.0]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_smoothness_is_that_of_the_sharpest_direction():
     """Along an eigenvector, beta is its eigenvalue; nowhere more than the largest."""
     for i in range(3):
@@ -96,11 +101,13 @@ def test_lengths_neither_overflow_nor_vanish(size):
     assert_close(seen.smoothness, np.float32(size), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stationary_point_is_flat():
     seen = landscape(loss, params_at(np.zeros(3)), step_sizes=SIZES)
     assert (float(seen.variation), float(seen.smoothness)) == (0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_a_history_from_a_scan():
     """Recorded at each step of gradient descent, inside of it; step sizes may be traced."""
 
@@ -115,6 +122,7 @@ def test_a_history_from_a_scan():
     assert_close(history.loss[1:], np.asarray(history.losses[:-1, 0]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_is_read_in_single():
     """In bfloat16 the smallest of these steps would not move the parameters."""
     seen = landscape(loss, params_at(np.ones(3), jnp.bfloat16), step_sizes=(1e-4,))

@@ -47,6 +47,7 @@ def signature(queries, keys):
     return jnp.broadcast_to(mean, queries.shape), jnp.broadcast_to(mean, keys.shape)
 
 
+@pytest.mark.slow
 def test_a_network_that_tells_the_device_alone(unrelated):
     """Of the n keys of a device, which all look alike, one is named: the first."""
     found = measure(signature, unrelated, shuffles=50)
@@ -59,6 +60,7 @@ def test_a_network_that_tells_the_device_alone(unrelated):
     assert_close(found.leak, found.together - found.apart, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_that_of_a_mean_of_differences(unrelated):
     found = measure(signature, unrelated, shuffles=1)
     assert found.apart == 0 or found.apart > 0  # one shuffle finds a few or none
@@ -79,6 +81,7 @@ ALONE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ALONE.values(), ids=ALONE)
 def test_nothing_leaks_without_statistics_of_a_device(views, function):
     found = measure(function, views)
@@ -93,6 +96,7 @@ def test_equal_views_are_always_found(unrelated):
     assert measure(ALONE["no norm"], (query, query)).together == 1
 
 
+@pytest.mark.slow
 def test_two_encoders_that_normalize_apart_leak_in_small_batches(views):
     """As in MoCo: the queries of a device have nearly the statistics of their own keys."""
 
@@ -105,6 +109,7 @@ def test_two_encoders_that_normalize_apart_leak_in_small_batches(views):
     assert found.leak > 4 * found.standard_error
 
 
+@pytest.mark.slow
 def test_a_mean_that_is_removed_pushes_a_device_apart(rng):
     """The mean of 60 batches of 16, so that chance is well known; under transformations, too."""
     views = tuple(jnp.asarray(rng.normal(size=(60, 16, FEATURES)), jnp.float32) for _ in range(2))
@@ -112,12 +117,14 @@ def test_a_mean_that_is_removed_pushes_a_device_apart(rng):
     assert found.same_device.mean() < 0.2 - 4 * np.sqrt(0.2 * 0.8 / 60 / 16)
 
 
+@pytest.mark.slow
 def test_the_name_of_the_axis_is_free(views):
     assert_identical(
         measure(normalized("pod"), views, axis_name="pod"), measure(normalized("devices"), views)
     )
 
 
+@pytest.mark.slow
 def test_bfloat16_and_lists(views):
     found = measure(
         lambda queries, keys: [queries, keys], tuple(x.astype(jnp.bfloat16) for x in views)
@@ -133,6 +140,7 @@ class Encoder(nnx.Module):
         return tuple(jnp.split(self.norm(jnp.concatenate([queries, keys])), 2))
 
 
+@pytest.mark.slow
 def test_nnx(views, promotion_as_in_flax):
     module = Encoder()
     found = measure(module, views)

@@ -36,6 +36,7 @@ def training(norm, **settings):
 
 
 class TestCancelledBias:
+    @pytest.mark.slow
     def test_of_each_layer(self):
         network = Dense(bias=True)
         found = lint(network, network.variables, ROWS)
@@ -48,6 +49,7 @@ class TestCancelledBias:
         network = Dense(bias=False)
         assert lint(network, network.variables, ROWS) == ()
 
+    @pytest.mark.slow
     @BOTH
     def test_in_linen(self, norm, promotion_as_in_flax):
         biased = nn.Sequential([nn.Conv(4, (3, 3)), training(norm), nn.relu, nn.Dense(2)])
@@ -73,6 +75,7 @@ class TestDecayedScale:
     masked = partial(optax.adamw, 1e-3, weight_decay=1e-2, mask=nj.optim.decay_mask)
     warm_up = partial(optax.warmup_cosine_decay_schedule, 0.0, 1e-3, 100, 1000)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "optimizer",
         [
@@ -103,6 +106,7 @@ class TestDecayedScale:
             and "decay_mask" in finding.advice
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "optimizer",
         [
@@ -130,6 +134,7 @@ class TestDecayedScale:
         found = lint(network, network.variables, ROWS, optimizer=optax.adamw(1e-3, mask=mask))
         assert [finding.message for finding in found] == ["the optimizer decays its 'scale'"]
 
+    @pytest.mark.slow
     def test_of_any_kind_but_for_scales_that_start_at_zero(self):
         def apply(params, x):
             x, _ = nj.layer_norm(params["layer"], {}, x, train=True)
@@ -145,6 +150,7 @@ class TestDecayedScale:
             ("decayed-scale", "layer")
         ]
 
+    @pytest.mark.slow
     def test_of_an_nnx_module(self):
         model = nnx.Sequential(
             nnx.Linear(5, 4, use_bias=False, rngs=nnx.Rngs(0)),
@@ -156,6 +162,7 @@ class TestDecayedScale:
 
 
 class TestDropoutBefore:
+    @pytest.mark.slow
     @BOTH
     def test_directly_and_before_a_linear_layer(self, norm, promotion_as_in_flax):
         drop = nn.Dropout(0.5, deterministic=False)
@@ -173,6 +180,7 @@ class TestDropoutBefore:
         )
         assert found[0].severity == "warning" and "after the last batch norm" in found[0].advice
 
+    @pytest.mark.slow
     @BOTH
     def test_none_behind_or_far_before(self, norm, promotion_as_in_flax):
         drop = nn.Dropout(0.5, deterministic=False)
@@ -233,6 +241,7 @@ class TestFewValues:
         network = Dense(hidden=1, virtual_batch_size=16)
         assert lint(network, network.variables, ROWS) == ()
 
+    @pytest.mark.slow
     def test_one_is_an_error(self):
         model = nn.Sequential(
             [nn.Dense(4, use_bias=False), nj.linen.BatchNorm(use_running_average=False)]
@@ -243,6 +252,7 @@ class TestFewValues:
             and "has 1 value for each statistic: variances are always 0" in finding.message
         )
 
+    @pytest.mark.slow
     def test_pixels_and_devices_count(self):
         def images(variables, x):
             return nj.batch_norm(*variables, x, train=True)
@@ -258,6 +268,7 @@ class TestFewValues:
         )
         assert "has 8 values for each statistic, over all of 'data'" in finding.message
 
+    @pytest.mark.slow
     def test_groups_of_devices_count(self, promotion_as_in_flax):
         norm = nn.BatchNorm(
             use_running_average=False, axis_name="data", axis_index_groups=[[0, 1], [2, 3]]
@@ -303,12 +314,14 @@ class TestSlowMomentum:
                 ("slow-momentum", "norm_0")
             ]
 
+    @pytest.mark.slow
     @BOTH
     def test_in_linen(self, norm, promotion_as_in_flax):
         model = nn.Sequential([nn.Dense(4, use_bias=False), training(norm, momentum=0.999)])
         found = lint(*linen(model, ROWS), steps=1000)
         assert "37%" in only(found, "slow-momentum").message
 
+    @pytest.mark.slow
     def test_with_a_mask_ghosts_and_devices(self):
         class Masked(Dense):
             def __call__(self, variables, x):
@@ -410,6 +423,7 @@ class TestResidualScale:
         params[f"norm_{layers - 1}"]["scale"] *= scale
         return apply, (params, batch_stats), ROWS
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("shortcut", ["identity", "projection"])
     def test_of_one(self, shortcut):
         finding = only(lint(*self.block(shortcut)), "residual-scale")

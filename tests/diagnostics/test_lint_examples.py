@@ -22,6 +22,10 @@ def shapes(function, *args):
     return jax.eval_shape(lambda: function(*args))
 
 
+def values(function, *args):
+    return jax.jit(lambda: function(*args))()
+
+
 @pytest.fixture(autouse=True)
 def examples(monkeypatch, promotion_as_in_flax):
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -38,6 +42,7 @@ def optimizer(steps):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
 def test_the_networks_of_speedup(normalize, activation):
@@ -56,13 +61,14 @@ def test_the_networks_of_speedup(normalize, activation):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 @pytest.mark.parametrize("norm", ["PLAIN", "LAYER", "BATCH"])
 def test_the_cells_of_recurrent(kind, norm):
     from common import cells
 
     cell = getattr(cells, kind)(getattr(cells, norm))
-    variables = cell.init(KEY, 8, 16, 6)
+    variables = values(cell.init, KEY, 8, 16, 6)
 
     def apply(variables, x):
         outputs, state, batch_stats = cells.unroll(cell, *variables, x, True)
@@ -75,15 +81,17 @@ def test_the_cells_of_recurrent(kind, norm):
         )
 
 
+@pytest.mark.slow
 def test_the_ways_of_domains_to_share():
     from common import sharing
 
     for way in sharing.WAYS.values():
-        variables = way.init(KEY, 64, 3)
+        variables = values(way.init, KEY, 64, 3)
         x = jnp.ones((3, 32, 64))
         assert lint(lambda v, x, train=way.train: train(*v, x), variables, x, steps=300) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_network_of_quantize(normalize):
     from common import quantize
@@ -98,6 +106,7 @@ def test_the_network_of_quantize(normalize):
     assert lint(apply, variables, x, steps=300, optimizer=optimizer(300)) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "network, sharing",
     [
@@ -115,7 +124,9 @@ def test_the_networks_of_train_resnet(network, sharing):
     x = jax.ShapeDtypeStruct((32, 32, 32, 3), jnp.float32)
     variables = shapes(resnet.ResNet(network, 16, 10).init, KEY, jnp.ones((1, 32, 32, 3)), False)
     if network == "resnet8":  # of the other, what scales start at is not looked at
-        variables = resnet.ResNet(network, 16, 10).init(KEY, jnp.ones((1, 32, 32, 3)), False)
+        variables = values(
+            resnet.ResNet(network, 16, 10).init, KEY, jnp.ones((1, 32, 32, 3)), False
+        )
 
     def apply(variables, x):
         return model.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -124,6 +135,7 @@ def test_the_networks_of_train_resnet(network, sharing):
     assert lint(apply, variables, x, steps=300, optimizer=optimizer(300), **mapped) == ()
 
 
+@pytest.mark.slow
 def test_the_network_of_from_torch():
     import from_torch
 
@@ -134,9 +146,10 @@ def test_the_network_of_from_torch():
         return model.apply(variables, x, train=True, mutable=["batch_stats"])
 
     assert lint(apply, variables, x, steps=300) == ()
-    assert lint(apply, model.init(KEY, x[:1], False), x, steps=300) == ()
+    assert lint(apply, values(model.init, KEY, x[:1], False), x, steps=300) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", UNITS)
 def test_the_units_and_the_vgg(unit):
     from common import units, vgg
@@ -157,6 +170,7 @@ def test_the_units_and_the_vgg(unit):
     )
 
 
+@pytest.mark.slow
 def test_the_encoders_of_contrastive():
     from common import contrastive
 
@@ -177,19 +191,21 @@ def test_the_encoders_of_contrastive():
         assert lint(apply, variables, x, steps=300, axis_name=contrastive.AXIS, axis_size=4) == ()
 
 
+@pytest.mark.slow
 def test_the_ways_of_adversarial_pairs():
     from common import adversarial, networks
 
     network = networks.inception(networks.Style(True, "relu"))
     x = jnp.ones((32, 8, 8, 1))
     for way in adversarial.WAYS.values():
-        variables = way.init(network, KEY, (8, 8, 1))
+        variables = values(way.init, network, KEY, (8, 8, 1))
         assert (
             lint(lambda v, x, train=way.train: train(network, *v, x, x), variables, x, steps=300)
             == ()
         )
 
 
+@pytest.mark.slow
 def test_the_methods_of_small_batch():
     from common import small_batch
     from common.vgg import vgg
@@ -208,12 +224,13 @@ def test_the_methods_of_small_batch():
         )
 
 
+@pytest.mark.slow
 def test_the_networks_of_covariate_shift():
     from common import noise
 
     for normalize, disturbed in ((False, False), (True, False), (True, True)):
         network = noise.Sigmoids(normalize, disturbed).network
-        variables = network.init(KEY, (8, 8, 1), 10)
+        variables = values(network.init, KEY, (8, 8, 1), 10)
         x = jax.ShapeDtypeStruct((60, 8, 8, 1), jnp.float32)
         assert (
             lint(lambda v, x, apply=network.apply: apply(*v, x, True), variables, x, steps=300)

@@ -12,6 +12,7 @@ from normjax.diagnostics import layer_inputs, percentiles
 from tests.compare import assert_close, assert_identical
 
 
+@pytest.mark.slow
 def test_of_layers_and_of_features(rng):
     inputs = {"conv": rng.normal(size=(7, 3, 4, 2)), "dense": [rng.normal(size=(9, 5))]}
     arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), inputs)
@@ -23,11 +24,13 @@ def test_of_layers_and_of_features(rng):
         assert_close(seen.values["dense"][0], np.percentile(inputs["dense"][0], q, axis), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_normal_distribution_has_its_deviation_at_15_and_85():
     x = 3 + 2 * jax.random.normal(jax.random.key(0), (200_000,))
     assert_close(percentiles(x).values, 3 + 2 * np.asarray([-1.0364, 0, 1.0364]), atol=0.03)
 
 
+@pytest.mark.slow
 def test_several_feature_axes_and_half_precision():
     x = jnp.arange(24, dtype=jnp.bfloat16).reshape(4, 2, 3)
     seen = percentiles(x, (50,), feature_axes=(1, 2)).values
@@ -40,6 +43,7 @@ def test_double_precision_is_kept():
         assert_close(percentiles(x, (100,)).values, np.asarray([1.0 + 1e-12]), dtype=np.float64)
 
 
+@pytest.mark.slow
 def test_a_history_from_a_scan():
     """Fields gain a leading axis of steps."""
     xs = jax.random.normal(jax.random.key(0), (6, 32, 3))
@@ -99,6 +103,7 @@ def linen():
     return x, Linen().init(jax.random.key(1), x, train=True)
 
 
+@pytest.mark.slow
 def test_linen(linen):
     x, variables = linen
     (y, updates), inputs = layer_inputs(
@@ -119,6 +124,7 @@ def test_linen(linen):
     assert_close(y, np.asarray(inputs["Dense_0"] @ head["kernel"] + head["bias"]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_linen_in_a_jitted_gradient(linen):
     """A function may call apply; layers keep their paths, in the order of a dict's keys."""
     x, variables = linen
@@ -154,6 +160,7 @@ class NNX(nnx.Module):
         return x
 
 
+@pytest.mark.slow
 def test_nnx():
     """A class that calls its parent's `__call__` is one layer; the classes are restored."""
     call, model, other = nnx.Linear.__call__, NNX(nnx.Rngs(0)), NNX(nnx.Rngs(0))
@@ -183,6 +190,7 @@ def test_nnx_classes_are_restored_when_a_call_fails():
     assert nnx.Linear.__call__ is call
 
 
+@pytest.mark.slow
 def test_models_whose_layers_cannot_be_seen(linen):
     x, variables = linen
     for model in (jnp.sin, jax.jit(lambda x: Linen().apply(variables, x, train=False))):

@@ -17,6 +17,7 @@ def sick():
     return tree
 
 
+@pytest.mark.slow
 def test_a_row_for_each_layer_a_mark_for_each_channel_in_the_color_of_its_finding(tmp_path):
     found = report(sick())
     figure = plot.report(found)

@@ -25,6 +25,7 @@ def test_lines_are_those_of_the_history():
         assert panel.get_yscale() == "log"
 
 
+@pytest.mark.slow
 def test_long_histories_are_root_mean_squares_of_blocks():
     line = plot.rotation(history(450, (3,)), steps=range(0, 900, 2)).axes[0].lines[0]
     assert len(line.get_ydata()) == 150

@@ -26,6 +26,7 @@ def distributions(rng):
     )
 
 
+@pytest.mark.slow
 def test_percentiles_of_a_typical_feature(distributions):
     figure = plot.percentiles(distributions, steps=range(0, 50, 10))
     assert [panel.get_title() for panel in figure.axes] == ["a, feature 2 of 3", "b"]
@@ -63,6 +64,7 @@ def test_landscapes():
     assert plot.landscape(landscapes()).axes[0].get_legend() is None
 
 
+@pytest.mark.slow
 def test_refusals(distributions):
     single = percentiles(jnp.ones((4, 2)))
     with pytest.raises(

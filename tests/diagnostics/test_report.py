@@ -212,6 +212,7 @@ def test_layers_that_their_own_parameters_silence():
     assert rules((tanh | {"alpha": jnp.zeros(())}, {})) == [("/", "dead-channels", "error")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", FAMILY)
 def test_no_alarm_for_a_network_at_its_start_and_one_that_has_trained(norm):
     model = Residual(FAMILY[norm])
@@ -221,6 +222,7 @@ def test_no_alarm_for_a_network_at_its_start_and_one_that_has_trained(norm):
     assert after.count("error") == after.count("warning") == 0
 
 
+@pytest.mark.slow
 def test_paths_and_kinds_in_each_kind_of_model():
     linen = report(init(Residual()))
     names = ["BatchNorm_0", "BatchNorm_1", "stem_norm"]
@@ -324,6 +326,7 @@ def test_layers_stacked_in_a_scan_are_judged_each_by_its_own_median():
     assert finding.rule == "near-zero-scale" and "(channel (1, 3))" in finding.message
 
 
+@pytest.mark.slow
 def test_bfloat16_and_complex():
     tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), healthy())
     tree["batch_stats"]["norm"]["var"] = tree["batch_stats"]["norm"]["var"].at[3].set(0)

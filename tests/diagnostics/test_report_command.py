@@ -78,6 +78,7 @@ def test_checkpoints_of_the_first_version(capsys, name):
     }
 
 
+@pytest.mark.slow
 def test_orbax_with_a_state_of_training_of_which_the_optimizer_is_left_out(capsys, tmp_path):
     assert paths(capsys, save_orbax(tmp_path / "one", state())) == PATHS
     with ocp.PyTreeCheckpointer() as checkpointer:
@@ -96,6 +97,7 @@ def test_orbax_of_an_nnx_model(capsys, tmp_path):
     assert paths(capsys, tmp_path / "nnx") == ["norms/0", "norms/1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("items", [None, ("state", "meta")])
 def test_the_newest_step_of_a_manager_and_any_other(capsys, tmp_path, items):
     with ocp.CheckpointManager(tmp_path / "run", item_names=items) as manager:
@@ -281,6 +283,7 @@ def test_on_a_terminal_the_table_is_rich_s_and_without_rich_plain(capsys, monkey
     assert "\x1b[" not in plain and "nothing wrong" in plain
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_quiet(tmp_path):
     os.mkfifo(tmp_path / "a")
     command = [sys.executable, "-m", "normjax.diagnostics", tmp_path / "a"]
@@ -291,6 +294,7 @@ def test_ctrl_c_is_quiet(tmp_path):
     assert process.returncode == 130
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path):
     (tmp_path / "a").write_bytes(serialization.to_bytes(healthy()))
     command = [sys.executable, "-m", "normjax.diagnostics"]

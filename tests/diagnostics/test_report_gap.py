@@ -29,6 +29,7 @@ def single(x, train, running):
     return nj.batch_norm({}, running, x, train)
 
 
+@pytest.mark.slow
 def test_the_gap_is_the_distance_of_the_layer_s_outputs():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
@@ -46,6 +47,7 @@ def test_the_gap_is_the_distance_of_the_layer_s_outputs():
     )
 
 
+@pytest.mark.slow
 def test_none_remains_after_recalibration_and_none_is_told_without_a_batch():
     variables = nj.recalibrate(updated(Residual()), init(Residual()), [X])
     found = report(variables, apply_fn=updated(Residual()), batch=X)
@@ -56,6 +58,7 @@ def test_none_remains_after_recalibration_and_none_is_told_without_a_batch():
     assert [layer.gap for layer in report(variables).layers] == [None] * 3
 
 
+@pytest.mark.slow
 def test_a_network_that_has_trained_has_none_to_speak_of():
     model = Residual()
     variables = trained(model)
@@ -66,6 +69,7 @@ def test_a_network_that_has_trained_has_none_to_speak_of():
     assert few.findings == () and max(layer.gap for layer in few.layers) > 0.25
 
 
+@pytest.mark.slow
 def test_other_data_than_that_of_training_is_an_error():
     model = Residual()
     variables = moved(init(model), updated(model), X, 100)
@@ -76,6 +80,7 @@ def test_other_data_than_that_of_training_is_an_error():
     assert report(variables, apply_fn=updated(model), batch=X).findings[0].rule == "zero-scale"
 
 
+@pytest.mark.slow
 def test_statistics_at_their_start_are_a_note_and_those_on_their_way_a_warning():
     model = Residual(momentum=0.99)
     start = report(init(model), apply_fn=updated(model), batch=X)
@@ -87,6 +92,7 @@ def test_statistics_at_their_start_are_a_note_and_those_on_their_way_a_warning()
     assert stem.severity == "warning" and "more steps" in stem.advice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [nj.linen.BatchNorm, nn.BatchNorm, nj.linen.BatchRenorm])
 def test_of_linen_whoever_wrote_the_layer(norm):
     model = Residual(norm)
@@ -113,6 +119,7 @@ def assert_gaps(found, path, x, variables):
     assert_close(np.float64(layer.gap), expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [nj.nnx.BatchNorm, nnx.BatchNorm])
 def test_of_nnx_whose_module_stays_as_it_is(norm):
     model = NNX(norm)
@@ -170,6 +177,7 @@ def test_a_network_that_is_not_finite_is_reported_all_the_same():
     assert found.findings[0].rule == "non-finite" and "(channel 5)" in found.findings[0].message
 
 
+@pytest.mark.slow
 def test_it_refuses_a_forward_pass_that_tells_nothing():
     model = Residual()
     variables = init(model)

@@ -26,6 +26,7 @@ def stacked(tree, copies=4):
     return jax.tree.map(lambda leaf: np.stack([leaf] * copies), tree)
 
 
+@pytest.mark.slow
 def test_statistics_that_devices_keep_apart_under_pmap():
     model = Residual()
     variables = jax_utils.replicate(init(model))
@@ -139,6 +140,7 @@ def test_arrays_that_are_sharded_along_one_axis_of_the_mesh_and_replicated_along
     )
 
 
+@pytest.mark.slow
 def test_the_gap_of_copies_is_the_first_one_s():
     model, x = Residual(), data(64)[0]
     single = init(model)

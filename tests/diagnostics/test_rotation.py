@@ -32,6 +32,7 @@ def test_angles_keep_their_digits_in_float32(angle):
     assert_close(found.chance, 1 / np.sqrt(2), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_features_have_directions_of_their_own(rng):
     w, g, new = (rng.standard_normal((3, 3, 4, 5)) for _ in range(3))
     with jax.enable_x64(True):
@@ -51,6 +52,7 @@ def test_features_have_directions_of_their_own(rng):
         assert_close(found.chance, np.full(5, 1 / 6), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_norms_grow_by_the_gradient_where_it_is_orthogonal():
     """SGD without decay: ||w'||^2 = ||w||^2 + lr^2 ||g||^2, tan(angle) = lr ||g|| / ||w||."""
     rate = 0.3
@@ -83,6 +85,7 @@ def test_norms_grow_by_the_gradient_where_it_is_orthogonal():
     assert np.abs(history["head/kernel"].cosine).max() > 0.1
 
 
+@pytest.mark.slow
 def test_complex_kernels_turn_as_their_real_and_imaginary_parts_do():
     w = {"w": jnp.array([1.0 + 0j, 2.0j], jnp.complex64)}
     with jax.numpy_dtype_promotion("standard"):
@@ -98,6 +101,7 @@ def test_zeros_have_no_direction():
         assert found.angle == 0 and found.cosine == 0
 
 
+@pytest.mark.slow
 def test_half_precision_is_measured_in_float32(rng):
     w, g = ({"w": jnp.asarray(rng.standard_normal((64, 8)), jnp.bfloat16)} for _ in range(2))
     found = rotation(w, g, jax.tree.map(jnp.add, w, g), learning_rate=0.1)["w"]
@@ -105,6 +109,7 @@ def test_half_precision_is_measured_in_float32(rng):
     assert_close(found.norm, np.linalg.norm(np.asarray(w["w"], np.float64)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_only_what_the_mask_chooses_and_only_numbers():
     params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "step": jnp.arange(2)}
     assert sorted(rotation(params, params, params, learning_rate=0.1)) == [
@@ -117,6 +122,7 @@ def test_only_what_the_mask_chooses_and_only_numbers():
     ]
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_go_by_the_same_paths():
     class Linen(nn.Module):
         @nn.compact

@@ -21,6 +21,7 @@ def found():
     )
 
 
+@pytest.mark.slow
 def test_the_verdict_is_that_of_the_mask(found):
     mask = nj.optim.scale_invariant(
         networks.params(), lambda params: networks.outputs(params, X, epsilon=1e-5)
@@ -41,6 +42,7 @@ def test_numbers_tell_kernels_before_normalization_from_others_by_orders_of_magn
             assert max(ratios) > 0.2, path
 
 
+@pytest.mark.slow
 def test_a_linear_function_turns_by_its_kernel_as_by_chance():
     """f(w) = w: scaling by c changes it as much as a random change, by |c - 1| norm(w)."""
     found = scale_invariance({"w": jnp.arange(1.0, 10.0)}, lambda params: params["w"])["w"]
@@ -59,6 +61,7 @@ def test_the_gradient_of_a_norm_is_parallel_and_of_a_direction_orthogonal():
     assert direction.invariant and direction.cosine < 1e-12 and direction.change < 1e-12
 
 
+@pytest.mark.slow
 def test_epsilon_shows_in_the_change():
     """rms_norm of one feature vector: f(c w) - f(w) follows from 1 / sqrt(1 + eps / var)."""
 
@@ -73,6 +76,7 @@ def test_epsilon_shows_in_the_change():
     assert changes[0] < 1e-5
 
 
+@pytest.mark.slow
 def test_what_has_no_influence_and_what_has_no_length():
     params = {
         "w": jnp.ones((5, 3)),
@@ -86,6 +90,7 @@ def test_what_has_no_influence_and_what_has_no_length():
     assert not unused.invariant and unused.influence == unused.change == unused.cosine == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [(), -1])
 def test_nnx_modules(features):
     class Module(nnx.Module):

@@ -59,6 +59,7 @@ def test_one_all_reduce_forward(way, masked):
     assert size <= 3 * FEATURES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["pmap", "shard_map", "shard_map unchecked"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_all_reduce_backward(way, masked):
@@ -67,6 +68,7 @@ def test_one_all_reduce_backward(way, masked):
     assert all(size <= 3 * FEATURES for _, size in both)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_plain_jit_with_a_sharded_batch_sends_no_more(kind, masked):
@@ -85,6 +87,7 @@ def test_plain_jit_with_a_sharded_batch_sends_no_more(kind, masked):
             assert sorted(found) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_checked_shard_map_sends_two_numbers_a_feature():
     """With check_vma, scale and bias get their gradients from the same sum."""
     assert collectives(compiled(forward, "shard_map", False)) == [(REDUCE, 2 * FEATURES)]
@@ -116,6 +119,7 @@ def test_the_second_pass_is_taken_on_all_devices_at_once(offset, far):
         assert_close(own, expected, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_program_of_a_device_does_not_grow_with_their_number():
     """Lowered for an abstract mesh, 4,096 devices run the program of 8, with other numbers."""
     texts = {}

@@ -25,12 +25,13 @@ from tests.distributed.mapped import (
     step,
     synced,
 )
+from tests.marks import slow_after
 
 GROUPS = [[0, 1, 2, 3], [4, 5, 6, 7]]
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
-@every_way
+@pytest.mark.parametrize("way", slow_after(1, WAYS))
 @pytest.mark.parametrize("masked", [False, True])
 def test_equals_one_device(on_platform, rng, way, masked):
     mask = jnp.asarray(rng.random((4 * DEVICES, 5, 1)) < 0.6) if masked else None

@@ -55,6 +55,7 @@ def test_equals_the_union_and_comes_back_replicated(rng, check_vma):
         assert_trees_close(actual, expected(layer), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_devices_that_saw_one_batch_each_know_the_whole_batch(rng):
     """With momentum 0 running statistics are the batch's, and merge to those of all examples."""
     x = jnp.asarray(
@@ -102,6 +103,7 @@ def test_a_momentum_that_takes_no_step(momentum):
         )(jnp.ones(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [jax.pmap, jax.vmap])
 def test_under_pmap_and_vmap(rng, transform):
     tree = model(rng)
@@ -122,6 +124,7 @@ def test_layers_without_statistics_have_nothing_to_merge():
     )
 
 
+@pytest.mark.slow
 def test_groups_merge_among_themselves(rng):
     tree = model(rng)["block"]["second"]
     groups = [[0, 2, 4, 6], [1, 3, 5, 7]]
@@ -164,6 +167,7 @@ def test_means_far_from_zero_lose_nothing(rng):
     assert_close(merged["var"], expected(far)["var"], rtol=1e-5, atol=np.spacing(np.float32(1e4)))
 
 
+@pytest.mark.slow
 def test_flax_collections_and_complex_means_keep_their_kind():
     tree = freeze(
         {
@@ -202,6 +206,7 @@ def test_a_variance_without_its_mean():
         )
 
 
+@pytest.mark.slow
 def test_it_is_not_the_mean_of_the_variances(rng):
     tree = model(rng)["block"]["second"]
     merged = over_devices(partial(nj.sync_batch_stats, axis_name="data"))(tree)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import normjax as nj
 from tests.compare import assert_close, assert_trees_close
 from tests.distributed.mapped import DEVICES, collectives, mesh
+from tests.marks import slow_after
 from tests.xla import AS_FOR_USERS
 
 POSITIONS, FEATURES = PartitionSpec(None, "data"), PartitionSpec(None, None, "data")
@@ -97,7 +98,7 @@ def assert_equals_one_device(on_platform, case, way, *given):
         assert_close(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_after(1, WAYS))
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_device(on_platform, rng, case, way):
     mask = jnp.asarray(rng.random(SHAPE) < 0.7) if MASKED[way] else None

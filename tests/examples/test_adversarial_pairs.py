@@ -53,6 +53,7 @@ def first_means(params, images):
     return np.einsum("bhwcij,ijco->bhwo", patches, kernel).mean((0, 1, 2))
 
 
+@pytest.mark.slow
 def test_each_way_normalizes_by_the_statistics_that_it_names(images):
     params, _ = start("shared")
     clean, attacked = (first_means(params, kind) for kind in images)
@@ -69,6 +70,7 @@ def test_each_way_normalizes_by_the_statistics_that_it_names(images):
             assert_close(own["conv_0_0"]["mean"], 0.1 * mean, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_scales_start_as_two_sets_and_can_differ(images):
     (params, batch_stats), (split, _) = start("two sets"), start("two sets, two scales")
     two = "two sets, two scales"
@@ -85,6 +87,7 @@ def test_two_scales_start_as_two_sets_and_can_differ(images):
     assert (np.ptp(clean, axis=0) > 1e-3).any() and not attacked.any()
 
 
+@pytest.mark.slow
 def test_inference_answers_with_the_set_that_is_asked_for(images):
     params, batch_stats = start("two sets")
     _, batch_stats = train("two sets", params, batch_stats, images)
@@ -120,6 +123,7 @@ def test_gaps_are_in_standard_deviations():
     assert pairs.gaps(clean, attacked) == {"conv": 0.25}
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(pairs.WIDTHS, "digits", ((8,), (16,)))
     ways = "clean only", "two sets, two scales"

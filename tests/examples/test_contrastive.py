@@ -39,6 +39,7 @@ def unit_rows(rng, *shape):
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_the_loss_is_nt_xent(rng):
     """Equation 1 of Chen et al. 2020, over the 2N embeddings; each device has its own rows."""
     q, k = (unit_rows(rng, 6, 3) for _ in range(2))
@@ -72,6 +73,7 @@ def gradients(way, key):
     return own, state, jax.jit(mapped)(state.params, state.batch_stats, own.train[:32], key)
 
 
+@pytest.mark.slow
 def test_synced_devices_train_as_one_does_on_the_whole_batch(small):
     key = jax.random.key(3)
     own, state, found = gradients(Way(batch(axis_name=AXIS)), key)
@@ -94,6 +96,7 @@ def test_synced_devices_train_as_one_does_on_the_whole_batch(small):
     assert_trees_close(found, expected, atol=1e-4 * largest)
 
 
+@pytest.mark.slow
 def test_shuffled_keys_come_back_in_order(small):
     """Without batch statistics it makes no difference where a key is embedded."""
     key = jax.random.key(3)
@@ -102,6 +105,7 @@ def test_shuffled_keys_come_back_in_order(small):
     assert_trees_close(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_views_are_crops_of_the_image(rng, channels):
     flat = np.full((5, 8, 8, channels), 0.5, np.float32)
@@ -112,6 +116,7 @@ def test_views_are_crops_of_the_image(rng, channels):
     assert_close((views - views.mean((1, 2), keepdims=True)).std(), 0.1, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_probe_separates_what_is_separable(rng):
     labels = rng.integers(3, size=60)
     features = np.float32(rng.normal(size=(60, 4)) * 0.1 + np.eye(4)[labels])
@@ -120,6 +125,7 @@ def test_probe_separates_what_is_separable(rng):
     assert separated((features[:30], labels[:30]), (features[30:], (labels[30:] + 1) % 3), 3) == 0
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path, capsys, small, monkeypatch, promotion_as_in_flax):
     monkeypatch.setattr(simclr, "WAYS", {"per device": simclr.WAYS["per device"]})
     assert main([*OPTIONS, "--out", str(tmp_path)]) == 0

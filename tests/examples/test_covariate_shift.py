@@ -17,6 +17,7 @@ from tests.compare import assert_close, assert_identical
 IMAGES = jax.random.uniform(jax.random.key(5), (12, 4, 4, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [False, True])
 def test_without_noise_it_is_the_network_of_speedup(normalize):
     network, expected = Sigmoids(normalize), mlp(Style(normalize, "sigmoid"), 3)
@@ -27,6 +28,7 @@ def test_without_noise_it_is_the_network_of_speedup(normalize):
     )
 
 
+@pytest.mark.slow
 def test_the_noise_is_drawn_anew_for_each_step_and_unit_and_around_it_for_each_example():
     x = jnp.zeros((20_000, 6))
     shift = np.asarray(disturbed(jax.random.key(0), x))
@@ -43,6 +45,7 @@ def test_the_noise_is_drawn_anew_for_each_step_and_unit_and_around_it_for_each_e
     assert (np.abs(np.asarray(disturbed(jax.random.key(1), x)).mean(0) - means) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_noise_is_there_in_training_alone_and_its_key_moves_on():
     network = Sigmoids(normalize=True, noise=True)
     params, batch_stats = network.network.init(jax.random.key(0), (4, 4, 1), 10)
@@ -58,6 +61,7 @@ def test_noise_is_there_in_training_alone_and_its_key_moves_on():
     assert_identical(logits, Sigmoids(normalize=True).forward(params, clean, IMAGES, False)[0])
 
 
+@pytest.mark.slow
 def test_the_instruments_see_the_batch_and_the_probe():
     """A covariate shift of a step of plain gradient descent, and percentiles of each unit."""
     network = VARIANTS["no normalization"]
@@ -95,6 +99,7 @@ def test_steps_to():
     assert steps_to(0.9, runs) == "15" and steps_to(0.99, runs) == "not reached"
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path, capsys):
     arguments = ["--steps", "6", "--eval-every", "3", "--seeds", "2", "--train-examples", "200"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0

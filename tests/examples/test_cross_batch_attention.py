@@ -28,6 +28,7 @@ def records(tokens, lookup):
     return np.asarray(tokens).reshape(len(tokens), lookup.pairs, lookup.record)
 
 
+@pytest.mark.slow
 def test_what_is_asked_was_defined():
     documents = draw(LOOKUP, jax.random.key(0), 40)
     defined, asked = records(documents.previous, LOOKUP), records(documents.current, LOOKUP)
@@ -45,6 +46,7 @@ def test_what_is_asked_was_defined():
     )
 
 
+@pytest.mark.slow
 def test_definitions_hide_in_passages_of_a_text():
     text = np.frombuffer(
         b"What is the answer? It is in the question: forty-two, as they say.", np.uint8
@@ -60,6 +62,7 @@ def test_definitions_hide_in_passages_of_a_text():
     assert int(documents.current.max()) < lookup.vocabulary
 
 
+@pytest.mark.slow
 def test_whom_a_document_sees():
     assert seen(2, 4, 1).astype(int).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
     assert seen(4, 4, 2).astype(int).tolist() == [
@@ -140,6 +143,7 @@ def answer(model, params, documents, count):
     return answer_from(model, params, documents, memory, seen(CONTEXTS, CONTEXTS, count))
 
 
+@pytest.mark.slow
 def test_a_document_sees_what_it_should(model, case):
     params, documents = case
     previous = np.array(documents.previous)
@@ -185,6 +189,7 @@ def test_focus_is_the_share_of_equal_contexts_where_keys_are_alike(model, case):
         assert_close(focus, np.full(focus.shape, 1 / count), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_negatives_are_differentiable(model, case):
     params, documents = case
 
@@ -236,6 +241,7 @@ def test_negatives_help_among_distractors(tmp_path, capsys):
     assert "Reported by Tworkowski et al. 2023" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_text_and_other_blocks(tmp_path):
     text = tmp_path / "text"
     text.write_text("Call me Ishmael. " * 9)

@@ -44,6 +44,7 @@ def hidden(params, images):
     return np.asarray(images, np.float64) @ np.asarray(params["hidden_0"]["kernel"], np.float64)
 
 
+@pytest.mark.slow
 def test_each_way_normalizes_by_the_statistics_that_it_names(images):
     """The first layer's running means after one batch: they say what was normalized with what."""
     new = {name: train(name, *start(name), images)[1] for name in WAYS}
@@ -55,6 +56,7 @@ def test_each_way_normalizes_by_the_statistics_that_it_names(images):
     assert_trees_close(new["conditional"], new["mixed"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_in_turn_and_own_train_the_same_params(images):
     def loss(params, name, batch_stats):
         return (WAYS[name].train(params, batch_stats, images)[0] ** 2).sum()
@@ -66,6 +68,7 @@ def test_in_turn_and_own_train_the_same_params(images):
     assert_trees_close(gradients["in turn"], gradients["own"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_each_domain_is_inferred_with_its_own(images):
     params, batch_stats = start("own")
     _, batch_stats = train("own", params, batch_stats, images)
@@ -74,6 +77,7 @@ def test_each_domain_is_inferred_with_its_own(images):
         assert_identical(WAYS["own"].infer(params, batch_stats, images[domain], domain), expected)
 
 
+@pytest.mark.slow
 def test_conditional_examples_get_the_scale_and_bias_of_their_domain(images, rng):
     params, batch_stats = start("conditional")
     params["hidden_0"]["norm"] = {
@@ -102,6 +106,7 @@ def test_conditional_training_gathers_the_rows_of_each_domain(images):
     assert (np.ptp(logits[0], axis=0) > 0.01).all() and (logits[1] == 0).all()
 
 
+@pytest.mark.slow
 def test_conditional_starts_as_mixed(images):
     (logits, _), (same, _) = (
         train(name, *start(name), images) for name in ("mixed", "conditional")

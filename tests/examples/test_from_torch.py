@@ -29,6 +29,7 @@ def test_statistics_go_on_as_those_of_torch(network, moved):
     assert compare_training(network, *moved, images(4, 32)) < 1e-5
 
 
+@pytest.mark.slow
 def test_running_statistics_are_not_those_at_the_start(network, moved):
     _, variables = moved
     assert all(abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(variables["batch_stats"]))
@@ -37,6 +38,7 @@ def test_running_statistics_are_not_those_at_the_start(network, moved):
     assert "count" not in variables["batch_stats"]["bn1"]
 
 
+@pytest.mark.slow
 def test_a_file_gives_what_the_network_gives(network, moved, tmp_path):
     save_file(
         {key: value.numpy() for key, value in network.state_dict().items()},
@@ -46,6 +48,7 @@ def test_a_file_gives_what_the_network_gives(network, moved, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, variables, moved[1])
 
 
+@pytest.mark.slow
 def test_a_key_that_is_missing_is_named(network):
     state = dict(network.state_dict())
     del state["layer2.0.downsample.1.running_var"]

@@ -28,6 +28,7 @@ def softmax_loss(params, images, labels):
     return np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels])
 
 
+@pytest.mark.slow
 def test_the_instruments_see_the_batch():
     """Softmax regression: the loss along its gradient, and its Hessian's largest eigenvalue."""
     rng = np.random.default_rng(0)
@@ -74,6 +75,7 @@ def test_medians_over_the_seeds():
     assert eigenvalues(runs).tolist() == [2.0, 3.0]
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(landscape, "WIDTHS", ((4,),))
     arguments = [

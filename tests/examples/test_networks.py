@@ -29,6 +29,7 @@ def test_shapes_and_states(make, shape):
     assert all(("bias" in layer) == (name == "logits") for name, layer in params.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
 def test_variants_start_from_the_same_kernels(make):
     def init(normalize):
@@ -72,6 +73,7 @@ def test_training_of_a_small_inception():
     assert round(run.accuracies[-1] * 101, 3).is_integer()
 
 
+@pytest.mark.slow
 def test_a_trainer_takes_batches_of_several_sizes_and_hands_out_its_state():
     data = examples(load("digits").limit(60, 20), standardize=True)
     trainers = [Trainer(SMALL["mlp"](Style(True, "relu")), data, size, 0.9) for size in (8, 4)]

@@ -27,6 +27,7 @@ def variants():
         return deployed(network, variables, images), images
 
 
+@pytest.mark.slow
 def test_int8_is_int8_and_close(variants):
     made, images = variants
     assert list(made) == list(VARIANTS)

@@ -118,6 +118,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "train"), [("plain", True), ("layer", True), ("batch", True), ("batch", False)]
 )
@@ -147,6 +148,7 @@ def test_biases_are_there_once():
     assert all((norm["scale"] == np.float32(0.1)).all() for norm in params["norms"].values())
 
 
+@pytest.mark.slow
 def test_scan_is_a_python_loop(rng):
     cell, params, batch_stats, x, _ = case("lstm", "batch", rng)
     x = np.nan_to_num(x)
@@ -180,6 +182,7 @@ def test_statistics_of_a_step_are_the_moments_of_its_batch(rng):
         assert_close(new["input_gates"]["var"][own], var, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_statistics_of_steps_that_no_sequence_reaches_stay(rng):
     cell, params, batch_stats, x, _ = case("gru", "batch", rng)
     reached = np.arange(TIME) < MAX_STEPS - 1
@@ -192,6 +195,7 @@ def test_statistics_of_steps_that_no_sequence_reaches_stay(rng):
         assert_identical(after, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_a_padded_sequence_is_the_sequence(norm, rng):
     cell, params, batch_stats, x, mask = case("gru", norm, rng)
@@ -209,6 +213,7 @@ def loss(cell, params, batch_stats, x, mask):
     return jnp.sum(outputs * jnp.cos(jnp.arange(UNITS, dtype=outputs.dtype))), new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "norm"), [("gru", "layer"), ("lstm", "batch")])
 def test_gradients_are_finite_over_nan(kind, norm, rng):
     cell, params, batch_stats, x, mask = case(kind, norm, rng)
@@ -230,6 +235,7 @@ def test_gradients_against_differences(rng):
         check_grads(f, (params,), order=1, modes=["rev"], atol=1e-5, rtol=1e-5, eps=1e-6)
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_steps(rng):
     cell, params, batch_stats, x, mask = case("gru", "batch", rng)
     traced = []
@@ -244,12 +250,14 @@ def test_one_program_serves_all_steps(rng):
     assert len(traced) == 1
 
 
+@pytest.mark.slow
 def test_ink():
     rows = np.zeros((2, 5, 3), np.float32)
     rows[0, 1, 2], rows[0, 3, 0] = 1, 0.1
     assert with_ink(jnp.asarray(rows)).tolist() == [[False, True, True, True, False], [False] * 5]
 
 
+@pytest.mark.slow
 def test_pieces_of_an_image():
     images = jnp.arange(2 * 3 * 4 * 2).reshape(2, 3, 4, 2)
     assert_identical(pieces(images, "rows"), images.reshape(2, 3, 8))

@@ -69,6 +69,7 @@ def test_hidden_kernels_are_all_but_the_last():
         ]
 
 
+@pytest.mark.slow
 def test_scaled_kernels_take_the_same_path_bit_for_bit(examples):
     trainer = Turning(dense(epsilon=scaling.TINY), (examples, examples), 8, 0.1)
     one, other = (run(trainer, scaling.scaled(0.1, c))[0] for c in (1, 4))
@@ -78,6 +79,7 @@ def test_scaled_kernels_take_the_same_path_bit_for_bit(examples):
     assert np.abs(another.losses - one.losses).max() > 1e-6
 
 
+@pytest.mark.slow
 def test_kernels_have_a_rate_and_decay_of_their_own(examples):
     trainer = Turning(dense(epsilon=1e-5), (examples, examples), 8, 0.0)
     recorded, seen = run(trainer, Setting(0.0, 3.0), steps=6)
@@ -156,6 +158,7 @@ def test_claims_are_made_of_what_is_finished():
     assert table.row_count == 1
 
 
+@pytest.mark.slow
 def test_runs_that_diverge_are_said_to(tmp_path):
     study = scaling.Scaling(Namespace(data="digits"))
     history = {"a": rotations([1.0, 2.0, np.nan, np.nan])}

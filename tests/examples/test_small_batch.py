@@ -34,6 +34,7 @@ def trained(network, images):
     return jax.device_get(step(jax.random.key(0), images))
 
 
+@pytest.mark.slow
 def test_batch_norm_of_each_device_is_ghost_batch_norm_of_as_many(images):
     logits, batch_stats = trained(on_devices(vgg(batch(), WIDTHS)), images)
     expected, _ = trained(vgg(batch(virtual_batch_size=SHARE), WIDTHS), images)
@@ -44,16 +45,19 @@ def test_batch_norm_of_each_device_is_ghost_batch_norm_of_as_many(images):
     assert_trees_close(batch_stats, union, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_sync_batch_norm_is_that_of_the_whole_batch(images):
     found = trained(on_devices(vgg(methods(80)["sync"].unit, WIDTHS)), images)
     assert_trees_close(found, trained(vgg(batch(), WIDTHS), images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_group_norm_does_not_care_for_devices(images):
     network = vgg(UNITS["group"], WIDTHS)
     assert_trees_close(trained(on_devices(network), images), trained(network, images), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_inference_needs_no_devices(images):
     network = on_devices(vgg(batch(axis_name="devices"), WIDTHS))
 
@@ -67,6 +71,7 @@ def test_inference_needs_no_devices(images):
     assert_identical(same, batch_stats)
 
 
+@pytest.mark.slow
 def test_the_limits_of_renorm_rise_as_in_its_paper():
     """5,000, 25,000 and 40,000 of its steps are 10, 50 and 80 of 80."""
     rising = limits(80)
@@ -96,6 +101,7 @@ def test_the_paper_stands_beside_what_is_finished():
     assert claims["group norm, 16 images a device"] == ("24.2%", "3.0%") and len(claims) == 4
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path, capsys):
     arguments = [
         "--norms",

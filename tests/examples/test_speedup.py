@@ -43,6 +43,7 @@ def small_inception(monkeypatch):
 
 # Most of the time goes into compiling: a last part of another length would be one more program for
 # each network.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "seeds", "points", "variants", "depths"),
     [("mlp", 2, [20, 40, 45], 4, [2]), ("inception", 1, [20, 40], 6, [])],
@@ -83,6 +84,7 @@ def test_end_to_end(tmp_path, capsys, small_inception, network, seeds, points, v
         )
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_what_is_finished(tmp_path):
     process = start(
         "--steps",

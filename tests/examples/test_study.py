@@ -39,6 +39,7 @@ def run(study):
         return conduct(study, interrupt)
 
 
+@pytest.mark.slow
 def test_all_parts_are_run_and_left_behind(tmp_path, capsys):
     assert run(Squares(Namespace(out=tmp_path / "new", steps=2))) == 0
     content = json.loads((tmp_path / "new" / "squares.json").read_text())

@@ -177,6 +177,7 @@ def in_mid_training(out):
     return complete and len(lines(out)) >= 8
 
 
+@pytest.mark.slow
 def test_metrics_and_checkpoints_are_left(undisturbed):
     train, test = lines(undisturbed), lines(undisturbed, "test")
     assert [line["step"] for line in train] == list(range(1, 25))
@@ -224,6 +225,7 @@ def killed(started_apart, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "then"), [(1, TWO_PROCESSES), (0, EIGHT_DEVICES)], ids=["another", "the first"]
 )
@@ -247,6 +249,7 @@ def test_a_killed_process_ends_the_others_and_a_restart_goes_on(
     assert_same_run(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_and_ends_all_with_0(
     started_apart, run, undisturbed, tmp_path
 ):
@@ -263,6 +266,7 @@ def test_sigterm_to_one_process_saves_and_ends_all_with_0(
     assert_same_run(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_cut_off_or_changed_are_skipped(run, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     checkpoints = tmp_path / "checkpoints"

@@ -36,6 +36,7 @@ def abstract_params(network, classes, pixels):
 
 
 # torchvision's resnet18 and resnet50, documented with these numbers.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "parameters"), [("resnet18", 11_689_512), ("resnet50", 25_557_032)]
 )
@@ -44,6 +45,7 @@ def test_networks_have_as_many_parameters_as_torchvisions(network, parameters):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
 
 
+@pytest.mark.slow
 def test_kernels_are_decayed_and_scales_and_biases_are_not(promotion_as_in_flax):
     params = abstract_params("resnet8", 10, 32)
     asked = parse("--weight-decay", "0.5", "--learning-rate", "1", "--warmup", "0")
@@ -59,6 +61,7 @@ def test_kernels_are_decayed_and_scales_and_biases_are_not(promotion_as_in_flax)
         assert np.asarray(leaf).any() == (leaf.ndim > 1), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [BasicBlock, BottleneckBlock])
 def test_blocks_start_as_the_identity(block):
     conv, norm = partial(nn.Conv, use_bias=False), partial(BatchNorm, use_running_average=True)
@@ -92,6 +95,7 @@ def test_groups_that_do_not_partition_are_refused(batch, group, devices):
         sharing(parse("--batch-size", str(batch), "--norm-group", str(group)), devices)
 
 
+@pytest.mark.slow
 def test_learning_rate_warms_up_and_ends_at_zero():
     rate = learning_rate(parse("--learning-rate", "0.4", "--warmup", "0.1"), 100)
     assert rate(0) == 0 and abs(rate(5) - 0.2) < 1e-6 and abs(rate(10) - 0.4) < 1e-6

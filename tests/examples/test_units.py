@@ -18,6 +18,7 @@ def few_steps():
     """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNITS)
 def test_a_network_of_any_unit_learns_from_every_parameter(name, rng):
     network = vgg(UNITS[name], ((8,), (16,)))

@@ -31,6 +31,7 @@ def images(rng):
     return jnp.asarray(3 + 2 * rng.normal(size=(12, *IMAGES)), jnp.float32)
 
 
+@pytest.mark.slow
 def test_data_dependent_initialization_gives_the_first_batch_mean_0_and_variance_1(images):
     params, batch_stats = initialized_from(images, MAKE).init(jax.random.key(0), IMAGES, 10)
     layers, x = ("conv_0_0", "conv_0_1"), images
@@ -57,6 +58,7 @@ def test_data_dependent_initialization_starts_from_the_kernels_of_all(images):
     assert not any(np.allclose(ours[name]["bias"], 0) for name in ours if name != "logits")
 
 
+@pytest.mark.slow
 def test_the_gain_is_what_relu_takes_from_the_variance(rng):
     assert abs(np.maximum(rng.normal(size=1_000_000), 0).var() * GAIN**2 - 1) < 0.01
     unit, kernel = (
@@ -69,6 +71,7 @@ def test_the_gain_is_what_relu_takes_from_the_variance(rng):
     np.testing.assert_allclose(standardized.reshape(-1, 4).var(0) * 72, GAIN**2, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NORMS)
 def test_others_matter_to_batch_norm_alone(name, images):
     network = MAKE(units()[name])
@@ -100,6 +103,7 @@ def test_each_is_shown_at_its_best_rate():
     assert study.claims() == []
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path, capsys):
     arguments = [
         "--norms",

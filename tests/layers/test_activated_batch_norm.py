@@ -88,6 +88,7 @@ def test_values_and_gradients_are_those_of_two_layers(on_platform, rng, activati
         assert_trees_close(ours[1][1:], theirs[1][1:], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, roundings", [(jnp.float32, 32), (jnp.bfloat16, 4)])
 @each_activation
 def test_the_error_of_the_gradients_is_rounding(on_platform, rng, activation, dtype, roundings):
@@ -134,6 +135,7 @@ def test_second_derivatives_are_those_of_two_layers(on_platform, rng, activation
         assert_trees_close(ours, theirs, rtol=1e5 * EPS64, atol=1e5 * EPS64)
 
 
+@pytest.mark.slow
 @each_activation
 def test_the_output_is_all_that_is_kept(rng, activation):
     (params, batch_stats, x), _ = arguments(rng, np.float32)
@@ -153,6 +155,7 @@ def plain_loss(layer, params, batch_stats, x, weights):
 plain_gradients_of_two_layers = jax.jit(jax.grad(partial(plain_loss, two_layers), (0, 2)))
 
 
+@pytest.mark.slow
 def test_a_scale_near_zero_still_learns(on_platform, rng):
     """The bias is 0, as it starts: then little is lost. At 0 the derivative is that from above."""
     (params, batch_stats, x), weights = arguments(rng, np.float32)
@@ -182,6 +185,7 @@ def test_a_scale_near_zero_beside_a_bias_stays_finite(on_platform, rng, dtype):
     assert jnp.abs(gradients[1]).max() < 1e-1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_what_elu_rounds_to_minus_one_stays_finite(on_platform, dtype):
     x = jnp.concatenate([jnp.zeros(999), jnp.full(1, -100.0)])[:, None].astype(dtype)
@@ -238,6 +242,7 @@ def test_synced_over_devices_it_sends_little(rng, check_vma):
     assert len(sent) <= 2 + (not check_vma), "one forward, one backward (and that of the test)"
 
 
+@pytest.mark.slow
 @each_that_bends
 def test_it_is_recalibrated_like_batch_norm(rng, activation):
     batches = [jnp.asarray(rng.normal(3, 2, (8, 3)), jnp.float32) for _ in range(4)]

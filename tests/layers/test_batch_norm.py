@@ -198,6 +198,7 @@ def test_init_keeps_param_dtype_and_at_least_float32_for_statistics(dtype):
     assert (batch_stats["mean"].dtype, batch_stats["var"].dtype) == (wide, jnp.float32)
 
 
+@pytest.mark.slow
 def test_init_hands_each_random_initializer_a_key_of_its_own():
     normal = jax.nn.initializers.normal(1.0)
     make = lambda key: nj.batch_norm_init(64, scale_init=normal, bias_init=normal, key=key)[0]  # noqa: E731

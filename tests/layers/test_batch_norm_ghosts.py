@@ -19,6 +19,7 @@ def with_ghosts(params, batch_stats, x, mask=None, *, size):
     return nj.batch_norm(params, batch_stats, x, True, mask=mask, virtual_batch_size=size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [2, 6, 12])
 def test_each_slice_is_normalized_on_its_own_and_the_statistics_are_merged(
@@ -59,6 +60,7 @@ def test_gradients_are_those_of_the_slices(on_platform, rng):
     assert_close(dx, jnp.concatenate([halves[0][1], halves[1][1]]), atol=64 * EPS)
 
 
+@pytest.mark.slow
 def test_a_slice_of_which_nothing_counts_uses_the_running_statistics(on_platform, rng):
     params, batch_stats, x = small(rng)
     mask = (jnp.arange(8) < 4)[:, None]

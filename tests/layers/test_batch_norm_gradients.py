@@ -130,6 +130,7 @@ def test_the_gradient_of_x_is_orthogonal_to_ones_and_to_x(on_platform):
         assert_close((dx * x).sum(0), np.zeros(3), atol=1e3 * EPS64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_gradients_are_those_of_float32_rounded_once(on_platform, rng, dtype):
     params, batch_stats, x = small(rng, (64, 3))

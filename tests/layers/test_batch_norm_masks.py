@@ -64,6 +64,7 @@ def test_where_a_masked_element_is_not_finite_y_is_the_bias(on_platform, rng):
         assert_close(y[:2], np.tile(params["bias"], (2, 1)), atol=8 * EPS)
 
 
+@pytest.mark.slow
 def test_garbage_in_masked_elements_poisons_no_second_derivative(on_platform, rng):
     params, batch_stats, x = small(rng, (4, 2))
     mask = (jnp.arange(4) > 0)[:, None]
@@ -111,6 +112,7 @@ def test_a_mask_of_features_leaves_the_others_to_their_running_statistics(on_pla
         assert_identical(new[leaf][1], batch_stats[leaf][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.9, None])
 @pytest.mark.parametrize("running_var", ["biased", "unbiased"])
 def test_where_nothing_counts_statistics_stay_and_y_and_gradients_are_finite(

@@ -65,6 +65,7 @@ def test_gradients_survive_a_huge_offset(on_platform, rng):
     assert_close(on_platform(grad, x), np.asarray(expected), atol=4e-3)
 
 
+@pytest.mark.slow
 def test_a_running_mean_that_was_moved_does_not_matter(on_platform, rng):
     x = jnp.asarray(rng.normal(1e4, 1, (1024, 2)), jnp.float32)
     params, batch_stats = nj.batch_norm_init(2)

@@ -155,6 +155,7 @@ def test_gradients_of_the_leaves_are_the_sums_over_what_shares_them(rng, name, s
     assert_trees_close(grads(leaves), expected, rtol=64 * EPS, atol=terms)
 
 
+@pytest.mark.slow
 @every_layer
 def test_gradients_of_x_are_those_of_the_spread_out_leaves(rng, name):
     params, batch_stats = state(name, rng)
@@ -220,6 +221,7 @@ def test_narrow_x_and_wide_leaves(rng, name):
     )
 
 
+@pytest.mark.slow
 def test_conditional_batch_norm_looks_its_leaves_up(rng):
     """Dumoulin et al. 2017, de Vries et al. 2017: a scale and bias per class, shared statistics."""
     labels, tables = (
@@ -265,6 +267,7 @@ def test_adaptive_layer_norm_and_film(rng):
     close(y, x / rms * (1 + np.float64(gamma)[:, None]))
 
 
+@pytest.mark.slow
 def test_adaptive_instance_norm_transfers_mean_and_deviation(rng):
     """Huang & Belongie 2017, eq. 8: sigma(style) * (x - mu(x)) / sigma(x) + mu(style)."""
     content, style = draw(rng, (2, 8, 7, C), 2.0), 3 * draw(rng, (2, 5, 6, C), -1.0)

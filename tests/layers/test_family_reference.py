@@ -192,6 +192,7 @@ def check(on_platform, case):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(data=st.data())
@@ -239,6 +240,7 @@ def default_case(rng, name, channels, dtype):
     return Case(name, jax.tree.map(np.asarray, params), x, True, {})
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=6)
 @hypothesis.given(data=st.data())
 def test_batch_renorm_computes_the_formula_for_any_arguments(on_platform, data):

@@ -44,6 +44,7 @@ def affine_and_x(rng, shape):
 SHAPES = [(4, 6), (3, 5, 6), (2, 3, 4, 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layer_norm_over_an_example_is_group_norm_with_one_group(rng, shape):
     axes = tuple(range(1, len(shape)))
@@ -62,6 +63,7 @@ def test_instance_norm_is_group_norm_with_one_channel_a_group(rng, shape, groups
     )
 
 
+@pytest.mark.slow
 def test_group_norm_over_everything_is_layer_norm_over_everything(rng):
     group = layer(nj.group_norm, num_groups=1, reduction_axes=(0, 1, 2))
     assert_same_function(
@@ -69,6 +71,7 @@ def test_group_norm_over_everything_is_layer_norm_over_everything(rng):
     )
 
 
+@pytest.mark.slow
 def test_group_norm_is_layer_norm_of_each_run_of_channels(rng):
     def by_layer_norm(params, x):
         runs = x.reshape(3, 4, 2, 3)
@@ -80,6 +83,7 @@ def test_group_norm_is_layer_norm_of_each_run_of_channels(rng):
     )
 
 
+@pytest.mark.slow
 def test_instance_norm_is_batch_norm_of_each_example(rng):
     def by_batch_norm(params, x):
         _, batch_stats = nj.batch_norm_init(6)
@@ -100,6 +104,7 @@ def test_layer_norm_is_batch_norm_with_the_examples_as_features(rng):
     assert_same_function(rng, layer(nj.layer_norm), by_batch_norm, *affine_and_x(rng, (4, 6)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [-1, 1, (1, 2), (0, -1)], ids=str)
 def test_layer_norm_is_rms_norm_of_centered_x(rng, axes):
     def by_rms_norm(params, x):
@@ -110,6 +115,7 @@ def test_layer_norm_is_rms_norm_of_centered_x(rng, axes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_a_scale_stored_as_its_distance_from_one_is_the_same_rms_norm(rng, with_bias):
     params, x = affine_and_x(rng, (4, 6))
@@ -121,6 +127,7 @@ def test_a_scale_stored_as_its_distance_from_one_is_the_same_rms_norm(rng, with_
     assert_same_function(rng, stored_as_distance, layer(nj.rms_norm), params, x)
 
 
+@pytest.mark.slow
 def test_filter_response_norm_without_threshold_is_rms_norm_over_space(rng):
     over_space = layer(nj.rms_norm, reduction_axes=(1, 2))
     params, x = affine_and_x(rng, (2, 3, 4, 6))
@@ -160,6 +167,7 @@ def test_local_response_norm_without_a_response_divides_by_a_constant(rng):
 # Batch renorm.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(
     "settings",
@@ -260,6 +268,7 @@ def test_batch_renorm_by_hand_at_each_limit(r_max, d_max, mean, var, expected, a
     assert_close(y, np.array(expected)[:, None], atol=8 * EPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_unclipped_batch_renorm_trains_on_what_inference_computes(rng, momentum):
     """Ioffe 2017, section 3: with r and d unclipped, y only depends on the running statistics."""
@@ -272,6 +281,7 @@ def test_unclipped_batch_renorm_trains_on_what_inference_computes(rng, momentum)
     assert (jnp.abs(new["mean"] - batch_stats["mean"]) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_the_gradient_of_batch_renorm_treats_r_and_d_as_constants(rng):
     params, batch_stats, x = small(rng, (8, 3), mean=0.5)
     cotangent = jnp.asarray(draw_normal(rng, x.shape, np.float32))
@@ -294,6 +304,7 @@ def test_the_gradient_of_batch_renorm_treats_r_and_d_as_constants(rng):
     assert_trees_close(actual, expected, rtol=64 * EPS, atol=64 * EPS * largest)
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_old_statistics_through_r_and_d(rng):
     params, batch_stats, x = small(rng)
 

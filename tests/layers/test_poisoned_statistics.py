@@ -160,6 +160,7 @@ def that_matter(part, run, batch_stats, x, leaf, values):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN)
 def test_y_and_gradients_do_not_depend_on_running_statistics(on_platform, name):
     run, values = program(on_platform, name), FAR + NOT_FINITE
@@ -194,6 +195,7 @@ def apart():
     return {"signs": signs, "exponents": exponents, "far": far, "near": near}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), MAPPED)
 def test_devices_that_trained_apart_agree_on_the_batch(on_platform, name, way):
     run = mapped_program(on_platform, name, way)

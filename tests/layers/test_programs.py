@@ -51,6 +51,7 @@ def test_other_platforms_know_nothing_of_it(layer):
     assert "optimization_barrier" not in program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_examples_share_a_branch_on_one_device_alone(devices):
     code = """

@@ -67,6 +67,7 @@ def lean(network, **settings):
     return jax.checkpoint(network, policy=nj.remat_policy(**settings))
 
 
+@pytest.mark.slow
 def test_a_convolutional_network_keeps_the_inputs_of_its_normalizations(rng):
     x = jnp.asarray(rng.normal(size=(4, 6, 6, 3)), jnp.float32)
     variables = Block().init(jax.random.key(0), x)
@@ -80,6 +81,7 @@ def test_a_convolutional_network_keeps_the_inputs_of_its_normalizations(rng):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "norm", [nj.linen.LayerNorm, nj.linen.RMSNorm, partial(nj.linen.GroupNorm, num_groups=2)]
 )
@@ -99,6 +101,7 @@ def test_a_transformer_keeps_the_inputs_of_its_normalizations_and_of_its_linear_
     )
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_take_it(rng):
     x = jnp.asarray(rng.normal(size=(4, 6, 6, 3)), jnp.float32)
     variables = Block().init(jax.random.key(0), x)
@@ -126,6 +129,7 @@ def test_linen_and_nnx_take_it(rng):
     assert_steps_close(*(run(wrap) for wrap in (remat, lambda f: f)))
 
 
+@pytest.mark.slow
 def test_the_output_of_activated_batch_norm_is_kept_in_place_of_its_input(rng):
     params, batch_stats = nj.activated_batch_norm_init(WIDTH)
 

@@ -177,6 +177,7 @@ def test_use_running_average_is_said_once():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6, 1, 1), (6, 4, 1), (1, 4, 3), (6, 4, 3)], ids=str)
 def test_masks_are_flaxs_and_need_not_be_boolean(rng, shape):
     x = batch(rng)
@@ -189,6 +190,7 @@ def test_masks_are_flaxs_and_need_not_be_boolean(rng, shape):
     assert_trees_close(*at_once(run, x, np.float32(rng.random(shape) < 0.7)), **CLOSE)
 
 
+@pytest.mark.slow
 def test_checkpoints_load_both_ways(rng):
     x = batch(rng)
     for save, load in ((nn.BatchNorm(), BatchNorm()), (BatchNorm(), nn.BatchNorm())):
@@ -209,6 +211,7 @@ def test_init_leaves_the_statistics_at_their_start_and_touches_no_axis(rng):
     assert y.shape == (6, 4, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapped", [jax.vmap, jax.pmap], ids=["vmap", "pmap"])
 def test_statistics_are_shared_over_an_axis_as_in_flax(rng, mapped):
     x = jnp.asarray(rng.normal(np.arange(4)[:, None, None] / 4, 1, (4, 6, 3)), jnp.float32)
@@ -226,6 +229,7 @@ def test_statistics_are_shared_over_an_axis_as_in_flax(rng, mapped):
     assert_trees_close(jax.tree.map(lambda leaf: leaf[0], ours[1]), updates, **CLOSE)
 
 
+@pytest.mark.slow
 def test_one_value_per_channel_gives_the_bias():
     module = BatchNorm(use_running_average=False, bias_init=nn.initializers.constant(0.25))
     x = jnp.array([[7.0, -3.0]])
@@ -255,6 +259,7 @@ def test_integers_are_accepted_as_in_flax(rng, dtype):
     assert_trees_close(results, expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_the_variance_is_safe_where_flaxs_is_not(rng):
     x = jnp.asarray(rng.normal(1e4, 1, (4096, 3)), jnp.float32)
     variables = BatchNorm().init(KEY, x, use_running_average=True)
@@ -275,6 +280,7 @@ def test_frozen_layers_keep_their_statistics_and_train_scale_and_bias(rng):
     assert all((jnp.abs(grad) > 0).all() for grad in grads.values())
 
 
+@pytest.mark.slow
 def test_what_it_has_beyond_flax_is_that_of_the_function(rng):
     x = batch(rng)
     module = BatchNorm(momentum=None, running_var="unbiased", virtual_batch_size=3)
@@ -343,6 +349,7 @@ def test_partitioning_metadata_of_the_initializers_is_kept(rng):
     assert module.apply(variables, batch(rng)).shape == (6, 4, 3)
 
 
+@pytest.mark.slow
 def test_it_trains_in_a_model_with_an_optimizer(rng):
     x, target = batch(rng), jnp.asarray(rng.normal(size=(6, 4, 3)), jnp.float32)
     model, optimizer = Block(), optax.sgd(0.1)

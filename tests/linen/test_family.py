@@ -143,6 +143,7 @@ def test_masks_are_flaxs_and_need_not_be_boolean(rng, name, shape):
     assert_close(*at_once(run, x, np.float32(mask)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_what_a_mask_hides_may_be_nan_and_all_may_be_hidden(rng, name):
     x, (ours, _) = np.asarray(batch(rng)), pair(name)
@@ -175,6 +176,7 @@ def test_every_field_and_call_argument_of_flax_is_there_with_its_default(name):
     assert [p.default for p in call.values()] == [p.default for p in flax_call.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_checkpoints_load_both_ways(rng, name):
     x, modules = batch(rng), pair(name)
@@ -236,6 +238,7 @@ def test_large_integers_are_not_rounded_to_the_dtype_of_y():
     assert_close(y, expected[None], rtol=2**-8, atol=2**-8, dtype=BRAIN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LayerNorm", "InstanceNorm"])
 def test_one_value_for_a_statistic_gives_the_bias_as_in_flax(name):
     x = jnp.array([[7.0], [-3.0]])
@@ -243,6 +246,7 @@ def test_one_value_for_a_statistic_gives_the_bias_as_in_flax(name):
         assert_close(module.init_with_output(KEY, x)[0], np.full((2, 1), 0.25), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
 def test_complex_numbers_are_flaxs(rng, name):
     x = jnp.asarray(rng.normal(size=(4, 6)) + 1j * rng.normal(size=(4, 6)), jnp.complex64)
@@ -299,6 +303,7 @@ class Model(nn.Module):
         return self.package.SpectralNorm(nn.Dense(6))(x, update_stats=True)
 
 
+@pytest.mark.slow
 def test_a_model_of_all_has_flaxs_variables_and_summary(rng):
     x = batch(rng)
     ours, theirs = (Model(package) for package in (nj, nn))

@@ -93,6 +93,7 @@ def test_dtypes_promote_as_in_flax(rng, adapter):
     assert y.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_initializers_are_used_each_with_a_key_of_its_own(rng):
     inits = {f"{leaf}_init": normal for leaf in ("scale", "bias", "threshold", "epsilon")}
     params = FRN(learn_epsilon=True, **inits).init(KEY, batch(rng))["params"]
@@ -105,6 +106,7 @@ def test_initializers_are_used_each_with_a_key_of_its_own(rng):
     )
 
 
+@pytest.mark.slow
 def test_masks_and_axis_names_reach_filter_response_norm(rng):
     x = batch(rng)
     mask = rng.random((2, 4, 3, 1)) < 0.7
@@ -123,6 +125,7 @@ class TestBatchRenorm:
     def step(self, norm, variables, x):
         return norm.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
 
+    @pytest.mark.slow
     def test_it_is_the_function_of_its_variables(self, rng):
         norm = linen.BatchRenorm(r_max=1.5, d_max=0.5, momentum=0.9)
         variables = norm.init(KEY, batch(rng), use_running_average=False)
@@ -140,6 +143,7 @@ class TestBatchRenorm:
         expected, _ = nj.batch_renorm(params, batch_stats, x, False)
         assert_identical(norm.apply(variables, x, use_running_average=True), expected)
 
+    @pytest.mark.slow
     def test_without_correction_it_is_batch_norm(self, rng):
         x, ours = batch(rng), linen.BatchRenorm(r_max=1.0, d_max=0.0)
         variables = ours.init(KEY, x, use_running_average=False)
@@ -162,6 +166,7 @@ class TestBatchRenorm:
 
 
 class TestWeightStandardization:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options", [{}, {"scaled": True, "epsilon": 0.1}, {"feature_axes": None}], ids=str
     )
@@ -181,6 +186,7 @@ class TestWeightStandardization:
         assert_close(y, expected, rtol=1e-6, atol=1e-6)
         assert_identical(updates["params"], params)
 
+    @pytest.mark.slow
     def test_what_the_filter_leaves_out_and_vectors_stay(self, rng):
         x, layer = batch(rng), nn.Dense(5, bias_init=normal)
         for chosen in ({"bias"}, {"other"}):
@@ -193,6 +199,7 @@ class TestWeightStandardization:
         assert set(params) == {"layer_instance", "layer_instance/kernel/scale"}
 
 
+@pytest.mark.slow
 def test_a_scale_for_each_example_needs_no_adapter(rng):
     class Conditioned(nn.Module):
         @nn.compact

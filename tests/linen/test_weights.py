@@ -84,6 +84,7 @@ def batch(rng):
     return jnp.asarray(rng.normal(0.5, 1, (2, 3, 4)), jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "layer", "options", "call"), CASES)
 def test_it_is_flaxs_for_every_constructor_argument(rng, norm, layer, options, call):
     modules, x = pair(norm, layer, options), batch(rng)
@@ -170,6 +171,7 @@ class Stateful(nn.Module):
         return nn.BatchNorm(use_running_average=False, momentum=0.5, axis=(1, 2))(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "options", "call"),
     [("WeightNorm", {"variable_filter": None}, {}), ("SpectralNorm", {}, {"update_stats": True})],
@@ -191,6 +193,7 @@ def test_running_statistics_of_the_layer_are_its_own(rng, norm, options, call):
     assert not [name for name in names if "mean" in name or "var" in name]
 
 
+@pytest.mark.slow
 def test_the_state_of_power_iteration_keeps_its_dtype(rng):
     x = batch(rng)
     module = nj.SpectralNorm(dense(), param_dtype=BRAIN)
@@ -201,6 +204,7 @@ def test_the_state_of_power_iteration_keeps_its_dtype(rng):
         variables |= updates
 
 
+@pytest.mark.slow
 def test_power_iteration_finds_the_largest_singular_value(rng):
     x, module = batch(rng), nj.SpectralNorm(nn.Dense(5, use_bias=False), n_steps=4)
     variables = jax.device_get(module.init(KEY, x, update_stats=False))
@@ -220,6 +224,7 @@ def test_power_iteration_finds_the_largest_singular_value(rng):
     assert_close(module.apply(variables, one, update_stats=False), w, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_that_start_at_zero_are_left_alone_as_in_flax(rng):
     x = batch(rng)
     for package in (nj, nn):
@@ -240,6 +245,7 @@ def test_weights_that_start_at_zero_are_left_alone_as_in_flax(rng):
         assert_identical(y, expected)
 
 
+@pytest.mark.slow
 def test_weights_far_from_zero_in_half_precision_have_the_norm_they_should():
     # the sum of squares, 36864, is near the largest float16
     kernel = jnp.full((4096, 1), 3.0, jnp.float16)

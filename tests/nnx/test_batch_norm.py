@@ -81,6 +81,7 @@ def rounding(*dtypes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "dtype"),
     [(arguments, jnp.float32) for arguments in ARGUMENTS]
@@ -134,6 +135,7 @@ def test_the_metadata_of_the_variables_are_flaxs():
     assert ours.bias.tag == theirs.bias.tag == "bias"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6, 1, 1), (6, 4, 1), (1, 4, 3), (6, 4, 3)], ids=str)
 def test_masks_are_flaxs(rng, shape):
     x, mask = batch(rng, {}), rng.random(shape) < 0.7
@@ -141,6 +143,7 @@ def test_masks_are_flaxs(rng, shape):
     assert_trees_close(*results, **CLOSE)
 
 
+@pytest.mark.slow
 def test_train_and_eval_choose_the_statistics_and_the_call_overrules_them(rng):
     norm, x = pair()[0], batch(rng, {})
     before = states(norm)
@@ -172,6 +175,7 @@ def test_state_moves_both_ways(rng):
             assert_close(receiver(x, use_running_average=True), expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapped", [jax.vmap, jax.pmap], ids=["vmap", "pmap"])
 def test_statistics_are_shared_over_an_axis_as_in_flax(rng, mapped):
     x = jnp.asarray(rng.normal(np.arange(4)[:, None, None] / 4, 1, (4, 6, 3)), jnp.float32)
@@ -199,6 +203,7 @@ def test_one_value_per_channel_gives_the_bias():
     assert_close(norm.var[...], np.full(2, 0.99), rtol=8 * EPS)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_its_digits_at_evaluation():
     # 1003 is no bfloat16 (1004 is): rounding x first gives 4.
     for x, dtype in ((jnp.float32(1003), jnp.bfloat16), (jnp.bfloat16(1004), None)):
@@ -227,6 +232,7 @@ def test_the_variance_is_safe_where_flaxs_is_not(rng):
     assert (np.abs(stds[1] - 1) > 0.1).all()
 
 
+@pytest.mark.slow
 def test_frozen_layers_keep_their_statistics_and_train_scale_and_bias(rng):
     norm, x = BatchNorm(3, frozen=True, rngs=nnx.Rngs(0)), batch(rng, {})
     norm.train()
@@ -265,6 +271,7 @@ class Model(nnx.Module):
         return self.norm(self.dense(x))
 
 
+@pytest.mark.slow
 def test_training_steps_under_nnx_jit_follow_flax(rng):
     x, target = batch(rng, {}), jnp.asarray(rng.normal(size=(6, 4, 3)), jnp.float32)
 
@@ -288,6 +295,7 @@ def test_training_steps_under_nnx_jit_follow_flax(rng):
     assert_close(models[0](x), models[1](x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_it_works_under_vmap_scan_and_remat_of_nnx(rng):
     x = batch(rng, {})
     make = nnx.vmap(lambda rngs: BatchNorm(3, momentum=0.5, rngs=rngs), in_axes=0, out_axes=0)

@@ -109,6 +109,7 @@ def test_both_adapters_are_bit_for_bit_the_same(rng, name, dtype):
     assert_identical(module(x), other.apply({"params": parameters(module)}, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_masks_are_flaxs_and_may_hide_nan(rng, name):
     x = np.asarray(batch(rng))
@@ -139,6 +140,7 @@ def test_every_argument_of_flax_is_there_with_its_default(name):
                 assert mine[argument].default == parameter.default, argument
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_state_moves_both_ways(rng, name):
     x = batch(rng)

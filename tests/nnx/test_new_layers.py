@@ -76,6 +76,7 @@ def test_it_is_the_function_of_its_variables(rng, name, arguments, function, opt
     assert all((np.abs(grad) > 0).any() for grad in grads.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FilterResponseNorm", "LocalResponseNorm", "DynamicTanh"])
 def test_dtypes_promote_as_in_flax(rng, name):
     x, make = batch(rng, jnp.bfloat16), getattr(nj.nnx, name)
@@ -110,6 +111,7 @@ def test_initializers_are_used_each_with_a_key_of_its_own():
     assert float(tanh.alpha[...]) == 0.125
 
 
+@pytest.mark.slow
 def test_masks_and_axis_names_reach_filter_response_norm(rng):
     x, mask = batch(rng), jnp.asarray(rng.random((2, 4, 3, 1)) < 0.7)
     norm, shared = (
@@ -124,6 +126,7 @@ def test_masks_and_axis_names_reach_filter_response_norm(rng):
     assert_close(jnp.concatenate(ys, 1), norm(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_renorm_is_the_function_of_its_variables(rng):
     norm = nj.nnx.BatchRenorm(6, r_max=1.5, d_max=0.5, momentum=0.9, rngs=nnx.Rngs(0))
     params, batch_stats = nj.batch_renorm_init(6)

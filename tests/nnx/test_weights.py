@@ -108,6 +108,7 @@ def test_state_moves_both_ways(rng, name):
         assert_close(taker(x), giver(x), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "call"), [("WeightNorm", {}), ("SpectralNorm", {"update_stats": True})]
 )
@@ -145,6 +146,7 @@ def test_training_is_that_of_linen(rng, name, call):
         assert jnp.abs(scale[...] - 1).min() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_layer_stays_as_it_is_under_transformations(rng, name):
     x, norm = batch(rng), wrap(nj, name)
@@ -179,6 +181,7 @@ def test_transformations_of_jax_may_close_over_it(rng, name):
     assert_close(dx, expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_it_works_under_vmap_and_scan_of_nnx(rng, name):
     x = batch(rng)
@@ -207,6 +210,7 @@ class Stateful(nnx.Module):
         return self.dropout(self.norm(self.linear(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "jit"), [("WeightNorm", True), *((name, False) for name in WRAPPERS)]
 )
@@ -260,6 +264,7 @@ def test_train_and_eval_choose_and_the_call_overrules_them(rng):
     )
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_as_in_flax(rng):
     for package in (nj, nnx):
         with pytest.raises(ValueError, match="3D but error_on_non_matrix is True"):
@@ -295,6 +300,7 @@ def test_weight_standardization_is_the_function_of_its_variables(rng, options):
     assert_identical(other(x), conv(nnx.Rngs(0))(x))
 
 
+@pytest.mark.slow
 def test_weights_that_start_at_zero_are_left_alone_as_in_flax(rng):
     x = batch(rng)
     for package in (nj, nnx):

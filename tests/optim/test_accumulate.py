@@ -62,6 +62,7 @@ def merged(data, old, momentum=0.9, running_var="biased", mask=None):
     return nj.update_batch_stats(old, total, momentum=momentum, running_var=running_var)
 
 
+@pytest.mark.slow
 def test_statistics_move_once_per_step_by_the_merged_moments():
     params, batch_stats = start()
     data = microbatches(2)
@@ -78,6 +79,7 @@ def test_statistics_move_once_per_step_by_the_merged_moments():
     assert_trees_close(first, whole, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_it_statistics_are_others():
     """The tests above can fail: updates for each microbatch lose the variance between them."""
     params, batch_stats = start()
@@ -88,6 +90,7 @@ def test_without_it_statistics_are_others():
     assert abs(each["var"] / merged(data, batch_stats)["var"] - 1).max() > 0.05
 
 
+@pytest.mark.slow
 def test_to_float64_rounding():
     with jax.enable_x64(True):
         params, batch_stats = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), start())
@@ -98,6 +101,7 @@ def test_to_float64_rounding():
         assert_trees_close(after, merged(data, batch_stats), rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_moments_themselves_are_merged_bit_for_bit():
     params, batch_stats = start()
     data = microbatches()
@@ -110,6 +114,7 @@ def test_moments_themselves_are_merged_bit_for_bit():
     assert_identical(after, merged(data, batch_stats))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("running_var", ["biased", "unbiased"])
 def test_masks_that_differ_by_feature(running_var):
     params, batch_stats = start()
@@ -130,6 +135,7 @@ def test_masks_that_differ_by_feature(running_var):
     assert after["mean"][4] == batch_stats["mean"][4]
 
 
+@pytest.mark.slow
 def test_microbatches_of_unequal_sizes_and_empty_ones():
     params, batch_stats = start()
     data = microbatches()
@@ -148,6 +154,7 @@ def test_microbatches_of_unequal_sizes_and_empty_ones():
     assert_trees_close(after, merged(data, batch_stats, mask=masks), rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_cumulative_mean_counts_each_step_once():
     params, batch_stats = nj.batch_norm_init(5, count=True)
     data = microbatches(3)
@@ -170,6 +177,7 @@ def test_a_cumulative_mean_counts_each_step_once():
     assert_trees_close(after, expected, rtol=5e-6, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_skipped_microbatches_do_not_count():
     params, batch_stats = start()
     data = microbatches()
@@ -189,6 +197,7 @@ def test_a_microbatch_that_is_skipped_right_after_a_step_does_not_step_again():
     assert_trees_close(after, merged(data, batch_stats), rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_schedules_of_the_number_of_microbatches():
     params, batch_stats = start()
     data = microbatches()  # a step of one, then one of three
@@ -198,6 +207,7 @@ def test_schedules_of_the_number_of_microbatches():
     assert_trees_close(after, expected, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_state_of_multi_steps_is_found_inside_others():
     params, batch_stats = start()
     data = microbatches()
@@ -253,6 +263,7 @@ class Model(nnx.Module):
         return self.linear(self.norm(x))
 
 
+@pytest.mark.slow
 def test_nnx():
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.MultiSteps(optax.adam(0.1), K), wrt=nnx.Param)
@@ -282,6 +293,7 @@ def test_nnx():
     assert_close(model.norm.var[...], expected["var"], rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_complex_statistics():
     params, batch_stats = nj.batch_norm_init(5, param_dtype=jnp.complex64)
     data = microbatches() + 1j * microbatches(seed=1)
@@ -296,6 +308,7 @@ def test_complex_statistics():
     assert_trees_close(after, merged(data, batch_stats), rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_under_shard_map_statistics_stay_replicated():
     mesh = jax.make_mesh((8,), ("data",))
     params, batch_stats = start()
@@ -321,6 +334,7 @@ def test_under_shard_map_statistics_stay_replicated():
     assert_trees_close(after, merged(data, batch_stats), rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_promotes_no_dtype_by_itself():
     _, batch_stats = nj.batch_norm_init(5, param_dtype=jnp.complex64, count=True)
     states = [optax.MultiStepsState(jnp.int32(i % 2), jnp.int32(i // 2), (), ()) for i in range(3)]
@@ -384,6 +398,7 @@ def test_trees_that_do_not_fit_are_refused_by_their_path(settings, new, message)
         statistics.update(new, statistics.init(batch_stats, state), batch_stats, state)
 
 
+@pytest.mark.slow
 def test_statistics_that_are_not_finite_are_refused_by_their_path():
     batch_stats, state = setting()
     statistics = accumulate()

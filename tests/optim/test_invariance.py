@@ -27,6 +27,7 @@ def true(tree):
     }
 
 
+@pytest.mark.slow
 def test_whole_kernels():
     found = scale_invariant(
         small(networks.params()), lambda params: networks.outputs(params, X, epsilon=1e-5)
@@ -35,6 +36,7 @@ def test_whole_kernels():
     assert {type(leaf) for leaf in jax.tree.leaves(found)} == {bool}
 
 
+@pytest.mark.slow
 def test_channels():
     """Layer norm is invariant to the scale of a kernel, not to those of its columns apart."""
     params = small(networks.params())
@@ -42,6 +44,7 @@ def test_channels():
     assert true(found) == {"first/kernel"}
 
 
+@pytest.mark.slow
 def test_a_loss_does_as_well_as_outputs():
     params, labels = small(networks.params()), networks.batch()[1]
     assert true(scale_invariant(params, lambda params: networks.loss(params, X, labels))) == {
@@ -69,6 +72,7 @@ def test_running_statistics_make_nothing_invariant():
     }
 
 
+@pytest.mark.slow
 def test_what_is_invariant_at_the_start_alone_is_not_found():
     """Layer norm only cancels the kernel's scale if biases are zero, as at initialization."""
     params = {"kernel": jnp.asarray(networks.params()["first"]["kernel"]), "bias": jnp.zeros(7)}
@@ -81,6 +85,7 @@ def test_what_is_invariant_at_the_start_alone_is_not_found():
     assert scale_invariant(params, function) == {"bias": False, "kernel": False}
 
 
+@pytest.mark.slow
 def test_what_has_no_influence_is_not_found():
     params = {
         "kernel": jnp.asarray(networks.params()["first"]["kernel"]),
@@ -102,6 +107,7 @@ def test_saturation_is_not_invariance():
     }
 
 
+@pytest.mark.slow
 def test_an_epsilon_that_rules_the_variance_leaves_no_invariance():
     params = {"kernel": 1e-3 * jnp.asarray(networks.params()["first"]["kernel"])}
 
@@ -129,6 +135,7 @@ def test_kernels_that_are_normalized_themselves():
     assert found == {"kernel": True, "scale": False}
 
 
+@pytest.mark.slow
 def test_integers_and_keys_are_left_alone():
     params = {
         "kernel": jnp.asarray(networks.params()["first"]["kernel"]),
@@ -141,6 +148,7 @@ def test_integers_and_keys_are_left_alone():
     assert found == {"kernel": True, "table": False, "key": False}
 
 
+@pytest.mark.slow
 def test_complex_kernels():
     rng = np.random.default_rng(0)
     params = {
@@ -212,6 +220,7 @@ def test_nnx_modules_and_their_state():
     )
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused():
     params = {"a": {"w": jnp.array([[1.0, jnp.nan]])}}
     with pytest.raises(
@@ -244,6 +253,7 @@ def test_arguments_in_another_order_and_leaves_that_are_no_arrays_are_refused():
             function({"w": "kernel"})
 
 
+@pytest.mark.slow
 def test_effective_learning_rates():
     kernel = np.random.default_rng(0).standard_normal((3, 3, 4, 5)).astype(np.float32)
     for optimizer, power in (("sgd", 2), ("adam", 1)):
@@ -259,12 +269,14 @@ def test_effective_learning_rates():
         )
 
 
+@pytest.mark.slow
 def test_effective_learning_rates_in_bfloat16_are_those_of_float32():
     kernel = jnp.full((300, 2), 1.5, jnp.bfloat16)
     rate = effective_learning_rate({"a": kernel}, 0.5)["a"]
     assert_close(rate, 0.5 / (600 * 2.25), rtol=1e-6, dtype=jnp.float32)
 
 
+@pytest.mark.slow
 def test_effective_learning_rates_of_an_nnx_module():
     rates = effective_learning_rate(Module(nnx.Rngs(0)).second, 1.0)
     assert rates["kernel"].shape == () and rates["bias"] == jnp.inf

@@ -72,6 +72,7 @@ def flat(tree):
     }
 
 
+@pytest.mark.slow
 def test_linen(linen):
     kinds = flat(kind_of(linen))
     expected = {"kernel", "embedding", "scale", "bias", "activation", "statistic"}
@@ -164,6 +165,7 @@ def zeros(shapes):
     return jax.tree.map(jnp.zeros, shapes, is_leaf=lambda node: isinstance(node, tuple))
 
 
+@pytest.mark.slow
 def test_plain_trees():
     assert kind_of(zeros(FUNCTIONAL)) == EXPECTED
 
@@ -248,10 +250,12 @@ def test_adamw_under_jit_decays_kernels_alone():
     assert not updates["dense"]["bias"].any() and not updates["cls"].any()
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_decays_kernels_alone():
     # of any values: those that JAX draws take a program for each kernel
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Nnx(nnx.Rngs(0))), nnx.Param, ...)[0::1][:2]
-    model = nnx.merge(graphdef, jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes))
+    graphdef, shapes, rest = nnx.split(nnx.eval_shape(lambda: Nnx(nnx.Rngs(0))), nnx.Param, ...)
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    model = nnx.merge(graphdef, ones, rest)
     before = nnx.as_pure(nnx.state(model, nnx.Param))
     optimizer = nnx.Optimizer(
         model,

@@ -157,6 +157,7 @@ def test_the_norm_stays_but_for_second_order():
             )
 
 
+@pytest.mark.slow
 def test_a_link_of_its_own_equals_a_wrapper():
     with jax.enable_x64(True):
         params = networks.wide(networks.params())
@@ -174,6 +175,7 @@ def test_a_link_of_its_own_equals_a_wrapper():
         )
 
 
+@pytest.mark.slow
 def test_decay_of_projected_others_and_excluded_leaves():
     params = {
         "in": {"kernel": jnp.ones((2, 2))},
@@ -191,6 +193,7 @@ def test_decay_of_projected_others_and_excluded_leaves():
     assert not updates["out"]["bias"].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature_axes", [(), -1, (0, -1)])
 def test_directions_of_features(feature_axes):
     w, u = (
@@ -203,6 +206,7 @@ def test_directions_of_features(feature_axes):
     assert_close(new, expected, atol=2e-6, dtype=np.float32)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_projected_in_float32():
     """Sums of 4096 products lose most digits in bfloat16, and squares overflow in float16."""
     w = jnp.full((4096, 1), 1.0, jnp.bfloat16)
@@ -215,6 +219,7 @@ def test_bfloat16_is_projected_in_float32():
     assert_close(new, np.zeros((4, 1)), atol=32, dtype=jnp.float16)
 
 
+@pytest.mark.slow
 def test_zeros_have_no_direction():
     params, updates = {"w": jnp.zeros((3, 2))}, {"w": jnp.ones((3, 2))}
     for mask in ({"w": True}, None):

@@ -10,6 +10,7 @@ from normjax.optim import effective_learning_rate, renormalize, rotational_equil
 from tests.compare import assert_close, assert_trees_close
 from tests.optim import networks
 from tests.optim.test_project import INVARIANT
+from tests.xla import AS_FOR_USERS
 
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")  # and in optax's Adam
 STEPS = 100
@@ -29,6 +30,7 @@ def decayed(optimizer, weight_decay):
     return optax.chain(optax.add_decayed_weights(weight_decay), optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_weight_decay_is_an_exponential_learning_rate(momentum):
     r"""Li & Arora (2020), Theorem 1.1: the rate lr alpha^(-2t-1) without decay.
@@ -64,6 +66,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_function_follows_the_path_of_the_inner_optimizer(name):
     """A network of batch norm (by channels), layer norm (whole kernels) and a free head."""
@@ -82,6 +85,7 @@ def test_the_function_follows_the_path_of_the_inner_optimizer(name):
             assert_close(other[layer]["kernel"] * norm, last[layer]["kernel"], atol=1e-8)
 
 
+@pytest.mark.slow
 def test_each_channel_on_a_sphere_of_its_own():
     mask = INVARIANT | {"second": {"kernel": False}}
     optimizer = OPTIMIZERS["sgd with decay"]
@@ -100,6 +104,7 @@ def test_each_channel_on_a_sphere_of_its_own():
         )
 
 
+@pytest.mark.slow
 def test_a_step_on_the_sphere_is_one_at_the_effective_learning_rate():
     """SGD from w turns as SGD from w / ||w|| at the rate lr / ||w||^2 (van Laarhoven, 2017)."""
     lr = 0.3
@@ -154,6 +159,7 @@ def rotations(optimizer, steps, size=4096):
     )[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "momentum"),
     [("sgd", 0.0), ("sgd", 0.9), ("adam", 0.9)],
@@ -167,12 +173,13 @@ def test_weight_decay_leads_to_the_equilibrium(name, momentum):
         if name == "sgd"
         else optax.adamw(lr, b1=momentum, weight_decay=wd)
     )
-    angles = jax.jit(lambda: rotations(optimizer, 6000))()
+    angles = jax.jit(lambda: rotations(optimizer, 6000), compiler_options=AS_FOR_USERS)()
     expected = rotational_equilibrium(lr, wd, momentum=momentum, optimizer=name)
     assert_close(jnp.sqrt(jnp.mean(angles[-1000:] ** 2)), expected, rtol=0.03)
     assert abs(angles[:100].mean() / expected - 1) > 0.2, "there is something to wait for"
 
 
+@pytest.mark.slow
 def test_a_given_rotation_holds_from_the_first_step():
     optimizer = renormalize({"w": True}, optax.sgd(123.0), rotation=0.05)
     angles = jax.jit(lambda: rotations(optimizer, 200))()
@@ -183,6 +190,7 @@ def test_a_given_rotation_holds_from_the_first_step():
     )
 
 
+@pytest.mark.slow
 def test_a_rotation_is_the_rotational_variant_of_the_paper():
     """Algorithm 1 of Kosson et al. in NumPy, with norms of 1."""
     rng, beta, angle = np.random.default_rng(0), 0.9, 0.1
@@ -208,6 +216,7 @@ def test_a_rotation_is_the_rotational_variant_of_the_paper():
             assert_close(params["w"], theta, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_bfloat16_kernels_stay_on_the_sphere_as_well_as_they_can():
     params = {"w": jax.random.normal(jax.random.key(0), (256, 16), jnp.bfloat16)}
     optimizer = renormalize({"w": True}, optax.adamw(1e-2), feature_axes=-1)
@@ -223,6 +232,7 @@ def test_bfloat16_kernels_stay_on_the_sphere_as_well_as_they_can():
     assert_close(jnp.linalg.norm(params["w"].astype(jnp.float32), axis=0), np.ones(16), rtol=2**-8)
 
 
+@pytest.mark.slow
 def test_zeros_wait_for_a_direction():
     params = {"w": jnp.zeros((3, 2))}
     for settings in ({}, {"rotation": 0.1}):

@@ -49,10 +49,14 @@ def params():
     return single(networks.params())
 
 
+slope = jax.jit(jax.grad(networks.loss))
+
+
 def gradients(params, seed=0):
-    return jax.grad(networks.loss)(params, *single(networks.batch(seed)))
+    return slope(params, *single(networks.batch(seed)))
 
 
+@functools.partial(jax.jit, static_argnames=("optimizer", "seed"))
 def step(optimizer, params, state=None, seed=0):
     state = optimizer.init(params) if state is None else state
     updates, state = optimizer.update(gradients(params, seed), state, params)
@@ -78,6 +82,7 @@ def test_jit_gives_what_eager_gives_and_compiles_once(make, params):
     assert len(count) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_dtypes_and_structure_are_kept(make, params, dtype):
     optimizer = make()
@@ -114,6 +119,7 @@ def test_multi_transform_and_masked(make, params):
     assert_trees_close(masked["head"], gradients(params)["head"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_hyperparameters_are_injected(params):
     make = optax.inject_hyperparams(renormalize, static_args=("mask", "inner"))
     optimizer = make(INVARIANT, optax.adamw(0.1), rotation=optax.linear_schedule(0.1, 0.2, 10))
@@ -156,6 +162,7 @@ def test_extra_arguments_do_not_trouble_those_that_take_none(make, params):
     optimizer.update(params, optimizer.init(params), params, value=3.0)
 
 
+@pytest.mark.slow
 def test_multi_steps_may_be_the_inner_transformation(params):
     inside = renormalize(INVARIANT, optax.MultiSteps(optax.sgd(0.1), 2))
     outside = optax.MultiSteps(renormalize(INVARIANT, optax.sgd(0.1)), 2)
@@ -249,6 +256,7 @@ def test_pmap(make, params):
     assert_trees_close(jax.tree.map(lambda leaf: leaf[5], each), expected, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", ["by the test", "renormalize", "rotation"])
 def test_sharded_reduction_axes(name, axis_type):

@@ -89,6 +89,7 @@ def of_first(paths):
     return {path for path in paths if path.startswith("first/")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apply", [functional, linen])
 @pytest.mark.parametrize("frozen", [(), ("first",), ("first", "second")])
 def test_frozen_statistics_stay_while_scale_and_bias_are_trained(apply, frozen):
@@ -138,6 +139,7 @@ def values(model, kind):
     return jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, kind)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", [(), ("first",), ("first", "second")])
 @pytest.mark.parametrize("affine", [(), ("first",), ("first", "second")])
 def test_frozen_layers_of_nnx(statistics, affine):

@@ -111,6 +111,7 @@ def test_what_the_mask_hides_may_be_anything(on_platform, rng):
     assert_identical(run(np.where(mask, x, garbage), mask), run(x, mask))
 
 
+@pytest.mark.slow
 def test_where_nothing_counts_moments_are_zero_and_finite(on_platform):
     nothing = nj.Moments(*jnp.zeros((3, 2)))
     x, mask = jnp.full((4, 2), jnp.nan), jnp.zeros((4, 1), bool)
@@ -138,6 +139,7 @@ def parts(rng, count=3):
     return [nj.moments(jnp.asarray(x), 0) for x in sets], reference.moments(np.concatenate(sets), 0)
 
 
+@pytest.mark.slow
 def test_the_merge_is_the_moments_of_the_union_in_any_order_and_grouping(rng):
     sets, expected = parts(rng)
     a, b, c = sets
@@ -175,6 +177,7 @@ def test_an_empty_set_changes_nothing_whatever_its_mean_and_variance(rng, garbag
     assert_identical(nj.merge_moments(empty, a), a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
 def test_an_empty_set_leaves_no_trace_in_the_gradient_of_a_merge(rng, garbage):
     (a,), _ = parts(rng, 1)
@@ -210,12 +213,14 @@ def test_features_are_merged_each_with_its_own_count(rng):
     )
 
 
+@pytest.mark.slow
 def test_complex_moments_merge_too(rng):
     x = (rng.normal(size=(9, 2)) + 1j * rng.normal(2, 1, (9, 2))).astype(np.complex64)
     merged = nj.merge_moments(nj.moments(jnp.asarray(x[:4]), 0), nj.moments(jnp.asarray(x[4:]), 0))
     assert_trees_close(tuple(merged), tuple(reference.moments(x, 0)), rtol=ROUNDINGS * EPS)
 
 
+@pytest.mark.slow
 def test_the_derivative_of_moments_is_that_of_their_definition(on_platform, rng):
     x = rng.normal(1, 2, (6, 2))
     mask = rng.random((6, 2)) < 0.7

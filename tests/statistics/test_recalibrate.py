@@ -16,6 +16,7 @@ def layer(variables, x, norm=nj.batch_norm, train=True, **settings):
     return norm(*variables, x, train=train, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("running_var", ["biased", "unbiased"])
 @pytest.mark.parametrize("shape", [(3,), (2, 4, 3)])
 def test_merged_is_that_of_all_elements_together(rng, shape, running_var):
@@ -28,6 +29,7 @@ def test_merged_is_that_of_all_elements_together(rng, shape, running_var):
     assert_trees_close(batch_stats, merged(batches, ddof=running_var == "unbiased"), **PROMISED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("running_var", ["biased", "unbiased"])
 @pytest.mark.parametrize("shape", [(3,), (2, 4, 3)])
 def test_averaged_is_the_papers_algorithm_2_whatever_the_layer_stores(rng, shape, running_var):
@@ -40,6 +42,7 @@ def test_averaged_is_the_papers_algorithm_2_whatever_the_layer_stores(rng, shape
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimate, expected", [("merged", merged), ("averaged", algorithm_2)])
 def test_neither_many_batches_nor_a_large_mean_cost_digits(rng, estimate, expected):
     batches = [x.astype(np.float32) for x in rng.normal(1e4, 1, (1500, 4, 3))]
@@ -50,6 +53,7 @@ def test_neither_many_batches_nor_a_large_mean_cost_digits(rng, estimate, expect
     assert_close(batch_stats["var"], exact["var"], rtol=4e-5)
 
 
+@pytest.mark.slow
 def test_the_sum_keeps_what_rounding_loses():
     """2 ** 24 + 1 + 1 + ... in float32 is 2 ** 24."""
     _, batch_stats = nj.batch_norm_init(1)
@@ -75,6 +79,7 @@ def test_other_dtypes(rng, dtype):
     assert_close(batch_stats["var"], everything.var(0), **PROMISED)
 
 
+@pytest.mark.slow
 def test_float64_keeps_its_precision(rng):
     with jax.enable_x64(True):
         batches = [jnp.asarray(x, jnp.float64) for x in make(rng, dtype=np.float64)]
@@ -102,6 +107,7 @@ def with_masks(rng):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("running_var", ["biased", "unbiased"])
 @pytest.mark.parametrize("estimate", ["merged", "averaged"])
 def test_masked_elements_do_not_count_and_unseen_features_keep_their_own(
@@ -127,6 +133,7 @@ def test_masked_elements_do_not_count_and_unseen_features_keep_their_own(
     assert batch_stats["mean"][3] == 7 and batch_stats["var"][3] == 8
 
 
+@pytest.mark.slow
 def test_one_element_in_all_has_no_unbiased_variance():
     mask = np.arange(4)[:, None] == 1
     apply_fn = functools.partial(masked_layer, running_var="unbiased")
@@ -147,6 +154,7 @@ def test_settings_of_training_make_no_difference(rng, settings):
     assert_trees_close(batch_stats, merged(batches), **PROMISED)
 
 
+@pytest.mark.slow
 def test_a_cumulative_layer_counts_the_batches_of_the_new_mean_and_others_keep_their_count(rng):
     batches = make(rng)
     params, start = nj.batch_norm_init(3, count=True)
@@ -158,6 +166,7 @@ def test_a_cumulative_layer_counts_the_batches_of_the_new_mean_and_others_keep_t
     assert batch_stats["count"] == 1000
 
 
+@pytest.mark.slow
 def test_batch_renorm_collects_what_batch_norm_does_whatever_it_starts_from(rng):
     """Its correction would bring in the statistics that are to be replaced."""
     batches = make(rng)

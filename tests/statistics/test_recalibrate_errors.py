@@ -23,6 +23,7 @@ def one_layer(variables, x):
     return nj.batch_norm(*variables, x, train=True)
 
 
+@pytest.mark.slow
 def test_no_batches(rng):
     with refused(ValueError, "there are no batches", "an iterable that ended at once"):
         nj.recalibrate(network, init(rng), [])
@@ -134,6 +135,7 @@ def test_a_parameter_that_is_not_finite_is_found_at_the_layer_behind_it(rng):
         nj.recalibrate(network, variables, make(rng))
 
 
+@pytest.mark.slow
 def test_layers_that_do_not_update(rng):
     with refused(
         ValueError, "no layer collected anything", "3 layer(s)", "batch_stats[0]", "train=True"
@@ -153,6 +155,7 @@ def test_layers_that_do_not_update(rng):
         nj.recalibrate(lambda model, x: model(x), model, make(rng))
 
 
+@pytest.mark.slow
 def test_a_mask_that_hides_everything(rng):
     def apply_fn(variables, x):
         return nj.batch_norm(*variables, x, train=True, mask=jnp.zeros(x.shape, bool))
@@ -161,6 +164,7 @@ def test_a_mask_that_hides_everything(rng):
         nj.recalibrate(apply_fn, nj.batch_norm_init(3), make(rng))
 
 
+@pytest.mark.slow
 def test_layers_of_flax(rng):
     class Mixed(nn.Module):
         @nn.compact
@@ -230,6 +234,7 @@ def test_statistics_of_another_layer(rng):
         nj.recalibrate(network, variables, make(rng))
 
 
+@pytest.mark.slow
 def test_statistics_that_do_not_settle(rng):
     """A layer whose input is its own output, with a gain: there is no statistic that stays."""
 

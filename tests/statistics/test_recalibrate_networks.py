@@ -12,6 +12,7 @@ from tests.compare import assert_close, assert_identical, assert_trees_close
 from tests.statistics.populations import ROUNDED, in_float64, init, make, merged, network
 
 
+@pytest.mark.slow
 def test_all_at_once_each_layer_sees_what_training_shows_it(rng):
     variables, batches = init(rng), make(rng)
     found = nj.recalibrate(network, variables, batches)
@@ -19,6 +20,7 @@ def test_all_at_once_each_layer_sees_what_training_shows_it(rng):
     assert_trees_close(found["batch_stats"], in_float64(variables, batches, "batch"), **ROUNDED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False])
 def test_layer_by_layer_each_layer_sees_what_inference_shows_it(rng, train):
     variables, batches = init(rng), make(rng)
@@ -29,6 +31,7 @@ def test_layer_by_layer_each_layer_sees_what_inference_shows_it(rng, train):
     )
 
 
+@pytest.mark.slow
 def test_layer_by_layer_over_small_batches_is_training_on_one_that_holds_them_all(rng):
     variables, batches = init(rng), make(rng)
     found = nj.recalibrate(network, variables, batches, layer_by_layer=True)
@@ -38,6 +41,7 @@ def test_layer_by_layer_over_small_batches_is_training_on_one_that_holds_them_al
     assert_close(network(found, everything, train=False)[0], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layer_by_layer_batches_of_one_example_are_enough(rng):
     variables, batches = init(rng), make(rng, sizes=(1,) * 12)
     found = nj.recalibrate(network, variables, batches, layer_by_layer=True)
@@ -61,6 +65,7 @@ def test_layer_by_layer_takes_a_pass_more_than_there_are_layers(rng):
     assert batches.passes == 5, "one that is recalibrated stays so"
 
 
+@pytest.mark.slow
 def test_stale_statistics_of_averaged_weights_are_mended(rng):
     """Weights that moved under their statistics, as averaging moves them."""
     variables, batches = init(rng), make(rng, sizes=(64,) * 4)
@@ -76,6 +81,7 @@ def test_stale_statistics_of_averaged_weights_are_mended(rng):
     assert error(moved) > 0.5 and error(mended) < 1e-3
 
 
+@pytest.mark.slow
 def test_everything_is_one_compiled_step_that_later_calls_find_again(rng):
     traced = []
 
@@ -104,6 +110,7 @@ def test_memory_does_not_grow_with_the_number_of_batches(rng):
     assert max(alive[5:]) <= alive[5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap", [lambda variables: (variables["params"], variables["batch_stats"]), dict]
 )
@@ -122,6 +129,7 @@ def test_variables_may_be_a_pair_or_a_dict(rng, wrap):
     assert_identical(found, wrap(nj.recalibrate(network, variables, batches)))
 
 
+@pytest.mark.slow
 def test_variables_may_be_batch_stats_alone(rng):
     variables, batches = init(rng), make(rng)
     found = nj.recalibrate(
@@ -132,6 +140,7 @@ def test_variables_may_be_batch_stats_alone(rng):
     assert_identical(found, nj.recalibrate(network, variables, batches)["batch_stats"])
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_called_twice_sees_both_inputs(rng):
     batches = make(rng)
 
@@ -147,6 +156,7 @@ def test_a_layer_that_is_called_twice_sees_both_inputs(rng):
     )
 
 
+@pytest.mark.slow
 def test_layers_stacked_for_scan(rng):
     """Statistics of each time step, as in recurrent cells."""
     steps, batches = 3, make(rng)
@@ -178,6 +188,7 @@ def test_layers_stacked_for_scan(rng):
         assert_close(found["mean"], np.stack(means), **ROUNDED)
 
 
+@pytest.mark.slow
 def test_layers_that_infer_keep_their_statistics(rng):
     batches = make(rng)
 
@@ -193,6 +204,7 @@ def test_layers_that_infer_keep_their_statistics(rng):
     assert_close(found["trained"]["mean"], merged(batches)["mean"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_state_beside_the_statistics_stays_as_it_was(rng):
     kernel = jnp.asarray(rng.normal(size=(3, 3)), jnp.float32)
     _, state = nj.weights.spectral_norm_init(kernel, key=jax.random.key(0))

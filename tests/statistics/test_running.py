@@ -61,6 +61,7 @@ def test_running_statistics_at_steps_1_10_and_100_are_the_closed_form(rng, momen
                 assert batch_stats["count"] == step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.9, None])
 def test_float64_statistics_keep_their_precision(rng, momentum):
     xs = batches(rng)[:10].astype(np.float64)

@@ -26,6 +26,7 @@ def hard(rng, shape):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1000, 3), (64, 20, 3), (7, 3), (33, 5, 5, 3), (1, 2, 3)])
 def test_the_variance_is_right_to_float32(on_platform, rng, shape):
     axes = tuple(range(len(shape) - 1))

@@ -161,6 +161,7 @@ def test_spectral_norm_converges_to_the_largest_singular_value(rng, shape, featu
     assert_close(largest(y), 1.0, rtol=32 * EPS)
 
 
+@pytest.mark.slow
 def test_steps_of_spectral_norm_add_up_over_calls(rng):
     kernel = draw(rng, (6, 5))
     _, batch_stats = init("spectral_norm", kernel, -1)
@@ -180,6 +181,7 @@ def torch_conv(rng, shape):
     return layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [0, 1, 3, -1, None])
 def test_weight_norm_is_torchs(rng, dim):
     layer = parametrizations.weight_norm(torch_conv(rng, (4, 3, 2, 5)), dim=dim)
@@ -209,6 +211,7 @@ def test_weight_norm_is_torchs(rng, dim):
     assert_close(dkernel, direction.grad.numpy(), rtol=64 * EPS, atol=64 * EPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_steps", [1, 2])
 @pytest.mark.parametrize("dim", [0, 1, 3])
 def test_spectral_norm_follows_torch_while_the_kernel_changes(rng, dim, n_steps):
@@ -256,6 +259,7 @@ CONVS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dense", *CONVS])
 def test_weight_norm_from_data_starts_with_mean_0_and_variance_1(rng, layout):
     if layout == "dense":
@@ -300,6 +304,7 @@ def test_nothing_is_overwritten(rng, name):
     assert_identical(arguments, copies)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_kernel_of_zeros_stays_zero_with_finite_gradients(name, train):
@@ -338,6 +343,7 @@ def test_complex_kernels(rng, name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("narrow", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", LAYERS)
 def test_narrow_kernels_are_rounded_once_and_last(rng, name, narrow):
@@ -356,6 +362,7 @@ def test_narrow_kernels_are_rounded_once_and_last(rng, name, narrow):
     assert_close(kept, wide, rtol=32 * EPS, atol=32 * EPS, dtype=jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_jit_vmap_and_grad(rng, name):
     kernels = draw(rng, (3, 5, 4), 1.0)
