@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
-from normjax import _checks
+from normjax import _checks, _leaves
 from normjax._trees import check_known, show
 from normjax._typing import Axes, BatchStats, FeatureArray, Kernel, Params
 from normjax.deploy._wide import narrowed, widened
@@ -154,7 +154,7 @@ def _affine(
     params: Params, batch_stats: BatchStats, epsilon: float, dtype: Any, features: tuple[int, ...]
 ) -> Affine:
     """Checks the leaves of a batch norm; returns its multiplier, mean and bias."""
-    check = partial(_checks.leaves, FUNCTION, shape=features, dtype=dtype)
+    check = partial(_leaves.leaves, FUNCTION, shape=features, dtype=dtype)
     check("params", params, optional=("scale", "bias"))
     check("batch_stats", batch_stats, required=("mean", "var"), optional=("count",))
     epsilon = _checks.number(FUNCTION, "epsilon", epsilon, 0.0, math.inf)

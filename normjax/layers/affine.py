@@ -11,7 +11,8 @@ from jax import lax
 from jaxtyping import Array, Inexact
 
 from normjax import _checks
-from normjax._checks import SCALARS, other_axes
+from normjax._checks import other_axes
+from normjax._leaves import SCALARS
 from normjax._typing import (
     Activations,
     DTypeLike,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from normjax import _checks
+from normjax import _checks, _leaves
 from normjax._typing import (
     Activations,
     Axes,
@@ -109,7 +109,7 @@ def check_batch_step(
     x = _checks.activations(function, x)
     feature_axes = _checks.axes(function, "feature_axes", feature_axes, x.shape)
     axes = _checks.other_axes(feature_axes, x.ndim)
-    features = _checks.params(function, params, x, feature_axes, axes)
+    features = _leaves.params(function, params, x, feature_axes, axes)
     check_batch_stats(function, batch_stats, features, x.dtype, momentum)
     if running_var not in OPTIONS:
         _checks.choice(function, "running_var", running_var, OPTIONS)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
-from normjax import _checks
+from normjax import _checks, _leaves
 from normjax._typing import (
     Activations,
     Axes,
@@ -69,9 +69,9 @@ def check_operands(
     mask = _checks.mask(function, mask, x.shape)
     feature_axes = _checks.axes(function, "feature_axes", feature_axes, x.shape)
     axes = () if find_axes is None else find_axes(feature_axes, x.shape)
-    _checks.leaves(function, "batch_stats", batch_stats, shape=(), dtype=x.dtype)
+    _leaves.leaves(function, "batch_stats", batch_stats, shape=(), dtype=x.dtype)
     others = _checks.other_axes(feature_axes, x.ndim)
-    _checks.params(function, params, x, feature_axes, others, known=leaves, required=required)
+    _leaves.params(function, params, x, feature_axes, others, known=leaves, required=required)
     dtype = _checks.output_dtype(function, dtype, x)
     return Operands(params, x, mask, feature_axes, dtype, axes)
 

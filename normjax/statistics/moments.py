@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from normjax import _checks
+from normjax import _checks, _leaves
 from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, Mask, widen
 from normjax.statistics.devices import (
     ALONE,
@@ -125,7 +125,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     References:
       Chan, Golub & LeVeque (1983), eq. 2.1.
     """
-    _checks.moments("merge_moments", a=a, b=b)
+    _leaves.moments("merge_moments", a=a, b=b)
     shape = jnp.broadcast_shapes(*(jnp.shape(part) for part in (*a, *b)))
     a, b = (_of_shape(moments, shape) for moments in (a, b))
     n_a, n_b = jnp.asarray(a.count), jnp.asarray(b.count)

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from normjax import _checks
+from normjax import _checks, _leaves
 from normjax._typing import BatchStats, DTypeLike, RunningVar, promote
 from normjax.statistics.population import POPULATION
 from normjax.statistics.reduction import Moments
@@ -164,7 +164,7 @@ def _check(
     batch_stats: BatchStats, moments: Moments, momentum: object, running_var: object
 ) -> None:
     function = "update_batch_stats"
-    _checks.moments(function, moments=moments)
+    _leaves.moments(function, moments=moments)
     _checks.choice(function, "running_var", running_var, OPTIONS)
     check_batch_stats(
         function, batch_stats, jnp.shape(moments.mean), jnp.result_type(moments.mean), momentum
@@ -201,7 +201,7 @@ def check_batch_stats(
     tree = batch_stats
     if isinstance(batch_stats, dict):
         tree = {leaf: value for leaf, value in batch_stats.items() if leaf != POPULATION}
-    _checks.leaves(
+    _leaves.leaves(
         function,
         "batch_stats",
         tree,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from normjax import _checks
+from normjax import _checks, _leaves
 from normjax._typing import Axes, BatchStats, DTypeLike, Kernel, Params, PRNGKey, widen
 from normjax.layers.jit_step import jit_step
 from normjax.statistics.reduction import abs2
@@ -106,8 +106,8 @@ def spectral_norm(
     train = _checks.static_train(function, train)
     kernel = _real(function, kernel)
     kept = _checks.axes(function, "feature_axes", feature_axes, kernel.shape)
-    _checks.leaves(function, "params", params, shape=(), dtype=kernel.dtype)
-    _checks.leaves(
+    _leaves.leaves(function, "params", params, shape=(), dtype=kernel.dtype)
+    _leaves.leaves(
         function,
         "batch_stats",
         batch_stats,

@@ -1,0 +1,185 @@
+"""Checks of a layer's leaves: params, batch_stats, and moments; each raises one clear error."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normjax._checks import Shape, on_host, raise_error, raise_for_host
+
+SCALARS = ("count", "alpha", "sigma")
+REAL = ("var", "threshold", "epsilon", "alpha", "sigma")
+
+
+def leaves(
+    function: str,
+    name: str,
+    tree: Any,
+    *,
+    shape: Shape,
+    dtype: Any,
+    required: Collection[str] = (),
+    optional: Collection[str] = (),
+    leading: Shape = (),
+) -> None:
+    """Raises for a tree that is not a dict of the named arrays, each of `shape` and fit for x.
+
+    Args:
+      function: the name that errors begin with.
+      name: the name of the tree.
+      tree: the tree to check.
+      shape: the shape of each leaf that is not a scalar.
+      dtype: the dtype of x.
+      required: names of leaves that must be present.
+      optional: names of leaves that may be present.
+      leading: the sizes of x's non-feature axes; a leaf may have some of them (or ones) in front.
+    """
+    known = {*required, *optional}
+    if not isinstance(tree, dict) or not known.issuperset(tree) or not set(required) <= set(tree):
+        _raise_for_tree(function, name, tree, sorted(required), sorted(known))
+    for leaf, value in tree.items():
+        if not (hasattr(value, "dtype") or isinstance(value, int | float | complex)):
+            _raise_without_array(function, f"{name}[{leaf!r}]", value)
+        if on_host(value):
+            raise_for_host(function, f"{name}[{leaf!r}]", value)
+        given = np.shape(value)
+        features, allowed = ((), ()) if leaf in SCALARS else (shape, leading)
+        extra = len(given) - len(features)
+        fits = given == features
+        if not fits and 0 < extra <= len(allowed) and given[extra:] == features:
+            sizes = zip(given[:extra], allowed, strict=False)
+            fits = all([size in (1, full) for size, full in sizes])
+        if not fits:
+            _raise_for_shape(function, f"{name}[{leaf!r}]", given, features, allowed)
+        if leaf == "count" or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            _check_kind(function, f"{name}[{leaf!r}]", jnp.result_type(value), leaf, dtype)
+
+
+def _check_kind(function: str, where: str, given: Any, leaf: str, dtype: Any) -> None:
+    """Raises for the wrong kind: counts are whole, variances real, others complex only if x is."""
+    kind, words = jnp.floating, "a real float"
+    if leaf == "count":
+        if given in (jnp.float32, jnp.float64):  # of averages, such as optax.incremental_update's
+            return
+        kind, words = jnp.integer, "an int, or a float32 of averages"
+    elif leaf not in REAL and jnp.issubdtype(dtype, jnp.complexfloating):
+        kind, words = jnp.inexact, "a float, real or complex"
+    if not jnp.issubdtype(given, kind):
+        raise_error(
+            function,
+            f"{where} holds the wrong kind of number",
+            expected=words,
+            got=f"dtype {given}",
+            fix="Pass it in the dtype that the init function gave it",
+            kind=TypeError,
+        )
+
+
+def moments(function: str, **given: Any) -> None:
+    """Raises for arguments that are not `Moments` whose parts fit together."""
+    shapes = []
+    for name, argument in given.items():
+        if not (isinstance(argument, tuple) and len(argument) == 3):
+            raise_error(
+                function,
+                f"{name} does not hold moments",
+                expected="nj.Moments(count, mean, var)",
+                got=f"{name} of type {type(argument).__name__}",
+                fix="Compute them with nj.moments(x, reduction_axes)",
+                kind=TypeError,
+            )
+        for part, value in zip(("count", "mean", "var"), argument, strict=True):
+            if not (hasattr(value, "dtype") or isinstance(value, int | float | complex)):
+                _raise_without_array(function, f"{name}.{part}", value)
+            shapes.append((f"{name}.{part}", np.shape(value)))
+    try:
+        np.broadcast_shapes(*(shape for _, shape in shapes))
+    except ValueError:
+        raise_error(
+            function,
+            "the moments have different shapes",
+            expected="shapes that broadcast to each other",
+            got=", ".join(f"{name}.shape={shape}" for name, shape in shapes),
+            fix="Take all of them over the same features",
+        )
+
+
+def params(
+    function: str,
+    tree: Any,
+    x: jax.Array,
+    feature_axes: Shape,
+    other_axes: Shape,
+    *,
+    known: Collection[str] = ("scale", "bias"),
+    required: Collection[str] = (),
+) -> Shape:
+    """Raises for params that do not fit x; returns the sizes of its feature axes."""
+    features = tuple(map(x.shape.__getitem__, feature_axes))
+    leading = tuple(map(x.shape.__getitem__, other_axes))
+    leaves(
+        function,
+        "params",
+        tree,
+        shape=features,
+        dtype=x.dtype,
+        required=required,
+        optional=known,
+        leading=leading,
+    )
+    return features
+
+
+def _raise_for_tree(
+    function: str, name: str, tree: Any, required: list[str], known: list[str]
+) -> NoReturn:
+    wanted = f"a dict with {required} and at most {known}" if known else "an empty dict"
+    if isinstance(tree, dict):
+        raise_error(
+            function,
+            f"{name} has the wrong leaves",
+            expected=wanted,
+            got=f"{name} with {sorted(map(str, tree))}",
+            fix="Pass this layer's own sub-tree, as its init function returned it",
+        )
+    frozen = isinstance(tree, Mapping)
+    raise_error(
+        function,
+        f"{name} is not a dict",
+        expected=wanted,
+        got=f"{type(tree).__name__}",
+        fix="Unfreeze it: flax.core.unfreeze(tree)"
+        if frozen
+        else "Pass it as the layer's init function returned it",
+        kind=TypeError,
+    )
+
+
+def _raise_without_array(function: str, leaf: str, value: object) -> NoReturn:
+    raise_error(
+        function,
+        f"{leaf} is not an array",
+        expected="a JAX or NumPy array",
+        got=f"{leaf} of type {type(value).__name__}",
+        fix="Convert it: jnp.asarray(...), or jax.tree.map over the arrays that were made lists",
+        kind=TypeError,
+    )
+
+
+def _raise_for_shape(
+    function: str, leaf: str, given: Shape, features: Shape, leading: Shape
+) -> NoReturn:
+    expected = f"shape {features}"
+    if leading:
+        expected += f", or with leading sizes of x's non-feature axes, {leading}, or ones"
+    raise_error(
+        function,
+        f"{leaf} does not fit the features of x, of shape {features}",
+        expected=expected,
+        got=f"shape {given}",
+        fix="Channels first? Pass feature_axes=1; else check num_features of the init function",
+    )
