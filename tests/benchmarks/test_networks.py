@@ -46,6 +46,7 @@ def test_a_row_has_times_memory_and_the_error_of_the_losses():
         assert name != "flax.linen" or got["error"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_peer_that_trains_otherwise_is_left_out(monkeypatch):
     def wrong(case):
         return lambda params, stats, x: nj.layer_norm(params, stats, 3 * jnp.abs(x), train=True)

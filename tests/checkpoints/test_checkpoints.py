@@ -80,6 +80,7 @@ def test_variables_of_linen(version, kind):
     assert_outputs(version, {"linen": trees.linen_output(variables)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_state_of_nnx(version, kind):

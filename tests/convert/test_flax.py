@@ -132,6 +132,7 @@ def test_there_and_back_nothing_changes(package):
     assert variables["batch_stats"]["bounded"]["layer_instance/kernel/u"].shape == (1, 6)
 
 
+@pytest.mark.slow
 def test_a_model_without_arrays_says_what_is_needed():
     variables = Linen(nj.linen).init(jax.random.key(1), jnp.zeros(SHAPE))
     state = nj.convert.linen_to_nnx(variables, nnx.eval_shape(lambda: NNX(nj.nnx, nnx.Rngs(0))))

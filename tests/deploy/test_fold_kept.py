@@ -231,6 +231,7 @@ def test_leaves_that_are_unsound(model, x, path, value):
     refuses(ValueError, path, value, call=lambda: nj.deploy.fold(model, variables, x))
 
 
+@pytest.mark.slow
 def test_variables_that_are_not_those_of_the_folded_model(model, x):
     model, variables = model
     folded = nj.deploy.fold(model, variables, x, show=False)

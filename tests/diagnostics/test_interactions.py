@@ -171,6 +171,7 @@ def test_linen_and_nnx_agree_and_keep_their_statistics(x, promotion_as_in_flax):
     assert interactions(module, x).off_diagonal == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "settings", "kind", "values"),
     [
@@ -220,6 +221,7 @@ def test_plot(x, tmp_path):
     assert nj.diagnostics.plot.interactions(found, right) is own and not left.images
 
 
+@pytest.mark.slow
 def test_plot_of_nothing(x):
     found = interactions(lambda x: jnp.ones_like(x), x)
     assert nj.diagnostics.plot.interactions(found).axes[0].images[0].get_array().mask.all()

@@ -45,6 +45,7 @@ class TestCancelledBias:
         assert finding.severity == "note" and "use_bias=False" in finding.advice
         assert finding.message == "norm_0 subtracts the mean, and so cancels 'bias' of shape (6,)"
 
+    @pytest.mark.slow
     def test_none_without_biases(self):
         network = Dense(bias=False)
         assert lint(network, network.variables, ROWS) == ()

@@ -47,6 +47,7 @@ def test_zeros_are_drawn_without_a_warning():
     assert plot.rotation(nothing).axes[0].get_yscale() == "linear"
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused():
     single = jax.tree.map(lambda field: field[0], history(2))
     with pytest.raises(

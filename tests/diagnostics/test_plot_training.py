@@ -38,6 +38,7 @@ def test_percentiles_of_a_typical_feature(distributions):
         assert panel.lines[0].get_xdata().tolist() == [0, 10, 20, 30, 40]
 
 
+@pytest.mark.slow
 def test_percentiles_of_a_feature_on_given_axes(distributions):
     figure = Figure()
     axes = figure.subplots(1, 2)

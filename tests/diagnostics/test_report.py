@@ -272,6 +272,7 @@ def test_modules_of_unlucky_names(name):
         ]
 
 
+@pytest.mark.slow
 def test_a_state_of_training_is_reported_without_its_optimizer_and_copies_by_their_name():
     variables = init(Residual())
     import optax

@@ -92,6 +92,7 @@ def test_orbax_with_lists_and_tuples(capsys, tmp_path):
     assert paths(capsys, save_orbax(tmp_path / "lists", tree)) == ["0/norm", "1/norm"]
 
 
+@pytest.mark.slow
 def test_orbax_of_an_nnx_model(capsys, tmp_path):
     save_orbax(tmp_path / "nnx", nnx.state(NNX()))
     assert paths(capsys, tmp_path / "nnx") == ["norms/0", "norms/1"]

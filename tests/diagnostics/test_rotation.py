@@ -94,6 +94,7 @@ def test_complex_kernels_turn_as_their_real_and_imaginary_parts_do():
     assert_close(found.cosine, 1.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_zeros_have_no_direction():
     zeros, ones = {"b": jnp.zeros(3)}, {"b": jnp.ones(3)}
     for before, after in ((zeros, ones), (ones, zeros), (zeros, zeros)):

@@ -33,6 +33,7 @@ def test_the_verdict_is_that_of_the_mask(found):
     assert {path: numbers.invariant for path, numbers in found.items()} == by_path
 
 
+@pytest.mark.slow
 def test_numbers_tell_kernels_before_normalization_from_others_by_orders_of_magnitude(found):
     for path, numbers in found.items():
         ratios = [numbers.change, numbers.cosine / numbers.chance]

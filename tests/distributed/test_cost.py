@@ -13,6 +13,7 @@ import normjax as nj
 from benchmarks import hlo
 from tests.compare import assert_close
 from tests.distributed.mapped import DEVICES, SPLIT, WHOLE, collectives, mesh, stacked
+from tests.marks import slow_after
 from tests.xla import AS_FOR_USERS
 
 FEATURES = 128
@@ -51,7 +52,7 @@ def compiled(program, way, masked):
     return jax.jit(mapped).lower(*operands).compile(AS_FOR_USERS)
 
 
-@pytest.mark.parametrize("way", ["pmap", "shard_map", "shard_map unchecked"])
+@pytest.mark.parametrize("way", slow_after(1, ["shard_map", "shard_map unchecked", "pmap"]))
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_all_reduce_forward(way, masked):
     ((kind, size),) = collectives(compiled(forward, way, masked))

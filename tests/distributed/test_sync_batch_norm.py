@@ -142,6 +142,7 @@ def test_groups_of_devices_are_batches_of_their_own(on_platform, rng, way):
     assert_steps_close(dx, jnp.concatenate([half[3] for half in halves]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [jax.pmap, jax.vmap])
 def test_replicas_that_trained_apart_agree_once_they_share(on_platform, rng, transform):
     """However their running means differ, their statistics are those of one device."""

@@ -114,6 +114,7 @@ def test_offsets_of_1e4_between_devices(on_platform, rng, case, way):
     assert_equals_one_device(on_platform, case, way, *given, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ["layer_norm", "group_norm", "instance_norm", "filter_response_norm"]
 )

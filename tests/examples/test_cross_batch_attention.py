@@ -157,6 +157,7 @@ def test_a_document_sees_what_it_should(model, case):
         assert_close(np.delete(after, changed, axis=0), np.delete(before, changed, axis=0))
 
 
+@pytest.mark.slow
 def test_a_memory_has_no_order(model, case):
     params, documents = case
     memory = jax.device_get(remember(model, params, documents))

@@ -99,6 +99,7 @@ def test_conditional_examples_get_the_scale_and_bias_of_their_domain(images, rng
     assert_close(y, scale * normalized + bias, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_conditional_training_gathers_the_rows_of_each_domain(images):
     params, batch_stats = start("conditional")
     params["hidden_1"]["norm"]["scale"][1] = 0

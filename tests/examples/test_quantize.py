@@ -47,6 +47,7 @@ def test_int8_is_int8_and_close(variants):
         assert abs(logits[name] - logits["float"]).max() > 1e-4 * size  # rounded, after all
 
 
+@pytest.mark.slow
 def test_folded_variants_have_no_batch_norm(variants):
     made, images = variants
     for name, normalized in (

@@ -49,6 +49,7 @@ def test_data_dependent_initialization_gives_the_first_batch_mean_0_and_variance
     assert set(found) == {"conv_0_0", "conv_0_1", "conv_1_0"}
 
 
+@pytest.mark.slow
 def test_data_dependent_initialization_starts_from_the_kernels_of_all(images):
     ours, plain = (
         network.init(jax.random.key(3), IMAGES, 10)[0]

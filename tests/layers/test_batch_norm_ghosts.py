@@ -100,6 +100,7 @@ def test_no_examples_are_no_ghosts_and_change_nothing(on_platform, rng):
     assert_identical(new, batch_stats)
 
 
+@pytest.mark.slow
 def test_far_from_zero_each_slice_keeps_its_variance(on_platform, rng):
     x = rng.normal(np.repeat([1e4, -1e4], 512)[:, None], 1, (1024, 2)).astype(np.float32)
     layer = partial(nj.batch_norm, train=True, virtual_batch_size=512, momentum=0.0)

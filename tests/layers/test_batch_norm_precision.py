@@ -46,6 +46,7 @@ def check_normalized(x, outcome):
     )
 
 
+@pytest.mark.slow
 def test_gradients_survive_a_huge_offset(on_platform, rng):
     noise = rng.normal(0, 1, (64, 3))
     weights = rng.normal(size=(64, 3))
@@ -100,6 +101,7 @@ def test_bfloat16_keeps_its_digits_at_evaluation(on_platform):
     assert_close(y, np.full((1, 1), 3.7), rtol=2**-8, dtype=jnp.bfloat16)
 
 
+@pytest.mark.slow
 def test_a_constant_feature_gives_the_bias_and_a_finite_gradient(on_platform):
     x = jnp.full((16, 2), 12_345.678, jnp.float32)
     params, batch_stats = nj.batch_norm_init(2)

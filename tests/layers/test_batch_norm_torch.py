@@ -8,6 +8,7 @@ import torch
 
 import normjax as nj
 from tests.compare import assert_close, assert_identical
+from tests.marks import slow_after
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 STEPS, LEARNING_RATE = 4, 0.1
@@ -73,11 +74,8 @@ def compare_step(layer, params, batch_stats, x, weights, settings):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-@pytest.mark.parametrize(
-    "momentum",
-    [0.1, None, *(pytest.param(momentum, marks=pytest.mark.slow) for momentum in (0.01, 1.0))],
-)
+@pytest.mark.parametrize("affine", slow_after(1, [True, False]), ids=["affine", "plain"])
+@pytest.mark.parametrize("momentum", slow_after(2, [0.1, None, 0.01, 1.0]))
 def test_training_follows_torch(rng, shape, affine, momentum):
     epsilon = float(rng.choice([1e-5, 1e-3]))
     layer = torch_layer(rng, shape, affine, momentum, epsilon)

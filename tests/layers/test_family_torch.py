@@ -128,7 +128,9 @@ def run_torch(layer, x, cotangent):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "train"), [(np.float32, True), (np.float64, False)], ids=["float32", "float64"]
+    ("dtype", "train"),
+    [(np.float32, True), pytest.param(np.float64, False, marks=pytest.mark.slow)],
+    ids=["float32", "float64"],
 )
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 def test_outputs_and_gradients_are_torchs(rng, pair, dtype, train):

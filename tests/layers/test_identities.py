@@ -55,6 +55,7 @@ def test_layer_norm_over_an_example_is_group_norm_with_one_group(rng, shape):
     assert_same_function(rng, one_group, all_of_it, *affine_and_x(rng, shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 @pytest.mark.parametrize("groups", [{"group_size": 1}, {"num_groups": 6}], ids=str)
 def test_instance_norm_is_group_norm_with_one_channel_a_group(rng, shape, groups):

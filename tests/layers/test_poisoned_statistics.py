@@ -208,6 +208,7 @@ def test_devices_that_trained_apart_agree_on_the_batch(on_platform, name, way):
     assert that_matter(y_and_gradients, *run, "mean", [1e12, 1e38, *NOT_FINITE]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), MAPPED)
 def test_a_device_that_is_poisoned_does_not_poison_the_others(on_platform, name, way):
     run = mapped_program(on_platform, name, way)

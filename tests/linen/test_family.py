@@ -189,6 +189,7 @@ def test_checkpoints_load_both_ways(rng, name):
         assert_close(loaded, saved, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "axis"), [("LayerNorm", -1), ("RMSNorm", -1), ("GroupNorm", 1), ("InstanceNorm", 2)]
 )

@@ -61,6 +61,7 @@ def batch(rng, dtype=np.float32):
     return jnp.asarray(rng.normal(0.5, 1, (2, 4, 3, 6)), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("adapter", "arguments", "function", "options", "leaves"), CASES)
 def test_it_is_the_function_of_its_variables(rng, adapter, arguments, function, options, leaves):
     x, module = batch(rng), adapter(**arguments)

@@ -188,6 +188,7 @@ def test_skipped_microbatches_do_not_count():
     assert_trees_close(jax.tree.map(lambda leaf: leaf[-2], path), batch_stats)
 
 
+@pytest.mark.slow
 def test_a_microbatch_that_is_skipped_right_after_a_step_does_not_step_again():
     params, batch_stats = start()
     data = microbatches()
@@ -414,6 +415,7 @@ def test_statistics_that_are_not_finite_are_refused_by_their_path():
         statistics.update(NAN, seen, batch_stats, state._replace(mini_step=state.mini_step + 1))
 
 
+@pytest.mark.slow
 def test_another_momentum_than_the_models_is_noticed():
     batch_stats, state = setting()
     statistics = accumulate(momentum=0.99)

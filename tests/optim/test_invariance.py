@@ -120,6 +120,7 @@ def test_an_epsilon_that_rules_the_variance_leaves_no_invariance():
     assert scale_invariant(params, lambda p: function(p, 1e-12)) == {"kernel": True}
 
 
+@pytest.mark.slow
 def test_kernels_that_are_normalized_themselves():
     kernel = jnp.asarray(networks.params()["first"]["kernel"])
 
@@ -238,6 +239,7 @@ def test_bad_input_is_refused():
         scale_invariant({"w": jnp.ones((2, 2))}, lambda params: params["w"], scales=(-1.0,))
 
 
+@pytest.mark.slow
 def test_arguments_in_another_order_and_leaves_that_are_no_arrays_are_refused():
     with pytest.raises(
         TypeError, match=r"function of type dict.*The order is scale_invariant\(params, function\)"

@@ -106,6 +106,7 @@ def test_multi_steps(make, params):
     assert_trees_close(kept, optax.apply_updates(params, updates), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_multi_transform_and_masked(make, params):
     """What another optimizer has is not seen, though the mask names it."""
     labels = {"first": "a", "norm": "b", "second": "a", "head": "b"}
@@ -141,6 +142,7 @@ def test_hyperparameters_are_injected(params):
     assert_trees_close(kept, others, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_extra_arguments_reach_the_inner_transformation(params):
     got = []
 
@@ -157,6 +159,7 @@ def test_extra_arguments_reach_the_inner_transformation(params):
     assert got == [{"value": 3.0}] * 2
 
 
+@pytest.mark.slow
 def test_extra_arguments_do_not_trouble_those_that_take_none(make, params):
     optimizer = make()
     optimizer.update(params, optimizer.init(params), params, value=3.0)
@@ -178,6 +181,7 @@ def test_multi_steps_may_be_the_inner_transformation(params):
     assert_finite(step(outside, params)[0])
 
 
+@pytest.mark.slow
 def test_masks_may_be_functions_and_prefixes(params):
     def mask(tree):
         return decay_mask(tree) | {"head": False}

@@ -107,6 +107,7 @@ def test_frozen_statistics_stay_while_scale_and_bias_are_trained(apply, frozen):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apply", [functional, linen])
 @pytest.mark.parametrize("of", ["", "first"])
 def test_marked_scales_and_biases_stay_also_under_weight_decay(apply, of):

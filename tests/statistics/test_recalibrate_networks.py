@@ -50,6 +50,7 @@ def test_layer_by_layer_batches_of_one_example_are_enough(rng):
     )
 
 
+@pytest.mark.slow
 def test_layer_by_layer_takes_a_pass_more_than_there_are_layers(rng):
     class Batches:
         passes = 0

@@ -12,6 +12,7 @@ import normjax as nj
 from tests import reference_family as family
 from tests.compare import assert_close, assert_finite, assert_identical, assert_trees_close
 from tests.layers.cases import draw_normal
+from tests.marks import slow_after
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 KERNELS = {
@@ -95,7 +96,7 @@ def test_weight_norm_starts_at_the_kernel_itself(rng, shape, feature_axes):
 
 @every_kernel
 @pytest.mark.parametrize("scaled", [False, True], ids=["unit variance", "unit fan-in variance"])
-@pytest.mark.parametrize("with_scale", [True, False])
+@pytest.mark.parametrize("with_scale", slow_after(1, [False, True]))
 def test_weight_standardization_is_the_formula(rng, shape, feature_axes, scaled, with_scale):
     kernel = draw(rng, shape, 3.0)
     params = {"scale": draw(rng, features(shape, feature_axes), 1.0)} if with_scale else {}
@@ -119,7 +120,7 @@ def test_weight_standardization_is_the_formula(rng, shape, feature_axes, scaled,
         assert_close(energy, np.full(kept.shape, 1.0 if scaled else n), rtol=64 * EPS)
 
 
-@pytest.mark.parametrize("n_steps", [1, 3])
+@pytest.mark.parametrize("n_steps", slow_after(1, [1, 3]))
 @every_kernel
 def test_spectral_norm_takes_its_steps_from_where_it_was(rng, shape, feature_axes, n_steps):
     kernel = draw(rng, shape)
