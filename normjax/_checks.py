@@ -94,7 +94,7 @@ def activations(function: str, x: Any, name: str = "x") -> jax.Array:
     """Returns `x` as an array; refuses integers, booleans and scalars."""
     if not isinstance(x, Tracer):
         x = array(function, x, name)
-    if x.aval.memory_space is HOST:
+    if _memory_of(x) is HOST:
         _raise_for_host(function, name, x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise_error(
@@ -116,7 +116,11 @@ def activations(function: str, x: Any, name: str = "x") -> jax.Array:
     return x
 
 
-def _raise_for_host(function: str, name: str, value: jax.Array) -> NoReturn:
+def _memory_of(value: Any) -> Any:
+    return getattr(getattr(value, "aval", None), "memory_space", None)
+
+
+def _raise_for_host(function: str, name: str, value: Any) -> NoReturn:
     raise_error(
         function,
         f"{name} lies in the host's memory, which layers do not compute in",
@@ -174,7 +178,7 @@ def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
     if given is None:
         return None
     given = jnp.asarray(given)
-    if given.aval.memory_space is HOST:
+    if _memory_of(given) is HOST:
         _raise_for_host(function, "mask", given)
     got = f"mask.shape={given.shape}, mask.dtype={given.dtype} for x.shape={shape}"
     if given.dtype != jnp.bool_:
@@ -248,7 +252,7 @@ def leaves(
     for leaf, value in tree.items():
         if not (hasattr(value, "dtype") or isinstance(value, int | float | complex)):
             _raise_without_array(function, f"{name}[{leaf!r}]", value)
-        if getattr(getattr(value, "aval", None), "memory_space", None) is HOST:
+        if _memory_of(value) is HOST:
             _raise_for_host(function, f"{name}[{leaf!r}]", value)
         given = np.shape(value)
         features, allowed = ((), ()) if leaf in SCALARS else (shape, leading)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,9 +108,9 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     """
     _checks.moments("merge_moments", a=a, b=b)
     shape = jnp.broadcast_shapes(*(jnp.shape(part) for part in (*a, *b)))
-    a, b = (_of_shape(moments, shape) for moments in (a, b))
-    bigger = a.count >= b.count
-    big, small = _choose(bigger, a, b), _choose(bigger, b, a)
+    one, other = _of_shape(a, shape), _of_shape(b, shape)
+    bigger = one.count >= other.count
+    big, small = _choose(bigger, one, other), _choose(bigger, other, one)
     count = _added(big.count, small.count)
     share = small.count.astype(big.var.dtype) / jnp.maximum(count, 1).astype(big.var.dtype)
     apart = small.mean - big.mean
@@ -118,24 +119,30 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     mean = big.mean + share.astype(apart.dtype) * apart
     var = big.var + share * (small.var - big.var)
     # Of equal sets, neither is the bigger one: this does not depend on their order.
-    equal = a.count == b.count
+    equal = one.count == other.count
     mean = jnp.where(equal, big.mean / 2 + small.mean / 2, mean)
     var = jnp.where(equal, big.var / 2 + small.var / 2, var)
     var = var + jnp.where(small.count > 0, share * (1 - share) * abs2(apart), 0)
     return Moments(count, mean, jnp.maximum(var, 0))
 
 
-def _of_shape(moments: Moments, shape: tuple[int, ...]) -> Moments:
+class _Set(NamedTuple):
+    """Moments of one shape, all of them arrays."""
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    mean: Array
+    var: Array
+
+
+def _of_shape(moments: Moments, shape: tuple[int, ...]) -> _Set:
     """Returns moments of that shape; those of an empty set are zeros."""
     count, mean, var = (jnp.broadcast_to(part, shape) for part in moments)
-    return Moments(count, jnp.where(count > 0, mean, 0), jnp.where(count > 0, var, 0))
+    return _Set(count, jnp.where(count > 0, mean, 0), jnp.where(count > 0, var, 0))
 
 
-def _choose(condition: Array, yes: Moments, no: Moments) -> Moments:
+def _choose(condition: Array, yes: _Set, no: _Set) -> _Set:
     with jax.numpy_dtype_promotion("standard"):  # a count may be an int, or a number
-        return Moments(
-            *(jnp.where(condition, one, other) for one, other in zip(yes, no, strict=True))
-        )
+        return _Set(*(jnp.where(condition, one, other) for one, other in zip(yes, no, strict=True)))
 
 
 def _added(a: Array, b: Array) -> Array:
