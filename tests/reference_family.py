@@ -56,9 +56,12 @@ def mean_square(x, reduction_axes, mask=None):
     return np.where(count > 0, total / np.maximum(count, 1), NOTHING[1])
 
 
-def layer_norm(params, x, *, reduction_axes=-1, feature_axes=-1, epsilon=1e-5, mask=None):
+def layer_norm(
+    params, x, *, reduction_axes=-1, feature_axes=-1, epsilon=1e-5, mask=None, scale_offset=0.0
+):
     mean, var = moments(x, reduction_axes, mask)
-    return affine(params, (cleaned(x, mask, mean) - mean) / np.sqrt(var + epsilon), feature_axes)
+    y = (cleaned(x, mask, mean) - mean) / np.sqrt(var + epsilon)
+    return affine(params, y, feature_axes, scale_offset)
 
 
 def rms_norm(
@@ -175,11 +178,17 @@ def weight_norm(params, kernel, *, feature_axes=-1, epsilon=1e-12):
     return affine(params, widest(kernel) / np.sqrt(total + epsilon), feature_axes)
 
 
-def weight_standardization(params, kernel, *, feature_axes=-1, scaled=False, epsilon=1e-5):
+def weight_standardization(
+    params, kernel, *, feature_axes=-1, scaled=False, epsilon=1e-5, epsilon_to="variance"
+):
     axes = others(feature_axes, np.ndim(kernel))
     mean, var = moments(kernel, axes)
     fan_in = np.prod([np.shape(kernel)[axis] for axis in axes]) if scaled else 1
-    return affine(params, (widest(kernel) - mean) / np.sqrt(fan_in * var + epsilon), feature_axes)
+    if epsilon_to == "deviation":
+        divisor = np.sqrt(fan_in * var) + epsilon
+    else:
+        divisor = np.sqrt(fan_in * var + epsilon)
+    return affine(params, (widest(kernel) - mean) / divisor, feature_axes)
 
 
 def spectral_norm(batch_stats, kernel, *, feature_axes=-1, n_steps=1):

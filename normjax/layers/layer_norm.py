@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -73,6 +74,7 @@ def layer_norm(
     x: Activations,
     train: bool,
     *,
+    scale_offset: float = 0.0,
     reduction_axes: Axes = -1,
     feature_axes: Axes = -1,
     epsilon: float = 1e-5,
@@ -83,7 +85,7 @@ def layer_norm(
 ) -> tuple[Activations, BatchStats]:
     r"""Normalizes each example by the mean and variance of its own features.
 
-    .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+    .. math:: y = (o + \gamma) \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
     with the mean and the biased variance over `reduction_axes`, separately for every position of
     the other axes. Examples do not affect each other, so training and inference are the same. Use
@@ -97,6 +99,9 @@ def layer_norm(
       batch_stats: `{}`.
       x: floating-point or complex, any rank >= 1, such as `(batch, time, features)`.
       train: Python bool.
+      scale_offset: o, added to the scale in at least float32: 1.0 for checkpoints that store `scale
+        - 1`, which near 1 keeps digits that bfloat16 would lose, and lets weight decay pull the
+        scale towards 1. Without a scale it is left out, too.
       reduction_axes: the axes that mean and variance are taken over.
       feature_axes: the axes that scale and bias run along; leaves have their sizes in ascending
         order.
@@ -137,7 +142,14 @@ def layer_norm(
     )
     axes = _checks.axes(function, "reduction_axes", reduction_axes, operands.x.shape)
     spec = check_spec(
-        function, operands, axes, epsilon, axis_name, axis_index_groups, StandardizeSpec
+        function,
+        operands,
+        axes,
+        epsilon,
+        axis_name,
+        axis_index_groups,
+        StandardizeSpec,
+        scale_offset=_checks.number(function, "scale_offset", scale_offset, -math.inf, math.inf),
     )
     if train:
         more_than_one_value(function, operands.x, spec)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from normjax._typing import Params
+from normjax._typing import Params, widen
 from normjax.layers.affine import normalize
 from normjax.layers.jit_step import jit_step_within_examples
 from normjax.statistics.per_example import ExampleSpec, example_moments
 from normjax.statistics.reduction import read
+
+EpsilonTo = Literal["variance", "deviation"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,18 @@ class StandardizeSpec(ExampleSpec):
 
     Attributes:
       gain: a constant factor of the scale.
+      scale_offset: added to the scale, if there is one.
+      epsilon_to: what epsilon is added to.
     """
 
     gain: float = 1.0
+    scale_offset: float = 0.0
+    epsilon_to: EpsilonTo = "variance"
+
+    @property
+    def least_variance(self) -> float:
+        """What is added to the variance at least."""
+        return self.epsilon if self.epsilon_to == "variance" else self.epsilon**2
 
 
 @jit_step_within_examples
@@ -32,8 +44,19 @@ def standardize(params: Params, x: Array, mask: Array | None, spec: StandardizeS
     count, mean, var = example_moments(spec, inputs, mask)
     if mask is not None:
         var = jnp.where(jnp.asarray(count) > 0, var, spec.unit(x) ** 2)
+    epsilon, unit = spec.epsilon, spec.unit(x)
+    if spec.epsilon_to == "deviation":
+        var, epsilon = (_root(var) + epsilon * unit) ** 2, 0.0
+    if "scale" in params and spec.scale_offset:
+        params = params | {"scale": widen(params["scale"]) + spec.scale_offset}
     if spec.gain != 1:
         scale = params["scale"] if "scale" in params else jnp.ones((), var.dtype)
         params = params | {"scale": scale * spec.gain}
-    y = normalize(inputs, spec.expand(mean), spec.expand(var), params, spec.epsilon, spec.unit(x))
+    y = normalize(inputs, spec.expand(mean), spec.expand(var), params, epsilon, unit)
     return y.astype(spec.dtype)
+
+
+def _root(var: Array) -> Array:
+    """The square root; at 0, where it has no derivative, that of a constant."""
+    positive = var > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1)), 0)

@@ -41,6 +41,8 @@ class LayerNorm(nn.LayerNorm):
       use_fast_variance: accepted for compatibility, without effect.
       force_float32_reductions: whether scale and bias keep their dtype. False casts them to
         `param_dtype`, as Flax does; statistics are float32 or wider in both cases.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1`, with `scale_init=zeros`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -50,6 +52,8 @@ class LayerNorm(nn.LayerNorm):
       >>> print(y.round(3), list(variables["params"]))
       [[-1. -1.  1.  1.]] ['scale', 'bias']
     """
+
+    scale_offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
@@ -70,6 +74,7 @@ class LayerNorm(nn.LayerNorm):
             {},
             x,
             False,
+            scale_offset=self.scale_offset,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
             dtype=dtype,

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax.nn.initializers import ones
 
 from normjax._typing import Axes, DTypeLike, Initializer
+from normjax.layers.standardize import EpsilonTo
 from normjax.linen._shared import promoted
 from normjax.linen._weights import chosen, scales, with_weights
 from normjax.weights import weight_standardization
@@ -27,7 +28,7 @@ class WeightStandardization(nn.Module):
 
     Args:
       layer_instance: the layer to wrap.
-      epsilon: added to the variance.
+      epsilon: added to the variance, or to the deviation.
       dtype: dtype of the weights in use. None: the dtype that weights and scales promote to.
       param_dtype: dtype of the scales.
       use_scale: whether there is a learned gain.
@@ -37,6 +38,7 @@ class WeightStandardization(nn.Module):
       scaled: whether the variance is `1 / fan_in` instead of 1, for networks without normalization.
       variable_filter: strings; a parameter is standardized if its path ("Dense_0/kernel") contains
         one of them. None: all are.
+      epsilon_to: "variance", or "deviation" as in the code of BiT and ViT (big_vision's `StdConv`).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -57,6 +59,7 @@ class WeightStandardization(nn.Module):
     feature_axes: Axes | None = -1
     scaled: bool = False
     variable_filter: Iterable[str] | None = field(default_factory=lambda: {"kernel"})
+    epsilon_to: EpsilonTo = "variance"
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,5 +88,6 @@ def _standardized(module: WeightStandardization, path: str, kernel: jax.Array) -
         feature_axes=kept,
         scaled=module.scaled,
         epsilon=module.epsilon,
+        epsilon_to=module.epsilon_to,
         dtype=dtype,
     )[0]

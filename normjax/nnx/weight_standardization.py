@@ -11,6 +11,7 @@ from flax import nnx
 from jax.nn.initializers import ones
 
 from normjax._typing import Axes, DTypeLike, Initializer
+from normjax.layers.standardize import EpsilonTo
 from normjax.nnx._weights import KERNEL, Path, features, scaled, with_weights
 from normjax.weights import weight_standardization
 
@@ -29,10 +30,11 @@ class WeightStandardization(nnx.Module):
       scaled: whether the variance is `1 / fan_in` instead of 1, for networks without normalization.
       use_scale: whether there is a learned gain (`scales`: `nnx.Param`).
       scale_init: initializer of the gain.
-      epsilon: added to the variance.
+      epsilon: added to the variance, or to the deviation.
       dtype: dtype of the weights in use. None: the dtype that weights and scales promote to.
       param_dtype: dtype of the scales.
       variable_filter: which parameters to standardize, as a filter of `nnx.state`.
+      epsilon_to: "variance", or "deviation" as in the code of BiT and ViT (big_vision's `StdConv`).
       rngs: random keys for the initializer.
 
     Example:
@@ -57,6 +59,7 @@ class WeightStandardization(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         variable_filter: nnx.filterlib.Filter = KERNEL,
+        epsilon_to: EpsilonTo = "variance",
         rngs: nnx.Rngs,
     ):
         self.layer_instance = layer_instance
@@ -64,6 +67,7 @@ class WeightStandardization(nnx.Module):
         self.scaled = scaled
         self.use_scale = use_scale
         self.epsilon = epsilon
+        self.epsilon_to: EpsilonTo = epsilon_to
         self.dtype = dtype
         self.variable_filter = nnx.filterlib.to_predicate(variable_filter)
         self.scales = nnx.data(None)
@@ -107,5 +111,6 @@ def _standardized(norm: WeightStandardization, path: Path, weight: nnx.Param) ->
         feature_axes=kept,
         scaled=norm.scaled,
         epsilon=norm.epsilon,
+        epsilon_to=norm.epsilon_to,
         dtype=dtype,
     )[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,36 +127,41 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     """
     _leaves.moments("merge_moments", a=a, b=b)
     shape = jnp.broadcast_shapes(*(jnp.shape(part) for part in (*a, *b)))
-    a, b = (_of_shape(moments, shape) for moments in (a, b))
-    n_a, n_b = jnp.asarray(a.count), jnp.asarray(b.count)
-    big, small = _choose(n_a >= n_b, a, b), _choose(n_a >= n_b, b, a)
-    few = jnp.asarray(small.count)
-    count = _added(jnp.asarray(big.count), few)
-    share = few.astype(big.var.dtype) / or_one(count).astype(big.var.dtype)
+    one, other = _of_shape(a, shape), _of_shape(b, shape)
+    bigger = one.count >= other.count
+    big, small = _choose(bigger, one, other), _choose(bigger, other, one)
+    count = _added(big.count, small.count)
+    share = small.count.astype(big.var.dtype) / or_one(count).astype(big.var.dtype)
     apart = small.mean - big.mean
     # By what the smaller set adds: two rounded weights add up to 1 but for a rounding error, which
     # would move the mean by as much with each of millions of sets.
     mean = big.mean + share.astype(apart.dtype) * apart
     var = big.var + share * (small.var - big.var)
     # Of equal sets, neither is the bigger one: this does not depend on their order.
-    equal = n_a == n_b
+    equal = one.count == other.count
     mean = jnp.where(equal, big.mean / 2 + small.mean / 2, mean)
     var = jnp.where(equal, big.var / 2 + small.var / 2, var)
-    var = var + jnp.where(few > 0, share * (1 - share) * abs2(apart), 0)
+    var = var + jnp.where(small.count > 0, share * (1 - share) * abs2(apart), 0)
     return Moments(count, mean, jnp.maximum(var, 0))
 
 
-def _of_shape(moments: Moments, shape: tuple[int, ...]) -> Moments:
+class _Set(NamedTuple):
+    """Moments of one shape, all of them arrays."""
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    mean: Array
+    var: Array
+
+
+def _of_shape(moments: Moments, shape: tuple[int, ...]) -> _Set:
     """Returns moments of that shape; those of an empty set are zeros."""
     count, mean, var = (jnp.broadcast_to(part, shape) for part in moments)
-    return Moments(count, jnp.where(count > 0, mean, 0), jnp.where(count > 0, var, 0))
+    return _Set(count, jnp.where(count > 0, mean, 0), jnp.where(count > 0, var, 0))
 
 
-def _choose(condition: Any, yes: Moments, no: Moments) -> Moments:
+def _choose(condition: Array, yes: _Set, no: _Set) -> _Set:
     with jax.numpy_dtype_promotion("standard"):  # a count may be an int, or a number
-        return Moments(
-            *(jnp.where(condition, one, other) for one, other in zip(yes, no, strict=True))
-        )
+        return _Set(*(jnp.where(condition, one, other) for one, other in zip(yes, no, strict=True)))
 
 
 def _added(a: Array, b: Array) -> Array:

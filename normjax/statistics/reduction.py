@@ -104,12 +104,17 @@ class Spec:
         """Returns the unit of variances: 1, so that they can be stored."""
         return 1.0
 
+    @property
+    def least_variance(self) -> float:
+        """What the layer adds to the variance: errors much below it do not matter."""
+        return self.epsilon
+
     def unit_of_squares(self, x: Array) -> float:
         """Returns u, which is 1 without an epsilon."""
-        if self.epsilon == 0:
+        if self.least_variance == 0:
             return 1.0
         smallest = float(jnp.finfo(x.dtype if is_wide(x) else jnp.float32).tiny)
-        return 2.0 ** min(0, math.floor(math.log2(smallest * 2**27 / self.epsilon) / 2))
+        return 2.0 ** min(0, math.floor(math.log2(smallest * 2**27 / self.least_variance) / 2))
 
     def deviation(self, var: Array) -> Array:
         """Returns sqrt(sigma^2 + epsilon) in x's unit, and 1 where it is 0: a constant."""
@@ -249,7 +254,7 @@ def one_pass_if_safe(spec: Spec, x: Array, mask: Mask | None) -> Moments:
     var = square - mean_squared
     scale = TOLERATED_MEAN_SQUARE
     # The second pass has a unit for squares whose sum overflows.
-    safe = jnp.all((mean_squared <= scale * var + scale * spec.epsilon) & (var < jnp.inf))
+    safe = jnp.all((mean_squared <= scale * var + scale * spec.least_variance) & (var < jnp.inf))
 
     def keep(x: Array, mask: Mask | None, first: Moments) -> tuple[Array, Array]:
         return first.mean, times(first.var, spec.unit(x) ** 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from normjax import _checks
 from normjax._typing import Axes, BatchStats, DTypeLike, Initializer, Kernel, Params, PRNGKey
 from normjax.layers.affine import init_params
 from normjax.layers.operands import check_operands, check_spec, more_than_one_value
-from normjax.layers.standardize import StandardizeSpec, standardize
+from normjax.layers.standardize import EpsilonTo, StandardizeSpec, standardize
 
 
 def weight_standardization_init(
@@ -58,6 +59,7 @@ def weight_standardization(
     feature_axes: Axes = -1,
     scaled: bool = False,
     epsilon: float = 1e-5,
+    epsilon_to: EpsilonTo = "variance",
     dtype: DTypeLike | None = None,
 ) -> tuple[Kernel, BatchStats]:
     r"""Gives the weights of each feature mean 0, and variance 1 or 1 / fan-in.
@@ -80,6 +82,9 @@ def weight_standardization(
       scaled: whether the result has the variance 1 / fan-in.
       epsilon: added to the variance, or to the variance times the fan-in, which is near 1 for usual
         initializers.
+      epsilon_to: "variance" as in the papers, or "deviation": added to the root of it, as in the
+        code of BiT and ViT, whose kernels of small variance then come out as there:
+        :math:`w = \gamma (v - \mu) / (\sqrt{N} \sigma + \epsilon)`.
       dtype: dtype of w; None for the dtype of the kernel.
 
     Returns:
@@ -118,17 +123,20 @@ def weight_standardization(
     )
     shape = operands.x.shape
     axes = _checks.other_axes(operands.feature_axes, len(shape))
+    _checks.choice(function, "epsilon_to", epsilon_to, get_args(EpsilonTo))
     epsilon = _checks.number(function, "epsilon", epsilon, 0.0, math.inf)
     fan_in = math.prod(shape[axis] for axis in axes) if scaled else 1
     fan_in = max(fan_in, 1)  # of an empty kernel
     # (v - mu) / sqrt(N var + epsilon) equals (v - mu) / sqrt(var + epsilon / N) / sqrt(N).
+    share = fan_in if epsilon_to == "variance" else math.sqrt(fan_in)
     spec = check_spec(
         function,
         operands,
         axes,
-        epsilon / fan_in,
+        epsilon / share,
         make_spec=StandardizeSpec,
         gain=1 / math.sqrt(fan_in),
+        epsilon_to=epsilon_to,
     )
     if train:
         more_than_one_value(function, operands.x, spec)

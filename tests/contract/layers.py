@@ -78,7 +78,11 @@ LAYERS = [
         "layer_norm",
         nj.layer_norm_init,
         nj.layer_norm,
-        {"plain": {}, "masked": {"mask": SCATTERED, "reduction_axes": (1, 2)}},
+        {
+            "plain": {},
+            "masked": {"mask": SCATTERED, "reduction_axes": (1, 2)},
+            "offset": {"scale_offset": 1.0},
+        },
         axes={"reduction_axes": -1},
     ),
     Layer(
@@ -137,7 +141,11 @@ LAYERS = [
         "weight_standardization",
         nj.weights.weight_standardization_init,
         nj.weights.weight_standardization,
-        {"plain": {}, "scaled": {"scaled": True}},
+        {
+            "plain": {},
+            "scaled": {"scaled": True},
+            "deviation": {"scaled": True, "epsilon": 0.1, "epsilon_to": "deviation"},
+        },
         takes_mask=False,
     ),
     Layer(

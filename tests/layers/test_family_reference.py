@@ -128,7 +128,7 @@ def family_cases(draw, name):
     else:
         settings["epsilon"] = draw(st.sampled_from((1e-5, 1e-3, 0.5)))
         settings["mask"] = draw_mask(draw, rng, x)
-    if name == "rms_norm":
+    if name in ("rms_norm", "layer_norm"):
         settings["scale_offset"] = draw(st.sampled_from((0.0, 1.0)))
     if name == "filter_response_norm":
         real = np.finfo(wide).dtype

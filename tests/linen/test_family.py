@@ -264,11 +264,12 @@ def test_complex_numbers_are_flaxs(rng, name):
         assert_close(ours, theirs, **CLOSE, dtype=theirs.dtype)
 
 
-def test_the_offset_of_the_scale_is_that_of_the_function(rng):
-    x = batch(rng)
-    shifted = nj.RMSNorm(scale_offset=1.0, scale_init=nn.initializers.zeros)
-    modules = shifted, nn.RMSNorm()
-    assert_close(*at_once(lambda x: [m.init_with_output(KEY, x)[0] for m in modules], x), **CLOSE)
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
+def test_the_offset_of_the_scale_is_that_of_the_function(rng, name):
+    shifted = getattr(nj, name)(scale_offset=1.0, scale_init=nn.initializers.zeros)
+    modules = shifted, getattr(nn, name)()
+    y, flax_y = at_once(lambda x: [m.init_with_output(KEY, x)[0] for m in modules], batch(rng))
+    assert_close(y, flax_y, **CLOSE)
 
 
 REFUSED = [

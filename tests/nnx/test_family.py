@@ -207,10 +207,11 @@ def test_integers_are_accepted_as_in_flax(rng, name):
     assert_close(y, flax_y, **CLOSE, dtype=flax_y.dtype)
 
 
-def test_the_offset_of_the_scale_is_that_of_the_function(rng):
-    x = batch(rng)
-    shifted = nj.RMSNorm(6, scale_offset=1.0, scale_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
-    assert_close(shifted(x), nnx.RMSNorm(6, rngs=nnx.Rngs(0))(x), **CLOSE)
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
+def test_the_offset_of_the_scale_is_that_of_the_function(rng, name):
+    x, zeros = batch(rng), nnx.initializers.zeros
+    shifted = getattr(nj, name)(6, scale_offset=1.0, scale_init=zeros, rngs=nnx.Rngs(0))
+    assert_close(shifted(x), getattr(nnx, name)(6, rngs=nnx.Rngs(0))(x), **CLOSE)
 
 
 REFUSED = [

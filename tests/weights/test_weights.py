@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import linen, nnx
 from jax.test_util import check_grads
 from torch.nn.utils import parametrizations
 
@@ -407,3 +408,64 @@ def test_weight_norm_init_gives_back_kernels_of_any_size(rng, size, feature_axes
             params, {}, kernel, True, feature_axes=feature_axes, epsilon=epsilon
         )
         assert_close(y, kernel, rtol=8 * EPS)
+
+
+def std_conv(kernel, epsilon):
+    """What big_vision's and vision_transformer's StdConv do to a kernel."""
+    axes = tuple(range(kernel.ndim - 1))
+    kernel = kernel - jnp.mean(kernel, axes)
+    return kernel / (jnp.std(kernel, axes) + epsilon)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
+def test_epsilon_may_be_added_to_the_deviation_as_std_conv_does(rng, size):
+    kernel, weights = jnp.float32(size) * draw(rng, (3, 3, 4, 5)), draw(rng, (3, 3, 4, 5))
+
+    def ours(kernel):
+        settings = {"epsilon": 1e-5, "epsilon_to": "deviation"}
+        return nj.weights.weight_standardization({}, {}, kernel, True, **settings)[0]
+
+    def gradient(standardize):
+        return size * jax.grad(lambda kernel: jnp.sum(weights * standardize(kernel)))(kernel)
+
+    def theirs(kernel):
+        return std_conv(kernel, 1e-5)
+
+    assert_close(ours(kernel), theirs(kernel), rtol=64 * EPS, atol=64 * EPS)
+    assert_close(gradient(ours), gradient(theirs), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="epsilon_to='std'"):
+        nj.weights.weight_standardization({}, {}, kernel, True, epsilon_to="std")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_epsilon_added_to_the_deviation_is_the_formula(rng, scaled):
+    kernel, params = draw(rng, (3, 4, 5)), {"scale": draw(rng, (5,))}
+    settings = {"scaled": scaled, "epsilon": 0.5, "epsilon_to": "deviation"}
+    y, _ = nj.weights.weight_standardization(params, {}, kernel, True, **settings)
+    expected = family.weight_standardization(params, kernel, **settings)
+    assert_close(y, expected, rtol=64 * EPS, atol=64 * EPS)
+
+
+def test_constant_kernels_have_finite_gradients_with_epsilon_at_the_deviation():
+    kernel = jnp.ones((4, 3)).at[:, 1].set(jnp.arange(4.0))
+
+    def loss(kernel):
+        y, _ = nj.weights.weight_standardization(
+            {}, {}, kernel, True, epsilon=1e-5, epsilon_to="deviation"
+        )
+        return jnp.sum(jnp.sin(y))
+
+    assert_finite((jax.grad(loss)(kernel), jax.hessian(loss)(kernel)))
+
+
+def test_adapters_hand_on_where_epsilon_is_added(rng):
+    x = jnp.eye(4)
+    settings = {"epsilon": 0.5, "epsilon_to": "deviation"}
+    module = nj.linen.WeightStandardization(linen.Dense(3), **settings)
+    variables = module.init(jax.random.key(0), x)
+    y = module.apply(variables, x)
+    (kernel,) = [leaf for leaf in jax.tree.leaves(variables) if leaf.ndim == 2]
+    assert_close(y, std_conv(kernel, 0.5), rtol=1e-5, atol=1e-6)
+    layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    norm = nj.nnx.WeightStandardization(layer, **settings, rngs=nnx.Rngs(1))
+    assert_close(norm(x), std_conv(layer.kernel[...], 0.5), rtol=1e-5, atol=1e-6)
