@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo gallery test test-fast test-tpu test-oldest lint format docs bench bench-gpu bench-tpu clean
+.PHONY: demo gallery test test-fast test-tpu test-onnx test-oldest lint format docs bench bench-gpu bench-tpu clean
 
 demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them, in under 2 minutes
 	$(BIN)/python examples/speedup.py
@@ -21,6 +21,11 @@ test-tpu: ## what TPU pods would run, compiled for them on this machine; apart, 
 	$(PYTHON) -m venv $(VENV)-tpu
 	$(VENV)-tpu/bin/python -m pip install --quiet --editable ".[tpu-aot]"
 	$(VENV)-tpu/bin/python -m pytest tests/tpu_aot
+
+test-onnx: ## inference as ONNX files, compared with onnxruntime; apart, since jax2onnx wants an older orbax-checkpoint
+	$(PYTHON) -m venv $(VENV)-onnx
+	$(VENV)-onnx/bin/python -m pip install --quiet --editable ".[onnx]"
+	$(VENV)-onnx/bin/python -m pytest tests/onnx
 
 test-oldest: ## the suite on the oldest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-oldest
@@ -57,7 +62,7 @@ bench-tpu: $(VENV)/.bench ## what TPU programs move and need, compiled here; no 
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory-v5e-1.json
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-tpu site
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-tpu $(VENV)-onnx site
 
 $(VENV)/.%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \

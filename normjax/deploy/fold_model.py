@@ -152,9 +152,9 @@ def fold(
     for path in finder.program.leaves.keys() - rewritten(finder, biases).leaves.keys():
         del new[path]
     template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), variables
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), variables
     )
-    shapes = {path: jnp.shape(leaf) for path, leaf in new.items()}
+    shapes = {path: np.shape(leaf) for path, leaf in new.items()}
     apply = jax.jit(partial(run, source, template, biases, shapes))
     programs = partial(jax.jit(source), variables), partial(apply, nest(new))
     error = _verified(

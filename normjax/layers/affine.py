@@ -21,6 +21,7 @@ from normjax._typing import (
     promote,
 )
 from normjax.platforms.cpu import materialize, separate_if_narrow, separate_operands
+from normjax.platforms.plain import custom_jvp
 from normjax.statistics.devices import pcast_like
 from normjax.statistics.reduction import Input, named
 
@@ -109,7 +110,7 @@ def normalize(
     return y if x.sound is None else jnp.where(x.sound, y, lax.stop_gradient(bias))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _affine(x: Input, mean: Array, var: Array, scale: Array, bias: Array) -> Array:
     """Returns `(x - mean) / sqrt(var) * scale + bias`."""
     inverse = lax.rsqrt(var).astype(mean.dtype)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Inexact
 from normjax._typing import Mask, widen
 from normjax.platforms import on_cpu, one_device
 from normjax.platforms.cpu import separate_operands
+from normjax.platforms.plain import custom_jvp, is_plain
 from normjax.statistics.devices import ALONE
 from normjax.statistics.reduction import (
     Input,
@@ -65,9 +66,9 @@ def mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array, Array]:
     return (spec.count(x.x) if mask is None else count), square
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(custom_jvp, nondiff_argnums=(0,))
 def _mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array | None, Array]:
-    (own,) = separate_operands(x.x, 1)
+    (own,) = separate_operands(x.x32 if is_plain() else x.x, 1)
     return _mean(spec, abs2(masked(widen(own), mask)), mask)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Bool, Inexact, Real
 
 from normjax._typing import Activations, Mask, promote, widen
 from normjax.platforms.cpu import separate_if_narrow, separate_operands
+from normjax.platforms.plain import custom_jvp, is_plain
 from normjax.statistics.devices import ALONE, DeviceGroup
 
 # The names under which `jax.checkpoint` can keep a layer's statistics, its input, and an output
@@ -151,9 +152,9 @@ def moments_by(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask
     return moments._replace(count=spec.count(x.x)) if mask is None else moments
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@partial(custom_jvp, nondiff_argnums=(0, 1))
 def _moments(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask | None) -> Moments:
-    return forward(spec, x.x, mask)
+    return forward(spec, x.x32 if is_plain() else x.x, mask)
 
 
 @_moments.defjvp
@@ -192,6 +193,9 @@ def one_pass_if_safe(spec: Spec, x: Array, mask: Mask | None) -> Moments:
     the collective within it finds its partners.
     """
     count, mean, square = means(spec, x, mask)
+    if is_plain():
+        count, mean, var = around(spec, x, mask, Moments(count, mean, square))
+        return Moments(count, mean, jnp.maximum(var, 0))
     mean_squared = abs2(mean)
     var = square - mean_squared
     scale = TOLERATED_MEAN_SQUARE
@@ -288,6 +292,8 @@ def masked(x: Array, mask: Mask | None) -> Array:
 
 def named(value: Array, name: str = STATISTICS) -> Array:
     """Marks what `jax.checkpoint` is to keep."""
+    if is_plain():
+        return value
     if jnp.iscomplexobj(value):  # which jax.checkpoint cannot keep as it is
         return lax.complex(named(value.real, name), named(value.imag, name))
     return checkpoint_name(value, name)
