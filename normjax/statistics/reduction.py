@@ -116,10 +116,14 @@ class Spec:
         """How many elements count on this device: real, broadcastable to the features."""
         repeats = math.prod(x.shape[axis] for axis in self.axes if mask.shape[axis] == 1)
         axes = [axis for axis in self.axes if mask.shape[axis] != 1]
-        # Exact within an example. Over examples in the sums' own dtype: under jit, where that sum
-        # is one over devices, XLA sends it along with the others.
-        counts = jnp.sum(mask, axes[1:], jnp.int32, keepdims=True).astype(_real_dtype(x))
-        counts = (jnp.sum(counts, axes[:1], keepdims=True) * repeats).squeeze(self.axes)
+        # Up to 2^24 ones add up exactly in float32. There and over examples they are summed in the
+        # sums' own dtype: under jit, where that sum is one over devices, XLA sends it along with
+        # the others. More are counted exactly within an example.
+        ones = math.prod(map(mask.shape.__getitem__, axes))
+        first = axes[:0] if isinstance(ones, int) and ones <= 2**24 else axes[1:]
+        counts = jnp.sum(mask, first, jnp.int32, keepdims=True) if first else mask
+        counts = jnp.sum(counts.astype(_real_dtype(x)), axes, keepdims=True)
+        counts = (counts * repeats).squeeze(self.axes)
         if self.groups is not None and mask.shape[self.groups[0]] == 1:
             return counts * self.groups[1]
         return counts if self.groups is None else self._over_groups(counts, self.groups)

@@ -235,3 +235,10 @@ def test_gradients_of_moments_are_finite_where_the_mask_hides_nan(on_platform):
 
     x = jnp.full((4, 2), jnp.nan).at[:2].set(1.5)
     assert_finite(on_platform(jax.grad(total), x, (jnp.arange(4) < 2)[:, None]))
+
+
+def test_a_mask_of_more_than_2_to_24_elements_is_counted_exactly():
+    """Added up in float32 they may stop counting there."""
+    size = 2**24 + 2
+    x, mask = jnp.zeros((2, size), jnp.float16), jnp.ones((2, size), bool)
+    assert nj.moments(x, (0, 1), mask=mask).count == 2 * size
