@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NEWEST ?= $(shell sh .ci/newest-python)
 
-.PHONY: demo gallery test test-fast test-tpu test-oldest test-newest lint format docs bench bench-gpu bench-tpu clean
+.PHONY: demo gallery test test-fast test-tpu test-onnx test-oldest test-newest lint format docs bench bench-gpu bench-tpu clean
 
 demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them, in under 2 minutes
 	$(BIN)/python examples/speedup.py
@@ -22,6 +22,11 @@ test-tpu: ## what TPU pods would run, compiled for them on this machine; apart, 
 	$(PYTHON) -m venv $(VENV)-tpu
 	$(VENV)-tpu/bin/python -m pip install --quiet --editable ".[tpu-aot]"
 	$(VENV)-tpu/bin/python -m pytest tests/tpu_aot
+
+test-onnx: ## inference as ONNX files, compared with onnxruntime; apart, since jax2onnx wants an older orbax-checkpoint
+	$(PYTHON) -m venv $(VENV)-onnx
+	$(VENV)-onnx/bin/python -m pip install --quiet --editable ".[onnx]"
+	$(VENV)-onnx/bin/python -m pytest tests/onnx
 
 test-oldest: ## the suite on the oldest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-oldest
@@ -64,7 +69,7 @@ bench-tpu: $(VENV)/.bench ## what TPU programs move and need, compiled here; no 
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory-v5e-1.json
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-tpu .jax_cache site
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-tpu $(VENV)-onnx .jax_cache site
 
 $(VENV)/.%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \

@@ -23,6 +23,7 @@ from normjax.layers.layer_norm import layer_norm, layer_norm_init
 from normjax.layers.local_response_norm import local_response_norm, local_response_norm_init
 from normjax.layers.remat_policy import remat_policy
 from normjax.layers.rms_norm import rms_norm, rms_norm_init
+from normjax.platforms.plain import plain_phrasing
 from normjax.statistics.average import average_batch_stats
 from normjax.statistics.moments import merge_moments, moments
 from normjax.statistics.recalibrate import recalibrate
@@ -66,6 +67,7 @@ __all__ = [
     "moments",
     "nnx",
     "optim",
+    "plain_phrasing",
     "recalibrate",
     "remat_policy",
     "rms_norm",

@@ -163,7 +163,7 @@ def run(
 
 
 def _check_shapes(given: Mapping[Path, Any], shapes: Mapping[Path, tuple[int, ...]]) -> None:
-    found = {path: jnp.shape(leaf) for path, leaf in given.items()}
+    found = {path: np.shape(leaf) for path, leaf in given.items()}
     for path in [*found, *shapes]:
         if found.get(path) != shapes.get(path):
             _checks.raise_error(

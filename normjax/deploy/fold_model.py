@@ -150,7 +150,7 @@ def fold(
     for path in finder.program.leaves.keys() - rewritten(finder, biases).leaves.keys():
         del new[path]
     template = jax.tree.map(_described, variables)
-    shapes = {path: jnp.shape(leaf) for path, leaf in new.items()}
+    shapes = {path: np.shape(leaf) for path, leaf in new.items()}
     apply = jax.jit(partial(run, source, template, biases, shapes))
     tolerance = _rounding(finder.program) if tolerance is None else tolerance
     programs = partial(jax.jit(source), variables), partial(apply, nest(new))

@@ -20,6 +20,7 @@ from jaxtyping import Array
 from normjax import _checks
 from normjax._typing import Params, promote, widen
 from normjax.layers.batch_step import BatchSpec
+from normjax.platforms.plain import custom_jvp
 from normjax.statistics.devices import pcast_like
 from normjax.statistics.reduction import (
     OUTPUT,
@@ -128,7 +129,7 @@ def _gain_and_bias(spec: ActivatedSpec, params: Params, x32: Array) -> tuple[Arr
     return gain, bias
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(custom_jvp, nondiff_argnums=(0,))
 def _by_population(
     spec: ActivatedSpec, x32: Array, gain: Array, bias: Array, mean: Array, var: Array
 ) -> Array:
@@ -144,7 +145,7 @@ def _by_population_jvp(spec: ActivatedSpec, primals: tuple, tangents: tuple) -> 
     return z, _dot(spec, z, gain, bias, var, tangents)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(custom_jvp, nondiff_argnums=(0,))
 def _by_batch(spec: ActivatedSpec, x: Input, gain: Array, bias: Array) -> tuple[Array, Moments]:
     batch = batch_moments(spec, x, None)._replace(count=None)
     mean, var = spec.expand(batch.mean), spec.expand(batch.var)

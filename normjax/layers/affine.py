@@ -24,6 +24,7 @@ from normjax._typing import (
     widen,
 )
 from normjax.platforms.cpu import materialize, separate_if_narrow, separate_operands
+from normjax.platforms.plain import custom_jvp
 from normjax.statistics.devices import pcast_like
 from normjax.statistics.reduction import Input, named, times
 
@@ -116,7 +117,7 @@ def normalize(
     return y if x.sound is None else jnp.where(x.sound, y, lax.stop_gradient(bias))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(custom_jvp, nondiff_argnums=(0,))
 def inverse_deviation(unit: float, var: Array) -> Array:
     """Returns 1 / sqrt(var / unit^2)."""
     return times(lax.rsqrt(var), unit)
@@ -130,7 +131,7 @@ def _inverse_deviation_jvp(unit: float, primals: tuple, tangents: tuple) -> tupl
     return inverse, -0.5 * inverse * (root * (root * tangents[0]))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(custom_jvp, nondiff_argnums=(0,))
 def _affine(unit: float, x: Input, mean: Array, var: Array, scale: Array, bias: Array) -> Array:
     """Returns `(x - mean) / sqrt(var / unit^2) * scale + bias`."""
     inverse = times(lax.rsqrt(var), unit).astype(mean.dtype)

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from normjax._typing import Params
 from normjax.layers.affine import lay_out
 from normjax.platforms.cpu import without_unit_axes
+from normjax.platforms.plain import custom_jvp
 from normjax.statistics.devices import explicit_mesh, laid_out_by_the_compiler, spec_of
 from normjax.statistics.reduction import OUTPUT, STATISTICS
 
@@ -37,7 +38,7 @@ def jit_step(step: Callable[..., Any], like: str | tuple[str, ...] = "x") -> Cal
     def derivative(spec: Any, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
         return jax.jvp(lambda *operands: lean(*operands, spec), primals, tangents)
 
-    differentiable = jax.custom_jvp(step, nondiff_argnums=(last,))
+    differentiable = custom_jvp(step, nondiff_argnums=(last,))
     differentiable.defjvp(derivative)
     compiled = jax.jit(differentiable, static_argnums=last, inline=True)
 

@@ -13,9 +13,13 @@ from typing import Any
 import jax
 from jax import lax
 
+from normjax.platforms.plain import is_plain
+
 
 def on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *operands: Any) -> Any:
     """Returns `cpu(*operands)` in programs for CPUs, `elsewhere(*operands)` in all others."""
+    if is_plain():
+        return elsewhere(*operands)
     return lax.platform_dependent(*operands, cpu=cpu, default=elsewhere)
 
 

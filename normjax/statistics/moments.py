@@ -81,7 +81,8 @@ def compiled_moments(spec: Spec, x: Array, mask: Array | None) -> Moments:
         return _compiled_moments(spec, x, mask)
     sharded = enumerate(spec_of(x))
     features = PartitionSpec(*[over for axis, over in sharded if axis not in spec.axes])
-    results: Any = Moments(*[features] * 3)  # pyright: ignore[reportArgumentType]
+    each: Any = [features] * 3
+    results = Moments(*each)
     return laid_out_by_the_compiler(partial(_compiled_moments, spec), mesh, results)(x, mask)
 
 

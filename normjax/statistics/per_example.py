@@ -18,6 +18,7 @@ from jaxtyping import Array, Inexact
 from normjax._typing import Mask, is_weight, is_wide, widen
 from normjax.platforms import on_cpu, one_device
 from normjax.platforms.cpu import separate_operands
+from normjax.platforms.plain import custom_jvp, is_plain
 from normjax.statistics.devices import ALONE
 from normjax.statistics.reduction import (
     Input,
@@ -76,10 +77,10 @@ def mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array, Array]:
     return (spec.count(x.x) if mask is None else count), square
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(custom_jvp, nondiff_argnums=(0,))
 def _mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array | None, Array]:
-    (own,) = separate_operands(x.x, 1)
-    if is_wide(own) or spec.devices != ALONE or not one_device():
+    (own,) = separate_operands(x.x32 if is_plain() else x.x, 1)
+    if is_plain() or is_wide(own) or spec.devices != ALONE or not one_device():
         return _mean_square_in(spec, spec.unit(own), own, mask)
     safe = partial(_mean_square_if_finite, spec)
     return on_cpu(safe, partial(_mean_square_in, spec, spec.unit(own)), own, mask)

@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Bool, Inexact, Real
 
 from normjax._typing import Activations, Mask, is_weight, is_wide, promote, widen
 from normjax.platforms.cpu import separate_if_narrow, separate_operands
+from normjax.platforms.plain import custom_jvp, is_plain
 from normjax.statistics.devices import ALONE, DeviceGroup
 
 # The names under which `jax.checkpoint` can store a layer's statistics, its input, and an output
@@ -145,11 +146,15 @@ class Spec:
         """Returns how many elements count on this device, broadcastable to the features."""
         repeats = math.prod(x.shape[axis] for axis in self.axes if mask.shape[axis] == 1)
         axes = [axis for axis in self.axes if mask.shape[axis] != 1]
-        # The count of a boolean mask is exact within an example. Over examples it is summed in the
-        # dtype of the other sums: under jit, XLA then combines their collectives into one.
-        dtype = _real_dtype(x) if is_weight(mask) else jnp.int32
-        counts = jnp.sum(mask, axes[1:], dtype, keepdims=True).astype(_real_dtype(x))
-        counts = (jnp.sum(counts, axes[:1], keepdims=True) * repeats).squeeze(self.axes)
+        # Up to 2^24 ones add up exactly in float32. They are summed in the dtype of the other sums:
+        # under jit, XLA then combines their collectives into one. More ones are first counted
+        # exactly within an example.
+        ones = math.prod(map(mask.shape.__getitem__, axes))
+        few = isinstance(ones, int) and ones <= 2**24
+        first = axes[:0] if few or is_weight(mask) else axes[1:]
+        counts = jnp.sum(mask, first, jnp.int32, keepdims=True) if first else mask
+        counts = jnp.sum(counts.astype(_real_dtype(x)), axes, keepdims=True)
+        counts = (counts * repeats).squeeze(self.axes)
         if self.groups is not None and mask.shape[self.groups[0]] == 1:
             return counts * self.groups[1]
         return counts if self.groups is None else self._over_groups(counts, self.groups)
@@ -183,9 +188,9 @@ def moments_by(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask
     return moments._replace(count=spec.count(x.x)) if mask is None else moments
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@partial(custom_jvp, nondiff_argnums=(0, 1))
 def _moments(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask | None) -> Moments:
-    return forward(spec, x.x, mask)
+    return forward(spec, x.x32 if is_plain() else x.x, mask)
 
 
 @_moments.defjvp
@@ -250,6 +255,9 @@ def one_pass_if_safe(spec: Spec, x: Array, mask: Mask | None) -> Moments:
     with it the same collective.
     """
     count, mean, square = means(spec, x, mask)
+    if is_plain():
+        count, mean, var = around(spec, x, mask, Moments(count, mean, square))
+        return Moments(count, mean, jnp.maximum(var, 0))
     mean_squared = abs2(mean)
     var = square - mean_squared
     scale = TOLERATED_MEAN_SQUARE
@@ -367,6 +375,8 @@ def counts(mask: Mask) -> Array:
 
 def named(value: Array, name: str = STATISTICS) -> Array:
     """Marks an array that `jax.checkpoint` should store."""
+    if is_plain():
+        return value
     if jnp.iscomplexobj(value):  # jax.checkpoint cannot store complex arrays by name
         return lax.complex(named(value.real, name), named(value.imag, name))
     return checkpoint_name(value, name)

@@ -102,7 +102,7 @@ def update(
     if "count" in batch_stats:
         new["count"] = _next_count(batch_stats["count"], enough)
     if momentum is None:
-        momentum = 1 - 1 / jnp.maximum(new["count"], 1).astype(var.dtype)
+        momentum = 1 - 1 / jnp.maximum(new["count"].astype(var.dtype), 1)
     new["mean"] = _blend(batch_stats["mean"], mean, momentum, enough)
     new["var"] = _blend(batch_stats["var"], var, momentum, enough_for_var)
     return {leaf: new[leaf] for leaf in batch_stats}

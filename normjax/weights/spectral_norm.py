@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array
 from normjax import _checks, _leaves
 from normjax._typing import Axes, BatchStats, DTypeLike, Kernel, Params, PRNGKey, widen
 from normjax.layers.jit_step import jit_step
+from normjax.platforms.plain import is_plain
 from normjax.statistics.reduction import abs2
 
 
@@ -163,7 +164,10 @@ def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, 
         return v, _direction(_dot(v, fixed), u, plan.epsilon)
 
     start = jnp.zeros((1, matrix.shape[0]), wide.dtype), lax.stop_gradient(u).astype(wide.dtype)
-    v, u = lax.fori_loop(0, plan.n_steps, iterate, start)
+    if is_plain():
+        v, u = reduce(lambda vectors, step: iterate(step, vectors), range(plan.n_steps), start)
+    else:
+        v, u = lax.fori_loop(0, plan.n_steps, iterate, start)
     sigma = jnp.sum(_dot(v, matrix) * u)
     # The derivative of a quotient has 1 / sigma^2 in it, which overflows from 1e-20 down.
     unit = _to_invert(sigma)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import normjax as nj
 from benchmarks import hlo
@@ -86,6 +86,48 @@ def test_plain_jit_with_a_sharded_batch_sends_no_more(kind, masked):
                 jax.jit(program).lower(params, batch_stats, x, mask).compile(AS_FOR_USERS)
             )
             assert sorted(found) == sorted(expected)
+
+
+MODEL, SPACE = (None, None, "model"), (None, "data", None)
+BATCH_AND_MODEL, BATCH_AND_SPACE = ("data", None, "model"), ("data", "model", None)
+QUESTION = 1  # whether a second pass is due, asked of all features at once
+# How x is sharded over 4 x 2 devices; what is sent forward, without and with a mask; and backward.
+PLAIN_JIT = {
+    "features": (MODEL, [QUESTION], [QUESTION], []),
+    "positions": (SPACE, [2 * FEATURES], [2 * FEATURES + 1], [2 * FEATURES]),
+    "examples and features": (
+        BATCH_AND_MODEL,
+        [FEATURES, QUESTION],  # half of them on each device
+        [FEATURES + 1, QUESTION],
+        [FEATURES],
+    ),
+    "examples and positions": (
+        BATCH_AND_SPACE,
+        [2 * FEATURES] * 2,  # over one axis of the mesh after the other, as in Flax
+        [2 * FEATURES + 1] * 2,
+        [2 * FEATURES] * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sharded", PLAIN_JIT)
+def test_plain_jit_sends_what_the_guide_says(sharded, masked, kind):
+    spec, unmasked_there, masked_there, back = PLAIN_JIT[sharded]
+    there = masked_there if masked else unmasked_there
+    devices = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+    def placed(tree, *spec):
+        return jax.device_put(tree, NamedSharding(devices, PartitionSpec(*spec)))
+
+    with jax.set_mesh(devices):
+        params, batch_stats = placed(nj.batch_norm_init(FEATURES), spec[2])
+        x = placed(jnp.ones((8, 4, FEATURES)), *spec)
+        mask = placed(jnp.ones((8, 4, 1), bool), *spec[:2]) if masked else None
+        for program, expected in ((forward, there), (backward, there + back)):
+            found = collectives(jax.jit(program).lower(params, batch_stats, x, mask).compile())
+            assert sorted(found) == sorted((REDUCE, size) for size in expected)
 
 
 @pytest.mark.slow

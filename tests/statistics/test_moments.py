@@ -276,3 +276,10 @@ def test_a_mean_does_not_drift_over_many_small_sets():
     merged = one_by_one(start, jnp.full((100_000, 1), 3.1, jnp.float32))
     assert_identical(merged.mean, start.mean)
     assert_identical(merged.var, start.var)
+
+
+def test_a_mask_of_more_than_2_to_24_elements_is_counted_exactly():
+    """Added up in float32 they may stop counting there."""
+    size = 2**24 + 2
+    x, mask = jnp.zeros((2, size), jnp.float16), jnp.ones((2, size), bool)
+    assert nj.moments(x, (0, 1), mask=mask).count == 2 * size
