@@ -1,4 +1,4 @@
-"""Under `plain_phrasing` a layer is elementary operations alone, and computes what it always does."""
+"""Under `plain_phrasing` a layer is elementary operations alone, with the values it always has."""
 
 import threading
 from functools import partial
