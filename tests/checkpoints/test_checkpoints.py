@@ -18,7 +18,9 @@ VERSIONS = sorted(
 )
 FORMATS = ("msgpack", "safetensors", "orbax")
 EPS = float(jnp.finfo(jnp.float32).eps)
-NAMES = {f"{layer.name}-{variant}" for layer in trees.STORED for variant in layer.settings}
+NAMES = {
+    f"{layer.name}-{variant}" for layer in trees.STORED for variant in trees.stored_settings(layer)
+}
 
 
 def read(version, name, kind, template):

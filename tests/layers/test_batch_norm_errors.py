@@ -172,12 +172,14 @@ def test_batch_stats_that_are_integers(leaf):
     refuses((TypeError, ValueError), f"batch_stats['{leaf}']", "int32", batch_stats=batch_stats)
 
 
-def test_a_count_that_is_no_number():
-    batch_stats = BATCH_STATS | {"count": jnp.zeros((), bool)}
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64", "bool"])
+def test_a_count_that_cannot_count(dtype):
+    """A float32, which averages of states make of it, can: see tests/statistics/test_average.py."""
+    batch_stats = BATCH_STATS | {"count": jnp.zeros((), dtype)}
     refuses(
         (TypeError, ValueError),
         "batch_stats['count']",
-        "bool",
+        dtype,
         batch_stats=batch_stats,
         momentum=None,
     )
