@@ -102,8 +102,11 @@ class ActivatedSpec(BatchSpec):
 
 def activate_by_batch(spec: ActivatedSpec, params: Params, x: Array) -> tuple[Array, Moments]:
     """Normalizes x by its own moments, which it returns, and activates it; params have x's rank."""
+    gain, bias = _gain_and_bias(spec, params, widen(x))
+    # The derivative of the moments comes from z, and varies over the axes that z varies over.
+    (x,) = pcast_like(gain, x)
+    (x,) = pcast_like(bias, x)
     x32 = widen(x)
-    gain, bias = _gain_and_bias(spec, params, x32)
     z, batch = _by_batch(spec, Input(lax.stop_gradient(x), x32), gain, bias)
     return z, batch._replace(count=spec.count(x))
 

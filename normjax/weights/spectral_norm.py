@@ -15,6 +15,7 @@ from normjax import _checks, _leaves
 from normjax._typing import Axes, BatchStats, DTypeLike, Kernel, Params, PRNGKey, widen
 from normjax.layers.jit_step import jit_step
 from normjax.platforms.plain import is_plain
+from normjax.statistics.devices import pcast_like
 from normjax.statistics.reduction import abs2
 
 
@@ -163,7 +164,11 @@ def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, 
         v = _direction(_dot(u, fixed.T), v, plan.epsilon)
         return v, _direction(_dot(v, fixed), u, plan.epsilon)
 
-    start = jnp.zeros((1, matrix.shape[0]), wide.dtype), lax.stop_gradient(u).astype(wide.dtype)
+    u, v = lax.stop_gradient(u).astype(wide.dtype), jnp.zeros((1, matrix.shape[0]), wide.dtype)
+    # Under shard_map a loop has to start with values that vary over the axes that its results do.
+    (u,) = pcast_like(fixed, u)
+    (v,) = pcast_like(u, v)
+    start = v, u
     if is_plain():
         v, u = reduce(lambda vectors, step: iterate(step, vectors), range(plan.n_steps), start)
     else:
