@@ -15,7 +15,7 @@ gallery: $(VENV)/.examples ## the pictures of docs/pages/gallery.md: its ten exa
 test: $(VENV)/.test ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-fast: $(VENV)/.test ## what can be had in under 2 minutes
+test-fast: $(VENV)/.test ## what is quick, marked by measurement
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-tpu: ## what TPU pods would run, compiled for them on this machine; apart, since JAX starts any libtpu that it finds

@@ -1,4 +1,4 @@
-"""What else of JAX is put around layers: donation, checkify, debug_nans, ensembles, rank promotion."""
+"""Other tools of JAX around layers: donation, checkify, debug_nans, ensembles, rank promotion."""
 
 import jax
 import jax.numpy as jnp
