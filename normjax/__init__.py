@@ -27,8 +27,8 @@ from normjax.platforms.plain import plain_phrasing
 from normjax.statistics.average import average_batch_stats
 from normjax.statistics.moments import merge_moments, moments
 from normjax.statistics.recalibrate import recalibrate
-from normjax.statistics.reduction import Moments
 from normjax.statistics.running import update_batch_stats
+from normjax.statistics.spec import Moments
 from normjax.statistics.synchronize import sync_batch_stats
 
 if TYPE_CHECKING:

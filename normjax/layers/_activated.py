@@ -22,14 +22,9 @@ from normjax._typing import Params, promote, widen
 from normjax.layers.batch_step import BatchSpec
 from normjax.platforms.plain import custom_jvp
 from normjax.statistics.devices import pcast_like
-from normjax.statistics.reduction import (
-    OUTPUT,
-    Input,
-    Moments,
-    batch_moments,
-    moments_dot,
-    named,
-)
+from normjax.statistics.elements import OUTPUT, Input, named
+from normjax.statistics.reduction import batch_moments, moments_dot
+from normjax.statistics.spec import Moments
 
 Name = Literal["leaky_relu", "elu", "identity"]
 

@@ -26,7 +26,7 @@ from normjax._typing import (
 from normjax.platforms.cpu import materialize, separate_if_narrow, separate_operands
 from normjax.platforms.plain import custom_jvp
 from normjax.statistics.devices import pcast_like
-from normjax.statistics.reduction import Input, named, times
+from normjax.statistics.elements import Input, named, times
 
 
 def init_params(

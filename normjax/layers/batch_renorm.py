@@ -41,8 +41,9 @@ from normjax.layers.batch_step import (
     take_step,
 )
 from normjax.layers.jit_step import jit_step
+from normjax.statistics.elements import read
 from normjax.statistics.population import POPULATION
-from normjax.statistics.reduction import batch_moments, read
+from normjax.statistics.reduction import batch_moments
 from normjax.statistics.running import init_batch_stats
 
 

@@ -27,7 +27,6 @@ from normjax._typing import (
 from normjax.statistics.devices import ALONE, DeviceGroup, device_group
 from normjax.statistics.moments import compiled_moments, merge_over, merge_stacked
 from normjax.statistics.population import POPULATION, is_layer_by_layer
-from normjax.statistics.reduction import Moments, Spec
 from normjax.statistics.running import (
     OPTIONS,
     check_batch_stats,
@@ -36,6 +35,7 @@ from normjax.statistics.running import (
     unless_nonfinite,
     update,
 )
+from normjax.statistics.spec import Moments, Spec
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Initialize
 from normjax.layers.affine import init_params, lay_out, scale_and_shift
 from normjax.layers.jit_step import jit_step
 from normjax.layers.operands import check_operands
-from normjax.statistics.reduction import Spec, read
+from normjax.statistics.elements import read
+from normjax.statistics.spec import Spec
 
 
 def half(key: PRNGKey | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:

@@ -15,7 +15,7 @@ from normjax.layers.affine import lay_out
 from normjax.platforms.cpu import without_unit_axes
 from normjax.platforms.plain import custom_jvp
 from normjax.statistics.devices import explicit_mesh, laid_out_by_the_compiler, spec_of
-from normjax.statistics.reduction import OUTPUT, STATISTICS
+from normjax.statistics.elements import OUTPUT, STATISTICS
 
 KEPT = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
 

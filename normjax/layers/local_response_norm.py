@@ -19,7 +19,8 @@ from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Initialize
 from normjax.layers.affine import init_params, lay_out, scale_and_shift
 from normjax.layers.jit_step import jit_step
 from normjax.layers.operands import check_operands, one_feature_axis
-from normjax.statistics.reduction import Spec, abs2, read
+from normjax.statistics.elements import abs2, read
+from normjax.statistics.spec import Spec
 
 
 def local_response_norm_init(

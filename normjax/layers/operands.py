@@ -21,7 +21,7 @@ from normjax._typing import (
 )
 from normjax.statistics.devices import device_group
 from normjax.statistics.per_example import ExampleSpec
-from normjax.statistics.reduction import Spec
+from normjax.statistics.spec import Spec
 
 
 class Operands(NamedTuple):

@@ -10,7 +10,7 @@ import jax
 from jax import lax
 
 from normjax import _checks
-from normjax.statistics.reduction import INPUT, OUTPUT, STATISTICS
+from normjax.statistics.elements import INPUT, OUTPUT, STATISTICS
 
 
 def remat_policy(

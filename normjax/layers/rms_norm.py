@@ -28,8 +28,8 @@ from normjax._typing import (
 from normjax.layers.affine import init_params, normalize
 from normjax.layers.jit_step import jit_step_within_examples
 from normjax.layers.operands import check_operands, check_spec
+from normjax.statistics.elements import read
 from normjax.statistics.per_example import ExampleSpec, mean_square
-from normjax.statistics.reduction import read
 
 
 def rms_norm_init(

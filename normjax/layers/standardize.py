@@ -11,8 +11,8 @@ from jaxtyping import Array
 from normjax._typing import Params, widen
 from normjax.layers.affine import normalize
 from normjax.layers.jit_step import jit_step_within_examples
+from normjax.statistics.elements import read
 from normjax.statistics.per_example import ExampleSpec, example_moments
-from normjax.statistics.reduction import read
 
 EpsilonTo = Literal["variance", "deviation"]
 

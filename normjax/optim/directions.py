@@ -8,7 +8,7 @@ from jaxtyping import Array
 from normjax import _checks
 from normjax._trees import KeyPath, show
 from normjax._typing import Axes, widen
-from normjax.statistics.reduction import abs2, real_product
+from normjax.statistics.elements import abs2, real_product
 
 
 def reduced_axes(

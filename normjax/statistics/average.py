@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 from normjax import _checks
 from normjax._trees import check_alike, check_arrays
 from normjax._typing import promote
-from normjax.statistics.reduction import abs2
+from normjax.statistics.elements import abs2
 from normjax.statistics.synchronize import means_beside
 
 FUNCTION = "average_batch_stats"

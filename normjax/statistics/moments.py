@@ -20,7 +20,9 @@ from normjax.statistics.devices import (
     laid_out_by_the_compiler,
     spec_of,
 )
-from normjax.statistics.reduction import Input, Moments, Spec, abs2, batch_moments, or_one
+from normjax.statistics.elements import Input, abs2
+from normjax.statistics.reduction import batch_moments
+from normjax.statistics.spec import Moments, Spec, or_one
 
 
 def moments(

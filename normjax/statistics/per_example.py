@@ -20,21 +20,9 @@ from normjax.platforms import on_cpu, one_device
 from normjax.platforms.cpu import separate_operands
 from normjax.platforms.plain import custom_jvp, is_plain
 from normjax.statistics.devices import ALONE
-from normjax.statistics.reduction import (
-    Input,
-    Moments,
-    Spec,
-    abs2,
-    around,
-    masked,
-    moments_by,
-    named,
-    one_pass_if_safe,
-    or_one,
-    real_product,
-    times,
-    weighted,
-)
+from normjax.statistics.elements import Input, abs2, masked, named, real_product, times, weighted
+from normjax.statistics.reduction import around, moments_by, one_pass_if_safe
+from normjax.statistics.spec import Moments, Spec, or_one
 
 
 class ExampleSpec(Spec):

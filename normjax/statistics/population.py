@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
 from normjax._typing import promote
-from normjax.statistics.reduction import Moments, abs2, or_one
+from normjax.statistics.elements import abs2
+from normjax.statistics.spec import Moments, or_one
 
 POPULATION = "population"
 Estimate = Literal["merged", "averaged"]

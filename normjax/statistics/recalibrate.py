@@ -13,10 +13,10 @@ from jaxtyping import Array, Float
 
 from normjax import _checks
 from normjax._trees import STATISTICS
+from normjax.statistics.elements import abs2
 from normjax.statistics.models import FUNCTION, Layer, Layers, Model, open_model
 from normjax.statistics.passes import Step, compile_step, one_pass
 from normjax.statistics.population import POPULATION, Estimate, empty_population
-from normjax.statistics.reduction import abs2
 
 Variables = TypeVar("Variables")
 Batch = TypeVar("Batch")

@@ -2,175 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, ArrayLike, Bool, Inexact, Real
+from jaxtyping import Array
 
-from normjax._typing import Activations, Mask, is_weight, is_wide, promote, widen
+from normjax._typing import Mask, is_weight, widen
 from normjax.platforms.cpu import separate_if_narrow, separate_operands
 from normjax.platforms.plain import custom_jvp, is_plain
-from normjax.statistics.devices import ALONE, DeviceGroup
-
-# The names under which `jax.checkpoint` can store a layer's statistics, its input, and an output
-# that replaces the input.
-STATISTICS = "normjax_statistics"
-INPUT = "normjax_input"
-OUTPUT = "normjax_output"
+from normjax.statistics.elements import (
+    Input,
+    abs2,
+    masked,
+    named,
+    real_product,
+    times,
+    weighted,
+)
+from normjax.statistics.spec import Moments, Spec, or_one
 
 # A variance v that is computed around zero has an error of about (v + mean^2) rounding errors.
 # Up to mean^2 = 64 v, over a hundred thousand elements, 2e-5 of v was measured in float32.
 TOLERATED_MEAN_SQUARE = 64.0
-
-
-class Moments(NamedTuple):
-    """The number of elements, their mean, and their biased variance, for each feature.
-
-    `Moments` of disjoint sets of elements combine exactly through `merge_moments`. An empty set has
-    count 0; its mean and variance have no meaning and do not affect a merge.
-
-    Attributes:
-      count: number of elements, real, of shape `(*features)` or broadcastable to it.
-      mean: their mean, `(*features)`; complex if x is.
-      var: mean of `|x - mean|^2`, `(*features)`; real, not negative.
-    """
-
-    count: Real[ArrayLike, "..."]  # pyright: ignore[reportIncompatibleMethodOverride]
-    mean: Inexact[Array, "..."]
-    var: Inexact[Array, "..."]
-
-
-class Input(NamedTuple):
-    """The input of a layer, in its own dtype and in at least float32.
-
-    Gradients flow through `x32`, so that they are summed before they are rounded to the dtype of
-    `x`. Reductions read and store `x`, which is smaller.
-
-    Attributes:
-      x: the input, with zeros where the mask hides a NaN or an infinity.
-      x32: the same in at least float32.
-      sound: False where the mask hid a NaN or an infinity; None without a mask.
-    """
-
-    x: Inexact[Array, "..."]
-    x32: Inexact[Array, "..."]
-    sound: Bool[Array, "..."] | None = None
-
-
-@dataclass(frozen=True)
-class Spec:
-    r"""The static arguments of a layer's step; hashable, so that eager calls compile it once.
-
-    Squares of numbers far from zero are computed in a unit u of their own: they are the squares of
-    :math:`u x`. u is a power of two, so nothing is rounded, and so small beside epsilon that
-    squares overflow beyond :math:`10^{19} / u` only. What underflows is less than a rounding error
-    of epsilon.
-
-    Attributes:
-      axes: the reduced axes, not negative.
-      feature_axes: the axes of scale and bias, ascending.
-      devices: the devices that share statistics.
-      epsilon: added to the variance.
-      dtype: dtype of y.
-      groups: None, or the axis of x along which groups of neighbours share statistics, and the size
-        of a group. x is not reshaped into groups: its minor axis would be as small as a group,
-        which accelerators pad.
-    """
-
-    axes: tuple[int, ...]
-    feature_axes: tuple[int, ...] = ()
-    devices: DeviceGroup = ALONE
-    epsilon: float = 0.0
-    dtype: Any = None
-    groups: tuple[int, int] | None = None
-
-    def without(self, dropped: tuple[int, ...]) -> Self:
-        """Returns the spec for x without some axes that are not reduced."""
-        groups = self.groups and (_place(self.groups[0], dropped), self.groups[1])
-        axes = tuple(_place(axis, dropped) for axis in self.axes)
-        return replace(self, axes=axes, groups=groups)
-
-    def expand(self, statistic: Array) -> Array:
-        """Gives a statistic the rank of x."""
-        return jnp.expand_dims(statistic, self.axes)
-
-    def unit(self, x: Array) -> float:
-        """Returns the unit of variances: 1, so that they can be stored."""
-        return 1.0
-
-    @property
-    def least_variance(self) -> float:
-        """What the layer adds to the variance: errors much below it do not matter."""
-        return self.epsilon
-
-    def unit_of_squares(self, x: Array) -> float:
-        """Returns u, which is 1 without an epsilon."""
-        if self.least_variance == 0:
-            return 1.0
-        smallest = float(jnp.finfo(x.dtype if is_wide(x) else jnp.float32).tiny)
-        return 2.0 ** min(0, math.floor(math.log2(smallest * 2**27 / self.least_variance) / 2))
-
-    def deviation(self, var: Array) -> Array:
-        """Returns sqrt(sigma^2 + epsilon) in x's unit, and 1 where it is 0: a constant."""
-        unit = self.unit(var)
-        largest = jnp.finfo(var.dtype).max  # beyond it the derivative is 0, not NaN
-        total = jnp.minimum(lax.stop_gradient(var) + self.epsilon * unit**2, largest)
-        if self.epsilon == 0:
-            total = jnp.where(total > 0, total, 1)
-        return jnp.sqrt(total) / unit
-
-    def count(self, x: Activations) -> Any:
-        """Returns how many elements of x each statistic is over, an array if sizes are symbolic."""
-        count = math.prod(map(x.shape.__getitem__, self.axes))
-        if self.groups is not None:
-            count *= self.groups[1]
-        if self.devices is not ALONE:
-            count *= self.devices.size
-        if isinstance(count, int):
-            return float(count)
-        return jnp.asarray(count).astype(_real_dtype(x))
-
-    def local_sum(self, x: Array) -> Array:
-        """Sums over this device's part of the reduced axes, and over groups."""
-        total = jnp.sum(x, self.axes)
-        return total if self.groups is None else self._over_groups(total, self.groups)
-
-    def local_count(self, x: Activations, mask: Mask) -> Array:
-        """Returns how many elements count on this device, broadcastable to the features."""
-        repeats = math.prod(x.shape[axis] for axis in self.axes if mask.shape[axis] == 1)
-        axes = [axis for axis in self.axes if mask.shape[axis] != 1]
-        # Up to 2^24 ones add up exactly in float32. They are summed in the dtype of the other sums:
-        # under jit, XLA then combines their collectives into one. More ones are first counted
-        # exactly within an example.
-        ones = math.prod(map(mask.shape.__getitem__, axes))
-        few = isinstance(ones, int) and ones <= 2**24
-        first = axes[:0] if few or is_weight(mask) else axes[1:]
-        counts = jnp.sum(mask, first, jnp.int32, keepdims=True) if first else mask
-        counts = jnp.sum(counts.astype(_real_dtype(x)), axes, keepdims=True)
-        counts = (counts * repeats).squeeze(self.axes)
-        if self.groups is not None and mask.shape[self.groups[0]] == 1:
-            return counts * self.groups[1]
-        return counts if self.groups is None else self._over_groups(counts, self.groups)
-
-    def _over_groups(self, sums: Array, groups: tuple[int, int]) -> Array:
-        """Gives each channel the sum over the channels of its group."""
-        axis, size = groups
-        axis = _place(axis, self.axes)
-        number = sums.shape[axis] // size
-        cut = sums.reshape(*sums.shape[:axis], number, size, *sums.shape[axis + 1 :])
-        return jnp.repeat(cut.sum(axis + 1), size, axis)
-
-
-def _place(axis: int, dropped: tuple[int, ...]) -> int:
-    """Returns the index of an axis after others are removed."""
-    return axis - sum(other < axis for other in dropped)
 
 
 def batch_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
@@ -331,66 +188,5 @@ def _value(spec: Spec, x: Array, mask: Mask | None, reference: Array | None) -> 
     return masked(x32 if reference is None else x32 - spec.expand(reference), mask)
 
 
-def times(x: Array, factor: float) -> Array:
-    """Returns x times a constant, which is often 1."""
-    return x if factor == 1 else x * factor
-
-
-def or_one(count: Any) -> Any:
-    """Returns a count that is safe to divide by: 1 where nothing counts."""
-    return (count or 1.0) if isinstance(count, float) else jnp.where(count > 0, count, 1)
-
-
 def _ratio(total: Array, n: Any) -> Array:
     return total / (n if isinstance(n, float) else n.astype(total.dtype))
-
-
-def read(x: Activations, mask: Mask | None = None) -> Input:
-    """Returns x, named for checkpoint policies, and widened.
-
-    A NaN times a gradient of zero is NaN. So a masked NaN must not reach the derivative.
-    """
-    sound = None
-    if mask is not None:
-        sound = counts(mask) | jnp.isfinite(x)
-        x = jnp.where(sound, x, 0)
-    x = named(x, INPUT)
-    return Input(x, widen(x), sound)
-
-
-def masked(x: Array, mask: Mask | None) -> Array:
-    """Returns x with zeros where it does not count."""
-    return x if mask is None else jnp.where(counts(mask), x, 0)
-
-
-def weighted(x: Array, mask: Mask | None) -> Array:
-    """Returns x times the weights, where the mask is one of weights."""
-    return x * mask.astype(x.dtype) if mask is not None and is_weight(mask) else x
-
-
-def counts(mask: Mask) -> Array:
-    """Where elements count: a bool."""
-    return mask > 0 if is_weight(mask) else mask
-
-
-def named(value: Array, name: str = STATISTICS) -> Array:
-    """Marks an array that `jax.checkpoint` should store."""
-    if is_plain():
-        return value
-    if jnp.iscomplexobj(value):  # jax.checkpoint cannot store complex arrays by name
-        return lax.complex(named(value.real, name), named(value.imag, name))
-    return checkpoint_name(value, name)
-
-
-def abs2(x: Array) -> Array:
-    """Returns |x|^2, real."""
-    return real_product(x, x) if jnp.iscomplexobj(x) else x * x
-
-
-def real_product(a: Array, b: Array) -> Array:
-    """Returns Re(conj(a) b), without a complex product if both are real."""
-    return a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b
-
-
-def _real_dtype(x: Array) -> Any:
-    return jnp.finfo(promote(x.dtype, jnp.float32)).dtype

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike
 from normjax import _checks, _leaves
 from normjax._typing import BatchStats, DTypeLike, RunningVar, promote
 from normjax.statistics.population import POPULATION
-from normjax.statistics.reduction import Moments
+from normjax.statistics.spec import Moments
 
 OPTIONS = ("biased", "unbiased")
 

@@ -12,7 +12,7 @@ from normjax import _checks
 from normjax._trees import KeyPath, Path, path_names, show
 from normjax._typing import AxisIndexGroups, AxisName, promote
 from normjax.statistics.devices import DeviceGroup, device_group
-from normjax.statistics.reduction import abs2
+from normjax.statistics.elements import abs2
 
 
 def sync_batch_stats(

@@ -16,7 +16,7 @@ from normjax._typing import Axes, BatchStats, DTypeLike, Kernel, Params, PRNGKey
 from normjax.layers.jit_step import jit_step
 from normjax.platforms.plain import is_plain
 from normjax.statistics.devices import pcast_like
-from normjax.statistics.reduction import abs2
+from normjax.statistics.elements import abs2
 
 
 def spectral_norm_init(

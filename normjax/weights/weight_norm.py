@@ -16,8 +16,9 @@ from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Kernel, Pa
 from normjax.layers.affine import lay_out, scale_and_shift
 from normjax.layers.jit_step import jit_step
 from normjax.layers.operands import check_operands, check_spec
+from normjax.statistics.elements import abs2
 from normjax.statistics.moments import moments
-from normjax.statistics.reduction import Spec, abs2
+from normjax.statistics.spec import Spec
 
 
 def weight_norm_init(

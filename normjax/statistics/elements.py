@@ -1,0 +1,88 @@
+"""The elements of x that statistics are made of: as read, masked, weighted, named and squared."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Inexact
+
+from normjax._typing import Activations, Mask, is_weight, widen
+from normjax.platforms.plain import is_plain
+
+# The names under which `jax.checkpoint` can store a layer's statistics, its input, and an output
+# that replaces the input.
+STATISTICS = "normjax_statistics"
+INPUT = "normjax_input"
+OUTPUT = "normjax_output"
+
+
+class Input(NamedTuple):
+    """The input of a layer, in its own dtype and in at least float32.
+
+    Gradients flow through `x32`, so that they are summed before they are rounded to the dtype of
+    `x`. Reductions read and store `x`, which is smaller.
+
+    Attributes:
+      x: the input, with zeros where the mask hides a NaN or an infinity.
+      x32: the same in at least float32.
+      sound: False where the mask hid a NaN or an infinity; None without a mask.
+    """
+
+    x: Inexact[Array, "..."]
+    x32: Inexact[Array, "..."]
+    sound: Bool[Array, "..."] | None = None
+
+
+def read(x: Activations, mask: Mask | None = None) -> Input:
+    """Returns x, named for checkpoint policies, and widened.
+
+    A NaN times a gradient of zero is NaN. So a masked NaN must not reach the derivative.
+    """
+    sound = None
+    if mask is not None:
+        sound = counts(mask) | jnp.isfinite(x)
+        x = jnp.where(sound, x, 0)
+    x = named(x, INPUT)
+    return Input(x, widen(x), sound)
+
+
+def masked(x: Array, mask: Mask | None) -> Array:
+    """Returns x with zeros where it does not count."""
+    return x if mask is None else jnp.where(counts(mask), x, 0)
+
+
+def weighted(x: Array, mask: Mask | None) -> Array:
+    """Returns x times the weights, where the mask is one of weights."""
+    return x * mask.astype(x.dtype) if mask is not None and is_weight(mask) else x
+
+
+def counts(mask: Mask) -> Array:
+    """Where elements count: a bool."""
+    return mask > 0 if is_weight(mask) else mask
+
+
+def named(value: Array, name: str = STATISTICS) -> Array:
+    """Marks an array that `jax.checkpoint` should store."""
+    if is_plain():
+        return value
+    if jnp.iscomplexobj(value):  # jax.checkpoint cannot store complex arrays by name
+        return lax.complex(named(value.real, name), named(value.imag, name))
+    return checkpoint_name(value, name)
+
+
+def times(x: Array, factor: float) -> Array:
+    """Returns x times a constant, which is often 1."""
+    return x if factor == 1 else x * factor
+
+
+def abs2(x: Array) -> Array:
+    """Returns |x|^2, real."""
+    return real_product(x, x) if jnp.iscomplexobj(x) else x * x
+
+
+def real_product(a: Array, b: Array) -> Array:
+    """Returns Re(conj(a) b), without a complex product if both are real."""
+    return a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b
