@@ -38,7 +38,7 @@ class BatchRenorm(BatchNorm):
         statistics. None: one group of all.
       use_fast_variance: accepted for compatibility, without effect: the variance is fast and safe.
       force_float32_reductions: whether running statistics are stored in float32. False stores them
-        in `param_dtype`, as Flax does; they are computed in float32 or wider in both cases.
+        in `param_dtype`, as Flax does, which must be float32 or wider to train with.
       running_var: which variance is stored: "biased" (divided by n, as in Flax) or "unbiased"
         (divided by n - 1, as in PyTorch).
       virtual_batch_size: in training, each slice of this many examples along axis 0 is normalized

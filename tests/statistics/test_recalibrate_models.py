@@ -236,11 +236,10 @@ def test_frozen_layers_keep_their_statistics(rng, settings):
 def test_dtypes_of_the_adapters(rng):
     """bfloat16 inputs and statistics, complex x, batch renorm with a count, a cumulative mean."""
     batches = make(rng)
-    norm = nj.linen.BatchNorm(
-        use_running_average=False, param_dtype=jnp.bfloat16, force_float32_reductions=False
-    )
+    norm = nj.linen.BatchNorm(use_running_average=False, param_dtype=jnp.bfloat16)
     halves = [jnp.asarray(x, jnp.bfloat16) for x in batches]
     variables = norm.init(jax.random.key(0), halves[0])
+    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
     apply_fn = lambda v, x: norm.apply(v, x, mutable=["batch_stats"])  # noqa: E731
     found = nj.recalibrate(apply_fn, variables, halves)["batch_stats"]
     assert found["mean"].dtype == jnp.bfloat16

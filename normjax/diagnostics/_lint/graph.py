@@ -180,7 +180,7 @@ class Graph:
             return lax.select_n(index, *(self.value(case, given) for case in cases))
         if node.op == "stack":
             return self.value(node.inputs[0], given)[None]
-        if node.op == "optimization_barrier":
+        if node.op in ONE_BY_ONE:  # a collective is that of one device
             return self.value(node.inputs[0], given)
         expensive = node.op in MIXING and node.kind == Kind.DATA
         if node.eqn is None or expensive or collective_axes(node):
