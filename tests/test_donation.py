@@ -42,6 +42,7 @@ def assert_can_be_donated(*trees):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, donated(trees), doubled(copies)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INITS)
 def test_what_an_init_returns_can_be_donated_with_its_arguments(name):
     init, argument = INITS[name]
@@ -54,6 +55,7 @@ def test_no_two_leaves_of_a_layer_are_one_array(layer):
     assert_can_be_donated(layer.init(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_states_of_accumulate_and_of_its_optimizer_can_be_donated_together(compiled):
     params, batch_stats = nj.batch_norm_init(4, count=True)

@@ -33,6 +33,7 @@ def test_a_program_runs_on_several_arguments(on_platform):
     assert_identical(double(jnp.zeros(3)), jnp.zeros(3))
 
 
+@pytest.mark.slow
 def test_arguments_may_be_trees_of_any_dtype(on_platform):
     key = jax.random.key(3)
     given = {"key": key, "nothing": None, "numpy": np.float32([1, 2])}
@@ -75,6 +76,7 @@ def test_equal_programs_are_compiled_once_and_others_apart():
     assert cuda is not rocm
 
 
+@pytest.mark.slow
 def test_constants_of_equal_shape_are_not_mixed_up(on_platform):
     for factor in (jnp.arange(3.0), jnp.arange(3.0) + 1, np.float32([5, 6, 7])):
         assert_identical(on_platform(lambda x: x * factor, jnp.ones(3)), jnp.asarray(factor))  # noqa: B023

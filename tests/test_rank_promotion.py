@@ -40,6 +40,7 @@ def test_every_adapter(adapter):
 LAYERS = (nj.batch_norm, nj.batch_renorm, nj.activated_batch_norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
 def test_parameters_of_each_example_ghosts_and_devices(layer):
     params = {leaf: jnp.ones((6, 1, 4)) for leaf in PARAMS}
@@ -146,6 +147,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", OTHERS, ids=lambda call: call.__name__)
 def test_all_else(call):
     call()

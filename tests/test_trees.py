@@ -63,6 +63,7 @@ def test_collections_and_back(variables, found):
     assert pack(known) == variables and type(pack(known)) is type(variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.array([1.0, np.inf]), jnp.array([1.0, jnp.inf])])
 def test_what_is_not_finite_is_named_with_its_place(bad):
     with pytest.raises(ValueError, match=r"1 NaN or infinite of 2 in x\['a'\].*at \(1,\): inf"):

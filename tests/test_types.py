@@ -97,6 +97,7 @@ def test_optimizers():
     typed(statistics.update)(batch_stats, seen, batch_stats, state, count=jnp.int32(3))
 
 
+@pytest.mark.slow
 def test_a_wrong_type_is_noticed():
     with pytest.raises(Exception, match="mask"):
         typed(nj.moments)(jnp.ones((4, 3)), 0, mask=jnp.ones((4, 3), jnp.int32))

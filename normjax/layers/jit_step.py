@@ -13,7 +13,7 @@ from jaxtyping import Array
 from normjax._typing import Params
 from normjax.layers.affine import lay_out
 from normjax.platforms.cpu import without_unit_axes
-from normjax.platforms.plain import custom_jvp
+from normjax.platforms.plain import custom_jvp, is_plain
 from normjax.statistics.devices import explicit_mesh, laid_out_by_the_compiler, spec_of
 from normjax.statistics.elements import OUTPUT, STATISTICS
 
@@ -46,7 +46,8 @@ def jit_step(step: Callable[..., Any], like: str | tuple[str, ...] = "x") -> Cal
         *operands, spec = arguments
         mesh = explicit_mesh(operands)
         if mesh is None:
-            return compiled(*arguments)
+            # An exporter may have replaced functions of JAX, which no cache is to remember.
+            return step(*arguments) if is_plain() else compiled(*arguments)
         specs = dict(zip(names, jax.tree.map(spec_of, operands), strict=False))
         results = jax.tree.map(lambda name: specs.get(name, PartitionSpec()), like)
         return laid_out_by_the_compiler(lambda *each: compiled(*each, spec), mesh, results)(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Inexact
@@ -44,14 +45,19 @@ def read(x: Activations, mask: Mask | None = None) -> Input:
     sound = None
     if mask is not None:
         sound = counts(mask) | jnp.isfinite(x)
-        x = jnp.where(sound, x, 0)
+        x = jnp.where(sound, x, _zero(x))
     x = named(x, INPUT)
     return Input(x, widen(x), sound)
 
 
 def masked(x: Array, mask: Mask | None) -> Array:
     """Returns x with zeros where it does not count."""
-    return x if mask is None else jnp.where(counts(mask), x, 0)
+    return x if mask is None else jnp.where(counts(mask), x, _zero(x))
+
+
+def _zero(x: Array) -> np.ndarray:
+    """Returns a zero of x's dtype: of a Python number, jax2onnx makes float64 of the result."""
+    return np.zeros((), x.dtype)
 
 
 def weighted(x: Array, mask: Mask | None) -> Array:

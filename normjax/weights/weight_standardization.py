@@ -126,6 +126,14 @@ def weight_standardization(
     _checks.choice(function, "epsilon_to", epsilon_to, get_args(EpsilonTo))
     epsilon = _checks.number(function, "epsilon", epsilon, 0.0, math.inf)
     fan_in = math.prod(shape[axis] for axis in axes) if scaled else 1
+    if not isinstance(fan_in, int):
+        _checks.raise_error(
+            function,
+            "a scaled kernel has a symbolic size, and 1 / sqrt(fan_in) is a constant",
+            expected="sizes that are ints",
+            got=f"kernel.shape={shape} and scaled=True",
+            fix="Export the function for a kernel of one size",
+        )
     fan_in = max(fan_in, 1)  # of an empty kernel
     # (v - mu) / sqrt(N var + epsilon) equals (v - mu) / sqrt(var + epsilon / N) / sqrt(N).
     share = fan_in if epsilon_to == "variance" else math.sqrt(fan_in)

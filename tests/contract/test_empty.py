@@ -39,6 +39,7 @@ def assert_nothing_changed(outcome, given):
     assert_trees_close(outcome.gradients[0], jax.tree.map(jnp.zeros_like, params))
 
 
+@pytest.mark.slow
 @every_shape
 @every_case
 def test_every_layer(case, shape, rng):
@@ -73,6 +74,7 @@ def test_every_adapter(adapter, shape):
 LINEN = [each for each in ADAPTERS if each.package == "linen" and each.name != "SpectralNorm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", EMPTY[:2], ids=str)
 @pytest.mark.parametrize("adapter", LINEN, ids=repr)
 @pytest.mark.usefixtures("promotion_as_in_flax")
@@ -91,6 +93,7 @@ def test_variables_of_linen_keep_their_values(adapter, shape):
     assert_identical(updates.get("batch_stats", {}), variables.get("batch_stats", {}))
 
 
+@pytest.mark.slow
 def test_moments_of_nothing():
     for shape, axes in (((0, 3), 0), ((3, 0), (0, 1)), ((2, 0, 3), (0, 1))):
         moments = nj.moments(jnp.zeros(shape), axes)

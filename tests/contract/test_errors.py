@@ -148,6 +148,7 @@ def test_epsilon_may_be_a_jax_scalar_but_not_a_traced_one(case, train, rng):
         )
 
 
+@pytest.mark.slow
 def test_other_numbers_are_named_when_they_are_traced():
     def lrn(**settings):
         return nj.local_response_norm({}, {}, jnp.ones((2, 4)), True, **settings)
@@ -168,6 +169,7 @@ def test_other_numbers_are_named_when_they_are_traced():
 EIGHT_BITS = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
+@pytest.mark.slow
 @of(CASES)
 @pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
 def test_x_of_eight_bits_is_normalized_in_float32(case, dtype, rng):

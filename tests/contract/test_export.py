@@ -14,7 +14,7 @@ from tests.compare import assert_trees_close
 from tests.contract.cases import CASES, REORDERED, of
 from tests.contract.layers import SHAPE
 
-# 1 / sqrt(fan_in) is a constant, and a kernel has no symbolic size in practice.
+# Of a scaled kernel 1 / sqrt(fan_in) is a constant.
 EXPORTED = of([case for case in CASES if not case.settings.get("scaled")])
 HEIGHTS = [pytest.param("3", marks=pytest.mark.slow), "h"]
 
@@ -27,6 +27,7 @@ def exported(function, shape, x, mask):
     return export.export(jax.jit(function))(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height", HEIGHTS)
 @pytest.mark.parametrize("train", [True, False])
 @EXPORTED
@@ -59,6 +60,7 @@ WRAPPERS = ("SpectralNorm", "WeightNorm", "WeightStandardization")
 ADAPTERS = [name for name in nj.linen.__all__ if name not in WRAPPERS]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("promotion_as_in_flax")
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_flax_modules_in_training(name, rng):
@@ -84,3 +86,11 @@ def test_what_is_known_of_a_size_only_when_it_runs(running_var):
     kept = 1.0 if running_var == "unbiased" else 0.99
     assert_trees_close(new, {"mean": jnp.full(2, 0.07), "var": jnp.full(2, kept)}, rtol=1e-6)
     assert np.isfinite(program.call(jnp.ones((5, 2)), None)[0]).all()
+
+
+def test_a_scaled_kernel_of_symbolic_size_is_refused():
+    def scaled(x, mask):
+        return nj.weights.weight_standardization({}, {}, x, True, scaled=True)[0]
+
+    with pytest.raises(ValueError, match="a scaled kernel has a symbolic size.*scaled=True"):
+        exported(scaled, export.symbolic_shape("a, 4"), jnp.ones(2), None)

@@ -60,6 +60,7 @@ def test_there_are_elementary_operations_alone(case, rng):
     assert "custom_jvp_call" in usual
 
 
+@pytest.mark.slow
 @every_case
 def test_values_and_gradients_are_the_same(case, rng):
     """In double precision, since some statistics of few elements magnify the rounding."""
@@ -93,6 +94,25 @@ def test_far_from_zero_the_variance_is_right(case, rng):
         y, _ = jax.jit(case.apply(True))(params, batch_stats, x)
     # The mean is rounded to half a ulp of 1e4, in units of a deviation that may be small.
     assert_close(y, expected, rtol=1e5 * EPS, atol=1e5 * EPS)
+
+
+@every_case
+def test_second_derivatives_are_the_same_in_float32(case, rng):
+    """They are derived from the formula, in which powers of the variance must not overflow."""
+    params, batch_stats, x = case.arguments(rng)
+    direction = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
+
+    def along(x):
+        def loss(x):
+            return jnp.sum(jnp.tanh(case.apply(True)(params, batch_stats, x)[0]))
+
+        return jax.jvp(jax.grad(loss), (x,), (direction,))[1]
+
+    expected = jax.jit(along)(x)
+    with nj.plain_phrasing():
+        found = jax.jit(along)(x)
+    scale = float(jnp.abs(expected).max())
+    assert_close(found, expected, atol=1e-3 * scale)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -177,6 +197,7 @@ def test_flax_wrappers(name):
             assert primitives(jax.make_jaxpr(run)(x).jaxpr) <= ELEMENTARY
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("promotion_as_in_flax")
 def test_a_folded_network(rng):
     """Its program is traced before an exporter sees it, which may replace Flax's layers."""

@@ -65,6 +65,7 @@ def test_any_batch_size_with_the_variables_as_arguments(source, folded, x):
         )
 
 
+@pytest.mark.slow
 def test_elsewhere_with_the_variables_inside(source, folded, x, tmp_path):
     exported = export.export(jax.jit(partial(folded.apply, folded.variables)))(x)
     (tmp_path / "model").write_bytes(exported.serialize())

@@ -221,6 +221,7 @@ def test_layouts_of_others(rng):
     assert_agrees(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [False, True])
 def test_several_feature_axes(rng, before):
     x, kernel = normal(rng, 5, 2, 3), normal(rng, 2, 3, 4, 6)

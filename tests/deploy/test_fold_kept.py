@@ -264,6 +264,7 @@ def test_models_that_go_another_way_for_other_inputs(x):
     )
 
 
+@pytest.mark.slow
 def test_transformations_and_what_is_no_model(model, x):
     model, variables = model
     with pytest.raises(TypeError, match=r"fold: batch_stats/norm1/mean is traced.*float32\[5\]"):

@@ -63,6 +63,7 @@ def test_a_deep_linear_network():
     assert float(shift.distance[0]) == 0 and (np.asarray(shift.distance[1:]) > 1).all()
 
 
+@pytest.mark.slow
 def test_layers_go_in_the_order_that_is_given():
     old, new = matrices(0), matrices(1)
     with jax.enable_x64(True):

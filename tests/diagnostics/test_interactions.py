@@ -189,6 +189,7 @@ def test_mistakes(x, function, settings, kind, values):
     assert values in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("x", "kind", "values"),
     [

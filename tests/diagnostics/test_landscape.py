@@ -93,6 +93,7 @@ def test_the_smoothness_is_that_of_the_sharpest_direction():
     assert 1.0 < float(anywhere) < float(sharpest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_lengths_neither_overflow_nor_vanish(size):
     """Squares of diverging or nearly converged values leave the range of float32."""

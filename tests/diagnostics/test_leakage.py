@@ -91,6 +91,7 @@ def test_nothing_leaks_without_statistics_of_a_device(views, function):
     assert abs(found.same_device - share) < 4 * np.sqrt(share * (1 - share) / BATCH)
 
 
+@pytest.mark.slow
 def test_equal_views_are_always_found(unrelated):
     query, _ = unrelated
     assert measure(ALONE["no norm"], (query, query)).together == 1

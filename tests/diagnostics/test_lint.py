@@ -61,6 +61,7 @@ class TestCancelledBias:
         assert rules(lint(*linen(biased, x))) == [("cancelled-bias", "layers_0")]
         assert lint(*linen(plain, x)) == ()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("norm", [nnx.BatchNorm, nj.nnx.BatchNorm], ids=["flax", "normjax"])
     def test_in_nnx(self, norm):
         rngs = nnx.Rngs(0)
@@ -128,6 +129,7 @@ class TestDecayedScale:
         network = Dense(hidden=1)
         assert lint(network, network.variables, ROWS, optimizer=optimizer) == ()
 
+    @pytest.mark.slow
     def test_only_what_is_decayed(self):
         network = Dense(hidden=1)
         params, _ = network.variables
@@ -341,6 +343,7 @@ class TestSlowMomentum:
 
 
 class TestUnsynced:
+    @pytest.mark.slow
     def test_under_a_named_axis(self):
         network = Dense(hidden=2)
         found = lint(network, network.variables, ROWS, axis_name="data", axis_size=4)

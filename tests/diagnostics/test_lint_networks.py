@@ -172,6 +172,7 @@ def test_positions_are_no_bias_of_a_feature():
     assert rules(lint(apply, {"positions": jnp.ones((1, 5))}, x)) == [("cancelled-bias", "/")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_any_dtype(dtype):
     network = Dense(bias=True, hidden=1)

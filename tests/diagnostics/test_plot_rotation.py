@@ -16,6 +16,7 @@ def history(steps, features=()):
     return {"w": Rotation(values, values, 0 * values, 0 * values, 2 * values, 3 * values)}
 
 
+@pytest.mark.slow
 def test_lines_are_those_of_the_history():
     figure = plot.rotation(history(10))
     for panel, factor in zip(figure.axes, (1, 3, 2), strict=True):
@@ -33,6 +34,7 @@ def test_long_histories_are_root_mean_squares_of_blocks():
     assert_close(line.get_xdata()[:2], [2.0, 8.0])
 
 
+@pytest.mark.slow
 def test_predictions_are_dashed_once():
     found = nj.diagnostics.equilibrium(history(5), learning_rate=0.1, weight_decay=0.2)
     axes = Figure().subplots(1, 3)

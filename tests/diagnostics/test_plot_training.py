@@ -55,6 +55,7 @@ def landscapes():
     )
 
 
+@pytest.mark.slow
 def test_landscapes():
     figure = plot.landscape({"one": landscapes(), "two": landscapes()}, steps=(10, 20))
     bounds = [[line.get_ydata().tolist() for line in panel.lines] for panel in figure.axes]

@@ -117,6 +117,7 @@ def test_the_newest_step_of_a_manager_and_any_other(capsys, tmp_path, items):
     ] == ["zero-scale"]
 
 
+@pytest.mark.slow
 def test_msgpack_and_safetensors_with_any_divider(capsys, tmp_path):
     (tmp_path / "state.msgpack").write_bytes(serialization.to_bytes(state()))
     assert paths(capsys, tmp_path / "state.msgpack") == PATHS

@@ -167,6 +167,7 @@ def test_a_batch_with_nan_is_found_where_it_goes():
     assert (stem.rule, stem.severity) == ("non-finite", "error") and "24 of 24" in stem.message
 
 
+@pytest.mark.slow
 def test_a_network_that_is_not_finite_is_reported_all_the_same():
     model = Residual()
     variables = moved(init(model), updated(model), X)

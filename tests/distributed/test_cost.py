@@ -110,6 +110,7 @@ PLAIN_JIT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("sharded", PLAIN_JIT)

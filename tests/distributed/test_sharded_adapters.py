@@ -10,6 +10,7 @@ import normjax as nj
 from tests.compare import assert_trees_close
 from tests.contract.cases import REORDERED
 from tests.distributed.test_sharded_axes import cut, line
+from tests.marks import slow_after
 
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 FEATURES = 4
@@ -41,6 +42,7 @@ def with_nnx(name):
     return run
 
 
+@pytest.mark.slow
 @CUTS
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("adapter", [with_linen, with_nnx])
@@ -78,8 +80,8 @@ def nnx_wrapper(name):
     return state, run
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("axis", slow_after(1, [0, 1]))
+@pytest.mark.parametrize("name", slow_after(1, WRAPPERS))
 @pytest.mark.parametrize("adapter", [linen_wrapper, nnx_wrapper])
 def test_kernels_with_an_axis_cut(rng, adapter, name, axis):
     variables, run = adapter(name)

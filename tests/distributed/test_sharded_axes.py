@@ -76,6 +76,7 @@ def assert_equals_one_device(case, vmapped, kind, axis, devices, *, cut_leaves=F
     assert_trees_close(jax.device_get(outcome), on_one_device(case, vmapped), **REORDERED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("axis", "devices"), CUTS)
 @every_case
@@ -99,6 +100,7 @@ def test_features_may_be_cut_with_parameters_and_statistics(case, vmapped, kind)
     assert_equals_one_device(case, vmapped, kind, 2, 2, cut_leaves=True)
 
 
+@pytest.mark.slow
 def test_vmap_in_training_on_a_default_mesh(rng):
     """The shortest program that raised an error: its mesh has Explicit axes."""
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
@@ -128,8 +130,9 @@ SYNCED = ("batch_norm", "batch_renorm", "activated_batch_norm")
 PARTLY_MAPPED = [case for case in CASES if case.variant == "plain"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("check_vma", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("case", PARTLY_MAPPED, ids=repr)
 def test_shard_map_over_some_axes_with_features_cut_over_another(case, check_vma, kind):
     given = operands(case, False)

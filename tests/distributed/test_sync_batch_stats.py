@@ -72,6 +72,7 @@ def test_devices_that_saw_one_batch_each_know_the_whole_batch(rng):
     assert_trees_close(merged, {"mean": whole.mean, "var": whole.var}, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
 @pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], None])
@@ -150,6 +151,7 @@ def test_two_axes_merge_as_one(rng):
     assert_trees_close(jax.jit(run)(tree), expected(tree), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_of_any_depth_takes_two_collectives(rng):
     compiled = (
         over_devices(partial(nj.sync_batch_stats, axis_name="data"))

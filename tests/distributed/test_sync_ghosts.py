@@ -76,6 +76,7 @@ def given(name, rng, masked, offset=0.0):
     return params, batch_stats, *examples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
 @each_layer
@@ -85,6 +86,7 @@ def test_shard_map_gives_what_plain_jit_gives(on_platform, rng, name, masked, ch
     assert_steps_close(found, jax.jit(step(name))(*arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [jax.pmap, jax.vmap])
 @each_layer
 def test_pmap_and_vmap_give_the_same(rng, name, transform):
@@ -99,6 +101,7 @@ def test_pmap_and_vmap_give_the_same(rng, name, transform):
         assert_trees_close(own, expected_new, rtol=1e-5)
 
 
+@pytest.mark.slow
 @each_layer
 def test_groups_share_the_running_statistics_of_their_ghosts(rng, name):
     params, batch_stats, x, *_ = given(name, rng, False)
@@ -129,6 +132,7 @@ def test_one_value_in_each_ghost_is_refused_however_many_devices_there_are(rng):
         jax.vmap(partial(run, params, batch_stats), axis_name="data")(stacked(x[:, 0]))
 
 
+@pytest.mark.slow
 def test_y_waits_for_no_other_device(rng):
     """All that is sent are the running statistics, in two all-reduces, and nothing backward."""
     params, batch_stats, x, *_ = given("batch_norm", rng, False)

@@ -103,6 +103,7 @@ def attacked(loss, x, radius, steps):
     return np.asarray(found)
 
 
+@pytest.mark.slow
 def test_the_adversary_of_a_linear_loss_goes_to_the_corner(rng):
     x, w = (np.float32(rng.uniform(size=(3, 5))) for _ in range(2))
     w = w - np.float32(0.5)
@@ -117,6 +118,7 @@ def test_the_adversary_stays_within_its_radius(rng):
     assert np.sin(20 * found).sum() > np.sin(20 * x).sum()
 
 
+@pytest.mark.slow
 def test_gaps_are_in_standard_deviations():
     clean = {"conv": {"mean": jnp.asarray([0.0, 1.0]), "var": jnp.asarray([4.0, 1.0])}}
     attacked = {"conv": {"mean": jnp.asarray([1.0, 1.0]), "var": jnp.asarray([9.0, 9.0])}}

@@ -170,6 +170,7 @@ def test_a_memory_has_no_order(model, case):
         assert_close(focus[:2], of_expected[:2], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_token_sees_those_behind_it(model, case):
     params, documents = case
     place = LOOKUP.length - 3
@@ -181,6 +182,7 @@ def test_no_token_sees_those_behind_it(model, case):
     assert np.abs(after[:, place:] - before[:, place:]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_focus_is_the_share_of_equal_contexts_where_keys_are_alike(model, case):
     params, documents = case
     blocks = [dict(block) for block in params["blocks"]]

@@ -136,6 +136,7 @@ def test_equations_masks_and_statistics_against_numpy(kind, norm, train, rng):
         assert_identical(jax.device_get(new), batch_stats)
 
 
+@pytest.mark.slow
 def test_biases_are_there_once():
     shapes = {}
     for name, norm in NORMS.items():
@@ -166,6 +167,7 @@ def test_scan_is_a_python_loop(rng):
     assert_trees_close(new, jax.tree.map(lambda *leaves: np.stack(leaves), *stats), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_statistics_of_a_step_are_the_moments_of_its_batch(rng):
     cell, params, batch_stats, x, mask = case("gru", "batch", rng)
     _, _, new = run(cell, params, batch_stats, x, True, mask=mask)

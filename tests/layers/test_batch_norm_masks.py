@@ -100,6 +100,7 @@ def test_any_mask_that_broadcasts_is_taken(on_platform, rng, shape):
     assert_trees_close(new, expected_new, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mask_of_features_leaves_the_others_to_their_running_statistics(on_platform, rng):
     params, batch_stats, x = given = small(rng)
     counted = jnp.array([True, False, True])

@@ -78,6 +78,7 @@ def test_a_running_mean_that_was_moved_does_not_matter(on_platform, rng):
         assert_close(new["var"], reference.moments(x, 0).var, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_float16_near_its_largest_value_is_normalized(on_platform, rng):
     x = (60_000 + 32 * rng.integers(-8, 9, (512, 2))).astype(np.float16)
     y, new = on_platform(step, *nj.batch_norm_init(2), x)
@@ -86,6 +87,7 @@ def test_float16_near_its_largest_value_is_normalized(on_platform, rng):
     assert_close(new["var"], expected_new["var"], rtol=1e-5, dtype=jnp.float32)
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs_are_averaged_in_float32(on_platform):
     # 1 + 1/128 in bfloat16; a bfloat16 sum of 4096 of them stalls at 256.
     x = jnp.tile(jnp.array([[1.0, 1.0078125]], jnp.bfloat16).T, (2048, 1))

@@ -89,6 +89,7 @@ def test_leading_dimensions_belong_to_the_first_axes(rng, name, train):
         close(y, scale * plain + bias)
 
 
+@pytest.mark.slow
 @every_layer
 def test_the_rank_of_a_leaf_decides_and_not_its_size(rng, name):
     params, batch_stats = state(name, rng)
@@ -258,6 +259,7 @@ def test_conditional_batch_norm_looks_its_leaves_up(rng):
         )
 
 
+@pytest.mark.slow
 def test_adaptive_layer_norm_and_film(rng):
     """Perez et al. 2018, eq. 2; Peebles & Xie 2023: gamma, beta per example; 1 + gamma scales."""
     tokens, gamma, beta = draw(rng, (2, 5, 6), 1.0), draw(rng, (2, 6)), draw(rng, (2, 6))

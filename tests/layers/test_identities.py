@@ -97,6 +97,7 @@ def test_instance_norm_is_batch_norm_of_each_example(rng):
     )
 
 
+@pytest.mark.slow
 def test_layer_norm_is_batch_norm_with_the_examples_as_features(rng):
     def by_batch_norm(params, x):
         y, _ = nj.batch_norm({}, nj.batch_norm_init(4)[1], x, True, epsilon=EPSILON, feature_axes=0)
@@ -137,6 +138,7 @@ def test_filter_response_norm_without_threshold_is_rms_norm_over_space(rng):
         assert_same_function(rng, layer(nj.filter_response_norm), over_space, chosen, x)
 
 
+@pytest.mark.slow
 def test_a_threshold_of_zero_is_a_relu_behind_the_norm(rng):
     def relu_behind(params, x):
         rest = {leaf: value for leaf, value in params.items() if leaf != "threshold"}

@@ -118,6 +118,7 @@ def test_the_first_batch_of_a_cumulative_mean_can_be_skipped(rng):
     assert int(new["count"]) == 1
 
 
+@pytest.mark.slow
 def test_recalibration_leaves_such_batches_out(rng):
     state = nj.batch_norm_init(FEATURES)[1]
 

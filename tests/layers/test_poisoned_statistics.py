@@ -168,6 +168,7 @@ def test_y_and_gradients_do_not_depend_on_running_statistics(on_platform, name):
     assert that_matter(y_and_gradients, *run, "var", values) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_moments_of_the_batch_do_not_depend_on_the_running_mean(on_platform, name):
     run = program(on_platform, name)

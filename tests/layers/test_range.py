@@ -70,6 +70,7 @@ def test_y_is_that_of_the_formula(on_platform, rng, name, dtype, scale):
     assert_close(on_platform(apply, x), expected, atol=precision * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_scale_with_the_inverse_of_x(on_platform, rng, name):
     apply, _, _ = LAYERS[name]
@@ -82,6 +83,7 @@ def test_gradients_scale_with_the_inverse_of_x(on_platform, rng, name):
         assert_close(actual, expected, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_second_derivatives_are_finite(on_platform, rng, name):
     apply, _, _ = LAYERS[name]
@@ -95,6 +97,7 @@ def test_second_derivatives_are_finite(on_platform, rng, name):
     assert_close(forward, reverse, atol=1e-4 * float(jnp.abs(reverse).max()))
 
 
+@pytest.mark.slow
 def test_a_sum_of_squares_may_overflow_where_their_mean_does_not(on_platform):
     x = jnp.tile(jnp.array([[-1e17], [1e17]]), (50_000, 1))  # variance 1e34, sum 1e39
 
@@ -107,6 +110,7 @@ def test_a_sum_of_squares_may_overflow_where_their_mean_does_not(on_platform):
     assert_close(new["var"], [1e34], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_of_a_variance_that_float32_cannot_hold_y_is_the_bias(on_platform):
     x = jnp.array([[-1e20], [1e20]])
 

@@ -61,6 +61,7 @@ def test_weights_of_zero_and_one_are_a_mask(on_platform, x, weights, name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_moments_are_those_of_repeated_elements(on_platform, rng, dtype):
     x = jnp.asarray(rng.normal(3, 1, (8, 2)), dtype)
@@ -74,6 +75,7 @@ def test_moments_are_those_of_repeated_elements(on_platform, rng, dtype):
     assert_close(moments.var, repeated.var(0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_unit_of_the_weights_does_not_matter(on_platform, x, weights):
     def y(weights):
         return LAYERS["batch_norm"](PARAMS, x, weights)[0]
@@ -82,12 +84,14 @@ def test_the_unit_of_the_weights_does_not_matter(on_platform, x, weights):
     assert_close(run(weights * 2**-10), run(weights), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_merged_parts_are_the_whole(x, weights):
     whole = nj.moments(x, (0, 1), mask=weights)
     parts = [nj.moments(x[part], (0, 1), mask=weights[part]) for part in (slice(2), slice(2, 6))]
     assert_trees_close(nj.merge_moments(*parts), whole, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_synced_over_devices_they_are_those_of_the_whole_batch(on_platform, rng):
     x = jnp.asarray(rng.normal(1, 2, (8, 5, 4)), jnp.float32)
     weights = jnp.asarray(rng.uniform(0, 2, (8, 5, 1)), jnp.float32)
@@ -105,6 +109,7 @@ def test_synced_over_devices_they_are_those_of_the_whole_batch(on_platform, rng)
     assert_trees_close(on_platform(synced, x, weights), whole, atol=2e-6)
 
 
+@pytest.mark.slow
 @each_layer
 def test_gradients_by_x_and_by_the_weights_are_those_of_differences(x, weights, name):
     """In float64, where differences are exact enough to compare with."""
@@ -151,6 +156,7 @@ def test_a_weight_that_is_none_is_named(x, wrong):
         nj.batch_norm(PARAMS, STATE, x, True, mask=weights)
 
 
+@pytest.mark.slow
 def test_both_adapters_take_weights(x, weights, promotion_as_in_flax):
     from flax import nnx
 

@@ -157,6 +157,7 @@ class TestBatchRenorm:
         assert int(updates["batch_stats"].pop("count")) == 1
         assert_trees_close(updates, flax_updates, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.slow
     def test_schedules_go_by_the_count(self, rng):
         x = 10 + batch(rng)
         norm = linen.BatchRenorm(r_max=1.0, d_max=lambda count: jnp.where(count < 1, 0.0, 5.0))

@@ -140,6 +140,7 @@ def test_checkpoints_load_both_ways(rng, norm, call):
         assert_close(*at_once(run, variables, restored, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "call"), [("WeightNorm", {}), ("SpectralNorm", {"update_stats": True})]
 )

@@ -163,6 +163,7 @@ def test_use_running_average_said_nowhere_is_an_error():
         BatchNorm(3, use_running_average=None, rngs=nnx.Rngs(0))(jnp.ones((2, 3)))
 
 
+@pytest.mark.slow
 def test_state_moves_both_ways(rng):
     x = batch(rng, {})
     for giver, taker in (pair(), pair()[::-1]):
@@ -243,6 +244,7 @@ def test_frozen_layers_keep_their_statistics_and_train_scale_and_bias(rng):
     assert all((jnp.abs(grads[leaf]) > 0).all() for leaf in ("scale", "bias"))
 
 
+@pytest.mark.slow
 def test_what_it_has_beyond_flax_is_that_of_the_function(rng):
     x = batch(rng, {})
     norm = BatchNorm(

@@ -207,6 +207,7 @@ def test_integers_are_accepted_as_in_flax(rng, name):
     assert_close(y, flax_y, **CLOSE, dtype=flax_y.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
 def test_the_offset_of_the_scale_is_that_of_the_function(rng, name):
     x, zeros = batch(rng), nnx.initializers.zeros

@@ -144,6 +144,7 @@ def test_batch_renorm_is_the_function_of_its_variables(rng):
     assert isinstance(norm, nj.nnx.BatchNorm)
 
 
+@pytest.mark.slow
 def test_without_correction_batch_renorm_is_flaxs_batch_norm(rng):
     x = batch(rng)
     ours, theirs = (

@@ -86,6 +86,7 @@ def test_linen(linen):
     assert linen["params"]["MultiHeadDotProductAttention_0"]["query"]["bias"].ndim == 2
 
 
+@pytest.mark.slow
 def test_the_mask_of_linen_has_the_structure_of_params(linen):
     params = linen["params"]
     mask = decay_mask(params)

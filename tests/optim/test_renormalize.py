@@ -245,6 +245,7 @@ def test_zeros_wait_for_a_direction():
         assert_close(updates["w"], np.array([[-0.6, 0.0], [0.0, 0.0], [-0.8, 0.0]]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused():
     with pytest.raises(
         TypeError, match=r"inner of type dict. The order is renormalize\(mask, inner\)"

@@ -31,6 +31,7 @@ def expected(states, shares):
     return {"mean": center, "var": (shares * (var + (mean - center) ** 2)).sum(0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, [1, 2, 5], [0.0, 1.0, 0.5], np.float32([3, 0, 0])])
 def test_it_is_the_law_of_total_variance(rng, weights):
     states = [state(rng) for _ in range(3)]
@@ -49,6 +50,7 @@ def test_it_is_the_statistics_of_all_elements_together(rng):
     assert_trees_close(average, {"mean": whole.mean(0), "var": whole.var(0)}, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_equal_means_stay_as_they_are_far_from_zero():
     layer = {"mean": jnp.float32([1e6 + 1 / 16, 3.1]), "var": jnp.float32([1e-6, 2.0])}
     average = nj.average_batch_stats([layer] * 7, [0.1, 0.7, 0.3, 0.9, 0.2, 0.1, 0.1])
@@ -56,6 +58,7 @@ def test_equal_means_stay_as_they_are_far_from_zero():
     assert_close(average["var"], layer["var"], **CLOSE)
 
 
+@pytest.mark.slow
 def test_counts_take_the_mean_and_stay_exact_ints():
     layer = {"mean": jnp.zeros(1), "var": jnp.ones(1)}
     counts = [2**30 + 1, 2**30 + 4]
@@ -70,6 +73,7 @@ def test_a_state_of_weight_zero_leaves_no_trace(rng):
     assert_trees_close(average, expected(states[1:], [1, 3]), **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_moving_average_under_scan_is_the_mixture_with_decaying_weights(rng):
     states = [state(rng, count=k) for k in range(1, 6)]
 
@@ -84,6 +88,7 @@ def test_a_moving_average_under_scan_is_the_mixture_with_decaying_weights(rng):
     assert_trees_close(average, expected(states, shares), **CLOSE)
 
 
+@pytest.mark.slow
 def test_whole_models_of_linen_and_nnx(rng):
     class Net(nn.Module):
         @nn.compact
@@ -113,6 +118,7 @@ def test_whole_models_of_linen_and_nnx(rng):
     assert_close(norms[0].var[...], expected(own, [1, 1])["var"], **CLOSE)
 
 
+@pytest.mark.slow
 def test_kept_dtypes_complex_means_and_other_leaves():
     layer = {"mean": jnp.complex64([1j]), "var": jnp.bfloat16([1])}
     average = nj.average_batch_stats([layer, layer | {"mean": jnp.complex64([3j])}])
@@ -176,6 +182,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.usefixtures("promotion_as_in_flax")
 def test_layers_take_averages_with_a_float_count(name, rng):
@@ -225,6 +232,7 @@ def test_a_half_precision_count_is_refused():
         nj.batch_renorm(params, batch_stats, jnp.ones((4, 2)), False)
 
 
+@pytest.mark.slow
 def test_a_count_stops_at_the_largest_number():
     params, batch_stats = nj.batch_norm_init(2, count=True)
     x = jnp.ones((4, 2))

@@ -234,6 +234,7 @@ def test_the_derivative_of_moments_is_that_of_their_definition(on_platform, rng)
         assert_close(mean[feature, :, 1 - feature], np.zeros(6))
 
 
+@pytest.mark.slow
 def test_gradients_of_moments_are_finite_where_the_mask_hides_nan(on_platform):
     def total(x, mask):
         return sum(jnp.sum(part) for part in masked(x, mask))

@@ -143,6 +143,7 @@ def test_one_element_in_all_has_no_unbiased_variance():
     assert_trees_close(batch_stats, {"mean": np.ones(1), "var": np.ones(1)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"momentum": 0.0}, {"momentum": 1.0}, {"virtual_batch_size": 4}]
 )

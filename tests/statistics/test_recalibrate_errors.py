@@ -207,6 +207,7 @@ def test_what_is_no_pair(rng, returned, named):
         nj.recalibrate(lambda variables, x: returned(*network(variables, x)), init(rng), make(rng))
 
 
+@pytest.mark.slow
 def test_statistics_that_are_not_returned(rng):
     def apply_fn(variables, x):
         y, batch_stats = network(variables, x)

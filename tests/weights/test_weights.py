@@ -142,6 +142,7 @@ def test_spectral_norm_takes_its_steps_from_where_it_was(rng, shape, feature_axe
     assert_identical(evaluated, y)
 
 
+@pytest.mark.slow
 @every_kernel
 def test_spectral_norm_converges_to_the_largest_singular_value(rng, shape, feature_axes):
     kernel = draw(rng, shape)
@@ -417,6 +418,7 @@ def std_conv(kernel, epsilon):
     return kernel / (jnp.std(kernel, axes) + epsilon)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
 def test_epsilon_may_be_added_to_the_deviation_as_std_conv_does(rng, size):
     kernel, weights = jnp.float32(size) * draw(rng, (3, 3, 4, 5)), draw(rng, (3, 3, 4, 5))
@@ -446,6 +448,7 @@ def test_an_epsilon_added_to_the_deviation_is_the_formula(rng, scaled):
     assert_close(y, expected, rtol=64 * EPS, atol=64 * EPS)
 
 
+@pytest.mark.slow
 def test_constant_kernels_have_finite_gradients_with_epsilon_at_the_deviation():
     kernel = jnp.ones((4, 3)).at[:, 1].set(jnp.arange(4.0))
 
@@ -458,6 +461,7 @@ def test_constant_kernels_have_finite_gradients_with_epsilon_at_the_deviation():
     assert_finite((jax.grad(loss)(kernel), jax.hessian(loss)(kernel)))
 
 
+@pytest.mark.slow
 def test_adapters_hand_on_where_epsilon_is_added(rng):
     x = jnp.eye(4)
     settings = {"epsilon": 0.5, "epsilon_to": "deviation"}
