@@ -74,14 +74,18 @@ def moments_dot(spec: Spec, moments: Moments, x: Array, mask: Mask | None, x_dot
     x_dot = weighted(masked(x_dot, mask), mask)
     n = spec.count(x) if mask is None else moments.count
     n = or_one(n)
-    deviation = spec.deviation(moments.var)
-    # In deviations, and without them in the end, so that no cube of one is formed: see `normalize`.
-    inverse = spec.expand((1 / deviation).astype(moments.mean.dtype))
-    normalized = (widen(x) - spec.expand(moments.mean)) * inverse
-    product = real_product(masked(normalized, mask), x_dot)
+    centered = widen(x) - spec.expand(moments.mean)
+    factor: Any = 2.0
+    if spec.unit(x) != 1:
+        # In deviations here, and without them in the end: XLA would move a constant unit from the
+        # elements to the sum, where it underflows.
+        deviation = spec.deviation(moments.var)
+        centered *= spec.expand((1 / deviation).astype(centered.dtype))
+        factor = deviation * (2 * spec.unit(x) ** 2)
+    product = real_product(masked(centered, mask), x_dot)
     mean_dot, total = spec.devices.sum(spec.local_sum(x_dot), spec.local_sum(product))
     count_dot: Any = jax.tree.map(jnp.zeros_like, moments.count)
-    var_dot = times(deviation, 2 * spec.unit(x) ** 2) * total / n
+    var_dot = factor * total / n
     return Moments(count_dot, _ratio(mean_dot, n), var_dot)
 
 
