@@ -144,17 +144,23 @@ def around(spec: Spec, x: Array, mask: Mask | None, first: Moments) -> Moments:
     The mean of many numbers far from zero has an error of more than its last digit.
     """
     unit = spec.unit_of_squares(x)
-    count, offset, square = means(spec, x, mask, first, unit)
-    var = square - abs2(times(offset, unit))
-    return Moments(count, first.mean + offset, times(var, (spec.unit(x) / unit) ** 2))
+    count, offset, square = means(spec, x, mask, first, unit, (unit / spec.unit(x)) ** 2)
+    var = square - abs2(times(offset, spec.unit(x)))
+    return Moments(count, first.mean + offset, var)
 
 
 def means(
-    spec: Spec, x: Array, mask: Mask | None, first: Moments | None = None, unit: float = 1.0
+    spec: Spec,
+    x: Array,
+    mask: Mask | None,
+    first: Moments | None = None,
+    unit: float = 1.0,
+    divisor: float = 1.0,
 ) -> tuple[Any, Array, Array]:
     """Returns the count (None: all), the mean, and the mean square of x in one pass.
 
     Given the moments of a first pass, x is centered around their mean. For an empty set they are 0.
+    The squares are those of x times the unit, and their mean is divided by the divisor.
     """
     values, squares = _values(spec, x, mask, first, unit)
     sums = spec.local_sum(values), spec.local_sum(squares)
@@ -167,7 +173,7 @@ def means(
         total, square = spec.devices.sum(*sums)
         count = first.count
     n = or_one(spec.count(x) if count is None else count)
-    return count, _ratio(total, n), square / n
+    return count, _ratio(total, n), square / times(n, divisor)
 
 
 def _values(
