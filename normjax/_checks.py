@@ -134,6 +134,7 @@ def activations(function: str, x: Any, name: str = "x") -> jax.Array:
 
 
 def raise_for_host(function: str, name: str, value: Any) -> NoReturn:
+    """Raises the error for an array that lies in host memory."""
     raise_error(
         function,
         f"{name} lies in the host's memory, which layers do not compute in",
@@ -196,7 +197,7 @@ def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
     if isinstance(given, np.ndarray) and given.dtype.kind == "f":
         _not_negative(function, given)
     given = jnp.asarray(given)
-    if given.aval.memory_space is HOST:
+    if on_host(given):
         raise_for_host(function, "mask", given)
     got = f"mask.shape={given.shape}, mask.dtype={given.dtype} for x.shape={shape}"
     if given.dtype != jnp.bool_ and not jnp.issubdtype(given.dtype, jnp.floating):

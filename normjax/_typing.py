@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import reduce
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +53,9 @@ def widen(x: jax.Array) -> jax.Array:
     return x if is_wide(x) else x.astype(jnp.float32)
 
 
-def is_weight(mask: jax.Array) -> bool:
-    """Whether a mask holds real weights instead of bools."""
-    return jnp.issubdtype(mask.dtype, jnp.floating)
+def is_weight(mask: jax.Array | None) -> TypeGuard[jax.Array]:
+    """Whether there is a mask that holds real weights instead of bools."""
+    return mask is not None and jnp.issubdtype(mask.dtype, jnp.floating)
 
 
 def as_mask(mask: Any) -> Any:

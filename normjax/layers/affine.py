@@ -85,6 +85,13 @@ def _lay_out(leaf: FeatureArray, rank: int, feature_axes: tuple[int, ...]) -> Ar
     return jnp.expand_dims(in_order, other_axes(axes, rank))
 
 
+def with_offset(params: Params, offset: float) -> Params:
+    """Returns params with the offset added to the scale, if there is one, in at least float32."""
+    if "scale" in params and offset:
+        return params | {"scale": widen(params["scale"]) + offset}
+    return params
+
+
 def normalize(
     x: Input,
     mean: Inexact[Array, "..."] | None,

@@ -23,9 +23,8 @@ from normjax._typing import (
     Mask,
     Params,
     PRNGKey,
-    widen,
 )
-from normjax.layers.affine import init_params, normalize
+from normjax.layers.affine import init_params, normalize, with_offset
 from normjax.layers.jit_step import jit_step_within_examples
 from normjax.layers.operands import check_operands, check_spec
 from normjax.statistics.elements import read
@@ -168,7 +167,6 @@ def _rms_norm(params: Params, x: Array, mask: Array | None, spec: RMSSpec) -> Ar
     count, square = mean_square(spec, inputs, mask)
     if mask is not None:
         square = jnp.where(count > 0, square, spec.unit(x) ** 2)
-    if "scale" in params and spec.scale_offset:
-        params = params | {"scale": widen(params["scale"]) + spec.scale_offset}
+    params = with_offset(params, spec.scale_offset)
     y = normalize(inputs, None, spec.expand(square), params, spec.epsilon, spec.unit(x))
     return y.astype(spec.dtype)

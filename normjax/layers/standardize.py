@@ -8,8 +8,8 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from normjax._typing import Params, widen
-from normjax.layers.affine import normalize
+from normjax._typing import Params
+from normjax.layers.affine import normalize, with_offset
 from normjax.layers.jit_step import jit_step_within_examples
 from normjax.statistics.elements import read
 from normjax.statistics.per_example import ExampleSpec, example_moments
@@ -47,8 +47,7 @@ def standardize(params: Params, x: Array, mask: Array | None, spec: StandardizeS
     epsilon, unit = spec.epsilon, spec.unit(x)
     if spec.epsilon_to == "deviation":
         var, epsilon = (_root(var) + epsilon * unit) ** 2, 0.0
-    if "scale" in params and spec.scale_offset:
-        params = params | {"scale": widen(params["scale"]) + spec.scale_offset}
+    params = with_offset(params, spec.scale_offset)
     if spec.gain != 1:
         scale = params["scale"] if "scale" in params else jnp.ones((), var.dtype)
         params = params | {"scale": scale * spec.gain}

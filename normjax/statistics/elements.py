@@ -62,7 +62,7 @@ def _zero(x: Array) -> np.ndarray:
 
 def weighted(x: Array, mask: Mask | None) -> Array:
     """Returns x times the weights, where the mask is one of weights."""
-    return x * mask.astype(x.dtype) if mask is not None and is_weight(mask) else x
+    return x * mask.astype(x.dtype) if is_weight(mask) else x
 
 
 def counts(mask: Mask) -> Array:

@@ -21,7 +21,7 @@ from normjax.platforms.cpu import separate_operands
 from normjax.platforms.plain import custom_jvp, is_plain
 from normjax.statistics.devices import ALONE
 from normjax.statistics.elements import Input, abs2, masked, named, real_product, times, weighted
-from normjax.statistics.reduction import around, moments_by, one_pass_if_safe
+from normjax.statistics.reduction import around, moments_by, one_pass_if_safe, ratio
 from normjax.statistics.spec import Moments, Spec, or_one
 
 
@@ -102,7 +102,7 @@ def _mean_square_jvp(spec: Spec, primals: tuple, tangents: tuple) -> tuple[tuple
     count, square = _mean_square(spec, x, mask)
     dot = _mean_square_dot(spec, count, square, x.x, mask, tangents[0].x32)
     count_dot = jax.tree.map(jnp.zeros_like, count)
-    if mask is not None and is_weight(mask):
+    if is_weight(mask):
         count_dot, by_weights = _mean_square_dot_by_weights(
             spec, (count, square), x.x, mask, tangents[1]
         )
@@ -147,5 +147,4 @@ def _mean(
     else:
         total, count = spec.devices.sum(total, spec.local_count(values, mask))
         n = count
-    n = or_one(n)
-    return count, total / (n if isinstance(n, float) else n.astype(total.dtype))
+    return count, ratio(total, or_one(n))

@@ -58,7 +58,7 @@ def _moments_jvp(
     x, mask = primals
     moments = jax.tree.map(named, _moments(forward, spec, x, mask))
     dot = moments_dot(spec, moments, x.x, mask, tangents[0].x32)
-    if mask is not None and is_weight(mask):
+    if is_weight(mask):
         by_weights = _moments_dot_by_weights(spec, moments, x.x, mask, tangents[1])
         dot = jax.tree.map(jnp.add, dot, by_weights)
     return moments, dot
@@ -86,7 +86,7 @@ def moments_dot(spec: Spec, moments: Moments, x: Array, mask: Mask | None, x_dot
     mean_dot, total = spec.devices.sum(spec.local_sum(x_dot), spec.local_sum(product))
     count_dot: Any = jax.tree.map(jnp.zeros_like, moments.count)
     var_dot = factor * total / n
-    return Moments(count_dot, _ratio(mean_dot, n), var_dot)
+    return Moments(count_dot, ratio(mean_dot, n), var_dot)
 
 
 def _moments_dot_by_weights(
@@ -104,7 +104,7 @@ def _moments_dot_by_weights(
     count = spec.local_count(x, mask_dot)
     mean_dot, var_dot, count_dot = spec.devices.sum(*sums, count)
     n = or_one(moments.count)
-    return Moments(count_dot, _ratio(mean_dot, n), var_dot / n)
+    return Moments(count_dot, ratio(mean_dot, n), var_dot / n)
 
 
 def one_pass_if_safe(spec: Spec, x: Array, mask: Mask | None) -> Moments:
@@ -143,25 +143,21 @@ def around(spec: Spec, x: Array, mask: Mask | None, first: Moments) -> Moments:
 
     The mean of many numbers far from zero has an error of more than its last digit.
     """
-    unit = spec.unit_of_squares(x)
-    count, offset, square = means(spec, x, mask, first, unit, (unit / spec.unit(x)) ** 2)
+    count, offset, square = means(spec, x, mask, first)
     var = square - abs2(times(offset, spec.unit(x)))
     return Moments(count, first.mean + offset, var)
 
 
 def means(
-    spec: Spec,
-    x: Array,
-    mask: Mask | None,
-    first: Moments | None = None,
-    unit: float = 1.0,
-    divisor: float = 1.0,
+    spec: Spec, x: Array, mask: Mask | None, first: Moments | None = None
 ) -> tuple[Any, Array, Array]:
     """Returns the count (None: all), the mean, and the mean square of x in one pass.
 
-    Given the moments of a first pass, x is centered around their mean. For an empty set they are 0.
-    The squares are those of x times the unit, and their mean is divided by the divisor.
+    Given the moments of a first pass, x is centered around their mean, and the squares are taken in
+    their own unit: the mean square is then in the unit of variances. For an empty set they are 0.
     """
+    unit = 1.0 if first is None else spec.unit_of_squares(x)
+    divisor = 1.0 if first is None else (unit / spec.unit(x)) ** 2
     values, squares = _values(spec, x, mask, first, unit)
     sums = spec.local_sum(values), spec.local_sum(squares)
     count = None
@@ -173,7 +169,7 @@ def means(
         total, square = spec.devices.sum(*sums)
         count = first.count
     n = or_one(spec.count(x) if count is None else count)
-    return count, _ratio(total, n), square / times(n, divisor)
+    return count, ratio(total, n), square / times(n, divisor)
 
 
 def _values(
@@ -198,5 +194,6 @@ def _value(spec: Spec, x: Array, mask: Mask | None, reference: Array | None) -> 
     return masked(x32 if reference is None else x32 - spec.expand(reference), mask)
 
 
-def _ratio(total: Array, n: Any) -> Array:
+def ratio(total: Array, n: Any) -> Array:
+    """Returns a total over a count, which may be a float or an array."""
     return total / (n if isinstance(n, float) else n.astype(total.dtype))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
 from normjax import _checks, _leaves
-from normjax._typing import BatchStats, DTypeLike, RunningVar, promote
+from normjax._typing import WIDE, BatchStats, DTypeLike, RunningVar, promote
 from normjax.statistics.population import POPULATION
 from normjax.statistics.spec import Moments
 
@@ -174,9 +174,11 @@ def _check(
 
 def check_precision(function: str, batch_stats: BatchStats) -> None:
     """Raises for running statistics that a training step could not move by a hundredth."""
+    if POPULATION in batch_stats:  # which leaves them as they are
+        return
     for leaf in ("mean", "var"):
         dtype = jnp.result_type(batch_stats[leaf])
-        if POPULATION not in batch_stats and jnp.finfo(dtype).bits < 32:
+        if dtype not in WIDE:
             _checks.raise_error(
                 function,
                 f"batch_stats[{leaf!r}] is too coarse to train with: it would stop moving, or "
