@@ -13,7 +13,7 @@ from jaxtyping import Array
 from normjax._typing import Params
 from normjax.layers.affine import lay_out
 from normjax.platforms.cpu import without_unit_axes
-from normjax.platforms.plain import custom_jvp, is_plain
+from normjax.platforms.plain import custom_jvp, is_plain_for, plain_phrasing
 from normjax.statistics.devices import explicit_mesh, laid_out_by_the_compiler, spec_of
 from normjax.statistics.elements import OUTPUT, STATISTICS
 
@@ -46,8 +46,7 @@ def jit_step(step: Callable[..., Any], like: str | tuple[str, ...] = "x") -> Cal
         *operands, spec = arguments
         mesh = explicit_mesh(operands)
         if mesh is None:
-            # An exporter may have replaced functions of JAX, which no cache is to remember.
-            return step(*arguments) if is_plain() else compiled(*arguments)
+            return _plainly(step, arguments) if is_plain_for(operands) else compiled(*arguments)
         specs = dict(zip(names, jax.tree.map(spec_of, operands), strict=False))
         results = jax.tree.map(lambda name: specs.get(name, PartitionSpec()), like)
         return laid_out_by_the_compiler(lambda *each: compiled(*each, spec), mesh, results)(
@@ -55,6 +54,12 @@ def jit_step(step: Callable[..., Any], like: str | tuple[str, ...] = "x") -> Cal
         )
 
     return run
+
+
+def _plainly(step: Callable[..., Any], arguments: Any) -> Any:
+    """Takes a step uncompiled: no cache should keep what an exporter has replaced in JAX."""
+    with plain_phrasing():
+        return step(*arguments)
 
 
 def jit_step_within_examples(step: Callable[..., Array]) -> Callable[..., Array]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
 
 import jax
+
+JET = "jax.experimental.jet"
 
 # Part of the key by which `jax.jit` keeps what it traced: a function is traced anew under it.
 _IS_PLAIN = jax.make_user_context(False)
@@ -48,6 +51,14 @@ def plain_phrasing() -> AbstractContextManager[None]:
 def is_plain() -> bool:
     """Whether to trace to elementary operations alone."""
     return _IS_PLAIN.value
+
+
+def is_plain_for(operands: Any) -> bool:
+    """Whether to trace so: on request, or for jet, whose tracers leak from rules of derivatives."""
+    if is_plain():
+        return True
+    leaves = jax.tree.leaves(operands) if JET in sys.modules else ()
+    return any(type(leaf).__module__ == JET for leaf in leaves)
 
 
 def custom_jvp(function: Callable[..., Any], nondiff_argnums: tuple[int, ...] = ()) -> Any:

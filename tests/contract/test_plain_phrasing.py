@@ -1,5 +1,6 @@
 """Under `plain_phrasing` a layer is elementary operations alone, with the values it always has."""
 
+import contextlib
 import threading
 from functools import partial
 
@@ -115,10 +116,11 @@ def test_second_derivatives_are_the_same_in_float32(case, rng):
     assert_close(found, expected, atol=1e-3 * scale)
 
 
+@pytest.mark.parametrize("phrasing", [nj.plain_phrasing, contextlib.nullcontext])
 @pytest.mark.parametrize("train", [True, False])
 @every_case
-def test_jet_gives_derivatives_of_higher_order(case, train, rng):
-    """JAX's jet cannot read rules of derivatives, neither the library's nor those of jax.nn."""
+def test_jet_gives_derivatives_of_higher_order(case, train, phrasing, rng):
+    """JAX's jet cannot read rules of derivatives. A layer that it calls itself needs no context."""
     params, batch_stats, x = case.arguments(rng)
     direction = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
 
@@ -129,7 +131,7 @@ def test_jet_gives_derivatives_of_higher_order(case, train, rng):
         return jax.jvp(layer, (x,), (direction,))[1]
 
     curvature = jax.jit(lambda x: jax.jvp(slope, (x,), (direction,))[1])
-    with nj.plain_phrasing():
+    with phrasing():
         y, (first, second) = jet(layer, (x,), ([direction, jnp.zeros_like(x)],))
     expected = layer(x), slope(x), curvature(x)
     for found, wanted in zip((y, first, second), expected, strict=True):
