@@ -25,7 +25,8 @@ from normjax.layers.remat_policy import remat_policy
 from normjax.layers.rms_norm import rms_norm, rms_norm_init
 from normjax.platforms.plain import plain_phrasing
 from normjax.statistics.average import average_batch_stats
-from normjax.statistics.moments import merge_moments, moments
+from normjax.statistics.merge import merge_moments
+from normjax.statistics.moments import moments
 from normjax.statistics.recalibrate import recalibrate
 from normjax.statistics.running import update_batch_stats
 from normjax.statistics.spec import Moments

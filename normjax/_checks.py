@@ -102,16 +102,11 @@ def array(function: str, x: Any, name: str = "x") -> jax.Array:
     )
 
 
-def on_host(value: Any) -> bool:
-    """Whether an array lies in host memory."""
-    return getattr(getattr(value, "aval", None), "memory_space", None) is HOST
-
-
 def activations(function: str, x: Any, name: str = "x") -> jax.Array:
     """Returns `x` as an array; raises an error for integers, booleans and scalars."""
     if not isinstance(x, Tracer):
         x = array(function, x, name)
-    if on_host(x):
+    if jax.typeof(x).memory_space is HOST:
         raise_for_host(function, name, x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise_error(
@@ -197,7 +192,7 @@ def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
     if isinstance(given, np.ndarray) and given.dtype.kind == "f":
         _not_negative(function, given)
     given = jnp.asarray(given)
-    if on_host(given):
+    if jax.typeof(given).memory_space is HOST:
         raise_for_host(function, "mask", given)
     got = f"mask.shape={given.shape}, mask.dtype={given.dtype} for x.shape={shape}"
     if given.dtype != jnp.bool_ and not jnp.issubdtype(given.dtype, jnp.floating):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normjax._checks import Shape, on_host, raise_error, raise_for_host
+from normjax._checks import HOST, Shape, raise_error, raise_for_host
 
 SCALARS = ("count", "alpha", "sigma")
 REAL = ("var", "threshold", "epsilon", "alpha", "sigma")
@@ -42,11 +42,14 @@ def leaves(
     if not isinstance(tree, dict) or not known.issuperset(tree) or not set(required) <= set(tree):
         _raise_for_tree(function, name, tree, sorted(required), sorted(known))
     for leaf, value in tree.items():
-        if not (hasattr(value, "dtype") or isinstance(value, int | float | complex)):
-            _raise_without_array(function, f"{name}[{leaf!r}]", value)
-        if on_host(value):
-            raise_for_host(function, f"{name}[{leaf!r}]", value)
-        given = np.shape(value)
+        where = f"{name}[{leaf!r}]"
+        try:
+            kind = jax.typeof(value)
+        except TypeError:
+            _raise_without_array(function, where, value)
+        if kind.memory_space is HOST:
+            raise_for_host(function, where, value)
+        given = kind.shape
         features, allowed = ((), ()) if leaf in SCALARS else (shape, leading)
         extra = len(given) - len(features)
         fits = given == features
@@ -54,9 +57,9 @@ def leaves(
             sizes = zip(given[:extra], allowed, strict=False)
             fits = all([size in (1, full) for size, full in sizes])
         if not fits:
-            _raise_for_shape(function, f"{name}[{leaf!r}]", given, features, allowed)
-        if leaf == "count" or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            _check_kind(function, f"{name}[{leaf!r}]", jnp.result_type(value), leaf, dtype)
+            _raise_for_shape(function, where, given, features, allowed)
+        if leaf == "count" or not jnp.issubdtype(kind.dtype, jnp.floating):
+            _check_kind(function, where, kind.dtype, leaf, dtype)
 
 
 def _check_kind(function: str, where: str, given: Any, leaf: str, dtype: Any) -> None:

@@ -50,7 +50,7 @@ def admissible(x: jax.Array, dtype: Any) -> jax.Array:
 
 def widen(x: jax.Array) -> jax.Array:
     """Casts to the precision that statistics are computed in: at least float32."""
-    return x if is_wide(x) else x.astype(jnp.float32)
+    return x if x.dtype in WIDE else x.astype(jnp.float32)
 
 
 def is_weight(mask: jax.Array | None) -> TypeGuard[jax.Array]:

@@ -16,7 +16,6 @@ from normjax._leaves import SCALARS
 from normjax._typing import (
     Activations,
     DTypeLike,
-    FeatureArray,
     Initializer,
     Params,
     PRNGKey,
@@ -69,20 +68,16 @@ def lay_out(params: Params, rank: int, feature_axes: tuple[int, ...]) -> Params:
 
     Leading dimension i belongs to the i-th non-feature axis of x.
     """
-    return {
-        leaf: value if leaf in SCALARS else _lay_out(value, rank, feature_axes)
-        for leaf, value in params.items()
-    }
-
-
-def _lay_out(leaf: FeatureArray, rank: int, feature_axes: tuple[int, ...]) -> Array:
-    extra = leaf.ndim - len(feature_axes)
-    if not extra:
-        return jnp.expand_dims(leaf, other_axes(feature_axes, rank))
-    leading = other_axes(feature_axes, rank)[:extra]
-    axes = (*leading, *feature_axes)
-    in_order = leaf.transpose(sorted(range(leaf.ndim), key=axes.__getitem__))
-    return jnp.expand_dims(in_order, other_axes(axes, rank))
+    others = other_axes(feature_axes, rank)
+    laid_out = dict(params)
+    for leaf, value in params.items():
+        if leaf in SCALARS:
+            continue
+        axes = (*others[: value.ndim - len(feature_axes)], *feature_axes)
+        if len(axes) > len(feature_axes):
+            value = value.transpose(sorted(range(value.ndim), key=axes.__getitem__))
+        laid_out[leaf] = jnp.expand_dims(value, others[value.ndim - len(feature_axes) :])
+    return laid_out
 
 
 def with_offset(params: Params, offset: float) -> Params:
@@ -114,14 +109,19 @@ def normalize(
       y. If the mask hides a NaN or an infinity, y is the bias there, a constant.
     """
     mean = jnp.zeros((), x.x32.dtype) if mean is None else mean
-    dtype = promote(x.x32.dtype, mean.dtype, var.dtype, *(leaf.dtype for leaf in params.values()))
-    scale = params["scale"].astype(dtype) if "scale" in params else jnp.ones((), dtype)
-    bias = params["bias"].astype(dtype) if "bias" in params else jnp.zeros((), dtype)
-    scale, bias = pcast_like(var, scale, bias)
+    dtype = promote(x.x32.dtype, mean.dtype, var.dtype, *[leaf.dtype for leaf in params.values()])
+    scale, bias = pcast_like(var, *scale_and_bias(params, dtype))
     wide = Input(x.x, x.x32.astype(dtype))
     total = widen(var) + epsilon * unit**2
     y = _affine(unit, wide, mean.astype(dtype), total, scale, bias)
     return y if x.sound is None else jnp.where(x.sound, y, lax.stop_gradient(bias))
+
+
+def scale_and_bias(params: Params, dtype: DTypeLike) -> tuple[Array, Array]:
+    """Returns the scale, or 1, and the bias, or 0, in a dtype."""
+    scale = params["scale"].astype(dtype) if "scale" in params else jnp.ones((), dtype)
+    bias = params["bias"].astype(dtype) if "bias" in params else jnp.zeros((), dtype)
+    return scale, bias
 
 
 @partial(custom_jvp, nondiff_argnums=(0,))

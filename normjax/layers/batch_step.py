@@ -25,7 +25,8 @@ from normjax._typing import (
     promote,
 )
 from normjax.statistics.devices import ALONE, DeviceGroup, device_group
-from normjax.statistics.moments import compiled_moments, merge_over, merge_stacked
+from normjax.statistics.merge import merge_over, merge_stacked
+from normjax.statistics.moments import compiled_moments
 from normjax.statistics.population import POPULATION, is_layer_by_layer
 from normjax.statistics.running import (
     OPTIONS,

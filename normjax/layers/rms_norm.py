@@ -25,6 +25,7 @@ from normjax._typing import (
     PRNGKey,
 )
 from normjax.layers.affine import init_params, normalize, with_offset
+from normjax.layers.by_example import has_one_derivative, normalize_by_own
 from normjax.layers.jit_step import jit_step_within_examples
 from normjax.layers.operands import check_operands, check_spec
 from normjax.statistics.elements import read
@@ -164,9 +165,11 @@ class RMSSpec(ExampleSpec):
 @jit_step_within_examples
 def _rms_norm(params: Params, x: Array, mask: Array | None, spec: RMSSpec) -> Array:
     inputs = read(x, mask)
+    params = with_offset(params, spec.scale_offset)
+    if has_one_derivative(spec, params, mask):
+        return normalize_by_own(spec, inputs, params, center=False).astype(spec.dtype)
     count, square = mean_square(spec, inputs, mask)
     if mask is not None:
         square = jnp.where(count > 0, square, spec.unit(x) ** 2)
-    params = with_offset(params, spec.scale_offset)
     y = normalize(inputs, None, spec.expand(square), params, spec.epsilon, spec.unit(x))
     return y.astype(spec.dtype)

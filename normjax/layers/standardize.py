@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from normjax._typing import Params
 from normjax.layers.affine import normalize, with_offset
+from normjax.layers.by_example import has_one_derivative, normalize_by_own
 from normjax.layers.jit_step import jit_step_within_examples
 from normjax.statistics.elements import read
 from normjax.statistics.per_example import ExampleSpec, example_moments
@@ -41,18 +42,26 @@ class StandardizeSpec(ExampleSpec):
 def standardize(params: Params, x: Array, mask: Array | None, spec: StandardizeSpec) -> Array:
     """Normalizes x by its own moments. If nothing counts, the mean is 0 and the variance 1."""
     inputs = read(x, mask)
+    params = _with_gain(params, spec)
+    if spec.epsilon_to == "variance" and has_one_derivative(spec, params, mask):
+        return normalize_by_own(spec, inputs, params).astype(spec.dtype)
     count, mean, var = example_moments(spec, inputs, mask)
     if mask is not None:
         var = jnp.where(jnp.asarray(count) > 0, var, spec.unit(x) ** 2)
     epsilon, unit = spec.epsilon, spec.unit(x)
     if spec.epsilon_to == "deviation":
         var, epsilon = (_root(var) + epsilon * unit) ** 2, 0.0
-    params = with_offset(params, spec.scale_offset)
-    if spec.gain != 1:
-        scale = params["scale"] if "scale" in params else jnp.ones((), var.dtype)
-        params = params | {"scale": scale * spec.gain}
     y = normalize(inputs, spec.expand(mean), spec.expand(var), params, epsilon, unit)
     return y.astype(spec.dtype)
+
+
+def _with_gain(params: Params, spec: StandardizeSpec) -> Params:
+    """Returns the params with the offset and the factor of the scale."""
+    params = with_offset(params, spec.scale_offset)
+    if spec.gain == 1:
+        return params
+    scale = params["scale"] if "scale" in params else jnp.ones(())
+    return params | {"scale": scale * spec.gain}
 
 
 def _root(var: Array) -> Array:

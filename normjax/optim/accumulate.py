@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Int, PyTree
 from normjax import _checks
 from normjax._trees import STATISTICS, KeyPath, check_finite, is_layer, path_names, plain, show
 from normjax._typing import RunningVar, promote
-from normjax.statistics.moments import merge_moments
+from normjax.statistics.merge import merge_moments
 from normjax.statistics.running import OPTIONS, update_batch_stats
 from normjax.statistics.spec import Moments
 

@@ -13,14 +13,23 @@ from typing import Any
 import jax
 from jax import lax
 
-from normjax.platforms.plain import is_plain
+from normjax.platforms.plain import PLAIN
+
+Phrasing = Callable[..., Any]
 
 
-def on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *operands: Any) -> Any:
-    """Returns `cpu(*operands)` in programs for CPUs, `elsewhere(*operands)` in all others."""
-    if is_plain():
+def by_platform(
+    elsewhere: Phrasing, *operands: Any, cpu: Phrasing | None = None, gpu: Phrasing | None = None
+) -> Any:
+    """Returns `cpu(*operands)` or `gpu(*operands)` (CUDA, ROCm) in programs for these platforms.
+
+    In all others, and where no phrasing is given, it returns `elsewhere(*operands)`.
+    """
+    if PLAIN.value:
         return elsewhere(*operands)
-    return lax.platform_dependent(*operands, cpu=cpu, default=elsewhere)
+    phrasings = {"cpu": cpu, "cuda": gpu, "rocm": gpu}
+    given = {platform: each for platform, each in phrasings.items() if each is not None}
+    return lax.platform_dependent(*operands, default=elsewhere, **given)
 
 
 def one_device() -> bool:

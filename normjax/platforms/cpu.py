@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax._typing import is_wide
-from normjax.platforms import on_cpu
+from normjax.platforms import by_platform
 
 
 def separate_operands(x: Array, copies: int) -> tuple[Array, ...]:
@@ -32,7 +32,7 @@ def separate_operands(x: Array, copies: int) -> tuple[Array, ...]:
             found.append(x)
         return tuple(found)
 
-    return on_cpu(barriers, lambda x: (x,) * copies, x)
+    return by_platform(lambda x: (x,) * copies, x, cpu=barriers)
 
 
 def separate_if_narrow(x: Array, copies: int) -> tuple[Array, ...]:
@@ -59,7 +59,7 @@ def materialize(*arrays: Array) -> tuple[Array, ...]:
     def stored(*arrays: Array) -> tuple[Array, ...]:
         return tuple(map(rounded, arrays))
 
-    return on_cpu(stored, lambda *arrays: arrays, *arrays)
+    return by_platform(lambda *arrays: arrays, *arrays, cpu=stored)
 
 
 def without_unit_axes(step: Callable[..., Array]) -> Callable[..., Array]:

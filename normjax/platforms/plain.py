@@ -12,8 +12,9 @@ import jax
 
 JET = "jax.experimental.jet"
 
-# Part of the key by which `jax.jit` keeps what it traced: a function is traced anew under it.
-_IS_PLAIN = jax.make_user_context(False)
+# Whether to trace to elementary operations alone. Part of the key by which `jax.jit` keeps what it
+# traced: a function is traced anew under it.
+PLAIN = jax.make_user_context(False)
 
 
 def plain_phrasing() -> AbstractContextManager[None]:
@@ -45,17 +46,12 @@ def plain_phrasing() -> AbstractContextManager[None]:
        [ 181. -136.]
        [ -65.    4.]]
     """
-    return _IS_PLAIN(True)
-
-
-def is_plain() -> bool:
-    """Whether to trace to elementary operations alone."""
-    return _IS_PLAIN.value
+    return PLAIN(True)
 
 
 def is_plain_for(operands: Any) -> bool:
     """Whether to trace so: on request, or for jet, whose tracers leak from rules of derivatives."""
-    if is_plain():
+    if PLAIN.value:
         return True
     leaves = jax.tree.leaves(operands) if JET in sys.modules else ()
     return any(type(leaf).__module__ == JET for leaf in leaves)
@@ -67,7 +63,7 @@ def custom_jvp(function: Callable[..., Any], nondiff_argnums: tuple[int, ...] = 
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
-        return function(*arguments) if is_plain() else with_rule(*arguments)
+        return function(*arguments) if PLAIN.value else with_rule(*arguments)
 
     call.defjvp = with_rule.defjvp  # type: ignore[attr-defined]
     return call

@@ -43,17 +43,29 @@ class DeviceGroup:
         """Sums each part over the devices, in one collective of all parts."""
         return _packed(self._sum, parts) if self.axis_name else parts
 
+    def gather(self, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "devices ..."], ...]:
+        """Stacks each device's parts along a new first axis, in one collective of all parts."""
+        return _packed(self._gather, parts)
+
     def _sum(self, flat: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
         if self.groups is None:
             return lax.psum(flat, self.axis_name)
         (name,) = self.axis_name
+        by_vmap = name not in jax.sharding.get_abstract_mesh().manual_axes
+        if by_vmap or _tracks_variation(name):
+            # psum has no groups under vmap and check_vma=True; a gather within a group is small.
+            return self._gather(flat).sum(0)
+        return lax.psum(flat, name, axis_index_groups=self.groups)
+
+    def _gather(self, flat: Inexact[Array, " n"]) -> Inexact[Array, "devices n"]:
+        if self.groups is None:
+            alike = "invarying" if any(map(_tracks_variation, self.axis_name)) else "varying"
+            return lax.all_gather(flat, self.axis_name, to=alike)
+        (name,) = self.axis_name
         if name not in jax.sharding.get_abstract_mesh().manual_axes:
             # vmap has no groups. Its "devices" are rows of one array, so a gather costs nothing.
-            return lax.all_gather(flat, name)[self._peers()].sum(0)
-        if _tracks_variation(name):
-            # psum has no groups under check_vma=True; a gather within a group is small.
-            return lax.all_gather(flat, name, axis_index_groups=self.groups).sum(0)
-        return lax.psum(flat, name, axis_index_groups=self.groups)
+            return lax.all_gather(flat, name)[self._peers()]
+        return lax.all_gather(flat, name, axis_index_groups=self.groups)
 
     def _peers(self) -> Int[Array, " group"]:
         """Returns the indices of the devices in this device's group."""
@@ -142,13 +154,13 @@ def spec_of(value: Any) -> PartitionSpec:
 
 
 def _packed(collective: Callable[[Array], Array], parts: Sequence[Array]) -> tuple[Array, ...]:
-    """Applies a collective to the concatenation of all parts."""
+    """Applies a collective to all parts end to end; it may put axes in front."""
     dtype = promote(*(part.dtype for part in parts))
     result = collective(jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts]))
     cuts = list(accumulate((part.size for part in parts), initial=0))
     pieces = []
     for part, start, stop in zip(parts, cuts, cuts[1:], strict=False):
-        piece = result[start:stop].reshape(part.shape)
+        piece = result[..., start:stop].reshape(*result.shape[:-1], *part.shape)
         real = jnp.iscomplexobj(piece) and not jnp.iscomplexobj(part)
         pieces.append((piece.real if real else piece).astype(part.dtype))
     return tuple(pieces)

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Inexact
 
 from normjax._typing import Activations, Mask, is_weight, widen
-from normjax.platforms.plain import is_plain
+from normjax.platforms.plain import PLAIN
 
 # The names under which `jax.checkpoint` can store a layer's statistics, its input, and an output
 # that replaces the input.
@@ -72,7 +72,7 @@ def counts(mask: Mask) -> Array:
 
 def named(value: Array, name: str = STATISTICS) -> Array:
     """Marks an array that `jax.checkpoint` should store."""
-    if is_plain():
+    if PLAIN.value:
         return value
     if jnp.iscomplexobj(value):  # jax.checkpoint cannot store complex arrays by name
         return lax.complex(named(value.real, name), named(value.imag, name))

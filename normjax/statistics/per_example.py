@@ -7,21 +7,30 @@ zero would cost all examples the second pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Inexact
+from jaxtyping import Array
 
 from normjax._typing import Mask, is_weight, is_wide, widen
-from normjax.platforms import on_cpu, one_device
+from normjax.platforms import by_platform, one_device
 from normjax.platforms.cpu import separate_operands
-from normjax.platforms.plain import custom_jvp, is_plain
+from normjax.platforms.gpu import reduces_rows
+from normjax.platforms.plain import PLAIN, custom_jvp
 from normjax.statistics.devices import ALONE
-from normjax.statistics.elements import Input, abs2, masked, named, real_product, times, weighted
-from normjax.statistics.reduction import around, moments_by, one_pass_if_safe, ratio
+from normjax.statistics.elements import Input, abs2, masked, named, real_product, weighted
+from normjax.statistics.reduction import (
+    around_sample,
+    in_a_row,
+    moments_by,
+    one_pass_if_safe,
+    total_over_count,
+    two_passes,
+)
 from normjax.statistics.spec import Moments, Spec, or_one
 
 
@@ -43,17 +52,29 @@ def example_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
 
 def _moments(spec: Spec, x: Array, mask: Mask | None) -> Moments:
     """Takes two passes, as a row is cached after the first; on a single CPU, one if it is safe."""
-    if spec.devices == ALONE and one_device():
-        return on_cpu(partial(one_pass_if_safe, spec), partial(two_passes, spec), x, mask)
-    return two_passes(spec, x, mask)
+    if spec.devices != ALONE:
+        return two_passes(spec, x, mask)
+    in_one_kernel = mask is None and reduces_rows(x, spec.axes)
+    return _by_platform(spec, x, mask, gpu=in_a_row if in_one_kernel else around_sample)
 
 
-def two_passes(spec: Spec, x: Array, mask: Mask | None) -> Moments:
-    """Takes the mean, then the moments around it."""
-    (x,) = separate_operands(x, 1)
-    count, mean = _mean(spec, masked(widen(x), mask), mask)
-    first: Any = count, mean, mean.real
-    return around(spec, x, mask, Moments(*first))
+def _by_platform(
+    spec: Spec, x: Array, mask: Mask | None, gpu: Callable[[Spec, Array, Mask | None], Moments]
+) -> Moments:
+    cpu = partial(one_pass_if_safe, spec) if one_device() else None
+    return by_platform(partial(two_passes, spec), x, mask, cpu=cpu, gpu=partial(gpu, spec))
+
+
+def kept_moments(spec: Spec, x: Input, mask: None) -> Moments:
+    """Returns the moments of x, as `example_moments` does, to be kept for a derivative.
+
+    A GPU's kernel that computes y cannot return them too: so they get one of their own.
+    """
+    return moments_by(_kept_moments, spec, x, mask)
+
+
+def _kept_moments(spec: Spec, x: Array, mask: None) -> Moments:
+    return _by_platform(spec, x, mask, gpu=around_sample)
 
 
 def mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array, Array]:
@@ -67,11 +88,11 @@ def mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array, Array]:
 
 @partial(custom_jvp, nondiff_argnums=(0,))
 def _mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array | None, Array]:
-    (own,) = separate_operands(x.x32 if is_plain() else x.x, 1)
-    if is_plain() or is_wide(own) or spec.devices != ALONE or not one_device():
+    (own,) = separate_operands(x.x32 if PLAIN.value else x.x, 1)
+    if PLAIN.value or is_wide(own) or spec.devices != ALONE or not one_device():
         return _mean_square_in(spec, spec.unit(own), own, mask)
     safe = partial(_mean_square_if_finite, spec)
-    return on_cpu(safe, partial(_mean_square_in, spec, spec.unit(own)), own, mask)
+    return by_platform(partial(_mean_square_in, spec, spec.unit(own)), own, mask, cpu=safe)
 
 
 def _mean_square_in(
@@ -79,7 +100,7 @@ def _mean_square_in(
 ) -> tuple[Array | None, Array]:
     """Returns count and mean square of x times the unit."""
     value = masked(widen(x), mask)
-    return _mean(spec, abs2(times(value, unit)), mask)
+    return total_over_count(spec, abs2(value if unit == 1 else value * unit), mask)
 
 
 def _mean_square_if_finite(spec: Spec, x: Array, mask: Mask | None) -> tuple[Array | None, Array]:
@@ -134,17 +155,3 @@ def _mean_square_dot_by_weights(
     total = spec.local_sum(masked(apart, mask) * mask_dot)
     total, count_dot = spec.devices.sum(total, spec.local_count(x, mask_dot))
     return count_dot, total / or_one(count)
-
-
-def _mean(
-    spec: Spec, values: Inexact[Array, "..."], mask: Mask | None
-) -> tuple[Array | None, Array]:
-    """Returns how many elements count (None: all), and their mean; the others are 0 in x."""
-    total = spec.local_sum(weighted(values, mask))
-    if mask is None:
-        (total,) = spec.devices.sum(total)
-        count, n = None, spec.count(values)
-    else:
-        total, count = spec.devices.sum(total, spec.local_count(values, mask))
-        n = count
-    return count, ratio(total, or_one(n))

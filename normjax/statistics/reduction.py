@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,17 +13,20 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax._typing import Mask, is_weight, widen
+from normjax.platforms import by_platform
 from normjax.platforms.cpu import separate_if_narrow, separate_operands
-from normjax.platforms.plain import custom_jvp, is_plain
+from normjax.platforms.gpu import sample
+from normjax.platforms.plain import PLAIN, custom_jvp
+from normjax.statistics.devices import ALONE
 from normjax.statistics.elements import (
     Input,
     abs2,
     masked,
     named,
     real_product,
-    times,
     weighted,
 )
+from normjax.statistics.merge import merge_over
 from normjax.statistics.spec import Moments, Spec, or_one
 
 # A variance v that is computed around zero has an error of about (v + mean^2) rounding errors.
@@ -34,9 +38,17 @@ def batch_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
     """Returns the moments of x: one pass around zero, and a second one if the first one cancelled.
 
     On several devices the second pass is another collective, so one decision is made for all
-    features. See `example_moments` for statistics of each example.
+    features. GPUs have no branch: they take one pass around the mean of a sample. See
+    `example_moments` for statistics of each example.
     """
-    return moments_by(one_pass_if_safe, spec, x, mask)
+    return moments_by(_of_batch, spec, x, mask)
+
+
+def _of_batch(spec: Spec, x: Array, mask: Mask | None) -> Moments:
+    if PLAIN.value:
+        return two_passes(spec, x, mask)
+    guarded, sampled = partial(one_pass_if_safe, spec), partial(around_sample, spec)
+    return by_platform(guarded, x, mask, gpu=sampled)
 
 
 def moments_by(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask | None) -> Moments:
@@ -47,7 +59,7 @@ def moments_by(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask
 
 @partial(custom_jvp, nondiff_argnums=(0, 1))
 def _moments(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask | None) -> Moments:
-    return forward(spec, x.x32 if is_plain() else x.x, mask)
+    return forward(spec, x.x32 if PLAIN.value else x.x, mask)
 
 
 @_moments.defjvp
@@ -71,7 +83,7 @@ def moments_dot(spec: Spec, moments: Moments, x: Array, mask: Mask | None, x_dot
               d\sigma^2 = \frac2n \sum_i w_i \mathrm{Re}\,\overline{(x_i - \mu)}\, dx_i
     """
     (x,) = separate_if_narrow(x, 1)
-    x_dot = weighted(masked(x_dot, mask), mask)
+    x_dot = x_dot if mask is None else weighted(masked(x_dot, mask), mask)
     n = spec.count(x) if mask is None else moments.count
     n = or_one(n)
     centered = widen(x) - spec.expand(moments.mean)
@@ -98,7 +110,7 @@ def _moments_dot_by_weights(
               d\sigma^2 = \frac1n \sum_i \left(|x_i - \mu|^2 - \sigma^2\right) dw_i
     """
     offset = masked(widen(x) - spec.expand(moments.mean), mask)
-    apart = masked(abs2(times(offset, spec.unit(x))) - spec.expand(moments.var), mask)
+    apart = masked(abs2(offset * spec.unit(x)) - spec.expand(moments.var), mask)
     mask_dot = jnp.where(mask > 0, mask_dot, 0).astype(apart.dtype)
     sums = spec.local_sum(offset * mask_dot), spec.local_sum(apart * mask_dot)
     count = spec.local_count(x, mask_dot)
@@ -116,9 +128,6 @@ def one_pass_if_safe(spec: Spec, x: Array, mask: Mask | None) -> Moments:
     with it the same collective.
     """
     count, mean, square = means(spec, x, mask)
-    if is_plain():
-        count, mean, var = around(spec, x, mask, Moments(count, mean, square))
-        return Moments(count, mean, jnp.maximum(var, 0))
     mean_squared = abs2(mean)
     var = square - mean_squared
     scale = TOLERATED_MEAN_SQUARE
@@ -126,72 +135,145 @@ def one_pass_if_safe(spec: Spec, x: Array, mask: Mask | None) -> Moments:
     safe = jnp.all((mean_squared <= scale * var + scale * spec.least_variance) & (var < jnp.inf))
 
     def keep(x: Array, mask: Mask | None, first: Moments) -> tuple[Array, Array]:
-        return first.mean, times(first.var, spec.unit(x) ** 2)
+        unit = spec.unit(x)
+        return first.mean, first.var if unit == 1 else first.var * unit**2
 
     def second_pass(x: Array, mask: Mask | None, first: Moments) -> tuple[Array, Array]:
-        return around(spec, x, mask, first)[1:]
+        return around(spec, x, mask, first.mean, first.count)[1:]
 
     mean, var = lax.cond(safe, keep, second_pass, x, mask, Moments(count, mean, var))
     return Moments(count, mean, jnp.maximum(var, 0))
 
 
-def around(spec: Spec, x: Array, mask: Mask | None, first: Moments) -> Moments:
-    r"""Takes the moments around a mean m that a first pass found, and corrects it.
+def around_sample(spec: Spec, x: Array, mask: Mask | None) -> Moments:
+    r"""Takes the moments in one pass around the mean s of a sample of x, on each device.
 
-    .. math:: \delta = \frac1n \sum_i (x_i - m), \qquad \mu = m + \delta, \qquad
-              \sigma^2 = \frac1n \sum_i |x_i - m|^2 - |\delta|^2
-
-    The mean of many numbers far from zero has an error of more than its last digit.
+    The sampled elements alone contribute :math:`\frac kn |\mu - s|^2` to the variance, where k of n
+    are sampled: so it loses at most 1 + n / k rounding errors, whatever x is. That of a mask may
+    count nothing: then the sample is all of x. Devices merge what each has found.
     """
-    count, offset, square = means(spec, x, mask, first)
-    var = square - abs2(times(offset, spec.unit(x)))
-    return Moments(count, first.mean + offset, var)
+    own = replace(spec, devices=ALONE)
+    sampled = sample(x, spec.axes) if mask is None else masked(x, mask)
+    count, reference = total_over_count(own, widen(sampled), mask)
+    found = around(own, x, mask, reference, count, near=False)
+    if spec.devices == ALONE:
+        return found
+    merged = merge_over(spec.devices, found._replace(count=own.count(x) if mask is None else count))
+    if count is None:
+        return merged._replace(count=None)
+    # Features that share a mask have one count.
+    return merged._replace(count=lax.slice(merged.count, [0] * count.ndim, count.shape))
+
+
+def two_passes(spec: Spec, x: Array, mask: Mask | None) -> Moments:
+    """Takes the mean, then the moments around it."""
+    (x,) = separate_operands(x, 1)
+    count, mean = total_over_count(spec, masked(widen(x), mask), mask)
+    return around(spec, x, mask, mean, count)
+
+
+def in_a_row(spec: Spec, x: Array, mask: Mask | None = None) -> Moments:
+    r"""Takes the mean, corrects it, and takes the squares around it, all without a mask.
+
+    .. math:: m = \frac1n \sum_i x_i, \qquad \mu = m + \frac1n \sum_i (x_i - m), \qquad
+              \sigma^2 = \frac1n \sum_i |x_i - \mu|^2
+
+    XLA's GPU backend makes one kernel of it, with what follows, if the last axes are reduced: the
+    kernel reads x once. In `around`, two sums have one operand, and it makes three kernels.
+    """
+    n = or_one(spec.count(x))
+    wide = widen(x)
+    mean = spec.local_sum(wide) / n
+    mean = mean + spec.local_sum(wide - spec.expand(mean)) / n
+    squares = abs2((wide - spec.expand(mean)) * spec.unit(x))
+    found: Any = None, mean, spec.local_sum(squares) / n
+    return Moments(*found)
+
+
+def around(
+    spec: Spec,
+    x: Array,
+    mask: Mask | None,
+    reference: Array,
+    count: Any,
+    *,
+    near: bool = True,
+) -> Moments:
+    r"""Takes the moments around a reference r, which is near the mean or not; the count is known.
+
+    .. math:: \delta = \frac1n \sum_i (x_i - r), \qquad \mu = r + \delta, \qquad
+              \sigma^2 = \frac1n \sum_i |x_i - r|^2 - |\delta|^2
+
+    The mean of many numbers far from zero has an error of more than its last digit: so r is not
+    the mean, even if it was computed as one.
+    """
+    _, offset, square = means(spec, x, mask, reference, count)
+    if not near:
+        # XLA would square the sum before it divides by n, and the square may overflow.
+        offset = lax.optimization_barrier(offset)
+    unit = spec.unit(x)
+    correction = abs2(offset if unit == 1 else offset * unit)
+    if not near:
+        correction = jnp.minimum(correction, jnp.finfo(correction.dtype).max)  # or inf - inf
+    var = square - correction
+    found: Any = count, reference + offset, jnp.maximum(var, 0)
+    return Moments(*found)
 
 
 def means(
-    spec: Spec, x: Array, mask: Mask | None, first: Moments | None = None
+    spec: Spec,
+    x: Array,
+    mask: Mask | None,
+    reference: Array | None = None,
+    count: Array | None = None,
 ) -> tuple[Any, Array, Array]:
     """Returns the count (None: all), the mean, and the mean square of x in one pass.
 
-    Given the moments of a first pass, x is centered around their mean, and the squares are taken in
-    their own unit: the mean square is then in the unit of variances. For an empty set they are 0.
+    If a reference is given, the count is known, x is centered around the reference, and the squares
+    are taken in their own unit; the mean square is in the unit of variances. For an empty set all
+    are 0.
     """
-    unit = 1.0 if first is None else spec.unit_of_squares(x)
-    divisor = 1.0 if first is None else (unit / spec.unit(x)) ** 2
-    values, squares = _values(spec, x, mask, first, unit)
-    sums = spec.local_sum(values), spec.local_sum(squares)
-    count = None
-    if mask is None:
-        total, square = spec.devices.sum(*sums)
-    elif first is None:
-        total, square, count = spec.devices.sum(*sums, spec.local_count(x, mask))
-    else:
-        total, square = spec.devices.sum(*sums)
-        count = first.count
-    n = or_one(spec.count(x) if count is None else count)
-    return count, ratio(total, n), square / times(n, divisor)
-
-
-def _values(
-    spec: Spec, x: Array, mask: Mask | None, first: Moments | None, unit: float
-) -> tuple[Array, Array]:
-    """Returns the terms of the sum, and their squares; 0 for elements that do not count."""
+    unit = 1.0 if reference is None else spec.unit_of_squares(x)
     own, other = separate_if_narrow(x, 2)
-    if first is None:
-        reference, again = None, None
+    shared = other is own
+    # Also separate: a shared one would be broadcast to the size of x, and written to memory.
+    references = [reference] * 2 if shared or reference is None else separate_operands(reference, 2)
+    values = _centered(spec, own, mask, references[0])
+    squared = values if shared else _centered(spec, other, mask, references[1])
+    squares = abs2(squared if unit == 1 else squared * unit)
+    if mask is not None:
+        values, squares = weighted(values, mask), weighted(squares, mask)
+    sums = spec.local_sum(values), spec.local_sum(squares)
+    if mask is None:
+        n: Any = spec.count(x)
+        total, square = spec.devices.sum(*sums)
+    elif count is None:
+        total, square, n = spec.devices.sum(*sums, spec.local_count(x, mask))
+        count = n
     else:
-        # Also separate: a shared one would be broadcast to the size of x, and written to memory.
-        reference, again = (
-            separate_operands(first.mean, 2) if other is not own else [first.mean] * 2
-        )
-    value = _value(spec, own, mask, reference)
-    squared = value if other is own else _value(spec, other, mask, again)
-    return weighted(value, mask), weighted(abs2(times(squared, unit)), mask)
+        total, square = spec.devices.sum(*sums)
+        n = count
+    n = or_one(n)
+    # One division: XLA would turn one by a power of two into a factor of the elements, and the
+    # squares would overflow.
+    divisor = n if reference is None else n * (unit / spec.unit(x)) ** 2
+    return count, ratio(total, n), square / divisor
 
 
-def _value(spec: Spec, x: Array, mask: Mask | None, reference: Array | None) -> Array:
-    x32 = widen(x)
-    return masked(x32 if reference is None else x32 - spec.expand(reference), mask)
+def _centered(spec: Spec, x: Array, mask: Mask | None, reference: Array | None) -> Array:
+    """Returns the terms of a sum: x without the reference, 0 where nothing counts."""
+    centered = widen(x) if reference is None else widen(x) - spec.expand(reference)
+    return centered if mask is None else masked(centered, mask)
+
+
+def total_over_count(spec: Spec, values: Array, mask: Mask | None) -> tuple[Array | None, Array]:
+    """Returns how many elements count (None: all), and their mean; the others are 0 in x."""
+    if mask is None:
+        (total,) = spec.devices.sum(spec.local_sum(values))
+        return None, ratio(total, or_one(spec.count(values)))
+    sums = spec.local_sum(weighted(values, mask)), spec.local_count(values, mask)
+    total, count = spec.devices.sum(*sums)
+    return count, ratio(total, or_one(count))
 
 
 def ratio(total: Array, n: Any) -> Array:

@@ -201,7 +201,7 @@ def check_batch_stats(
     if momentum is not None:
         _checks.between(function, "momentum", momentum, 0.0, 1.0)
     tree = batch_stats
-    if isinstance(batch_stats, dict):
+    if isinstance(batch_stats, dict) and POPULATION in batch_stats:
         tree = {leaf: value for leaf, value in batch_stats.items() if leaf != POPULATION}
     _leaves.leaves(
         function,

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Inexact, Real
 
 from normjax._typing import Activations, Mask, is_weight, is_wide, promote
-from normjax.platforms.plain import is_plain
+from normjax.platforms.plain import PLAIN
 from normjax.statistics.devices import ALONE, DeviceGroup
 
 
@@ -80,7 +80,7 @@ class Spec:
 
     def unit_of_squares(self, x: Array) -> float:
         """Returns u, which is 1 without an epsilon."""
-        if self.least_variance == 0 or is_plain():  # whose derivatives would overflow in it
+        if self.least_variance == 0 or PLAIN.value:  # whose derivatives would overflow in it
             return 1.0
         smallest = float(jnp.finfo(x.dtype if is_wide(x) else jnp.float32).tiny)
         return 2.0 ** min(0, math.floor(math.log2(smallest * 2**27 / self.least_variance) / 2))

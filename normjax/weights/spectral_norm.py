@@ -14,7 +14,7 @@ from jaxtyping import Array
 from normjax import _checks, _leaves
 from normjax._typing import Axes, BatchStats, DTypeLike, Kernel, Params, PRNGKey, widen
 from normjax.layers.jit_step import jit_step
-from normjax.platforms.plain import is_plain
+from normjax.platforms.plain import PLAIN
 from normjax.statistics.devices import pcast_like
 from normjax.statistics.elements import abs2
 
@@ -169,7 +169,7 @@ def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, 
     (u,) = pcast_like(fixed, u)
     (v,) = pcast_like(u, v)
     start = v, u
-    if is_plain():
+    if PLAIN.value:
         v, u = reduce(lambda vectors, step: iterate(step, vectors), range(plan.n_steps), start)
     else:
         v, u = lax.fori_loop(0, plan.n_steps, iterate, start)

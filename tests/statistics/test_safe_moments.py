@@ -34,7 +34,10 @@ def test_the_variance_is_right_to_float32(on_platform, rng, shape):
     for data in hard(rng, shape).values():
         x = jnp.asarray(data, jnp.float32)
         seen, expected = run(x), moments(x, axes)
-        assert_close(seen.mean, expected.mean, rtol=1e-6, atol=1e-6)
+        # A mean is right to a rounding error of its own, or of the deviation.
+        assert_close(
+            seen.mean, expected.mean, rtol=1e-6, atol=1e-6 * max(1, np.sqrt(expected.var.max()))
+        )
         # Rounding errors of 6e-8, random over a sum of up to 1,280 terms.
         assert_close(seen.var, expected.var, rtol=4e-6, atol=1e-12)
 
