@@ -10,13 +10,14 @@ from typing import Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-Mode = Literal["forward", "forward+backward", "evaluation"]
+Mode = Literal["forward", "backward", "forward+backward", "evaluation"]
 Layer = Literal["batch", "layer", "rms", "group", "instance"]
 Then = Literal["", "relu", "add+relu"]
 Shape = tuple[int, ...]
 
 MOMENTUM, EPSILON, GROUPS = 0.9, 1e-5, 32
 DTYPES = ("float32", "bfloat16")
+TRAINED: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
 
 
 class Case(NamedTuple):
@@ -33,6 +34,11 @@ class Case(NamedTuple):
     def train(self) -> bool:
         """Whether the layer is in training mode."""
         return self.mode != "evaluation"
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.mode in ("backward", "forward+backward")
 
     @property
     def features(self) -> int:
@@ -68,9 +74,9 @@ def arrays_moved(case: Case) -> int:
     residual = case.then == "add+relu"
     reads = 2 if case.layer == "batch" and case.train else 1
     forward = reads + 1 + residual
-    if case.mode != "forward+backward":
-        return forward
-    return forward + 2 * reads + 1 + 2 * residual
+    backward = 2 * reads + 1 + 2 * residual
+    passes = {"backward": backward, "forward+backward": forward + backward}
+    return passes.get(case.mode, forward)
 
 
 def operands(case: Case) -> dict[str, np.ndarray]:
@@ -97,7 +103,7 @@ def operands(case: Case) -> dict[str, np.ndarray]:
         "mean": leaf(0, 1),
         "var": leaf(0.5, 2),
     }
-    if case.mode == "forward+backward":
+    if case.differentiated:
         found["cotangent"] = drawn(0)
     if case.then == "add+relu":
         found["residual"] = drawn(0)
@@ -108,7 +114,14 @@ def operands(case: Case) -> dict[str, np.ndarray]:
 
 def suite(name: str) -> list[Case]:
     """Returns the rows of a suite, the most important first; sync runs on 8 devices."""
-    return list(dict.fromkeys({"tiny": _tiny, "cpu": _cpu, "gpu": _gpu, "sync": _sync}[name]()))
+    suites = {
+        "tiny": _tiny,
+        "cpu": _cpu,
+        "gpu": _gpu,
+        "sync": _sync,
+        "gpu_static": _gpu_static,
+    }
+    return list(dict.fromkeys(suites[name]()))
 
 
 def _tiny() -> Iterator[Case]:
@@ -157,6 +170,30 @@ def _sync() -> Iterator[Case]:
         [(64, 28, 28, 128), (64, 14, 14, 256), (64, 7, 7, 512)], modes, DTYPES
     ):
         yield Case("batch", mode, shape, dtype, devices=8)
+
+
+def _gpu_static() -> Iterator[Case]:
+    """Yields rows whose programs are read and not run.
+
+    Only batch norm has another program in evaluation. Each of the 8 devices of a synced row has as
+    many examples as the device of the row that is not synced.
+    """
+    image, main = (64, 28, 28, 512), (128, 28, 28, 512)
+    rows: list[tuple[Layer, Shape]] = [
+        ("layer", (8192, 4096)),
+        ("rms", (8192, 4096)),
+        ("layer", (256, 197, 768)),
+        ("group", image),
+        ("instance", image),
+        ("batch", main),
+    ]
+    for dtype, (layer, shape), mode in product(reversed(DTYPES), rows, TRAINED):
+        yield Case(layer, mode, shape, dtype)
+    stages = ((112, 64), (56, 256), (28, 512), (14, 1024), (7, 2048))
+    for (size, channels), mode in product(stages, (*TRAINED, "evaluation")):
+        yield Case("batch", mode, (128, size, size, channels), "bfloat16")
+    for dtype, mode in product(reversed(DTYPES), ("forward", "forward+backward")):
+        yield Case("batch", mode, (8 * 128, 28, 28, 512), dtype, devices=8)
 
 
 def _resnet50(shapes: list[Shape], dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:

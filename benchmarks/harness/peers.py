@@ -36,6 +36,39 @@ def normjax(case: Case) -> Apply:
     return lambda params, stats, x: layer(params, stats, x, case.train, **settings)
 
 
+def formula(case: Case) -> Apply:
+    """Returns the textbook's formula, in float32: the mean, and the mean of squares around it."""
+    inner = range(1, len(case.shape) - 1)
+    axes = {
+        "batch": (0, *inner),
+        "instance": (*inner,),
+        "group": (*inner, len(case.shape)),  # the features are split into groups, on one more axis
+    }.get(case.layer, -1)
+
+    def average(values: jax.Array) -> jax.Array:
+        own = jnp.mean(values, axes, keepdims=True)
+        return jax.lax.pmean(own, AXIS) if case.devices > 1 else own
+
+    def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean = jnp.float32(0) if case.layer == "rms" else average(x)
+        return mean, average(jnp.square(x - mean))
+
+    def apply(params: dict, stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
+        wide = x.astype(jnp.float32)
+        if case.layer == "group":
+            wide = wide.reshape(*x.shape[:-1], GROUPS, -1)
+        running = bool(stats) and not case.train
+        mean, var = (stats["mean"], stats["var"]) if running else moments(wide)
+        y = ((wide - mean) * jax.lax.rsqrt(var + EPSILON)).reshape(x.shape)
+        y = y * params["scale"] + params.get("bias", 0.0)
+        if stats and case.train:
+            batch = {"mean": mean.reshape(-1), "var": var.reshape(-1)}
+            stats = {k: MOMENTUM * stats[k] + (1 - MOMENTUM) * batch[k] for k in batch}
+        return y.astype(x.dtype), stats
+
+    return apply
+
+
 def flax_linen(case: Case) -> Apply:
     """Returns `flax.linen`'s layer."""
     from flax import linen as nn
@@ -230,7 +263,9 @@ PEERS: dict[str, Callable[[Case], Apply]] = {
     "equinox": equinox,
     "keras": keras,
     "tokamax": tokamax,
+    "formula": formula,
 }
+LIBRARIES = tuple(name for name in PEERS if name != "formula")
 
 
 def features_first(peer: str, case: Case) -> bool:

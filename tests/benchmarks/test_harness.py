@@ -35,13 +35,15 @@ def outputs(peer, case):
         (Case("batch", "forward+backward", (8, 4), "float32", "add+relu"), 4 + 7),
         (Case("layer", "forward", (8, 4), "float32"), 2),
         (Case("rms", "forward+backward", (8, 4), "float32"), 2 + 3),
+        (Case("batch", "backward", (8, 4), "float32"), 5),
+        (Case("layer", "backward", (8, 4), "float32"), 3),
     ],
 )
 def test_the_floor_counts_what_must_be_read_and_written(case, arrays):
     assert cases.arrays_moved(case) == arrays
 
 
-@pytest.mark.parametrize("name", ["tiny", "cpu", "gpu", "sync"])
+@pytest.mark.parametrize("name", ["tiny", "cpu", "gpu", "sync", "gpu_static"])
 def test_every_row_of_a_suite_has_a_name_of_its_own(name):
     names = [case.name for case in cases.suite(name)]
     assert len(set(names)) == len(names) > 5
@@ -114,6 +116,29 @@ def test_a_peer_computes_what_normjax_computes(peer, layer):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("peer", [name for name in peers.PEERS if name != "tokamax"])
+@pytest.mark.parametrize("layer", ["batch", "layer", "rms", "group", "instance"])
+def test_the_backward_pass_alone_has_the_gradients_of_both_passes(peer, layer):
+    case = Case(layer, "forward+backward", (4, 3, 3, 32), "float32")
+    both, alone = outputs(peer, case), outputs(peer, case._replace(mode="backward"))
+    assert alone.keys() == {name for name in both if name.startswith("d_")}
+    assert {"d_x", "d_scale"} <= alone.keys()
+    assert max(programs.relative_errors(alone, both).values()) < 1e-5
+
+
+def test_the_backward_pass_alone_reads_what_the_forward_pass_keeps_and_returns_no_y():
+    case = Case("layer", "backward", (4, 32), "bfloat16", "add+relu")
+    placed = programs.Operands(case).placed(features_first=False)
+    run, given = programs.traceable("formula", case, placed)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), placed)
+    abstract = programs.traceable("formula", case, shapes)[1]
+    sizes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(given)]
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(abstract)] == sizes
+    assert ((4, 32), jnp.float32) in sizes  # the deviations from the mean
+    assert run(*given).keys() == {"d_x", "d_residual", "d_scale", "d_bias"}
+
+
+@pytest.mark.slow
 def test_a_row_has_times_bytes_and_errors():
     building = rows.Building(limit=60)
     row = rows.row(SMALL, ["flax.linen", "haiku", "torch"], 2, building)
@@ -160,7 +185,7 @@ def test_peers_that_are_wrong_absent_unable_or_slow_are_named_with_the_reason(mo
 def test_synced_rows_run_on_all_devices_and_agree():
     case = Case("batch", "forward+backward", (8, 2, 2, 16), "float32", devices=8)
     alone = outputs("normjax", case._replace(devices=1))
-    for peer in ("normjax", "flax.linen", "haiku"):
+    for peer in ("normjax", "flax.linen", "haiku", "formula"):
         errors = programs.relative_errors(outputs(peer, case), alone)
         assert max(errors.values()) < 1e-5
     with pytest.raises(peers.Unable, match="distribution"):
