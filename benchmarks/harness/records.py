@@ -110,6 +110,11 @@ def skipped(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def first_line(error: Exception) -> str:
+    """Returns the beginning of an error's message, for a peer that is left out because of it."""
+    return (str(error).splitlines() or [""])[0][:160]
+
+
 def _few(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} rows such as {names[0]}"
 
