@@ -6,8 +6,8 @@
 
 XLA's GPU compiler works from a description of the device (`h100.py`). A cell of the first table
 has the bytes that a program moves, in units of the bytes of x (in MB for a training step), and the
-microseconds that XLA's cost model expects. What all branches of conditionals have together follows
-after a plus. A cell of the second table has kernels / conditionals / collectives / temporary MB.
+microseconds that XLA's cost model expects. A cell of the second table has kernels / conditionals /
+collectives / temporary MB. What all branches of conditionals have together follows after a plus.
 
 Bytes, kernels, conditionals and collectives are facts of the program (`gpu_programs.py` says how
 they are counted). The microseconds are a model's, and no times: it counts an input of a fusion once
@@ -71,8 +71,18 @@ def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
 
 def cell_of_counts(row: dict[str, Any], got: dict[str, Any]) -> str:
     """Returns a cell: kernels, conditionals, collectives, and temporary MB."""
-    counts = [got[name] for name in ("kernels", "conditionals", "collectives")]
-    return f"{' / '.join(map(str, counts))} / {got['temporary_bytes'] / 1e6:,.4g} MB"
+    apart = got["collectives_in_branches"]
+    counts = [
+        plus(got["kernels"], got["kernels_in_branches"]),
+        str(got["conditionals"]),
+        plus(got["collectives"] - apart, apart),
+    ]
+    return f"{' / '.join(counts)} / {got['temporary_bytes'] / 1e6:,.4g} MB"
+
+
+def plus(count: int, in_branches: int) -> str:
+    """Says a count, and that of branches after a plus."""
+    return f"{count} + {in_branches}" if in_branches else str(count)
 
 
 if __name__ == "__main__":

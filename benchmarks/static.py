@@ -33,7 +33,7 @@ import hlo
 import jax
 import tpu
 from harness import networks, peers, programs, records
-from harness.cases import Case, storage, suite
+from harness.cases import Case, shapes, suite
 from jax.sharding import SingleDeviceSharding
 
 LAYERS = ("256x56x56x256", "8x2048x4096", "256x197x768", "64x56x56x256")
@@ -125,23 +125,15 @@ def layer(case: Case, devices: Sequence[Any], peer: str) -> Any:
     """Returns the lowered program of a layer, as it is timed elsewhere."""
     if peer == "none":
         raise peers.Unable("no layer, no row")
-    leaves = [
-        name for name in ("scale", "bias", "mean", "var") if (case.layer, name) != ("rms", "bias")
-    ]
-    arrays = ["x"] + ["cotangent"] * case.differentiated + ["residual"] * (case.then == "add+relu")
-    shape = case.shape
-    if peers.features_first(peer, case):
-        shape = (shape[0], shape[-1], *shape[1:-1])
-    place = partial(programs.sharding, case, devices)
-    shapes = {
-        name: jax.ShapeDtypeStruct((case.features,), "float32", sharding=place(leaf=True))
-        for name in leaves
+    abstract = {
+        name: jax.ShapeDtypeStruct(
+            programs.arranged(shape, peers.features_first(peer, case)),
+            dtype,
+            sharding=programs.sharding(case, devices, leaf=len(shape) == 1),
+        )
+        for name, (shape, dtype) in shapes(case).items()
     }
-    shapes |= {
-        name: jax.ShapeDtypeStruct(shape, storage(case.dtype), sharding=place(leaf=False))
-        for name in arrays
-    }
-    traced, operands = programs.traceable(peer, case, shapes)
+    traced, operands = programs.traceable(peer, case, abstract)
     if case.devices == 1:
         operands = on(devices[0], operands)  # also what a backward pass is given
     return jax.jit(traced).lower(*operands)

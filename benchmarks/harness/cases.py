@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +29,7 @@ class Case(NamedTuple):
     dtype: str
     then: Then = ""
     devices: int = 1  # that share the batch, and the statistics of a batch norm
+    masked: bool = False  # some examples are padding, on each device another number of them
 
     @property
     def train(self) -> bool:
@@ -55,7 +56,8 @@ class Case(NamedTuple):
         """What the row is called in tables and when results are compared."""
         kind = " + ".join([f"{self.layer} norm", *filter(None, [self.then.replace("+", ", ")])])
         sync = f", {self.devices} devices" if self.devices > 1 else ""
-        return f"{kind} {self.mode} {'x'.join(map(str, self.shape))} {self.dtype}{sync}"
+        mask = ", masked" if self.masked else ""
+        return f"{kind} {self.mode} {'x'.join(map(str, self.shape))} {self.dtype}{sync}{mask}"
 
 
 def storage(dtype: str) -> type:
@@ -79,8 +81,27 @@ def arrays_moved(case: Case) -> int:
     return passes.get(case.mode, forward)
 
 
+def shapes(case: Case) -> dict[str, tuple[Shape, Any]]:
+    """Returns the shapes and dtypes of a case's operands.
+
+    They are x, the cotangent of y, the residual and the mask, the layer's leaves, and running
+    statistics.
+    """
+    leaf, array = ((case.features,), np.float32), (case.shape, storage(case.dtype))
+    found = {"x": array, "scale": leaf, "bias": leaf, "mean": leaf, "var": leaf}
+    if case.differentiated:
+        found["cotangent"] = array
+    if case.then == "add+relu":
+        found["residual"] = array
+    if case.masked:
+        found["mask"] = ((case.shape[0], *(1 for _ in case.shape[1:])), np.bool_)
+    if case.layer == "rms":
+        del found["bias"]
+    return found
+
+
 def operands(case: Case) -> dict[str, np.ndarray]:
-    """Returns x, the cotangent of y and the residual, the layer's leaves, and running statistics.
+    """Returns the operands of a case, by the names and of the shapes of `shapes`.
 
     All values are exact in bfloat16: which dtype a peer keeps its parameters in makes no difference
       to them.
@@ -96,20 +117,17 @@ def operands(case: Case) -> dict[str, np.ndarray]:
     def leaf(low: float, high: float) -> np.ndarray:
         return rng.uniform(low, high, case.features).astype(ml_dtypes.bfloat16).astype(np.float32)
 
-    found = {
-        "x": drawn(0.5),
-        "scale": leaf(0.5, 1.5),
-        "bias": leaf(-1, 1),
-        "mean": leaf(0, 1),
-        "var": leaf(0.5, 2),
+    values: dict[str, Callable[[], np.ndarray]] = {
+        "x": lambda: drawn(0.5),
+        "scale": lambda: leaf(0.5, 1.5),
+        "bias": lambda: leaf(-1, 1),
+        "mean": lambda: leaf(0, 1),
+        "var": lambda: leaf(0.5, 2),
+        "cotangent": lambda: drawn(0),
+        "residual": lambda: drawn(0),
+        "mask": lambda: rng.random(shapes(case)["mask"][0]) < 0.7,
     }
-    if case.differentiated:
-        found["cotangent"] = drawn(0)
-    if case.then == "add+relu":
-        found["residual"] = drawn(0)
-    if case.layer == "rms":
-        del found["bias"]
-    return found
+    return {name: values[name]() for name in shapes(case)}
 
 
 def suite(name: str) -> list[Case]:
@@ -192,8 +210,12 @@ def _gpu_static() -> Iterator[Case]:
     stages = ((112, 64), (56, 256), (28, 512), (14, 1024), (7, 2048))
     for (size, channels), mode in product(stages, (*TRAINED, "evaluation")):
         yield Case("batch", mode, (128, size, size, channels), "bfloat16")
-    for dtype, mode in product(reversed(DTYPES), ("forward", "forward+backward")):
-        yield Case("batch", mode, (8 * 128, 28, 28, 512), dtype, devices=8)
+    shared = (8 * 128, 28, 28, 512)
+    both: tuple[Mode, ...] = ("forward", "forward+backward")
+    for dtype, mode in product(reversed(DTYPES), both):
+        yield Case("batch", mode, shared, dtype, devices=8)
+    for mode in both:
+        yield Case("batch", mode, shared, "bfloat16", devices=8, masked=True)
 
 
 def _resnet50(shapes: list[Shape], dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:

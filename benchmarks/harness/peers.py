@@ -17,7 +17,7 @@ import normjax as nj
 
 from .cases import EPSILON, GROUPS, MOMENTUM, Case
 
-Apply = Callable[[dict, dict, jax.Array], tuple[jax.Array, dict]]
+Apply = Callable[..., tuple[jax.Array, dict]]  # of params, stats and x; of a mask, by MASKED
 AXIS = "data"  # the mapped axis of cases on several devices
 
 
@@ -33,7 +33,7 @@ def normjax(case: Case) -> Apply:
     }
     layer = getattr(nj, f"{case.layer}_norm")
     settings = {"epsilon": EPSILON, **options.get(case.layer, {})}
-    return lambda params, stats, x: layer(params, stats, x, case.train, **settings)
+    return lambda params, stats, x, **mask: layer(params, stats, x, case.train, **mask, **settings)
 
 
 def formula(case: Case) -> Apply:
@@ -85,11 +85,11 @@ def flax_linen(case: Case) -> Apply:
     }
     layer = layers[case.layer]()
 
-    def apply(params: dict, stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
+    def apply(params: dict, stats: dict, x: jax.Array, **mask: Any) -> tuple[jax.Array, dict]:
         variables = {"params": params, "batch_stats": stats}
         if not (case.train and stats):
-            return layer.apply(variables, x), stats
-        y, new = layer.apply(variables, x, mutable=["batch_stats"])
+            return layer.apply(variables, x, **mask), stats
+        y, new = layer.apply(variables, x, **mask, mutable=["batch_stats"])
         return y, new["batch_stats"]
 
     return apply
@@ -110,11 +110,11 @@ def flax_nnx(case: Case) -> Apply:
     }
     graph = nnx.split(layers[case.layer](), nnx.Param, nnx.BatchStat)[0]
 
-    def apply(params: dict, stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
+    def apply(params: dict, stats: dict, x: jax.Array, **mask: Any) -> tuple[jax.Array, dict]:
         variables = nnx.State({k: nnx.Param(v) for k, v in params.items()})
         kept = nnx.State({k: nnx.BatchStat(v) for k, v in stats.items()})
         layer = nnx.merge(graph, variables, kept)
-        y = layer(x)
+        y = layer(x, **mask)
         return y, {
             name: value.get_value() for name, value in nnx.state(layer, nnx.BatchStat).items()
         }
@@ -265,6 +265,7 @@ PEERS: dict[str, Callable[[Case], Apply]] = {
     "tokamax": tokamax,
     "formula": formula,
 }
+MASKED = ("normjax", "flax.linen", "flax.nnx")
 LIBRARIES = tuple(name for name in PEERS if name != "formula")
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from jax.extend.core import Literal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .cases import Case, operands
-from .peers import AXIS, PEERS, features_first
+from .cases import Case, Shape, operands
+from .peers import AXIS, MASKED, PEERS, Unable, features_first
 from .timing import Program
 
 CHECKED = 2**16  # values of y and of each gradient of its size
@@ -61,7 +61,7 @@ def build(peer: str, case: Case, operands: Operands) -> Built:
     memory = compiled_memory(jitted.lower(*given).compile())
     if case.mode == "forward+backward" and case.devices == 1:
         params, stats, arrays = given
-        forward = partial(_forward, PEERS[peer](case), case)
+        forward = partial(_forward, PEERS[peer](case), case, mask=arrays.get("mask"))
         memory["kept_bytes"] = kept_bytes(
             lambda params, x, residual: forward(params, stats, x, residual)[0],
             params,
@@ -79,16 +79,25 @@ def traceable(
     They are params, batch_stats and the arrays; of the backward pass alone, what the forward pass
     keeps for it and the cotangent of y.
     """
+    if case.masked and peer not in MASKED:
+        raise Unable("takes no mask")
     apply = PEERS[peer](case)
     params = {name: operands[name] for name in ("scale", "bias") if name in operands}
     stats = {name: operands[name] for name in ("mean", "var") if case.layer == "batch"}
-    arrays = {name: operands[name] for name in ("x", "cotangent", "residual") if name in operands}
+    names = ("x", "cotangent", "residual", "mask")
+    arrays = {name: operands[name] for name in names if name in operands}
     if case.mode == "backward":
         return _transposed(partial(_forward, apply, case), params, stats, arrays)
     run = partial(_run, apply, case)
     if case.devices > 1:
         run = _shared(run, params, stats, arrays)
     return run, (params, stats, arrays)
+
+
+def arranged(shape: Shape, features_first: bool) -> Shape:
+    """Returns the shape of an operand as a program wants it."""
+    leaf = len(shape) == 1
+    return shape if leaf or not features_first else (shape[0], shape[-1], *shape[1:-1])
 
 
 def sharding(case: Case, devices: Sequence[Any], leaf: bool) -> NamedSharding:
@@ -139,9 +148,15 @@ def kept_bytes(function: Callable[..., Any], *operands: Any) -> int:
 
 
 def _forward(
-    apply: Callable, case: Case, params: dict, stats: dict, x: jax.Array, residual: Any
+    apply: Callable,
+    case: Case,
+    params: dict,
+    stats: dict,
+    x: jax.Array,
+    residual: Any = None,
+    mask: Any = None,
 ) -> tuple[Any, dict]:
-    y, stats = apply(params, stats, x)
+    y, stats = apply(params, stats, x, **({"mask": mask} if case.masked else {}))
     if residual is not None:
         y = y + residual
     return (jax.nn.relu(y) if case.then else y), stats
@@ -151,7 +166,7 @@ def _run(
     apply: Callable, case: Case, params: dict, stats: dict, arrays: dict[str, Any]
 ) -> dict[str, Any]:
     """What is timed: y and new statistics, and the gradients of all that there is."""
-    forward = partial(_forward, apply, case)
+    forward = partial(_forward, apply, case, mask=arrays.get("mask"))
     x, residual = arrays["x"], arrays.get("residual")
     if not case.differentiated:
         y, new = forward(params, stats, x, residual)
@@ -175,12 +190,11 @@ def _transposed(
 ) -> tuple[Callable[..., dict[str, Any]], tuple]:
     """The backward pass as a program of its own, and what the forward pass keeps for it."""
 
-    def kept(params: dict, stats: dict, x: jax.Array, residual: Any) -> Any:
-        return jax.vjp(lambda p, x, r: forward(p, stats, x, r), params, x, residual, has_aux=True)[
-            1
-        ]
+    def kept(params: dict, stats: dict, x: Any, residual: Any, mask: Any) -> Any:
+        one = lambda p, x, r: forward(p, stats, x, r, mask)  # noqa: E731
+        return jax.vjp(one, params, x, residual, has_aux=True)[1]
 
-    given = (params, stats, arrays["x"], arrays.get("residual"))
+    given = (params, stats, arrays["x"], arrays.get("residual"), arrays.get("mask"))
     abstract = isinstance(arrays["x"], jax.ShapeDtypeStruct)
     backward = jax.eval_shape(kept, *given) if abstract else jax.jit(kept)(*given)
     return (

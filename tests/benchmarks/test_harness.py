@@ -13,6 +13,7 @@ from benchmarks.harness.cases import Case
 from benchmarks.harness.timing import Program
 
 SMALL = Case("batch", "forward+backward", (4, 3, 3, 32), "float32", "add+relu")
+MASKED_ON_8 = Case("batch", "forward+backward", (16, 2, 2, 16), "float32", devices=8, masked=True)
 
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 
@@ -68,6 +69,7 @@ def test_the_operands_are_exact_in_bfloat16_and_the_same_every_time():
     assert set(first) == {"x", "cotangent", "residual", "scale", "bias", "mean", "var"}
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name])
+        assert (value.shape, value.dtype) == cases.shapes(SMALL)[name]
     for name in ("scale", "bias", "mean", "var"):
         np.testing.assert_array_equal(
             first[name], jnp.asarray(first[name], jnp.bfloat16).astype(jnp.float32)
@@ -190,6 +192,25 @@ def test_synced_rows_run_on_all_devices_and_agree():
         assert max(errors.values()) < 1e-5
     with pytest.raises(peers.Unable, match="distribution"):
         programs.build("keras", case, programs.Operands(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["forward+backward", "backward"])
+@pytest.mark.parametrize("peer", peers.MASKED)
+def test_masked_rows_leave_examples_out(peer, mode):
+    case = Case("batch", mode, (16, 2, 2, 16), "float32", masked=True)
+    own, other = outputs("normjax", MASKED_ON_8), outputs(peer, case)
+    assert max(programs.relative_errors(other, own).values()) < 1e-5
+    unmasked = outputs(peer, case._replace(masked=False))
+    assert programs.relative_errors(unmasked, own)["d_scale"] > 1e-2
+
+
+def test_each_device_of_a_masked_row_leaves_out_another_number_of_examples():
+    mask = cases.operands(MASKED_ON_8)["mask"]
+    assert mask.shape == (16, 1, 1, 1)
+    assert len(set(mask.reshape(8, 2).sum(1))) > 1
+    with pytest.raises(peers.Unable, match="takes no mask"):
+        programs.build("haiku", MASKED_ON_8, programs.Operands(MASKED_ON_8))
 
 
 def test_the_header_names_the_machine_and_the_versions():
