@@ -1,19 +1,18 @@
 """Reads off a compiled GPU program what the GPU is given to do: kernels, bytes and estimates.
 
 A step is what the host launches: a kernel, a call of a library (cuDNN, cuBLAS), a copy or a
-collective. Each operand counts as read once and each result as written once. What these counts do
-not know:
+collective. How its bytes and its time are counted:
 
-- A fusion that only slices an operand reads the elements of the slices. Memory moves in sectors of
+- Each operand counts as read once, and each result as written once. A kernel may read an operand
+  several times, from the cache or from memory; the program's text does not say how often.
+- A fusion that only slices an operand counts the elements of the slices. Memory moves in sectors of
   32 bytes, of which a slice with a stride uses a part.
-- A fusion that updates a part of an array in place reads and writes that part.
-- A kernel may read an operand several times, from the cache or from memory; the program's text does
-  not say how often.
-- Calls of libraries and Pallas kernels count the whole of their operands and results, without the
-  workspaces of cuBLAS and cuDNN, and have no estimate.
-- Fusions with a matrix product or a convolution get no estimate either: XLA's model takes them to
-  run without tensor cores, 90 times as long as they need at best (7 ms for 77 GFLOP).
-- A loop counts as often as its known trip count, or once.
+- A fusion that updates a part of an array in place counts that part.
+- Inside calls of libraries and Pallas kernels slices cannot be seen: the whole of their operands
+  and results counts, but not the workspaces of cuBLAS and cuDNN. XLA does not estimate their time.
+- Fusions with a matrix product or a convolution get no estimate here: XLA's model has no tensor
+  cores, and expects 90 times what they need at best (7 ms for 77 GFLOP in bfloat16).
+- A loop counts as often as its known trip count, or once if that is not known.
 """
 
 from __future__ import annotations
