@@ -21,6 +21,7 @@ PACKAGES = (
     "jax",
     "jaxlib",
     "libtpu",
+    "jax-cuda13-plugin",
     "flax",
     "optax",
     "dm-haiku",
