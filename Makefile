@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NEWEST ?= $(shell sh .ci/newest-python)
 
-.PHONY: demo gallery test test-fast test-tpu test-onnx test-oldest test-newest lint format docs bench bench-gpu bench-tpu clean
+.PHONY: demo gallery test test-fast test-tpu test-onnx test-oldest test-newest lint format docs bench bench-gpu bench-gpu-static bench-tpu clean
 
 demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them, in under 2 minutes
 	$(BIN)/python examples/speedup.py
@@ -63,13 +63,20 @@ bench: $(VENV)/.bench ## layers and training steps against their peers, on this 
 bench-gpu: ## the whole table on a GPU, in one call under 8 minutes, by whatever $(PYTHON) has; installs nothing
 	$(PYTHON) benchmarks/gpu.py
 
+bench-gpu-static: ## what GPU programs move and need, compiled here for an H100; no GPU, no noise; apart, since it needs CUDA
+	@echo "The first call downloads about 5 GB, into $(VENV)-gpu; all programs then take about 10 minutes on two cores"
+	$(PYTHON) -m venv $(VENV)-gpu
+	$(VENV)-gpu/bin/python -m pip install --quiet --editable ".[gpu-static]"
+	$(VENV)-gpu/bin/python benchmarks/gpu_static.py
+	$(VENV)-gpu/bin/python benchmarks/plot.py benchmarks/results/gpu-static-h100.json docs/pages/images/gpu-static.svg --peers normjax flax.linen formula
+
 bench-tpu: $(VENV)/.bench ## what TPU programs move and need, compiled here; no TPU, no noise, half an hour
 	$(BIN)/python benchmarks/formulations.py --tpu v5e:2x2 --batch 64
 	$(BIN)/python benchmarks/static.py
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory-v5e-1.json
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-tpu $(VENV)-onnx .jax_cache site
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-tpu $(VENV)-onnx $(VENV)-gpu .jax_cache site
 
 $(VENV)/.%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \

@@ -22,6 +22,8 @@ from harness import records
 COUNTED = (  # the same in every run, so that any difference is one
     *("temporary_bytes", "peak_bytes", "kept_bytes", "bytes_accessed", "collectives"),
     *("estimated_cycles", "estimated_cycles_untaken"),  # static.py
+    *("bytes_moved", "bytes_in_branches", "estimated_us", "estimated_us_in_branches"),
+    *("kernels", "kernels_in_branches", "conditionals", "collectives_in_branches"),  # gpu_static.py
     *("calls", "functions", "files", "climbs", "calls_again"),  # overhead.py
     *("equations", "equations_with_gradients"),
 )

@@ -38,11 +38,11 @@ def collectives(compiled: Any) -> list[Collective]:
     waiting = in_branches(bodies)
     return [
         Collective(
-            kind, sum(n for n, _ in parts), sum(n * size for n, size in parts), name in waiting
+            kind, sum(n for n, _ in arrays), sum(n * size for n, size in arrays), name in waiting
         )
         for name, body in bodies.items()
         for shapes, kind in COLLECTIVE.findall(body)
-        if (parts := list(_parts(shapes)))
+        if (arrays := list(parts(shapes)))
     ]
 
 
@@ -64,10 +64,15 @@ def estimated_cycles(text: str) -> Cycles | None:
     """
     if not ESTIMATE.search(text):
         return None
-    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, flags=re.MULTILINE)
-    if entry is None:
+    return _cycles_of(entry(text), computations(text))
+
+
+def entry(text: str) -> str:
+    """Returns the name of the computation that a program begins with."""
+    found = re.search(r"^ENTRY %?([\w.\-]+)", text, flags=re.MULTILINE)
+    if found is None:
         raise ValueError("The program's text has no ENTRY computation.")
-    return _cycles_of(entry[1], computations(text))
+    return found[1]
 
 
 def computations(text: str) -> dict[str, str]:
@@ -78,7 +83,7 @@ def computations(text: str) -> dict[str, str]:
 
 def branches(bodies: Mapping[str, str]) -> set[str]:
     """Returns the computations that conditionals choose from."""
-    return {name for body in bodies.values() for name in _branches_of(body)}
+    return {name for body in bodies.values() for name in branches_of(body)}
 
 
 def in_branches(bodies: Mapping[str, str]) -> set[str]:
@@ -100,7 +105,7 @@ def bytes_in_branches(compiled: Any) -> int:
 def _bytes_accessed(body: str) -> int:
     """The bytes of each instruction's results and operands."""
     found = re.findall(r"%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)", body)
-    sizes = {name: sum(n * size for n, size in _parts(shapes)) for name, shapes, _, _ in found}
+    sizes = {name: sum(n * size for n, size in parts(shapes)) for name, shapes, _, _ in found}
     free = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant"}
     return sum(
         sizes[name] + sum(sizes.get(operand, 0) for operand in _names(operands))
@@ -123,15 +128,15 @@ def _cycles_of(name: str, bodies: Mapping[str, str]) -> Cycles:
             found = _cycles_of(called, bodies)
             taken += times * found.taken
             untaken += times * found.untaken
-        branches = sorted(_cycles_of(branch, bodies) for branch in _branches_of(line))
+        branches = sorted(_cycles_of(branch, bodies) for branch in branches_of(line))
         if branches:
             taken += branches[0].taken
             untaken += branches[0].untaken + sum(sum(branch) for branch in branches[1:])
     return Cycles(taken, untaken)
 
 
-def _branches_of(text: str) -> list[str]:
-    """The computations that the conditionals in a piece of a program choose from."""
+def branches_of(text: str) -> list[str]:
+    """Returns the computations that the conditionals in a piece of a program choose from."""
     found = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", text)
     for names in re.findall(r"branch_computations=\{([^}]*)\}", text):
         found += _names(names)
@@ -142,7 +147,7 @@ def _names(text: str) -> list[str]:
     return re.findall(r"[\w.\-]+", text)
 
 
-def _parts(shapes: str) -> Iterator[tuple[int, int]]:
+def parts(shapes: str) -> Iterator[tuple[int, int]]:
     """Yields the number of elements of each array, and the bytes of one of them."""
     for kind, bits, dims in SHAPE.findall(shapes):
         yield (

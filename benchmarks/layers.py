@@ -63,7 +63,7 @@ def main() -> None:
     cases = [case for case in cases if options.only in case.name]
     if not cases:
         parser.error(f"no row of the suite {name} has {options.only!r} in its name")
-    chosen = options.peers or (peers.PEERS if drawing else rows.PEERS)
+    chosen = options.peers or (peers.LIBRARIES if drawing else rows.PEERS)
     file = f"layers-drawn-{options.seed}.json" if drawing else f"layers-{name}.json"
     results = records.header() | drawing
     results["rows"] = rows.run(cases, chosen, options.rounds, options.seconds)

@@ -23,8 +23,9 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -32,55 +33,51 @@ import hlo
 import jax
 import tpu
 from harness import networks, peers, programs, records
-from harness.cases import Case, storage, suite
+from harness.cases import Case, shapes, suite
 from jax.sharding import SingleDeviceSharding
 
 LAYERS = ("256x56x56x256", "8x2048x4096", "256x197x768", "64x56x56x256")
 
 
+class Row(NamedTuple):
+    """A row of the table: a program of each peer, and what else the JSON says of it."""
+
+    name: str
+    lowered: Callable[[str], Any]  # by the name of a peer
+    about: dict[str, Any]
+
+
 def main() -> None:
     """Compiles all rows for all peers, writes JSON and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, ["tiny", "tpu"], "tpu", networks.PEERS)
     parser.add_argument("--topology", default="v5e:2x2", help="its first chip is compiled for")
-    parser.add_argument("--only", default="", help="rows whose name has this in it")
-    parser.add_argument(
-        "--peers",
-        nargs="+",
-        choices=networks.PEERS,
-        default=["normjax", "flax.linen"],
-        metavar="PEER",
-    )
-    parser.add_argument("--suite", choices=["tiny", "tpu"], default="tpu")
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="default: benchmarks/results/static-TOPOLOGY.json"
-    )
+    parser.set_defaults(peers=["normjax", "flax.linen"])
     options = parser.parse_args()
-    device = tpu.devices(options.topology)[0]
-    rows = [
-        (case.name, lambda peer, case=case: layer(case, peer, device))
-        for case in cases(options.suite)
-    ]
-    rows += [
-        (f"{network.title} step", lambda peer, network=network: step(network, peer, device))
-        for network in networks.suite(options.suite)
-    ]
-    results = records.header() | {"topology": options.topology}
-    rows = [(name, compiled) for name, compiled in rows if options.only in name]
+    devices = tpu.devices(options.topology)
+    rows = chosen(cases(options.suite), networks.suite(options.suite), devices, options.only)
     if not rows:
         parser.error(f"no row has {options.only!r} in its name")
     out = options.out or records.RESULTS / f"static-{options.topology.replace(':', '-')}.json"
-    results["rows"] = []
-    for name, compiled in rows:
-        results["rows"].append(
-            {"name": name, "peers": {peer: costs(compiled, peer) for peer in options.peers}}
-        )
-        records.write(results, out)  # at once: a network takes minutes to compile
+    results = records.header() | {"topology": options.topology}
+    run(rows, options.peers, figures, results, out)
     print(records.skipped(results["rows"]) + "\n")
     print(records.peer_table(results["rows"], cell) + "\n")
     print(records.peer_table(results["rows"], cell_of_cycles) + "\n")
     print("\n".join(means(results["rows"], options.peers)))
+
+
+def arguments(
+    text: str | None, suites: Sequence[str], suite: str, names: Sequence[str]
+) -> argparse.ArgumentParser:
+    """Returns a parser with the options of all scripts that read programs."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="rows whose name has this in it")
+    parser.add_argument("--peers", nargs="+", choices=names, default=names, metavar="PEER")
+    parser.add_argument("--suite", choices=suites, default=suite)
+    parser.add_argument("--out", type=pathlib.Path, help="default: a file in benchmarks/results")
+    return parser
 
 
 def cases(name: str) -> list[Case]:
@@ -93,26 +90,59 @@ def cases(name: str) -> list[Case]:
     )
 
 
-def layer(case: Case, peer: str, device: Any) -> Any:
+def chosen(
+    layers: Iterable[Case], steps: Iterable[networks.Network], devices: Sequence[Any], only: str
+) -> list[Row]:
+    """Returns the rows of layers and of networks whose names have `only` in them."""
+    rows = [
+        Row(
+            case.name,
+            partial(layer, case, devices),
+            {"case": case._asdict(), "x_bytes": case.nbytes // case.devices},
+        )
+        for case in layers
+    ]
+    rows += [Row(f"{each.title} step", partial(step, each, devices[0]), {}) for each in steps]
+    return [row for row in rows if only in row.name]
+
+
+def run(
+    rows: Iterable[Row],
+    names: Sequence[str],
+    read: Callable[[Any], dict[str, Any]],
+    results: dict[str, Any],
+    out: pathlib.Path,
+) -> None:
+    """Adds the rows to results, and writes them at once: a network takes minutes to compile."""
+    results["rows"] = []
+    for row in rows:
+        found = {peer: costs(row.lowered, peer, read) for peer in names}
+        results["rows"].append({"name": row.name, **row.about, "peers": found})
+        records.write(results, out)
+
+
+def layer(case: Case, devices: Sequence[Any], peer: str) -> Any:
     """Returns the lowered program of a layer, as it is timed elsewhere."""
     if peer == "none":
         raise peers.Unable("no layer, no row")
-    leaves = [
-        name for name in ("scale", "bias", "mean", "var") if (case.layer, name) != ("rms", "bias")
-    ]
-    arrays = (
-        ["x"]
-        + ["cotangent"] * (case.mode == "forward+backward")
-        + ["residual"] * (case.then == "add+relu")
-    )
-    shapes = {name: jax.ShapeDtypeStruct((case.features,), "float32") for name in leaves}
-    shapes |= {name: jax.ShapeDtypeStruct(case.shape, storage(case.dtype)) for name in arrays}
-    run, operands = programs.traceable(peer, case, shapes)
-    return jax.jit(run).lower(*on(device, operands))
+    abstract = {
+        name: jax.ShapeDtypeStruct(
+            programs.arranged(shape, peers.features_first(peer, case)),
+            dtype,
+            sharding=programs.sharding(case, devices, leaf=len(shape) == 1),
+        )
+        for name, (shape, dtype) in shapes(case).items()
+    }
+    traced, operands = programs.traceable(peer, case, abstract)
+    if case.devices == 1:
+        operands = on(devices[0], operands)  # also what a backward pass is given
+    return jax.jit(traced).lower(*operands)
 
 
-def step(network: networks.Network, peer: str, device: Any) -> Any:
+def step(network: networks.Network, device: Any, peer: str) -> Any:
     """Returns the lowered program of a network's training step."""
+    if peer not in networks.PEERS:
+        raise peers.Unable("its layers take features first")
     inputs, labels = networks.batch(network)
     with networks.normalized_by(peer):
         state = jax.eval_shape(network.init, jax.random.key(0), inputs)
@@ -128,25 +158,36 @@ def on(device: Any, tree: Any) -> Any:
     )
 
 
-def costs(lowered: Callable[[str], Any], peer: str) -> dict[str, Any]:
-    """Compiles and returns what the program costs."""
+def costs(
+    lowered: Callable[[str], Any], peer: str, read: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """Compiles a peer's program and returns its costs: those of every program, and what is read."""
     try:
         program = lowered(peer)
+        start = time.perf_counter()
+        compiled = program.compile()
     except ImportError as error:
-        return {"skipped": f"not installed: {error}"}
+        return {"skipped": f"not installed: {records.first_line(error)}"}
     except peers.Unable as error:
-        return {"skipped": f"unable: {error}"}
-    start = time.perf_counter()
-    compiled = program.compile()
-    seconds = round(time.perf_counter() - start, 2)
+        return {"skipped": f"unable: {records.first_line(error)}"}
+    # of any kind: a peer that fails must not end the run, and is named
+    except Exception as error:
+        return {"skipped": f"failed: {type(error).__name__}: {records.first_line(error)}"}
+    return {
+        "compile_seconds": round(time.perf_counter() - start, 2),
+        **read(compiled),
+        "collectives": len(hlo.collectives(compiled)),
+        **programs.compiled_memory(compiled),
+    }
+
+
+def figures(compiled: Any) -> dict[str, Any]:
+    """Returns what libtpu's compiler says of a program."""
     cycles = hlo.estimated_cycles(compiled.as_text())
     estimate = {"": cycles.taken, "_untaken": cycles.untaken} if cycles else {}
     return {
-        "compile_seconds": seconds,
         **{f"estimated_cycles{which}": count for which, count in estimate.items()},
         "bytes_accessed": compiled.cost_analysis()["bytes accessed"],
-        "collectives": len(hlo.collectives(compiled)),
-        **programs.compiled_memory(compiled),
     }
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-Mode = Literal["forward", "forward+backward", "evaluation"]
+Mode = Literal["forward", "backward", "forward+backward", "evaluation"]
 Layer = Literal["batch", "layer", "rms", "group", "instance"]
 Then = Literal["", "relu", "add+relu"]
 Shape = tuple[int, ...]
 
 MOMENTUM, EPSILON, GROUPS = 0.9, 1e-5, 32
 DTYPES = ("float32", "bfloat16")
+TRAINED: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
 
 
 class Case(NamedTuple):
@@ -28,11 +29,17 @@ class Case(NamedTuple):
     dtype: str
     then: Then = ""
     devices: int = 1  # that share the batch, and the statistics of a batch norm
+    masked: bool = False  # some examples are padding, on each device another number of them
 
     @property
     def train(self) -> bool:
         """Whether the layer is in training mode."""
         return self.mode != "evaluation"
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.mode in ("backward", "forward+backward")
 
     @property
     def features(self) -> int:
@@ -49,7 +56,8 @@ class Case(NamedTuple):
         """What the row is called in tables and when results are compared."""
         kind = " + ".join([f"{self.layer} norm", *filter(None, [self.then.replace("+", ", ")])])
         sync = f", {self.devices} devices" if self.devices > 1 else ""
-        return f"{kind} {self.mode} {'x'.join(map(str, self.shape))} {self.dtype}{sync}"
+        mask = ", masked" if self.masked else ""
+        return f"{kind} {self.mode} {'x'.join(map(str, self.shape))} {self.dtype}{sync}{mask}"
 
 
 def storage(dtype: str) -> type:
@@ -68,13 +76,32 @@ def arrays_moved(case: Case) -> int:
     residual = case.then == "add+relu"
     reads = 2 if case.layer == "batch" and case.train else 1
     forward = reads + 1 + residual
-    if case.mode != "forward+backward":
-        return forward
-    return forward + 2 * reads + 1 + 2 * residual
+    backward = 2 * reads + 1 + 2 * residual
+    passes = {"backward": backward, "forward+backward": forward + backward}
+    return passes.get(case.mode, forward)
+
+
+def shapes(case: Case) -> dict[str, tuple[Shape, Any]]:
+    """Returns the shapes and dtypes of a case's operands.
+
+    They are x, the cotangent of y, the residual and the mask, the layer's leaves, and running
+    statistics.
+    """
+    leaf, array = ((case.features,), np.float32), (case.shape, storage(case.dtype))
+    found = {"x": array, "scale": leaf, "bias": leaf, "mean": leaf, "var": leaf}
+    if case.differentiated:
+        found["cotangent"] = array
+    if case.then == "add+relu":
+        found["residual"] = array
+    if case.masked:
+        found["mask"] = ((case.shape[0], *(1 for _ in case.shape[1:])), np.bool_)
+    if case.layer == "rms":
+        del found["bias"]
+    return found
 
 
 def operands(case: Case) -> dict[str, np.ndarray]:
-    """Returns x, the cotangent of y and the residual, the layer's leaves, and running statistics.
+    """Returns the operands of a case, by the names and of the shapes of `shapes`.
 
     All values are exact in bfloat16: which dtype a peer keeps its parameters in makes no difference
       to them.
@@ -90,25 +117,29 @@ def operands(case: Case) -> dict[str, np.ndarray]:
     def leaf(low: float, high: float) -> np.ndarray:
         return rng.uniform(low, high, case.features).astype(ml_dtypes.bfloat16).astype(np.float32)
 
-    found = {
-        "x": drawn(0.5),
-        "scale": leaf(0.5, 1.5),
-        "bias": leaf(-1, 1),
-        "mean": leaf(0, 1),
-        "var": leaf(0.5, 2),
+    values: dict[str, Callable[[], np.ndarray]] = {
+        "x": lambda: drawn(0.5),
+        "scale": lambda: leaf(0.5, 1.5),
+        "bias": lambda: leaf(-1, 1),
+        "mean": lambda: leaf(0, 1),
+        "var": lambda: leaf(0.5, 2),
+        "cotangent": lambda: drawn(0),
+        "residual": lambda: drawn(0),
+        "mask": lambda: rng.random(shapes(case)["mask"][0]) < 0.7,
     }
-    if case.mode == "forward+backward":
-        found["cotangent"] = drawn(0)
-    if case.then == "add+relu":
-        found["residual"] = drawn(0)
-    if case.layer == "rms":
-        del found["bias"]
-    return found
+    return {name: values[name]() for name in shapes(case)}
 
 
 def suite(name: str) -> list[Case]:
     """Returns the rows of a suite, the most important first; sync runs on 8 devices."""
-    return list(dict.fromkeys({"tiny": _tiny, "cpu": _cpu, "gpu": _gpu, "sync": _sync}[name]()))
+    suites = {
+        "tiny": _tiny,
+        "cpu": _cpu,
+        "gpu": _gpu,
+        "sync": _sync,
+        "gpu_static": _gpu_static,
+    }
+    return list(dict.fromkeys(suites[name]()))
 
 
 def _tiny() -> Iterator[Case]:
@@ -157,6 +188,34 @@ def _sync() -> Iterator[Case]:
         [(64, 28, 28, 128), (64, 14, 14, 256), (64, 7, 7, 512)], modes, DTYPES
     ):
         yield Case("batch", mode, shape, dtype, devices=8)
+
+
+def _gpu_static() -> Iterator[Case]:
+    """Yields rows whose programs are read and not run.
+
+    Only batch norm has another program in evaluation. Each of the 8 devices of a synced row has as
+    many examples as the device of the row that is not synced.
+    """
+    image, main = (64, 28, 28, 512), (128, 28, 28, 512)
+    rows: list[tuple[Layer, Shape]] = [
+        ("layer", (8192, 4096)),
+        ("rms", (8192, 4096)),
+        ("layer", (256, 197, 768)),
+        ("group", image),
+        ("instance", image),
+        ("batch", main),
+    ]
+    for dtype, (layer, shape), mode in product(reversed(DTYPES), rows, TRAINED):
+        yield Case(layer, mode, shape, dtype)
+    stages = ((112, 64), (56, 256), (28, 512), (14, 1024), (7, 2048))
+    for (size, channels), mode in product(stages, (*TRAINED, "evaluation")):
+        yield Case("batch", mode, (128, size, size, channels), "bfloat16")
+    shared = (8 * 128, 28, 28, 512)
+    both: tuple[Mode, ...] = ("forward", "forward+backward")
+    for dtype, mode in product(reversed(DTYPES), both):
+        yield Case("batch", mode, shared, dtype, devices=8)
+    for mode in both:
+        yield Case("batch", mode, shared, "bfloat16", devices=8, masked=True)
 
 
 def _resnet50(shapes: list[Shape], dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:

@@ -75,7 +75,7 @@ def fastest(row: dict[str, Any]) -> tuple[str, float]:
     ratios = {
         name: got["ratio"]
         for name, got in row["peers"].items()
-        if name != "normjax" and name in peers.PEERS and "ratio" in got
+        if name != "normjax" and name in peers.LIBRARIES and "ratio" in got
     }
     name = min(ratios, key=lambda name: ratios[name], default="none")
     return name, ratios.get(name, math.nan)

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 import normjax as nj
 
-from . import peers
+from . import peers, transformers
 from .cases import Case
 from .records import ROOT
 
@@ -26,10 +26,18 @@ sys.path.insert(0, str(ROOT / "examples"))
 from common import networks as examples  # noqa: E402 (once the examples can be found)
 from train_resnet import resnet  # noqa: E402
 
-RATE, CLASSES = 0.01, 1000
+RATE, CLASSES, DISCOUNT = 0.01, 1000, 0.99
 # those that take features last
-PEERS = ("normjax", "flax.linen", "flax.nnx", "haiku", "keras", "none")
+PEERS = ("normjax", "flax.linen", "flax.nnx", "haiku", "keras", "formula", "none")
 State = tuple[Any, Any]  # params, batch_stats
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the mean cross entropy of classes."""
+    chosen = jnp.take_along_axis(
+        jax.nn.log_softmax(logits.astype(jnp.float32)), labels[..., None], -1
+    )
+    return -chosen.mean()
 
 
 class Network(NamedTuple):
@@ -40,6 +48,7 @@ class Network(NamedTuple):
     dtype: str
     init: Callable[[jax.Array, Any], State]
     logits: Callable[[Any, Any, Any], tuple[jax.Array, Any]]
+    error: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy  # of logits, by labels
 
     @property
     def title(self) -> str:
@@ -64,12 +73,9 @@ def step(network: Network) -> Callable[..., tuple[Any, Any, jax.Array]]:
 def loss(
     network: Network, params: Any, batch_stats: Any, inputs: Any, labels: Any
 ) -> tuple[jax.Array, Any]:
-    """Returns the cross entropy and the new statistics."""
+    """Returns the loss and the new statistics."""
     logits, batch_stats = network.logits(params, batch_stats, inputs)
-    chosen = jnp.take_along_axis(
-        jax.nn.log_softmax(logits.astype(jnp.float32)), labels[..., None], -1
-    )
-    return -chosen.mean(), batch_stats
+    return network.error(logits, labels), batch_stats
 
 
 def batch(network: Network) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +101,14 @@ def normalized_by(peer: str) -> Iterator[None]:
 
 
 def suite(name: str) -> list[Network]:
-    """Returns the networks at a size: tiny, cpu, gpu, or tpu (one chip)."""
+    """Returns the networks at a size: tiny, cpu, gpu, or tpu (one chip); or gpu_static's."""
+    if name == "gpu_static":
+        return [
+            _resnet("resnet50", (128, 224, 224, 3), "bfloat16"),
+            _vit((256, 224, 224, 3), "bfloat16", 768, 12),
+            _transformer("layer", (16, 1024), "bfloat16", 768, 12),
+            _critic((256, 2, 23)),
+        ]
     sizes: dict[str, tuple[tuple[int, ...], ...]] = {
         "tiny": ((4, 8, 8, 1), (4, 8, 8, 3), (), (2, 16)),
         "cpu": ((64, 28, 28, 1), (32, 32, 32, 3), (8, 128, 128, 3), (8, 128)),
@@ -188,52 +201,58 @@ def _resnet(name: str, shape: tuple[int, ...], dtype: str, width: int = 64) -> N
 _CHOSEN = {"peer": "normjax"}
 
 
+def _layer(kind: Any, params: Any, x: jax.Array) -> jax.Array:
+    """The chosen peer's layer or RMS norm."""
+    peer = _CHOSEN["peer"]
+    if peer == "none":
+        return x
+    return peers.PEERS[peer](Case(kind, "forward", x.shape, x.dtype.name))(params, {}, x)[0]
+
+
 def _transformer(kind: Any, shape: tuple[int, ...], dtype: str, width: int, depth: int) -> Network:
-    """A causal decoder of pre-norm blocks: attention and a wide perceptron, without biases."""
-    normal, head = jax.nn.initializers.normal(0.02), min(width, 64)
-    matrices = {
-        "qkv": (width, 3 * width),
-        "out": (width, width),
-        "up": (width, 4 * width),
-        "down": (4 * width, width),
-    }
+    model = transformers.Decoder(kind, width, depth, CLASSES, dtype, partial(_layer, kind))
+    return Network(f"transformer, {kind} norm,", shape, dtype, model.init, model.logits)
 
-    def leaves() -> dict[str, jax.Array]:
-        return {"scale": jnp.ones(width)} | ({} if kind == "rms" else {"bias": jnp.zeros(width)})
 
-    def norm(params: Any, x: jax.Array) -> jax.Array:
-        peer = _CHOSEN["peer"]
-        return (
-            x
-            if peer == "none"
-            else peers.PEERS[peer](Case(kind, "forward", x.shape, x.dtype.name))(params, {}, x)[0]
-        )
+def _vit(shape: tuple[int, ...], dtype: str, width: int, depth: int) -> Network:
+    model = transformers.ViT("layer", width, depth, CLASSES, dtype, partial(_layer, "layer"))
+    return Network("vit", shape, dtype, model.init, model.logits)
+
+
+def _critic(shape: tuple[int, ...], width: int = 256, depth: int = 3) -> Network:
+    """CrossQ's critic (Bhatt et al., 2024): batch norm before each layer, no target network.
+
+    The batch norms see pairs of an observation with its action, and of what came next with the
+    action there, in one batch.
+    """
+    normal = jax.nn.initializers.lecun_normal()
+    sizes = (shape[-1], *[width] * depth, 1)
 
     def init(key: jax.Array, x: Any) -> State:
-        keys = iter(jax.random.split(key, 4 * depth + 1))
-        blocks = [
-            {name: normal(next(keys), of) for name, of in matrices.items()}
-            | {"one": leaves(), "two": leaves()}
-            for _ in range(depth)
+        keys = jax.random.split(key, depth + 1)
+        params = [
+            {
+                "norm": {"scale": jnp.ones(inputs), "bias": jnp.zeros(inputs)},
+                "kernel": normal(key, (inputs, outputs)),
+                "bias": jnp.zeros(outputs),
+            }
+            for key, inputs, outputs in zip(keys, sizes[:-1], sizes[1:], strict=True)
         ]
-        return {
-            "embedding": normal(next(keys), (CLASSES, width)),
-            "blocks": blocks,
-            "last": leaves(),
-        }, {}
+        return params, [{"mean": jnp.zeros(each), "var": jnp.ones(each)} for each in sizes[:-1]]
 
-    def block(params: Any, x: jax.Array) -> jax.Array:
-        own = {name: params[name].astype(x.dtype) for name in matrices}
-        heads = (norm(params["one"], x) @ own["qkv"]).reshape(*x.shape[:2], 3, width // head, head)
-        seen = jax.nn.dot_product_attention(*jnp.moveaxis(heads, 2, 0), is_causal=True)
-        x = x + seen.reshape(x.shape) @ own["out"]
-        return x + jax.nn.gelu(norm(params["two"], x) @ own["up"]) @ own["down"]
+    def values(params: Any, batch_stats: Any, x: Any) -> tuple[jax.Array, Any]:
+        x, new = x.reshape(-1, x.shape[-1]), []
+        for i, (own, stats) in enumerate(zip(params, batch_stats, strict=True)):
+            x, stats = _batch_norm(_CHOSEN["peer"], own["norm"], stats, x, train=True)
+            x = x @ own["kernel"] + own["bias"]
+            x = jax.nn.relu(x) if i < depth else x
+            new.append(stats)
+        return x.reshape(shape[:2]), new
 
-    def logits(params: Any, batch_stats: Any, tokens: Any) -> tuple[jax.Array, Any]:
-        embedding = params["embedding"].astype(dtype)
-        x = embedding[tokens]
-        for each in params["blocks"]:
-            x = block(each, x)
-        return norm(params["last"], x) @ embedding.T, batch_stats
+    return Network("crossq critic", shape, "float32", init, values, _temporal_difference)
 
-    return Network(f"transformer, {kind} norm,", shape, dtype, init, logits)
+
+def _temporal_difference(values: jax.Array, rewards: jax.Array) -> jax.Array:
+    """The squared error of the values now, by the reward and the values next."""
+    target = jax.lax.stop_gradient(rewards + DISCOUNT * values[:, 1])
+    return jnp.square(values[:, 0] - target).mean()

@@ -17,7 +17,7 @@ import normjax as nj
 
 from .cases import EPSILON, GROUPS, MOMENTUM, Case
 
-Apply = Callable[[dict, dict, jax.Array], tuple[jax.Array, dict]]
+Apply = Callable[..., tuple[jax.Array, dict]]  # of params, stats and x; of a mask, by MASKED
 AXIS = "data"  # the mapped axis of cases on several devices
 
 
@@ -33,7 +33,40 @@ def normjax(case: Case) -> Apply:
     }
     layer = getattr(nj, f"{case.layer}_norm")
     settings = {"epsilon": EPSILON, **options.get(case.layer, {})}
-    return lambda params, stats, x: layer(params, stats, x, case.train, **settings)
+    return lambda params, stats, x, **mask: layer(params, stats, x, case.train, **mask, **settings)
+
+
+def formula(case: Case) -> Apply:
+    """Returns the textbook's formula, in float32: the mean, and the mean of squares around it."""
+    inner = range(1, len(case.shape) - 1)
+    axes = {
+        "batch": (0, *inner),
+        "instance": (*inner,),
+        "group": (*inner, len(case.shape)),  # the features are split into groups, on one more axis
+    }.get(case.layer, -1)
+
+    def average(values: jax.Array) -> jax.Array:
+        own = jnp.mean(values, axes, keepdims=True)
+        return jax.lax.pmean(own, AXIS) if case.devices > 1 else own
+
+    def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean = jnp.float32(0) if case.layer == "rms" else average(x)
+        return mean, average(jnp.square(x - mean))
+
+    def apply(params: dict, stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
+        wide = x.astype(jnp.float32)
+        if case.layer == "group":
+            wide = wide.reshape(*x.shape[:-1], GROUPS, -1)
+        running = bool(stats) and not case.train
+        mean, var = (stats["mean"], stats["var"]) if running else moments(wide)
+        y = ((wide - mean) * jax.lax.rsqrt(var + EPSILON)).reshape(x.shape)
+        y = y * params["scale"] + params.get("bias", 0.0)
+        if stats and case.train:
+            batch = {"mean": mean.reshape(-1), "var": var.reshape(-1)}
+            stats = {k: MOMENTUM * stats[k] + (1 - MOMENTUM) * batch[k] for k in batch}
+        return y.astype(x.dtype), stats
+
+    return apply
 
 
 def flax_linen(case: Case) -> Apply:
@@ -52,11 +85,11 @@ def flax_linen(case: Case) -> Apply:
     }
     layer = layers[case.layer]()
 
-    def apply(params: dict, stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
+    def apply(params: dict, stats: dict, x: jax.Array, **mask: Any) -> tuple[jax.Array, dict]:
         variables = {"params": params, "batch_stats": stats}
         if not (case.train and stats):
-            return layer.apply(variables, x), stats
-        y, new = layer.apply(variables, x, mutable=["batch_stats"])
+            return layer.apply(variables, x, **mask), stats
+        y, new = layer.apply(variables, x, **mask, mutable=["batch_stats"])
         return y, new["batch_stats"]
 
     return apply
@@ -77,11 +110,11 @@ def flax_nnx(case: Case) -> Apply:
     }
     graph = nnx.split(layers[case.layer](), nnx.Param, nnx.BatchStat)[0]
 
-    def apply(params: dict, stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
+    def apply(params: dict, stats: dict, x: jax.Array, **mask: Any) -> tuple[jax.Array, dict]:
         variables = nnx.State({k: nnx.Param(v) for k, v in params.items()})
         kept = nnx.State({k: nnx.BatchStat(v) for k, v in stats.items()})
         layer = nnx.merge(graph, variables, kept)
-        y = layer(x)
+        y = layer(x, **mask)
         return y, {
             name: value.get_value() for name, value in nnx.state(layer, nnx.BatchStat).items()
         }
@@ -230,7 +263,10 @@ PEERS: dict[str, Callable[[Case], Apply]] = {
     "equinox": equinox,
     "keras": keras,
     "tokamax": tokamax,
+    "formula": formula,
 }
+MASKED = ("normjax", "flax.linen", "flax.nnx")
+LIBRARIES = tuple(name for name in PEERS if name != "formula")
 
 
 def features_first(peer: str, case: Case) -> bool:

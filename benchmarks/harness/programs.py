@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ import numpy as np
 from jax.extend.core import Literal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .cases import Case, operands
-from .peers import AXIS, PEERS, features_first
+from .cases import Case, Shape, operands
+from .peers import AXIS, MASKED, PEERS, Unable, features_first
 from .timing import Program
 
 CHECKED = 2**16  # values of y and of each gradient of its size
@@ -61,7 +61,7 @@ def build(peer: str, case: Case, operands: Operands) -> Built:
     memory = compiled_memory(jitted.lower(*given).compile())
     if case.mode == "forward+backward" and case.devices == 1:
         params, stats, arrays = given
-        forward = partial(_forward, PEERS[peer](case), case)
+        forward = partial(_forward, PEERS[peer](case), case, mask=arrays.get("mask"))
         memory["kept_bytes"] = kept_bytes(
             lambda params, x, residual: forward(params, stats, x, residual)[0],
             params,
@@ -74,14 +74,36 @@ def build(peer: str, case: Case, operands: Operands) -> Built:
 def traceable(
     peer: str, case: Case, operands: dict[str, Any]
 ) -> tuple[Callable[..., dict[str, Any]], tuple]:
-    """Returns the function to compile for a case, and its params, batch_stats and arrays."""
-    run = partial(_run, PEERS[peer](case), case)
+    """Returns the function to compile for a case, and its arguments: arrays, or shapes of them.
+
+    They are params, batch_stats and the arrays; of the backward pass alone, what the forward pass
+    keeps for it and the cotangent of y.
+    """
+    if case.masked and peer not in MASKED:
+        raise Unable("takes no mask")
+    apply = PEERS[peer](case)
     params = {name: operands[name] for name in ("scale", "bias") if name in operands}
     stats = {name: operands[name] for name in ("mean", "var") if case.layer == "batch"}
-    arrays = {name: operands[name] for name in ("x", "cotangent", "residual") if name in operands}
+    names = ("x", "cotangent", "residual", "mask")
+    arrays = {name: operands[name] for name in names if name in operands}
+    if case.mode == "backward":
+        return _transposed(partial(_forward, apply, case), params, stats, arrays)
+    run = partial(_run, apply, case)
     if case.devices > 1:
         run = _shared(run, params, stats, arrays)
     return run, (params, stats, arrays)
+
+
+def arranged(shape: Shape, features_first: bool) -> Shape:
+    """Returns the shape of an operand as a program wants it."""
+    leaf = len(shape) == 1
+    return shape if leaf or not features_first else (shape[0], shape[-1], *shape[1:-1])
+
+
+def sharding(case: Case, devices: Sequence[Any], leaf: bool) -> NamedSharding:
+    """Returns where an operand lies that the devices of a case share: a leaf is whole on each."""
+    mesh = Mesh(np.array(devices[: case.devices]), (AXIS,))
+    return NamedSharding(mesh, PartitionSpec() if leaf else PartitionSpec(AXIS))
 
 
 def checked(value: np.ndarray, features_first: bool) -> np.ndarray:
@@ -126,9 +148,15 @@ def kept_bytes(function: Callable[..., Any], *operands: Any) -> int:
 
 
 def _forward(
-    apply: Callable, case: Case, params: dict, stats: dict, x: jax.Array, residual: Any
+    apply: Callable,
+    case: Case,
+    params: dict,
+    stats: dict,
+    x: jax.Array,
+    residual: Any = None,
+    mask: Any = None,
 ) -> tuple[Any, dict]:
-    y, stats = apply(params, stats, x)
+    y, stats = apply(params, stats, x, **({"mask": mask} if case.masked else {}))
     if residual is not None:
         y = y + residual
     return (jax.nn.relu(y) if case.then else y), stats
@@ -138,9 +166,9 @@ def _run(
     apply: Callable, case: Case, params: dict, stats: dict, arrays: dict[str, Any]
 ) -> dict[str, Any]:
     """What is timed: y and new statistics, and the gradients of all that there is."""
-    forward = partial(_forward, apply, case)
+    forward = partial(_forward, apply, case, mask=arrays.get("mask"))
     x, residual = arrays["x"], arrays.get("residual")
-    if case.mode != "forward+backward":
+    if not case.differentiated:
         y, new = forward(params, stats, x, residual)
         return {"y": y, **(new if case.train else {})}
     y, backward, new = jax.vjp(
@@ -149,14 +177,30 @@ def _run(
     d_params, d_x, d_residual = backward(arrays["cotangent"])
     if case.devices > 1:
         d_params = jax.lax.psum(d_params, AXIS)
-    found = {
-        "y": y,
-        "d_x": d_x,
-        "d_residual": d_residual,
-        **{f"d_{k}": v for k, v in d_params.items()},
-        **new,
-    }
+    return {"y": y, **_gradients(d_params, d_x, d_residual), **new}
+
+
+def _gradients(d_params: dict, d_x: Any, d_residual: Any) -> dict[str, Any]:
+    found = {"d_x": d_x, "d_residual": d_residual, **{f"d_{k}": v for k, v in d_params.items()}}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _transposed(
+    forward: Callable, params: dict, stats: dict, arrays: dict[str, Any]
+) -> tuple[Callable[..., dict[str, Any]], tuple]:
+    """The backward pass as a program of its own, and what the forward pass keeps for it."""
+
+    def kept(params: dict, stats: dict, x: Any, residual: Any, mask: Any) -> Any:
+        one = lambda p, x, r: forward(p, stats, x, r, mask)  # noqa: E731
+        return jax.vjp(one, params, x, residual, has_aux=True)[1]
+
+    given = (params, stats, arrays["x"], arrays.get("residual"), arrays.get("mask"))
+    abstract = isinstance(arrays["x"], jax.ShapeDtypeStruct)
+    backward = jax.eval_shape(kept, *given) if abstract else jax.jit(kept)(*given)
+    return (
+        lambda backward, cotangent: _gradients(*backward(cotangent)),
+        (backward, arrays["cotangent"]),
+    )
 
 
 def _shared(run: Callable, params: dict, stats: dict, arrays: dict[str, Any]) -> Callable:
@@ -189,7 +233,4 @@ def _placed(value: np.ndarray, case: Case, features_first: bool) -> jax.Array:
         value = np.ascontiguousarray(np.moveaxis(value, -1, 1))
     if case.devices == 1:
         return jnp.asarray(value)
-    mesh = Mesh(np.array(jax.devices()[: case.devices]), (AXIS,))
-    return jax.device_put(
-        value, NamedSharding(mesh, PartitionSpec() if leaf else PartitionSpec(AXIS))
-    )
+    return jax.device_put(value, sharding(case, jax.devices(), leaf))

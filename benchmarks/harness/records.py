@@ -21,6 +21,7 @@ PACKAGES = (
     "jax",
     "jaxlib",
     "libtpu",
+    "jax-cuda13-plugin",
     "flax",
     "optax",
     "dm-haiku",
@@ -108,6 +109,11 @@ def skipped(rows: list[dict[str, Any]]) -> str:
         f"skipped: {name}, {'every row' if len(where) == len(rows) else _few(where)}: {reason}"
         for (name, reason), where in found.items()
     )
+
+
+def first_line(error: Exception) -> str:
+    """Returns the beginning of an error's message, for a peer that is left out because of it."""
+    return (str(error).splitlines() or [""])[0][:160]
 
 
 def _few(names: list[str]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from . import peers, programs, torch_peers
 from .cases import Case, arrays_moved
 from .programs import Built, Operands
+from .records import first_line
 from .timing import Program, interleaved, summary
 
 PEERS = (*peers.PEERS, *torch_peers.PEERS)
@@ -116,12 +117,12 @@ def _checked(
             made = building.make(name, case, given)
             errors = programs.relative_errors(made.outputs(), reference)
         except ImportError as error:
-            found[name] = {"skipped": f"not installed: {_first_line(error)}"}
+            found[name] = {"skipped": f"not installed: {first_line(error)}"}
         except peers.Unable as error:
-            found[name] = {"skipped": f"unable: {_first_line(error)}"}
+            found[name] = {"skipped": f"unable: {first_line(error)}"}
         # of any kind: a peer that fails must not end the run, and is named
         except Exception as error:
-            found[name] = {"skipped": f"failed: {type(error).__name__}: {_first_line(error)}"}
+            found[name] = {"skipped": f"failed: {type(error).__name__}: {first_line(error)}"}
         else:
             worst = max(errors, key=lambda output: errors[output])
             if not errors[worst] <= TOLERANCE[case.dtype]:
@@ -138,7 +139,3 @@ def _copy(case: Case) -> Program:
     source = jnp.arange(case.nbytes // 4, dtype=jnp.uint32)
     copy = jax.jit(lambda bits: bits + jnp.uint32(1))
     return Program(lambda: copy(source), jax.block_until_ready, jax.default_backend() != "cpu")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:160]

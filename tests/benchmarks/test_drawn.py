@@ -63,7 +63,7 @@ def test_the_summary_has_the_means_of_the_drawn_rows_and_names_those_behind():
     assert f"  {drawn.REPORTED[0].name}: flax.linen 0.50x, 1.5 ms" in said
 
 
-@pytest.mark.parametrize("ratios", [{}, {"torch": 2.0}])
+@pytest.mark.parametrize("ratios", [{}, {"torch": 2.0}, {"formula": 2.0}])
 def test_a_row_without_a_library_on_jax_is_not_counted(ratios):
     said = drawn.summary([row(MANY[0], **ratios)])
     assert "  drawn, 0 rows: fastest library on JAX not measured" in said

@@ -13,6 +13,7 @@ from benchmarks.harness.cases import Case
 from benchmarks.harness.timing import Program
 
 SMALL = Case("batch", "forward+backward", (4, 3, 3, 32), "float32", "add+relu")
+MASKED_ON_8 = Case("batch", "forward+backward", (16, 2, 2, 16), "float32", devices=8, masked=True)
 
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 
@@ -35,13 +36,15 @@ def outputs(peer, case):
         (Case("batch", "forward+backward", (8, 4), "float32", "add+relu"), 4 + 7),
         (Case("layer", "forward", (8, 4), "float32"), 2),
         (Case("rms", "forward+backward", (8, 4), "float32"), 2 + 3),
+        (Case("batch", "backward", (8, 4), "float32"), 5),
+        (Case("layer", "backward", (8, 4), "float32"), 3),
     ],
 )
 def test_the_floor_counts_what_must_be_read_and_written(case, arrays):
     assert cases.arrays_moved(case) == arrays
 
 
-@pytest.mark.parametrize("name", ["tiny", "cpu", "gpu", "sync"])
+@pytest.mark.parametrize("name", ["tiny", "cpu", "gpu", "sync", "gpu_static"])
 def test_every_row_of_a_suite_has_a_name_of_its_own(name):
     names = [case.name for case in cases.suite(name)]
     assert len(set(names)) == len(names) > 5
@@ -66,6 +69,7 @@ def test_the_operands_are_exact_in_bfloat16_and_the_same_every_time():
     assert set(first) == {"x", "cotangent", "residual", "scale", "bias", "mean", "var"}
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name])
+        assert (value.shape, value.dtype) == cases.shapes(SMALL)[name]
     for name in ("scale", "bias", "mean", "var"):
         np.testing.assert_array_equal(
             first[name], jnp.asarray(first[name], jnp.bfloat16).astype(jnp.float32)
@@ -111,6 +115,29 @@ def test_a_peer_computes_what_normjax_computes(peer, layer):
         errors = programs.relative_errors(other, own)
         assert errors.keys() == own.keys()
         assert max(errors.values()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", [name for name in peers.PEERS if name != "tokamax"])
+@pytest.mark.parametrize("layer", ["batch", "layer", "rms", "group", "instance"])
+def test_the_backward_pass_alone_has_the_gradients_of_both_passes(peer, layer):
+    case = Case(layer, "forward+backward", (4, 3, 3, 32), "float32")
+    both, alone = outputs(peer, case), outputs(peer, case._replace(mode="backward"))
+    assert alone.keys() == {name for name in both if name.startswith("d_")}
+    assert {"d_x", "d_scale"} <= alone.keys()
+    assert max(programs.relative_errors(alone, both).values()) < 1e-5
+
+
+def test_the_backward_pass_alone_reads_what_the_forward_pass_keeps_and_returns_no_y():
+    case = Case("layer", "backward", (4, 32), "bfloat16", "add+relu")
+    placed = programs.Operands(case).placed(features_first=False)
+    run, given = programs.traceable("formula", case, placed)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), placed)
+    abstract = programs.traceable("formula", case, shapes)[1]
+    sizes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(given)]
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(abstract)] == sizes
+    assert ((4, 32), jnp.float32) in sizes  # the deviations from the mean
+    assert run(*given).keys() == {"d_x", "d_residual", "d_scale", "d_bias"}
 
 
 @pytest.mark.slow
@@ -160,11 +187,30 @@ def test_peers_that_are_wrong_absent_unable_or_slow_are_named_with_the_reason(mo
 def test_synced_rows_run_on_all_devices_and_agree():
     case = Case("batch", "forward+backward", (8, 2, 2, 16), "float32", devices=8)
     alone = outputs("normjax", case._replace(devices=1))
-    for peer in ("normjax", "flax.linen", "haiku"):
+    for peer in ("normjax", "flax.linen", "haiku", "formula"):
         errors = programs.relative_errors(outputs(peer, case), alone)
         assert max(errors.values()) < 1e-5
     with pytest.raises(peers.Unable, match="distribution"):
         programs.build("keras", case, programs.Operands(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["forward+backward", "backward"])
+@pytest.mark.parametrize("peer", peers.MASKED)
+def test_masked_rows_leave_examples_out(peer, mode):
+    case = Case("batch", mode, (16, 2, 2, 16), "float32", masked=True)
+    own, other = outputs("normjax", MASKED_ON_8), outputs(peer, case)
+    assert max(programs.relative_errors(other, own).values()) < 1e-5
+    unmasked = outputs(peer, case._replace(masked=False))
+    assert programs.relative_errors(unmasked, own)["d_scale"] > 1e-2
+
+
+def test_each_device_of_a_masked_row_leaves_out_another_number_of_examples():
+    mask = cases.operands(MASKED_ON_8)["mask"]
+    assert mask.shape == (16, 1, 1, 1)
+    assert len(set(mask.reshape(8, 2).sum(1))) > 1
+    with pytest.raises(peers.Unable, match="takes no mask"):
+        programs.build("haiku", MASKED_ON_8, programs.Operands(MASKED_ON_8))
 
 
 def test_the_header_names_the_machine_and_the_versions():

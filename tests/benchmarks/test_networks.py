@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import normjax as nj
-from benchmarks.harness import networks, training
+from benchmarks.harness import networks, training, transformers
+
+READ = {network.name: network for network in networks.suite("gpu_static")}
 
 pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 TINY = {network.name: network for network in networks.suite("tiny")}
@@ -72,3 +74,45 @@ def test_a_step_lowers_the_loss():
         *state, loss = step(*state, inputs, labels)
         losses.append(float(loss))
     assert (np.diff(losses) < 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READ)
+def test_the_networks_that_are_only_compiled_are_traced(name):
+    network = READ[name]
+    inputs, labels = jax.eval_shape(lambda: networks.batch(network))
+    state = jax.eval_shape(network.init, jax.random.key(0), inputs)
+    *new, loss = jax.eval_shape(networks.step(network), *state, inputs, labels)
+    assert (loss.shape, loss.dtype) == ((), jnp.float32)
+    assert jax.tree.map(jnp.shape, tuple(new)) == jax.tree.map(jnp.shape, state)
+
+
+def test_a_vit_tells_images_apart_by_every_patch_and_where_it_is():
+    norm = lambda params, x: jax.nn.standardize(x)  # noqa: E731
+    model = transformers.ViT("layer", 32, 1, 10, "float32", norm)
+    images = np.random.default_rng(0).standard_normal((2, 32, 48, 3), np.float32)
+    params, _ = model.init(jax.random.key(0), images)
+    assert params["position"].shape == (1, 2 * 3 + 1, 32)
+    logits = jax.jit(lambda images: model.logits(params, {}, images)[0])
+    corner = images.copy()
+    corner[:, -1, -1] += 1
+    swapped = np.concatenate([images[:, 16:], images[:, :16]], 1)  # the rows of patches
+    for other in (corner, swapped):
+        assert np.abs(logits(other) - logits(images)).max() > 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["normjax", "flax.linen", "formula"])
+def test_the_critic_learns_the_rewards_and_moves_its_statistics(peer):
+    network = READ["crossq critic"]
+    inputs, rewards = networks.batch(network)
+    with networks.normalized_by(peer):
+        state = jax.jit(network.init)(jax.random.key(0), inputs)
+        step, losses = jax.jit(networks.step(network)), []
+        for _ in range(20):
+            *state, loss = step(*state, inputs, rewards / networks.CLASSES)
+            losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+    first = state[1][0]["mean"]
+    assert np.abs(first).max() > 0.01
+    np.testing.assert_allclose(first, (1 - 0.9**20) * inputs.mean((0, 1)), rtol=1e-3, atol=1e-5)

@@ -1,5 +1,6 @@
 """The benchmarks as they are called."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -60,6 +61,12 @@ def test_compare_shows_what_changed_beyond_the_noise(files):
         each["rows"][0]["peers"]["normjax"]["estimated_cycles"] = cycles
     slower = call("compare.py", *files(a=counted[0], b=counted[1]), status=1)
     assert "| estimated_cycles | 1000 | 1060 | 1.060x |" in slower
+    counted = [result(1.0, 64), result(1.0, 64)]
+    for each, conditionals in zip(counted, (0, 53), strict=True):
+        figures = {"bytes_moved": 300, "estimated_us": 1.5, "conditionals": conditionals}
+        each["rows"][0]["peers"]["normjax"] |= figures
+    branching = call("compare.py", *files(a=counted[0], b=counted[1]), status=1)
+    assert "| conditionals | 0 | 53 | infx |" in branching and "estimated_us" not in branching
     other = call("compare.py", *files(a=result(1.0, 64), b=result(1.0, 64, name="another")))
     assert "not in B: batch norm forward 8x4 float32" in other and "not in A: another" in other
 
@@ -143,6 +150,23 @@ def test_the_gpu_call_works_dry(tmp_path):
     assert [row["name"] for row in found["rows"] if row["peers"]["normjax"]["ms"] <= 0] == []
     assert sum("floor_ms" in row for row in found["rows"]) == 10
     assert sum(row["name"].endswith("step") for row in found["rows"]) == 4
+
+
+@pytest.mark.slow
+def test_programs_of_gpus_are_plotted_and_need_jax_with_cuda_to_be_compiled(tmp_path):
+    figures = {"bytes_moved": 300, "bytes_in_branches": 50}
+    figures |= {"estimated_us": 1.5, "estimated_us_in_branches": 0.5}
+    peers = {"normjax": figures, "flax.linen": figures, "equinox": {"skipped": "absent"}}
+    row = {"name": "layer norm forward 8x4 float32", "x_bytes": 128, "peers": peers}
+    step = {"name": "resnet50 step", "peers": peers}
+    results = {"target": "H100", "machine": {}, "versions": {"jax": "0.10.2"}, "rows": [row, step]}
+    (tmp_path / "a.json").write_text(json.dumps(results))
+    call("plot.py", tmp_path / "a.json", tmp_path / "a.svg", "--peers", "normjax", "formula")
+    text = (tmp_path / "a.svg").read_text()
+    assert text.startswith("<?xml") and "programs for H100, not run; jax 0.10.2" in text
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        said = call("gpu_static.py", "--only", "critic", status=2)
+        assert "jax[cuda13] is needed" in said
 
 
 @pytest.mark.slow
