@@ -97,9 +97,9 @@ def test_many_devices_take_two_sums():
 def test_a_sample_that_is_far_from_the_mean_is_a_part_of_the_variance(platform, shape, rng):
     """The worst: the sample is far from all else, which is far from zero."""
     x = np.float32(rng.normal(1e4, 1, shape))
+    sampled = x[:2] if len(shape) == 2 else x[:, :1]
     for distance in (0.0, 10.0, 1e5):
-        x[:, ::16] = 1e4 - distance if len(shape) > 2 else x[:, ::16]
-        x[::16] = x[::16] if len(shape) > 2 else 1e4 - distance
+        sampled[...] = 1e4 - distance
         moments = partial(nj.moments, reduction_axes=tuple(range(len(shape) - 1)))
         found = Platform(platform)(moments, x)
         expected = np.float64(x).reshape(-1, 3).var(0)
