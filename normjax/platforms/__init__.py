@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from normjax.platforms.plain import PLAIN
 
@@ -30,6 +32,14 @@ def by_platform(
     phrasings = {"cpu": cpu, "cuda": gpu, "rocm": gpu}
     given = {platform: each for platform, each in phrasings.items() if each is not None}
     return lax.platform_dependent(*operands, default=elsewhere, **given)
+
+
+def rounded(x: Array) -> Array:
+    """Returns x, rounded to the precision that it has: XLA moves no arithmetic across that."""
+    if jnp.iscomplexobj(x):
+        return lax.complex(rounded(x.real), rounded(x.imag))
+    kind = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, kind.nexp, kind.nmant)
 
 
 def one_device() -> bool:

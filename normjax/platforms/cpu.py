@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
 from normjax._typing import is_wide
-from normjax.platforms import by_platform
+from normjax.platforms import by_platform, rounded
 
 
 def separate_operands(x: Array, copies: int) -> tuple[Array, ...]:
@@ -47,14 +46,8 @@ def materialize(*arrays: Array) -> tuple[Array, ...]:
 
     Otherwise XLA recomputes them for each element of x, or makes one slow fusion of the reductions
     of x and their uses: instance norm's backward pass took twice as long. XLA does not fuse through
-    `reduce_precision`, even to the precision that the array has.
+    a rounding.
     """
-
-    def rounded(array: Array) -> Array:
-        if jnp.iscomplexobj(array):
-            return array
-        kind = jnp.finfo(array.dtype)
-        return lax.reduce_precision(array, kind.nexp, kind.nmant)
 
     def stored(*arrays: Array) -> tuple[Array, ...]:
         return tuple(map(rounded, arrays))

@@ -51,18 +51,19 @@ def example_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
 
 
 def _moments(spec: Spec, x: Array, mask: Mask | None) -> Moments:
-    """Takes two passes, as a row is cached after the first; on a single CPU, one if it is safe."""
-    if spec.devices != ALONE:
-        return two_passes(spec, x, mask)
     in_one_kernel = mask is None and reduces_rows(x, spec.axes)
-    return _by_platform(spec, x, mask, gpu=in_a_row if in_one_kernel else around_sample)
+    return _phrased(spec, x, mask, gpu=in_a_row if in_one_kernel else around_sample)
 
 
-def _by_platform(
+def _phrased(
     spec: Spec, x: Array, mask: Mask | None, gpu: Callable[[Spec, Array, Mask | None], Moments]
 ) -> Moments:
-    cpu = partial(one_pass_if_safe, spec) if one_device() else None
-    return by_platform(partial(two_passes, spec), x, mask, cpu=cpu, gpu=partial(gpu, spec))
+    """Takes one pass around a sample; on a CPU two passes, as a row is cached after the first."""
+    if PLAIN.value or spec.devices != ALONE:
+        return two_passes(spec, x, mask)
+    cpu = one_pass_if_safe if one_device() else two_passes
+    sampled = partial(around_sample, spec)
+    return by_platform(sampled, x, mask, cpu=partial(cpu, spec), gpu=partial(gpu, spec))
 
 
 def kept_moments(spec: Spec, x: Input, mask: None) -> Moments:
@@ -74,7 +75,7 @@ def kept_moments(spec: Spec, x: Input, mask: None) -> Moments:
 
 
 def _kept_moments(spec: Spec, x: Array, mask: None) -> Moments:
-    return _by_platform(spec, x, mask, gpu=around_sample)
+    return _phrased(spec, x, mask, gpu=around_sample)
 
 
 def mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array, Array]:

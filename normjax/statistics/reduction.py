@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax._typing import Mask, is_weight, widen
-from normjax.platforms import by_platform
+from normjax.platforms import by_platform, rounded
 from normjax.platforms.cpu import separate_if_narrow, separate_operands
 from normjax.platforms.gpu import sample
 from normjax.platforms.plain import PLAIN, custom_jvp
@@ -45,6 +45,8 @@ def batch_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
 
 
 def _of_batch(spec: Spec, x: Array, mask: Mask | None) -> Moments:
+    if PLAIN.value:
+        return two_passes(spec, x, mask)
     if PLAIN.value:
         return two_passes(spec, x, mask)
     guarded, sampled = partial(one_pass_if_safe, spec), partial(around_sample, spec)
@@ -210,7 +212,7 @@ def around(
     _, offset, square = means(spec, x, mask, reference, count)
     if not near:
         # XLA would square the sum before it divides by n, and the square may overflow.
-        offset = lax.optimization_barrier(offset)
+        offset = rounded(offset)
     unit = spec.unit(x)
     correction = abs2(offset if unit == 1 else offset * unit)
     if not near:
