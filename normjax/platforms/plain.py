@@ -53,8 +53,9 @@ def is_plain_for(operands: Any) -> bool:
     """Whether to trace so: on request, or for jet, whose tracers leak from rules of derivatives."""
     if PLAIN.value:
         return True
-    leaves = jax.tree.leaves(operands) if JET in sys.modules else ()
-    return any(type(leaf).__module__ == JET for leaf in leaves)
+    if JET not in sys.modules:
+        return False
+    return any(type(leaf).__module__ == JET for leaf in jax.tree.leaves(operands))
 
 
 def custom_jvp(function: Callable[..., Any], nondiff_argnums: tuple[int, ...] = ()) -> Any:

@@ -105,7 +105,8 @@ def pcast_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, 
     The transpose of that cast is a sum over devices. JAX would cast part by part, and the backward
     pass would have an all-reduce for each of mean, scale and bias. Packed, it has one.
     """
-    missing = varying_axes(x) - frozenset().union(*map(varying_axes, parts))
+    over = varying_axes(x)
+    missing = over and over - frozenset().union(*map(varying_axes, parts))
     if not (missing and parts):
         return parts
     return _packed(partial(lax.pcast, axis_name=tuple(missing), to="varying"), parts)
