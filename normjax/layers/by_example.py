@@ -24,7 +24,7 @@ from normjax.statistics.per_example import (
 from normjax.statistics.spec import Moments, or_one
 
 
-def has_one_derivative(spec: ExampleSpec, params: Params, mask: Mask | None) -> bool:
+def has_one_derivative(spec: ExampleSpec, mask: Mask | None) -> bool:
     """Returns whether `normalize_by_own` applies: all counts, here, and rows have no features.
 
     Statistics with features of their own, as group norm's, are the factors of arrays of their size,

@@ -116,8 +116,8 @@ def instance_norm(
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance is safe
-      far from zero. y and its gradients are right for x up to 1e25.
+      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance is
+      safe far from zero. y and its gradients are right for x up to 1e25.
 
     Raises:
       ValueError, TypeError, NameError: at trace time, for arguments that do not fit: a reduction
