@@ -61,8 +61,20 @@ print(branches("layer_norm"), branches("group_norm"), branches("instance_norm"))
     assert in_process(devices, "-c", code).split() == [str(int(devices == 1))] * 3
 
 
-def branches(layer):
-    return entry(traced(layer).lower().compile(AS_FOR_USERS)).count(" conditional(")
+def branches(layer, shape=SHAPE, dtype=jnp.bfloat16):
+    program = traced(layer, shape, dtype).lower().compile(AS_FOR_USERS)
+    return entry(program).count(" conditional(")
+
+
+@pytest.mark.slow
+def test_a_batch_norm_of_a_small_array_has_no_branch_on_one_device():
+    code = """
+import jax.numpy as jnp
+from tests.layers.test_programs import branches
+print(*[branches("batch_norm", (size, 256), jnp.float32) for size in (128, 129)])
+"""
+    assert in_process(1, "-c", code).split() == ["0", "1"]
+    assert branches("batch_norm", (128, 256), jnp.float32) == 1
 
 
 @pytest.mark.slow
