@@ -88,6 +88,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("on_platform", platforms)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the CPU and one accelerator of each case of a test, by turns.
+
+    A test with fewer cases than accelerators keeps all of them, and so do the tests of every layer,
+    test_contract.py. Most of an accelerator's time goes into lowering programs that differ little
+    from each other, or not at all. In a module a case always gets the same accelerator, since its
+    tests may share a program.
+    """
+    tests, turns = {}, {}
+    for item in items:
+        if "on_platform" in getattr(item, "fixturenames", ()):
+            platform = item.callspec.params["on_platform"].name
+            if platform != "cpu" and item.module.__name__ not in FAST_PLATFORMS:
+                test, _, case = item.nodeid.removesuffix(f"{platform}]").partition("[")
+                tests.setdefault(test, {}).setdefault(case, []).append(item)
+                cases = turns.setdefault(item.path, {})
+                cases.setdefault(case, len(cases))
+    dropped = set()
+    for accelerators in tests.values():
+        if len(accelerators) >= len(PLATFORMS) - 1:
+            for case, same in accelerators.items():
+                chosen = same[turns[same[0].path][case] % len(same)]
+                dropped.update(item for item in same if item is not chosen)
+    items[:] = [item for item in items if item not in dropped]
+
+
 @pytest.fixture
 def rng():
     """A NumPy generator with a fixed seed."""
