@@ -92,27 +92,39 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps the CPU and one accelerator of each case of a test, by turns.
 
-    A test with fewer cases than accelerators keeps all of them, and so do the tests of every layer,
-    test_contract.py. Most of an accelerator's time goes into lowering programs that differ little
-    from each other, or not at all. In a module a case always gets the same accelerator, since its
-    tests may share a program.
+    Most of an accelerator's time goes into lowering programs that differ little from each other, or
+    not at all. And of every two cases one is optimized for CPUs as for users, which takes five
+    times as long. In a module a case always has the same turn, since its tests may share programs.
+
+    A test with fewer cases than accelerators keeps all platforms and optimizes for all cases, and
+    so do the tests of every layer, test_contract.py.
     """
     tests, turns = {}, {}
     for item in items:
-        if "on_platform" in getattr(item, "fixturenames", ()):
+        with_platforms = "on_platform" in getattr(item, "fixturenames", ())
+        if with_platforms and item.module.__name__ not in FAST_PLATFORMS:
             platform = item.callspec.params["on_platform"].name
-            if platform != "cpu" and item.module.__name__ not in FAST_PLATFORMS:
-                test, _, case = item.nodeid.removesuffix(f"{platform}]").partition("[")
-                tests.setdefault(test, {}).setdefault(case, []).append(item)
-                cases = turns.setdefault(item.path, {})
-                cases.setdefault(case, len(cases))
+            test, _, case = item.nodeid.removesuffix(f"{platform}]").partition("[")
+            tests.setdefault(test, {}).setdefault(case, {})[platform] = item
+            cases = turns.setdefault(item.path, {})
+            cases.setdefault(case, len(cases))
     dropped = set()
-    for accelerators in tests.values():
-        if len(accelerators) >= len(PLATFORMS) - 1:
-            for case, same in accelerators.items():
-                chosen = same[turns[same[0].path][case] % len(same)]
-                dropped.update(item for item in same if item is not chosen)
+    for cases in tests.values():
+        if len(cases) >= len(PLATFORMS) - 1:
+            for case, by_platform in cases.items():
+                path = next(iter(by_platform.values())).path
+                dropped |= _take_turn(by_platform, turns[path][case])
     items[:] = [item for item in items if item not in dropped]
+
+
+def _take_turn(by_platform: dict[str, pytest.Item], turn: int) -> set[pytest.Item]:
+    """Compiles a case for CPUs quickly if the turn is odd. Returns what it is not run on."""
+    accelerators = [item for platform, item in by_platform.items() if platform != "cpu"]
+    if turn % 2 and "cpu" in by_platform:
+        params = by_platform["cpu"].callspec.params
+        params["on_platform"] = params["on_platform"].quickly
+    chosen = turn % max(1, len(accelerators))
+    return {item for place, item in enumerate(accelerators) if place != chosen}
 
 
 @pytest.fixture
