@@ -20,23 +20,36 @@ def at_once(function, *arguments):
     return jax.device_get(jax.jit(function)(*arguments))
 
 
-def assert_close(actual, expected, *, rtol=0.0, atol=0.0, dtype=None):
-    """Asserts equal shapes, and |actual - expected| <= atol + rtol * |expected|, all finite."""
-    assert np.isfinite(widest(expected)).all(), f"the expectation itself is not finite: {expected}"
+def assert_close(actual, expected, *, rtol=0.0, atol=0.0, dtype=None, case=""):
+    """Asserts equal shapes, and |actual - expected| <= atol + rtol * |expected|, all finite.
+
+    A failure names the case, if one is given.
+    """
+    assert np.isfinite(widest(expected)).all(), (
+        f"{case} the expectation itself is not finite: {expected}"
+    )
     assert np.shape(actual) == np.shape(expected), (
-        f"shape {np.shape(actual)}, not {np.shape(expected)}"
+        f"{case} shape {np.shape(actual)}, not {np.shape(expected)}"
     )
     if dtype is not None:
         assert np.asarray(actual).dtype == dtype, (
-            f"dtype {np.asarray(actual).dtype}, not {np.dtype(dtype)}"
+            f"{case} dtype {np.asarray(actual).dtype}, not {np.dtype(dtype)}"
         )
-    np.testing.assert_allclose(widest(actual), widest(expected), rtol=rtol, atol=atol)
+    np.testing.assert_allclose(
+        widest(actual), widest(expected), rtol=rtol, atol=atol, err_msg=str(case)
+    )
 
 
 def assert_trees_close(actual, expected, *, rtol=0.0, atol=0.0):
-    """`assert_close` for each leaf of trees of one structure."""
+    """`assert_close` for each leaf of trees of one structure; a failure names the leaf."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: assert_close(a, b, rtol=rtol, atol=atol), actual, expected)
+    jax.tree_util.tree_map_with_path(
+        lambda path, a, b: assert_close(
+            a, b, rtol=rtol, atol=atol, case=jax.tree_util.keystr(path)
+        ),
+        actual,
+        expected,
+    )
 
 
 def assert_same_kind(actual, expected):
@@ -45,10 +58,17 @@ def assert_same_kind(actual, expected):
     assert jax.tree.map(_kind, actual) == jax.tree.map(_kind, expected)
 
 
-def assert_identical(actual, expected):
-    """Trees of one structure, whose leaves agree in shape, in dtype and bit for bit."""
+def assert_identical(actual, expected, *, case=""):
+    """Trees of one structure, whose leaves agree in shape, in dtype and bit for bit.
+
+    A failure names the case, if one is given.
+    """
     assert_same_kind(actual, expected)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(_bits(a), _bits(b)), actual, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(_bits(a), _bits(b), err_msg=str(case)),
+        actual,
+        expected,
+    )
 
 
 def assert_finite(tree):

@@ -54,8 +54,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Spares what was imported the collections of garbage, which took a tenth of the time."""
+    """Collects garbage rarely, and not in what was imported: it took a tenth of the time.
+
+    JAX makes many objects and few cycles. By Python's thresholds there are forty times as many
+    collections, and the memory is the same.
+    """
     gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
@@ -86,6 +91,45 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for name in PLATFORMS
         ]
         metafunc.parametrize("on_platform", platforms)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the CPU and one accelerator of each case of a test, by turns.
+
+    Most of an accelerator's time goes into lowering programs that differ little from each other, or
+    not at all. And of every two cases one is optimized for CPUs as for users, which takes five
+    times as long. In a module a case always has the same turn, since its tests may share programs.
+
+    A test with fewer cases than accelerators keeps all platforms and optimizes for all cases, and
+    so do the tests of every layer, test_contract.py.
+    """
+    tests, turns = {}, {}
+    for item in items:
+        with_platforms = "on_platform" in getattr(item, "fixturenames", ())
+        if with_platforms and item.module.__name__ not in FAST_PLATFORMS:
+            platform = item.callspec.params["on_platform"].name
+            test, _, case = item.nodeid.removesuffix(f"{platform}]").partition("[")
+            tests.setdefault(test, {}).setdefault(case, {})[platform] = item
+            cases = turns.setdefault(item.path, {})
+            cases.setdefault(case, len(cases))
+    dropped = set()
+    for cases in tests.values():
+        if len(cases) >= len(PLATFORMS) - 1:
+            for case, by_platform in cases.items():
+                path = next(iter(by_platform.values())).path
+                dropped |= _take_turn(by_platform, turns[path][case])
+    items[:] = [item for item in items if item not in dropped]
+
+
+def _take_turn(by_platform: dict[str, pytest.Item], turn: int) -> set[pytest.Item]:
+    """Compiles a case for CPUs quickly if the turn is odd. Returns what it is not run on."""
+    accelerators = [item for platform, item in by_platform.items() if platform != "cpu"]
+    if turn % 2 and "cpu" in by_platform:
+        params = by_platform["cpu"].callspec.params
+        params["on_platform"] = params["on_platform"].quickly
+    chosen = turn % max(1, len(accelerators))
+    return {item for place, item in enumerate(accelerators) if place != chosen}
 
 
 @pytest.fixture

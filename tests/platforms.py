@@ -1,7 +1,8 @@
 """The programs that the compilers for CPU, CUDA, ROCm and TPU are given, run on this machine.
 
 JAX may phrase a function differently for each platform (`lax.platform_dependent`). A test that
-takes the argument `on_platform` runs once for each platform (conftest.py sees to that):
+takes the argument `on_platform` runs once for each platform, or, with many cases, each case on the
+CPU and on one of the others, by turns (conftest.py sees to that):
 
     def test_values(on_platform):
         y, batch_stats = on_platform(partial(nj.batch_norm, train=True), params, batch_stats, x)

@@ -4,13 +4,14 @@ import collections
 import importlib
 import pathlib
 import warnings
+from functools import partial
 
 import jax.numpy as jnp
 import onnx
 import pytest
 
 import normjax as nj
-from tests.compare import assert_close
+from tests.compare import assert_close, at_once
 
 # onnx 1.19 and 1.23.2 have this many that we run; a release that has fewer is to be looked at.
 OPERATORS = {
@@ -134,7 +135,7 @@ def test_a_node_test_of_onnx(name):
     case = CASES[name]
     op, attributes = operator(case)
     for inputs, outputs in case.data_sets:
-        actual = MAPPING[op](*map(jnp.asarray, inputs), **attributes)
+        actual = at_once(partial(MAPPING[op], **attributes), *inputs)
         assert len(actual) == len(outputs)
         for ours, theirs in zip(actual, outputs, strict=True):
             # ONNX allows 1e-3 and 1e-7, where an alpha of 1e-4 would not show. Their side is NumPy

@@ -1,5 +1,7 @@
 """The library passes whole where JAX is told to raise for operands of different ranks."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -46,13 +48,14 @@ def test_parameters_of_each_example_ghosts_and_devices(layer):
     params = {leaf: jnp.ones((6, 1, 4)) for leaf in PARAMS}
     masks = {} if layer is nj.activated_batch_norm else {"mask": X[..., :1] > 0}
     for settings in ({}, masks, {"virtual_batch_size": 2}, masks | {"virtual_batch_size": 2}):
-        layer(params, BATCH_STATS, X, True, **settings)
+        jax.eval_shape(partial(layer, train=True, **settings), params, BATCH_STATS, X)
 
     def on_device(x):
         return layer(PARAMS, BATCH_STATS, x, True, axis_name="devices")[0]
 
-    jax.vmap(on_device, axis_name="devices")(X)
-    layer(PARAMS, BATCH_STATS, X, True, momentum=None, running_var="unbiased")
+    jax.eval_shape(jax.vmap(on_device, axis_name="devices"), X)
+    cumulative = partial(layer, train=True, momentum=None, running_var="unbiased")
+    jax.eval_shape(cumulative, PARAMS, BATCH_STATS, X)
 
 
 def sync():
@@ -129,6 +132,7 @@ def report():
     nj.diagnostics.report((PARAMS, BATCH_STATS), apply_fn=apply, batch=X)
 
 
+TRACED = (sync, update, renormalize, project, accumulate)
 OTHERS = [
     sync,
     update,
@@ -150,4 +154,8 @@ OTHERS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("call", OTHERS, ids=lambda call: call.__name__)
 def test_all_else(call):
-    call()
+    """Traced where that is possible, since JAX raises as it traces."""
+    if call in TRACED:
+        jax.eval_shape(call)
+    else:
+        call()

@@ -1,5 +1,7 @@
 """The annotations of public functions are true: checked at run time, over typical calls."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -40,10 +42,12 @@ def test_initializers_and_keys(key):
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 def test_every_layer(layer, rng):
+    """Traced: the types of arrays are those of their tracers, and nothing is compiled."""
     for settings in layer.settings.values():
         params, batch_stats, x = arguments(layer, settings, rng)
+        run = partial(typed(layer.apply), train=True, **settings)
         for dtype in (jnp.float32, jnp.bfloat16):
-            typed(layer.apply)(params, batch_stats, x.astype(dtype), True, **settings)
+            jax.eval_shape(run, params, batch_stats, x.astype(dtype))
 
 
 @pytest.mark.parametrize("name", [name for name in nj.__all__ if name.endswith("_norm_init")])

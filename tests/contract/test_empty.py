@@ -7,12 +7,11 @@ import pytest
 
 import normjax as nj
 from tests.adapters import ADAPTERS, KEY, WRAPPERS
-from tests.compare import assert_identical, assert_trees_close
-from tests.contract.cases import CASES, every_case, of, step
+from tests.compare import assert_identical, assert_trees_close, at_once
+from tests.contract.cases import CASES, of, step
 from tests.contract.layers import SHAPE
 
 EMPTY = [(0, 3, 4), (6, 0, 4), (6, 3, 0)]
-every_shape = pytest.mark.parametrize("shape", EMPTY, ids=str)
 PLAIN = [case for case in CASES if case.variant in ("plain", "ghosts")]
 
 
@@ -28,30 +27,40 @@ def arguments(case, shape, rng):
     return params, batch_stats, jnp.zeros(shape), mask
 
 
-def assert_nothing_changed(outcome, given):
+def assert_nothing_changed(outcome, given, shape):
     params, batch_stats, x, mask = given
-    assert_identical((outcome.y, outcome.inferred, outcome.gradients[1]), (x, x, x))
+    assert_identical((outcome.y, outcome.inferred, outcome.gradients[1]), (x, x, x), case=shape)
     if (
         "count" in batch_stats and not x.shape[-1] and mask is None
     ):  # a batch of no features counts as one
         batch_stats = batch_stats | {"count": batch_stats["count"] + 1}
-    assert_identical(outcome.new, batch_stats)
+    assert_identical(outcome.new, batch_stats, case=shape)
     assert_trees_close(outcome.gradients[0], jax.tree.map(jnp.zeros_like, params))
 
 
+def with_every_shape(case, run, rng):
+    """The arguments of a case by the shape of x, and what its step gives of all of them."""
+    given = {str(shape): arguments(case, shape, rng) for shape in EMPTY}
+
+    def steps(given):
+        return {shape: step(case)(*each) for shape, each in given.items()}
+
+    return given, run(steps, given)
+
+
 @pytest.mark.slow
-@every_shape
-@every_case
-def test_every_layer(case, shape, rng):
-    given = arguments(case, shape, rng)
-    assert_nothing_changed(step(case)(*given), given)
+@of([case for case in CASES if case not in PLAIN])
+def test_every_layer(case, rng):
+    given, outcomes = with_every_shape(case, at_once, rng)
+    for shape in given:
+        assert_nothing_changed(outcomes[shape], given[shape], shape)
 
 
-@every_shape
 @of(PLAIN)
-def test_every_platform(on_platform, case, shape, rng):
-    given = arguments(case, shape, rng)
-    assert_nothing_changed(on_platform(step(case), *given), given)
+def test_every_platform(on_platform, case, rng):
+    given, outcomes = with_every_shape(case, on_platform, rng)
+    for shape in given:
+        assert_nothing_changed(outcomes[shape], given[shape], shape)
 
 
 # nnx.Linear itself cannot be made with 0 features.

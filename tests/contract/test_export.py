@@ -1,6 +1,6 @@
 """Every layer is exported once for all batch sizes, with a symbolic batch and height."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,20 @@ from flax import nnx
 from jax import export
 
 import normjax as nj
-from tests.compare import assert_trees_close
-from tests.contract.cases import CASES, REORDERED, of
+from tests.compare import assert_trees_close, at_once
+from tests.contract.cases import CASES, REORDERED
 from tests.contract.layers import SHAPE
 
 # Of a scaled kernel 1 / sqrt(fan_in) is a constant.
-EXPORTED = of([case for case in CASES if not case.settings.get("scaled")])
-HEIGHTS = [pytest.param("3", marks=pytest.mark.slow), "h"]
+EXPORTED = [case for case in CASES if not case.settings.get("scaled")]
+# The mode and the height: each with each, where there are statistics; else each once, by turns.
+ALL_WAYS = [(True, "h"), (False, "3"), (True, "3"), (False, "h")]
+
+
+def ways(case):
+    if case.layer.has_statistics:
+        return ALL_WAYS[:3]
+    return ALL_WAYS[:2] if CASES.index(case) % 2 else ALL_WAYS[2:]
 
 
 def exported(function, shape, x, mask):
@@ -27,16 +34,12 @@ def exported(function, shape, x, mask):
     return export.export(jax.jit(function))(*arguments)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("height", HEIGHTS)
-@pytest.mark.parametrize("train", [True, False])
-@EXPORTED
-def test_one_program_for_all_sizes(case, train, height, rng):
-    params, batch_stats, x = case.arguments(rng)
-    mask = jnp.asarray(case.mask()) if case.masked else None
-    batch = "3*b" if "virtual_batch_size" in case.settings else "b"
+@cache
+def step(case, train):
+    """y, new statistics, and the gradient of x."""
+    params, batch_stats, _ = case.arguments(np.random.default_rng(0))
 
-    def step(x, mask):
+    def run(x, mask):
         settings = {} if mask is None else {"mask": mask}
 
         def loss(x):
@@ -45,10 +48,27 @@ def test_one_program_for_all_sizes(case, train, height, rng):
 
         return jax.grad(loss, has_aux=True)(x)
 
-    program = exported(step, export.symbolic_shape(f"{batch}, {height}, {SHAPE[-1]}"), x, mask)
-    for size in (6, 3):
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "train", "height"),
+    [
+        pytest.param(case, *way, id="-".join(map(str, (case, *way))))
+        for case in EXPORTED
+        for way in ways(case)
+    ],
+)
+def test_one_program_for_all_sizes(case, train, height, rng):
+    _, _, x = case.arguments(rng)
+    mask = jnp.asarray(case.mask()) if case.masked else None
+    batch = "3*b" if "virtual_batch_size" in case.settings else "b"
+    shape = export.symbolic_shape(f"{batch}, {height}, {SHAPE[-1]}")
+    program = exported(step(case, train), shape, x, mask)
+    for size in (6, 3) if (train, height) == ways(case)[0] else (3,):
         given = x[:size], mask if mask is None else mask[:size]
-        assert_trees_close(program.call(*given), step(*given), **REORDERED)
+        assert_trees_close(program.call(*given), at_once(step(case, train), *given), **REORDERED)
 
 
 SETTINGS = {
@@ -73,7 +93,7 @@ def test_flax_modules_in_training(name, rng):
     shape = export.symbolic_shape(f"b, h, {SHAPE[-1]}")
     for run in (apply, lambda x: nnx.merge(graph, state, copy=True)(x)):
         program = exported(lambda x, mask, run=run: run(x), shape, x, None)
-        assert_trees_close(program.call(x, None), run(x), **REORDERED)
+        assert_trees_close(program.call(x, None), at_once(run, x), **REORDERED)
 
 
 @pytest.mark.parametrize("running_var", ["biased", "unbiased"])

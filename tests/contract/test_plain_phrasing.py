@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -13,7 +14,7 @@ from jax.experimental.jet import jet
 from jax.extend.core import jaxpr_as_fun
 
 import normjax as nj
-from tests.compare import assert_close, assert_trees_close
+from tests.compare import assert_close, assert_trees_close, at_once
 from tests.contract.cases import CASES, EPS, REORDERED, every_case, of
 from tests.contract.layers import FEATURES, SHAPE
 
@@ -51,6 +52,17 @@ def in_both_modes(case):
     return run
 
 
+def usual_and_plain(run, *given):
+    """What a function gives as usual, and under `plain_phrasing`: from one program."""
+
+    def both(*given):
+        usual = run(*given)
+        with nj.plain_phrasing():
+            return usual, run(*given)
+
+    return at_once(both, *given)
+
+
 @every_case
 def test_there_are_elementary_operations_alone(case, rng):
     given = case.arguments(rng)
@@ -66,33 +78,28 @@ def test_there_are_elementary_operations_alone(case, rng):
 def test_values_and_gradients_are_the_same(case, rng):
     """In double precision, since some statistics of few elements magnify the rounding."""
     with jax.enable_x64(True):
-        given = case.arguments(rng, jnp.float64)
-        run = in_both_modes(case)
-        expected = jax.jit(run)(*given)
-        with nj.plain_phrasing():
-            plain = jax.jit(run)(*given)
+        expected, plain = usual_and_plain(in_both_modes(case), *case.arguments(rng, jnp.float64))
         assert_trees_close(plain, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @every_case
-def test_values_are_the_same_in_narrow_dtypes(case, dtype, rng):
+def test_values_are_the_same_in_narrow_dtypes(case, rng):
     params, batch_stats, x = case.arguments(rng)
-    run = case.apply(True)
-    expected = jax.jit(run)(params, batch_stats, x.astype(dtype))
-    with nj.plain_phrasing():
-        plain = jax.jit(run)(params, batch_stats, x.astype(dtype))
-    rounded = float(jnp.finfo(dtype).eps) if dtype == jnp.bfloat16 else REORDERED["rtol"]
-    assert_trees_close(plain, expected, rtol=rounded, atol=rounded)
+    rtols = {"float32": REORDERED["rtol"], "bfloat16": float(jnp.finfo(jnp.bfloat16).eps)}
+
+    def run(x):
+        return {dtype: case.apply(True)(params, batch_stats, x.astype(dtype)) for dtype in rtols}
+
+    expected, plain = usual_and_plain(run, x)
+    for dtype, rounded in rtols.items():
+        assert plain[dtype][0].dtype == dtype
+        assert_trees_close(plain[dtype], expected[dtype], rtol=rounded, atol=rounded)
 
 
 @of([case for case in CASES if case.layer.safe_far_from_zero])
 def test_far_from_zero_the_variance_is_right(case, rng):
     params, batch_stats, x = case.arguments(rng)
-    x = x + 1e4
-    expected = jax.jit(case.apply(True))(params, batch_stats, x)[0]
-    with nj.plain_phrasing():
-        y, _ = jax.jit(case.apply(True))(params, batch_stats, x)
+    (expected, _), (y, _) = usual_and_plain(case.apply(True), params, batch_stats, x + 1e4)
     # The mean is rounded to half a ulp of 1e4, in units of a deviation that may be small.
     assert_close(y, expected, rtol=1e5 * EPS, atol=1e5 * EPS)
 
@@ -109,17 +116,17 @@ def test_second_derivatives_are_the_same_in_float32(case, rng):
 
         return jax.jvp(jax.grad(loss), (x,), (direction,))[1]
 
-    expected = jax.jit(along)(x)
-    with nj.plain_phrasing():
-        found = jax.jit(along)(x)
-    scale = float(jnp.abs(expected).max())
+    expected, found = usual_and_plain(along, x)
+    scale = float(np.abs(expected).max())
     assert_close(found, expected, atol=1e-3 * scale)
 
 
-@pytest.mark.parametrize("phrasing", [nj.plain_phrasing, contextlib.nullcontext])
+PHRASINGS = {"as usual": contextlib.nullcontext, "plain": nj.plain_phrasing}
+
+
 @pytest.mark.parametrize("train", [True, False])
 @every_case
-def test_jet_gives_derivatives_of_higher_order(case, train, phrasing, rng):
+def test_jet_gives_derivatives_of_higher_order(case, train, rng):
     """JAX's jet cannot read rules of derivatives. A layer that it calls itself needs no context."""
     params, batch_stats, x = case.arguments(rng)
     direction = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
@@ -130,12 +137,19 @@ def test_jet_gives_derivatives_of_higher_order(case, train, phrasing, rng):
     def slope(x):
         return jax.jvp(layer, (x,), (direction,))[1]
 
-    curvature = jax.jit(lambda x: jax.jvp(slope, (x,), (direction,))[1])
-    with phrasing():
-        y, (first, second) = jet(layer, (x,), ([direction, jnp.zeros_like(x)],))
-    expected = layer(x), slope(x), curvature(x)
-    for found, wanted in zip((y, first, second), expected, strict=True):
-        assert_close(found, wanted, rtol=1e-3, atol=1e-3 * max(1, float(jnp.abs(wanted).max())))
+    def series(x):
+        found = {}
+        for name, phrasing in PHRASINGS.items():
+            with phrasing():
+                y, terms = jet(layer, (x,), ([direction, jnp.zeros_like(x)],))
+            found[name] = y, *terms
+        return found, (layer(x), slope(x), jax.jvp(slope, (x,), (direction,))[1])
+
+    found, expected = at_once(series, x)
+    for name in PHRASINGS:
+        for order, (term, wanted) in enumerate(zip(found[name], expected, strict=True)):
+            atol = 1e-3 * max(1, float(np.abs(wanted).max()))
+            assert_close(term, wanted, rtol=1e-3, atol=atol, case=f"{name}, order {order}")
 
 
 def is_plain(function, *given):

@@ -1,5 +1,7 @@
 """Other tools of JAX around layers: donation, checkify, debug_nans, ensembles, rank promotion."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +22,16 @@ def expected(case):
     return jax.jit(step(case))(*given(case, np.random.default_rng(0)))
 
 
+@cache
+def checked(case):
+    return jax.jit(
+        checkify.checkify(step(case), errors=checkify.float_checks | checkify.index_checks)
+    )
+
+
 @every_case
 def test_checkify_finds_no_error_and_changes_nothing(case, rng, expected):
-    checked = checkify.checkify(step(case), errors=checkify.float_checks | checkify.index_checks)
-    error, outcome = jax.jit(checked)(*given(case, rng))
+    error, outcome = checked(case)(*given(case, rng))
     error.throw()
     assert_trees_close(outcome, expected, **REORDERED)
 
@@ -31,8 +39,7 @@ def test_checkify_finds_no_error_and_changes_nothing(case, rng, expected):
 @of([case for case in CASES if not case.masked])
 def test_checkify_finds_a_nan(case, rng):
     params, batch_stats, x, mask = given(case, rng)
-    checked = checkify.checkify(step(case), errors=checkify.nan_checks)
-    error, _ = jax.jit(checked)(params, batch_stats, x.at[0, 0, 0].set(jnp.inf) * 0, mask)
+    error, _ = checked(case)(params, batch_stats, x.at[0, 0, 0].set(jnp.inf) * 0, mask)
     with pytest.raises(checkify.JaxRuntimeError, match="nan generated"):
         error.throw()
 

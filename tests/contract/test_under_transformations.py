@@ -137,16 +137,18 @@ def derivatives(f, at, along, across):
     def g(at):
         return jax.grad(f)(at)
 
-    def slope(at):
-        return jax.jvp(f, (at,), (along,))[1]
+    def value_and_slope(at):
+        return jax.jvp(f, (at,), (along,))
 
+    (value, slope), (_, curvature) = jax.jvp(value_and_slope, (at,), (along,))
+    gradient, of_gradient = jax.jvp(g, (at,), (along,))
     return {
-        "value": f(at),
-        "gradient": g(at),
-        "slope": slope(at),
-        "curvature": jax.jvp(slope, (at,), (along,))[1],
-        "along": jax.jvp(g, (at,), (along,))[1],
-        "of the slope": jax.grad(slope)(at),
+        "value": value,
+        "gradient": gradient,
+        "slope": slope,
+        "curvature": curvature,
+        "along": of_gradient,
+        "of the slope": jax.grad(lambda at: value_and_slope(at)[1])(at),
         "across": jax.grad(lambda at: inner(g(at), across))(at),
     }
 

@@ -72,6 +72,7 @@ def test_dense_with_any_leaves(rng, use_bias, leaves):
 
 
 @pytest.mark.slow
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(
     rank=st.integers(1, 3),
     groups=st.sampled_from([1, 2, 3]),

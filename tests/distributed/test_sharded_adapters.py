@@ -1,7 +1,10 @@
 """Flax adapters on x with one axis cut over Explicit axes of a mesh give what one device gives."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen, nnx
 from jax.sharding import AxisType
@@ -22,7 +25,7 @@ SETTINGS = {
 }
 WRAPPERS = ("SpectralNorm", "WeightNorm", "WeightStandardization")
 NAMES = [name for name in nj.linen.__all__ if name not in WRAPPERS]
-CUTS = pytest.mark.parametrize(("axis", "devices"), [(0, 2), (1, 3), (2, 4)])
+CUTS = [(0, 2), (1, 3), (2, 4)]  # the axis, over how many devices
 
 
 def with_linen(name):
@@ -42,20 +45,32 @@ def with_nnx(name):
     return run
 
 
+def in_turn():
+    """Every cut of each layer with both adapters: one of them under vmap, by turns."""
+    for place, name in enumerate(NAMES):
+        for turn, cut_axis in enumerate(CUTS):
+            for adapter in (with_linen, with_nnx):
+                vmapped = (place + turn + (adapter is with_nnx)) % 2 == 1
+                named = f"{adapter.__name__}-{name}-{vmapped}-{cut_axis}"
+                yield pytest.param(adapter, name, vmapped, *cut_axis, id=named)
+
+
+@cache
+def run_and_given(adapter, name, vmapped):
+    """A function, its argument, and what it gives on one device."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), jnp.float32)
+    run = jax.vmap(adapter(name)) if vmapped else adapter(name)
+    given = jnp.stack([x, 2 * x]) if vmapped else x
+    return run, given, jax.jit(run)(given)
+
+
 @pytest.mark.slow
-@CUTS
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("adapter", [with_linen, with_nnx])
-def test_x_with_an_axis_cut(rng, adapter, name, axis, devices):
-    x = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
-    run = adapter(name)
-    expected = jax.jit(run)(x), jax.jit(jax.vmap(run))(jnp.stack([x, 2 * x]))
+@pytest.mark.parametrize(("adapter", "name", "vmapped", "axis", "devices"), [*in_turn()])
+def test_x_with_an_axis_cut(adapter, name, vmapped, axis, devices):
+    run, given, expected = run_and_given(adapter, name, vmapped)
     mesh = line(devices, AxisType.Explicit)
     with jax.set_mesh(mesh):
-        found = (
-            jax.jit(run)(cut(x, axis, mesh)),
-            jax.jit(jax.vmap(run))(cut(jnp.stack([x, 2 * x]), axis + 1, mesh)),
-        )
+        found = jax.jit(run)(cut(given, axis + vmapped, mesh))
     assert_trees_close(jax.device_get(found), jax.device_get(expected), **REORDERED)
 
 

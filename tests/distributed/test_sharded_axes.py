@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import normjax as nj
 from tests.compare import assert_trees_close
-from tests.contract.cases import CASES, REORDERED, every_case
+from tests.contract.cases import CASES, REORDERED
 
 KINDS = [
     pytest.param(AxisType.Explicit, id="explicit"),
@@ -24,6 +24,13 @@ KINDS = [
 # lie within devices, or across them. VMAPPED is an axis in front of the others.
 VMAPPED = -1
 CUTS = [(0, 2), (0, 6), (1, 3), (2, 2), (2, 4)]
+
+
+def named(values):
+    """A parameter for a test, with a name that says what it is."""
+    return pytest.param(
+        *values, id="-".join(str(getattr(value, "name", value)) for value in values)
+    )
 
 
 @cache
@@ -76,26 +83,37 @@ def assert_equals_one_device(case, vmapped, kind, axis, devices, *, cut_leaves=F
     assert_trees_close(jax.device_get(outcome), on_one_device(case, vmapped), **REORDERED)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("axis", "devices"), CUTS)
-@every_case
-def test_an_axis_of_x_may_be_cut(case, axis, devices, kind):
-    assert_equals_one_device(case, False, kind, axis, devices)
+def cuts_of_each_case():
+    """Each cut of every case: on Explicit axes, which refuse more than Auto ones; some on both.
+
+    Under vmap or not by turns. Where both kinds of axes have a cut, one of them is under vmap.
+    """
+    for place, case in enumerate(CASES):
+        on_auto = {place % len(CUTS), (place + 2) % len(CUTS)}
+        for turn, cut_axis in enumerate(CUTS):
+            vmapped = (place + turn) % 2 == 1
+            yield case, vmapped, AxisType.Explicit, *cut_axis
+            if turn in on_auto:
+                yield case, not vmapped, AxisType.Auto, *cut_axis
+        yield case, True, AxisType.Auto if place % 2 else AxisType.Explicit, VMAPPED, 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("axis", "devices"), [(VMAPPED, 2), *CUTS])
-@every_case
-def test_under_vmap_an_axis_of_x_may_be_cut(case, axis, devices, kind):
-    assert_equals_one_device(case, True, kind, axis, devices)
+@pytest.mark.parametrize(
+    ("case", "vmapped", "kind", "axis", "devices"), [*map(named, cuts_of_each_case())]
+)
+def test_an_axis_of_x_may_be_cut(case, vmapped, kind, axis, devices):
+    assert_equals_one_device(case, vmapped, kind, axis, devices)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("vmapped", [False, True])
-@every_case
+@pytest.mark.parametrize(
+    ("case", "vmapped", "kind"),
+    [
+        named((case, place % 2 == 1, (AxisType.Explicit, AxisType.Auto)[place // 2 % 2]))
+        for place, case in enumerate(CASES)
+    ],
+)
 def test_features_may_be_cut_with_parameters_and_statistics(case, vmapped, kind):
     assert_equals_one_device(case, vmapped, kind, 2, 2, cut_leaves=True)
 
@@ -127,13 +145,17 @@ def test_moments_of_any_cut(rng, axis, kind):
 
 # One mesh axis is mapped by hand, the other one left to JAX, and features are cut over it.
 SYNCED = ("batch_norm", "batch_renorm", "activated_batch_norm")
-PARTLY_MAPPED = [case for case in CASES if case.variant == "plain"]
+PARTLY_MAPPED = [
+    named((case, check_vma, kind))
+    for place, case in enumerate(case for case in CASES if case.variant == "plain")
+    for check_vma, kind in zip(
+        (place % 2 == 0, place % 2 == 1), (AxisType.Explicit, AxisType.Auto), strict=True
+    )
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("check_vma", [False, True])
-@pytest.mark.parametrize("case", PARTLY_MAPPED, ids=repr)
+@pytest.mark.parametrize(("case", "check_vma", "kind"), PARTLY_MAPPED)
 def test_shard_map_over_some_axes_with_features_cut_over_another(case, check_vma, kind):
     given = operands(case, False)
     weights = case.layer.name in ("weight_norm", "weight_standardization", "spectral_norm")

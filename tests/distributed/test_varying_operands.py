@@ -3,10 +3,11 @@
 Gathered arrays vary, and so do statistics that each device keeps for itself.
 """
 
-from itertools import product
+from functools import cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -36,17 +37,29 @@ def there(case):
     return [name for name in OPERANDS if name not in absent]
 
 
+def chosen_sets(names):
+    """Each operand alone, and all but each: of any two operands both, either and neither vary.
+
+    Of two operands or one these are not all sets; then they are none, all, and each alone.
+    """
+    if len(names) < 3:
+        return dict.fromkeys(((), *((name,) for name in names), tuple(names)))
+    alone = [(name,) for name in names]
+    others = [tuple(other for other in names if other != name) for name in names]
+    return [each for pair in zip(alone, others, strict=True) for each in pair]
+
+
 def combinations():
-    """Every set of varying operands of every layer; the axis is named where that can be."""
-    for case in CASES:
-        names = there(case)
-        for chosen in product((False, True), repeat=len(names)):
-            varying = [name for name, varies in zip(names, chosen, strict=True) if varies]
-            slow = case.variant != "plain" or varying != ["x"]
-            axes = (None,) if case.layer.name in WITHOUT_AXIS_NAME else (None, "data")
+    """Sets of varying operands of every layer, by turns with the axis named, where that can be."""
+    for place, case in enumerate(CASES):
+        for turn, varying in enumerate(chosen_sets(there(case))):
+            plain = case.variant == "plain" and varying == ("x",)
+            axes = (None, "data") if plain else [(None, "data")[(place + turn // 2 + turn) % 2]]
+            if case.layer.name in WITHOUT_AXIS_NAME:
+                axes = [None]
             for axis in axes:
                 name = f"{case!r}-{'+'.join(varying) or 'nothing'}-{axis}"
-                marks = pytest.mark.slow if slow else ()
+                marks = () if plain else pytest.mark.slow
                 yield pytest.param(case, varying, axis, id=name, marks=marks)
 
 
@@ -59,14 +72,12 @@ def of_each_device(leaf):
     return leaf[None] + 0 * lax.axis_index("data").astype(leaf.dtype)
 
 
-@pytest.mark.parametrize(("case", "varying", "axis"), [*combinations()])
-def test_each_operand_may_vary(case, varying, axis, rng):
-    """All devices are given the same, so whether they share has no effect on y."""
-    params, batch_stats, x = case.arguments(rng)
-    mask = jnp.asarray(case.mask()) if case.masked else None
-    settings = {} if axis is None else {"axis_name": axis}
+@cache
+def step(case, axis):
+    """y, new statistics and y at inference; gradients of parameters, statistics and x."""
 
-    def step(params, batch_stats, x, mask, **settings):
+    def run(params, batch_stats, x, mask):
+        settings = {} if axis is None else {"axis_name": axis}
         if mask is not None:
             settings["mask"] = mask
         real = {leaf: old for leaf, old in batch_stats.items() if leaf != "count"}
@@ -79,19 +90,37 @@ def test_each_operand_may_vary(case, varying, axis, rng):
         inferred, _ = case.apply(False, **settings)(params, batch_stats, x)
         return (y, new, inferred), gradients
 
-    def local(*operands):
+    return run
+
+
+@cache
+def operands(case):
+    mask = jnp.asarray(case.mask()) if case.masked else None
+    return *case.arguments(np.random.default_rng(0)), mask
+
+
+@cache
+def on_one_device(case):
+    return jax.jit(step(case, None))(*operands(case))
+
+
+@pytest.mark.parametrize(("case", "varying", "axis"), [*combinations()])
+def test_each_operand_may_vary(case, varying, axis):
+    """All devices are given the same, so whether they share has no effect on y."""
+
+    def local(*whole_operands):
         given = [
             vary(operand) if name in varying else operand
-            for name, operand in zip(OPERANDS, operands, strict=True)
+            for name, operand in zip(OPERANDS, whole_operands, strict=True)
         ]
-        return jax.tree.map(of_each_device, step(*given, **settings))
+        return jax.tree.map(of_each_device, step(case, axis)(*given))
 
     whole, split = PartitionSpec(), PartitionSpec("data")
     mapped = jax.shard_map(
         local, mesh=mesh_of_two(), in_specs=(whole,) * len(OPERANDS), out_specs=split
     )
-    found, gradients = jax.jit(mapped)(params, batch_stats, x, mask)
-    alone, alone_gradients = jax.jit(step)(params, batch_stats, x, mask)
+    found, gradients = jax.jit(mapped)(*operands(case))
+    alone, alone_gradients = on_one_device(case)
     assert_finite(gradients)
     shared_and_unbiased = axis is not None and case.settings.get("running_var") == "unbiased"
     for device in range(DEVICES):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -208,21 +209,40 @@ class Killed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def killed(started_apart, tmp_path_factory):
-    """By victim. Both runs at once, since the survivors do nothing but wait for a sign of life."""
+    """By victim, as futures: the survivors do nothing but wait for a sign of life for a while."""
     soon = ["--heartbeat", "10"]
     outs = [tmp_path_factory.mktemp(f"victim_{victim}") for victim in range(2)]
     pairs = [started_apart(out, process0=soon, process1=soon) for out in outs]
-    begun = time.monotonic()
-    for victim, (out, processes) in enumerate(zip(outs, pairs, strict=True)):
-        wait_for(partial(in_mid_training, out), processes)
-        processes[victim].send_signal(signal.SIGKILL)
-        begun = time.monotonic()
-    found = []
-    for victim, (out, processes) in enumerate(zip(outs, pairs, strict=True)):
-        survivor = processes[1 - victim]
+
+    def end_of(survivor, out, begun):
         _, error = survivor.communicate(timeout=MINUTE)
-        found.append(Killed(out, survivor.returncode, error, time.monotonic() - begun))
-    return found
+        return Killed(out, survivor.returncode, error, time.monotonic() - begun)
+
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        found = []
+        for victim, (out, processes) in enumerate(zip(outs, pairs, strict=True)):
+            wait_for(partial(in_mid_training, out), processes)
+            processes[victim].send_signal(signal.SIGKILL)
+            found.append(pool.submit(end_of, processes[1 - victim], out, time.monotonic()))
+        yield found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("killed")  # whose survivors wait meanwhile
+def test_sigterm_to_one_process_saves_and_ends_all_with_0(
+    started_apart, run, undisturbed, tmp_path
+):
+    processes = started_apart(tmp_path, count=4)  # which share statistics two by two
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(lines(tmp_path)) >= 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        _, error = process.communicate(timeout=MINUTE)
+        assert process.returncode == 0, error
+    last = lines(tmp_path)[-1]["step"]
+    assert last < 24 and (tmp_path / "checkpoints" / str(last)).is_dir()
+
+    run(tmp_path, *ALONE)
+    assert_same_run(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
@@ -232,7 +252,7 @@ def killed(started_apart, tmp_path_factory):
 def test_a_killed_process_ends_the_others_and_a_restart_goes_on(
     victim, then, killed, run, undisturbed
 ):
-    out, status, error, seconds = killed[victim]
+    out, status, error, seconds = killed[victim].result()
     assert seconds < MINUTE and status != 0
     # Either a collective fails, or JAX's runtime misses the other's heartbeats first and ends the
     # process.
@@ -248,23 +268,6 @@ def test_a_killed_process_ends_the_others_and_a_restart_goes_on(
     warned = [line for line in error.splitlines() if "UserWarning" in line]
     assert all("cut off while it was written" in line for line in warned)
     assert_same_run(out, undisturbed)
-
-
-@pytest.mark.slow
-def test_sigterm_to_one_process_saves_and_ends_all_with_0(
-    started_apart, run, undisturbed, tmp_path
-):
-    processes = started_apart(tmp_path, count=4)  # which share statistics two by two
-    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(lines(tmp_path)) >= 3, processes)
-    processes[1].send_signal(signal.SIGTERM)
-    for process in processes:
-        _, error = process.communicate(timeout=MINUTE)
-        assert process.returncode == 0, error
-    last = lines(tmp_path)[-1]["step"]
-    assert last < 24 and (tmp_path / "checkpoints" / str(last)).is_dir()
-
-    run(tmp_path, *ALONE)
-    assert_same_run(tmp_path, undisturbed)
 
 
 @pytest.mark.slow

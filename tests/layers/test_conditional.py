@@ -95,10 +95,12 @@ def test_the_rank_of_a_leaf_decides_and_not_its_size(rng, name):
     params, batch_stats = state(name, rng)
     x = draw(rng, (C, C, C, C))
     leaf = draw(rng, (C,), 1.0)
-    per_feature, per_row, per_example = (
-        apply(name, params | {"scale": scale}, batch_stats, x)[0]
-        for scale in (leaf, jnp.tile(leaf, (C, 1)), jnp.tile(leaf[:, None], (1, C)))
-    )
+    scales = leaf, jnp.tile(leaf, (C, 1)), jnp.tile(leaf[:, None], (1, C))
+
+    def with_each(scales, x):
+        return [apply(name, params | {"scale": scale}, batch_stats, x)[0] for scale in scales]
+
+    per_feature, per_row, per_example = at_once(with_each, scales, x)
     plain = normalized(name, params, batch_stats, x, True)
     close(per_feature, plain * np.float64(leaf))
     close(per_row, plain * np.float64(leaf))
@@ -114,11 +116,13 @@ def test_with_channels_first_leading_dimensions_are_those_of_the_other_axes(rng,
     x = draw(rng, (B, H, W, C))
     leaves = {"scale": draw(rng, (*leading, C), 1.0), "bias": draw(rng, (*leading, C))}
     axes = {"reduction_axes": 1} if name in ("layer_norm", "rms_norm") else {}
-    moved, _ = apply(
-        name, params | leaves, batch_stats, jnp.moveaxis(x, -1, 1), feature_axes=1, **axes
-    )
-    y, _ = apply(name, params | leaves, batch_stats, x)
-    close(jnp.moveaxis(moved, 1, -1), np.asarray(y))
+
+    def both(leaves, x):
+        first = jnp.moveaxis(x, -1, 1)
+        moved, _ = apply(name, params | leaves, batch_stats, first, feature_axes=1, **axes)
+        return jnp.moveaxis(moved, 1, -1), apply(name, params | leaves, batch_stats, x)[0]
+
+    close(*at_once(both, leaves, x))
 
 
 @pytest.mark.parametrize(
@@ -165,12 +169,12 @@ def test_gradients_of_x_are_those_of_the_spread_out_leaves(rng, name):
     params, batch_stats = state(name, rng)
     x, cotangent, scale = draw(rng, SHAPE), draw(rng, SHAPE), draw(rng, (B, C), 1.0)
 
-    def dx(run):
-        return jax.jit(jax.grad(lambda x: jnp.sum(cotangent * run(x))))(x)
+    def losses(inside, outside):
+        conditional, _ = apply(name, params | {"scale": scale}, batch_stats, inside)
+        spread = scale[:, None, None] * apply(name, params, batch_stats, outside)[0]
+        return jnp.sum(cotangent * conditional) + jnp.sum(cotangent * spread)
 
-    conditional = dx(lambda x: apply(name, params | {"scale": scale}, batch_stats, x)[0])
-    outside = dx(lambda x: scale[:, None, None] * apply(name, params, batch_stats, x)[0])
-    close(conditional, np.asarray(outside))
+    close(*at_once(jax.grad(losses, (0, 1)), x, x))
 
 
 @pytest.mark.slow
@@ -181,11 +185,18 @@ def test_ghosts_take_the_leaves_of_their_own_examples(rng, name, shape):
     mask = jnp.asarray(rng.random((B, H, W, 1)) < 0.7)
     x = draw(rng, SHAPE)
     leaves = {"scale": draw(rng, shape, 1.0), "bias": draw(rng, shape)}
-    for settings in ({"virtual_batch_size": 2}, {"virtual_batch_size": 2, "mask": mask}):
-        y, new = apply(name, leaves, batch_stats, x, **settings)
+    ways = [{"virtual_batch_size": 2}, {"virtual_batch_size": 2, "mask": mask}]
+
+    def with_each(leaves, x):
+        return [
+            [apply(name, given, batch_stats, x, **settings) for given in (leaves, {})]
+            for settings in ways
+        ]
+
+    outcomes = at_once(with_each, leaves, x)
+    for settings, ((y, new), (_, unconditional)) in zip(ways, outcomes, strict=True):
         plain = normalized(name, {}, batch_stats, x, True, **settings)
         close(y, family.affine(leaves, plain, -1))
-        unconditional = apply(name, {}, batch_stats, x, **settings)[1]
         assert_trees_close(new, unconditional, rtol=4 * EPS)
 
 
@@ -199,17 +210,17 @@ def test_hidden_garbage_becomes_the_bias_of_its_example(rng, name, train):
     x = draw(rng, SHAPE).at[2, 1].set(jnp.nan).at[0, 0, 1].set(jnp.inf)
     mask = jnp.isfinite(x)
     leaves = {"scale": draw(rng, (B, C), 1.0), "bias": draw(rng, (B, C))}
-    y, _ = apply(name, params | leaves, batch_stats, x, train, mask=mask)
+
+    def loss(leaves, x):
+        y, _ = apply(name, params | leaves, batch_stats, x, train, mask=mask)
+        return jnp.sum(jnp.where(mask, y, 0) ** 2), y
+
+    gradients, y = at_once(jax.grad(loss, (0, 1), has_aux=True), leaves, x)
     close(y, family.affine(leaves, normalized(name, params, batch_stats, x, train, mask=mask), -1))
     hidden = ~np.asarray(mask)
     spread = np.broadcast_to(np.asarray(leaves["bias"])[:, None, None], SHAPE)
     assert_close(y[hidden], spread[hidden], rtol=4 * EPS, atol=4 * EPS)
-
-    def loss(leaves, x):
-        y, _ = apply(name, params | leaves, batch_stats, x, train, mask=mask)
-        return jnp.sum(jnp.where(mask, y, 0) ** 2)
-
-    assert_finite(jax.grad(loss, argnums=(0, 1))(leaves, x))
+    assert_finite(gradients)
 
 
 @every_layer

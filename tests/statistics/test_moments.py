@@ -47,7 +47,7 @@ def masked(x, mask):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=15)
+@hypothesis.settings(max_examples=10)  # on each platform
 @given(data=st.data())
 def test_moments_are_those_of_float64_for_any_axes_and_mask(on_platform, data):
     dtype = data.draw(st.sampled_from(DTYPES))

@@ -11,7 +11,13 @@ from torch.nn.utils import parametrizations
 
 import normjax as nj
 from tests import reference_family as family
-from tests.compare import assert_close, assert_finite, assert_identical, assert_trees_close
+from tests.compare import (
+    assert_close,
+    assert_finite,
+    assert_identical,
+    assert_trees_close,
+    at_once,
+)
 from tests.layers.cases import draw_normal
 from tests.marks import slow_after
 
@@ -458,7 +464,9 @@ def test_constant_kernels_have_finite_gradients_with_epsilon_at_the_deviation():
         )
         return jnp.sum(jnp.sin(y))
 
-    assert_finite((jax.grad(loss)(kernel), jax.hessian(loss)(kernel)))
+    assert_finite(
+        at_once(lambda kernel: (jax.grad(loss)(kernel), jax.hessian(loss)(kernel)), kernel)
+    )
 
 
 @pytest.mark.slow
