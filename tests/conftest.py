@@ -94,15 +94,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps the CPU and one accelerator of each case of a test, by turns.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the CPU and one accelerator of each case of a test, CUDA and TPU by turns.
 
-    Most of an accelerator's time goes into lowering programs that differ little from each other, or
-    not at all. And of every two cases one is optimized for CPUs as for users, which takes five
-    times as long. In a module a case always has the same turn, since its tests may share programs.
+    Most of an accelerator's time goes into lowering programs that differ little from case to case.
+    ROCm's are CUDA's (test_platforms.py). And every second case is optimized for CPUs as for users,
+    which takes five times as long. In a module a case always has the same turn, since its tests may
+    share programs.
 
-    A test with fewer cases than accelerators keeps all platforms and optimizes for all cases, and
-    so do the tests of every layer, test_contract.py.
+    A test with one case keeps all platforms, and so do the tests of every layer, test_contract.py.
     """
     tests, turns = {}, {}
     for item in items:
@@ -115,21 +115,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             cases.setdefault(case, len(cases))
     dropped = set()
     for cases in tests.values():
-        if len(cases) >= len(PLATFORMS) - 1:
+        if len(cases) > 1:
             for case, by_platform in cases.items():
                 path = next(iter(by_platform.values())).path
                 dropped |= _take_turn(by_platform, turns[path][case])
     items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=list(dropped))
 
 
 def _take_turn(by_platform: dict[str, pytest.Item], turn: int) -> set[pytest.Item]:
     """Compiles a case for CPUs quickly if the turn is odd. Returns what it is not run on."""
-    accelerators = [item for platform, item in by_platform.items() if platform != "cpu"]
+    accelerators = [platform for platform in ("cuda", "tpu") if platform in by_platform]
+    kept = {"cpu", *accelerators[turn % 2 :][:1]}
     if turn % 2 and "cpu" in by_platform:
         params = by_platform["cpu"].callspec.params
         params["on_platform"] = params["on_platform"].quickly
-    chosen = turn % max(1, len(accelerators))
-    return {item for place, item in enumerate(accelerators) if place != chosen}
+    return {item for platform, item in by_platform.items() if platform not in kept}
 
 
 @pytest.fixture

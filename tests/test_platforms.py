@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from tests.compare import assert_identical
+from tests.contract.layers import FEATURES, LAYERS, SHAPE
 from tests.distributed.mapped import DEVICES, SPLIT, WHOLE, mesh
 from tests.platforms import PLATFORMS, Platform
 
@@ -80,3 +81,21 @@ def test_equal_programs_are_compiled_once_and_others_apart():
 def test_constants_of_equal_shape_are_not_mixed_up(on_platform):
     for factor in (jnp.arange(3.0), jnp.arange(3.0) + 1, np.float32([5, 6, 7])):
         assert_identical(on_platform(lambda x: x * factor, jnp.ones(3)), jnp.asarray(factor))  # noqa: B023
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", LAYERS, ids=[layer.name for layer in LAYERS])
+def test_programs_for_rocm_are_those_for_cuda(layer):
+    """So tests of many cases run those for CUDA alone: see conftest.py."""
+    params, batch_stats = layer.init(FEATURES)
+    settings = next(iter(layer.settings.values()))
+
+    def loss(params, x):
+        y, new = layer.apply(params, batch_stats, x, True, **settings)
+        return jnp.sum(y**2), new
+
+    gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    cuda, rocm = (
+        Platform(name).compiled(gradients, params, jnp.ones(SHAPE)) for name in ("cuda", "rocm")
+    )
+    assert cuda is rocm
