@@ -182,6 +182,11 @@ class Graph:
             return self.value(node.inputs[0], given)[None]
         if node.op in ONE_BY_ONE:  # a collective is that of one device
             return self.value(node.inputs[0], given)
+        if node.op.startswith("all_gather") and not node.params["tiled"]:  # of devices that agree
+            own = jnp.expand_dims(
+                self.value(node.inputs[0], given), node.params["all_gather_dimension"]
+            )
+            return jnp.broadcast_to(own, node.shape)
         expensive = node.op in MIXING and node.kind == Kind.DATA
         if node.eqn is None or expensive or collective_axes(node):
             raise Unknown
