@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 import normjax as nj
 from tests.compare import assert_close
@@ -69,7 +69,8 @@ def sent(devices, *, masked=False, backward=False):
     params, batch_stats = nj.batch_norm_init(FEATURES)
     shape = jax.ShapeDtypeStruct((2 * devices, 3, FEATURES), jnp.float32)
     mask = jax.ShapeDtypeStruct((2 * devices, 3, 1), bool) if masked else None
-    over = mesh(data=devices) if devices == DEVICES else AbstractMesh((devices,), ("data",))
+    many = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    over = mesh(data=devices) if devices == DEVICES else many
     mapped = jax.shard_map(
         run,
         mesh=over,
