@@ -83,8 +83,9 @@ class Spec:
         least = self.least_variance
         if least == 0 or PLAIN.value:  # whose derivatives would overflow in it
             return 1.0
-        smallest = float(jnp.finfo(x.dtype if is_wide(x) else jnp.float32).tiny)
-        return 2.0 ** min(0, math.floor(math.log2(smallest * 2**27 / least) / 2))
+        kind = jnp.finfo(x.dtype if is_wide(x) else jnp.float32)
+        smallest = float(kind.tiny) * 2.0 ** (kind.nmant + 4)
+        return 2.0 ** min(0, math.floor(math.log2(smallest / least) / 2))
 
     def deviation(self, var: Array) -> Array:
         """Returns sqrt(sigma^2 + epsilon) in x's unit, and 1 where it is 0: a constant."""

@@ -212,15 +212,15 @@ def killed(started_apart, tmp_path_factory):
     """By victim, as futures: the survivors do nothing but wait for a sign of life for a while."""
     soon = ["--heartbeat", "10"]
     outs = [tmp_path_factory.mktemp(f"victim_{victim}") for victim in range(2)]
-    pairs = [started_apart(out, process0=soon, process1=soon) for out in outs]
 
     def end_of(survivor, out, begun):
         _, error = survivor.communicate(timeout=MINUTE)
         return Killed(out, survivor.returncode, error, time.monotonic() - begun)
 
-    with ThreadPoolExecutor(len(pairs)) as pool:
+    with ThreadPoolExecutor(len(outs)) as pool:
         found = []
-        for victim, (out, processes) in enumerate(zip(outs, pairs, strict=True)):
+        for victim, out in enumerate(outs):
+            processes = started_apart(out, process0=soon, process1=soon)
             wait_for(partial(in_mid_training, out), processes)
             processes[victim].send_signal(signal.SIGKILL)
             found.append(pool.submit(end_of, processes[1 - victim], out, time.monotonic()))

@@ -4,6 +4,8 @@ The batch's variance goes into the running one, so it must fit float32. Nothing 
 example, only its deviation must.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 import normjax as nj
 from tests.compare import assert_close, widest
+from tests.platforms import Platform
 
 EPSILON = 1e-5
 SHAPE = (6, 5, 4)
@@ -123,3 +126,19 @@ def test_of_a_variance_that_float32_cannot_hold_y_is_the_bias(on_platform):
     assert np.isinf(new["var"]).all() and np.isfinite(new["mean"]).all()
     _, kept = nj.batch_norm({}, nj.batch_norm_init(1)[1], x, True, skip_nonfinite=True)
     assert_close(kept["var"], [1.0])
+
+
+def test_small_squares_count_in_float64():
+    """A deviation of 1e-6 beside an epsilon of 1e-3: its square is 1e-9 of epsilon."""
+    x = np.float64([[1.0, 1.0 + 2e-6]])
+    with jax.enable_x64(True):
+        y, _ = jax.jit(lambda x: nj.layer_norm({}, {}, x, True, epsilon=1e-3))(x)
+        var = Platform("cuda")(
+            partial(nj.batch_norm, train=True, momentum=0.0, epsilon=1e-3),
+            {},
+            nj.batch_norm_init(1, param_dtype=jnp.float64)[1],
+            jnp.asarray(x.T),
+        )[1]["var"]
+    root = np.sqrt(x.var() + 1e-3)
+    assert_close(y[0, 1], (x[0, 1] - x.mean()) / root, rtol=1e-9)
+    assert_close(var, [x.var()], rtol=1e-9)
