@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ PATCH, HEAD = 16, 64
 NORMAL = jax.nn.initializers.normal(0.02)
 
 
-class Decoder(NamedTuple):
-    """A causal language model; the embedding is the last matrix, too."""
+@dataclass(frozen=True)
+class Transformer:
+    """What all transformers have in common."""
 
     kind: str  # of normalization: layer or rms
     width: int
@@ -21,6 +23,10 @@ class Decoder(NamedTuple):
     classes: int
     dtype: str
     norm: Callable[[Any, jax.Array], jax.Array]
+
+
+class Decoder(Transformer):
+    """A causal language model; the embedding is the last matrix, too."""
 
     def init(self, key: jax.Array, tokens: Any) -> tuple[Any, Any]:
         """Returns params, and no statistics."""
@@ -34,15 +40,8 @@ class Decoder(NamedTuple):
         return _blocks(self, params, embedding[tokens], causal=True) @ embedding.T, batch_stats
 
 
-class ViT(NamedTuple):
+class ViT(Transformer):
     """A vision transformer: patches and a class token, whose last state is classified."""
-
-    kind: str
-    width: int
-    depth: int
-    classes: int
-    dtype: str
-    norm: Callable[[Any, jax.Array], jax.Array]
 
     def init(self, key: jax.Array, images: Any) -> tuple[Any, Any]:
         """Returns params, and no statistics."""
@@ -75,7 +74,7 @@ def _patches(images: jax.Array) -> jax.Array:
     return jnp.moveaxis(cut, 3, 2).reshape(count, -1, PATCH * PATCH * channels)
 
 
-def _init_blocks(model: Decoder | ViT, key: jax.Array) -> dict[str, Any]:
+def _init_blocks(model: Transformer, key: jax.Array) -> dict[str, Any]:
     width = model.width
     matrices = {
         "qkv": (width, 3 * width),
@@ -97,7 +96,7 @@ def _init_blocks(model: Decoder | ViT, key: jax.Array) -> dict[str, Any]:
     return {"blocks": blocks, "last": leaves()}
 
 
-def _blocks(model: Decoder | ViT, params: Any, x: jax.Array, causal: bool) -> jax.Array:
+def _blocks(model: Transformer, params: Any, x: jax.Array, causal: bool) -> jax.Array:
     head = min(model.width, HEAD)
     for each in params["blocks"]:
         own = {name: each[name].astype(x.dtype) for name in ("qkv", "out", "up", "down")}

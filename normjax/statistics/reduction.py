@@ -210,13 +210,13 @@ def around(
     the mean, even if it was computed as one.
     """
     _, offset, square = means(spec, x, mask, reference, count)
-    if not near:
-        # XLA would square the sum before it divides by n, and the square may overflow.
-        offset = rounded(offset)
     unit = spec.unit(x)
-    correction = abs2(offset if unit == 1 else offset * unit)
-    if not near:
-        correction = jnp.minimum(correction, jnp.finfo(correction.dtype).max)  # or inf - inf
+    shift = offset if unit == 1 else offset * unit
+    if near:
+        correction = abs2(shift)
+    else:
+        # Rounded: XLA would square the sum before it divides by n, and the square may overflow.
+        correction = jnp.minimum(abs2(rounded(shift)), jnp.finfo(square.dtype).max)  # or inf - inf
     var = square - correction
     found: Any = count, reference + offset, jnp.maximum(var, 0)
     return Moments(*found)
