@@ -104,7 +104,7 @@ def array(function: str, x: Any, name: str = "x") -> jax.Array:
 
 def activations(function: str, x: Any, name: str = "x") -> jax.Array:
     """Returns `x` as an array; raises an error for integers, booleans and scalars."""
-    if not isinstance(x, Tracer):
+    if not isinstance(x, jax.Array):
         x = array(function, x, name)
     if jax.typeof(x).memory_space is HOST:
         raise_for_host(function, name, x)

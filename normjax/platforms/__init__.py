@@ -15,7 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from normjax._typing import is_wide
 from normjax.platforms.plain import PLAIN
+
+SMALL = 2**15  # elements
 
 Phrasing = Callable[..., Any]
 
@@ -49,3 +52,12 @@ def one_device() -> bool:
     over sharded examples is an all-reduce.
     """
     return jax.device_count() == 1
+
+
+def is_small(x: Array) -> bool:
+    """Returns whether a branch takes more time than the pass that it saves, on a single device.
+
+    It takes half of the time to compile a batch norm, and runs on both sides under vmap.
+    """
+    size = x.size
+    return one_device() and is_wide(x) and isinstance(size, int) and size <= SMALL

@@ -13,9 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax._typing import is_wide
-from normjax.platforms import by_platform, one_device, rounded
-
-SMALL = 2**15  # elements
+from normjax.platforms import by_platform, rounded
 
 
 def separate_operands(x: Array, copies: int) -> tuple[Array, ...]:
@@ -41,15 +39,6 @@ def separate_if_narrow(x: Array, copies: int) -> tuple[Array, ...]:
     if is_wide(x):
         return (x,) * copies
     return separate_operands(x, copies)
-
-
-def is_small(x: Array) -> bool:
-    """Returns whether a branch takes more time than the pass that it saves, on a single device.
-
-    It takes half of the time to compile a batch norm, and runs on both sides under vmap.
-    """
-    size = x.size
-    return one_device() and is_wide(x) and isinstance(size, int) and size <= SMALL
 
 
 def materialize(*arrays: Array) -> tuple[Array, ...]:

@@ -13,8 +13,8 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax._typing import Mask, is_weight, widen
-from normjax.platforms import by_platform, rounded
-from normjax.platforms.cpu import is_small, separate_if_narrow, separate_operands
+from normjax.platforms import by_platform, is_small, rounded
+from normjax.platforms.cpu import separate_if_narrow, separate_operands
 from normjax.platforms.gpu import sample
 from normjax.platforms.plain import PLAIN, custom_jvp
 from normjax.statistics.devices import ALONE
@@ -38,8 +38,8 @@ def batch_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
     """Returns the moments of x: one pass around zero, and a second one if the first one cancelled.
 
     On several devices the second pass is another collective, so one decision is made for all
-    features. GPUs have no branch, nor have small arrays on CPUs: they take one pass around the mean
-    of a sample. See `example_moments` for statistics of each example.
+    features. GPUs have no branch, nor have small arrays on one device: they take one pass around
+    the mean of a sample. See `example_moments` for statistics of each example.
     """
     return moments_by(_of_batch, spec, x, mask)
 
@@ -47,10 +47,10 @@ def batch_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
 def _of_batch(spec: Spec, x: Array, mask: Mask | None) -> Moments:
     if PLAIN.value:
         return two_passes(spec, x, mask)
-    if PLAIN.value:
-        return two_passes(spec, x, mask)
+    if is_small(x):
+        return around_sample(spec, x, mask)
     guarded, sampled = partial(one_pass_if_safe, spec), partial(around_sample, spec)
-    return by_platform(guarded, x, mask, cpu=sampled if is_small(x) else None, gpu=sampled)
+    return by_platform(guarded, x, mask, gpu=sampled)
 
 
 def moments_by(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask | None) -> Moments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
@@ -177,7 +178,7 @@ def check_precision(function: str, batch_stats: BatchStats) -> None:
     if POPULATION in batch_stats:  # which leaves them as they are
         return
     for leaf in ("mean", "var"):
-        dtype = jnp.result_type(batch_stats[leaf])
+        dtype = jax.typeof(batch_stats[leaf]).dtype
         if dtype not in WIDE:
             _checks.raise_error(
                 function,

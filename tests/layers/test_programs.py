@@ -85,7 +85,7 @@ def test_the_family_on_one_device():
         "tests/contract/test_contract.py",
         "tests/contract/test_under_transformations.py",
     ]
-    layers = "(layer_norm or group_norm or instance_norm)"
+    layers = "(batch_norm or layer_norm or group_norm or instance_norm)"
     tests = "(formula or offset or constant or derivatives or masked or vmap)"
     chosen = f"{layers} and {tests} and (cpu or tpu)"
     done = in_process(1, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen)
