@@ -7,6 +7,7 @@ Whole networks convert as single layers do: their trees are nested by the names 
 of these libraries is imported or has to be installed: a dict of NumPy arrays is enough.
 """
 
+from normjax.convert._flax_settings import flax_settings
 from normjax.convert._haiku_momentum import haiku_momentum
 from normjax.convert._keras_settings import keras_settings
 from normjax.convert._torch_settings import torch_settings
@@ -16,6 +17,7 @@ from normjax.convert.keras import from_keras, to_keras
 from normjax.convert.torch import from_torch, to_torch
 
 __all__ = [
+    "flax_settings",
     "from_haiku",
     "from_keras",
     "from_torch",

@@ -43,6 +43,7 @@ def activated_batch_norm_init(
     use_scale: bool = True,
     use_bias: bool = True,
     scale_init: Initializer = ones,
+    scale_offset: float = 0.0,
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
@@ -56,6 +57,8 @@ def activated_batch_norm_init(
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
       scale_init: makes the scale; avoid zeros, as the output then says little about x.
+      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
+        makes `1 - scale_offset`.
       bias_init: makes the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of scale and bias, and of the statistics if it is float32 or wider;
@@ -78,7 +81,9 @@ def activated_batch_norm_init(
       [1. 1. 1.] [0. 0. 0.] [1. 1. 1.]
     """
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
-    params = init_params("activated_batch_norm_init", num_features, makers, key, param_dtype)
+    params = init_params(
+        "activated_batch_norm_init", num_features, makers, key, param_dtype, scale_offset
+    )
     features = _checks.sizes("activated_batch_norm_init", "num_features", num_features)
     return params, init_batch_stats(features, param_dtype, count=count)
 
@@ -90,6 +95,7 @@ def activated_batch_norm(
     x: Activations,
     train: bool,
     *,
+    scale_offset: float = 0.0,
     activation: Name = "leaky_relu",
     negative_slope: float = 0.01,
     feature_axes: Axes = -1,
@@ -105,7 +111,7 @@ def activated_batch_norm(
     r"""Batch norm and an invertible activation; the backward pass needs the output, not x.
 
     .. math:: z = \varphi(y), \qquad
-              y = (|\gamma| + \epsilon) \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+              y = (|o + \gamma| + \epsilon) \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
     Use it in place of `batch_norm` and the activation after it if memory is short. The next layer
     stores z for its backward pass anyway. This layer recovers the normalized input from z, by the
@@ -113,13 +119,14 @@ def activated_batch_norm(
     use it as the last layer of a residual branch with a scale that starts at zero: see `params`.
 
     Args:
-      params: dict of `scale` and `bias`, as in `batch_norm`. The gain is `|scale| + epsilon`, since
-        the inverse divides by it; at scale 0 its derivative is 1. The backward pass magnifies the
+      params: dict of `scale` and `bias`, as in `batch_norm`. The gain is `|o + scale| + epsilon`,
+        since the inverse divides by it; at 0 its derivative is 1. The backward pass magnifies the
         rounding of z by `(|y| + |bias|) / gain`: keep gains within a few orders of magnitude of 1,
         above all in bfloat16.
       batch_stats: dict of `mean` and `var`, each `(*features)`, and maybe `count`.
       x: floating-point, real, any rank >= 1, such as `(batch, height, width, features)`.
       train: Python bool: whether to compile training or inference.
+      scale_offset: o, added to the scale in at least float32; see `layer_norm`.
       activation: "leaky_relu", "elu" or "identity". If an ELU was rounded to -1 (y below -16 in
         float32, -5.5 in bfloat16), the gradient of x is taken as at that bound.
       negative_slope: slope of the leaky ReLU below 0; above 0.
@@ -164,6 +171,7 @@ def activated_batch_norm(
         batch_stats,
         x,
         train,
+        scale_offset=scale_offset,
         feature_axes=feature_axes,
         momentum=momentum,
         epsilon=epsilon,
@@ -189,7 +197,7 @@ def _train_step(
 ) -> tuple[Array, BatchStats]:
     """Normalizes x by its own statistics, activates it, and moves the running statistics."""
     shape = x.shape
-    params = lay_out(params, x.ndim, spec.feature_axes)
+    params = lay_out(params, x.ndim, spec)
     params, x, _, spec = into_ghosts(params, x, mask, spec)
     z, batch = activate_by_batch(spec, params, x)
     return z.reshape(shape), spec.update(batch_stats, batch, momentum)
@@ -200,6 +208,6 @@ def _infer_step(
     params: Params, batch_stats: BatchStats, x: Array, mask: None, spec: ActivatedSpec
 ) -> Array:
     """Normalizes x by the running statistics, and activates it."""
-    params = lay_out(params, x.ndim, spec.feature_axes)
+    params = lay_out(params, x.ndim, spec)
     mean, var = spec.expand(batch_stats["mean"]), spec.expand(batch_stats["var"])
     return activate(spec, params, x, mean, var)

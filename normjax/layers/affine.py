@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.nn.initializers import constant, ones
 from jaxtyping import Array, Inexact
 
 from normjax import _checks
@@ -26,6 +27,7 @@ from normjax.platforms.cpu import materialize, separate_if_narrow, separate_oper
 from normjax.platforms.plain import custom_jvp
 from normjax.statistics.devices import pcast_like
 from normjax.statistics.elements import Input, named, times
+from normjax.statistics.spec import Spec
 
 
 def init_params(
@@ -34,10 +36,13 @@ def init_params(
     makers: dict[str, tuple[bool, Initializer]],
     key: PRNGKey | None,
     dtype: DTypeLike,
+    scale_offset: float = 0.0,
 ) -> Params:
     """Returns a leaf for each maker that is used, of the features' shape, each with its own key."""
     features = _checks.sizes(function, "num_features", num_features)
     initializers = {leaf: maker for leaf, (used, maker) in makers.items() if used}
+    if "scale" in initializers:
+        initializers["scale"] = initial_scale(initializers["scale"], scale_offset)
     if not jnp.issubdtype(dtype, jnp.inexact):
         _checks.raise_error(
             function,
@@ -63,11 +68,17 @@ def init_params(
         ) from error
 
 
-def lay_out(params: Params, rank: int, feature_axes: tuple[int, ...]) -> Params:
-    """Gives leaves `(*leading, *features)` the rank of x; scalars stay as they are.
+def initial_scale(scale_init: Initializer, offset: float) -> Initializer:
+    """Returns the initializer of the stored scale: by default the scale with its offset is 1."""
+    return constant(1 - offset) if offset and scale_init is ones else scale_init
 
-    Leading dimension i belongs to the i-th non-feature axis of x.
+
+def lay_out(params: Params, rank: int, spec: Spec) -> Params:
+    """Gives leaves `(*leading, *features)` the rank of x, and adds the offset to the scale.
+
+    Leading dimension i belongs to the i-th non-feature axis of x. Scalars stay as they are.
     """
+    feature_axes = spec.feature_axes
     others = other_axes(feature_axes, rank)
     laid_out = dict(params)
     for leaf, value in params.items():
@@ -77,14 +88,9 @@ def lay_out(params: Params, rank: int, feature_axes: tuple[int, ...]) -> Params:
         if len(axes) > len(feature_axes):
             value = value.transpose(sorted(range(value.ndim), key=axes.__getitem__))
         laid_out[leaf] = jnp.expand_dims(value, others[value.ndim - len(feature_axes) :])
+    if "scale" in laid_out and spec.scale_offset:
+        laid_out["scale"] = widen(laid_out["scale"]) + spec.scale_offset
     return laid_out
-
-
-def with_offset(params: Params, offset: float) -> Params:
-    """Returns params with the offset added to the scale, if there is one, in at least float32."""
-    if "scale" in params and offset:
-        return params | {"scale": widen(params["scale"]) + offset}
-    return params
 
 
 def normalize(

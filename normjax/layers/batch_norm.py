@@ -48,6 +48,7 @@ def batch_norm_init(
     use_scale: bool = True,
     use_bias: bool = True,
     scale_init: Initializer = ones,
+    scale_offset: float = 0.0,
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
@@ -63,6 +64,8 @@ def batch_norm_init(
       use_bias: whether there is a bias.
       scale_init: makes the scale; zeros for the last layer of a residual branch (Goyal et al. 2017,
         section 5.1).
+      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
+        makes `1 - scale_offset`.
       bias_init: makes the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of scale and bias, and of the statistics if it is float32 or wider;
@@ -85,7 +88,7 @@ def batch_norm_init(
       [1. 1. 1.] [0. 0. 0.] [1. 1. 1.]
     """
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
-    params = init_params("batch_norm_init", num_features, makers, key, param_dtype)
+    params = init_params("batch_norm_init", num_features, makers, key, param_dtype, scale_offset)
     features = _checks.sizes("batch_norm_init", "num_features", num_features)
     return params, init_batch_stats(features, param_dtype, count=count)
 
@@ -97,6 +100,7 @@ def batch_norm(
     x: Activations,
     train: bool,
     *,
+    scale_offset: float = 0.0,
     feature_axes: Axes = -1,
     momentum: float | ArrayLike | None = 0.99,
     epsilon: float = 1e-5,
@@ -110,7 +114,7 @@ def batch_norm(
 ) -> tuple[Activations, BatchStats]:
     r"""Normalizes each feature by the batch's statistics, or by running ones at inference.
 
-    .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+    .. math:: y = (o + \gamma) \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
     In training the mean and the biased variance are taken over the batch, that is over all axes but
     the features, and the running statistics move towards them: `new = momentum * old + (1 -
@@ -125,6 +129,7 @@ def batch_norm(
       batch_stats: dict of `mean` and `var`, each `(*features)`, and maybe `count`.
       x: floating-point or complex, any rank >= 1, such as `(batch, height, width, features)`.
       train: Python bool: whether to compile training or inference.
+      scale_offset: o, added to the scale in at least float32; see `layer_norm`.
       feature_axes: the axes that statistics, scale and bias run along. Leaves have the sizes of
         these axes in ascending order, also if they are given in another order.
       momentum: weight of the old running value. None: the mean over all batches so far (needs
@@ -181,6 +186,7 @@ def batch_norm(
         batch_stats,
         x,
         train,
+        scale_offset=scale_offset,
         feature_axes=feature_axes,
         momentum=momentum,
         epsilon=epsilon,
@@ -206,7 +212,7 @@ def train_step(
 ) -> tuple[Array, BatchStats]:
     """Normalizes x by its own statistics, and moves the running ones towards them."""
     shape = x.shape
-    params = lay_out(params, x.ndim, spec.feature_axes)
+    params = lay_out(params, x.ndim, spec)
     params, x, mask, spec = into_ghosts(params, x, mask, spec)
     inputs = read(x, mask)
     batch = batch_moments(spec, inputs, mask)
@@ -221,7 +227,7 @@ def infer_step(
     params: Params, batch_stats: BatchStats, x: Array, mask: Array | None, spec: BatchSpec
 ) -> Array:
     """Normalizes x by the running statistics."""
-    params = lay_out(params, x.ndim, spec.feature_axes)
+    params = lay_out(params, x.ndim, spec)
     inputs = read(x, mask)
     mean, var = spec.expand(batch_stats["mean"]), spec.expand(batch_stats["var"])
     y = normalize(inputs, mean, var, params, spec.epsilon)

@@ -53,6 +53,7 @@ def batch_renorm_init(
     use_scale: bool = True,
     use_bias: bool = True,
     scale_init: Initializer = ones,
+    scale_offset: float = 0.0,
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
@@ -65,6 +66,8 @@ def batch_renorm_init(
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
       scale_init: makes the scale; zeros for the last layer of a residual branch.
+      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
+        makes `1 - scale_offset`.
       bias_init: makes the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of scale and bias, and of the statistics if it is float32 or wider;
@@ -86,7 +89,7 @@ def batch_renorm_init(
       [1. 1.] 0
     """
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
-    params = init_params("batch_renorm_init", num_features, makers, key, param_dtype)
+    params = init_params("batch_renorm_init", num_features, makers, key, param_dtype, scale_offset)
     features = _checks.sizes("batch_renorm_init", "num_features", num_features)
     return params, init_batch_stats(features, param_dtype, count=True)
 
@@ -98,6 +101,7 @@ def batch_renorm(
     x: Activations,
     train: bool,
     *,
+    scale_offset: float = 0.0,
     r_max: Limit = 3.0,
     d_max: Limit = 5.0,
     feature_axes: Axes = -1,
@@ -130,6 +134,7 @@ def batch_renorm(
       batch_stats: as in `batch_norm`; with `count` if a limit is a schedule.
       x: floating-point or complex, any rank >= 1, such as `(batch, height, width, features)`.
       train: Python bool: whether to compile training or inference.
+      scale_offset: o, added to the scale in at least float32; see `layer_norm`.
       r_max: at least 1. A number, a scalar array, or a schedule as in optax: a function of the
         count of batches so far. Infinity means no limit. Start at 1, and rise once the running
         statistics have settled: the paper trains 5,000 steps as batch norm, then rises to 3 by step
@@ -177,6 +182,7 @@ def batch_renorm(
         batch_stats,
         x,
         train,
+        scale_offset=scale_offset,
         feature_axes=feature_axes,
         momentum=momentum,
         epsilon=epsilon,
@@ -211,7 +217,7 @@ def renorm_step(
 ) -> tuple[Array, BatchStats]:
     """Takes batch norm's `train_step`, with scale and bias corrected by r and d."""
     shape = x.shape
-    params = lay_out(params, x.ndim, spec.feature_axes)
+    params = lay_out(params, x.ndim, spec)
     params, x, mask, spec = into_ghosts(params, x, mask, spec)
     inputs = read(x, mask)
     batch = batch_moments(spec, inputs, mask)

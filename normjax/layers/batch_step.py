@@ -89,6 +89,7 @@ def check_batch_step(
     x: Activations,
     train: bool,
     *,
+    scale_offset: float = 0.0,
     feature_axes: Axes = -1,
     momentum: float | ArrayLike | None = 0.99,
     epsilon: float = 1e-5,
@@ -123,6 +124,7 @@ def check_batch_step(
         dtype=x.dtype if dtype is None else _checks.output_dtype(function, dtype, x),
         momentum=momentum if static else None,
         running_var=running_var,
+        scale_offset=_checks.number(function, "scale_offset", scale_offset, -math.inf, math.inf),
         skip_nonfinite=_checks.boolean(function, "skip_nonfinite", skip_nonfinite),
     )
     mask = None if mask is None else _checks.mask(function, mask, x.shape)

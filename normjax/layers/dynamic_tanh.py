@@ -31,6 +31,7 @@ def dynamic_tanh_init(
     use_scale: bool = True,
     use_bias: bool = True,
     scale_init: Initializer = ones,
+    scale_offset: float = 0.0,
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
@@ -46,6 +47,8 @@ def dynamic_tanh_init(
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
       scale_init: makes the scale.
+      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
+        makes `1 - scale_offset`.
       bias_init: makes the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of the leaves.
@@ -66,7 +69,7 @@ def dynamic_tanh_init(
     """
     _checks.between("dynamic_tanh_init", "alpha", alpha, -math.inf, math.inf)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
-    params = init_params("dynamic_tanh_init", num_features, makers, key, param_dtype)
+    params = init_params("dynamic_tanh_init", num_features, makers, key, param_dtype, scale_offset)
     return {"alpha": jnp.array(alpha, jnp.finfo(param_dtype).dtype)} | params, {}
 
 
@@ -77,12 +80,13 @@ def dynamic_tanh(
     x: Activations,
     train: bool,
     *,
+    scale_offset: float = 0.0,
     feature_axes: Axes = -1,
     dtype: DTypeLike | None = None,
 ) -> tuple[Activations, BatchStats]:
     r"""Squashes each element by a tanh of learned slope, as layer norm does to outliers.
 
-    .. math:: y = \gamma \tanh(\alpha x) + \beta
+    .. math:: y = (o + \gamma) \tanh(\alpha x) + \beta
 
     Use it in place of layer norm or RMS norm in transformers. It has no reductions: each element of
     y depends on one element of x.
@@ -94,6 +98,7 @@ def dynamic_tanh(
       batch_stats: `{}`.
       x: floating-point or complex, any rank >= 1.
       train: Python bool.
+      scale_offset: o, added to the scale in at least float32; see `layer_norm`.
       feature_axes: the axes that scale and bias run along; leaves have their sizes in ascending
         order.
       dtype: dtype of y; None for the dtype of x.
@@ -127,13 +132,16 @@ def dynamic_tanh(
         leaves=("scale", "bias"),
         required=("alpha",),
     )
-    spec = Spec(axes=(), feature_axes=operands.feature_axes, dtype=operands.dtype)
+    offset = _checks.number("dynamic_tanh", "scale_offset", scale_offset, -math.inf, math.inf)
+    spec = Spec(
+        axes=(), feature_axes=operands.feature_axes, dtype=operands.dtype, scale_offset=offset
+    )
     return _dynamic_tanh(operands.params, operands.x, spec), batch_stats
 
 
 @jit_step
 def _dynamic_tanh(params: Params, x: Array, spec: Spec) -> Array:
-    params = lay_out(params, x.ndim, spec.feature_axes)
+    params = lay_out(params, x.ndim, spec)
     x32 = read(x).x32
     squashed = jnp.tanh(params["alpha"].astype(x32.dtype) * x32)
     return scale_and_shift(squashed, params).astype(spec.dtype)

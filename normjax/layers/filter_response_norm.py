@@ -44,6 +44,7 @@ def filter_response_norm_init(
     use_threshold: bool = True,
     learn_epsilon: bool = False,
     scale_init: Initializer = ones,
+    scale_offset: float = 0.0,
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
@@ -60,6 +61,8 @@ def filter_response_norm_init(
       learn_epsilon: whether each feature learns an epsilon. The paper asks for it if a single value
         is reduced, as in 1x1 feature maps and fully connected layers.
       scale_init: makes the scale.
+      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
+        makes `1 - scale_offset`.
       bias_init: makes the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of the leaves.
@@ -83,7 +86,9 @@ def filter_response_norm_init(
         "threshold": (use_threshold, zeros),
         "epsilon": (learn_epsilon, small),
     }
-    return init_params("filter_response_norm_init", num_features, makers, key, param_dtype), {}
+    return init_params(
+        "filter_response_norm_init", num_features, makers, key, param_dtype, scale_offset
+    ), {}
 
 
 @jax.named_scope("filter_response_norm")
@@ -93,6 +98,7 @@ def filter_response_norm(
     x: Activations,
     train: bool,
     *,
+    scale_offset: float = 0.0,
     reduction_axes: Axes | None = None,
     feature_axes: Axes = -1,
     epsilon: float = 1e-6,
@@ -103,7 +109,7 @@ def filter_response_norm(
 ) -> tuple[Activations, BatchStats]:
     r"""Divides each channel of each example by its root mean square; a learned threshold follows.
 
-    .. math:: y = \max\left(\gamma \frac{x}{\sqrt{\nu^2 + \epsilon + |\epsilon_l|}} + \beta,
+    .. math:: y = \max\left((o + \gamma) \frac{x}{\sqrt{\nu^2 + \epsilon + |\epsilon_l|}} + \beta,
               \tau\right), \qquad
               \nu^2 = \frac1n \sum_i x_i^2
 
@@ -119,6 +125,7 @@ def filter_response_norm(
       batch_stats: `{}`.
       x: floating-point, examples along axis 0, such as `(batch, height, width, channels)`.
       train: Python bool.
+      scale_offset: o, added to the scale in at least float32; see `layer_norm`.
       reduction_axes: the axes that the mean square is taken over; by default all but axis 0 and the
         features.
       feature_axes: the axes that statistics and leaves run along; leaves have their sizes in
@@ -176,7 +183,15 @@ def filter_response_norm(
             fix="Leave the threshold out: filter_response_norm_init(..., use_threshold=False)",
             kind=TypeError,
         )
-    spec = check_spec(function, operands, operands.axes, epsilon, axis_name, axis_index_groups)
+    spec = check_spec(
+        function,
+        operands,
+        operands.axes,
+        epsilon,
+        axis_name,
+        axis_index_groups,
+        scale_offset=scale_offset,
+    )
     return _filter_response_norm(operands.params, operands.x, operands.mask, spec), batch_stats
 
 

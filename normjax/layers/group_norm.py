@@ -40,6 +40,7 @@ def group_norm_init(
     use_scale: bool = True,
     use_bias: bool = True,
     scale_init: Initializer = ones,
+    scale_offset: float = 0.0,
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
@@ -51,6 +52,8 @@ def group_norm_init(
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
       scale_init: makes the scale; zeros for the last layer of a residual branch.
+      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
+        makes `1 - scale_offset`.
       bias_init: makes the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of scale and bias.
@@ -69,7 +72,7 @@ def group_norm_init(
       [1. 1. 1. 1.]
     """
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
-    return init_params("group_norm_init", num_features, makers, key, param_dtype), {}
+    return init_params("group_norm_init", num_features, makers, key, param_dtype, scale_offset), {}
 
 
 @jax.named_scope("group_norm")
@@ -79,6 +82,7 @@ def group_norm(
     x: Activations,
     train: bool,
     *,
+    scale_offset: float = 0.0,
     num_groups: int | None = None,
     group_size: int | None = None,
     reduction_axes: Axes | None = None,
@@ -91,7 +95,7 @@ def group_norm(
 ) -> tuple[Activations, BatchStats]:
     r"""Normalizes each example by the mean and variance of groups of its channels.
 
-    .. math:: y = \gamma \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} + \beta
+    .. math:: y = (o + \gamma) \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} + \beta
 
     with the statistics of a group g of consecutive channels, over all positions of one example.
     With one group it is layer norm over all axes but the batch, and with groups of one channel it
@@ -104,6 +108,7 @@ def group_norm(
       batch_stats: `{}`.
       x: floating-point or complex, such as `(batch, height, width, channels)`.
       train: Python bool.
+      scale_offset: o, added to the scale in at least float32; see `layer_norm`.
       num_groups: the number of groups, a divisor of the number of channels. It is 32 if neither
         this nor `group_size` is given.
       group_size: the number of channels in a group, instead of `num_groups`.
@@ -167,6 +172,7 @@ def group_norm(
         axis_name,
         axis_index_groups,
         StandardizeSpec,
+        scale_offset=scale_offset,
         groups=(channel, shape[channel] // num_groups or 1),
     )
     if train:

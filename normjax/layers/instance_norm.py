@@ -37,6 +37,7 @@ def instance_norm_init(
     use_scale: bool = True,
     use_bias: bool = True,
     scale_init: Initializer = ones,
+    scale_offset: float = 0.0,
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
@@ -49,6 +50,8 @@ def instance_norm_init(
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
       scale_init: makes the scale.
+      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
+        makes `1 - scale_offset`.
       bias_init: makes the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of scale and bias.
@@ -67,7 +70,9 @@ def instance_norm_init(
       [0. 0.]
     """
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
-    return init_params("instance_norm_init", num_features, makers, key, param_dtype), {}
+    return init_params(
+        "instance_norm_init", num_features, makers, key, param_dtype, scale_offset
+    ), {}
 
 
 @jax.named_scope("instance_norm")
@@ -77,6 +82,7 @@ def instance_norm(
     x: Activations,
     train: bool,
     *,
+    scale_offset: float = 0.0,
     reduction_axes: Axes | None = None,
     feature_axes: Axes = -1,
     epsilon: float = 1e-5,
@@ -87,7 +93,7 @@ def instance_norm(
 ) -> tuple[Activations, BatchStats]:
     r"""Normalizes each channel of each example by its own mean and variance.
 
-    .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+    .. math:: y = (o + \gamma) \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
     with the statistics over the positions (height and width) of one channel of one example. It
     removes the contrast and colour of single images: use it in style transfer and image generation.
@@ -101,6 +107,7 @@ def instance_norm(
       x: floating-point or complex, examples along axis 0, such as `(batch, height, width,
         channels)`.
       train: Python bool.
+      scale_offset: o, added to the scale in at least float32; see `layer_norm`.
       reduction_axes: the axes that mean and variance are taken over; by default all but axis 0 and
         the features.
       feature_axes: the axes that statistics, scale and bias run along; leaves have their sizes in
@@ -150,7 +157,14 @@ def instance_norm(
         find_axes=partial(axes_within_examples, function, reduction_axes),
     )
     spec = check_spec(
-        function, operands, operands.axes, epsilon, axis_name, axis_index_groups, StandardizeSpec
+        function,
+        operands,
+        operands.axes,
+        epsilon,
+        axis_name,
+        axis_index_groups,
+        StandardizeSpec,
+        scale_offset=scale_offset,
     )
     if train:
         more_than_one_value(function, operands.x, spec)

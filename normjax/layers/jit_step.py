@@ -70,6 +70,6 @@ def jit_step_within_examples(step: Callable[..., Array]) -> Callable[..., Array]
     squeezed = without_unit_axes(step)
 
     def with_rank_of_x(params: Params, x: Array, mask: Array | None, spec: Any) -> Array:
-        return squeezed(lay_out(params, x.ndim, spec.feature_axes), x, mask, spec)
+        return squeezed(lay_out(params, x.ndim, spec), x, mask, spec)
 
     return jit_step(with_rank_of_x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -33,6 +32,7 @@ def layer_norm_init(
     use_scale: bool = True,
     use_bias: bool = True,
     scale_init: Initializer = ones,
+    scale_offset: float = 0.0,
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
@@ -45,6 +45,8 @@ def layer_norm_init(
       use_scale: whether there is a scale.
       use_bias: whether there is a bias.
       scale_init: makes the scale.
+      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
+        makes `1 - scale_offset`.
       bias_init: makes the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of scale and bias.
@@ -64,7 +66,7 @@ def layer_norm_init(
       [1. 1. 1.] [0. 0. 0.] {}
     """
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
-    return init_params("layer_norm_init", num_features, makers, key, param_dtype), {}
+    return init_params("layer_norm_init", num_features, makers, key, param_dtype, scale_offset), {}
 
 
 @jax.named_scope("layer_norm")
@@ -149,7 +151,7 @@ def layer_norm(
         axis_name,
         axis_index_groups,
         StandardizeSpec,
-        scale_offset=_checks.number(function, "scale_offset", scale_offset, -math.inf, math.inf),
+        scale_offset=scale_offset,
     )
     if train:
         more_than_one_value(function, operands.x, spec)

@@ -29,6 +29,7 @@ def local_response_norm_init(
     use_scale: bool = False,
     use_bias: bool = False,
     scale_init: Initializer = ones,
+    scale_offset: float = 0.0,
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
@@ -40,6 +41,8 @@ def local_response_norm_init(
       use_scale: whether there is a scale; the paper has none.
       use_bias: whether there is a bias; the paper has none.
       scale_init: makes the scale.
+      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
+        makes `1 - scale_offset`.
       bias_init: makes the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of scale and bias.
@@ -58,7 +61,9 @@ def local_response_norm_init(
       ({}, {})
     """
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
-    return init_params("local_response_norm_init", num_features, makers, key, param_dtype), {}
+    return init_params(
+        "local_response_norm_init", num_features, makers, key, param_dtype, scale_offset
+    ), {}
 
 
 @jax.named_scope("local_response_norm")
@@ -68,6 +73,7 @@ def local_response_norm(
     x: Activations,
     train: bool,
     *,
+    scale_offset: float = 0.0,
     size: int = 5,
     alpha: float = 5e-4,
     beta: float = 0.75,
@@ -89,6 +95,7 @@ def local_response_norm(
       batch_stats: `{}`.
       x: floating-point or complex, such as `(batch, height, width, channels)`.
       train: Python bool.
+      scale_offset: o, added to the scale in at least float32; see `layer_norm`.
       size: n, the number of neighbouring channels that are averaged.
       alpha: weight of their mean square, as in PyTorch and ONNX. The paper and TensorFlow weigh the
         sum: theirs is `alpha / size`, and the default is the paper's 1e-4 times 5.
@@ -143,6 +150,7 @@ def local_response_norm(
         axes=(),
         feature_axes=operands.feature_axes,
         dtype=operands.dtype,
+        scale_offset=_checks.number(function, "scale_offset", scale_offset, -math.inf, math.inf),
         channel=channel,
         size=neighbours,
         alpha=alpha,
@@ -165,7 +173,7 @@ class LocalSpec(Spec):
 
 @jit_step
 def _local_response_norm(params: Params, x: Array, spec: LocalSpec) -> Array:
-    params = lay_out(params, x.ndim, spec.feature_axes)
+    params = lay_out(params, x.ndim, spec)
     x32 = read(x).x32
     scale = (spec.k + spec.alpha / spec.size * _energy_nearby(abs2(x32), spec)) ** -spec.beta
     return scale_and_shift(x32 * scale.astype(x32.dtype), params).astype(spec.dtype)

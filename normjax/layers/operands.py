@@ -84,9 +84,10 @@ def check_spec(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     make_spec: type[ExampleSpec] = ExampleSpec,
+    scale_offset: float = 0.0,
     **static: Any,
 ) -> Any:
-    """Checks epsilon and the names of mapped axes; returns the static arguments of the step."""
+    """Checks numbers and the names of mapped axes; returns the static arguments of the step."""
     epsilon = _checks.number(function, "epsilon", epsilon, 0.0, math.inf)
     devices = device_group(function, axis_name, axis_index_groups)
     return make_spec(
@@ -95,6 +96,7 @@ def check_spec(
         devices=devices,
         epsilon=epsilon,
         dtype=operands.dtype,
+        scale_offset=_checks.number(function, "scale_offset", scale_offset, -math.inf, math.inf),
         **static,
     )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +22,7 @@ from normjax._typing import (
     Params,
     PRNGKey,
 )
-from normjax.layers.affine import init_params, normalize, with_offset
+from normjax.layers.affine import init_params, normalize
 from normjax.layers.by_example import has_one_derivative, normalize_by_own
 from normjax.layers.jit_step import jit_step_within_examples
 from normjax.layers.operands import check_operands, check_spec
@@ -38,6 +36,7 @@ def rms_norm_init(
     use_scale: bool = True,
     use_bias: bool = False,
     scale_init: Initializer = ones,
+    scale_offset: float = 0.0,
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
@@ -49,7 +48,9 @@ def rms_norm_init(
         order of the axes of x.
       use_scale: whether there is a scale.
       use_bias: whether there is a bias; the paper has none.
-      scale_init: makes the scale; zeros for `rms_norm(..., scale_offset=1)`.
+      scale_init: makes the scale.
+      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
+        makes `1 - scale_offset`.
       bias_init: makes the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of scale and bias.
@@ -68,7 +69,7 @@ def rms_norm_init(
       [1. 1. 1.]
     """
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
-    return init_params("rms_norm_init", num_features, makers, key, param_dtype), {}
+    return init_params("rms_norm_init", num_features, makers, key, param_dtype, scale_offset), {}
 
 
 @jax.named_scope("rms_norm")
@@ -141,31 +142,15 @@ def rms_norm(
         function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype
     )
     axes = _checks.axes(function, "reduction_axes", reduction_axes, operands.x.shape)
-    scale_offset = _checks.number(function, "scale_offset", scale_offset, -math.inf, math.inf)
     spec = check_spec(
-        function,
-        operands,
-        axes,
-        epsilon,
-        axis_name,
-        axis_index_groups,
-        RMSSpec,
-        scale_offset=scale_offset,
+        function, operands, axes, epsilon, axis_name, axis_index_groups, scale_offset=scale_offset
     )
     return _rms_norm(operands.params, operands.x, operands.mask, spec), batch_stats
 
 
-@dataclass(frozen=True)
-class RMSSpec(ExampleSpec):
-    """The static arguments of a step."""
-
-    scale_offset: float = 0.0
-
-
 @jit_step_within_examples
-def _rms_norm(params: Params, x: Array, mask: Array | None, spec: RMSSpec) -> Array:
+def _rms_norm(params: Params, x: Array, mask: Array | None, spec: ExampleSpec) -> Array:
     inputs = read(x, mask)
-    params = with_offset(params, spec.scale_offset)
     if has_one_derivative(spec, mask):
         return normalize_by_own(spec, inputs, params, center=False).astype(spec.dtype)
     count, square = mean_square(spec, inputs, mask)

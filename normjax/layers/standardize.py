@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from normjax._typing import Params
-from normjax.layers.affine import normalize, with_offset
+from normjax.layers.affine import normalize
 from normjax.layers.by_example import has_one_derivative, normalize_by_own
 from normjax.layers.jit_step import jit_step_within_examples
 from normjax.statistics.elements import read
@@ -24,12 +24,10 @@ class StandardizeSpec(ExampleSpec):
 
     Attributes:
       gain: a constant factor of the scale.
-      scale_offset: added to the scale, if there is one.
       epsilon_to: what epsilon is added to.
     """
 
     gain: float = 1.0
-    scale_offset: float = 0.0
     epsilon_to: EpsilonTo = "variance"
 
     @property
@@ -56,8 +54,7 @@ def standardize(params: Params, x: Array, mask: Array | None, spec: StandardizeS
 
 
 def _with_gain(params: Params, spec: StandardizeSpec) -> Params:
-    """Returns the params with the offset and the factor of the scale."""
-    params = with_offset(params, spec.scale_offset)
+    """Returns the params with the factor of the scale."""
     if spec.gain == 1:
         return params
     scale = params["scale"] if "scale" in params else jnp.ones(())

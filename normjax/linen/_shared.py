@@ -14,6 +14,7 @@ from flax.linen.dtypes import canonicalize_dtype
 
 from normjax import _checks
 from normjax._typing import Params, admissible, as_mask
+from normjax.layers.affine import initial_scale
 
 
 def sizes(module: Any, x: jax.Array, name: str = "feature_axes") -> tuple[int, ...]:
@@ -24,10 +25,11 @@ def sizes(module: Any, x: jax.Array, name: str = "feature_axes") -> tuple[int, .
 
 def declare(module: Any, features: tuple[int, ...], **used: bool) -> Params:
     """Declares the parameters that are used, each by its own initializer, in the order given."""
+    makers = {leaf: getattr(module, f"{leaf}_init") for leaf in used}
+    if "scale" in used:
+        makers["scale"] = initial_scale(module.scale_init, module.scale_offset)
     params = {
-        leaf: jnp.asarray(
-            module.param(leaf, getattr(module, f"{leaf}_init"), features, module.param_dtype)
-        )
+        leaf: jnp.asarray(module.param(leaf, makers[leaf], features, module.param_dtype))
         for leaf, is_used in used.items()
         if is_used
     }
@@ -55,6 +57,7 @@ def common(module: Any, mask: Any) -> dict[str, Any]:
     """
     mapped = not module.is_initializing()
     return {
+        "scale_offset": module.scale_offset,
         "epsilon": module.epsilon,
         "mask": as_mask(mask),
         "axis_name": module.axis_name if mapped else None,

@@ -68,6 +68,8 @@ class BatchNorm(nn.BatchNorm):
         running statistics as they were, on all devices alike: for dynamic loss scaling.
       frozen: whether to use the running statistics and leave them alone, whatever
         `use_running_average` says. Scale and bias still have gradients.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1`; the default of `scale_init` then makes zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,6 +86,7 @@ class BatchNorm(nn.BatchNorm):
     virtual_batch_size: int | None = None
     skip_nonfinite: bool = False
     frozen: bool = False
+    scale_offset: float = 0.0
 
     @nn.compact
     def __call__(

@@ -48,6 +48,8 @@ class BatchRenorm(BatchNorm):
         running statistics as they were, on all devices alike: for dynamic loss scaling.
       frozen: whether to use the running statistics and leave them alone, whatever
         `use_running_average` says. Scale and bias still have gradients.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1`; the default of `scale_init` then makes zeros.
       r_max: limit of r, the ratio of the batch's standard deviation to the running one: r stays
         between `1 / r_max` and `r_max`. At least 1; a number, or a schedule: a function of the
         count of batches.

@@ -29,6 +29,8 @@ class DynamicTanh(nn.Module):
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       feature_axes: the axes that scale and bias run along.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1`; the default of `scale_init` then makes zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -46,6 +48,7 @@ class DynamicTanh(nn.Module):
     bias_init: Initializer = zeros
     scale_init: Initializer = ones
     feature_axes: Axes = -1
+    scale_offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -61,4 +64,13 @@ class DynamicTanh(nn.Module):
         params = declare(self, (), alpha=True)
         params |= declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)
         x, dtype = promoted(self, x, *params.values())
-        return dynamic_tanh(params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype)[0]
+        y, _ = dynamic_tanh(
+            params,
+            {},
+            x,
+            False,
+            scale_offset=self.scale_offset,
+            feature_axes=self.feature_axes,
+            dtype=dtype,
+        )
+        return y

@@ -37,6 +37,8 @@ class FilterResponseNorm(nn.Module):
       axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
       axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
         statistics. None: one group of all.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1`; the default of `scale_init` then makes zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -60,6 +62,7 @@ class FilterResponseNorm(nn.Module):
     feature_axes: Axes = -1
     axis_name: AxisName | None = None
     axis_index_groups: AxisIndexGroups | None = None
+    scale_offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:

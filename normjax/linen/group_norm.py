@@ -46,6 +46,8 @@ class GroupNorm(nn.GroupNorm):
       use_fast_variance: accepted for compatibility, without effect.
       force_float32_reductions: whether scale and bias keep their dtype. False casts them to
         `param_dtype`, as Flax does; statistics are float32 or wider in both cases.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1`; the default of `scale_init` then makes zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -54,6 +56,8 @@ class GroupNorm(nn.GroupNorm):
       >>> print(GroupNorm(num_groups=2).init_with_output(jax.random.key(0), x)[0].round(3))
       [[-1.  1. -1.  1.]]
     """
+
+    scale_offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:

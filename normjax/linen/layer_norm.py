@@ -42,7 +42,7 @@ class LayerNorm(nn.LayerNorm):
       force_float32_reductions: whether scale and bias keep their dtype. False casts them to
         `param_dtype`, as Flax does; statistics are float32 or wider in both cases.
       scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`, with `scale_init=zeros`.
+        - 1`; the default of `scale_init` then makes zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -74,7 +74,6 @@ class LayerNorm(nn.LayerNorm):
             {},
             x,
             False,
-            scale_offset=self.scale_offset,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
             dtype=dtype,

@@ -32,6 +32,8 @@ class LocalResponseNorm(nn.Module):
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       feature_axes: the axis of the channels.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1`; the default of `scale_init` then makes zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -52,6 +54,7 @@ class LocalResponseNorm(nn.Module):
     bias_init: Initializer = zeros
     scale_init: Initializer = ones
     feature_axes: Axes = -1
+    scale_offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -75,6 +78,7 @@ class LocalResponseNorm(nn.Module):
             alpha=self.alpha,
             beta=self.beta,
             k=self.k,
+            scale_offset=self.scale_offset,
             feature_axes=self.feature_axes,
             dtype=dtype,
         )

@@ -39,7 +39,7 @@ class RMSNorm(nn.RMSNorm):
       force_float32_reductions: whether the scale keeps its dtype. False casts it to `param_dtype`,
         as Flax does; the mean square is float32 or wider in both cases.
       scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1` (Gemma), with `scale_init=zeros`.
+        - 1`; the default of `scale_init` then makes zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -70,7 +70,6 @@ class RMSNorm(nn.RMSNorm):
             {},
             x,
             False,
-            scale_offset=self.scale_offset,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
             dtype=dtype,

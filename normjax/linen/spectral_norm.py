@@ -39,6 +39,8 @@ class SpectralNorm(nn.SpectralNorm):
       error_on_non_matrix: whether weights of more than two axes raise an error. Otherwise their
         leading axes are flattened.
       collection_name: collection of the variables `u` and `sigma`.
+      bound: the largest singular value that weights may have: larger ones alone are divided, by
+        `sigma / bound` (SNGP). None: all are divided by sigma.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -49,6 +51,8 @@ class SpectralNorm(nn.SpectralNorm):
       >>> print(variables["batch_stats"]["layer_instance/kernel/sigma"].round(3))
       5.0
     """
+
+    bound: float | None = None
 
     @nn.compact
     def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any:
@@ -84,7 +88,14 @@ def _spectral_normed(
     state = {"u": u.value, "sigma": sigma.value}
     kernel, dtype = promoted(module, kernel, *state.values())
     kernel, state = spectral_norm(
-        {}, state, kernel, update_stats, n_steps=module.n_steps, epsilon=module.epsilon, dtype=dtype
+        {},
+        state,
+        kernel,
+        update_stats,
+        n_steps=module.n_steps,
+        bound=module.bound,
+        epsilon=module.epsilon,
+        dtype=dtype,
     )
     if update_stats:
         state = forget_kernels_of_zeros(state)

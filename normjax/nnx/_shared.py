@@ -80,6 +80,7 @@ def promoted(
 def common(norm: Any, mask: Any) -> dict[str, Any]:
     """Returns the arguments of all layers with statistics."""
     return {
+        "scale_offset": norm.scale_offset,
         "epsilon": norm.epsilon,
         "mask": as_mask(mask),
         "axis_name": norm.axis_name,

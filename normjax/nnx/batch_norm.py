@@ -15,6 +15,7 @@ from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
 from normjax._typing import AxisIndexGroups, BatchStats, DTypeLike, Initializer, RunningVar
+from normjax.layers.affine import initial_scale
 from normjax.layers.batch_norm import infer_step, train_step
 from normjax.layers.batch_step import (
     BatchStep,
@@ -74,6 +75,8 @@ class BatchNorm(nnx.BatchNorm):
         running statistics as they were, on all devices alike: for dynamic loss scaling.
       frozen: whether to use the running statistics and leave them alone, also after
         `model.train()`. Scale and bias still have gradients.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1`; the default of `scale_init` then makes zeros.
       rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
@@ -112,6 +115,7 @@ class BatchNorm(nnx.BatchNorm):
         virtual_batch_size: int | None = None,
         skip_nonfinite: bool = False,
         frozen: bool = False,
+        scale_offset: float = 0.0,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
@@ -127,7 +131,7 @@ class BatchNorm(nnx.BatchNorm):
             use_bias=use_bias,
             use_scale=use_scale,
             bias_init=bias_init,
-            scale_init=scale_init,
+            scale_init=initial_scale(scale_init, scale_offset),
             axis_name=axis_name,
             axis_index_groups=axis_index_groups,
             use_fast_variance=use_fast_variance,
@@ -140,6 +144,7 @@ class BatchNorm(nnx.BatchNorm):
         self.virtual_batch_size = virtual_batch_size
         self.skip_nonfinite = skip_nonfinite
         self.frozen = frozen
+        self.scale_offset = scale_offset
         if momentum is None:
             self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
 

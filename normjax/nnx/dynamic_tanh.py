@@ -15,6 +15,7 @@ from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
 from normjax._typing import Axes, DTypeLike, Initializer
+from normjax.layers.affine import initial_scale
 from normjax.layers.dynamic_tanh import dynamic_tanh, half
 from normjax.nnx._shared import declare, present, promoted, read
 
@@ -38,6 +39,8 @@ class DynamicTanh(nnx.Module):
       feature_axes: the axes that scale and bias run along.
       promote_dtype: function of `(x, alpha, scale, bias)` and `dtype` that returns the arrays
         promoted. Only the dtype of y follows from it.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1`; the default of `scale_init` then makes zeros.
       rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
@@ -63,13 +66,15 @@ class DynamicTanh(nnx.Module):
         scale_init: Initializer = ones,
         feature_axes: Axes = -1,
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        scale_offset: float = 0.0,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         declare(self, "alpha", True, alpha_init, (), param_dtype, rngs, {})
+        starting = initial_scale(scale_init, scale_offset)
         declare(
-            self, "scale", use_scale, scale_init, (num_features,), param_dtype, rngs, scale_metadata
+            self, "scale", use_scale, starting, (num_features,), param_dtype, rngs, scale_metadata
         )
         declare(
             self, "bias", use_bias, bias_init, (num_features,), param_dtype, rngs, bias_metadata
@@ -79,6 +84,7 @@ class DynamicTanh(nnx.Module):
         self.param_dtype = param_dtype
         self.feature_axes = feature_axes
         self.promote_dtype = promote_dtype
+        self.scale_offset = scale_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Squashes x.
@@ -93,4 +99,13 @@ class DynamicTanh(nnx.Module):
         leaves = read(self, "alpha", "scale", "bias")
         x, dtype = promoted(self, x, leaves)
         params = present(leaves, self, x, self.feature_axes)
-        return dynamic_tanh(params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype)[0]
+        y, _ = dynamic_tanh(
+            params,
+            {},
+            x,
+            False,
+            scale_offset=self.scale_offset,
+            feature_axes=self.feature_axes,
+            dtype=dtype,
+        )
+        return y

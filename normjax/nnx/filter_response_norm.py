@@ -15,6 +15,7 @@ from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
 from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
+from normjax.layers.affine import initial_scale
 from normjax.layers.filter_response_norm import filter_response_norm, small
 from normjax.nnx._shared import common, declare, present, promoted, read
 
@@ -48,6 +49,8 @@ class FilterResponseNorm(nnx.Module):
         statistics. None: one group of all.
       promote_dtype: function of `(x, scale, bias, threshold, epsilon)` and `dtype` that returns the
         arrays promoted. Only the dtype of y follows from it.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1`; the default of `scale_init` then makes zeros.
       rngs: random keys for the initializers.
       metadata: metadata of the variables.
 
@@ -79,11 +82,12 @@ class FilterResponseNorm(nnx.Module):
         axis_name: AxisName | None = None,
         axis_index_groups: AxisIndexGroups | None = None,
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        scale_offset: float = 0.0,
         rngs: nnx.Rngs,
         metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         used = (use_scale, use_bias, use_threshold, learn_epsilon)
-        inits = (scale_init, bias_init, threshold_init, epsilon_init)
+        inits = (initial_scale(scale_init, scale_offset), bias_init, threshold_init, epsilon_init)
         for leaf, is_used, init in zip(LEAVES, used, inits, strict=True):
             declare(self, leaf, is_used, init, (num_features,), param_dtype, rngs, metadata)
         self.num_features = num_features
@@ -94,6 +98,7 @@ class FilterResponseNorm(nnx.Module):
         self.axis_name = axis_name
         self.axis_index_groups = axis_index_groups
         self.promote_dtype = promote_dtype
+        self.scale_offset = scale_offset
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes x.

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import PromoteDtypeFn
+from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
+from normjax._typing import Axes, AxisIndexGroups, DTypeLike, Initializer
+from normjax.layers.affine import initial_scale
 from normjax.layers.group_norm import group_norm
 from normjax.nnx._shared import common, present, promoted, read
 
@@ -49,6 +59,8 @@ class GroupNorm(nnx.GroupNorm):
       use_fast_variance: accepted for compatibility, without effect.
       promote_dtype: function of `(x, scale, bias)` and `dtype` that returns the arrays promoted.
         Only the dtype of y follows from it.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1`; the default of `scale_init` then makes zeros.
       rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
@@ -61,6 +73,51 @@ class GroupNorm(nnx.GroupNorm):
       >>> print(norm(jnp.array([[1.0, 3.0, 10.0, 30.0]])).round(3))
       [[-1.  1. -1.  1.]]
     """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int | None = 32,
+        group_size: int | None = None,
+        *,
+        epsilon: float = 1e-6,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        reduction_axes: Axes | None = None,
+        axis_name: str | None = None,
+        axis_index_groups: AxisIndexGroups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        scale_offset: float = 0.0,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        super().__init__(
+            num_features,
+            num_groups,
+            group_size,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=initial_scale(scale_init, scale_offset),
+            reduction_axes=reduction_axes,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
+        self.scale_offset = scale_offset
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalizes x.

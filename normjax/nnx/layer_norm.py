@@ -15,6 +15,7 @@ from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
 from normjax._typing import Axes, AxisIndexGroups, DTypeLike, Initializer
+from normjax.layers.affine import initial_scale
 from normjax.layers.layer_norm import layer_norm
 from normjax.nnx._shared import common, present, promoted, read
 
@@ -52,7 +53,7 @@ class LayerNorm(nnx.LayerNorm):
       promote_dtype: function of `(x, scale, bias)` and `dtype` that returns the arrays promoted.
         Only the dtype of y follows from it.
       scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`, with `scale_init=zeros`.
+        - 1`; the default of `scale_init` then makes zeros.
       rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
@@ -96,7 +97,7 @@ class LayerNorm(nnx.LayerNorm):
             use_bias=use_bias,
             use_scale=use_scale,
             bias_init=bias_init,
-            scale_init=scale_init,
+            scale_init=initial_scale(scale_init, scale_offset),
             reduction_axes=reduction_axes,
             feature_axes=feature_axes,
             axis_name=axis_name,
@@ -127,7 +128,6 @@ class LayerNorm(nnx.LayerNorm):
             {},
             x,
             False,
-            scale_offset=self.scale_offset,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
             dtype=dtype,

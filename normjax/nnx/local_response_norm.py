@@ -15,6 +15,7 @@ from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
 from normjax._typing import Axes, DTypeLike, Initializer
+from normjax.layers.affine import initial_scale
 from normjax.layers.local_response_norm import local_response_norm
 from normjax.nnx._shared import declare, present, promoted, read
 
@@ -41,6 +42,8 @@ class LocalResponseNorm(nnx.Module):
       feature_axes: the axis of the channels.
       promote_dtype: function of `(x, scale, bias)` and `dtype` that returns the arrays promoted.
         Only the dtype of y follows from it.
+      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
+        - 1`; the default of `scale_init` then makes zeros.
       rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
@@ -70,12 +73,14 @@ class LocalResponseNorm(nnx.Module):
         scale_init: Initializer = ones,
         feature_axes: Axes = -1,
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        scale_offset: float = 0.0,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
+        starting = initial_scale(scale_init, scale_offset)
         declare(
-            self, "scale", use_scale, scale_init, (num_features,), param_dtype, rngs, scale_metadata
+            self, "scale", use_scale, starting, (num_features,), param_dtype, rngs, scale_metadata
         )
         declare(
             self, "bias", use_bias, bias_init, (num_features,), param_dtype, rngs, bias_metadata
@@ -89,6 +94,7 @@ class LocalResponseNorm(nnx.Module):
         self.param_dtype = param_dtype
         self.feature_axes = feature_axes
         self.promote_dtype = promote_dtype
+        self.scale_offset = scale_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes x.
@@ -111,6 +117,7 @@ class LocalResponseNorm(nnx.Module):
             alpha=self.alpha,
             beta=self.beta,
             k=self.k,
+            scale_offset=self.scale_offset,
             feature_axes=self.feature_axes,
             dtype=dtype,
         )

@@ -15,6 +15,7 @@ from jax.nn.initializers import ones
 
 from normjax import _checks
 from normjax._typing import Axes, AxisIndexGroups, DTypeLike, Initializer
+from normjax.layers.affine import initial_scale
 from normjax.layers.rms_norm import rms_norm
 from normjax.nnx._shared import common, present, promoted, read
 
@@ -49,7 +50,7 @@ class RMSNorm(nnx.RMSNorm):
       promote_dtype: function of `(x, scale)` and `dtype` that returns the arrays promoted. Only the
         dtype of y follows from it.
       scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1` (Gemma), with `scale_init=zeros`.
+        - 1`; the default of `scale_init` then makes zeros.
       rngs: random keys for the initializers.
       scale_metadata: metadata of the scale variable.
 
@@ -86,7 +87,7 @@ class RMSNorm(nnx.RMSNorm):
             dtype=dtype,
             param_dtype=param_dtype,
             use_scale=use_scale,
-            scale_init=scale_init,
+            scale_init=initial_scale(scale_init, scale_offset),
             reduction_axes=reduction_axes,
             feature_axes=feature_axes,
             axis_name=axis_name,
@@ -116,7 +117,6 @@ class RMSNorm(nnx.RMSNorm):
             {},
             x,
             False,
-            scale_offset=self.scale_offset,
             reduction_axes=self.reduction_axes,
             feature_axes=self.feature_axes,
             dtype=dtype,

@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype
 
-from normjax._typing import admissible
+from normjax._typing import DTypeLike, admissible
 from normjax.nnx._weights import Path, known, with_weights
 from normjax.weights.spectral_norm import forget_kernels_of_zeros, spectral_norm
 
@@ -39,6 +40,8 @@ class SpectralNorm(nnx.SpectralNorm):
         leading axes are flattened.
       update_stats: whether to store the new singular vectors and values. `model.train()`,
         `model.eval()` and the call override it.
+      bound: the largest singular value that weights may have: larger ones alone are divided, by
+        `sigma / bound` (SNGP). None: all are divided by sigma.
       rngs: random keys for the first singular vectors.
 
     Example:
@@ -51,6 +54,31 @@ class SpectralNorm(nnx.SpectralNorm):
       >>> print(jnp.linalg.norm(weights, 2).round(3), jnp.linalg.norm(stored, 2).round(3))
       1.0 5.0
     """
+
+    def __init__(
+        self,
+        layer_instance: nnx.Module,
+        *,
+        n_steps: int = 1,
+        epsilon: float = 1e-12,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        error_on_non_matrix: bool = False,
+        update_stats: bool = True,
+        bound: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            layer_instance,
+            n_steps=n_steps,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            error_on_non_matrix=error_on_non_matrix,
+            update_stats=update_stats,
+            rngs=rngs,
+        )
+        self.bound = bound
 
     def __call__(self, x: jax.Array, update_stats: bool | None = None) -> Any:
         """Calls the wrapped layer with its weights divided by their largest singular values.
@@ -86,7 +114,14 @@ def _spectral_normed(
     dtype = canonicalize_dtype(weight[...], *state.values(), dtype=norm.dtype)
     kernel = admissible(weight[...], dtype)
     kernel, state = spectral_norm(
-        {}, state, kernel, update, n_steps=norm.n_steps, epsilon=norm.epsilon, dtype=dtype
+        {},
+        state,
+        kernel,
+        update,
+        n_steps=norm.n_steps,
+        bound=norm.bound,
+        epsilon=norm.epsilon,
+        dtype=dtype,
     )
     if update:
         state = forget_kernels_of_zeros(state)

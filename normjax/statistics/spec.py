@@ -47,6 +47,7 @@ class Spec:
       devices: the devices that share statistics.
       epsilon: added to the variance.
       dtype: dtype of y.
+      scale_offset: added to the scale, if there is one.
       groups: None, or the axis of x along which groups of neighbours share statistics, and the size
         of a group. x is not reshaped into groups: its minor axis would be as small as a group,
         which accelerators pad.
@@ -57,6 +58,7 @@ class Spec:
     devices: DeviceGroup = ALONE
     epsilon: float = 0.0
     dtype: Any = None
+    scale_offset: float = 0.0
     groups: tuple[int, int] | None = None
 
     def without(self, dropped: tuple[int, ...]) -> Self:

@@ -59,6 +59,7 @@ def spectral_norm(
     *,
     feature_axes: Axes = -1,
     n_steps: int = 1,
+    bound: float | None = None,
     epsilon: float = 1e-12,
     dtype: DTypeLike | None = None,
 ) -> tuple[Kernel, BatchStats]:
@@ -70,7 +71,10 @@ def spectral_norm(
 
     with the kernel as a matrix W of one column for each feature. It bounds how much a layer can
     stretch its input: use it in the discriminators of GANs, and for networks that must be
-    Lipschitz. Gradients treat u and v as constants.
+    Lipschitz. Gradients treat u and v as constants. With a bound c, larger kernels alone are
+    divided, and smaller ones are not raised:
+
+    .. math:: w = \frac{W}{\max(1, \sigma / c)}
 
     Args:
       params: `{}`.
@@ -80,6 +84,8 @@ def spectral_norm(
         stored u, so it is deterministic.
       feature_axes: the axes that make the columns of the matrix; all others make its rows.
       n_steps: number of steps of power iteration in each call.
+      bound: c, the largest singular value that w may have, such as 0.95 in SNGP; above 0. None:
+        it is 1 for every kernel.
       epsilon: added to the squared norms, of vectors whose largest element is 1.
       dtype: dtype of w; None for the dtype of the kernel.
 
@@ -88,8 +94,8 @@ def spectral_norm(
       is returned unchanged. Computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit, or `n_steps`
-        below 1.
+      ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit, `n_steps`
+        below 1, or a bound that is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -102,7 +108,9 @@ def spectral_norm(
 
     References:
       Miyato, Kataoka, Koyama & Yoshida, "Spectral Normalization for Generative Adversarial
-      Networks" (ICLR 2018), Algorithm 1.
+      Networks" (ICLR 2018), Algorithm 1. With a bound: Liu et al., "Simple and Principled
+      Uncertainty Estimation with Deterministic Deep Learning via Distance Awareness" (SNGP,
+      NeurIPS 2020), eq. 8.
     """
     function = "spectral_norm"
     train = _checks.static_train(function, train)
@@ -122,12 +130,13 @@ def spectral_norm(
     if steps is None:
         _checks.raise_error(
             function,
-            "n_steps is no number of steps",
+            "n_steps is not a number of steps",
             expected="1 or more",
             got=f"n_steps={n_steps!r}",
             fix="Use 1",
         )
-    plan = _Plan(kept, steps, epsilon, _checks.output_dtype(function, dtype, kernel))
+    bound = _check_bound(function, bound)
+    plan = _Plan(kept, steps, bound, epsilon, _checks.output_dtype(function, dtype, kernel))
     if not kernel.size:
         return kernel.astype(plan.dtype), batch_stats
     w, u, sigma = _spectral_norm(jnp.asarray(batch_stats["u"]), kernel, plan)
@@ -147,6 +156,7 @@ class _Plan(NamedTuple):
 
     feature_axes: tuple[int, ...]
     n_steps: int
+    bound: float | None
     epsilon: float
     dtype: Any
 
@@ -174,10 +184,17 @@ def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, 
     else:
         v, u = lax.fori_loop(0, plan.n_steps, iterate, start)
     sigma = jnp.sum(_dot(v, matrix) * u)
+    w = _divided(wide, sigma, plan.bound)
+    return w.astype(plan.dtype), u, lax.stop_gradient(sigma)
+
+
+def _divided(kernel: Array, sigma: Array, bound: float | None) -> Array:
+    """Returns the kernel with the largest singular value 1, or at most the bound."""
+    if bound is not None:
+        return kernel / jnp.where(sigma > bound, sigma / bound, 1)
     # The derivative of a quotient has 1 / sigma^2 in it, which overflows from 1e-20 down.
     unit = _to_invert(sigma)
-    w = wide * unit / (jnp.where(sigma == 0, 1, sigma) * unit)
-    return w.astype(plan.dtype), u, lax.stop_gradient(sigma)
+    return kernel * unit / (jnp.where(sigma == 0, 1, sigma) * unit)
 
 
 def _to_invert(sigma: Array) -> Array:
@@ -205,6 +222,22 @@ def _direction(vector: Array, otherwise: Array, epsilon: float) -> Array:
 
 def _columns(kernel: Array, feature_axes: tuple[int, ...]) -> int:
     return math.prod(kernel.shape[axis] for axis in feature_axes)
+
+
+def _check_bound(function: str, bound: float | None) -> float | None:
+    """Returns the bound; raises for one that is not above 0."""
+    if bound is None:
+        return None
+    bound = _checks.number(function, "bound", bound, 0.0, math.inf)
+    if bound == 0:
+        _checks.raise_error(
+            function,
+            "a bound of 0 makes every kernel 0",
+            expected="bound above 0, or None",
+            got=f"bound={bound!r}",
+            fix="Use 0.95, as SNGP does",
+        )
+    return bound
 
 
 def _real(function: str, kernel: Kernel) -> Array:

@@ -127,7 +127,7 @@ def weight_norm(
 
 @partial(jit_step, like="kernel")
 def _weight_norm(params: Params, kernel: Array, spec: Spec) -> Array:
-    params = lay_out(params, kernel.ndim, spec.feature_axes)
+    params = lay_out(params, kernel.ndim, spec)
     kernel = widen(kernel)
     square = jnp.sum(abs2(kernel), spec.axes, keepdims=True)
     direction = kernel * lax.rsqrt(square + spec.epsilon).astype(kernel.dtype)
