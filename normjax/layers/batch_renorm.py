@@ -173,7 +173,7 @@ def batch_renorm(
 
     References:
       Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
-        Models" (NeurIPS 2017),
+      Models" (NeurIPS 2017),
       Algorithm 1 and section 4.
     """
     step = check_batch_step(

@@ -136,7 +136,7 @@ def layer_norm(
     References:
       Ba, Kiros & Hinton, "Layer Normalization" (2016), eq. 3 and 4. Scale and bias from elsewhere
       in the network: Perez et al., "FiLM" (2018), eq. 2; Peebles & Xie, "Scalable Diffusion Models
-        with Transformers" (2023), adaLN.
+      with Transformers" (2023), adaLN.
     """
     function = "layer_norm"
     operands = check_operands(

@@ -42,7 +42,7 @@ def project_scale_invariant(
               < \frac{\delta}{\sqrt{\dim w_c}}
 
     first with a w_c for each output channel (the last axis), then with one for the whole kernel.
-    Updates of rank 1 are never projected. SGDP and AdamP are
+    Updates of rank 1 are never projected. SGDP and AdamP are:
 
         sgdp = optax.chain(
             nj.optim.project_scale_invariant(inner=optax.trace(0.9), weight_decay=1e-4),

@@ -1,0 +1,45 @@
+"""How Sphinx builds the site: `make docs`."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import normjax
+from normjax import _typing
+
+project = "normjax"
+author = "the authors of normjax"
+release = normjax.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "docstrings",
+    "sphinx-mathjax-offline",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+default_role = "py:obj"
+autodoc_class_signature = "mixed"
+autodoc_member_order = "bysource"
+autodoc_type_aliases = {name: name for name in _typing.__all__ if name[0].isupper()}
+autodoc_typehints_format = "short"
+maximum_signature_line_length = 60
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_attr_annotations = False  # it evaluates types, and jaxtyping refuses some alone
+napoleon_custom_sections = ["Returns"]
+
+html_theme = "furo"
+html_title = "normjax"
+html_copy_source = False
+html_show_sphinx = False
+html_theme_options = {"navigation_with_keys": True}
