@@ -49,7 +49,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.docs ## the site, in site/
-	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
+	$(BIN)/python -m sphinx -W -q -c docs -b html docs/pages site
 
 bench: $(VENV)/.bench ## layers and training steps against their peers, on this backend, in half an hour
 	$(BIN)/python benchmarks/layers.py
