@@ -40,6 +40,7 @@ napoleon_custom_sections = ["Returns"]
 
 html_theme = "furo"
 html_title = "normjax"
+html_favicon = "favicon.svg"
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}

@@ -57,7 +57,9 @@ def _type(annotation: Any) -> str | None:
         return None
     if isinstance(annotation, str):
         return annotation
-    return getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else None
+    return (
+        getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else None
+    )
 
 
 class _AsWritten(str):
