@@ -2,60 +2,44 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 
 from normjax import _checks
 from normjax._trees import Path
+from normjax.convert import _torch_attention, _torch_layers, _torch_recurrent
+from normjax.convert._names import Rename
 from normjax.convert._sources import Arrays, Source, TorchModule, conform, read_mapping
-from normjax.convert._torch_kernels import (
-    from_kernel,
-    norms,
-    power_iteration,
-    singular_vectors,
-    to_kernel,
-)
-from normjax.convert._torch_settings import class_names, weight_normalization
+from normjax.convert._torch_features import Flattened, reorder
+from normjax.convert._torch_groups import RENAMED, WEIGHTS, Group, modules_in
+from normjax.convert._torch_layout import Layout, read_layout
+from normjax.convert._torch_match import add, check_nesting, match, refuse
+from normjax.convert._torch_settings import weight_normalization
 from normjax.convert._trees import (
     COLLECTIONS,
-    Leaf,
     Leaves,
     Tree,
     Trees,
     expectation,
     modules_of,
     put_together,
-    raise_unknown,
     take_apart,
 )
 
-Entries = dict[str, Leaf]  # the arrays of one module, by the names in `torch.nn.utils`
-
-# The hooks of torch.nn.utils and its parametrizations name the same arrays differently.
-PARAMETRIZATIONS = {
-    "parametrizations.weight.original0": "weight_g",
-    "parametrizations.weight.original1": "weight_v",
-    "parametrizations.weight.original": "weight_orig",
-    "parametrizations.weight.0._u": "weight_u",
-    "parametrizations.weight.0._v": "weight_v",
-}
-RENAMED = {
-    "bias": "bias",
-    "running_mean": "mean",
-    "running_var": "var",
-    "num_batches_tracked": "count",
-}
-WEIGHTS = ("weight", "weight_g", "weight_v", "weight_orig", "weight_u")
-NAMES = "|".join(map(re.escape, [*PARAMETRIZATIONS, *RENAMED, *WEIGHTS]))
-KEY = re.compile(rf"(?:(.*)\.)?({NAMES})")
-LAYERS_WITH_SCALE = {"_BatchNorm", "_InstanceNorm", "LayerNorm", "RMSNorm", "GroupNorm"}
+Others = Literal["keep", "refuse"]
 
 
-def from_torch(source: Source | TorchModule, *, like: tuple[Tree, Tree] | None = None) -> Trees:
+def from_torch(
+    source: Source | TorchModule,
+    *,
+    like: tuple[Tree, Tree] | None = None,
+    rename: Rename | None = None,
+    others: Others = "keep",
+    flattened: Flattened | None = None,
+    example_input: Any = None,
+) -> Trees:
     """Returns `params` and `batch_stats` with the weights of a PyTorch layer or network.
 
     | torch | normjax |
@@ -113,16 +97,53 @@ def from_torch(source: Source | TorchModule, *, like: tuple[Tree, Tree] | None =
       PyTorch's documentation.
     """
     function = "from_torch"
-    kinds, sizes = _hints(function, like)
-    kinds |= _kinds(source)
-    arrays = _arrays(function, source)
+    _check_others(function, others)
+    wanted = None if like is None else expectation(function, like)
+    layout = read_layout(
+        function,
+        source,
+        _arrays(function, source),
+        like=wanted,
+        rename=rename,
+        flattened=flattened,
+        example_input=example_input,
+    )
+    if layout.others and others == "refuse":
+        refuse(function, layout.others.values(), [*RENAMED, *WEIGHTS])
     leaves: Leaves = {}
-    for module, entries in _by_module(function, arrays).items():
-        parts = tuple(module.split(".")) if module else ()
-        params, batch_stats = _decode(function, entries, kinds.get(module), sizes.get(module))
-        for collection, part in zip(COLLECTIONS, (params, batch_stats), strict=True):
-            leaves |= {(collection, *parts, name): leaf for name, leaf in part.items()}
-    return put_together(function, leaves, like, _key_of)
+    for layer in layout.groups:
+        for inside, leaf in layout.decode(layer).items():
+            add(function, leaves, layout.path(layer.module, inside, leaf.key), leaf)
+    kept = {key: layout.path_of_other(key) for key in layout.others}
+    for key, path in kept.items():
+        add(function, leaves, path, layout.others[key])
+    check_nesting(function, leaves)
+    if wanted is not None:
+        leaves = _fit(leaves, wanted)
+        match(function, leaves, wanted, _key_of)
+    return put_together(function, leaves, like, _key_of, others=kept.values())
+
+
+def _check_others(function: str, others: object) -> None:
+    if others not in ("keep", "refuse"):
+        _checks.raise_error(
+            function,
+            "others is unknown",
+            expected='"keep" or "refuse"',
+            got=f"others={others!r}",
+            fix="Keep arrays that are not a layer's, or refuse the source because of them",
+        )
+
+
+def _fit(leaves: Leaves, wanted: Mapping[Path, Any]) -> Leaves:
+    """Returns the leaves without counts that are not wanted, and with axes split as wanted."""
+    fitted = {}
+    for path, leaf in leaves.items():
+        if path in wanted and path[-1] in ("kernel", "bias"):
+            leaf = _torch_layers.split_axes(leaf, tuple(wanted[path].shape))
+        if path[-1] != "count" or path in wanted:
+            fitted[path] = leaf
+    return fitted
 
 
 def to_torch(
@@ -130,6 +151,9 @@ def to_torch(
     batch_stats: Mapping[str, Any],
     *,
     like: Mapping[str, Any] | TorchModule | None = None,
+    rename: Rename | None = None,
+    others: Others = "keep",
+    flattened: Flattened | None = None,
 ) -> dict[str, Any]:
     """Returns the state_dict of a PyTorch layer or network from `params` and `batch_stats`.
 
@@ -164,20 +188,117 @@ def to_torch(
       num_batches_tracked 0
     """
     function = "to_torch"
-    expected = None if like is None else _arrays(function, like)
-    hooks = {name: weight_normalization(module) for name, module in _modules(like)}
-    dims = {name: getattr(hook, "dim", None) for name, hook in hooks.items()}
+    _check_others(function, others)
+    if like is None:
+        _check_alone(function, rename, flattened)
+        leaves = take_apart(function, params, batch_stats)
+        return _encode_all(function, leaves, others)
+    expected = _arrays(function, like)
+    layout = read_layout(function, like, expected, like={}, rename=rename, flattened=flattened)
+    places = {key: _parts(layout.path_of_other(key)) for key in layout.others}
+    unchecked = {(collection, *parts) for collection in COLLECTIONS for parts in places.values()}
+    leaves = take_apart(function, params, batch_stats, unchecked)
     state: Arrays = {}
-    for parts, entries in modules_of(take_apart(function, params, batch_stats)).items():
-        prefix = "".join(f"{part}." for part in parts)
-        own = {key.removeprefix(prefix) for key in expected or () if key.startswith(prefix)}
-        encoded = _encode(function, entries, own, dims.get(".".join(parts)))
-        state |= {f"{prefix}{name}": value for name, value in encoded.items()}
-    if like is None or expected is None:
-        return state
+    for key, parts in places.items():
+        found = [path for path in leaves if path[1:] == parts]
+        for path in found:
+            state[key] = leaves.pop(path).value
+    for layer in layout.groups:
+        state |= _encode_group(layout, layer, _taken(layout, layer, leaves), like)
+    state |= _encode_all(function, leaves, "keep")
     state = conform(function, _adapt(state, expected), expected)
     tensors = like.state_dict() if isinstance(like, TorchModule) else like
     return {key: _like_the_given(tensors[key], value) for key, value in state.items()}
+
+
+def _parts(path: Path) -> Path:
+    return path[1:]
+
+
+def _check_alone(function: str, rename: object, flattened: object) -> None:
+    for name, given in (("rename", rename), ("flattened", flattened)):
+        if given is not None:
+            _checks.raise_error(
+                function,
+                f"{name} takes like=",
+                expected="the module, or its state_dict, that has the names and sizes of PyTorch",
+                got=f"{name} without like",
+                fix="Pass like=module",
+            )
+
+
+def _taken(layout: Layout, layer: Group, leaves: Leaves) -> Leaves:
+    """Takes the leaves of one layer of `like` out of all leaves; with paths inside the layer."""
+    found: Leaves = {}
+    for inside, leaf in layout.decode(layer).items():
+        path = layout.path(layer.module, inside, leaf.key)
+        if path in leaves:
+            found[inside] = leaves.pop(path)
+    if layer.kind != "layer":
+        return found
+    # Shapes alone may have told another kind of weight than params have.
+    key = next(iter(layer.entries.values())).key
+    for collection in COLLECTIONS:
+        for name in _torch_layers.LEAVES:
+            path = layout.path(layer.module, (collection, name), key)
+            if path[-1] == name and path in leaves:
+                found[collection, name] = leaves.pop(path)
+    return found
+
+
+def _encode_group(layout: Layout, layer: Group, found: Leaves, like: Any) -> Arrays:
+    """Returns the entries of one layer of `like`, by their keys."""
+    prefix = f"{layer.module}." if layer.module else ""
+    names = {leaf.key.removeprefix(prefix) for leaf in layer.entries.values()}
+    if not found:
+        return {}
+    if layer.kind == "recurrent":
+        encoded = _torch_recurrent.encode(found, names)
+    elif layer.kind == "attention":
+        encoded = _torch_attention.encode(found, names)
+    else:
+        for order in reversed(layout.orders.get(layer.module, [])):
+            found = reorder(found, order, back=True)
+        wanted = {leaf.key.removeprefix(prefix): leaf.value for leaf in layer.entries.values()}
+        kind = layout.kinds.get(layer.module)
+        own = {path[-1]: leaf for path, leaf in found.items()}
+        dim = _axis_of_rows(like, layer.module) if "weight_orig" in layer.entries else None
+        encoded = _torch_layers.encode(layout.function, own, wanted, kind, dim)
+    return {f"{prefix}{name}": value for name, value in encoded.items()}
+
+
+def _axis_of_rows(like: Any, name: str) -> int | None:
+    """Returns the axis of the rows of a module's spectral_norm, None if that is unknown."""
+    module = dict(modules_in(like)).get(name)
+    return getattr(weight_normalization(module), "dim", None)
+
+
+def _encode_all(function: str, leaves: Leaves, others: Others) -> Arrays:
+    """Returns the entries of all leaves by the forms that they have in Flax alone."""
+    state: Arrays = {}
+    rest = dict(leaves)
+    for alone, encode in (
+        (_torch_attention.alone, _torch_attention.encode),
+        (_torch_recurrent.alone, _torch_recurrent.encode),
+    ):
+        for module, found in alone(rest).items():
+            encoded = encode(found, None)
+            state |= {".".join((*module, name)): value for name, value in encoded.items()}
+            for collection, *inside in found:
+                del rest[(collection, *module, *inside)]
+    unknown = []
+    for parts, entries in modules_of(rest).items():
+        prefix = "".join(f"{part}." for part in parts)
+        known = {name: leaf for name, leaf in entries.items() if name in _torch_layers.LEAVES}
+        encoded = _torch_layers.encode(function, known, None, None, None)
+        for name in entries:
+            if name not in known:
+                unknown.append(entries[name])
+                encoded[name] = entries[name].value
+        state |= {f"{prefix}{name}": value for name, value in encoded.items()}
+    if unknown and others == "refuse":
+        refuse(function, unknown, sorted(_torch_layers.LEAVES))
+    return state
 
 
 def _adapt(state: Arrays, expected: Arrays) -> Arrays:
@@ -206,122 +327,7 @@ def _arrays(function: str, source: Any) -> Arrays:
     return read_mapping(function, source)
 
 
-def _modules(source: Any) -> Iterable[tuple[str, Any]]:
-    """Returns all modules by name, if the source is a module."""
-    return source.named_modules() if isinstance(source, TorchModule) else ()
-
-
-def _kinds(source: Any) -> dict[str, str]:
-    """Returns what the weight of each module is, as far as the class of the module says it."""
-    kinds = {}
-    for name, module in _modules(source):
-        classes = class_names(module)
-        if classes & LAYERS_WITH_SCALE:
-            kinds[name] = "scale"
-        elif classes & {"Embedding", "EmbeddingBag"}:
-            kinds[name] = "embedding"
-    return kinds
-
-
-def _hints(function: str, like: Any) -> tuple[dict[str, str], dict[str, int]]:
-    """Returns from `like` the leaf that each module's weight becomes, and the size of its u."""
-    kinds, sizes = {}, {}
-    expected = {} if like is None else expectation(function, like)
-    for path, value in expected.items():
-        module = ".".join(path[1:-1])
-        if path[-1] in ("scale", "kernel", "embedding"):
-            kinds[module] = path[-1]
-        elif path[-1] == "u":
-            sizes[module] = math.prod(value.shape)
-    return kinds, sizes
-
-
-def _by_module(function: str, arrays: Arrays) -> dict[str, Entries]:
-    modules: dict[str, Entries] = {}
-    for key, value in arrays.items():
-        found = KEY.fullmatch(key)
-        if found is None:
-            raise_unknown(function, Leaf(value, key), [*RENAMED, *WEIGHTS])
-        module, name = found.group(1, 2)
-        modules.setdefault(module or "", {})[PARAMETRIZATIONS.get(name, name)] = Leaf(value, key)
-    return modules
-
-
-def _decode(
-    function: str, entries: Entries, kind: str | None, size: int | None
-) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
-    """Returns the leaves of one module, for params and for batch_stats."""
-    found = {new: entries[old] for old, new in RENAMED.items() if old in entries}
-    params = {"bias": found.pop("bias")} if "bias" in found else {}
-    if "weight_orig" in entries:
-        kernel, u, v = _all_of(function, entries, "weight_orig", "weight_u", "weight_v")
-        params["kernel"] = Leaf(to_kernel(kernel.value), kernel.key)
-        vector, sigma = power_iteration(function, kernel.value, u, v, size)
-        found |= {"u": Leaf(vector, u.key), "sigma": Leaf(sigma, v.key)}
-    elif "weight_g" in entries or "weight_v" in entries:
-        scale, kernel = _all_of(function, entries, "weight_g", "weight_v")
-        params["kernel"] = Leaf(to_kernel(kernel.value), kernel.key)
-        flat = scale.value.reshape(-1) if scale.value.ndim else scale.value
-        params["scale"] = Leaf(flat, scale.key)
-    elif "weight" in entries:
-        weight = entries["weight"]
-        kind = kind or ("kernel" if _looks_like_a_kernel(entries) else "scale")
-        params[kind] = Leaf(to_kernel(weight.value), weight.key) if kind == "kernel" else weight
-    return params, found
-
-
-def _all_of(function: str, entries: Entries, *names: str) -> list[Leaf]:
-    for name in names:
-        if name not in entries:
-            _checks.raise_error(
-                function,
-                f"{name} is missing",
-                expected=f"{' and '.join(names)} together, or the same as parametrizations",
-                got=f"{sorted(leaf.key for leaf in entries.values())}",
-                fix="Pass the whole state_dict of the module",
-            )
-    return [entries[name] for name in names]
-
-
-def _looks_like_a_kernel(entries: Entries) -> bool:
-    """Whether a weight has two axes or more, and no bias or statistics of its own shape."""
-    weight = entries["weight"].value
-    others = [entries[name].value.shape for name in ("bias", "running_mean") if name in entries]
-    return weight.ndim > 1 and weight.shape not in others
-
-
 def _key_of(path: Path) -> str:
-    name = {new: old for old, new in RENAMED.items()}.get(path[-1], "weight")
-    return ".".join((*path[1:-1], name))
-
-
-def _encode(function: str, leaves: dict[str, Leaf], expected: set[str], dim: int | None) -> Arrays:
-    """Returns the entries of one module, in PyTorch's order; `expected` has the names in `like`."""
-    known = {"scale", "kernel", "embedding", "u", "sigma", *RENAMED.values()}
-    for name, leaf in leaves.items():
-        if name not in known:
-            raise_unknown(function, leaf, sorted(known))
-    state = _encode_weight(function, leaves, dim)
-    if len(state) > 1 and not {"weight_g", "weight_orig"} & expected:
-        v = "0._v" if "weight_orig" in state else "original1"
-        names = {old: new for new, old in PARAMETRIZATIONS.items()}
-        names["weight_v"] = f"parametrizations.weight.{v}"
-        state = {names[name]: value for name, value in state.items()}
-    state |= {old: leaves[new].value for old, new in RENAMED.items() if new in leaves}
-    if "mean" in leaves:
-        count = leaves["count"].value if "count" in leaves else 0
-        state["num_batches_tracked"] = np.asarray(count, np.int64)
-    return state
-
-
-def _encode_weight(function: str, leaves: dict[str, Leaf], dim: int | None) -> Arrays:
-    if "kernel" not in leaves:
-        weight = leaves.get("scale", leaves.get("embedding"))
-        return {} if weight is None else {"weight": weight.value}
-    weight = from_kernel(leaves["kernel"].value)
-    if "scale" in leaves:
-        return {"weight_g": norms(function, weight, leaves["scale"]), "weight_v": weight}
-    if "u" in leaves:
-        u, v = singular_vectors(function, weight, leaves["u"], dim)
-        return {"weight_orig": weight, "weight_u": u, "weight_v": v}
-    return {"weight": weight}
+    names = {new: old for old, new in RENAMED.items()}
+    names |= dict.fromkeys(("scale", "kernel", "embedding", "negative_slope", "u"), "weight")
+    return ".".join((*path[1:-1], names.get(path[-1], path[-1])))

@@ -1,0 +1,161 @@
+"""Compares two sets of dotted names, and says how one becomes the other."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from normjax import _checks
+
+Rename = Mapping[str, str] | Callable[[str], str]
+
+SHOWN = 5
+
+
+def renamer(function: str, rename: Rename | None, names: Collection[str]) -> Callable[[str], str]:
+    """Returns a function from a name to the new one.
+
+    Args:
+      function: the name that errors begin with.
+      rename: None, a function, or a table. A table has whole names or their first parts, up to a
+        dot; the longest entry that fits is taken, once.
+      names: all names; an entry of a table that fits none of them is an error.
+    """
+    if rename is None:
+        return lambda name: name
+    if isinstance(rename, Mapping):
+        table = {str(old).rstrip("./"): str(new) for old, new in rename.items()}
+        _check_table(function, table, names)
+        return lambda name: _by_table(table, name)
+    _checks.must_be_callable(
+        function,
+        "rename",
+        rename,
+        expected="a function from a name to a name, or a table of them",
+        fix='Pass {"conv1": "Conv_0"}, or lambda key: key.removeprefix("module.")',
+    )
+    return lambda name: _by_function(function, rename, name)
+
+
+def _by_table(table: Mapping[str, str], name: str) -> str:
+    fitting = [old for old in table if name == old or name.startswith(f"{old}.")]
+    if not fitting:
+        return name
+    old = max(fitting, key=len)
+    return f"{table[old].strip('./')}{name[len(old) :]}".replace("/", ".").lstrip(".")
+
+
+def _by_function(function: str, rename: Callable[[str], str], name: str) -> str:
+    new = rename(name)
+    if not isinstance(new, str):
+        _checks.raise_error(
+            function,
+            f"rename returns no name for {name!r}",
+            expected="a str",
+            got=f"{type(new).__name__}",
+            fix="Return the name itself if it is to stay",
+            kind=TypeError,
+        )
+    return new.replace("/", ".").strip(".")
+
+
+def _check_table(function: str, table: Mapping[str, str], names: Collection[str]) -> None:
+    for old in table:
+        if not any(name == old or name.startswith(f"{old}.") for name in names):
+            _checks.raise_error(
+                function,
+                f"rename has an entry for {old!r}, which nothing in the source is called",
+                expected="names of the source, or their first parts up to a dot",
+                got=f"{len(names)} names, the nearest {nearest(old, names)}",
+                fix="Correct the entry, or leave it out",
+            )
+
+
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """Returns the names that are most like a name, at most three."""
+    parts = {".".join(other.split(".")[: name.count(".") + 1]) for other in names}
+    return difflib.get_close_matches(name, sorted({*parts, *names}), 3, 0.5)
+
+
+def some(names: Collection[str]) -> str:
+    """Returns the names for an error: all if they are few, else the first and their number."""
+    shown = list(names)
+    text = ", ".join(map(repr, shown[:SHOWN]))
+    return text if len(shown) <= SHOWN else f"{text} and {len(shown) - SHOWN} more"
+
+
+def all_of(names: Collection[str]) -> str:
+    """Returns every name, for errors that list all that is refused."""
+    return ", ".join(map(repr, names))
+
+
+def advice(given: Collection[str], wanted: Collection[str]) -> str | None:
+    """Returns what to pass for `rename`, if the names differ in a system that is recognized.
+
+    Args:
+      given: the module names of the source that are not wanted.
+      wanted: the module names that the source does not have.
+    """
+    found = _prefix(given, wanted) or _separators(given, wanted)
+    if found:
+        return found
+    pairs = {}
+    for name in given:
+        close = difflib.get_close_matches(name, wanted, 1, 0.6)
+        if close:
+            pairs[name] = close[0]
+    if not pairs:
+        return None
+    return f"The nearest names differ: pass rename={_table(pairs)} if they are meant"
+
+
+def _prefix(given: Collection[str], wanted: Collection[str]) -> str | None:
+    """Returns advice if one side's names are the other's behind a prefix, such as 'module.'."""
+    for longer, shorter, whose in ((given, wanted, "the source"), (wanted, given, "`like`")):
+        for prefix in _prefixes(longer):
+            if {name.removeprefix(prefix) for name in longer} & set(shorter):
+                if whose == "the source":
+                    fix = f"rename=lambda key: key.removeprefix({prefix!r})"
+                else:
+                    fix = f"rename=lambda key: {prefix!r} + key"
+                return f"The names in {whose} begin with {prefix!r}: pass {fix}"
+    return None
+
+
+def _prefixes(names: Collection[str]) -> list[str]:
+    firsts = [name.split(".") for name in names if "." in name]
+    if not firsts:
+        return []
+    common = []
+    for level in zip(*firsts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ["".join(f"{part}." for part in common[:end]) for end in range(1, len(common) + 1)]
+
+
+def _separators(given: Collection[str], wanted: Collection[str]) -> str | None:
+    """Returns advice if names agree up to their separators, as 'layer1.0' and 'layer1_0' do."""
+    plain = {_unseparated(name): name for name in wanted}
+    pairs = {name: plain[_unseparated(name)] for name in given if _unseparated(name) in plain}
+    if not pairs:
+        return None
+    old, new = next(iter(pairs.items()))
+    if all(re.sub(r"\.(\d+)", r"_\1", name) == other for name, other in pairs.items()):
+        fix = r'rename=lambda key: re.sub(r"\.(\d+)", r"_\1", key)'
+    elif all(re.sub(r"_(\d+)", r".\1", name) == other for name, other in pairs.items()):
+        fix = r'rename=lambda key: re.sub(r"_(\d+)", r".\1", key)'
+    else:
+        fix = f"rename={_table(pairs)}"
+    return f"The names differ in their separators, as {old!r} and {new!r} do: pass {fix}"
+
+
+def _unseparated(name: str) -> str:
+    return re.sub(r"[._/]+", "_", name).strip("_")
+
+
+def _table(pairs: Mapping[Any, Any]) -> str:
+    shown = ", ".join(f"{old!r}: {new!r}" for old, new in list(pairs.items())[:SHOWN])
+    return f"{{{shown}{', ...' if len(pairs) > SHOWN else ''}}}"
