@@ -91,37 +91,54 @@ def all_of(names: Collection[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def advice(given: Collection[str], wanted: Collection[str]) -> str | None:
+def advice(
+    given: Collection[str],
+    wanted: Collection[str],
+    sides: tuple[str, str] = ("the source", "`like`"),
+) -> str | None:
     """Returns what to pass for `rename`, if the names differ in a system that is recognized.
 
     Args:
-      given: the module names of the source that are not wanted.
-      wanted: the module names that the source does not have.
+      given: the names of modules that `rename` would be called with, and that are not wanted.
+      wanted: the names that are wanted, and that there is no module of.
+      sides: what errors call the two.
     """
-    found = _prefix(given, wanted) or _separators(given, wanted)
+    given, wanted = (
+        [name for name in names if name and name not in others]
+        for names, others in ((given, wanted), (wanted, given))
+    )
+    found = _prefix(given, wanted, sides) or _separators(given, wanted)
     if found:
         return found
-    pairs = {}
-    for name in given:
-        close = difflib.get_close_matches(name, wanted, 1, 0.6)
-        if close:
-            pairs[name] = close[0]
+    close = {name: difflib.get_close_matches(name, wanted, 1, 0.6) for name in given}
+    pairs = {name: found[0] for name, found in close.items() if found}
     if not pairs:
         return None
     return f"The nearest names differ: pass rename={_table(pairs)} if they are meant"
 
 
-def _prefix(given: Collection[str], wanted: Collection[str]) -> str | None:
-    """Returns advice if one side's names are the other's behind a prefix, such as 'module.'."""
-    for longer, shorter, whose in ((given, wanted, "the source"), (wanted, given, "`like`")):
+def _prefix(given: Collection[str], wanted: Collection[str], sides: tuple[str, str]) -> str | None:
+    """Returns advice if one side's names begin with a prefix, such as 'module.'."""
+    for longer, shorter, whose in ((given, wanted, sides[0]), (wanted, given, sides[1])):
         for prefix in _prefixes(longer):
-            if {name.removeprefix(prefix) for name in longer} & set(shorter):
-                if whose == "the source":
-                    fix = f"rename=lambda key: key.removeprefix({prefix!r})"
-                else:
-                    fix = f"rename=lambda key: {prefix!r} + key"
-                return f"The names in {whose} begin with {prefix!r}: pass {fix}"
+            new = "key.removeprefix({prefix!r})" if longer is given else "{prefix!r} + key"
+            new = new.format(prefix=prefix)
+            problem = f"The names in {whose} begin with {prefix!r}"
+            bare = {name.removeprefix(prefix) for name in longer}
+            if bare & {*shorter}:
+                return f"{problem}: pass rename=lambda key: {new}"
+            if {*map(_unseparated, bare)} & {*map(_unseparated, shorter)}:
+                to_underscores = any("_" in name for name in wanted)
+                return (
+                    f"{problem}, and they differ in their separators: pass rename=lambda key: "
+                    f"{_substitution(new, to_underscores=to_underscores)}"
+                )
     return None
+
+
+def _substitution(key: str, *, to_underscores: bool) -> str:
+    old, new = (r"\.(\d+)", r"_\1") if to_underscores else (r"_(\d+)", r".\1")
+    return f're.sub(r"{old}", r"{new}", {key})'
 
 
 def _prefixes(names: Collection[str]) -> list[str]:
@@ -144,12 +161,12 @@ def _separators(given: Collection[str], wanted: Collection[str]) -> str | None:
         return None
     old, new = next(iter(pairs.items()))
     if all(re.sub(r"\.(\d+)", r"_\1", name) == other for name, other in pairs.items()):
-        fix = r'rename=lambda key: re.sub(r"\.(\d+)", r"_\1", key)'
+        fix = f"lambda key: {_substitution('key', to_underscores=True)}"
     elif all(re.sub(r"_(\d+)", r".\1", name) == other for name, other in pairs.items()):
-        fix = r'rename=lambda key: re.sub(r"_(\d+)", r".\1", key)'
+        fix = f"lambda key: {_substitution('key', to_underscores=False)}"
     else:
-        fix = f"rename={_table(pairs)}"
-    return f"The names differ in their separators, as {old!r} and {new!r} do: pass {fix}"
+        fix = _table(pairs)
+    return f"The names differ in their separators, as {old!r} and {new!r} do: pass rename={fix}"
 
 
 def _unseparated(name: str) -> str:

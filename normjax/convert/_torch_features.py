@@ -93,7 +93,7 @@ def given_orders(function: str, flattened: Flattened, sizes: Mapping[str, int]) 
                 function,
                 f"flattened names {name!r}, which is not a layer with flattened inputs",
                 expected='the name of a Linear layer or a norm in the source, such as "fc"',
-                got=f"{name!r}, the nearest {nearest(name, sizes)}",
+                got=f"{name!r}, among {nearest(name, sizes) or [*sizes][:9]}",
                 fix="Name the layer that follows the Flatten, not the Flatten",
             )
         if shape is None:
@@ -133,6 +133,7 @@ class _Walk:
         self.channels: int | None = None  # of an image before a Flatten
         self.is_image = True  # what a layer gives has channels first, and a window
         self.is_flat = False
+        self.is_first = True  # no layer with features last was there before
         self.linear: tuple[str, Any] | None = None  # the last one, for an Unflatten after it
 
     def step(self, found: Findings, name: str, module: Any, classes: set[str]) -> None:
@@ -153,12 +154,12 @@ class _Walk:
         elif classes & {"_NormBase", "GroupNorm"} and self.is_image:
             self.channels = getattr(module, "num_features", getattr(module, "num_channels", None))
         if classes & FEATURES_LAST and not self.is_flat:
-            self.is_image = False
+            self.is_image = self.is_first = False
 
     def _linear(self, found: Findings, name: str, features: int) -> None:
         if self.is_flat:
             self._flat(found, name, features)
-        elif self.is_image and self.channels:
+        elif self.is_first and self.is_image and self.channels not in (None, 1):
             positions, rest = divmod(features, self.channels)
             if positions > 1 and not rest:
                 found.suspects[name] = Order("in", self.channels, positions)

@@ -140,3 +140,23 @@ def _fix(missing: list[Path], extra: list[Path]) -> str | None:
     )
     found = advice(given, wanted)
     return found and f"{found}, or rename the keys"
+
+
+def match_keys(function: str, state: Collection[str], expected: Collection[str]) -> None:
+    """Raises one error for all keys of a state_dict that are missing or too many."""
+    extra = [key for key in state if key not in expected]
+    missing = [key for key in expected if key not in state]
+    if not extra and not missing:
+        return
+    modules = [
+        list(dict.fromkeys(key.rpartition(".")[0] for key in keys)) for keys in (missing, extra)
+    ]
+    found = advice(*modules, ("`like`", "params"))
+    only_in = "params and batch_stats" if extra else "`like`"
+    _checks.raise_error(
+        function,
+        f"{(extra + missing)[0]!r} is only in {only_in}",
+        expected=f"the {len(expected)} keys of `like`",
+        got=f"{len(extra)} too many: {all_of(extra)}; {len(missing)} missing: {all_of(missing)}",
+        fix=found or "Check that both sides have the same layers; rename= gives other names",
+    )

@@ -13,9 +13,9 @@ from normjax.convert import _torch_attention, _torch_layers, _torch_recurrent
 from normjax.convert._names import Rename
 from normjax.convert._sources import Arrays, Source, TorchModule, conform, read_mapping
 from normjax.convert._torch_features import Flattened, reorder
-from normjax.convert._torch_groups import RENAMED, WEIGHTS, Group, modules_in
+from normjax.convert._torch_groups import RENAMED, WEIGHTS, Group, is_float, modules_in
 from normjax.convert._torch_layout import Layout, read_layout
-from normjax.convert._torch_match import add, check_nesting, match, refuse
+from normjax.convert._torch_match import add, check_nesting, match, match_keys, refuse
 from normjax.convert._torch_settings import weight_normalization
 from normjax.convert._trees import (
     COLLECTIONS,
@@ -52,14 +52,36 @@ def from_torch(
     | `weight_g`, `weight_v` of weight_norm | `scale`, `kernel` |
     | `weight_orig` of spectral_norm | `kernel` |
     | `weight_u`, `weight_v` of spectral_norm | `u`, `sigma` of `batch_stats` |
+    | `weight` of PReLU, of a module | `negative_slope` |
+    | LSTM, GRU, RNN and their cells | OptimizedLSTMCell, GRUCell, SimpleCell of Flax |
+    | MultiheadAttention | MultiHeadDotProductAttention of Flax |
+    | any other parameter, `cls_token` say | the same name and values |
+    | any other buffer, or integers | the same, in `batch_stats` |
 
     A weight `(out, in, *window)` becomes a kernel `(*window, in, out)`. ConvTransposeNd has weights
     `(in, out, *window)`: its kernels `(*window, out, in)` suit Flax's `transpose_kernel=True`. Both
-    forms of weight_norm and spectral_norm are known, hooks and parametrizations.
+    forms of weight_norm and spectral_norm are known, hooks and parametrizations. A Conv1D of
+    Hugging Face's has weights `(in, out)`, which are kernels as they are.
+
+    An LSTM, GRU or RNN of one layer becomes one cell in its place; the cells of several layers or
+    directions are below it as `l0`, `l0_reverse`, `l1`, or where `like` has as many cells.
+    PyTorch's two biases are added where Flax has one. An LSTM with `proj_size` has no counterpart
+    in Flax, and is kept as it is. Attention has kernels `(in, heads, size)`. The number of heads is
+    known from a module or `like`; without both they are matrices, to be reshaped.
 
     Trees are nested by the names of the modules: `layer1.0.bn1.weight` becomes
-    `params["layer1"]["0"]["bn1"]["scale"]`. To change names, rename the keys of the state_dict,
-    which is a dict.
+    `params["layer1"]["0"]["bn1"]["scale"]`.
+
+    If images `(C, H, W)` are flattened before a Linear layer, Flax's features come in another
+    order, (H, W, C), and the rows of the kernel are permuted to it. A module with a Flatten says
+    where, and `like` that it is for such a model: both together are enough. If the module calls
+    `x.view` or `x.flatten` itself, pass `flattened` or `example_input`; a warning says so if the
+    sizes look like it. Norms between Flatten and Linear are permuted, too, and so are the outputs
+    of a Linear layer before an Unflatten.
+
+    What shapes cannot tell: in a mapping, whether a square matrix is a Linear's or a Conv1D's. It
+    is taken for a Linear's, unless others of its last name, such as `c_proj`, are a Conv1D's by
+    their shape; there is a warning if the mapping has a Conv1D. A module's classes say it.
 
     The weights alone do not say how training continues: normjax's momentum is 1 minus PyTorch's,
     and PyTorch's running variance is unbiased. `torch_settings` reads such settings from a module.
@@ -69,9 +91,21 @@ def from_torch(
         or the path of a .safetensors file.
       like: `(params, batch_stats)` as the init function of the layer, or the model, returned them,
         arrays or `jax.ShapeDtypeStruct`. The result has this structure, these shapes and these
-        dtypes, or there is an error. A `count` that `like` does not have is left out. Without
-        `like`, two kinds of weights in a mapping are taken for kernels: embeddings, and scales of
-        several axes without a bias.
+        dtypes, or there is an error, which lists all differences. A `count` that `like` does not
+        have is left out, and so are integers that are not a layer's, such as tables of positions.
+        A matrix is reshaped if `like` has its inputs or outputs in several axes, as DenseGeneral
+        has. Without `like`, two kinds of weights in a mapping are taken for kernels: embeddings,
+        and scales of several axes without a bias.
+      rename: new names, from keys of the source such as `layer1.0.bn1.weight`. A function from a
+        key to a key, or a table of keys or their first parts, up to a dot:
+        `{"layer1.0": "layer1_0", "module": ""}`. The longest entry that fits is taken.
+      others: what to do with arrays that are not a layer's: position embeddings, class tokens,
+        layer scales. "keep", the default, hands them through, since most networks have some, and
+        nothing about them has to be converted; "refuse" raises an error that lists them.
+      flattened: the shapes `(C, H, W)` of what is flattened before layers, by their names, such as
+        `{"fc": (256, 6, 6)}`. None in place of a shape: the features keep their order.
+      example_input: a tensor, or a tuple of arguments, that the module is run on once, at
+        inference, to see where it flattens images. No `flattened` is needed then.
 
     Returns:
       `params` and `batch_stats`, nested dicts of JAX arrays in the dtypes of the source; statistics
@@ -81,8 +115,10 @@ def from_torch(
       belongs to the stored vectors: at inference PyTorch's weight is `kernel / sigma`.
 
     Raises:
-      ValueError, TypeError: for keys that no such layer has, leaves that are missing or do not fit
-        together or `like`, and statistics that are not finite; each names the key.
+      ValueError, TypeError: for leaves that are missing or do not fit together or `like`, two keys
+        that would become one leaf, features that are flattened in an unknown order, and statistics
+        that are not finite; each names the keys. The fix for names that differ by a prefix or in
+        their separators is the `rename` to pass.
 
     Example:
       >>> import numpy as np, normjax as nj
@@ -91,6 +127,10 @@ def from_torch(
       >>> params, batch_stats = nj.convert.from_torch(state)
       >>> print(sorted(params), batch_stats["mean"], batch_stats["count"])
       ['bias', 'scale'] [1. 2.] 7
+      >>> state = {"module.norm.weight": np.ones(2), "module.cls_token": np.zeros((1, 1, 2))}
+      >>> params, _ = nj.convert.from_torch(state, rename={"module": "", "module.norm": "LayerNorm_0"})
+      >>> print(params["LayerNorm_0"]["scale"], params["cls_token"].shape)
+      [1. 1.] (1, 1, 2)
 
     References:
       `torch.nn.BatchNorm2d`, `torch.nn.utils.parametrizations.weight_norm` and `.spectral_norm` in
@@ -119,7 +159,8 @@ def from_torch(
         add(function, leaves, path, layout.others[key])
     check_nesting(function, leaves)
     if wanted is not None:
-        leaves = _fit(leaves, wanted)
+        constants = {path for key, path in kept.items() if not is_float(layout.others[key].value)}
+        leaves = _fit(leaves, wanted, constants)
         match(function, leaves, wanted, _key_of)
     return put_together(function, leaves, like, _key_of, others=kept.values())
 
@@ -135,13 +176,13 @@ def _check_others(function: str, others: object) -> None:
         )
 
 
-def _fit(leaves: Leaves, wanted: Mapping[Path, Any]) -> Leaves:
-    """Returns the leaves without counts that are not wanted, and with axes split as wanted."""
+def _fit(leaves: Leaves, wanted: Mapping[Path, Any], constants: set[Path]) -> Leaves:
+    """Returns the leaves without counts and constants that are not wanted, with axes as wanted."""
     fitted = {}
     for path, leaf in leaves.items():
         if path in wanted and path[-1] in ("kernel", "bias"):
             leaf = _torch_layers.split_axes(leaf, tuple(wanted[path].shape))
-        if path[-1] != "count" or path in wanted:
+        if path in wanted or not (path[-1] == "count" or path in constants):
             fitted[path] = leaf
     return fitted
 
@@ -163,13 +204,19 @@ def to_torch(
       params: as `from_torch` returns them.
       batch_stats: as `from_torch` returns them. Without a `count`, `num_batches_tracked` is 0.
       like: the module to load the result into, or its state_dict. The result has its keys (also
-        the names that hooks use), shapes, dtypes and devices, or there is an error. If its values
-        are tensors, the result has tensors, too.
+        the names that hooks use), shapes, dtypes and devices, or there is an error, which lists
+        all keys that differ. If its values are tensors, the result has tensors, too. A module says
+        what its weights are (an LSTM or a cell, a Conv1D), and where features are flattened.
+      rename: as `from_torch` got it, from keys of `like` to names of `params`.
+      others: "keep" hands leaves that are not a layer's through, "refuse" raises an error that
+        lists them; with `like`, its keys decide.
+      flattened: as `from_torch` got it.
 
     Returns:
       A dict of NumPy arrays, fit for `safetensors.numpy.save_file`; with tensors in `like`, a dict
       of tensors, fit for `load_state_dict`. Without `like`, weight_norm and spectral_norm are
-      written as parametrizations. normjax stores one of spectral_norm's two vectors; the other is
+      written as parametrizations, and the cells of an LSTM or GRU as `torch.nn.LSTM` and `GRU`, with
+      one bias of two zero where Flax has one. normjax stores one of spectral_norm's two vectors; the other is
       computed from it by power iteration.
 
     Raises:
@@ -206,7 +253,9 @@ def to_torch(
     for layer in layout.groups:
         state |= _encode_group(layout, layer, _taken(layout, layer, leaves), like)
     state |= _encode_all(function, leaves, "keep")
-    state = conform(function, _adapt(state, expected), expected)
+    state = _adapt(state, expected)
+    match_keys(function, state, expected)
+    state = conform(function, state, expected)
     tensors = like.state_dict() if isinstance(like, TorchModule) else like
     return {key: _like_the_given(tensors[key], value) for key, value in state.items()}
 
