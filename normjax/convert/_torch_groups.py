@@ -104,7 +104,7 @@ def group(function: str, arrays: Arrays, classes: Classes) -> tuple[list[Group],
     recurrent = _recurrent(arrays)
     for key, value in arrays.items():
         found = _place(key, attention, recurrent)
-        if found is None:
+        if found is None or classes.weights.get(found[1]) == WEIGHT:
             others[key] = Leaf(value, key)
             continue
         kind, module, name = found

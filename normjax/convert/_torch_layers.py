@@ -28,7 +28,7 @@ from normjax.convert._torch_kernels import (
 from normjax.convert._trees import Leaf, Leaves
 
 # The leaves of layers; all others go through under their own names.
-LEAVES = (SCALE, KERNEL, EMBEDDING, SLOPE, "u", "sigma", *RENAMED.values())
+LEAVES = (SCALE, KERNEL, EMBEDDING, SLOPE, WEIGHT, "u", "sigma", *RENAMED.values())
 IN_BATCH_STATS = ("mean", "var", "count", "u", "sigma")
 
 
@@ -129,7 +129,7 @@ def _encode_weight(
     dim: int | None,
 ) -> Arrays:
     if "kernel" not in leaves:
-        name = next((name for name in (SCALE, EMBEDDING, SLOPE) if name in leaves), None)
+        name = next((name for name in (SCALE, EMBEDDING, SLOPE, WEIGHT) if name in leaves), None)
         if name is None:
             return {}
         value = leaves[name].value

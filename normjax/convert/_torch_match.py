@@ -148,10 +148,10 @@ def match_keys(function: str, state: Collection[str], expected: Collection[str])
     missing = [key for key in expected if key not in state]
     if not extra and not missing:
         return
-    modules = [
+    of_like, of_params = (
         list(dict.fromkeys(key.rpartition(".")[0] for key in keys)) for keys in (missing, extra)
-    ]
-    found = advice(*modules, ("`like`", "params"))
+    )
+    found = advice(of_like, of_params, ("`like`", "params"))
     only_in = "params and batch_stats" if extra else "`like`"
     _checks.raise_error(
         function,

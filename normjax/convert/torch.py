@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
-
 from normjax import _checks
 from normjax._trees import Path
-from normjax.convert import _torch_attention, _torch_layers, _torch_recurrent
+from normjax.convert import _torch_layers
 from normjax.convert._names import Rename
 from normjax.convert._sources import Arrays, Source, TorchModule, conform, read_mapping
-from normjax.convert._torch_features import Flattened, reorder
-from normjax.convert._torch_groups import RENAMED, WEIGHTS, Group, is_float, modules_in
-from normjax.convert._torch_layout import Layout, read_layout
+from normjax.convert._torch_encode import (
+    adapt,
+    encode_all,
+    encode_group,
+    like_the_given,
+    taken,
+)
+from normjax.convert._torch_features import Flattened
+from normjax.convert._torch_groups import RENAMED, WEIGHTS, is_float
+from normjax.convert._torch_layout import read_layout
 from normjax.convert._torch_match import add, check_nesting, match, match_keys, refuse
-from normjax.convert._torch_settings import weight_normalization
 from normjax.convert._trees import (
     COLLECTIONS,
     Leaves,
     Tree,
     Trees,
     expectation,
-    modules_of,
     put_together,
     take_apart,
 )
@@ -128,7 +131,8 @@ def from_torch(
       >>> print(sorted(params), batch_stats["mean"], batch_stats["count"])
       ['bias', 'scale'] [1. 2.] 7
       >>> state = {"module.norm.weight": np.ones(2), "module.cls_token": np.zeros((1, 1, 2))}
-      >>> params, _ = nj.convert.from_torch(state, rename={"module": "", "module.norm": "LayerNorm_0"})
+      >>> names = {"module": "", "module.norm": "LayerNorm_0"}
+      >>> params, _ = nj.convert.from_torch(state, rename=names)
       >>> print(params["LayerNorm_0"]["scale"], params["cls_token"].shape)
       [1. 1.] (1, 1, 2)
 
@@ -215,9 +219,9 @@ def to_torch(
     Returns:
       A dict of NumPy arrays, fit for `safetensors.numpy.save_file`; with tensors in `like`, a dict
       of tensors, fit for `load_state_dict`. Without `like`, weight_norm and spectral_norm are
-      written as parametrizations, and the cells of an LSTM or GRU as `torch.nn.LSTM` and `GRU`, with
-      one bias of two zero where Flax has one. normjax stores one of spectral_norm's two vectors; the other is
-      computed from it by power iteration.
+      written as parametrizations, and cells as a `torch.nn.LSTM` or `GRU`. Where PyTorch has two
+      biases and Flax one, the second is zero. normjax stores one of spectral_norm's two vectors;
+      the other is computed from it by power iteration.
 
     Raises:
       ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`,
@@ -239,29 +243,26 @@ def to_torch(
     if like is None:
         _check_alone(function, rename, flattened)
         leaves = take_apart(function, params, batch_stats)
-        return _encode_all(function, leaves, others)
+        return encode_all(function, leaves, others)
     expected = _arrays(function, like)
     layout = read_layout(function, like, expected, like={}, rename=rename, flattened=flattened)
-    places = {key: _parts(layout.path_of_other(key)) for key in layout.others}
+    places = {key: layout.path_of_other(key)[1:] for key in layout.others}
     unchecked = {(collection, *parts) for collection in COLLECTIONS for parts in places.values()}
     leaves = take_apart(function, params, batch_stats, unchecked)
     state: Arrays = {}
     for key, parts in places.items():
-        found = [path for path in leaves if path[1:] == parts]
-        for path in found:
+        if not is_float(expected[key]):
+            state[key] = expected[key]  # from_torch leaves it out if Flax's model has no place
+        for path in [path for path in leaves if path[1:] == parts]:
             state[key] = leaves.pop(path).value
     for layer in layout.groups:
-        state |= _encode_group(layout, layer, _taken(layout, layer, leaves), like)
-    state |= _encode_all(function, leaves, "keep")
-    state = _adapt(state, expected)
+        state |= encode_group(layout, layer, taken(layout, layer, leaves), like)
+    state |= encode_all(function, leaves, "keep")
+    state = adapt(state, expected)
     match_keys(function, state, expected)
     state = conform(function, state, expected)
     tensors = like.state_dict() if isinstance(like, TorchModule) else like
-    return {key: _like_the_given(tensors[key], value) for key, value in state.items()}
-
-
-def _parts(path: Path) -> Path:
-    return path[1:]
+    return {key: like_the_given(tensors[key], value) for key, value in state.items()}
 
 
 def _check_alone(function: str, rename: object, flattened: object) -> None:
@@ -274,100 +275,6 @@ def _check_alone(function: str, rename: object, flattened: object) -> None:
                 got=f"{name} without like",
                 fix="Pass like=module",
             )
-
-
-def _taken(layout: Layout, layer: Group, leaves: Leaves) -> Leaves:
-    """Takes the leaves of one layer of `like` out of all leaves; with paths inside the layer."""
-    found: Leaves = {}
-    for inside, leaf in layout.decode(layer).items():
-        path = layout.path(layer.module, inside, leaf.key)
-        if path in leaves:
-            found[inside] = leaves.pop(path)
-    if layer.kind != "layer":
-        return found
-    # Shapes alone may have told another kind of weight than params have.
-    key = next(iter(layer.entries.values())).key
-    for collection in COLLECTIONS:
-        for name in _torch_layers.LEAVES:
-            path = layout.path(layer.module, (collection, name), key)
-            if path[-1] == name and path in leaves:
-                found[collection, name] = leaves.pop(path)
-    return found
-
-
-def _encode_group(layout: Layout, layer: Group, found: Leaves, like: Any) -> Arrays:
-    """Returns the entries of one layer of `like`, by their keys."""
-    prefix = f"{layer.module}." if layer.module else ""
-    names = {leaf.key.removeprefix(prefix) for leaf in layer.entries.values()}
-    if not found:
-        return {}
-    if layer.kind == "recurrent":
-        encoded = _torch_recurrent.encode(found, names)
-    elif layer.kind == "attention":
-        encoded = _torch_attention.encode(found, names)
-    else:
-        for order in reversed(layout.orders.get(layer.module, [])):
-            found = reorder(found, order, back=True)
-        wanted = {leaf.key.removeprefix(prefix): leaf.value for leaf in layer.entries.values()}
-        kind = layout.kinds.get(layer.module)
-        own = {path[-1]: leaf for path, leaf in found.items()}
-        dim = _axis_of_rows(like, layer.module) if "weight_orig" in layer.entries else None
-        encoded = _torch_layers.encode(layout.function, own, wanted, kind, dim)
-    return {f"{prefix}{name}": value for name, value in encoded.items()}
-
-
-def _axis_of_rows(like: Any, name: str) -> int | None:
-    """Returns the axis of the rows of a module's spectral_norm, None if that is unknown."""
-    module = dict(modules_in(like)).get(name)
-    return getattr(weight_normalization(module), "dim", None)
-
-
-def _encode_all(function: str, leaves: Leaves, others: Others) -> Arrays:
-    """Returns the entries of all leaves by the forms that they have in Flax alone."""
-    state: Arrays = {}
-    rest = dict(leaves)
-    for alone, encode in (
-        (_torch_attention.alone, _torch_attention.encode),
-        (_torch_recurrent.alone, _torch_recurrent.encode),
-    ):
-        for module, found in alone(rest).items():
-            encoded = encode(found, None)
-            state |= {".".join((*module, name)): value for name, value in encoded.items()}
-            for collection, *inside in found:
-                del rest[(collection, *module, *inside)]
-    unknown = []
-    for parts, entries in modules_of(rest).items():
-        prefix = "".join(f"{part}." for part in parts)
-        known = {name: leaf for name, leaf in entries.items() if name in _torch_layers.LEAVES}
-        encoded = _torch_layers.encode(function, known, None, None, None)
-        for name in entries:
-            if name not in known:
-                unknown.append(entries[name])
-                encoded[name] = entries[name].value
-        state |= {f"{prefix}{name}": value for name, value in encoded.items()}
-    if unknown and others == "refuse":
-        refuse(function, unknown, sorted(_torch_layers.LEAVES))
-    return state
-
-
-def _adapt(state: Arrays, expected: Arrays) -> Arrays:
-    """Returns the state without counts that are not expected, and with norms in their shapes."""
-    adapted = {}
-    for key, value in state.items():
-        if key.endswith("num_batches_tracked") and key not in expected:
-            continue
-        is_norm = key.endswith(("weight_g", "original0")) and key in expected
-        if is_norm and value.size == expected[key].size:
-            value = value.reshape(expected[key].shape)
-        adapted[key] = value
-    return adapted
-
-
-def _like_the_given(given: Any, value: np.ndarray) -> Any:
-    """Returns the value as a tensor of the given one's dtype and device, if that is a tensor."""
-    if not hasattr(given, "new_tensor"):
-        return value
-    return given.new_tensor(value if value.dtype.isbuiltin == 1 else value.astype(np.float32))
 
 
 def _arrays(function: str, source: Any) -> Arrays:
