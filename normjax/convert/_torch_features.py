@@ -126,6 +126,23 @@ def _is_leaf(module: Any) -> bool:
     return not any(name != "parametrizations" for name, _ in module.named_children())
 
 
+def note(found: Findings, name: str, features: int | None, channels: int | None) -> None:
+    """Notes a layer with flattened inputs."""
+    if features is None or features in (1, channels):
+        return
+    if channels is None:
+        found.raw[name] = features
+    elif channels < 1 or features % channels:
+        found.unknown[name] = features
+    else:
+        found.orders.setdefault(name, []).append(Order("in", channels, features // channels))
+
+
+def is_empty(found: Findings) -> bool:
+    """Whether nothing is flattened as far as a module shows it."""
+    return not any(found)
+
+
 class _Walk:
     """Follows the number of channels along the layers of a module, in the order of their names."""
 
@@ -133,49 +150,44 @@ class _Walk:
         self.channels: int | None = None  # of an image before a Flatten
         self.is_image = True  # what a layer gives has channels first, and a window
         self.is_flat = False
+        self.flat_features: int | None = None  # of the last Flatten, that other layers may read too
         self.is_first = True  # no layer with features last was there before
         self.linear: tuple[str, Any] | None = None  # the last one, for an Unflatten after it
 
     def step(self, found: Findings, name: str, module: Any, classes: set[str]) -> None:
         """Goes on by one layer."""
-        if "Flatten" in classes:
+        if flattens_images(module, classes):
             self.is_flat = self.is_image
         elif "Unflatten" in classes:
             self._unflatten(found, module)
         elif "_ConvNd" in classes:
             self.channels, self.is_image, self.is_flat = module.out_channels, True, False
-        elif _pools_to_one(module, classes):
+            self.flat_features = None
+        elif pools_to_one(module, classes):
             self.is_image = self.is_flat = False
         elif "Linear" in classes:
-            self._linear(found, name, module.in_features)
+            self._linear(found, name, module)
             self.linear = (name, module)
         elif self.is_flat and classes & NORMS:
-            self._flat(found, name, _size_of_norm(module))
+            note(found, name, size_of_norm(module), self.channels)
         elif classes & {"_NormBase", "GroupNorm"} and self.is_image:
             self.channels = getattr(module, "num_features", getattr(module, "num_channels", None))
         if classes & FEATURES_LAST and not self.is_flat:
             self.is_image = self.is_first = False
 
-    def _linear(self, found: Findings, name: str, features: int) -> None:
+    def _linear(self, found: Findings, name: str, module: Any) -> None:
+        features = module.in_features
+        previous = self.linear and self.linear[1].out_features
         if self.is_flat:
-            self._flat(found, name, features)
+            self.flat_features = features
+            note(found, name, features, self.channels)
+        elif features == self.flat_features and features != previous:
+            note(found, name, features, self.channels)
         elif self.is_first and self.is_image and self.channels not in (None, 1):
             positions, rest = divmod(features, self.channels)
             if positions > 1 and not rest:
                 found.suspects[name] = Order("in", self.channels, positions)
         self.is_image = self.is_flat = False
-
-    def _flat(self, found: Findings, name: str, features: int | None) -> None:
-        """Notes a layer whose inputs a Flatten gives."""
-        if features is None or features in (1, self.channels):
-            return
-        if not self.channels:
-            found.raw[name] = features
-        elif features % self.channels:
-            found.unknown[name] = features
-        else:
-            order = Order("in", self.channels, features // self.channels)
-            found.orders.setdefault(name, []).append(order)
 
     def _unflatten(self, found: Findings, module: Any) -> None:
         shape: list[int] = list(module.unflattened_size)
@@ -187,7 +199,12 @@ class _Walk:
         self.channels, self.is_image, self.is_flat = shape[0], True, False
 
 
-def _pools_to_one(module: Any, classes: set[str]) -> bool:
+def flattens_images(module: Any, classes: set[str]) -> bool:
+    """Whether a layer is a Flatten that joins channels and window."""
+    return "Flatten" in classes and module.start_dim in (0, 1)
+
+
+def pools_to_one(module: Any, classes: set[str]) -> bool:
     """Whether a layer leaves one value per channel."""
     if not any("Adaptive" in name for name in classes):
         return False
@@ -195,7 +212,7 @@ def _pools_to_one(module: Any, classes: set[str]) -> bool:
     return all(each == 1 for each in (size if isinstance(size, tuple | list) else (size,)))
 
 
-def _size_of_norm(module: Any) -> int | None:
+def size_of_norm(module: Any) -> int | None:
     for name in ("num_features", "normalized_shape", "num_parameters"):
         size = getattr(module, name, None)
         if size is not None:

@@ -19,8 +19,10 @@ from normjax.convert._torch_features import (
     Order,
     find,
     given_orders,
+    is_empty,
     reorder,
 )
+from normjax.convert._torch_graph import follow_graph
 from normjax.convert._torch_groups import (
     CONV1D,
     EMBEDDING,
@@ -33,8 +35,10 @@ from normjax.convert._torch_groups import (
     conv1d_by_shape,
     group,
     is_float,
+    modules_in,
     read_classes,
 )
+from normjax.convert._torch_settings import class_names
 from normjax.convert._torch_tracing import follow
 from normjax.convert._trees import COLLECTIONS, Leaf, Leaves
 
@@ -189,7 +193,7 @@ def _orders(
     example_input: Any,
 ) -> dict[str, list[Order]]:
     """Returns the orders of flattened features; raises or warns if they are needed but unknown."""
-    found = find(source)
+    found = _findings(source)
     known = given_orders(function, flattened or {}, _sizes(groups, kinds))
     if example_input is not None:
         if not isinstance(source, TorchModule):
@@ -205,6 +209,25 @@ def _orders(
     if not is_told:
         _check_findings(function, found, known, has_like=like is not None)
     return orders
+
+
+def _findings(source: Any) -> Findings:
+    """Returns where a module flattens images: by its graph, or if it has none by its layers."""
+    found = find(source)
+    kinds = [class_names(module) for _, module in modules_in(source)]
+    may_flatten = any("_ConvNd" in each for each in kinds) and any(
+        "Linear" in each for each in kinds
+    )
+    if is_empty(found) and not may_flatten:
+        return found
+    graph = follow_graph(source)
+    if graph is None:
+        return found
+    for name, several in found.orders.items():
+        own = [order for order in several if order.axis == "out"]
+        if own:
+            graph.orders[name] = graph.orders.get(name, []) + own
+    return graph
 
 
 def _check_findings(

@@ -265,6 +265,69 @@ def test_an_unflatten_permutes_the_outputs_before_it():
     assert_close(y.transpose(0, 3, 1, 2), array(network(x)), **TOLERANCE)
 
 
+class Branches(torch.nn.Module):
+    """Two convolutions joined, and two layers that read the same flattened features."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+        self.policy = torch.nn.Linear(96, 5)  # in PyTorch the order of attributes means nothing
+        self.flatten = torch.nn.Flatten()
+        self.left, self.right = torch.nn.Conv2d(3, 2, 1), torch.nn.Conv2d(3, 4, 1)
+        self.value = torch.nn.Linear(96, 5)
+
+    def forward(self, x):
+        x = torch.nn.functional.relu(torch.cat((self.left(x), self.right(x)), 1))
+        if self.form == "permuted":
+            x = x.permute(0, 2, 3, 1)
+        flat = {
+            "module": self.flatten,
+            "permuted": self.flatten,
+            "view": lambda x: x.view(x.size(0), -1),
+            "function": lambda x: torch.flatten(x, 1),
+        }[self.form](x)
+        return self.policy(flat) + self.value(flat)
+
+
+class FlaxBranches(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        branches = [nn.Conv(n, (1, 1), name=name)(x) for name, n in (("left", 2), ("right", 4))]
+        flat = nn.relu(jnp.concatenate(branches, -1)).reshape(len(x), -1)
+        return nn.Dense(5, name="policy")(flat) + nn.Dense(5, name="value")(flat)
+
+
+@pytest.mark.parametrize("example", [None, IMAGES], ids=["graph", "example"])
+@pytest.mark.parametrize("form", ["module", "view", "function", "permuted"])
+def test_the_forward_pass_of_a_module_says_what_is_flattened(form, example):
+    network = random_(Branches(form))
+    like = like_of(FlaxBranches(), LAST)
+    params, _ = nj.convert.from_torch(network, like=like, example_input=example)
+    y = FlaxBranches().apply({"params": params}, LAST)
+    assert_close(y, array(network(IMAGES)), **TOLERANCE)
+
+
+class Branching(torch.nn.Module):
+    """A module without a graph: what it does depends on a shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 1), torch.nn.Flatten())
+        self.policy, self.value = torch.nn.Linear(96, 5), torch.nn.Linear(96, 5)
+
+    def forward(self, x):
+        x = self.trunk(x) if len(x) > 1 else self.trunk(2 * x)
+        return self.policy(x), self.value(x)
+
+
+def test_without_a_graph_the_layers_in_their_order_say_it():
+    network = Branching()
+    like = nj.convert.from_torch(network, flattened={"policy": None, "value": None})
+    shapes = {"policy": (6, 4, 4), "value": (6, 4, 4)}
+    expected = nj.convert.from_torch(network, flattened=shapes)
+    assert_trees_close(nj.convert.from_torch(network, like=like), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("flattened", "message"),
     [
