@@ -20,7 +20,8 @@ def renamer(function: str, rename: Rename | None, names: Collection[str]) -> Cal
     Args:
       function: the name that errors begin with.
       rename: None, a function, or a table. A table has whole names or their first parts, up to a
-        dot; the longest entry that fits is taken, once.
+        dot; the longest entry that fits is taken, once. An empty new name removes the part, an
+        empty old one is added to all names that no other entry fits.
       names: all names; an entry of a table that fits none of them is an error.
     """
     if rename is None:
@@ -39,12 +40,42 @@ def renamer(function: str, rename: Rename | None, names: Collection[str]) -> Cal
     return lambda name: _by_function(function, rename, name)
 
 
+def inverse(function: str, rename: Rename | None) -> Rename | None:
+    """Returns the table that renames back; functions have no inverse."""
+    if rename is None:
+        return None
+    if not isinstance(rename, Mapping):
+        _checks.raise_error(
+            function,
+            "rename is a function, which cannot be inverted without like=",
+            expected="like=, whose keys rename is called with, or a table",
+            got=f"rename of type {type(rename).__name__}",
+            fix="Pass like=module",
+        )
+    back = {str(new).replace("/", "."): str(old) for old, new in rename.items()}
+    if len(back) < len(rename):
+        _checks.raise_error(
+            function,
+            "rename has two entries with one new name",
+            expected="a table that can be read backwards, or like=",
+            got=f"{dict(rename)}",
+            fix="Pass like=module",
+        )
+    return back
+
+
 def _by_table(table: Mapping[str, str], name: str) -> str:
-    fitting = [old for old in table if name == old or name.startswith(f"{old}.")]
+    fitting = [old for old in table if _fits(old, name)]
     if not fitting:
         return name
     old = max(fitting, key=len)
-    return f"{table[old].strip('./')}{name[len(old) :]}".replace("/", ".").lstrip(".")
+    rest = name[len(old) :].strip(".")
+    parts = (table[old].replace("/", ".").strip("."), rest)
+    return ".".join(part for part in parts if part)
+
+
+def _fits(old: str, name: str) -> bool:
+    return old in ("", name) or name.startswith(f"{old}.")
 
 
 def _by_function(function: str, rename: Callable[[str], str], name: str) -> str:
@@ -63,7 +94,7 @@ def _by_function(function: str, rename: Callable[[str], str], name: str) -> str:
 
 def _check_table(function: str, table: Mapping[str, str], names: Collection[str]) -> None:
     for old in table:
-        if not any(name == old or name.startswith(f"{old}.") for name in names):
+        if not any(_fits(old, name) for name in names):
             _checks.raise_error(
                 function,
                 f"rename has an entry for {old!r}, which nothing in the source is called",

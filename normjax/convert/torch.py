@@ -8,7 +8,7 @@ from typing import Any, Literal
 from normjax import _checks
 from normjax._trees import Path
 from normjax.convert import _torch_layers
-from normjax.convert._names import Rename
+from normjax.convert._names import Rename, inverse, renamer
 from normjax.convert._sources import Arrays, Source, TorchModule, conform, read_mapping
 from normjax.convert._torch_encode import (
     adapt,
@@ -101,7 +101,8 @@ def from_torch(
         and scales of several axes without a bias.
       rename: new names, from keys of the source such as `layer1.0.bn1.weight`. A function from a
         key to a key, or a table of keys or their first parts, up to a dot:
-        `{"layer1.0": "layer1_0", "module": ""}`. The longest entry that fits is taken.
+        `{"layer1.0": "layer1_0", "module": ""}`. The longest entry that fits is taken; an empty
+        old name, as in `{"": "backbone"}`, fits all.
       others: what to do with arrays that are not a layer's: position embeddings, class tokens,
         layer scales. "keep", the default, hands them through, since most networks have some, and
         nothing about them has to be converted; "refuse" raises an error that lists them.
@@ -211,7 +212,8 @@ def to_torch(
         the names that hooks use), shapes, dtypes and devices, or there is an error, which lists
         all keys that differ. If its values are tensors, the result has tensors, too. A module says
         what its weights are (an LSTM or a cell, a Conv1D), and where features are flattened.
-      rename: as `from_torch` got it, from keys of `like` to names of `params`.
+      rename: as `from_torch` got it, from keys of `like` to names of `params`. Without `like`, a
+        table is read backwards.
       others: "keep" hands leaves that are not a layer's through, "refuse" raises an error that
         lists them; with `like`, its keys decide.
       flattened: as `from_torch` got it.
@@ -241,9 +243,10 @@ def to_torch(
     function = "to_torch"
     _check_others(function, others)
     if like is None:
-        _check_alone(function, rename, flattened)
-        leaves = take_apart(function, params, batch_stats)
-        return encode_all(function, leaves, others)
+        _check_alone(function, flattened)
+        state = encode_all(function, take_apart(function, params, batch_stats), others)
+        name = renamer(function, inverse(function, rename), state)
+        return {name(key): value for key, value in state.items()}
     expected = _arrays(function, like)
     layout = read_layout(function, like, expected, like={}, rename=rename, flattened=flattened)
     places = {key: layout.path_of_other(key)[1:] for key in layout.others}
@@ -265,16 +268,15 @@ def to_torch(
     return {key: like_the_given(tensors[key], value) for key, value in state.items()}
 
 
-def _check_alone(function: str, rename: object, flattened: object) -> None:
-    for name, given in (("rename", rename), ("flattened", flattened)):
-        if given is not None:
-            _checks.raise_error(
-                function,
-                f"{name} takes like=",
-                expected="the module, or its state_dict, that has the names and sizes of PyTorch",
-                got=f"{name} without like",
-                fix="Pass like=module",
-            )
+def _check_alone(function: str, flattened: object) -> None:
+    if flattened is not None:
+        _checks.raise_error(
+            function,
+            "flattened takes like=",
+            expected="the module, or its state_dict, that has the names and sizes of PyTorch",
+            got="flattened without like",
+            fix="Pass like=module",
+        )
 
 
 def _arrays(function: str, source: Any) -> Arrays:

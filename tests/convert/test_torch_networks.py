@@ -529,6 +529,18 @@ def test_names_that_cannot_be_had(state, rename, message):
         nj.convert.from_torch(state, rename=rename)
 
 
-def test_without_like_to_torch_cannot_rename():
-    with pytest.raises(ValueError, match="to_torch: rename takes like="):
-        nj.convert.to_torch(LIKE[0], {}, rename={"a": "b"})
+def test_without_like_to_torch_reads_a_table_backwards():
+    names = {"module": "", "module.bn1": "BatchNorm_0"}
+    state = state_of("module.bn1") | {"module.cls": np.ones(2, np.float32)}
+    trees = nj.convert.from_torch(state, rename=names)
+    assert {*nj.convert.to_torch(*trees, rename=names)} == {*state}
+    prefixed, _ = nj.convert.from_torch(state_of("bn"), rename={"": "backbone"})
+    assert_trees_close(prefixed, tree_of("backbone/bn"), rtol=0, atol=0)
+    for rename, message in (
+        (str.upper, "rename is a function, which cannot be inverted without like="),
+        ({"a": "c", "b": "c"}, "rename has two entries with one new name"),
+    ):
+        with pytest.raises(ValueError, match=f"to_torch: {message}"):
+            nj.convert.to_torch(*trees, rename=rename)
+    with pytest.raises(ValueError, match="to_torch: flattened takes like="):
+        nj.convert.to_torch(*trees, flattened={"fc": None})
