@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from normjax import _checks
 from normjax.convert import _torch_attention, _torch_layers, _torch_recurrent
+from normjax.convert._names import Rename, inverse, renamer
 from normjax.convert._sources import Arrays
 from normjax.convert._torch_features import reorder
 from normjax.convert._torch_groups import WEIGHT, Group, modules_in
 from normjax.convert._torch_layout import Layout
 from normjax.convert._torch_match import refuse
 from normjax.convert._torch_settings import weight_normalization
-from normjax.convert._trees import COLLECTIONS, Leaves, modules_of
+from normjax.convert._trees import COLLECTIONS, Leaf, Leaves, modules_of
 
 
 def taken(layout: Layout, layer: Group, leaves: Leaves) -> Leaves:
@@ -84,11 +86,41 @@ def encode_all(function: str, leaves: Leaves, others: str) -> Arrays:
         for name in entries:
             if name not in known:
                 unknown.append(entries[name])
+                _check_free(function, encoded, entries[name], name)
                 encoded[name] = entries[name].value
         state |= {f"{prefix}{name}": value for name, value in encoded.items()}
     if unknown and others == "refuse":
         refuse(function, unknown, sorted(_torch_layers.LEAVES))
     return state
+
+
+def _check_free(function: str, encoded: Arrays, leaf: Leaf, name: str) -> None:
+    if name in encoded:
+        _checks.raise_error(
+            function,
+            f"{leaf.key!r} and another leaf of its module would both become {name!r}",
+            expected="one leaf for each key",
+            got=f"shapes {leaf.value.shape} and {encoded[name].shape}",
+            fix="Pass like=module, whose keys say what is what, or rename one of them",
+        )
+
+
+def rename_back(function: str, state: Arrays, rename: Rename | None) -> Arrays:
+    """Returns the state with the names that a table has renamed."""
+    name = renamer(function, inverse(function, rename), state)
+    renamed: Arrays = {}
+    for key, value in state.items():
+        new = name(key)
+        if new in renamed:
+            _checks.raise_error(
+                function,
+                f"{key!r} and another key would both become {new!r}",
+                expected="one key for each array",
+                got=f"rename={rename}, read backwards",
+                fix="Give one of them another name",
+            )
+        renamed[new] = value
+    return renamed
 
 
 def adapt(state: Arrays, expected: Arrays) -> Arrays:

@@ -94,8 +94,11 @@ def put_together(
         dtypes = {path: value.dtype for path, value in wanted.items()}
     arrays = {}
     for path, leaf in leaves.items():
-        convert = _as_it_is if path in others else _as_jax
-        arrays[path] = convert(path, leaf.value, dtypes.get(path))
+        dtype = dtypes.get(path)
+        is_other = path in others
+        arrays[path] = (
+            _as_it_is(function, leaf, dtype) if is_other else _as_jax(path, leaf.value, dtype)
+        )
     trees = nest(arrays)
     return trees.get("params", {}), trees.get("batch_stats", {})
 
@@ -133,8 +136,18 @@ def _as_jax(path: Path, value: Any, dtype: Any) -> Any:
     return array
 
 
-def _as_it_is(path: Path, value: Any, dtype: Any) -> Any:
-    return jnp.asarray(value, dtype)
+def _as_it_is(function: str, leaf: Leaf, dtype: Any) -> Any:
+    """Returns a JAX array of the dtype, or if that is None, of the value's own."""
+    array = jnp.asarray(leaf.value, dtype)
+    if leaf.value.dtype.kind in "iu" and not np.array_equal(array, leaf.value):
+        _checks.raise_error(
+            function,
+            f"{leaf.key!r} has integers that {array.dtype} does not hold",
+            expected=f"integers from {np.iinfo(np.int32).min} to {np.iinfo(np.int32).max}",
+            got=f"up to {leaf.value.max()}",
+            fix="Leave it out, or set jax_enable_x64",
+        )
+    return array
 
 
 def match(

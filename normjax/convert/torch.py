@@ -8,13 +8,14 @@ from typing import Any, Literal
 from normjax import _checks
 from normjax._trees import Path
 from normjax.convert import _torch_layers
-from normjax.convert._names import Rename, inverse, renamer
+from normjax.convert._names import Rename
 from normjax.convert._sources import Arrays, Source, TorchModule, conform, read_mapping
 from normjax.convert._torch_encode import (
     adapt,
     encode_all,
     encode_group,
     like_the_given,
+    rename_back,
     taken,
 )
 from normjax.convert._torch_features import Flattened
@@ -245,8 +246,7 @@ def to_torch(
     if like is None:
         _check_alone(function, flattened)
         state = encode_all(function, take_apart(function, params, batch_stats), others)
-        name = renamer(function, inverse(function, rename), state)
-        return {name(key): value for key, value in state.items()}
+        return rename_back(function, state, rename)
     expected = _arrays(function, like)
     layout = read_layout(function, like, expected, like={}, rename=rename, flattened=flattened)
     places = {key: layout.path_of_other(key)[1:] for key in layout.others}
