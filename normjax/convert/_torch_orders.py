@@ -35,7 +35,7 @@ def read_orders(
     example_input: Any,
 ) -> dict[str, list[Order]]:
     """Returns the orders of flattened features; raises or warns if they are needed but unknown."""
-    found = _findings(source)
+    found = _findings(source) if isinstance(source, TorchModule) else _suspects(groups)
     known = given_orders(function, flattened or {}, _sizes(groups, kinds))
     if example_input is not None:
         if not isinstance(source, TorchModule):
@@ -70,6 +70,28 @@ def _findings(source: Any) -> Findings:
         if own:
             graph.orders[name] = graph.orders.get(name, []) + own
     return graph
+
+
+def _suspects(groups: list[Group]) -> Findings:
+    """Returns the first matrix of a mapping, if its inputs are a multiple of the channels before.
+
+    Only such sizes hint at a Flatten, since a mapping has nothing but layers with arrays.
+    """
+    found = Findings({}, {}, {}, {})
+    channels = None
+    for layer in groups:
+        shape = _shape_of_weight(layer)
+        if layer.kind != "layer" or len(shape) == 2:
+            positions, rest = divmod(shape[1] if len(shape) == 2 else 0, channels or 1)
+            if channels not in (None, 1) and positions > 1 and not rest:
+                found.suspects[layer.module] = Order("in", channels, positions)
+            return found
+        if len(shape) > 2:
+            bias = layer.entries.get("bias")
+            channels = shape[0] if bias is None else bias.value.size
+        elif "running_mean" in layer.entries:
+            channels = layer.entries["running_mean"].value.size
+    return found
 
 
 def _check_findings(
@@ -140,10 +162,14 @@ def _sizes(groups: list[Group], kinds: Mapping[str, str]) -> dict[str, int]:
     """Returns the number of inputs of the layers that may follow a Flatten, by their names."""
     sizes = {}
     for layer in groups:
-        weights = (layer.entries.get(name) for name in ("weight", "weight_v", "weight_orig"))
-        shape = next((leaf.value.shape for leaf in weights if leaf is not None), ())
-        if "weight_orig" in layer.entries:
-            shape = layer.entries["weight_orig"].value.shape
+        shape = _shape_of_weight(layer)
         if layer.kind == "layer" and len(shape) in (1, 2):
             sizes[layer.module] = shape[0 if kinds.get(layer.module) == CONV1D else -1]
     return sizes
+
+
+def _shape_of_weight(layer: Group) -> tuple[int, ...]:
+    # In spectral_norm "weight_v" is a vector, so "weight_orig" comes first.
+    names = ("weight", "weight_orig", "weight_v")
+    weights = (layer.entries.get(name) for name in names)
+    return next((leaf.value.shape for leaf in weights if leaf is not None), ())

@@ -3,6 +3,7 @@
 import warnings
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from flax import linen as nn
@@ -93,6 +94,15 @@ def test_a_view_is_seen_with_an_example_and_warned_of_without():
         nj.convert.from_torch(network, like=like)
     with pytest.warns(UserWarning, match="'1' has 48 inputs from a Flatten of the model's input"):
         nj.convert.from_torch(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5)))
+
+
+def test_a_mapping_is_warned_of_if_its_sizes_look_like_it():
+    state = {"0.weight": np.ones((8, 3, 3, 3)), "3.weight": np.ones((5, 128))}
+    with pytest.warns(UserWarning, match="'3' has 128 inputs, 16 times the 8 channels before it"):
+        nj.convert.from_torch(state)
+    for settings in ({"flattened": {"3": (8, 4, 4)}}, {"flattened": {"3": None}}):
+        nj.convert.from_torch(state, **settings)
+    nj.convert.from_torch(state | {"3.weight": np.ones((5, 8))})
 
 
 def test_one_value_per_channel_and_features_last_need_no_order():
