@@ -51,8 +51,8 @@ def main() -> None:
         }
         for what, problem in report.items():
             counts[what] += problem is None
-        if report["accepted"] is not None:
-            print(f"{family} ({name}): {report['accepted']}", flush=True)
+            if problem is not None and "refuse" not in what:
+                print(f"{family} ({name}), not {what}: {problem}", flush=True)
         gc.collect()
     print(f"{len(names)} families", *(f"{what}: {n}" for what, n in counts.items()), sep=", ")
 
