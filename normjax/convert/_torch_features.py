@@ -172,7 +172,7 @@ class _Walk:
             note(found, name, size_of_norm(module), self.channels)
         elif classes & {"_NormBase", "GroupNorm"} and self.is_image:
             self.channels = getattr(module, "num_features", getattr(module, "num_channels", None))
-        if classes & FEATURES_LAST and not self.is_flat:
+        if has_features_last(module, classes) and not self.is_flat:
             self.is_image = self.is_first = False
 
     def _linear(self, found: Findings, name: str, module: Any) -> None:
@@ -202,6 +202,16 @@ class _Walk:
 def flattens_images(module: Any, classes: set[str]) -> bool:
     """Whether a layer is a Flatten that joins channels and window."""
     return "Flatten" in classes and module.start_dim in (0, 1)
+
+
+def has_features_last(module: Any, classes: set[str]) -> bool:
+    """Whether a layer's features are on the last axis, so that it gets no channels first.
+
+    A LayerNorm over several axes is over a whole image, and timm's LayerNorm2d over channels.
+    """
+    if "LayerNorm" in classes:
+        return len(module.normalized_shape) == 1 and "LayerNorm2d" not in classes
+    return bool(classes & FEATURES_LAST)
 
 
 def pools_to_one(module: Any, classes: set[str]) -> bool:

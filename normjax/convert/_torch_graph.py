@@ -12,6 +12,7 @@ from normjax.convert._torch_features import (
     NORMS,
     Findings,
     flattens_images,
+    has_features_last,
     note,
     pools_to_one,
     size_of_norm,
@@ -107,7 +108,7 @@ def _through_layer(found: Findings, name: str, layer: Any, state: State | None) 
         return None if "Linear" in classes else state
     if flattens_images(layer, classes):
         return State(True, state.channels)
-    if classes & FEATURES_LAST or pools_to_one(layer, classes) or "Flatten" in classes:
+    if has_features_last(layer, classes) or pools_to_one(layer, classes) or "Flatten" in classes:
         return None
     if "Unflatten" in classes:
         return State(False, layer.unflattened_size[0])

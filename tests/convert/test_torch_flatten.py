@@ -114,6 +114,25 @@ def test_one_value_per_channel_and_features_last_need_no_order():
         assert_close(kernel, array(network[-1].weight).T)
 
 
+@pytest.mark.parametrize("form", ["graph", "layers"])
+def test_a_norm_over_whole_images_leaves_channels_first(form):
+    norm = torch.nn.LayerNorm((8, 4, 4), elementwise_affine=False)
+    conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+    middle = View() if form == "layers" else torch.nn.ReLU()  # a View has no graph
+    network = torch.nn.Sequential(
+        conv,
+        norm,
+        torch.nn.Flatten(),
+        torch.nn.Linear(128, 5),
+        torch.nn.Unflatten(1, (5, 1)),
+        middle,
+    )
+    unchanged = nj.convert.from_torch(network, flattened={"3": None})
+    found = nj.convert.from_torch(network, like=unchanged)
+    expected = nj.convert.from_torch(network, flattened={"3": (8, 4, 4)})
+    assert_trees_close(found, expected, rtol=0, atol=0)
+
+
 def test_an_unflatten_permutes_the_outputs_before_it():
     network = random_(
         torch.nn.Sequential(
