@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
@@ -55,18 +55,26 @@ def flatten(function: str, name: str, tree: Any) -> dict[Path, Any]:
     return leaves
 
 
-def take_apart(function: str, params: Any, batch_stats: Any) -> Leaves:
-    """Returns the leaves of both trees, checked."""
+def take_apart(
+    function: str, params: Any, batch_stats: Any, others: Collection[Path] = ()
+) -> Leaves:
+    """Returns the leaves of both trees, checked, except those at the paths of `others`."""
     leaves = {
         (collection, *path): Leaf(np.array(value), "/".join((collection, *path)))
         for collection, tree in zip(COLLECTIONS, (params, batch_stats), strict=True)
         for path, value in flatten(function, collection, tree).items()
     }
-    check(function, leaves)
+    check(function, {path: leaf for path, leaf in leaves.items() if path not in others})
     return leaves
 
 
-def put_together(function: str, leaves: Leaves, like: Any, key_of: Callable[[Path], str]) -> Trees:
+def put_together(
+    function: str,
+    leaves: Leaves,
+    like: Any,
+    key_of: Callable[[Path], str],
+    others: Collection[Path] = (),
+) -> Trees:
     """Returns both trees, of JAX arrays, checked against `like` if it is given.
 
     Args:
@@ -74,8 +82,9 @@ def put_together(function: str, leaves: Leaves, like: Any, key_of: Callable[[Pat
       leaves: what was found.
       like: None, or `(params, batch_stats)` with the structure, shapes and dtypes to return.
       key_of: maps the path of a leaf to its name in the source, for errors about missing leaves.
+      others: paths of leaves that are not a layer's: they are not checked, and keep their dtypes.
     """
-    check(function, leaves, key_of)
+    check(function, {path: leaf for path, leaf in leaves.items() if path not in others}, key_of)
     dtypes: dict[Path, Any] = {}
     if like is not None:
         wanted = expectation(function, like)
@@ -83,7 +92,13 @@ def put_together(function: str, leaves: Leaves, like: Any, key_of: Callable[[Pat
         leaves = {path: leaf for path, leaf in leaves.items() if path not in extra}
         match(function, leaves, wanted, key_of)
         dtypes = {path: value.dtype for path, value in wanted.items()}
-    arrays = {path: _as_jax(path, leaf.value, dtypes.get(path)) for path, leaf in leaves.items()}
+    arrays = {}
+    for path, leaf in leaves.items():
+        dtype = dtypes.get(path)
+        is_other = path in others
+        arrays[path] = (
+            _as_it_is(function, leaf, dtype) if is_other else _as_jax(path, leaf.value, dtype)
+        )
     trees = nest(arrays)
     return trees.get("params", {}), trees.get("batch_stats", {})
 
@@ -118,6 +133,20 @@ def _as_jax(path: Path, value: Any, dtype: Any) -> Any:
     array = jnp.asarray(value, dtype)
     if dtype is None and path[0] == "batch_stats":
         return array.astype(promote(array.dtype, jnp.float32))
+    return array
+
+
+def _as_it_is(function: str, leaf: Leaf, dtype: Any) -> Any:
+    """Returns a JAX array of the dtype, or if that is None, of the value's own."""
+    array = jnp.asarray(leaf.value, dtype)
+    if leaf.value.dtype.kind in "iu" and not np.array_equal(array, leaf.value):
+        _checks.raise_error(
+            function,
+            f"{leaf.key!r} has integers that {array.dtype} does not hold",
+            expected=f"integers from {np.iinfo(np.int32).min} to {np.iinfo(np.int32).max}",
+            got=f"up to {leaf.value.max()}",
+            fix="Leave it out, or set jax_enable_x64",
+        )
     return array
 
 

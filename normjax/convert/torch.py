@@ -2,60 +2,48 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-import numpy as np
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from normjax import _checks
 from normjax._trees import Path
+from normjax.convert import _torch_layers
+from normjax.convert._names import Rename
 from normjax.convert._sources import Arrays, Source, TorchModule, conform, read_mapping
-from normjax.convert._torch_kernels import (
-    from_kernel,
-    norms,
-    power_iteration,
-    singular_vectors,
-    to_kernel,
+from normjax.convert._torch_encode import (
+    adapt,
+    encode_all,
+    encode_group,
+    like_the_given,
+    rename_back,
+    taken,
 )
-from normjax.convert._torch_settings import class_names, weight_normalization
+from normjax.convert._torch_features import Flattened
+from normjax.convert._torch_groups import RENAMED, WEIGHTS, is_float
+from normjax.convert._torch_layout import read_layout
+from normjax.convert._torch_match import add, check_nesting, match, match_keys, refuse
 from normjax.convert._trees import (
     COLLECTIONS,
-    Leaf,
     Leaves,
     Tree,
     Trees,
     expectation,
-    modules_of,
     put_together,
-    raise_unknown,
     take_apart,
 )
 
-Entries = dict[str, Leaf]  # the arrays of one module, by the names in `torch.nn.utils`
-
-# The hooks of torch.nn.utils and its parametrizations name the same arrays differently.
-PARAMETRIZATIONS = {
-    "parametrizations.weight.original0": "weight_g",
-    "parametrizations.weight.original1": "weight_v",
-    "parametrizations.weight.original": "weight_orig",
-    "parametrizations.weight.0._u": "weight_u",
-    "parametrizations.weight.0._v": "weight_v",
-}
-RENAMED = {
-    "bias": "bias",
-    "running_mean": "mean",
-    "running_var": "var",
-    "num_batches_tracked": "count",
-}
-WEIGHTS = ("weight", "weight_g", "weight_v", "weight_orig", "weight_u")
-NAMES = "|".join(map(re.escape, [*PARAMETRIZATIONS, *RENAMED, *WEIGHTS]))
-KEY = re.compile(rf"(?:(.*)\.)?({NAMES})")
-LAYERS_WITH_SCALE = {"_BatchNorm", "_InstanceNorm", "LayerNorm", "RMSNorm", "GroupNorm"}
+Others = Literal["keep", "refuse"]
 
 
-def from_torch(source: Source | TorchModule, *, like: tuple[Tree, Tree] | None = None) -> Trees:
+def from_torch(
+    source: Source | TorchModule,
+    *,
+    like: tuple[Tree, Tree] | None = None,
+    rename: Rename | None = None,
+    others: Others = "keep",
+    flattened: Flattened | None = None,
+    example_input: Any = None,
+) -> Trees:
     """Returns `params` and `batch_stats` with the weights of a PyTorch layer or network.
 
     | torch | normjax |
@@ -68,14 +56,36 @@ def from_torch(source: Source | TorchModule, *, like: tuple[Tree, Tree] | None =
     | `weight_g`, `weight_v` of weight_norm | `scale`, `kernel` |
     | `weight_orig` of spectral_norm | `kernel` |
     | `weight_u`, `weight_v` of spectral_norm | `u`, `sigma` of `batch_stats` |
+    | `weight` of PReLU, of a module | `negative_slope` |
+    | LSTM, GRU, RNN and their cells | OptimizedLSTMCell, GRUCell, SimpleCell of Flax |
+    | MultiheadAttention | MultiHeadDotProductAttention of Flax |
+    | any other parameter, `cls_token` say | the same name and values |
+    | any other buffer, or integers | the same, in `batch_stats` |
 
     A weight `(out, in, *window)` becomes a kernel `(*window, in, out)`. ConvTransposeNd has weights
     `(in, out, *window)`: its kernels `(*window, out, in)` suit Flax's `transpose_kernel=True`. Both
-    forms of weight_norm and spectral_norm are known, hooks and parametrizations.
+    forms of weight_norm and spectral_norm are known, hooks and parametrizations. A Conv1D of
+    Hugging Face's has weights `(in, out)`, which are kernels as they are.
+
+    An LSTM, GRU or RNN of one layer becomes one cell in its place; the cells of several layers or
+    directions are below it as `l0`, `l0_reverse`, `l1`, or where `like` has as many cells.
+    PyTorch's two biases are added where Flax has one. An LSTM with `proj_size` has no counterpart
+    in Flax, and is kept as it is. Attention has kernels `(in, heads, size)`. The number of heads is
+    known from a module or `like`; without both they are matrices, to be reshaped.
 
     Trees are nested by the names of the modules: `layer1.0.bn1.weight` becomes
-    `params["layer1"]["0"]["bn1"]["scale"]`. To change names, rename the keys of the state_dict,
-    which is a dict.
+    `params["layer1"]["0"]["bn1"]["scale"]`.
+
+    If images `(C, H, W)` are flattened before a Linear layer, Flax's features come in another
+    order, (H, W, C), and the rows of the kernel are permuted to it. A module with a Flatten says
+    where, and `like` that it is for such a model: both together are enough. If the module calls
+    `x.view` or `x.flatten` itself, pass `flattened` or `example_input`; a warning says so if the
+    sizes look like it. Norms between Flatten and Linear are permuted, too, and so are the outputs
+    of a Linear layer before an Unflatten.
+
+    What shapes cannot tell: in a mapping, whether a square matrix is a Linear's or a Conv1D's. It
+    is taken for a Linear's, unless others of its last name, such as `c_proj`, are a Conv1D's by
+    their shape; there is a warning if the mapping has a Conv1D. A module's classes say it.
 
     The weights alone do not say how training continues: normjax's momentum is 1 minus PyTorch's,
     and PyTorch's running variance is unbiased. `torch_settings` reads such settings from a module.
@@ -85,9 +95,22 @@ def from_torch(source: Source | TorchModule, *, like: tuple[Tree, Tree] | None =
         or the path of a .safetensors file.
       like: `(params, batch_stats)` as the init function of the layer, or the model, returned them,
         arrays or `jax.ShapeDtypeStruct`. The result has this structure, these shapes and these
-        dtypes, or there is an error. A `count` that `like` does not have is left out. Without
-        `like`, two kinds of weights in a mapping are taken for kernels: embeddings, and scales of
-        several axes without a bias.
+        dtypes, or there is an error, which lists all differences. A `count` that `like` does not
+        have is left out, and so are integers that are not a layer's, such as tables of positions.
+        A matrix is reshaped if `like` has its inputs or outputs in several axes, as DenseGeneral
+        has. Without `like`, two kinds of weights in a mapping are taken for kernels: embeddings,
+        and scales of several axes without a bias.
+      rename: new names, from keys of the source such as `layer1.0.bn1.weight`. A function from a
+        key to a key, or a table of keys or their first parts, up to a dot:
+        `{"layer1.0": "layer1_0", "module": ""}`. The longest entry that fits is taken; an empty
+        old name, as in `{"": "backbone"}`, fits all.
+      others: what to do with arrays that are not a layer's: position embeddings, class tokens,
+        layer scales. "keep", the default, hands them through, since most networks have some, and
+        nothing about them has to be converted; "refuse" raises an error that lists them.
+      flattened: the shapes `(C, H, W)` of what is flattened before layers, by their names, such as
+        `{"fc": (256, 6, 6)}`. None in place of a shape: the features keep their order.
+      example_input: a tensor, or a tuple of arguments, that the module is run on once, at
+        inference, to see where it flattens images. No `flattened` is needed then.
 
     Returns:
       `params` and `batch_stats`, nested dicts of JAX arrays in the dtypes of the source; statistics
@@ -97,8 +120,10 @@ def from_torch(source: Source | TorchModule, *, like: tuple[Tree, Tree] | None =
       belongs to the stored vectors: at inference PyTorch's weight is `kernel / sigma`.
 
     Raises:
-      ValueError, TypeError: for keys that no such layer has, leaves that are missing or do not fit
-        together or `like`, and statistics that are not finite; each names the key.
+      ValueError, TypeError: for leaves that are missing or do not fit together or `like`, two keys
+        that would become one leaf, features that are flattened in an unknown order, and statistics
+        that are not finite; each names the keys. The fix for names that differ by a prefix or in
+        their separators is the `rename` to pass.
 
     Example:
       >>> import numpy as np, normjax as nj
@@ -107,22 +132,65 @@ def from_torch(source: Source | TorchModule, *, like: tuple[Tree, Tree] | None =
       >>> params, batch_stats = nj.convert.from_torch(state)
       >>> print(sorted(params), batch_stats["mean"], batch_stats["count"])
       ['bias', 'scale'] [1. 2.] 7
+      >>> state = {"module.norm.weight": np.ones(2), "module.cls_token": np.zeros((1, 1, 2))}
+      >>> names = {"module": "", "module.norm": "LayerNorm_0"}
+      >>> params, _ = nj.convert.from_torch(state, rename=names)
+      >>> print(params["LayerNorm_0"]["scale"], params["cls_token"].shape)
+      [1. 1.] (1, 1, 2)
 
     References:
       `torch.nn.BatchNorm2d`, `torch.nn.utils.parametrizations.weight_norm` and `.spectral_norm` in
       PyTorch's documentation.
     """
     function = "from_torch"
-    kinds, sizes = _hints(function, like)
-    kinds |= _kinds(source)
-    arrays = _arrays(function, source)
+    _check_others(function, others)
+    wanted = None if like is None else expectation(function, like)
+    layout = read_layout(
+        function,
+        source,
+        _arrays(function, source),
+        like=wanted,
+        rename=rename,
+        flattened=flattened,
+        example_input=example_input,
+    )
+    if layout.others and others == "refuse":
+        refuse(function, layout.others.values(), [*RENAMED, *WEIGHTS])
     leaves: Leaves = {}
-    for module, entries in _by_module(function, arrays).items():
-        parts = tuple(module.split(".")) if module else ()
-        params, batch_stats = _decode(function, entries, kinds.get(module), sizes.get(module))
-        for collection, part in zip(COLLECTIONS, (params, batch_stats), strict=True):
-            leaves |= {(collection, *parts, name): leaf for name, leaf in part.items()}
-    return put_together(function, leaves, like, _key_of)
+    for layer in layout.groups:
+        for inside, leaf in layout.decode(layer).items():
+            add(function, leaves, layout.path(layer.module, inside, leaf.key), leaf)
+    kept = {key: layout.path_of_other(key) for key in layout.others}
+    for key, path in kept.items():
+        add(function, leaves, path, layout.others[key])
+    check_nesting(function, leaves)
+    if wanted is not None:
+        constants = {path for key, path in kept.items() if not is_float(layout.others[key].value)}
+        leaves = _fit(leaves, wanted, constants)
+        match(function, leaves, wanted, _key_of)
+    return put_together(function, leaves, like, _key_of, others=kept.values())
+
+
+def _check_others(function: str, others: object) -> None:
+    if others not in ("keep", "refuse"):
+        _checks.raise_error(
+            function,
+            "others is unknown",
+            expected='"keep" or "refuse"',
+            got=f"others={others!r}",
+            fix="Keep arrays that are not a layer's, or refuse the source because of them",
+        )
+
+
+def _fit(leaves: Leaves, wanted: Mapping[Path, Any], constants: set[Path]) -> Leaves:
+    """Returns the leaves without counts and constants that are not wanted, with axes as wanted."""
+    fitted = {}
+    for path, leaf in leaves.items():
+        if path in wanted and path[-1] in ("kernel", "bias"):
+            leaf = _torch_layers.split_axes(leaf, tuple(wanted[path].shape))
+        if path in wanted or not (path[-1] == "count" or path in constants):
+            fitted[path] = leaf
+    return fitted
 
 
 def to_torch(
@@ -130,6 +198,9 @@ def to_torch(
     batch_stats: Mapping[str, Any],
     *,
     like: Mapping[str, Any] | TorchModule | None = None,
+    rename: Rename | None = None,
+    others: Others = "keep",
+    flattened: Flattened | None = None,
 ) -> dict[str, Any]:
     """Returns the state_dict of a PyTorch layer or network from `params` and `batch_stats`.
 
@@ -139,14 +210,21 @@ def to_torch(
       params: as `from_torch` returns them.
       batch_stats: as `from_torch` returns them. Without a `count`, `num_batches_tracked` is 0.
       like: the module to load the result into, or its state_dict. The result has its keys (also
-        the names that hooks use), shapes, dtypes and devices, or there is an error. If its values
-        are tensors, the result has tensors, too.
+        the names that hooks use), shapes, dtypes and devices, or there is an error, which lists
+        all keys that differ. If its values are tensors, the result has tensors, too. A module says
+        what its weights are (an LSTM or a cell, a Conv1D), and where features are flattened.
+      rename: as `from_torch` got it, from keys of `like` to names of `params`. Without `like`, a
+        table is read backwards.
+      others: "keep" hands leaves that are not a layer's through, "refuse" raises an error that
+        lists them; with `like`, its keys decide.
+      flattened: as `from_torch` got it.
 
     Returns:
       A dict of NumPy arrays, fit for `safetensors.numpy.save_file`; with tensors in `like`, a dict
       of tensors, fit for `load_state_dict`. Without `like`, weight_norm and spectral_norm are
-      written as parametrizations. normjax stores one of spectral_norm's two vectors; the other is
-      computed from it by power iteration.
+      written as parametrizations, and cells as a `torch.nn.LSTM` or `GRU`. Where PyTorch has two
+      biases and Flax one, the second is zero. normjax stores one of spectral_norm's two vectors;
+      the other is computed from it by power iteration.
 
     Raises:
       ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`,
@@ -164,40 +242,41 @@ def to_torch(
       num_batches_tracked 0
     """
     function = "to_torch"
-    expected = None if like is None else _arrays(function, like)
-    hooks = {name: weight_normalization(module) for name, module in _modules(like)}
-    dims = {name: getattr(hook, "dim", None) for name, hook in hooks.items()}
+    _check_others(function, others)
+    if like is None:
+        _check_alone(function, flattened)
+        state = encode_all(function, take_apart(function, params, batch_stats), others)
+        return rename_back(function, state, rename)
+    expected = _arrays(function, like)
+    layout = read_layout(function, like, expected, like={}, rename=rename, flattened=flattened)
+    places = {key: layout.path_of_other(key)[1:] for key in layout.others}
+    unchecked = {(collection, *parts) for collection in COLLECTIONS for parts in places.values()}
+    leaves = take_apart(function, params, batch_stats, unchecked)
     state: Arrays = {}
-    for parts, entries in modules_of(take_apart(function, params, batch_stats)).items():
-        prefix = "".join(f"{part}." for part in parts)
-        own = {key.removeprefix(prefix) for key in expected or () if key.startswith(prefix)}
-        encoded = _encode(function, entries, own, dims.get(".".join(parts)))
-        state |= {f"{prefix}{name}": value for name, value in encoded.items()}
-    if like is None or expected is None:
-        return state
-    state = conform(function, _adapt(state, expected), expected)
+    for key, parts in places.items():
+        if not is_float(expected[key]):
+            state[key] = expected[key]  # from_torch leaves it out if Flax's model has no place
+        for path in [path for path in leaves if path[1:] == parts]:
+            state[key] = leaves.pop(path).value
+    for layer in layout.groups:
+        state |= encode_group(layout, layer, taken(layout, layer, leaves), like)
+    state |= encode_all(function, leaves, "keep")
+    state = adapt(state, expected)
+    match_keys(function, state, expected)
+    state = conform(function, state, expected)
     tensors = like.state_dict() if isinstance(like, TorchModule) else like
-    return {key: _like_the_given(tensors[key], value) for key, value in state.items()}
+    return {key: like_the_given(tensors[key], value) for key, value in state.items()}
 
 
-def _adapt(state: Arrays, expected: Arrays) -> Arrays:
-    """Returns the state without counts that are not expected, and with norms in their shapes."""
-    adapted = {}
-    for key, value in state.items():
-        if key.endswith("num_batches_tracked") and key not in expected:
-            continue
-        is_norm = key.endswith(("weight_g", "original0")) and key in expected
-        if is_norm and value.size == expected[key].size:
-            value = value.reshape(expected[key].shape)
-        adapted[key] = value
-    return adapted
-
-
-def _like_the_given(given: Any, value: np.ndarray) -> Any:
-    """Returns the value as a tensor of the given one's dtype and device, if that is a tensor."""
-    if not hasattr(given, "new_tensor"):
-        return value
-    return given.new_tensor(value if value.dtype.isbuiltin == 1 else value.astype(np.float32))
+def _check_alone(function: str, flattened: object) -> None:
+    if flattened is not None:
+        _checks.raise_error(
+            function,
+            "flattened takes like=",
+            expected="the module, or its state_dict, that has the names and sizes of PyTorch",
+            got="flattened without like",
+            fix="Pass like=module",
+        )
 
 
 def _arrays(function: str, source: Any) -> Arrays:
@@ -206,122 +285,7 @@ def _arrays(function: str, source: Any) -> Arrays:
     return read_mapping(function, source)
 
 
-def _modules(source: Any) -> Iterable[tuple[str, Any]]:
-    """Returns all modules by name, if the source is a module."""
-    return source.named_modules() if isinstance(source, TorchModule) else ()
-
-
-def _kinds(source: Any) -> dict[str, str]:
-    """Returns what the weight of each module is, as far as the class of the module says it."""
-    kinds = {}
-    for name, module in _modules(source):
-        classes = class_names(module)
-        if classes & LAYERS_WITH_SCALE:
-            kinds[name] = "scale"
-        elif classes & {"Embedding", "EmbeddingBag"}:
-            kinds[name] = "embedding"
-    return kinds
-
-
-def _hints(function: str, like: Any) -> tuple[dict[str, str], dict[str, int]]:
-    """Returns from `like` the leaf that each module's weight becomes, and the size of its u."""
-    kinds, sizes = {}, {}
-    expected = {} if like is None else expectation(function, like)
-    for path, value in expected.items():
-        module = ".".join(path[1:-1])
-        if path[-1] in ("scale", "kernel", "embedding"):
-            kinds[module] = path[-1]
-        elif path[-1] == "u":
-            sizes[module] = math.prod(value.shape)
-    return kinds, sizes
-
-
-def _by_module(function: str, arrays: Arrays) -> dict[str, Entries]:
-    modules: dict[str, Entries] = {}
-    for key, value in arrays.items():
-        found = KEY.fullmatch(key)
-        if found is None:
-            raise_unknown(function, Leaf(value, key), [*RENAMED, *WEIGHTS])
-        module, name = found.group(1, 2)
-        modules.setdefault(module or "", {})[PARAMETRIZATIONS.get(name, name)] = Leaf(value, key)
-    return modules
-
-
-def _decode(
-    function: str, entries: Entries, kind: str | None, size: int | None
-) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
-    """Returns the leaves of one module, for params and for batch_stats."""
-    found = {new: entries[old] for old, new in RENAMED.items() if old in entries}
-    params = {"bias": found.pop("bias")} if "bias" in found else {}
-    if "weight_orig" in entries:
-        kernel, u, v = _all_of(function, entries, "weight_orig", "weight_u", "weight_v")
-        params["kernel"] = Leaf(to_kernel(kernel.value), kernel.key)
-        vector, sigma = power_iteration(function, kernel.value, u, v, size)
-        found |= {"u": Leaf(vector, u.key), "sigma": Leaf(sigma, v.key)}
-    elif "weight_g" in entries or "weight_v" in entries:
-        scale, kernel = _all_of(function, entries, "weight_g", "weight_v")
-        params["kernel"] = Leaf(to_kernel(kernel.value), kernel.key)
-        flat = scale.value.reshape(-1) if scale.value.ndim else scale.value
-        params["scale"] = Leaf(flat, scale.key)
-    elif "weight" in entries:
-        weight = entries["weight"]
-        kind = kind or ("kernel" if _looks_like_a_kernel(entries) else "scale")
-        params[kind] = Leaf(to_kernel(weight.value), weight.key) if kind == "kernel" else weight
-    return params, found
-
-
-def _all_of(function: str, entries: Entries, *names: str) -> list[Leaf]:
-    for name in names:
-        if name not in entries:
-            _checks.raise_error(
-                function,
-                f"{name} is missing",
-                expected=f"{' and '.join(names)} together, or the same as parametrizations",
-                got=f"{sorted(leaf.key for leaf in entries.values())}",
-                fix="Pass the whole state_dict of the module",
-            )
-    return [entries[name] for name in names]
-
-
-def _looks_like_a_kernel(entries: Entries) -> bool:
-    """Whether a weight has two axes or more, and no bias or statistics of its own shape."""
-    weight = entries["weight"].value
-    others = [entries[name].value.shape for name in ("bias", "running_mean") if name in entries]
-    return weight.ndim > 1 and weight.shape not in others
-
-
 def _key_of(path: Path) -> str:
-    name = {new: old for old, new in RENAMED.items()}.get(path[-1], "weight")
-    return ".".join((*path[1:-1], name))
-
-
-def _encode(function: str, leaves: dict[str, Leaf], expected: set[str], dim: int | None) -> Arrays:
-    """Returns the entries of one module, in PyTorch's order; `expected` has the names in `like`."""
-    known = {"scale", "kernel", "embedding", "u", "sigma", *RENAMED.values()}
-    for name, leaf in leaves.items():
-        if name not in known:
-            raise_unknown(function, leaf, sorted(known))
-    state = _encode_weight(function, leaves, dim)
-    if len(state) > 1 and not {"weight_g", "weight_orig"} & expected:
-        v = "0._v" if "weight_orig" in state else "original1"
-        names = {old: new for new, old in PARAMETRIZATIONS.items()}
-        names["weight_v"] = f"parametrizations.weight.{v}"
-        state = {names[name]: value for name, value in state.items()}
-    state |= {old: leaves[new].value for old, new in RENAMED.items() if new in leaves}
-    if "mean" in leaves:
-        count = leaves["count"].value if "count" in leaves else 0
-        state["num_batches_tracked"] = np.asarray(count, np.int64)
-    return state
-
-
-def _encode_weight(function: str, leaves: dict[str, Leaf], dim: int | None) -> Arrays:
-    if "kernel" not in leaves:
-        weight = leaves.get("scale", leaves.get("embedding"))
-        return {} if weight is None else {"weight": weight.value}
-    weight = from_kernel(leaves["kernel"].value)
-    if "scale" in leaves:
-        return {"weight_g": norms(function, weight, leaves["scale"]), "weight_v": weight}
-    if "u" in leaves:
-        u, v = singular_vectors(function, weight, leaves["u"], dim)
-        return {"weight_orig": weight, "weight_u": u, "weight_v": v}
-    return {"weight": weight}
+    names = {new: old for old, new in RENAMED.items()}
+    names |= dict.fromkeys(("scale", "kernel", "embedding", "negative_slope", "u"), "weight")
+    return ".".join((*path[1:-1], names.get(path[-1], path[-1])))

@@ -152,7 +152,6 @@ TO_TORCH = {
         None,
         r"'batch_stats/mean' has the wrong shape",
     ),
-    "an unknown leaf": (nj.dynamic_tanh_init(3)[0], {}, None, "'params/alpha' has no counterpart"),
     "what is no tree": ([ONES], {}, None, "params is not a tree.*got list"),
     "what is no array": ({"scale": [1.0]}, {}, None, "params/scale is not a leaf.*got list"),
     "another module": (
@@ -187,6 +186,13 @@ def test_to_torch(case):
     params, batch_stats, like, message = TO_TORCH[case]
     with pytest.raises((ValueError, TypeError), match=f"(?s)to_torch: .*{message}"):
         nj.convert.to_torch(params, batch_stats, like=like)
+
+
+def test_an_unknown_leaf_is_refused_if_asked():
+    params = nj.dynamic_tanh_init(3)[0]
+    with pytest.raises(ValueError, match="to_torch: 'params/alpha' has no counterpart"):
+        nj.convert.to_torch(params, {}, others="refuse")
+    assert {*nj.convert.to_torch(params, {})} == {"weight", "bias", "alpha"}
 
 
 KERAS = {"bn/gamma": ONES, "bn/moving_mean": ONES, "bn/moving_variance": ONES}

@@ -23,6 +23,14 @@ def test_torch():
         typed(nj.convert.to_torch)(params, batch_stats, like=target)
     typed(nj.convert.to_torch)(*like, like=module)
     typed(nj.convert.torch_settings)(module)
+    conv = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.Flatten(), torch.nn.Linear(8, 1))
+    names = {"0": "Conv_0"}
+    for settings in ({"flattened": {"2": (2, 2, 2)}}, {"example_input": torch.ones(1, 1, 2, 2)}):
+        trees = typed(nj.convert.from_torch)(conv, rename=names, others="refuse", **settings)
+    typed(nj.convert.to_torch)(
+        *trees, like=conv, rename=names, flattened={"2": None}, others="keep"
+    )
+    typed(nj.convert.to_torch)(*trees, rename=names)
 
 
 def test_keras():
