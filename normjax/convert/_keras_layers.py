@@ -69,6 +69,12 @@ def depthwise(kernel: np.ndarray) -> np.ndarray:
     return kernel.reshape(*kernel.shape[:-2], 1, -1)
 
 
+def is_depthwise(layer: Any) -> bool:
+    """Returns whether Keras' layer has a kernel for each channel."""
+    names = (kind.__name__ for kind in type(layer).__mro__)
+    return any("DepthwiseConv" in name or "SeparableConv" in name for name in names)
+
+
 # Recurrent cells.
 
 
@@ -192,8 +198,10 @@ def _decode_separable(entries: Entries) -> Entries:
 
 
 def _encode_separable(entries: Entries) -> Entries:
+    kernel = entries["depthwise/kernel"]
+    value = kernel.value.reshape(*kernel.value.shape[:-2], -1, 1)  # the usual multiplier
     found = {
-        "depthwise_kernel": entries["depthwise/kernel"],
+        "depthwise_kernel": Leaf(value, kernel.key),
         "pointwise_kernel": entries["pointwise/kernel"],
     }
     if "pointwise/bias" in entries:

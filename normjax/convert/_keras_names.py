@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from normjax._trees import Path
-from normjax.convert._keras_layers import RECURRENT, decode, depthwise, encode
+from normjax.convert._keras_layers import RECURRENT, decode, depthwise, encode, is_depthwise
 from normjax.convert._names import Others, raise_for_others
 from normjax.convert._trees import STATISTICS as STORED
 from normjax.convert._trees import Leaf, Leaves, modules_of
@@ -74,7 +74,7 @@ def _decode_module(module: dict[str, Entry]) -> tuple[list[tuple[Path, Leaf]], l
         return found, [name for name in arrays if name not in (*RECURRENT, *SEPARABLE)]
     if set(RECURRENT[:2]) <= set(arrays):  # a cell that Flax does not have
         return [], [*arrays]
-    if "DepthwiseConv" in type(layer).__name__ and "kernel" in arrays:
+    if "kernel" in arrays and is_depthwise(layer):
         kernel = arrays["kernel"]
         arrays["kernel"] = Leaf(depthwise(kernel.value), kernel.key)
     names = KNOWN | (OF_DATA if {"mean", "variance"} <= set(arrays) else {})
@@ -137,7 +137,7 @@ def encoded(
 def _key(where: Path, name: str, module: Collection[str], expected: Collection[str]) -> str:
     """Returns Keras' name of a leaf: the one that is expected, or else the usual one."""
     names = BACK.get(name, (name,))
-    if "kernel" in module:  # a bias, not the beta of a norm
+    if any(name.endswith("kernel") for name in module):  # a bias, not the beta of a norm
         names = names[::-1]
     keys = ["/".join((*where, name)) for name in names]
     return next((key for key in keys if key in expected), keys[0])

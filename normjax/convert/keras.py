@@ -9,7 +9,7 @@ import numpy as np
 
 from normjax import _checks
 from normjax._trees import Path
-from normjax.convert._keras_layers import depthwise
+from normjax.convert._keras_layers import depthwise, is_depthwise
 from normjax.convert._keras_names import BACK, Entry, decoded, encoded
 from normjax.convert._keras_paths import Weight, weights_of
 from normjax.convert._names import Others, Rename, renamed, unique
@@ -140,14 +140,15 @@ def to_keras(
       ['gamma', 'beta', 'moving_mean', 'moving_variance']
     """
     function = "to_keras"
-    expected = {} if like is None else _arrays(function, like)
+    expected = {} if like is None else _entries(function, like, None)
     leaves = take_apart(function, params, batch_stats)
     found = encoded(function, leaves, expected, others)
     names = renamed(function, (key for key, _, _ in found), rename, "/")
     weights = unique(function, ((names[key], path, value) for key, path, value in found))
     if like is None:
         return weights
-    return conform(function, _adapt(weights, expected), expected)
+    arrays = {key: entry.leaf.value for key, entry in expected.items()}
+    return conform(function, _adapt(weights, expected), arrays)
 
 
 def _entries(function: str, source: Any, rename: Rename | None) -> dict[str, Entry]:
@@ -162,10 +163,6 @@ def _entries(function: str, source: Any, rename: Rename | None) -> dict[str, Ent
         entries = {key: Entry(Leaf(value, key)) for key, value in arrays.items()}
     names = renamed(function, entries, rename, "/")
     return {names[key]: entry for key, entry in entries.items()}
-
-
-def _arrays(function: str, source: Any) -> Arrays:
-    return {key: entry.leaf.value for key, entry in _entries(function, source, None).items()}
 
 
 def _weights(function: str, layer: KerasLayer) -> list[Weight]:
@@ -191,7 +188,7 @@ def _as_depthwise(leaves: Leaves, wanted: Mapping[Path, Any]) -> Leaves:
     return shaped
 
 
-def _adapt(weights: Arrays, expected: Arrays) -> Arrays:
+def _adapt(weights: Arrays, expected: Mapping[str, Entry]) -> Arrays:
     """Returns the weights with what Flax's layers do not have, or have in another shape.
 
     Kernels of depthwise convolutions get their two axes of channels. A bias of zeros that is not
@@ -201,17 +198,27 @@ def _adapt(weights: Arrays, expected: Arrays) -> Arrays:
     adapted = {}
     for key, value in weights.items():
         if key in expected:
-            is_depthwise = (
-                depthwise(expected[key]).shape == value.shape if value.ndim > 2 else False
-            )
-            adapted[key] = value.reshape(expected[key].shape) if is_depthwise else value
-        elif not key.endswith("/bias") or np.any(value):
+            adapted[key] = _with_multiplier(key, value, expected[key])
+        elif not key.endswith("bias") or np.any(value):
             adapted[key] = value
-    for key, value in expected.items():
+    for key, entry in expected.items():
         is_count = key.endswith("count") and key.removesuffix("count") + "mean" in adapted
         if is_count and key not in adapted:
-            adapted[key] = value
+            adapted[key] = entry.leaf.value
     return adapted
+
+
+def _with_multiplier(key: str, value: np.ndarray, wanted: Entry) -> np.ndarray:
+    """Returns a depthwise kernel in Keras' shape `(*window, in, multiplier)`; others unchanged."""
+    may_be = key.endswith("kernel") and value.ndim > 2 and 1 in value.shape[-2:]
+    if may_be and (wanted.layer is None or is_depthwise(wanted.layer)):
+        shape = wanted.leaf.value.shape
+        if (
+            len(shape) == value.ndim
+            and depthwise(wanted.leaf.value).shape == depthwise(value).shape
+        ):
+            return value.reshape(shape)
+    return value
 
 
 def _with_singular_values(function: str, leaves: Leaves) -> Leaves:
