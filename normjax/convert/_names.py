@@ -61,21 +61,21 @@ def _by_table(
     """Returns a function that renames by the table; raises for entries that fit no key."""
     ends = {old.removesuffix(separator): new.removesuffix(separator) for old, new in table.items()}
     longest_first = sorted(ends, key=len, reverse=True)
-
-    def entry_of(key: str) -> str | None:
-        fits = (old for old in longest_first if f"{key}{separator}".startswith(old + separator))
-        return next(fits, None)
-
-    unused = set(ends) - {entry_of(key) for key in keys}
-    for old in ends:
-        if old in unused:
+    beginnings = {begin: None for key in keys for begin in _beginnings(key, separator)}
+    for old, new in ends.items():
+        if old not in beginnings:
+            nearest = difflib.get_close_matches(old, beginnings, n=1, cutoff=0.5)
             _checks.raise_error(
                 function,
                 f"rename has {old!r}, which is not the name or the beginning of any array",
                 expected=f"parts of {len(keys)} names, such as {keys[:3]}",
-                got=f"{old!r}: {ends[old]!r}",
-                fix=_nearest_of(old, keys) or "Print the keys of the source",
+                got=f"{old!r}: {new!r}",
+                fix=f"The nearest is {nearest[0]!r}" if nearest else "Print the source's names",
             )
+
+    def entry_of(key: str) -> str | None:
+        fits = _beginnings(key, separator)
+        return next((old for old in longest_first if old in fits), None)
 
     def rename(key: str) -> str:
         old = entry_of(key)
@@ -85,6 +85,11 @@ def _by_table(
         return separator.join(part for part in (ends[old], rest) if part)
 
     return rename
+
+
+def _beginnings(key: str, separator: str) -> list[str]:
+    parts = key.split(separator)
+    return [separator.join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def unique(function: str, entries: Iterable[tuple[Any, str, Value]]) -> dict[Any, Value]:
@@ -184,11 +189,6 @@ def _suggest(name: str, other: str, why: str) -> str:
     cut = end - boundary.start() if boundary else 0
     old, new = name[: len(name) - cut], other[: len(other) - cut]
     return f"Is {name!r} {other!r} of the other side ({why})? Pass rename={{{old!r}: {new!r}}}"
-
-
-def _nearest_of(name: str, keys: list[str]) -> str | None:
-    nearest = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-    return f"The nearest name is {nearest[0]!r}" if nearest else None
 
 
 def raise_for_others(
