@@ -15,7 +15,9 @@ class Examples(griffe.Extension):
     """
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Renames it in one docstring."""
+        """Renames it in one docstring, and leaves the catch-all of wrong names out."""
+        if isinstance(obj, griffe.Function) and "_foreign" in obj.parameters:
+            del obj.parameters["_foreign"]
         if obj.docstring:
             obj.docstring.value = re.sub(
                 r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from normjax import _checks
+from normjax import _checks, _extras
 from normjax.convert._names import compare
 
 Arrays = dict[str, np.ndarray]
@@ -87,10 +87,7 @@ def _read_file(function: str, path: str) -> Arrays:
     try:
         from safetensors.numpy import load_file
     except ImportError as error:
-        raise ImportError(
-            f"{function}: reading {path!r} takes the package safetensors. Expected it installed; "
-            f"got {error}. Run: pip install safetensors."
-        ) from error
+        _extras.raise_for_missing(function, f"reading {path!r} takes the package", error)
     return load_file(path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, DTypeLike, Initializer
 from normjax.layers.dynamic_tanh import dynamic_tanh, half
 from normjax.nnx._shared import declare, present, promoted, read
@@ -80,7 +81,12 @@ class DynamicTanh(nnx.Module):
         self.feature_axes = feature_axes
         self.promote_dtype = promote_dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Squashes x.
 
         Args:
@@ -89,6 +95,8 @@ class DynamicTanh(nnx.Module):
         Returns:
           y, of x's shape.
         """
+        if _foreign:
+            raise_for_foreign(DynamicTanh.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         leaves = read(self, "alpha", "scale", "bias")
         x, dtype = promoted(self, x, leaves)

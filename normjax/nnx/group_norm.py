@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 import jax
 from flax import nnx
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax.layers.group_norm import group_norm
 from normjax.nnx._shared import common, present, promoted, read
 
@@ -62,7 +65,14 @@ class GroupNorm(nnx.GroupNorm):
       [[-1.  1. -1.  1.]]
     """
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
@@ -72,6 +82,8 @@ class GroupNorm(nnx.GroupNorm):
         Returns:
           y, of x's shape.
         """
+        if _foreign:
+            raise_for_foreign(GroupNorm.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         leaves = read(self, "scale", "bias")
         x, dtype = promoted(self, x, leaves)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 import jax
 from flax import nnx
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes
 from normjax.layers.instance_norm import instance_norm
 from normjax.nnx._shared import common, present, promoted, read
@@ -57,7 +60,14 @@ class InstanceNorm(nnx.InstanceNorm):
         [ 1.  1.]]]
     """
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
@@ -67,6 +77,8 @@ class InstanceNorm(nnx.InstanceNorm):
         Returns:
           y, of x's shape.
         """
+        if _foreign:
+            raise_for_foreign(InstanceNorm.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         _examples_are_no_feature(self.feature_axes, x)
         leaves = read(self, "scale", "bias")

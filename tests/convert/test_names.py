@@ -58,7 +58,7 @@ def test_what_haiku_has_beside_known_modules_is_handed_through():
         nj.convert.from_haiku(params, state, others="refuse")
     with pytest.raises(ValueError, match="to_haiku: 'params/gru/w_[ih]' has no counterpart"):
         nj.convert.to_haiku(found, batch_stats, others="refuse")
-    state = {"vq/~/ema": {"average": ONES, "hidden": ONES, "counter": np.array(3)}}
+    state = {"vq/~/ema": {"average": ONES, "hidden": ONES, "counter": np.array(3, np.int32)}}
     trees = nj.convert.from_haiku({}, state)
     assert_identical(nj.convert.to_haiku(*trees)[1], state)
 
