@@ -9,7 +9,7 @@ import numpy as np
 
 from normjax._trees import Path
 from normjax.convert._keras_layers import RECURRENT, decode, depthwise, encode, is_depthwise
-from normjax.convert._names import Others, raise_for_others
+from normjax.convert._paths import Others, raise_for_others
 from normjax.convert._trees import STATISTICS as STORED
 from normjax.convert._trees import Leaf, Leaves, modules_of
 

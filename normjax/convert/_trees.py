@@ -11,7 +11,7 @@ import numpy as np
 from normjax import _checks, _trees
 from normjax._trees import Path, nest
 from normjax._typing import promote
-from normjax.convert._names import compare
+from normjax.convert._paths import compare
 
 COLLECTIONS = ("params", "batch_stats")
 STATISTICS = ("mean", "var", "count", "u", "sigma")
@@ -129,11 +129,15 @@ def match(
     key_of: Callable[[Path], str] = "/".join,
     *,
     whose: str = "`like`",
+    backwards: bool = False,
 ) -> None:
-    """Raises an error for leaves that are missing, too many, or of another shape than wanted."""
+    """Raises an error for leaves that are missing, too many, or of another shape than wanted.
+
+    `backwards` says that `rename` is called with the wanted names, not with those of the leaves.
+    """
     missing = [_bare(path, key_of) for path in wanted if path not in leaves]
     extra = [_bare(path, key_of) for path in leaves if path not in wanted]
-    advice = compare(missing, extra)
+    advice = compare(extra, missing) if backwards else compare(missing, extra)
     for path in wanted:
         if path not in leaves:
             beside = sorted(leaf.key for other, leaf in leaves.items() if other[1:-1] == path[1:-1])

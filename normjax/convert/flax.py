@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 
 from normjax import _checks
 from normjax._trees import Path, nest, plain
-from normjax.convert._names import Rename, renamed, unique
+from normjax.convert._paths import Rename, renamed, renamed_back, unique
 from normjax.convert._trees import Leaf, Leaves, Tree, check, flatten, match
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def nnx_to_linen(
       like: variables as linen's init returned them: the result has their structure, shapes and
         dtypes, or there is an error. It is needed for a scale of several axes, which is flat in
         nnx, and for layers that compact methods wrap.
-      rename: a function from the path that a variable would have in linen, within its collection
-        (`"head/kernel"`), to its new path, or a dict of paths or beginnings of paths.
+      rename: as `linen_to_nnx` got it: it is called with the paths in `like`. Without `like`, a
+        dict is read backwards.
 
     Returns:
       A dict of collections, of JAX arrays.
@@ -124,26 +124,29 @@ def nnx_to_linen(
       [1. 1.] ['bias', 'scale']
     """
     function = "nnx_to_linen"
-    found = _variables(function, model)
-    names = _renamed(function, found, rename)
     leaves: Leaves = {
-        names[linen]: Leaf(plain(variable), "/".join(map(str, path)))
-        for linen, (path, variable) in found.items()
+        linen: Leaf(plain(variable), "/".join(map(str, path)))
+        for linen, (path, variable) in _variables(function, model).items()
     }
     wanted: dict[Path, Any] = {}
-    if like is not None:
+    if like is None:
+        back = _renamed(function, leaves, rename, renamed_back)
+    else:
         from flax.core import meta
 
-        wanted = flatten(function, "like", meta.unbox(like))
+        given = flatten(function, "like", meta.unbox(like))
+        names = _renamed(function, given, rename)
+        back = {new: old for old, new in names.items()}
+        wanted = {names[path]: value for path, value in given.items()}
         elsewhere = {inside: path for path, inside in _adopted(wanted).items()}
         moved = ((elsewhere.get(path, path), leaf.key, leaf) for path, leaf in leaves.items())
-        leaves = unique(function, moved)
-        leaves = _as_flat_as(leaves, wanted)
-        match(function, leaves, wanted)
+        leaves = _as_flat_as(unique(function, moved), wanted)
+        match(function, leaves, wanted, backwards=True)
     check(function, leaves)
     dtypes = {path: value.dtype for path, value in wanted.items()}
-    arrays = {path: jnp.asarray(leaf.value, dtypes.get(path)) for path, leaf in leaves.items()}
-    return nest(arrays)
+    return nest(
+        {back[path]: jnp.asarray(leaf.value, dtypes.get(path)) for path, leaf in leaves.items()}
+    )
 
 
 def _variables(function: str, model: Any) -> dict[Path, tuple[tuple[Any, ...], Any]]:
@@ -170,13 +173,18 @@ def _shown(path: tuple[Any, ...]) -> str:
     return "".join(parts).removeprefix(".")
 
 
-def _renamed(function: str, paths: Iterable[Path], rename: Rename | None) -> dict[Path, Path]:
+def _renamed(
+    function: str,
+    paths: Iterable[Path],
+    rename: Rename | None,
+    by: Callable[..., dict[str, str]] = renamed,
+) -> dict[Path, Path]:
     """Returns the new paths, renamed within their collections."""
     paths = list(paths)
     if rename is None:
         return {path: path for path in paths}
     keys = dict.fromkeys("/".join(path[1:]) for path in paths)
-    names = renamed(function, keys, rename, "/")
+    names = by(function, keys, rename, "/")
     # A key such as 'Dense_0/kernel/u' has slashes in it, and stays one key if it is not renamed.
     return {path: _new_path(path, names["/".join(path[1:])]) for path in paths}
 

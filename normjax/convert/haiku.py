@@ -11,7 +11,15 @@ import numpy as np
 from normjax import _checks
 from normjax._trees import Path, nest
 from normjax.convert._haiku_momentum import check_decay_rate
-from normjax.convert._names import Others, Rename, raise_for_others, renamed, unique
+from normjax.convert._paths import (
+    Others,
+    Rename,
+    check_others,
+    raise_for_others,
+    renamed,
+    renamed_back,
+    unique,
+)
 from normjax.convert._sources import Arrays, conform, to_numpy
 from normjax.convert._trees import (
     Leaf,
@@ -95,6 +103,7 @@ def from_haiku(
       Kingma & Ba, "Adam" (2015), section 3.
     """
     function = "from_haiku"
+    check_others(function, others)
     given = {
         "params": _named(function, "params", params),
         "batch_stats": _named(function, "state", state),
@@ -147,7 +156,8 @@ def to_haiku(
         dtypes, or there is an error. Without it, leaves have the shape `(*features)`, which suits
         all layers with the features last but BatchNorm: its arrays have the rank of x, so it needs
         `like`.
-      rename: as in `from_haiku`, from the names that the leaves have there to those in `like`.
+      rename: as `from_haiku` got it: it is called with the names in `like`. Without `like`, a dict
+        is read backwards.
       others: "keep" hands leaves through that no known module has, under their own names; "refuse"
         raises an error that lists them. A leaf beside those of a norm is always refused.
 
@@ -166,6 +176,7 @@ def to_haiku(
       [0. 0.]
     """
     function = "to_haiku"
+    check_others(function, others)
     leaves = take_apart(function, params, batch_stats)
     _refuse_unknown(function, leaves, others)
     new_params: list[tuple[str, str, Any]] = []
@@ -176,18 +187,31 @@ def to_haiku(
             _nameless(function, sorted(entries))
         new_params += _to_params(module, entries)
         new_state += _to_state(function, module, entries, decay_rate, like)
-    names = renamed(
-        function, dict.fromkeys(key for key, _, _ in new_params + new_state), rename, "/"
+    found = unique(function, new_params), unique(function, new_state)
+    if like is None:
+        keys = dict.fromkeys(key for arrays in found for key in arrays)
+        names = renamed_back(function, keys, rename, "/")
+    else:
+        names, found = _conformed(function, found, like, rename)
+    renamed_params, renamed_state = (
+        _nested({names[key]: value for key, value in arrays.items()}) for arrays in found
     )
-    pairs = (new_params, new_state)
-    found = [
-        unique(function, ((names[key], path, value) for key, path, value in pair)) for pair in pairs
-    ]
-    if like is not None:
-        for i, (name, tree) in enumerate(zip(("params", "state"), like, strict=True)):
-            wanted = _named(function, f"like/{name}", tree)
-            found[i] = conform(function, _with_ones(found[i], wanted), wanted)
-    return _nested(found[0]), _nested(found[1])
+    return renamed_params, renamed_state
+
+
+def _conformed(
+    function: str, found: tuple[Arrays, Arrays], like: Any, rename: Rename | None
+) -> tuple[dict[str, str], tuple[Arrays, Arrays]]:
+    """Returns the arrays as in `like`, and the names there of the names that rename returns."""
+    trees = zip(("like/params", "like/state"), like, strict=True)
+    wanted = [_named(function, name, tree) for name, tree in trees]
+    keys = dict.fromkeys(key for arrays in wanted for key in arrays)
+    names = renamed(function, keys, rename, "/")
+    conformed = []
+    for arrays, tree in zip(found, wanted, strict=True):
+        expected = {names[key]: value for key, value in tree.items()}
+        conformed.append(conform(function, _with_ones(arrays, expected), expected))
+    return {new: old for old, new in names.items()}, (conformed[0], conformed[1])
 
 
 def _refuse_unknown(function: str, leaves: Leaves, others: Others) -> None:

@@ -12,7 +12,7 @@ from normjax._trees import Path
 from normjax.convert._keras_layers import depthwise, is_depthwise
 from normjax.convert._keras_names import BACK, Entry, decoded, encoded
 from normjax.convert._keras_paths import Weight, weights_of
-from normjax.convert._names import Others, Rename, renamed, unique
+from normjax.convert._paths import Others, Rename, check_others, renamed, renamed_back, unique
 from normjax.convert._sources import Arrays, KerasLayer, Source, conform, read_mapping, to_numpy
 from normjax.convert._trees import (
     Leaf,
@@ -95,6 +95,7 @@ def from_keras(
       `keras.layers.BatchNormalization` and the other normalization layers in Keras' documentation.
     """
     function = "from_keras"
+    check_others(function, others)
     found = decoded(function, _entries(function, source, rename), others)
     leaves = unique(function, ((path, leaf.key, leaf) for path, leaf in found))
     if like is not None:
@@ -123,7 +124,8 @@ def to_keras(
         weights to arrays. The result has its names in its order, its shapes and its dtypes, or
         there is an error. Without it, kernels of depthwise convolutions stay in Flax's layout, and
         two modules `depthwise` and `pointwise` side by side become one SeparableConv.
-      rename: as in `from_keras`, from the names that the weights have there to those in `like`.
+      rename: as `from_keras` got it: it is called with the names in `like`. Without `like`, a dict
+        is read backwards.
       others: "keep" hands leaves through that no known layer has, under their own names; "refuse"
         raises an error that lists them. See `from_keras`.
 
@@ -140,15 +142,17 @@ def to_keras(
       ['gamma', 'beta', 'moving_mean', 'moving_variance']
     """
     function = "to_keras"
-    expected = {} if like is None else _entries(function, like, None)
+    check_others(function, others)
+    expected = {} if like is None else _entries(function, like, rename)
     leaves = take_apart(function, params, batch_stats)
     found = encoded(function, leaves, expected, others)
-    names = renamed(function, (key for key, _, _ in found), rename, "/")
-    weights = unique(function, ((names[key], path, value) for key, path, value in found))
+    weights = unique(function, found)
     if like is None:
-        return weights
+        names = renamed_back(function, weights, rename, "/")
+        return {names[key]: value for key, value in weights.items()}
     arrays = {key: entry.leaf.value for key, entry in expected.items()}
-    return conform(function, _adapt(weights, expected), arrays)
+    weights = conform(function, _adapt(weights, expected), arrays)
+    return {expected[key].leaf.key: value for key, value in weights.items()}
 
 
 def _entries(function: str, source: Any, rename: Rename | None) -> dict[str, Entry]:

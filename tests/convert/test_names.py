@@ -85,26 +85,37 @@ def test_the_longest_entry_of_a_table_counts_and_an_empty_one_removes():
     assert {*params} == {"x", "ab", "kernel"} and {*params["x"]} == {"y"}
 
 
-def test_names_are_renamed_on_the_way_back():
-    params, batch_stats = nj.convert.from_keras(KERAS, rename={"old/bn": "new"})
-    back = nj.convert.to_keras(params, batch_stats, like=KERAS, rename={"new": "old/bn"})
-    assert_identical(back, KERAS)
+@pytest.mark.parametrize("rename", RENAMES.values(), ids=RENAMES)
+def test_keras_takes_the_same_rename_on_the_way_back(rename):
+    trees = nj.convert.from_keras(KERAS, rename=rename)
+    assert_identical(nj.convert.to_keras(*trees, like=KERAS, rename=rename), KERAS)
+
+
+def test_without_like_a_table_is_read_backwards():
+    table = {"old/bn": "new"}
+    trees = nj.convert.from_keras(KERAS, rename=table)
+    assert_identical(nj.convert.to_keras(*trees, rename=table), KERAS)
+    trees = nj.convert.from_keras(KERAS, rename={"old": ""})
+    assert_identical(nj.convert.to_keras(*trees, rename={"old": ""}), KERAS)
+    with pytest.raises(ValueError, match="to_keras: rename is a function.*Pass like="):
+        nj.convert.to_keras(*trees, rename=str.lower)
+    with pytest.raises(ValueError, match="to_keras: two arrays.*at 'x'.*'a' and 'b'"):
+        nj.convert.to_keras(*trees, rename={"a": "x", "b": "x"})
 
 
 def test_haiku_names_are_renamed_both_ways():
     net = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.9, name="bn")(x, True))
     haiku = net.init(jax.random.key(0), jnp.ones((4, 3)))
-    params, batch_stats = nj.convert.from_haiku(*haiku, rename={"bn": "norm"})
-    assert {*params} == {*batch_stats} == {"norm"}
-    back = nj.convert.to_haiku(
-        params,
-        batch_stats,
-        decay_rate=0.9,
-        like=haiku,
-        rename=lambda name: name.replace("norm", "bn"),
+    for rename in ({"bn": "norm"}, lambda name: name.replace("bn", "norm")):
+        params, batch_stats = nj.convert.from_haiku(*haiku, rename=rename)
+        assert {*params} == {*batch_stats} == {"norm"}
+        back = nj.convert.to_haiku(params, batch_stats, decay_rate=0.9, like=haiku, rename=rename)
+        assert_identical(back[0], haiku[0])
+        assert {*back[1]} == {*haiku[1]}
+    params = {"norm": {"scale": ONES}}
+    assert_identical(
+        nj.convert.to_haiku(params, {}, rename={"bn": "norm"})[0], {"bn": params["norm"]}
     )
-    assert_identical(back[0], haiku[0])
-    assert {*back[1]} == {*haiku[1]}
 
 
 def test_flax_names_are_renamed_both_ways():
@@ -114,14 +125,18 @@ def test_flax_names_are_renamed_both_ways():
             self.norm = nj.nnx.BatchNorm(3, rngs=rngs)
 
     model = Net(nnx.Rngs(0))
-    table = {"head": "Dense_0", "norm": "BatchNorm_0"}
+    table = {"Dense_0": "head", "BatchNorm_0": "norm"}
     variables = nj.convert.nnx_to_linen(model, rename=table)
-    assert {*variables["params"]} == {*table.values()} and {*variables["batch_stats"]} == {
-        "BatchNorm_0"
-    }
-    inverse = {new: old for old, new in table.items()}
-    state = nj.convert.linen_to_nnx(variables, model, rename=inverse)
+    assert {*variables["params"]} == {*table}
+    assert {*variables["batch_stats"]} == {"BatchNorm_0"}
+    state = nj.convert.linen_to_nnx(variables, model, rename=table)
     assert_identical(state["head"]["kernel"].get_value(), model.head.kernel.get_value())
+
+    def rename(name):
+        return name.replace("Dense_0", "head").replace("BatchNorm_0", "norm")
+
+    again = nj.convert.nnx_to_linen(model, like=variables, rename=rename)
+    assert_identical(again, variables)
 
 
 WRONG = {
@@ -141,6 +156,13 @@ def test_a_wrong_rename_is_named(case):
     rename, kind, message = WRONG[case]
     with pytest.raises(kind, match=f"from_keras: .*{message}"):
         nj.convert.from_keras({"bn/gamma": ONES, "bn/bias": ONES}, rename=rename)
+
+
+def test_another_word_for_others_is_refused():
+    converters = (nj.convert.to_keras, nj.convert.from_haiku, nj.convert.to_haiku)
+    for convert in (lambda one, _, others: nj.convert.from_keras(one, others=others), *converters):
+        with pytest.raises(ValueError, match="others is unknown.*'keep' or 'refuse'"):
+            convert({}, {}, others="drop")
 
 
 def keras(names):
@@ -170,24 +192,25 @@ def test_names_that_do_not_match_are_compared(case):
     with pytest.raises(ValueError, match=f"from_keras: .*{message}"):
         nj.convert.from_keras(given, like=keras(LIKE))
     with pytest.raises(ValueError, match=f"to_keras: .*{message}"):
-        nj.convert.to_keras(*keras(names), like={f"{name}/gamma": ONES for name in LIKE})
+        nj.convert.to_keras(*keras(LIKE), like=given)
 
     given = {name: {"scale": ONES} for name in names}
     haiku = {name: {"scale": ONES} for name in LIKE}
     with pytest.raises(ValueError, match=f"from_haiku: .*{message}"):
         nj.convert.from_haiku(given, {}, like=nj.convert.from_haiku(haiku, {}))
     with pytest.raises(ValueError, match=f"to_haiku: .*{message}"):
-        nj.convert.to_haiku(given, {}, like=(haiku, {}))
+        nj.convert.to_haiku(haiku, {}, like=(given, {}))
 
 
 def test_names_of_flax_that_do_not_match_are_compared():
     model = nnx.Dict(stage_1=nj.nnx.RMSNorm(3, rngs=nnx.Rngs(0)))
-    variables = {"params": {"net": {"stage_1": {"scale": ONES}}}}
+    variables = {"params": {"net": {"stage_1": {"scale": jnp.ones(3)}}}}
     with pytest.raises(ValueError, match="linen_to_nnx: .*rename={'net': ''}"):
         nj.convert.linen_to_nnx(variables, model)
     assert nj.convert.linen_to_nnx(variables, model, rename={"net": ""})
-    with pytest.raises(ValueError, match="nnx_to_linen: .*lack the prefix 'net/'"):
+    with pytest.raises(ValueError, match="nnx_to_linen: .*rename={'net': ''}"):
         nj.convert.nnx_to_linen(model, like=variables)
+    assert_identical(nj.convert.nnx_to_linen(model, like=variables, rename={"net": ""}), variables)
 
 
 def test_how_many_more_do_not_match_is_said():

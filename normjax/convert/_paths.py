@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 from normjax import _checks
 
@@ -24,8 +24,8 @@ def renamed(
     """Returns the new name of each key, by a function or a table.
 
     A table holds whole keys, or leading parts of keys that end at a separator. The longest entry
-    that fits counts. An empty new name removes the part. Raises an error for entries that fit no
-    key, and for two keys of one new name.
+    that fits counts. An empty new name removes the part, and an empty old one adds it to all other
+    keys. Raises an error for entries that fit no key, and for two keys of one new name.
     """
     keys = list(keys)
     if rename is None:
@@ -55,6 +55,22 @@ def renamed(
     return names
 
 
+def renamed_back(
+    function: str, keys: Iterable[str], rename: Rename | None, separator: str
+) -> dict[str, str]:
+    """Returns the name that each key had before a table renamed it; functions have no inverse."""
+    if rename is None or isinstance(rename, Mapping):
+        entries = ((new, old, old) for old, new in (rename or {}).items())
+        return renamed(function, keys, unique(function, entries) or None, separator)
+    _checks.raise_error(
+        function,
+        "rename is a function, which has no inverse without like=",
+        expected="like=, whose names rename is called with, or a dict",
+        got=f"rename={rename!r}",
+        fix="Pass like=",
+    )
+
+
 def _by_table(
     function: str, keys: list[str], table: Mapping[str, str], separator: str
 ) -> Callable[[str], str]:
@@ -63,7 +79,7 @@ def _by_table(
     longest_first = sorted(ends, key=len, reverse=True)
     beginnings = {begin: None for key in keys for begin in _beginnings(key, separator)}
     for old, new in ends.items():
-        if old not in beginnings:
+        if old and old not in beginnings:
             nearest = difflib.get_close_matches(old, beginnings, n=1, cutoff=0.5)
             _checks.raise_error(
                 function,
@@ -75,7 +91,7 @@ def _by_table(
 
     def entry_of(key: str) -> str | None:
         fits = _beginnings(key, separator)
-        return next((old for old in longest_first if old in fits), None)
+        return next((old for old in longest_first if old in fits or not old), None)
 
     def rename(key: str) -> str:
         old = entry_of(key)
@@ -189,6 +205,11 @@ def _suggest(name: str, other: str, why: str) -> str:
     cut = end - boundary.start() if boundary else 0
     old, new = name[: len(name) - cut], other[: len(other) - cut]
     return f"Is {name!r} {other!r} of the other side ({why})? Pass rename={{{old!r}: {new!r}}}"
+
+
+def check_others(function: str, others: object) -> None:
+    """Raises an error for another word than those of `Others`."""
+    _checks.choice(function, "others", others, get_args(Others))
 
 
 def raise_for_others(
