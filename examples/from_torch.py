@@ -27,12 +27,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from common.arguments import Parser, number
+from common.extras import stop_without
 from flax import linen as nn
 from jax import Array
 
 import normjax as nj
+
+try:
+    import torch
+except ImportError as error:
+    stop_without(error)
 
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # features, and the stride of the first block
 

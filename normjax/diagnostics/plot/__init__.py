@@ -10,11 +10,11 @@ try:
 except ImportError as error:
     _extras.raise_for_missing("normjax.diagnostics.plot", "plots are drawn with", error)
 
-from normjax.diagnostics.plot.interactions import interactions  # noqa: E402
-from normjax.diagnostics.plot.landscape import landscape  # noqa: E402
-from normjax.diagnostics.plot.percentiles import percentiles  # noqa: E402
-from normjax.diagnostics.plot.report import report  # noqa: E402
-from normjax.diagnostics.plot.rotation import rotation  # noqa: E402
-from normjax.diagnostics.plot.scale_invariance import scale_invariance  # noqa: E402
+from normjax.diagnostics.plot.interactions import interactions
+from normjax.diagnostics.plot.landscape import landscape
+from normjax.diagnostics.plot.percentiles import percentiles
+from normjax.diagnostics.plot.report import report
+from normjax.diagnostics.plot.rotation import rotation
+from normjax.diagnostics.plot.scale_invariance import scale_invariance
 
 __all__ = ["interactions", "landscape", "percentiles", "report", "rotation", "scale_invariance"]
