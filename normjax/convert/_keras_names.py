@@ -53,7 +53,9 @@ def decoded(function: str, entries: dict[str, Entry], others: Others) -> list[tu
     refused: list[Leaf] = []
     for parts, module in modules.items():
         where = _with_output(parts, modules, "attention_output", "out")
-        known, left = _decode_module(module)
+        # Spectral norm's u is of Keras' layout, for which Flax has no depthwise convolution.
+        is_bounded = "vector_u" in modules.get(parts[:-1], {})
+        known, left = _decode_module(module, keep_layout=is_bounded)
         found += [((collection, *where, *path), leaf) for (collection, *path), leaf in known]
         for name in left:
             if others == "refuse" or _belongs_to_a_known_layer(name, module):
@@ -64,7 +66,9 @@ def decoded(function: str, entries: dict[str, Entry], others: Others) -> list[tu
     return found
 
 
-def _decode_module(module: dict[str, Entry]) -> tuple[list[tuple[Path, Leaf]], list[str]]:
+def _decode_module(
+    module: dict[str, Entry], *, keep_layout: bool
+) -> tuple[list[tuple[Path, Leaf]], list[str]]:
     """Returns the leaves of one layer with their paths, and the names of what is not known."""
     arrays = {name: entry.leaf for name, entry in module.items()}
     layer = next(iter(module.values())).layer
@@ -74,7 +78,7 @@ def _decode_module(module: dict[str, Entry]) -> tuple[list[tuple[Path, Leaf]], l
         return found, [name for name in arrays if name not in (*RECURRENT, *SEPARABLE)]
     if set(RECURRENT[:2]) <= set(arrays):  # a cell that Flax does not have
         return [], [*arrays]
-    if "kernel" in arrays and is_depthwise(layer):
+    if "kernel" in arrays and is_depthwise(layer) and not keep_layout:
         kernel = arrays["kernel"]
         arrays["kernel"] = Leaf(depthwise(kernel.value), kernel.key)
     names = KNOWN | (OF_DATA if {"mean", "variance"} <= set(arrays) else {})

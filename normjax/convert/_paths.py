@@ -207,6 +207,15 @@ def _suggest(name: str, other: str, why: str) -> str:
     return f"Is {name!r} {other!r} of the other side ({why})? Pass rename={{{old!r}: {new!r}}}"
 
 
+def and_more(names: list[str], words: str) -> str:
+    """Returns the names after the first, with words before them, for an error that lists all."""
+    more = names[1:]
+    if not more:
+        return ""
+    rest = f", and {len(more) - LISTED} more" if len(more) > LISTED else ""
+    return f", {words} {', '.join(map(repr, more[:LISTED]))}{rest}"
+
+
 def check_others(function: str, others: object) -> None:
     """Raises an error for another word than those of `Others`."""
     _checks.choice(function, "others", others, get_args(Others))
@@ -216,12 +225,8 @@ def raise_for_others(
     function: str, refused: list[tuple[str, tuple[int, ...]]], known: Iterable[str], others: Others
 ) -> NoReturn:
     """Raises one error for all arrays, names and shapes, that no known layer has."""
-    first, *more = [repr(name) for name, _ in refused]
-    problem = f"{first} has no counterpart"
-    if more:
-        problem += f", and neither has {', '.join(more[:LISTED])}"
-    if len(more) > LISTED:
-        problem += f", and {len(more) - LISTED} more"
+    names = [name for name, _ in refused]
+    problem = f"{names[0]!r} has no counterpart{and_more(names, 'and neither has')}"
     shapes = [shape for _, shape in refused[:LISTED]]
     advice = "Leave it out, and convert it by hand: its layer would compute something else without"
     if others == "refuse":
@@ -230,6 +235,6 @@ def raise_for_others(
         function,
         problem,
         expected=f"leaves among {list(known)}",
-        got=f"an array of shape {shapes[0]}" if not more else f"arrays of shapes {shapes}",
+        got=f"an array of shape {shapes[0]}" if len(names) == 1 else f"arrays of shapes {shapes}",
         fix=advice,
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _checks, _extras
-from normjax.convert._paths import compare
+from normjax.convert._paths import LISTED, compare
 
 Arrays = dict[str, np.ndarray]
 Source = Mapping[str, Any] | str | os.PathLike[str]
@@ -104,7 +104,7 @@ def conform(function: str, state: Arrays, expected: Mapping[str, np.ndarray]) ->
             function,
             f"{(extra + missing)[0]!r} is only in {only_in}",
             expected=f"the {len(expected)} keys of `like`",
-            got=f"{extra[:3]} too many, {missing[:3]} missing",
+            got=f"{extra[:LISTED]} too many, {missing[:LISTED]} missing",
             fix=compare(extra, missing)  # rename= is called with the names of `like`
             or "Check that both sides have the same layers under the same names",
         )

@@ -11,7 +11,7 @@ import numpy as np
 from normjax import _checks, _trees
 from normjax._trees import Path, nest
 from normjax._typing import promote
-from normjax.convert._paths import compare
+from normjax.convert._paths import and_more, compare
 
 COLLECTIONS = ("params", "batch_stats")
 STATISTICS = ("mean", "var", "count", "u", "sigma")
@@ -143,7 +143,7 @@ def match(
             beside = sorted(leaf.key for other, leaf in leaves.items() if other[1:-1] == path[1:-1])
             _checks.raise_error(
                 function,
-                f"{key_of(path)!r} is missing{_and_more(missing)}",
+                f"{key_of(path)!r} is missing{and_more(missing, 'and so is')}",
                 expected=f"a leaf for {'/'.join(path)} of {whose}",
                 got=f"{beside or 'nothing'} of the same module, among {len(leaves)} leaves",
                 fix=advice or "Pass the whole state; if names differ, pass rename=",
@@ -154,7 +154,7 @@ def match(
             examples = beside or sorted("/".join(other) for other in wanted)[:3]
             _checks.raise_error(
                 function,
-                f"{leaf.key!r} has no counterpart{_and_more(extra)}",
+                f"{leaf.key!r} has no counterpart{and_more(extra, 'and neither has')}",
                 expected=f"leaves of {whose}, such as {examples}",
                 got=f"{'/'.join(path)} of shape {np.shape(leaf.value)}",
                 fix=advice or "Leave it out, or check the names and settings of the model",
@@ -166,10 +166,6 @@ def match(
 def _bare(path: Path, key_of: Callable[[Path], str]) -> str:
     """Returns the name of a leaf in the source, without its collection."""
     return key_of(path).removeprefix(f"{path[0]}/")
-
-
-def _and_more(names: list[str]) -> str:
-    return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def modules_of(leaves: Leaves) -> dict[Path, dict[str, Leaf]]:

@@ -213,6 +213,15 @@ def test_names_of_flax_that_do_not_match_are_compared():
     assert_identical(nj.convert.nnx_to_linen(model, like=variables, rename={"net": ""}), variables)
 
 
-def test_how_many_more_do_not_match_is_said():
-    with pytest.raises(ValueError, match="'stage_1/bn/gamma' is missing, and 1 more"):
+def test_all_that_do_not_match_are_listed():
+    first, second = (f"{name}/gamma" for name in LIKE)
+    with pytest.raises(ValueError, match=f"'{first}' is missing, and so is '{second}'"):
         nj.convert.from_keras({}, like=keras(LIKE))
+    given = {first: ONES, second: ONES}
+    with pytest.raises(ValueError, match=f"'{first}' has no .*, and neither has '{second}'"):
+        nj.convert.from_keras(given, like=({}, {}))
+    with pytest.raises(ValueError, match=f"'{first}', '{second}'.* missing"):
+        nj.convert.to_keras({}, {}, like=given)
+    given |= {f"layer_{i}/bn/gamma": ONES for i in range(60)}
+    with pytest.raises(ValueError, match="'layer_38/bn/gamma', and 21 more"):
+        nj.convert.from_keras(given, like=({}, {}))
