@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-HIDDEN = {"self", "parent", "name"}  # the last two are those of every linen module
+HIDDEN = {"self", "parent", "name", "_foreign"}  # of every linen module, and for wrong names
 ERROR = r"(?<=[.;] )(?=(?:\w+Error|KeyboardInterrupt)(?:, \w+Error)*: )"
 
 

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common.arguments import Parser, number
+from common.extras import stop_without
 from flax import linen as nn
 from jax import Array
 
@@ -36,7 +37,7 @@ import normjax as nj
 try:
     import torch
 except ImportError as error:
-    raise ImportError("from_torch.py runs PyTorch: pip install 'normjax[torch]'") from error
+    stop_without(error)
 
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # features, and the stride of the first block
 

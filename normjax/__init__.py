@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from normjax import weights
+from normjax._foreign import where_is
 from normjax.layers.activated_batch_norm import activated_batch_norm, activated_batch_norm_init
 from normjax.layers.batch_norm import batch_norm, batch_norm_init
 from normjax.layers.batch_renorm import batch_renorm, batch_renorm_init
@@ -84,10 +85,14 @@ _PACKAGES = ("convert", "deploy", "diagnostics", "linen", "nnx", "optim")
 def __getattr__(name: str) -> Any:
     """Imports a package, and what it depends on, when it is first used."""
     if name in _PACKAGES:
-        return importlib.import_module(f"normjax.{name}")
+        return _load(name)
     if name == "fold_batch_norm":
         return importlib.import_module("normjax.deploy.fold_layer").fold_batch_norm
-    raise AttributeError(f"module 'normjax' has no attribute {name!r}")
+    raise AttributeError(where_is(name, _load, __all__))
+
+
+def _load(name: str) -> Any:
+    return importlib.import_module(f"normjax.{name}")
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -88,10 +88,23 @@ def boolean(function: str, name: str, given: object) -> bool:
 
 def array(function: str, x: Any, name: str = "x") -> jax.Array:
     """Returns `x` as an array; raises for what cannot be one, such as None."""
+    is_batch = isinstance(x, tuple | list) and any([hasattr(part, "shape") for part in x])
     try:
-        return jnp.asarray(x)
+        if not is_batch:
+            return jnp.asarray(x)
     except (TypeError, ValueError):
         pass
+    if is_batch or isinstance(x, Mapping):
+        raise_error(
+            function,
+            f"{name} is not an array",
+            expected=f"an array of numbers for {name}",
+            got=f"{name} of type {type(x).__name__} with {len(x)} arrays",
+            fix="Pass one of them, as the images of (images, labels)"
+            if is_batch
+            else f"The order is (params, batch_stats, {name}, train)",
+            kind=TypeError,
+        )
     raise_error(
         function,
         f"{name} is not an array",

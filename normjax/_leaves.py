@@ -12,6 +12,10 @@ import numpy as np
 from normjax._checks import HOST, Shape, raise_error, raise_for_host
 
 SCALARS = ("count", "alpha", "sigma")
+COLLECTIONS = {
+    "params": {"scale", "bias", "alpha", "threshold", "epsilon"},
+    "batch_stats": {"mean", "var", "count", "u", "sigma"},
+}
 REAL = ("var", "threshold", "epsilon", "alpha", "sigma")
 
 
@@ -142,12 +146,22 @@ def _raise_for_tree(
 ) -> NoReturn:
     wanted = f"a dict with {required} and at most {known}" if known else "an empty dict"
     if isinstance(tree, dict):
+        _raise_if_swapped(function, name, tree, wanted)
         raise_error(
             function,
             f"{name} has the wrong leaves",
             expected=wanted,
             got=f"{name} with {sorted(map(str, tree))}",
             fix="Pass this layer's own sub-tree, as its init function returned it",
+        )
+    if isinstance(tree, jax.Array | np.ndarray):
+        raise_error(
+            function,
+            f"{name} is an array",
+            expected=wanted,
+            got=f"an array of shape {np.shape(tree)}",
+            fix="The order is (params, batch_stats, x, train)",
+            kind=TypeError,
         )
     frozen = isinstance(tree, Mapping)
     raise_error(
@@ -160,6 +174,22 @@ def _raise_for_tree(
         else "Pass it as the layer's init function returned it",
         kind=TypeError,
     )
+
+
+def _raise_if_swapped(function: str, name: str, tree: dict[str, Any], wanted: str) -> None:
+    """Raises for `params` in the place of `batch_stats` or the other way round, or both in one."""
+    names = set(tree)
+    other = "batch_stats" if name == "params" else "params"
+    if names and names <= COLLECTIONS[other]:
+        problem = f"{name} holds the leaves of {other}: the two are swapped"
+        fix = "Pass params first, as in batch_norm(params, batch_stats, x, train)"
+    elif names & set(COLLECTIONS):
+        problem = f"{name} holds whole collections"
+        fix = f'Pass one of them, variables["{name}"]'
+    else:
+        return
+    got = f"{name} with {sorted(map(str, tree))}"
+    raise_error(function, problem, expected=wanted, got=got, fix=fix)
 
 
 def _raise_without_array(function: str, leaf: str, value: object) -> NoReturn:

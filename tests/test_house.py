@@ -10,7 +10,7 @@ FILES = sorted((ROOT / "normjax").rglob("*.py"))
 
 # From the bottom up. A file may import from its own floor and from those below.
 FLOORS = (
-    ("_typing", "_checks", "_leaves"),
+    ("_typing", "_checks", "_extras", "_foreign", "_leaves"),
     ("_trees", "_jaxpr"),
     ("platforms", "kernels"),
     ("statistics",),

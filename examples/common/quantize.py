@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import qwix
 import rich.box
 import rich.table
 from flax import linen as nn
@@ -20,8 +19,14 @@ from rich.console import Console
 
 import normjax as nj
 from common import data, report, session
+from common.extras import stop_without
 from common.interrupt import Interrupt
 from common.training import EVALUATION_BATCH, Examples, examples
+
+try:
+    import qwix
+except ImportError as error:
+    stop_without(error)
 
 INT8 = [qwix.QuantizationRule(weight_qtype="int8", act_qtype="int8")]
 MOMENTUM = 0.9  # of SGD, and of the running statistics

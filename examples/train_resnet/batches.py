@@ -11,11 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-import grain
 import numpy as np
 from absl import flags
+from common.extras import stop_without
 
 from train_resnet.sources import Source
+
+try:
+    import grain
+except ImportError as error:
+    stop_without(error)
 
 # image (batch, height, width, 3) uint8, label (batch,) int32, weight (batch,) float32
 Batch = dict[str, np.ndarray]

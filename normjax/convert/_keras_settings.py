@@ -14,23 +14,26 @@ WITH_AXIS = {
     "GroupNormalization",
 }
 
+SMALLEST_DEVIATION = 1e-7  # keras.config.epsilon()
+
 
 def keras_settings(layer: KerasLayer) -> dict[str, Any]:
     """Returns the arguments with which a normjax function computes what this Keras layer does.
 
     Args:
-      layer: a BatchNormalization, LayerNormalization, RMSNormalization, GroupNormalization or
-        SpectralNormalization.
+      layer: a BatchNormalization, LayerNormalization, RMSNormalization, GroupNormalization,
+        SpectralNormalization, or a Normalization, which is `batch_norm` without parameters.
 
     Returns:
       A dict of keyword arguments. For `batch_norm`: `feature_axes`, `momentum`, `epsilon`; Keras
       stores the biased variance, as normjax does by default. For `layer_norm` and `rms_norm`:
       `reduction_axes`, `feature_axes`, `epsilon`. For `group_norm`: `feature_axes`, `num_groups`,
-      `epsilon`. For `weights.spectral_norm`: `n_steps`.
+      `epsilon`. For `weights.spectral_norm`: `n_steps`. A Normalization bounds the deviation by
+      1e-7 where normjax adds to the variance: its epsilon is 1e-14, `momentum` 1.
 
     Raises:
       TypeError: for a layer of another kind. ValueError: for one that computes something else
-        (`renorm=True`, `rms_scaling=True`).
+        (`renorm=True`, `rms_scaling=True`, `invert=True`).
 
     Example:
       >>> import os
@@ -39,7 +42,7 @@ def keras_settings(layer: KerasLayer) -> dict[str, Any]:
       >>> print(nj.convert.keras_settings(keras.layers.BatchNormalization(momentum=0.9)))
       {'feature_axes': -1, 'epsilon': 0.001, 'momentum': 0.9}
     """
-    for option in ("renorm", "rms_scaling"):
+    for option in ("renorm", "rms_scaling", "invert"):
         if getattr(layer, option, False):
             _checks.raise_error(
                 "keras_settings",
@@ -56,8 +59,10 @@ def _of(layer: Any) -> dict[str, Any]:
     classes = {kind.__name__ for kind in type(layer).__mro__}
     if "SpectralNormalization" in classes:
         return {"n_steps": layer.power_iterations}
+    if "Normalization" in classes:
+        return {"feature_axes": _axes(layer), "epsilon": SMALLEST_DEVIATION**2, "momentum": 1.0}
     if classes & WITH_AXIS:
-        axis = layer.axis if isinstance(layer.axis, int) else tuple(layer.axis)
+        axis = _axes(layer)
         settings: dict[str, Any] = {"feature_axes": axis, "epsilon": layer.epsilon}
         if "BatchNormalization" in classes:
             return settings | {"momentum": layer.momentum}
@@ -68,8 +73,12 @@ def _of(layer: Any) -> dict[str, Any]:
     _checks.raise_error(
         "keras_settings",
         "normjax has no function for this layer",
-        expected="a Batch-, Layer-, RMS-, Group- or SpectralNormalization",
+        expected="a Batch-, Layer-, RMS-, Group- or SpectralNormalization, or a Normalization",
         got=f"{type(layer).__name__}",
         fix="Pass the layer itself, such as model.get_layer('bn')",
         kind=TypeError,
     )
+
+
+def _axes(layer: Any) -> int | tuple[int, ...]:
+    return layer.axis if isinstance(layer.axis, int) else tuple(layer.axis)

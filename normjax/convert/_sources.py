@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from normjax import _checks
+from normjax import _checks, _extras
+from normjax.convert._paths import LISTED, compare
 
 Arrays = dict[str, np.ndarray]
 Source = Mapping[str, Any] | str | os.PathLike[str]
@@ -86,10 +87,7 @@ def _read_file(function: str, path: str) -> Arrays:
     try:
         from safetensors.numpy import load_file
     except ImportError as error:
-        raise ImportError(
-            f"{function}: reading {path!r} takes the package safetensors. Expected it installed; "
-            f"got {error}. Run: pip install safetensors."
-        ) from error
+        _extras.raise_for_missing(function, f"reading {path!r} takes the package", error)
     return load_file(path)
 
 
@@ -106,8 +104,9 @@ def conform(function: str, state: Arrays, expected: Mapping[str, np.ndarray]) ->
             function,
             f"{(extra + missing)[0]!r} is only in {only_in}",
             expected=f"the {len(expected)} keys of `like`",
-            got=f"{extra[:3]} too many, {missing[:3]} missing",
-            fix="Check that both sides have the same layers under the same names",
+            got=f"{extra[:LISTED]} too many, {missing[:LISTED]} missing",
+            fix=compare(extra, missing)  # rename= is called with the names of `like`
+            or "Check that both sides have the same layers under the same names",
         )
     for key, wanted in expected.items():
         if state[key].shape != wanted.shape:

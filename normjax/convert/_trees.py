@@ -11,6 +11,7 @@ import numpy as np
 from normjax import _checks, _trees
 from normjax._trees import Path, nest
 from normjax._typing import promote
+from normjax.convert._paths import and_more, compare
 
 COLLECTIONS = ("params", "batch_stats")
 STATISTICS = ("mean", "var", "count", "u", "sigma")
@@ -131,7 +132,7 @@ def _as_jax(path: Path, value: Any, dtype: Any) -> Any:
         value = np.minimum(value, np.iinfo(np.int32).max)
         return jnp.asarray(value, jnp.int32 if dtype is None else dtype)
     array = jnp.asarray(value, dtype)
-    if dtype is None and path[0] == "batch_stats":
+    if dtype is None and path[0] == "batch_stats" and path[-1] in STATISTICS:
         return array.astype(promote(array.dtype, jnp.float32))
     return array
 
@@ -157,17 +158,24 @@ def match(
     key_of: Callable[[Path], str] = "/".join,
     *,
     whose: str = "`like`",
+    backwards: bool = False,
 ) -> None:
-    """Raises an error for leaves that are missing, too many, or of another shape than wanted."""
+    """Raises an error for leaves that are missing, too many, or of another shape than wanted.
+
+    `backwards` says that `rename` is called with the wanted names, not with those of the leaves.
+    """
+    missing = [_bare(path, key_of) for path in wanted if path not in leaves]
+    extra = [_bare(path, key_of) for path in leaves if path not in wanted]
+    advice = compare(extra, missing) if backwards else compare(missing, extra)
     for path in wanted:
         if path not in leaves:
             beside = sorted(leaf.key for other, leaf in leaves.items() if other[1:-1] == path[1:-1])
             _checks.raise_error(
                 function,
-                f"{key_of(path)!r} is missing",
+                f"{key_of(path)!r} is missing{and_more(missing, 'and so is')}",
                 expected=f"a leaf for {'/'.join(path)} of {whose}",
                 got=f"{beside or 'nothing'} of the same module, among {len(leaves)} leaves",
-                fix="Pass the whole state; if names differ, rename its keys first",
+                fix=advice or "Pass the whole state; if names differ, pass rename=",
             )
     for path, leaf in leaves.items():
         if path not in wanted:
@@ -175,13 +183,18 @@ def match(
             examples = beside or sorted("/".join(other) for other in wanted)[:3]
             _checks.raise_error(
                 function,
-                f"{leaf.key!r} has no counterpart",
+                f"{leaf.key!r} has no counterpart{and_more(extra, 'and neither has')}",
                 expected=f"leaves of {whose}, such as {examples}",
                 got=f"{'/'.join(path)} of shape {np.shape(leaf.value)}",
-                fix="Leave it out, or check the names and settings of the model",
+                fix=advice or "Leave it out, or check the names and settings of the model",
             )
         if tuple(wanted[path].shape) != np.shape(leaf.value):
             _wrong_shape(function, leaf, f"{tuple(wanted[path].shape)}, as in {whose}")
+
+
+def _bare(path: Path, key_of: Callable[[Path], str]) -> str:
+    """Returns the name of a leaf in the source, without its collection."""
+    return key_of(path).removeprefix(f"{path[0]}/")
 
 
 def modules_of(leaves: Leaves) -> dict[Path, dict[str, Leaf]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -11,13 +11,16 @@ import numpy as np
 
 from normjax import _checks
 from normjax._trees import Path, nest, plain
+from normjax.convert._paths import Rename, renamed, renamed_back, unique
 from normjax.convert._trees import Leaf, Leaves, Tree, check, flatten, match
 
 if TYPE_CHECKING:
     from flax import nnx
 
 
-def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
+def linen_to_nnx(
+    variables: Mapping[str, Any], model: nnx.Module, *, rename: Rename | None = None
+) -> nnx.State:
     """Returns the state of an nnx model with the values of linen's variables.
 
         nnx.update(model, nj.convert.linen_to_nnx(variables, model))
@@ -32,21 +35,23 @@ def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
 
     A layer that a compact method wraps is beside its wrapper in linen (`Dense_0`, and
     `Dense_0/kernel/u`) and inside it in nnx; the conversion moves it. normjax's layers and Flax's
-    convert alike. If names differ, rename keys of the variables first.
+    convert alike. If names differ, pass `rename`.
 
     Args:
       variables: as linen's init returned them; a dict of collections. Sharding metadata is taken
         from the nnx model instead.
       model: the nnx model to make a state for; `nnx.eval_shape` makes one without arrays. It is not
         changed.
+      rename: a function from the path of a variable within its collection (`"Dense_0/kernel"`) to
+        the path to read it under, or a dict of paths or beginnings of paths: `{"Dense_0": "head"}`.
 
     Returns:
       An `nnx.State` for `nnx.update`, with JAX arrays in the dtypes of the model. Keys and counts
       of random numbers are not in it, so those of the model stay.
 
     Raises:
-      ValueError, TypeError: for variables that only one side has or whose shapes differ, and for
-        statistics that are not finite; each names the leaf.
+      ValueError, TypeError: for variables that only one side has or whose shapes differ, for two
+        of one path, and for statistics that are not finite; each names the leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -65,8 +70,15 @@ def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
     function = "linen_to_nnx"
     targets = _variables(function, model)
     given = flatten(function, "variables", meta.unbox(variables))
-    adopted = _adopted(given)
-    leaves = {adopted[path]: Leaf(value, "/".join(path)) for path, value in given.items()}
+    names = _renamed(function, given, rename)
+    adopted = _adopted(names.values())
+    leaves = unique(
+        function,
+        (
+            (adopted[names[path]], "/".join(path), Leaf(value, "/".join(path)))
+            for path, value in given.items()
+        ),
+    )
     wanted = {path: plain(variable) for path, (_, variable) in targets.items()}
     leaves = _as_flat_as(leaves, wanted)
     check(function, leaves)
@@ -80,7 +92,10 @@ def linen_to_nnx(variables: Mapping[str, Any], model: nnx.Module) -> nnx.State:
 
 
 def nnx_to_linen(
-    model: nnx.Module | nnx.State, *, like: Mapping[str, Any] | None = None
+    model: nnx.Module | nnx.State,
+    *,
+    like: Mapping[str, Any] | None = None,
+    rename: Rename | None = None,
 ) -> dict[str, Tree]:
     """Returns linen's variables with the values of an nnx model.
 
@@ -91,13 +106,15 @@ def nnx_to_linen(
       like: variables as linen's init returned them: the result has their structure, shapes and
         dtypes, or there is an error. It is needed for a scale of several axes, which is flat in
         nnx, and for layers that compact methods wrap.
+      rename: as `linen_to_nnx` got it: it is called with the paths in `like`. Without `like`, a
+        dict is read backwards.
 
     Returns:
       A dict of collections, of JAX arrays.
 
     Raises:
-      ValueError, TypeError: for leaves that do not fit `like`, and statistics that are not finite;
-        each names the leaf.
+      ValueError, TypeError: for leaves that do not fit `like`, two leaves of one path (of `norm_0`
+        and `norm[0]`), and statistics that are not finite; each names the leaf.
 
     Example:
       >>> import normjax as nj
@@ -107,23 +124,29 @@ def nnx_to_linen(
       [1. 1.] ['bias', 'scale']
     """
     function = "nnx_to_linen"
-    leaves = {
+    leaves: Leaves = {
         linen: Leaf(plain(variable), "/".join(map(str, path)))
         for linen, (path, variable) in _variables(function, model).items()
     }
     wanted: dict[Path, Any] = {}
-    if like is not None:
+    if like is None:
+        back = _renamed(function, leaves, rename, renamed_back)
+    else:
         from flax.core import meta
 
-        wanted = flatten(function, "like", meta.unbox(like))
+        given = flatten(function, "like", meta.unbox(like))
+        names = _renamed(function, given, rename)
+        back = {new: old for old, new in names.items()}
+        wanted = {names[path]: value for path, value in given.items()}
         elsewhere = {inside: path for path, inside in _adopted(wanted).items()}
-        leaves = {elsewhere.get(path, path): leaf for path, leaf in leaves.items()}
-        leaves = _as_flat_as(leaves, wanted)
-        match(function, leaves, wanted)
+        moved = ((elsewhere.get(path, path), leaf.key, leaf) for path, leaf in leaves.items())
+        leaves = _as_flat_as(unique(function, moved), wanted)
+        match(function, leaves, wanted, backwards=True)
     check(function, leaves)
     dtypes = {path: value.dtype for path, value in wanted.items()}
-    arrays = {path: jnp.asarray(leaf.value, dtypes.get(path)) for path, leaf in leaves.items()}
-    return nest(arrays)
+    return nest(
+        {back[path]: jnp.asarray(leaf.value, dtypes.get(path)) for path, leaf in leaves.items()}
+    )
 
 
 def _variables(function: str, model: Any) -> dict[Path, tuple[tuple[Any, ...], Any]]:
@@ -134,11 +157,46 @@ def _variables(function: str, model: Any) -> dict[Path, tuple[tuple[Any, ...], A
     from flax import nnx
 
     found = nnx.to_flat_state(model if isinstance(model, nnx.State) else nnx.state(model))
-    return {
-        (_collection(function, path, variable), *_linen_path(path)): (path, variable)
-        for path, variable in found
-        if not isinstance(variable, nnx.RngState)
-    }
+    variables = ((path, value) for path, value in found if not isinstance(value, nnx.RngState))
+    return unique(
+        function,
+        (
+            ((_collection(function, path, value), *_linen_path(path)), _shown(path), (path, value))
+            for path, value in variables
+        ),
+    )
+
+
+def _shown(path: tuple[Any, ...]) -> str:
+    """Returns a path of nnx as it is written in Python, "norms[0].scale"."""
+    parts = (f"[{part!r}]" if isinstance(part, int | tuple) else f".{part}" for part in path)
+    return "".join(parts).removeprefix(".")
+
+
+def _renamed(
+    function: str,
+    paths: Iterable[Path],
+    rename: Rename | None,
+    by: Callable[..., dict[str, str]] = renamed,
+) -> dict[Path, Path]:
+    """Returns the new paths, renamed within their collections."""
+    paths = list(paths)
+    if rename is None:
+        return {path: path for path in paths}
+    keys = dict.fromkeys("/".join(path[1:]) for path in paths)
+    names = by(function, keys, rename, "/")
+    # A key such as 'Dense_0/kernel/u' has slashes in it, and stays one key if it is not renamed.
+    return {path: _new_path(path, names["/".join(path[1:])]) for path in paths}
+
+
+def _new_path(path: Path, name: str) -> Path:
+    old = "/".join(path[1:])
+    if name == old:
+        return path
+    leaf = path[-1]
+    if name.endswith(f"/{leaf}"):
+        return (path[0], *name.removesuffix(f"/{leaf}").split("/"), leaf)
+    return (path[0], *name.split("/"))
 
 
 def _collection(function: str, path: tuple[Any, ...], variable: Any) -> str:

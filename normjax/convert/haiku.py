@@ -11,6 +11,15 @@ import numpy as np
 from normjax import _checks
 from normjax._trees import Path, nest
 from normjax.convert._haiku_momentum import check_decay_rate
+from normjax.convert._paths import (
+    Others,
+    Rename,
+    check_others,
+    raise_for_others,
+    renamed,
+    renamed_back,
+    unique,
+)
 from normjax.convert._sources import Arrays, conform, to_numpy
 from normjax.convert._trees import (
     Leaf,
@@ -21,7 +30,6 @@ from normjax.convert._trees import (
     flatten,
     modules_of,
     put_together,
-    raise_unknown,
     take_apart,
 )
 
@@ -36,7 +44,12 @@ FORGOTTEN = 2**30
 
 
 def from_haiku(
-    params: Mapping[str, Any], state: Mapping[str, Any], *, like: tuple[Tree, Tree] | None = None
+    params: Mapping[str, Any],
+    state: Mapping[str, Any],
+    *,
+    like: tuple[Tree, Tree] | None = None,
+    rename: Rename | None = None,
+    others: Others = "keep",
 ) -> Trees:
     """Returns `params` and `batch_stats` with the weights of Haiku's params and state.
 
@@ -62,13 +75,18 @@ def from_haiku(
       like: `(params, batch_stats)` by Haiku's names of modules, each as the init function of its
         layer returned it. The result has this structure, these shapes and these dtypes, or there is
         an error. A `count` that `like` does not have is left out.
+      rename: a function from the name of a leaf (`"net/~/batch_norm/scale"`) to the name to read it
+        under, or a dict of names or beginnings of names: `{"net/~/batch_norm": "bn"}`.
+      others: what to do with leaves that no known module has. "keep", the default, hands them
+        through under their own names, since one of them would otherwise refuse a whole model;
+        "refuse" raises an error that lists them.
 
     Returns:
       `params` and `batch_stats`, nested dicts of JAX arrays.
 
     Raises:
-      ValueError, TypeError: for leaves that no such module has, that are missing or do not fit
-        together or `like`, and statistics that are not finite; each names the leaf.
+      ValueError, TypeError: for leaves that are refused, missing or do not fit together or `like`,
+        two leaves of one name, and statistics that are not finite; each names the leaf.
 
     Example:
       >>> import numpy as np, normjax as nj
@@ -85,16 +103,33 @@ def from_haiku(
       Kingma & Ba, "Adam" (2015), section 3.
     """
     function = "from_haiku"
-    leaves: Leaves = {}
-    for key, value in _named(function, "params", params).items():
-        module, _, name = key.rpartition("/")
-        if name not in PARAMS:
-            raise_unknown(function, Leaf(value, key), PARAMS)
-        leaves["params", module, PARAMS[name]] = Leaf(value, key)
-    for key, value in _named(function, "state", state).items():
-        leaves |= _from_state(function, key, value)
+    check_others(function, others)
+    given = {
+        "params": _named(function, "params", params),
+        "batch_stats": _named(function, "state", state),
+    }
+    keys = dict.fromkeys(key for arrays in given.values() for key in arrays)
+    names = renamed(function, keys, rename, "/")
+    found: list[tuple[Path, str, Leaf]] = []
+    unknown: list[Leaf] = []
     wanted = {} if like is None else expectation(function, like)
-    leaves = {path: _without_ones(path, leaf, wanted.get(path)) for path, leaf in leaves.items()}
+    for collection, arrays in given.items():
+        for key, value in arrays.items():
+            leaf = Leaf(value, key)
+            path = _path_of(collection, names[key])
+            if path is None:
+                unknown.append(leaf)
+                found.append(((collection, *names[key].rsplit("/", 1)), key, leaf))
+            elif path[-1] != "hidden":  # which follows from average and counter
+                found.append((path, key, _without_ones(path, leaf, wanted.get(path))))
+    if unknown and others == "refuse":
+        _refuse(
+            function,
+            unknown,
+            [*PARAMS, "mean_ema/average", "mean_ema/counter", *DIRECTIONS],
+            others,
+        )
+    leaves = unique(function, found)
     return put_together(function, _counted(function, leaves), like, _key_of)
 
 
@@ -104,6 +139,8 @@ def to_haiku(
     *,
     decay_rate: float | None = None,
     like: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
+    rename: Rename | None = None,
+    others: Others = "keep",
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Returns Haiku's params and state with the values of `params` and `batch_stats`.
 
@@ -119,6 +156,10 @@ def to_haiku(
         dtypes, or there is an error. Without it, leaves have the shape `(*features)`, which suits
         all layers with the features last but BatchNorm: its arrays have the rank of x, so it needs
         `like`.
+      rename: as `from_haiku` got it: it is called with the names in `like`. Without `like`, a dict
+        is read backwards.
+      others: "keep" hands leaves through that no known module has, under their own names; "refuse"
+        raises an error that lists them. A leaf beside those of a norm is always refused.
 
     Returns:
       Haiku's params and state, of JAX arrays.
@@ -135,20 +176,56 @@ def to_haiku(
       [0. 0.]
     """
     function = "to_haiku"
-    new_params, new_state = {}, {}
-    for path, leaves in modules_of(take_apart(function, params, batch_stats)).items():
+    check_others(function, others)
+    leaves = take_apart(function, params, batch_stats)
+    _refuse_unknown(function, leaves, others)
+    new_params: list[tuple[str, str, Any]] = []
+    new_state: list[tuple[str, str, Any]] = []
+    for path, entries in modules_of(leaves).items():
         module = "/".join(path)
         if not module:
-            _nameless(function, sorted(leaves))
-        new_params |= _to_params(function, module, leaves)
-        new_state |= _to_state(function, module, leaves, decay_rate, like)
-    if like is not None:
-        wanted_params, wanted_state = like
-        wanted = _named(function, "like/params", wanted_params)
-        new_params = conform(function, _with_ones(new_params, wanted), wanted)
-        wanted = _named(function, "like/state", wanted_state)
-        new_state = conform(function, _with_ones(new_state, wanted), wanted)
-    return _nested(new_params), _nested(new_state)
+            _nameless(function, sorted(entries))
+        new_params += _to_params(module, entries)
+        new_state += _to_state(function, module, entries, decay_rate, like)
+    found = unique(function, new_params), unique(function, new_state)
+    if like is None:
+        keys = dict.fromkeys(key for arrays in found for key in arrays)
+        names = renamed_back(function, keys, rename, "/")
+    else:
+        names, found = _conformed(function, found, like, rename)
+    renamed_params, renamed_state = (
+        _nested({names[key]: value for key, value in arrays.items()}) for arrays in found
+    )
+    return renamed_params, renamed_state
+
+
+def _conformed(
+    function: str, found: tuple[Arrays, Arrays], like: Any, rename: Rename | None
+) -> tuple[dict[str, str], tuple[Arrays, Arrays]]:
+    """Returns the arrays as in `like`, and the names there of the names that rename returns."""
+    trees = zip(("like/params", "like/state"), like, strict=True)
+    wanted = [_named(function, name, tree) for name, tree in trees]
+    keys = dict.fromkeys(key for arrays in wanted for key in arrays)
+    names = renamed(function, keys, rename, "/")
+    conformed = []
+    for arrays, tree in zip(found, wanted, strict=True):
+        expected = {names[key]: value for key, value in tree.items()}
+        conformed.append(conform(function, _with_ones(arrays, expected), expected))
+    return {new: old for old, new in names.items()}, (conformed[0], conformed[1])
+
+
+def _refuse_unknown(function: str, leaves: Leaves, others: Others) -> None:
+    """Raises for leaves that no known module has, if they are refused or beside those of a norm."""
+    known = [*NORM, *LINEAR, *STATISTICS]
+    refused = [
+        leaf
+        for module in modules_of(leaves).values()
+        for name, leaf in module.items()
+        if name not in known
+        and (others == "refuse" or not {"scale", "mean", "u"}.isdisjoint(module))
+    ]
+    if refused:
+        _refuse(function, refused, known, others)
 
 
 def _named(function: str, name: str, tree: Any) -> Arrays:
@@ -161,18 +238,23 @@ def _named(function: str, name: str, tree: Any) -> Arrays:
     return found
 
 
-def _from_state(function: str, key: str, value: np.ndarray) -> Leaves:
-    module, _, name = key.rpartition("/")
-    if name in DIRECTIONS:
-        return {("batch_stats", module, DIRECTIONS[name]): Leaf(value, key)}
+def _path_of(collection: str, name: str) -> Path | None:
+    """Returns where a leaf of Haiku goes; None if no known module has it."""
+    module, _, leaf = name.rpartition("/")
+    if collection == "params":
+        return ("params", module, PARAMS[leaf]) if leaf in PARAMS else None
+    if leaf in DIRECTIONS:
+        return "batch_stats", module, DIRECTIONS[leaf]
     module, _, average = module.rpartition("/")
-    module = module.removesuffix("/~")
-    if average in AVERAGES and name in ("average", "hidden", "counter"):
-        # "hidden" follows from average and counter, so it is left out.
-        names = {"average": AVERAGES[average], "counter": f"counter of {average}"}
-        return {("batch_stats", module, names[name]): Leaf(value, key)} if name in names else {}
-    known = ["mean_ema/average", "mean_ema/counter", *DIRECTIONS]
-    raise_unknown(function, Leaf(value, key), known)
+    if average not in AVERAGES or leaf not in ("average", "hidden", "counter"):
+        return None
+    names = {"average": AVERAGES[average], "counter": f"counter of {average}", "hidden": "hidden"}
+    return "batch_stats", module.removesuffix("/~"), names[leaf]
+
+
+def _refuse(function: str, leaves: list[Leaf], known: list[str], others: Others) -> NoReturn:
+    refused = [(leaf.key, np.shape(leaf.value)) for leaf in leaves]
+    raise_for_others(function, refused, known, others)
 
 
 def _counted(function: str, leaves: Leaves) -> Leaves:
@@ -216,23 +298,31 @@ def _larger(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def _to_params(function: str, module: str, leaves: dict[str, Leaf]) -> Arrays:
-    names = LINEAR if "kernel" in leaves else NORM
-    found = {}
-    for name, leaf in leaves.items():
-        if name in names:
-            found[f"{module}/{names[name]}"] = leaf.value
-        elif name not in STATISTICS:
-            raise_unknown(function, leaf, [*names, *STATISTICS])
-    return found
+def _to_params(module: str, leaves: dict[str, Leaf]) -> list[tuple[str, str, Any]]:
+    """Returns Haiku's name, the path and the value of each parameter of a module."""
+    is_linear = any(name == "kernel" or name.startswith("w") for name in leaves)
+    names = LINEAR if is_linear else NORM
+    return [
+        (f"{module}/{names.get(name, name)}", leaf.key, leaf.value)
+        for name, leaf in leaves.items()
+        if leaf.key.startswith("params/") and name not in STATISTICS
+    ]
 
 
 def _to_state(
     function: str, module: str, leaves: dict[str, Leaf], decay_rate: float | None, like: Any
-) -> Arrays:
-    found = {
-        f"{module}/{old}": leaves[new].value for old, new in DIRECTIONS.items() if new in leaves
-    }
+) -> list[tuple[str, str, Any]]:
+    """Returns Haiku's name, the path and the value of each state of a module."""
+    found = [
+        (f"{module}/{old}", leaves[new].key, leaves[new].value)
+        for old, new in DIRECTIONS.items()
+        if new in leaves
+    ]
+    found += [
+        (f"{module}/{name}", leaf.key, leaf.value)
+        for name, leaf in leaves.items()
+        if leaf.key.startswith("batch_stats/") and name not in STATISTICS
+    ]
     if "mean" not in leaves:
         return found
     if decay_rate is None or like is None:
@@ -250,7 +340,8 @@ def _to_state(
         value = leaves[name].value
         hidden = (value * (1 - decay_rate ** float(count))).astype(value.dtype)
         state = {"average": value, "hidden": hidden, "counter": count}
-        found |= {f"{module}/~/{average}/{leaf}": array for leaf, array in state.items()}
+        where = f"{module}/~/{average}"
+        found += [(f"{where}/{leaf}", leaves[name].key, array) for leaf, array in state.items()]
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Never
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.nn.initializers import ones, zeros
 from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import (
     Activations,
     Axes,
@@ -37,6 +39,7 @@ from normjax.layers.jit_step import jit_step
 from normjax.statistics.running import init_batch_stats
 
 
+@with_foreign_names
 def activated_batch_norm_init(
     num_features: int | Sequence[int],
     *,
@@ -48,6 +51,7 @@ def activated_batch_norm_init(
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
     count: bool = False,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns the parameters and running statistics that `activated_batch_norm` starts from.
 
@@ -80,6 +84,8 @@ def activated_batch_norm_init(
       >>> print(params["scale"], batch_stats["mean"], batch_stats["var"])
       [1. 1. 1.] [0. 0. 0.] [1. 1. 1.]
     """
+    if _foreign:
+        raise_for_foreign(activated_batch_norm_init, _foreign)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     params = init_params(
         "activated_batch_norm_init", num_features, makers, key, param_dtype, scale_offset
@@ -89,6 +95,7 @@ def activated_batch_norm_init(
 
 
 @jax.named_scope("activated_batch_norm")
+@with_foreign_names
 def activated_batch_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -107,6 +114,7 @@ def activated_batch_norm(
     virtual_batch_size: int | None = None,
     skip_nonfinite: bool = False,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
     r"""Batch norm and an invertible activation; the backward pass needs the output, not x.
 
@@ -162,6 +170,8 @@ def activated_batch_norm(
       Rota Bulo, Porzi & Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training
       of DNNs" (CVPR 2018), section 3.
     """
+    if _foreign:
+        raise_for_foreign(activated_batch_norm, _foreign)
     chosen = Activation(activation, negative_slope)
     x = _checks.activations("activated_batch_norm", x)
     check_activation("activated_batch_norm", chosen, x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Never
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.nn.initializers import ones, zeros
 from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import (
     Activations,
     Axes,
@@ -42,6 +44,7 @@ from normjax.statistics.reduction import batch_moments
 from normjax.statistics.running import init_batch_stats
 
 
+@with_foreign_names
 def batch_norm_init(
     num_features: int | Sequence[int],
     *,
@@ -53,6 +56,7 @@ def batch_norm_init(
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
     count: bool = False,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns the parameters and running statistics that `batch_norm` starts from.
 
@@ -87,6 +91,8 @@ def batch_norm_init(
       >>> print(params["scale"], batch_stats["mean"], batch_stats["var"])
       [1. 1. 1.] [0. 0. 0.] [1. 1. 1.]
     """
+    if _foreign:
+        raise_for_foreign(batch_norm_init, _foreign)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     params = init_params("batch_norm_init", num_features, makers, key, param_dtype, scale_offset)
     features = _checks.sizes("batch_norm_init", "num_features", num_features)
@@ -94,6 +100,7 @@ def batch_norm_init(
 
 
 @jax.named_scope("batch_norm")
+@with_foreign_names
 def batch_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -111,6 +118,7 @@ def batch_norm(
     virtual_batch_size: int | None = None,
     skip_nonfinite: bool = False,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
     r"""Normalizes each feature by the batch's statistics, or by running ones at inference.
 
@@ -180,6 +188,8 @@ def batch_norm(
       (2017), Algorithm 1. Conditional: de Vries et al., "Modulating early visual processing by
       language" (2017), eq. 4.
     """
+    if _foreign:
+        raise_for_foreign(batch_norm, _foreign)
     step = check_batch_step(
         "batch_norm",
         params,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Never
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.nn.initializers import ones, zeros
 from jaxtyping import Array, ArrayLike
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import (
     Activations,
     Axes,
@@ -47,6 +49,7 @@ from normjax.statistics.reduction import batch_moments
 from normjax.statistics.running import init_batch_stats
 
 
+@with_foreign_names
 def batch_renorm_init(
     num_features: int | Sequence[int],
     *,
@@ -57,6 +60,7 @@ def batch_renorm_init(
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns the parameters and running statistics that `batch_renorm` starts from.
 
@@ -88,6 +92,8 @@ def batch_renorm_init(
       >>> print(batch_stats["var"], batch_stats["count"])
       [1. 1.] 0
     """
+    if _foreign:
+        raise_for_foreign(batch_renorm_init, _foreign)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     params = init_params("batch_renorm_init", num_features, makers, key, param_dtype, scale_offset)
     features = _checks.sizes("batch_renorm_init", "num_features", num_features)
@@ -95,6 +101,7 @@ def batch_renorm_init(
 
 
 @jax.named_scope("batch_renorm")
+@with_foreign_names
 def batch_renorm(
     params: Params,
     batch_stats: BatchStats,
@@ -114,6 +121,7 @@ def batch_renorm(
     virtual_batch_size: int | None = None,
     skip_nonfinite: bool = False,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
     r"""Batch norm that also trains with the running statistics, within limits.
 
@@ -176,6 +184,8 @@ def batch_renorm(
       Models" (NeurIPS 2017),
       Algorithm 1 and section 4.
     """
+    if _foreign:
+        raise_for_foreign(batch_renorm, _foreign)
     step = check_batch_step(
         "batch_renorm",
         params,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Never
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.nn.initializers import ones, zeros
 from jaxtyping import Array
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Initializer, Params, PRNGKey
 from normjax.layers.affine import init_params, lay_out, scale_and_shift
 from normjax.layers.jit_step import jit_step
@@ -24,6 +26,7 @@ def half(key: PRNGKey | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.flo
     return jnp.full(shape, 0.5, dtype)
 
 
+@with_foreign_names
 def dynamic_tanh_init(
     num_features: int | Sequence[int],
     *,
@@ -35,6 +38,7 @@ def dynamic_tanh_init(
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns the parameters that `dynamic_tanh` starts from, and `{}`: it has no statistics.
 
@@ -67,6 +71,8 @@ def dynamic_tanh_init(
       >>> print(params["alpha"], params["scale"], params["bias"])
       0.5 [1. 1.] [0. 0.]
     """
+    if _foreign:
+        raise_for_foreign(dynamic_tanh_init, _foreign)
     _checks.between("dynamic_tanh_init", "alpha", alpha, -math.inf, math.inf)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     params = init_params("dynamic_tanh_init", num_features, makers, key, param_dtype, scale_offset)
@@ -74,6 +80,7 @@ def dynamic_tanh_init(
 
 
 @jax.named_scope("dynamic_tanh")
+@with_foreign_names
 def dynamic_tanh(
     params: Params,
     batch_stats: BatchStats,
@@ -83,6 +90,7 @@ def dynamic_tanh(
     scale_offset: float = 0.0,
     feature_axes: Axes = -1,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
     r"""Squashes each element by a tanh of learned slope, as layer norm does to outliers.
 
@@ -121,6 +129,8 @@ def dynamic_tanh(
       Zhu, Chen, He, LeCun & Liu, "Transformers without Normalization" (CVPR 2025), eq. 3 and
       Algorithm 1.
     """
+    if _foreign:
+        raise_for_foreign(dynamic_tanh, _foreign)
     operands = check_operands(
         "dynamic_tanh",
         params,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Never
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.nn.initializers import ones, zeros
 from jaxtyping import Array
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import (
     Activations,
     Axes,
@@ -36,6 +38,7 @@ def small(key: PRNGKey | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.fl
     return jnp.full(shape, 1e-4, dtype)
 
 
+@with_foreign_names
 def filter_response_norm_init(
     num_features: int | Sequence[int],
     *,
@@ -48,6 +51,7 @@ def filter_response_norm_init(
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns the parameters that `filter_response_norm` starts from, and `{}`.
 
@@ -80,6 +84,8 @@ def filter_response_norm_init(
       >>> print(nj.filter_response_norm_init(2)[0]["threshold"])
       [0. 0.]
     """
+    if _foreign:
+        raise_for_foreign(filter_response_norm_init, _foreign)
     makers = {
         "scale": (use_scale, scale_init),
         "bias": (use_bias, bias_init),
@@ -92,6 +98,7 @@ def filter_response_norm_init(
 
 
 @jax.named_scope("filter_response_norm")
+@with_foreign_names
 def filter_response_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -106,6 +113,7 @@ def filter_response_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
     r"""Divides each channel of each example by its root mean square; a learned threshold follows.
 
@@ -160,6 +168,8 @@ def filter_response_norm(
     References:
       Singh & Krishnan, "Filter Response Normalization Layer" (CVPR 2020), eq. 1-3 and section 3.1.
     """
+    if _foreign:
+        raise_for_foreign(filter_response_norm, _foreign)
     function = "filter_response_norm"
     leaves = ("scale", "bias", "threshold", "epsilon")
     operands = check_operands(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Never
 
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import (
     Activations,
     Axes,
@@ -34,6 +36,7 @@ from normjax.layers.standardize import StandardizeSpec, standardize
 DEFAULT_GROUPS = 32  # Wu & He (2018), table 3
 
 
+@with_foreign_names
 def group_norm_init(
     num_features: int | Sequence[int],
     *,
@@ -44,6 +47,7 @@ def group_norm_init(
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns the parameters that `group_norm` starts from, and `{}`: it has no running statistics.
 
@@ -71,11 +75,14 @@ def group_norm_init(
       >>> print(nj.group_norm_init(4)[0]["scale"])
       [1. 1. 1. 1.]
     """
+    if _foreign:
+        raise_for_foreign(group_norm_init, _foreign)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     return init_params("group_norm_init", num_features, makers, key, param_dtype, scale_offset), {}
 
 
 @jax.named_scope("group_norm")
+@with_foreign_names
 def group_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -92,6 +99,7 @@ def group_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
     r"""Normalizes each example by the mean and variance of groups of its channels.
 
@@ -145,6 +153,8 @@ def group_norm(
     References:
       Wu & He, "Group Normalization" (ECCV 2018), eq. 1-7.
     """
+    if _foreign:
+        raise_for_foreign(group_norm, _foreign)
     function = "group_norm"
     operands = check_operands(
         function,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Never
 
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import (
     Activations,
     Axes,
@@ -31,6 +33,7 @@ from normjax.layers.operands import (
 from normjax.layers.standardize import StandardizeSpec, standardize
 
 
+@with_foreign_names
 def instance_norm_init(
     num_features: int | Sequence[int],
     *,
@@ -41,6 +44,7 @@ def instance_norm_init(
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns the parameters that `instance_norm` starts from, and `{}`: no running statistics.
 
@@ -69,6 +73,8 @@ def instance_norm_init(
       >>> print(nj.instance_norm_init(2)[0]["bias"])
       [0. 0.]
     """
+    if _foreign:
+        raise_for_foreign(instance_norm_init, _foreign)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     return init_params(
         "instance_norm_init", num_features, makers, key, param_dtype, scale_offset
@@ -76,6 +82,7 @@ def instance_norm_init(
 
 
 @jax.named_scope("instance_norm")
+@with_foreign_names
 def instance_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -90,6 +97,7 @@ def instance_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
     r"""Normalizes each channel of each example by its own mean and variance.
 
@@ -144,6 +152,8 @@ def instance_norm(
       Stylization" (2016), eq. 3. Huang & Belongie, "Arbitrary Style Transfer in Real-time with
       Adaptive Instance Normalization" (2017), eq. 8.
     """
+    if _foreign:
+        raise_for_foreign(instance_norm, _foreign)
     function = "instance_norm"
     operands = check_operands(
         function,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Never
 
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import (
     Activations,
     Axes,
@@ -26,6 +28,7 @@ from normjax.layers.operands import check_operands, check_spec, more_than_one_va
 from normjax.layers.standardize import StandardizeSpec, standardize
 
 
+@with_foreign_names
 def layer_norm_init(
     num_features: int | Sequence[int],
     *,
@@ -36,6 +39,7 @@ def layer_norm_init(
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns the parameters that `layer_norm` starts from, and `{}`: it has no running statistics.
 
@@ -65,11 +69,14 @@ def layer_norm_init(
       >>> print(params["scale"], params["bias"], batch_stats)
       [1. 1. 1.] [0. 0. 0.] {}
     """
+    if _foreign:
+        raise_for_foreign(layer_norm_init, _foreign)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     return init_params("layer_norm_init", num_features, makers, key, param_dtype, scale_offset), {}
 
 
 @jax.named_scope("layer_norm")
+@with_foreign_names
 def layer_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -84,6 +91,7 @@ def layer_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
     r"""Normalizes each example by the mean and variance of its own features.
 
@@ -138,6 +146,8 @@ def layer_norm(
       in the network: Perez et al., "FiLM" (2018), eq. 2; Peebles & Xie, "Scalable Diffusion Models
       with Transformers" (2023), adaLN.
     """
+    if _foreign:
+        raise_for_foreign(layer_norm, _foreign)
     function = "layer_norm"
     operands = check_operands(
         function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype

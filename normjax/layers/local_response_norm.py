@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Never
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.nn.initializers import ones, zeros
 from jaxtyping import Array
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Initializer, Params, PRNGKey
 from normjax.layers.affine import init_params, lay_out, scale_and_shift
 from normjax.layers.jit_step import jit_step
@@ -23,6 +25,7 @@ from normjax.statistics.elements import abs2, read
 from normjax.statistics.spec import Spec
 
 
+@with_foreign_names
 def local_response_norm_init(
     num_features: int | Sequence[int],
     *,
@@ -33,6 +36,7 @@ def local_response_norm_init(
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns the parameters that `local_response_norm` starts from, by default `{}`, and `{}`.
 
@@ -60,6 +64,8 @@ def local_response_norm_init(
       >>> nj.local_response_norm_init(96)
       ({}, {})
     """
+    if _foreign:
+        raise_for_foreign(local_response_norm_init, _foreign)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     return init_params(
         "local_response_norm_init", num_features, makers, key, param_dtype, scale_offset
@@ -67,6 +73,7 @@ def local_response_norm_init(
 
 
 @jax.named_scope("local_response_norm")
+@with_foreign_names
 def local_response_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -80,6 +87,7 @@ def local_response_norm(
     k: float = 2.0,
     feature_axes: Axes = -1,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
     r"""Divides each channel by a power of the energy of its neighbours at the same position.
 
@@ -122,6 +130,8 @@ def local_response_norm(
       Krizhevsky, Sutskever & Hinton, "ImageNet Classification with Deep Convolutional Neural
       Networks" (NeurIPS 2012), section 3.3.
     """
+    if _foreign:
+        raise_for_foreign(local_response_norm, _foreign)
     function = "local_response_norm"
     operands = check_operands(
         function,

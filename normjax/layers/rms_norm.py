@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Never
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.nn.initializers import ones, zeros
 from jaxtyping import Array
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import (
     Activations,
     Axes,
@@ -30,6 +32,7 @@ from normjax.statistics.elements import read
 from normjax.statistics.per_example import ExampleSpec, mean_square
 
 
+@with_foreign_names
 def rms_norm_init(
     num_features: int | Sequence[int],
     *,
@@ -40,6 +43,7 @@ def rms_norm_init(
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns the parameters that `rms_norm` starts from, and `{}`: it has no running statistics.
 
@@ -68,11 +72,14 @@ def rms_norm_init(
       >>> print(nj.rms_norm_init(3)[0]["scale"])
       [1. 1. 1.]
     """
+    if _foreign:
+        raise_for_foreign(rms_norm_init, _foreign)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     return init_params("rms_norm_init", num_features, makers, key, param_dtype, scale_offset), {}
 
 
 @jax.named_scope("rms_norm")
+@with_foreign_names
 def rms_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -87,6 +94,7 @@ def rms_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
     r"""Divides each example by the root of the mean square of its own features.
 
@@ -137,6 +145,8 @@ def rms_norm(
     References:
       Zhang & Sennrich, "Root Mean Square Layer Normalization" (NeurIPS 2019), eq. 4.
     """
+    if _foreign:
+        raise_for_foreign(rms_norm, _foreign)
     function = "rms_norm"
     operands = check_operands(
         function, params, batch_stats, x, train, feature_axes=feature_axes, mask=mask, dtype=dtype

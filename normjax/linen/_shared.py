@@ -20,7 +20,7 @@ from normjax.layers.affine import initial_scale
 def sizes(module: Any, x: jax.Array, name: str = "feature_axes") -> tuple[int, ...]:
     """Returns the sizes of the axes in the field `name` of the module, in ascending order."""
     kept = _checks.axes(type(module).__name__, name, getattr(module, name), x.shape)
-    return tuple(x.shape[axis] for axis in kept)
+    return tuple(map(x.shape.__getitem__, kept))
 
 
 def declare(module: Any, features: tuple[int, ...], **used: bool) -> Params:

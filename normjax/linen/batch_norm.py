@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import BatchStats, RunningVar
 from normjax.layers.batch_norm import infer_step, train_step
 from normjax.layers.batch_step import (
@@ -89,12 +90,14 @@ class BatchNorm(nn.BatchNorm):
     scale_offset: float = 0.0
 
     @nn.compact
+    @with_foreign_names
     def __call__(
         self,
         x: jax.Array,
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        **_foreign: Never,
     ) -> jax.Array:
         """Normalizes x.
 
@@ -106,6 +109,8 @@ class BatchNorm(nn.BatchNorm):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
+        if _foreign:
+            raise_for_foreign(BatchNorm.__call__, _foreign)
         return normalize(self, "batch_norm", _take, x, use_running_average, mask)
 
 

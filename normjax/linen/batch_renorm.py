@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Never
 
 import jax
 from flax import linen as nn
 
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax.layers.batch_renorm import Limit, take_renorm_step
 from normjax.linen.batch_norm import BatchNorm, normalize
 
@@ -72,12 +74,14 @@ class BatchRenorm(BatchNorm):
     d_max: Limit = 5.0
 
     @nn.compact
+    @with_foreign_names
     def __call__(
         self,
         x: jax.Array,
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        **_foreign: Never,
     ) -> jax.Array:
         """Normalizes x.
 
@@ -89,5 +93,7 @@ class BatchRenorm(BatchNorm):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
+        if _foreign:
+            raise_for_foreign(BatchRenorm.__call__, _foreign)
         take = partial(take_renorm_step, r_max=self.r_max, d_max=self.d_max)
         return normalize(self, "batch_renorm", take, x, use_running_average, mask)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, DTypeLike, Initializer
 from normjax.layers.dynamic_tanh import dynamic_tanh, half
 from normjax.linen._shared import declare, promoted, sizes
@@ -51,7 +54,12 @@ class DynamicTanh(nn.Module):
     scale_offset: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Squashes x.
 
         Args:
@@ -60,6 +68,8 @@ class DynamicTanh(nn.Module):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x and the parameters promote to.
         """
+        if _foreign:
+            raise_for_foreign(DynamicTanh.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         params = declare(self, (), alpha=True)
         params |= declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 from normjax.layers.filter_response_norm import filter_response_norm, small
 from normjax.linen._shared import common, declare, promoted, sizes
@@ -65,7 +68,14 @@ class FilterResponseNorm(nn.Module):
     scale_offset: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
@@ -75,6 +85,8 @@ class FilterResponseNorm(nn.Module):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x and the parameters promote to.
         """
+        if _foreign:
+            raise_for_foreign(FilterResponseNorm.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         params = declare(
             self,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 import jax
 from flax import linen as nn
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax.layers.group_norm import group_norm
 from normjax.linen._shared import common, declare, promoted
 
@@ -60,7 +63,14 @@ class GroupNorm(nn.GroupNorm):
     scale_offset: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
@@ -70,6 +80,8 @@ class GroupNorm(nn.GroupNorm):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
+        if _foreign:
+            raise_for_foreign(GroupNorm.__call__, _foreign)
         _one_of_two(self)
         x = _checks.array(type(self).__name__, x)
         params = declare(self, x.shape[-1:], scale=self.use_scale, bias=self.use_bias)

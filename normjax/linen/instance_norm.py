@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 import jax
 from flax import linen as nn
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes
 from normjax.layers.instance_norm import instance_norm
 from normjax.linen._shared import common, declare, promoted, sizes
@@ -57,7 +60,14 @@ class InstanceNorm(nn.InstanceNorm):
     scale_offset: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
@@ -67,6 +77,8 @@ class InstanceNorm(nn.InstanceNorm):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
+        if _foreign:
+            raise_for_foreign(InstanceNorm.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         _examples_are_no_feature(self.feature_axes, x)
         params = declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)

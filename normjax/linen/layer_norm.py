@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 import jax
 from flax import linen as nn
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax.layers.layer_norm import layer_norm
 from normjax.linen._shared import common, declare, promoted, sizes
 
@@ -56,7 +59,14 @@ class LayerNorm(nn.LayerNorm):
     scale_offset: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
@@ -66,6 +76,8 @@ class LayerNorm(nn.LayerNorm):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
+        if _foreign:
+            raise_for_foreign(LayerNorm.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         params = declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)
         x, dtype = promoted(self, x, *params.values())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, DTypeLike, Initializer
 from normjax.layers.local_response_norm import local_response_norm
 from normjax.linen._shared import declare, promoted, sizes
@@ -57,7 +60,12 @@ class LocalResponseNorm(nn.Module):
     scale_offset: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
@@ -66,6 +74,8 @@ class LocalResponseNorm(nn.Module):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
+        if _foreign:
+            raise_for_foreign(LocalResponseNorm.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         params = declare(self, sizes(self, x), scale=self.use_scale, bias=self.use_bias)
         x, dtype = promoted(self, x, *params.values())

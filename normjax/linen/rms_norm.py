@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 import jax
 from flax import linen as nn
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax.layers.rms_norm import rms_norm
 from normjax.linen._shared import common, declare, promoted, sizes
 
@@ -52,7 +55,14 @@ class RMSNorm(nn.RMSNorm):
     scale_offset: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
@@ -62,6 +72,8 @@ class RMSNorm(nn.RMSNorm):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x and the scale promote to.
         """
+        if _foreign:
+            raise_for_foreign(RMSNorm.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         params = declare(self, sizes(self, x), scale=self.use_scale)
         x, dtype = promoted(self, x, *params.values())

@@ -5,6 +5,7 @@ so they need no adapter. In the module, call
 `normjax.layer_norm({"scale": scale, "bias": bias}, {}, x, train=False)`.
 """
 
+from normjax._foreign import explain_constructor
 from normjax.nnx.batch_norm import BatchNorm
 from normjax.nnx.batch_renorm import BatchRenorm
 from normjax.nnx.dynamic_tanh import DynamicTanh
@@ -32,3 +33,6 @@ __all__ = [
     "WeightNorm",
     "WeightStandardization",
 ]
+
+for _name in __all__:
+    explain_constructor(globals()[_name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import AxisIndexGroups, BatchStats, DTypeLike, Initializer, RunningVar
 from normjax.layers.affine import initial_scale
 from normjax.layers.batch_norm import infer_step, train_step
@@ -148,12 +149,14 @@ class BatchNorm(nnx.BatchNorm):
         if momentum is None:
             self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
+    @with_foreign_names
     def __call__(
         self,
         x: jax.Array,
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        **_foreign: Never,
     ) -> jax.Array:
         """Normalizes x.
 
@@ -165,6 +168,8 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
           y, of x's shape.
         """
+        if _foreign:
+            raise_for_foreign(BatchNorm.__call__, _foreign)
         infer = self.frozen or nnx.module.first_from(
             use_running_average,
             self.use_running_average,

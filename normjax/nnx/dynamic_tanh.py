@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, DTypeLike, Initializer
 from normjax.layers.affine import initial_scale
 from normjax.layers.dynamic_tanh import dynamic_tanh, half
@@ -86,7 +87,12 @@ class DynamicTanh(nnx.Module):
         self.promote_dtype = promote_dtype
         self.scale_offset = scale_offset
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Squashes x.
 
         Args:
@@ -95,6 +101,8 @@ class DynamicTanh(nnx.Module):
         Returns:
           y, of x's shape.
         """
+        if _foreign:
+            raise_for_foreign(DynamicTanh.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         leaves = read(self, "alpha", "scale", "bias")
         x, dtype = promoted(self, x, leaves)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 from normjax.layers.affine import initial_scale
 from normjax.layers.filter_response_norm import filter_response_norm, small
@@ -100,7 +101,14 @@ class FilterResponseNorm(nnx.Module):
         self.promote_dtype = promote_dtype
         self.scale_offset = scale_offset
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
@@ -110,6 +118,8 @@ class FilterResponseNorm(nnx.Module):
         Returns:
           y, of x's shape.
         """
+        if _foreign:
+            raise_for_foreign(FilterResponseNorm.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         leaves = read(self, *LEAVES)
         x, dtype = promoted(self, x, leaves)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import ones, zeros
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, AxisIndexGroups, DTypeLike, Initializer
 from normjax.layers.affine import initial_scale
 from normjax.layers.instance_norm import instance_norm
@@ -109,7 +110,14 @@ class InstanceNorm(nnx.InstanceNorm):
         )
         self.scale_offset = scale_offset
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
@@ -119,6 +127,8 @@ class InstanceNorm(nnx.InstanceNorm):
         Returns:
           y, of x's shape.
         """
+        if _foreign:
+            raise_for_foreign(InstanceNorm.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         _examples_are_no_feature(self.feature_axes, x)
         leaves = read(self, "scale", "bias")

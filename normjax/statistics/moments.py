@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Activations, Axes, AxisIndexGroups, AxisName, Mask, widen
 from normjax.statistics.devices import (
     device_group,
@@ -23,6 +24,7 @@ from normjax.statistics.reduction import batch_moments
 from normjax.statistics.spec import Moments, Spec
 
 
+@with_foreign_names
 def moments(
     x: Activations,
     reduction_axes: Axes,
@@ -30,6 +32,7 @@ def moments(
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
+    **_foreign: Never,
 ) -> Moments:
     r"""Returns count, mean and biased variance of `x` over some of its axes, and over devices.
 
@@ -67,6 +70,8 @@ def moments(
       Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American
       Statistician 37 (1983): shifted data (eq. 1.4-1.5) and the pairwise update (eq. 2.1).
     """
+    if _foreign:
+        raise_for_foreign(moments, _foreign)
     x = _checks.activations("moments", x)
     axes = _checks.axes("moments", "reduction_axes", reduction_axes, x.shape)
     mask = _checks.mask("moments", mask, x.shape)

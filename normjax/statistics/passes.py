@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -74,7 +74,11 @@ def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -
     report, index = None, -1
     for index, batch in enumerate(batches):
         previous = report
-        layers, report = step(model.static, model.arrays, layers, batch)
+        try:
+            layers, report = step(model.static, model.arrays, layers, batch)
+        except Exception:
+            _raise_if_a_part_fits(step, model, layers, batch, index)
+            raise
         # Checks one batch late: the device is never idle, and has at most two batches waiting.
         if previous is not None:
             _check(previous, index - 1, sorted(layers))
@@ -97,6 +101,38 @@ def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -
             "mask that hides it all",
         )
     return layers
+
+
+def _raise_if_a_part_fits(step: Any, model: Model, layers: Layers, batch: Any, index: int) -> None:
+    """Raises an error that says which part of a batch `apply_fn` takes, if it takes one.
+
+    It is called after the whole batch, such as (images, labels), raised an error.
+    """
+    if isinstance(batch, Mapping):
+        parts = {f"batch[{key!r}]": part for key, part in batch.items()}
+    elif isinstance(batch, tuple | list):
+        parts = {f"batch[{place}]": part for place, part in enumerate(batch)}
+    else:
+        return
+    kinds = ", ".join(_kind_of(part) for part in parts.values())
+    for name, part in parts.items():
+        try:
+            step.eval_shape(model.static, model.arrays, layers, part)
+        except Exception:  # of any kind: the part is no input of this model
+            continue
+        _checks.raise_error(
+            FUNCTION,
+            f"apply_fn does not take batch {index}, but a part of it, {name}",
+            expected="batches as apply_fn takes them: images without labels",
+            got=f"a {type(batch).__name__} of {len(parts)}: {kinds}",
+            fix=f"Pass ({name} for batch in batches), as a list for layer_by_layer, or take "
+            f"{name} in apply_fn",
+            kind=TypeError,
+        )
+
+
+def _kind_of(part: Any) -> str:
+    return f"{part.dtype}{part.shape}" if hasattr(part, "dtype") else type(part).__name__
 
 
 def _check(report: Report, index: int, paths: list[str]) -> None:

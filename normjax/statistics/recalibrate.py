@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from normjax import _checks
+from normjax import _checks, _extras
 from normjax._trees import STATISTICS
 from normjax.statistics.elements import abs2
 from normjax.statistics.models import FUNCTION, Layer, Layers, Model, open_model
@@ -81,8 +81,9 @@ def recalibrate(
 
     Raises:
       ValueError, TypeError: for a model without batch statistics, or whose layers do not update or
-        are not normjax's; for no batches, or a generator with `layer_by_layer`; for for statistics
-        that are not finite, with their path and batch.
+        are not normjax's; for no batches, or a generator with `layer_by_layer`; for batches of
+        several arrays (images and labels) if `apply_fn` takes one of them; for statistics that are
+        not finite, with their path and batch.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -234,14 +235,9 @@ def _progress() -> Any:
             TextColumn,
             TimeElapsedColumn,
         )
-    except ImportError:
-        _checks.raise_error(
-            FUNCTION,
-            "progress=True shows a bar of rich, which is not installed",
-            expected="rich",
-            got="no module of that name",
-            fix="pip install rich, or pass progress=False",
-            kind=ImportError,
+    except ImportError as error:
+        _extras.raise_for_missing(
+            FUNCTION, "progress=True shows a bar of", error, otherwise=", or pass progress=False"
         )
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

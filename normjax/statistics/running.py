@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
 from normjax import _checks, _leaves
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import WIDE, BatchStats, DTypeLike, RunningVar, promote
 from normjax.statistics.population import POPULATION
 from normjax.statistics.spec import Moments
@@ -26,6 +27,7 @@ def init_batch_stats(features: tuple[int, ...], dtype: DTypeLike, *, count: bool
     return batch_stats | ({"count": jnp.zeros((), jnp.int32)} if count else {})
 
 
+@with_foreign_names
 def update_batch_stats(
     batch_stats: BatchStats,
     moments: Moments,
@@ -33,6 +35,7 @@ def update_batch_stats(
     momentum: float | ArrayLike | None = 0.99,
     running_var: RunningVar = "biased",
     skip_nonfinite: bool = False,
+    **_foreign: Never,
 ) -> BatchStats:
     r"""Returns the running statistics after one more batch.
 
@@ -73,6 +76,8 @@ def update_batch_stats(
     References:
       Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1 and Algorithm 2.
     """
+    if _foreign:
+        raise_for_foreign(update_batch_stats, _foreign)
     _check(batch_stats, moments, momentum, running_var)
     if skip_nonfinite:
         moments = unless_nonfinite(moments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax import _checks, _leaves
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, BatchStats, DTypeLike, Kernel, Params, PRNGKey, widen
 from normjax.layers.jit_step import jit_step
 from normjax.platforms.plain import PLAIN
@@ -19,8 +20,13 @@ from normjax.statistics.devices import pcast_like
 from normjax.statistics.elements import abs2
 
 
+@with_foreign_names
 def spectral_norm_init(
-    kernel: Kernel, *, key: PRNGKey, feature_axes: Axes = -1
+    kernel: Kernel,
+    *,
+    key: PRNGKey,
+    feature_axes: Axes = -1,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns `{}` and the state that `spectral_norm` starts its power iteration from.
 
@@ -43,6 +49,8 @@ def spectral_norm_init(
       >>> print(params, batch_stats["u"].shape, batch_stats["sigma"])
       {} (1, 16) 1.0
     """
+    if _foreign:
+        raise_for_foreign(spectral_norm_init, _foreign)
     function = "spectral_norm_init"
     kernel = _real(function, kernel)
     columns = _columns(kernel, _checks.axes(function, "feature_axes", feature_axes, kernel.shape))
@@ -51,6 +59,7 @@ def spectral_norm_init(
 
 
 @jax.named_scope("spectral_norm")
+@with_foreign_names
 def spectral_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -62,6 +71,7 @@ def spectral_norm(
     bound: float | None = None,
     epsilon: float = 1e-12,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Kernel, BatchStats]:
     r"""Divides a kernel by its largest singular value, found by power iteration in training.
 
@@ -112,6 +122,8 @@ def spectral_norm(
       Uncertainty Estimation with Deterministic Deep Learning via Distance Awareness" (SNGP,
       NeurIPS 2020), eq. 8.
     """
+    if _foreign:
+        raise_for_foreign(spectral_norm, _foreign)
     function = "spectral_norm"
     train = _checks.static_train(function, train)
     kernel = _real(function, kernel)

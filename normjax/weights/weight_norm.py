@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Never
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Activations, Axes, BatchStats, DTypeLike, Kernel, Params, widen
 from normjax.layers.affine import lay_out, scale_and_shift
 from normjax.layers.jit_step import jit_step
@@ -21,12 +23,14 @@ from normjax.statistics.moments import moments
 from normjax.statistics.spec import Spec
 
 
+@with_foreign_names
 def weight_norm_init(
     kernel: Kernel,
     *,
     feature_axes: Axes = -1,
     epsilon: float = 1e-12,
     param_dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     r"""Returns the scale with which `weight_norm` returns the same kernel, and `{}`.
 
@@ -54,6 +58,8 @@ def weight_norm_init(
       >>> print(params["scale"], batch_stats)
       [5.] {}
     """
+    if _foreign:
+        raise_for_foreign(weight_norm_init, _foreign)
     kernel = _checks.activations("weight_norm_init", kernel, "kernel")
     kept = _checks.axes("weight_norm_init", "feature_axes", feature_axes, kernel.shape)
     epsilon = _checks.number("weight_norm_init", "epsilon", epsilon, 0.0, math.inf)
@@ -63,6 +69,7 @@ def weight_norm_init(
 
 
 @jax.named_scope("weight_norm")
+@with_foreign_names
 def weight_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -72,6 +79,7 @@ def weight_norm(
     feature_axes: Axes = -1,
     epsilon: float = 1e-12,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Kernel, BatchStats]:
     r"""Gives a kernel the norms in `scale`, whatever its own are.
 
@@ -108,6 +116,8 @@ def weight_norm(
     References:
       Salimans & Kingma, "Weight Normalization" (NeurIPS 2016), eq. 2.
     """
+    if _foreign:
+        raise_for_foreign(weight_norm, _foreign)
     function = "weight_norm"
     operands = check_operands(
         function,
@@ -134,6 +144,7 @@ def _weight_norm(params: Params, kernel: Array, spec: Spec) -> Array:
     return scale_and_shift(direction, params).astype(spec.dtype)
 
 
+@with_foreign_names
 def weight_norm_init_from_data(
     linear: Callable[[Kernel], Activations],
     kernel: Kernel,
@@ -141,6 +152,7 @@ def weight_norm_init_from_data(
     feature_axes: Axes = -1,
     output_axes: Axes = -1,
     epsilon: float = 1e-5,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats, Array]:
     r"""Returns a scale and a bias that give a first batch mean 0 and variance 1.
 
@@ -173,6 +185,8 @@ def weight_norm_init_from_data(
     References:
       Salimans & Kingma (2016), section 3, eq. 5 and 6.
     """
+    if _foreign:
+        raise_for_foreign(weight_norm_init_from_data, _foreign)
     function = "weight_norm_init_from_data"
     directions, batch_stats = weight_norm({}, {}, kernel, train=True, feature_axes=feature_axes)
     outputs = _checks.activations(function, linear(directions))

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import Never, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import ones
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, BatchStats, DTypeLike, Initializer, Kernel, Params, PRNGKey
 from normjax.layers.affine import init_params
 from normjax.layers.operands import check_operands, check_spec, more_than_one_value
 from normjax.layers.standardize import EpsilonTo, StandardizeSpec, standardize
 
 
+@with_foreign_names
 def weight_standardization_init(
     num_features: int | Sequence[int],
     *,
     scale_init: Initializer = ones,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns a learned gain for `weight_standardization`, which also works without one: with `{}`.
 
@@ -45,11 +48,14 @@ def weight_standardization_init(
       >>> print(nj.weights.weight_standardization_init(2)[0]["scale"])
       [1. 1.]
     """
+    if _foreign:
+        raise_for_foreign(weight_standardization_init, _foreign)
     makers = {"scale": (True, scale_init)}
     return init_params("weight_standardization_init", num_features, makers, key, param_dtype), {}
 
 
 @jax.named_scope("weight_standardization")
+@with_foreign_names
 def weight_standardization(
     params: Params,
     batch_stats: BatchStats,
@@ -61,6 +67,7 @@ def weight_standardization(
     epsilon: float = 1e-5,
     epsilon_to: EpsilonTo = "variance",
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Kernel, BatchStats]:
     r"""Gives the weights of each feature mean 0, and variance 1 or 1 / fan-in.
 
@@ -109,6 +116,8 @@ def weight_standardization(
       Standardization" (2019), eq. 5-7. Brock, De & Smith, "Characterizing signal propagation to
       close the performance gap in unnormalized ResNets" (ICLR 2021), eq. 1.
     """
+    if _foreign:
+        raise_for_foreign(weight_standardization, _foreign)
     function = "weight_standardization"
     operands = check_operands(
         function,

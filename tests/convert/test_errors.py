@@ -273,7 +273,7 @@ FROM_HAIKU = {
 def test_from_haiku(case):
     haiku, message = FROM_HAIKU[case]
     with pytest.raises(ValueError, match=f"(?s)from_haiku: .*{message}"):
-        nj.convert.from_haiku(*haiku)
+        nj.convert.from_haiku(*haiku, others="refuse")
 
 
 def test_to_haiku():

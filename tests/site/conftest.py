@@ -31,7 +31,11 @@ def site(tmp_path_factory):
     command = [sys.executable, "-m", "sphinx", "-W", "-q", "-c", "docs", "-b", "html"]
     command += ["-d", str(out / "doctrees"), "docs/pages", str(out / "html")]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return out / "html"

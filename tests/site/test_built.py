@@ -3,7 +3,6 @@
 import html
 import importlib
 import inspect
-import pathlib
 import re
 from html.parser import HTMLParser
 from urllib.parse import unquote, urldefrag
@@ -77,7 +76,9 @@ def _resolve(dotted):
 def test_a_class_shows_the_arguments_of_constructor_and_call(site, name):
     kind = PUBLIC[name]
     (path,) = [
-        path for path in (site / "reference").glob("*.html") if f'id="normjax.{name}"' in path.read_text()
+        path
+        for path in (site / "reference").glob("*.html")
+        if f'id="normjax.{name}"' in path.read_text()
     ]
     text = path.read_text().split(f'id="normjax.{name}"')[1].split("<dt class")[0:2]
     shown = html.unescape(re.sub("<[^>]+>", "", "".join(text)))
