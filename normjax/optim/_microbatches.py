@@ -193,7 +193,8 @@ def _own_words(
         _raise_silent(path, "running statistics that moved by an unknown momentum")
     moved = [jnp.any(new[leaf] != old[leaf].astype(new[leaf].dtype)) for leaf in STATISTICS]
     wrong = (momentum == UNTOLD) & (moved[0] | moved[1])
-    poison = like(told, Microbatch(Moments(1, jnp.nan, jnp.nan), rule_of(old, 0.0, "biased")))
+    nan: Any = jnp.nan
+    poison = like(told, Microbatch(Moments(1, nan, nan), rule_of(old, 0.0, "biased")))
     return jax.tree.map(lambda bad, good: jnp.where(wrong, bad, good), poison, told)
 
 

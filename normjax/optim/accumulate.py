@@ -224,9 +224,7 @@ def _layer(
     return type(old)(new), select(stepped, empty, merged)
 
 
-def _state(
-    layers: list[Microbatch], mini_step: Array, gradient_step: Array
-) -> AccumulateState:
+def _state(layers: list[Microbatch], mini_step: Array, gradient_step: Array) -> AccumulateState:
     # In arrays of JAX, which a carry of lax.scan and a donated argument have to be.
     layers = jax.tree.map(jnp.asarray, layers)
     moments, rules = (tuple(parts) for parts in zip(*layers, strict=True)) if layers else ((), ())

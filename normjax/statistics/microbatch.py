@@ -57,7 +57,8 @@ class Microbatch(NamedTuple):
     ) -> BatchStats:
         """Returns the statistics with one more call of the layer in this leaf."""
         rule = rule_of(batch_stats, momentum, running_var)
-        return batch_stats | {POPULATION: self.merged(like(self, Microbatch(batch, rule)))}
+        told: Any = self.merged(like(self, Microbatch(batch, rule)))
+        return batch_stats | {POPULATION: told}
 
     def merged(self, other: Self) -> Microbatch:
         """Returns the moments of both, and the rule that was told last."""
@@ -66,7 +67,8 @@ class Microbatch(NamedTuple):
 
     def applied(self, batch_stats: Mapping[str, Array]) -> dict[str, Array]:
         """Returns running statistics that were moved once, by the layer's own rule."""
-        (count, mean, var), rule = self
+        rule = self.rule
+        count, mean, var = map(jnp.asarray, self.moments)
         enough, enough_for_var = count > 0, count > rule.freedom
         freed = var * (count / jnp.maximum(count - rule.freedom, 1))
         var = jnp.where(rule.freedom > 0, freed, var)
@@ -106,8 +108,8 @@ def no_microbatch(layer: Mapping[str, Array]) -> Microbatch:
     mean = jnp.zeros_like(mean, promote(mean.dtype, jnp.float32))
     var = jnp.zeros_like(var, promote(var.dtype, jnp.float32))
     # NumPy's arrays, whose values are known under jit: a layer that told nothing can be named.
-    untold = np.full(var.shape, UNTOLD, var.dtype)
-    rule: Any = Rule(untold, untold.copy(), np.zeros(var.shape, var.dtype))
+    untold: Any = np.full(var.shape, UNTOLD, var.dtype)
+    rule = Rule(untold, untold.copy(), np.zeros_like(untold))
     return Microbatch(Moments(jnp.zeros_like(var), mean, var), rule)
 
 
