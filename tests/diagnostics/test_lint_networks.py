@@ -17,11 +17,13 @@ from tests.compare import at_once
 from tests.diagnostics.lint_networks import FEATURES, ROWS, Dense, dense, linear, rules
 
 IMAGES = jax.random.normal(jax.random.key(2), (4, 6, 6, 3))
+MIX = jnp.sin(jnp.arange(36.0)).reshape(FEATURES, FEATURES)
+HEADS = MIX.reshape(FEATURES, 2, 3)
 
 
 def conv(kernel, x, padding="SAME"):
     return lax.conv_general_dilated(
-        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel.astype(x.dtype), (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
@@ -99,6 +101,27 @@ BETWEEN = {
     "a multiple for each row": lambda x: x * jnp.arange(1.0, x.shape[1] + 1)[:, None, None],
     "a sum of multiples": lambda x: 2.0 * x - x / 3.0,
     "a padded convolution": lambda x: x + conv(jnp.ones((3, 3, FEATURES, FEATURES)), x),
+    "a second dense layer": lambda x: x @ MIX,
+    "a dense layer over several axes": lambda x: jnp.einsum("nhwi,ijk->nhwjk", x, HEADS).reshape(
+        x.shape
+    ),
+    "a convolution of one position": lambda x: conv(MIX[None, None], x),
+    "a valid convolution": lambda x: conv(MIX * jnp.ones((2, 2, 1, 1)), x, "VALID"),
+    "a padded convolution alone": lambda x: conv(MIX * jnp.ones((3, 3, 1, 1)), x),
+    "a resize": lambda x: jax.image.resize(x, (4, 9, 11, FEATURES), "bilinear"),
+    "a smaller resize": lambda x: jax.image.resize(x, (4, 3, 4, FEATURES), "cubic"),
+    "a resize to the nearest": lambda x: jax.image.resize(x, (4, 9, 9, FEATURES), "nearest"),
+    "two layers and a resize": lambda x: jax.image.resize(x @ MIX @ MIX, (4, 3, 9, 6), "linear"),
+    "repeated pixels": lambda x: jnp.repeat(jnp.repeat(x, 2, 1), 2, 2),
+    "read at indices": lambda x: x[:, jnp.array([0, 3, 3])],
+    "read at indices of features": lambda x: x[..., jnp.array([0, 3, 3, 1, 2, 5])],
+    "pixels from features": lambda x: x.reshape(4, 6, 6, 2, 3).swapaxes(2, 3).repeat(2, -1),
+    "a kernel over positions": lambda x: jnp.einsum("nhwi,hg->ngwi", x, MIX),
+    "a kernel for each row": lambda x: jnp.einsum("nhwi,hij->nhwj", x, MIX[:, :, None] * MIX),
+    "a transposed convolution": lambda x: lax.conv_transpose(
+        x, MIX * jnp.arange(1.0, 5).reshape(2, 2, 1, 1), (2, 2), "VALID"
+    ),
+    "attention": lambda x: jnp.einsum("nhwi,nhwj->nij", x, x)[:, None],
     "relu": jax.nn.relu,
     "relu beside": lambda x: x + jax.nn.relu(x),
     "remat": jax.checkpoint(lambda x: x * 2.0),
@@ -145,6 +168,20 @@ def test_a_bias_is_found_if_and_only_if_its_gradient_is_zero(norm):
 def test_whatever_lies_between_a_bias_and_the_norm(between):
     found, gradient = verdict_and_gradient(BATCH, BETWEEN[between])
     assert found == (gradient < 1e-9) and not 1e-9 <= gradient < 1e-3
+
+
+def test_a_normalization_before_a_linear_layer_keeps_its_bias():
+    params, batch_stats = nj.batch_norm_init(FEATURES)
+
+    def bottleneck(variables, x):
+        params, batch_stats = variables
+        x, first = nj.batch_norm(params["first"], batch_stats["first"], x, train=True)
+        x, second = nj.batch_norm({}, batch_stats["second"], x @ params["kernel"], train=True)
+        return x, {"first": first, "second": second}
+
+    batch_stats = {"first": batch_stats, "second": nj.batch_norm_init(FEATURES)[1]}
+    x = jnp.ones((32, FEATURES))
+    assert lint(bottleneck, ({"first": params, "kernel": MIX}, batch_stats), x) == ()
 
 
 def test_a_bias_that_goes_elsewhere_too_is_not_cancelled():

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from normjax.diagnostics._findings import Finding
 from normjax.diagnostics._lint import flow
+from normjax.diagnostics._lint.axes import LAYERS
 from normjax.diagnostics._lint.graph import ROOT, Graph, Unknown
 from normjax.diagnostics._lint.network import Network
 from normjax.diagnostics._lint.norms import VIEWS, Norm
 
 FEWEST = 16  # the fewest values in a statistic without a warning
 REMAINDER = 0.01  # the largest part of the initial statistics after training without a warning
-LAYERS = ("dot_general", "conv_general_dilated")
 
 
 def dropout_before(network: Network) -> Iterator[Finding]:
