@@ -18,6 +18,7 @@ from normjax._trees import Path, by_path, check_known, nest
 from normjax.deploy._constants import FUNCTION
 from normjax.deploy._pairs import Finder
 from normjax.deploy._rewrite import find, fold_pair, new_bias, rewritten, run
+from normjax.statistics.modules import open_model
 
 # How much rounding changes the outputs of a deep network, in float32 and in half precision.
 FULL, HALF = 1e-5, 5e-2
@@ -102,8 +103,8 @@ def fold(
 
     Args:
       model: the model at inference: a function `(variables, *inputs) -> outputs`, such as
-        `functools.partial(model.apply, train=False)`; a linen module whose `apply` needs no other
-        arguments; an nnx module, which is run in evaluation mode.
+        `functools.partial(model.apply, train=False)`; a linen or an nnx module, which is run in
+        evaluation mode; a `TrainState`. The last two may be followed by the inputs at once.
       variables: the model's variables; `nnx.state(model)` for an nnx module. A batch norm is
         recognized by leaves `mean` and `var`, side by side.
       *inputs: a small sample of real inputs.
@@ -136,7 +137,8 @@ def fold(
       {'params': {'layers_0': {'bias': (4,), 'kernel': (3, 4)}}}
       >>> y = jax.jit(folded.apply)(folded.variables, x)
     """
-    source = _as_function(model)
+    source, variables, inputs, _ = open_model(FUNCTION, model, (variables, *inputs), train=False)
+    _check_callable(source)
     leaves = by_path(variables)
     _check_arrays(leaves, inputs)
     finder = find(source, variables, inputs)
@@ -165,25 +167,13 @@ def _described(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
-def _as_function(model: Any) -> Callable[..., Any]:
-    from flax import linen, nnx
-
-    if isinstance(model, linen.Module):
-        return model.apply
-    if isinstance(model, nnx.Module):
-        model = nnx.clone(model)
-        model.eval()
-        definition = nnx.graphdef(model)
-        return lambda state, *inputs: nnx.merge(definition, state)(*inputs)
-    if callable(model):
-        return model
-    _checks.raise_error(
+def _check_callable(model: Any) -> None:
+    _checks.must_be_callable(
         FUNCTION,
-        "model cannot be called",
-        expected="a function (variables, *inputs) -> outputs, a linen or an nnx module",
-        got=f"{type(model).__name__}",
+        "model",
+        model,
+        expected="a function (variables, *inputs) -> outputs, a linen or nnx module, or TrainState",
         fix="The order is (model, variables, *inputs)",
-        kind=TypeError,
     )
 
 

@@ -434,3 +434,48 @@ def test_findings_print_as_a_list_of_advice():
         )
     )
     assert found.findings == tuple(found) and found[0].path == "a"
+
+
+class TestChannelsFirst:
+    first = jnp.ones((16, 3, 12, 12))
+
+    def batch(self, x, axis=-1):
+        params, batch_stats = nj.batch_norm_init(x.shape[axis])
+        return nj.batch_norm(params, batch_stats, x, train=True, feature_axes=axis)[0]
+
+    def test_images_of_pytorch(self, promotion_as_in_flax):
+        model = nn.Sequential([nn.Conv(4, (3, 3), use_bias=False), nn.relu])
+        variables = model.init(jax.random.key(0), self.first)
+        (finding,) = lint(model.apply, variables, self.first)
+        assert (finding.path, finding.rule) == ("layers_0", "channels-first")
+        assert finding.severity == "warning" and "jnp.moveaxis(x, 1, -1)" in finding.advice
+        assert "(16, 3, 12, 12) has its channels along axis 1, but it takes axis 3" in (
+            finding.message
+        )
+        assert lint(model.apply, variables, jnp.ones((16, 12, 3, 12))) == ()
+
+    @pytest.mark.parametrize(
+        ("network", "count"),
+        [
+            (lambda self, x: self.batch(x / 255.0), 1),
+            (lambda self, x: self.batch(x, 1), 0),
+            (lambda self, x: self.batch(jnp.moveaxis(x, 1, -1)), 0),
+            (lambda self, x: nj.layer_norm(*nj.layer_norm_init(12), x, train=True)[0], 1),
+            (lambda self, x: nj.instance_norm({}, {}, x, train=True, feature_axes=1)[0], 0),
+            (lambda self, x: self.batch(x.reshape(16, -1)), 0),
+        ],
+    )
+    def test_normalizations_of_the_input(self, network, count):
+        found = lint(lambda _, x: network(self, x), {}, self.first)
+        assert [finding.rule for finding in found] == ["channels-first"] * count
+
+    def test_after_a_convolution_that_says_where_its_channels_are(self):
+        def apply(params, x, axis):
+            numbers = ("NCHW", "HWIO", "NCHW")
+            h = lax.conv_general_dilated(x, params["kernel"], (2, 2), "SAME", None, None, numbers)
+            return self.batch(nn.max_pool(jax.nn.relu(h), (1, 2), (1, 2)), axis)
+
+        params, x = {"kernel": jnp.ones((3, 3, 5, 4))}, jnp.ones((16, 5, 8, 16))
+        (finding,) = lint(partial(apply, axis=-1), params, x)
+        assert finding.rule == "channels-first" and "along axis 1" in finding.message
+        assert lint(partial(apply, axis=1), params, x) == ()
