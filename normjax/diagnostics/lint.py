@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 from jaxtyping import PyTree
@@ -27,11 +27,24 @@ MISSING: Any = object()
 class Lint(tuple[Finding, ...]):
     """The result of `lint`: a tuple of findings, errors first, that prints as a list of advice.
 
+    Without findings it says what was examined.
+
+    Attributes:
+      examined: how many normalizations were examined, and by which rules.
+
     Example:
       >>> import normjax as nj
       >>> print(nj.diagnostics.Lint())
       nothing found
     """
+
+    examined: str
+
+    def __new__(cls, findings: Iterable[Finding] = (), examined: str = "") -> Self:
+        """Makes it from findings and, for `print`, what was examined."""
+        found = super().__new__(cls, findings)
+        found.examined = examined
+        return found
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -39,7 +52,9 @@ class Lint(tuple[Finding, ...]):
         return tuple(self)
 
     def __repr__(self) -> str:
-        return show_findings(self)
+        return (
+            show_findings(self) if self or not self.examined else f"nothing found: {self.examined}"
+        )
 
 
 def lint(
@@ -161,7 +176,27 @@ def lint(
         *rules.unsynced(network),
         *rules.residual_scales(network),
     ]
-    return Lint(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
+    found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+    left_out = {
+        "decayed-scale (needs optimizer)": optimizer is None,
+        "slow-momentum (needs steps)": steps is None,
+        "unsynced (needs axis_name)": axis_name is None,
+    }
+    return Lint(found, _examined(network, [rule for rule, missing in left_out.items() if missing]))
+
+
+def _examined(network: Network, left_out: list[str]) -> str:
+    """Returns how many normalizations there are, or why there are none, and rules not applied."""
+    count = len(network.norms)
+    leaves = f"{len(network.leaves)} {'leaf' if len(network.leaves) == 1 else 'leaves'}"
+    if not count:
+        return (
+            f"there is no normalization among {len(network.graph.nodes)} values made from "
+            f"{leaves}. One multiplies activations by the inverse root (rsqrt, sqrt or pow) of "
+            "their own statistic; those inside of Pallas kernels, or at inference, are not seen"
+        )
+    passed = f"{count} normalization{'s' * (count > 1)} of a network with {leaves} passed"
+    return passed + (f"; not applied: {', '.join(left_out)}" if left_out else "")
 
 
 def _mapped(axis_name: AxisName | None, axis_size: int | None) -> dict[Hashable, int]:

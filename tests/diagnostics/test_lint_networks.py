@@ -420,6 +420,13 @@ class TestErrors:
 
 def test_findings_print_as_a_list_of_advice():
     assert str(Lint()) == "nothing found" and not Lint()
+    network = Dense(bias=False)
+    assert str(lint(network, network.variables, ROWS)) == (
+        "nothing found: 2 normalizations of a network with 12 leaves passed; not applied: "
+        "decayed-scale (needs optimizer), slow-momentum (needs steps), unsynced (needs axis_name)"
+    )
+    found = str(lint(lambda kernel, x: x @ kernel, MIX[:5], ROWS))
+    assert "no normalization among" in found and "made from 1 leaf." in found and "rsqrt" in found
     same = (
         Finding("a", "few-values", "warning", "8 values", "take more"),
         Finding("b", "few-values", "warning", "4 values", "take more"),

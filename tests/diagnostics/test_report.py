@@ -319,6 +319,8 @@ def test_a_state_of_training_is_reported_without_its_optimizer_and_copies_by_the
 
 
 def test_names_of_pytorch_and_keras():
+    from torch.nn import BatchNorm1d
+
     torch = {
         "bn1.running_mean": np.zeros(4),
         "bn1.running_var": np.ones(4),
@@ -339,6 +341,8 @@ def test_names_of_pytorch_and_keras():
             ("bn1", "batch norm", ["count", "mean", "scale", "var"]),
             ("ln", "layer norm", ["scale"]),
         ]
+    tensors = BatchNorm1d(4).state_dict()
+    assert sorted(report(tensors).layers[0].leaves) == ["bias", "count", "mean", "scale", "var"]
     keras = {
         "gamma": np.ones(2),
         "beta": np.zeros(2),
