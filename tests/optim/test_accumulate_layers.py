@@ -211,3 +211,45 @@ def test_nnx():
         assert_close(norm.var[...], expected["var"], rtol=2e-6, atol=1e-6)
     with pytest.raises(TypeError, match=r"nnx.State has no layers.*\['first', 'second'\]"):
         statistics.collecting(nnx.state(model, nnx.BatchStat))
+
+
+def test_under_shard_map_devices_share_what_they_tell():
+    mesh = jax.make_mesh((8,), ("data",))
+    _, batch_stats = nj.batch_norm_init(5)
+    statistics, x = nj.optim.accumulate(), data()
+    whole = jax.P()
+
+    @jax.jit
+    @jax.shard_map(
+        mesh=mesh, in_specs=(whole, whole, whole, jax.P("data")), out_specs=(whole, whole)
+    )
+    def step(batch_stats, seen, state, x):
+        asked = statistics.collecting(batch_stats)
+        settings = {"momentum": 0.7, "running_var": "unbiased", "axis_name": "data"}
+        _, new = nj.batch_norm({}, asked, x, train=True, **settings)
+        return statistics.update(new, seen, batch_stats, state)
+
+    seen, after = statistics.init(batch_stats, STEPS[0]), batch_stats
+    for microbatch, state in zip(x, STEPS[1:], strict=True):
+        split = jax.device_put(microbatch, jax.NamedSharding(mesh, jax.P("data")))
+        after, seen = step(after, seen, state, split)
+    settings = {"momentum": 0.7, "running_var": "unbiased"}
+    _, expected = nj.batch_norm({}, batch_stats, x.reshape(-1, 5), train=True, **settings)
+    assert_trees_close(after, expected, rtol=2e-6, atol=1e-6)
+
+
+def test_complex_layers_that_are_stacked_in_a_scan():
+    _, one = nj.batch_norm_init(5, count=True, param_dtype=jnp.complex64)
+    batch_stats = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), one)
+    x = data() + 1j * data()[::-1]
+
+    def new(batch_stats, x, mask):
+        def layer(x, batch_stats):
+            return x, nj.batch_norm({}, batch_stats, x, train=True, momentum=None)[1]
+
+        return jax.lax.scan(layer, x, batch_stats)[1]
+
+    after = accumulated(new, batch_stats, x)
+    assert_same_kind(after, batch_stats)
+    expected = new(batch_stats, x.reshape(-1, 5), None)
+    assert_trees_close(after, expected, rtol=2e-6, atol=1e-6)
