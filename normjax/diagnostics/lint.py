@@ -82,7 +82,7 @@ def lint(
       square norms remove nothing. Biases of normalizations are not reported behind linear layers.
     - `channels-first` (warning): a convolution or a normalization takes positions for features. The
       channels are along another axis: that of the convolution before it, or axis 1 of x, if x holds
-      square images with 1 or 3 channels there.
+      images with at most 4 channels there, square ones or large ones in color.
     - `decayed-scale` (warning; needs `optimizer`): a scale or bias of a normalization changes
       without a gradient, by more the larger it is. Scales stored as an offset from 1 may be
       decayed.

@@ -460,6 +460,16 @@ class TestChannelsFirst:
             finding.message
         )
         assert lint(model.apply, variables, jnp.ones((16, 12, 3, 12))) == ()
+        integers = self.first.astype(jnp.uint8)
+        found = lint(lambda v, x: model.apply(v, x / 255.0), variables, integers)
+        assert rules(found) == [("channels-first", "layers_0")]
+        large = jnp.ones((16, 3, 48, 12)), jnp.ones((16, 3, 64, 32))
+        kernels = [{"kernel": jnp.ones((3, 3, x.shape[-1], 4))} for x in large]
+        found = [
+            lint(lambda p, x: conv(p["kernel"], x), *each)
+            for each in zip(kernels, large, strict=True)
+        ]
+        assert [rules(each) for each in found] == [[], [("channels-first", "/")]]
 
     @pytest.mark.parametrize(
         ("network", "count"),

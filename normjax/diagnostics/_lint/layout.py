@@ -12,8 +12,9 @@ from normjax.diagnostics._lint.graph import Graph, Kind, Node
 from normjax.diagnostics._lint.network import Network
 from normjax.diagnostics._lint.norms import Norm
 
-CHANNELS = (1, 3)  # gray and colors
-SMALLEST = 8  # the width of a square image, below which an axis may be anything
+CHANNELS = (1, 2, 3, 4)  # of images as they are stored
+SQUARE = 8  # the smallest width of a square image; below it an axis may be anything
+OBLONG = 32  # the smallest side of a color image that is not square
 
 ADVICE = (
     "move the channels last, as in jnp.moveaxis(x, 1, -1); to keep them first, tell each layer: "
@@ -63,7 +64,7 @@ def _layouts(graph: Graph) -> list[Layout]:
     for node in graph.nodes:
         if node.op == "input":
             layout = _of_input(node.shape)
-        elif node.kind != Kind.DATA:
+        elif node.kind < Kind.MASK:  # an image of integers is one of the masks
             layout = Layout()
         elif node.op == "conv_general_dilated":
             numbers = node.params["dimension_numbers"]
@@ -75,8 +76,11 @@ def _layouts(graph: Graph) -> list[Layout]:
 
 
 def _of_input(shape: tuple[int, ...]) -> Layout:
-    """Returns the layout of square images with one or three channels along axis 1."""
-    is_image = len(shape) == 4 and shape[1] in CHANNELS and shape[2] == shape[3] >= SMALLEST
+    """Returns the layout of images with few channels along axis 1."""
+    if len(shape) != 4 or shape[1] not in CHANNELS:
+        return Layout()
+    is_square = shape[2] == shape[3] >= SQUARE
+    is_image = is_square or (shape[1] == 3 and min(shape[2:]) >= OBLONG)
     return Layout(frozenset([1]), frozenset([2, 3])) if is_image else Layout()
 
 
