@@ -47,6 +47,15 @@ def linen():
     return variables, state, expected
 
 
+def of_variables(variables, x):
+    keys = {"dropout": jax.random.key(1)}
+    return Net().apply(variables, x, train=True, mutable=["batch_stats"], rngs=keys)
+
+
+def of_state(state, x):
+    return of_variables({"params": state.params, "batch_stats": state.batch_stats}, x)
+
+
 LINEN = {
     "module": lambda variables, state: (Net(), variables),
     "bound apply": lambda variables, state: (Net().apply, variables),
@@ -65,6 +74,14 @@ def test_linen(given):
     folded = nj.deploy.fold(*args, X, show=False)
     assert [each.kernel for each in folded.found] == ["params/dense/kernel"]
     assert_close(folded.apply(folded.variables, X), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [of_variables, of_state])
+def test_functions_of_a_state_and_of_its_variables(function):
+    _, state, _ = linen()
+    found = lint(function, state, X)
+    assert [each.rule for each in found] == ["cancelled-bias"]
+    assert found[0].path.endswith("dense")
 
 
 def test_the_optimizer_of_a_state_is_examined_too():

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     import optax
 
 
-MISSING: Any = object()
-
-
 class Lint(tuple[Finding, ...]):
     """The result of `lint`: a tuple of findings, errors first, that prints as a list of advice.
 
@@ -60,7 +57,7 @@ class Lint(tuple[Finding, ...]):
 def lint(
     apply_fn: Callable[[Any, Any], Any] | Any,
     variables: Any,
-    x: PyTree = MISSING,
+    x: PyTree | None = None,
     *,
     optimizer: optax.GradientTransformation | None = None,
     steps: int | None = None,
@@ -156,7 +153,7 @@ def lint(
       Variance Shift" (2019). Small batches: Wu & He, "Group Normalization" (2018). Residual
       branches: Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 5.1.
     """
-    given = (variables,) if x is MISSING else (variables, x)
+    given = (variables,) if x is None else (variables, x)
     opened = modules.open_model(FUNCTION, apply_fn, given, train=True)
     optimizer = opened.optimizer if optimizer is None else optimizer
     model = open_model(opened.function, opened.variables)

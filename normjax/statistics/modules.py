@@ -55,9 +55,25 @@ def open_model(caller: str, model: Any, given: tuple[Any, ...], *, train: bool) 
     if len(given) < 2:
         _raise_incomplete(caller, model, given)
     if module is None:
-        return Opened(model, first, tuple(others))
+        return Opened(model, _as_taken(model, first, others), tuple(others))
     function = partial(_call_linen, module, train)
     return Opened(function, collections_of(first), tuple(others))
+
+
+def _as_taken(function: Callable[..., Any], variables: Any, inputs: list[Any]) -> Any:
+    """Returns a training state, or its collections if the function takes these."""
+    collections = collections_of(variables)
+    if collections is variables or _runs(function, variables, inputs):
+        return variables
+    return collections if _runs(function, collections, inputs) else variables
+
+
+def _runs(function: Callable[..., Any], variables: Any, inputs: list[Any]) -> bool:
+    try:
+        jax.eval_shape(function, variables, *inputs)
+    except Exception:  # of whatever the function does to a state that it does not know
+        return False
+    return True
 
 
 def is_state(value: Any) -> bool:
