@@ -227,8 +227,10 @@ def _recovered(
     rate = 1 - momentum if momentum is not None else 1 / jnp.maximum(new["count"], 1)
     mean = old["mean"] + (new["mean"] - old["mean"]) / jnp.asarray(rate, old["mean"].dtype)
     var = old["var"] + (new["var"] - old["var"]) / jnp.asarray(rate, old["var"].dtype)
-    _check_momentum(path, var, -16 * jnp.finfo(var.dtype).eps / rate * old["var"], momentum)
-    return Moments(counts, mean, jnp.maximum(var, 0))
+    lowest = -16 * jnp.finfo(var.dtype).eps / rate * old["var"]
+    _check_momentum(path, var, lowest, momentum)
+    # A compiled program cannot raise the error: NaN instead of numbers that look right.
+    return Moments(counts, mean, jnp.where(var < lowest, jnp.nan, jnp.maximum(var, 0)))
 
 
 def _check_momentum(path: KeyPath, var: Array, rounding: Array, momentum: float | None) -> None:

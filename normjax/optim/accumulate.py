@@ -119,8 +119,9 @@ def accumulate(
 
     Args:
       momentum: "layers" for the layers' own. A number below 1, or None for statistics with a
-        `count`, is for layers that do not tell theirs: it must be that of all of them, which cannot
-        be checked under `jax.jit`.
+        `count`, is for layers that do not tell theirs: it must be that of all of them. If it cannot
+        be, since a microbatch would have a negative variance, that is an error, or NaN under
+        `jax.jit`; a wrong one may also go unnoticed.
       running_var: with a given momentum, which variance these layers store. "unbiased" needs true
         counts, and so `Moments`.
 

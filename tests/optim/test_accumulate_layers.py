@@ -162,6 +162,16 @@ def test_a_layer_that_only_a_compiled_program_sees_move_gets_nan():
     assert_identical(frozen, batch_stats)
 
 
+def test_a_given_momentum_that_cannot_be_the_layer_s_gives_nan_when_compiled():
+    params, batch_stats = nj.batch_norm_init(5)
+    for momentum, wrong in ((0.9, False), (0.99, True)):
+        statistics = nj.optim.accumulate(momentum=momentum)
+        _, new = nj.batch_norm(params, batch_stats, 0.1 * data()[0], train=True, momentum=0.9)
+        seen = statistics.init(batch_stats, STEPS[0])
+        after, _ = jax.jit(statistics.update)(new, seen, batch_stats, STEPS[K])
+        assert jnp.isnan(after["var"]).all() == wrong
+
+
 def test_a_layer_that_the_last_microbatch_skips_keeps_what_it_told():
     params, batch_stats = nj.batch_norm_init(5)
     x = data()
