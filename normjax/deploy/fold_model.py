@@ -137,8 +137,8 @@ def fold(
       {'params': {'layers_0': {'bias': (4,), 'kernel': (3, 4)}}}
       >>> y = jax.jit(folded.apply)(folded.variables, x)
     """
-    source, variables, inputs, _ = open_model(FUNCTION, model, (variables, *inputs), train=False)
-    _check_callable(source)
+    model, variables, inputs, _ = open_model(FUNCTION, model, (variables, *inputs), train=False)
+    source = _as_function(model)
     leaves = by_path(variables)
     _check_arrays(leaves, inputs)
     finder = find(source, variables, inputs)
@@ -167,13 +167,25 @@ def _described(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
-def _check_callable(model: Any) -> None:
-    _checks.must_be_callable(
+def _as_function(model: Any) -> Callable[..., Any]:
+    from flax import linen, nnx
+
+    if isinstance(model, linen.Module):
+        return model.apply
+    if isinstance(model, nnx.Module):
+        model = nnx.clone(model)
+        model.eval()
+        definition = nnx.graphdef(model)
+        return lambda state, *inputs: nnx.merge(definition, state)(*inputs)
+    if callable(model):
+        return model
+    _checks.raise_error(
         FUNCTION,
-        "model",
-        model,
-        expected="a function (variables, *inputs) -> outputs, a linen or nnx module, or TrainState",
+        "model cannot be called",
+        expected="a function (variables, *inputs) -> outputs, a linen or an nnx module",
+        got=f"{type(model).__name__}",
         fix="The order is (model, variables, *inputs)",
+        kind=TypeError,
     )
 
 
