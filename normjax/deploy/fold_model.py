@@ -18,6 +18,7 @@ from normjax._trees import Path, by_path, check_known, nest
 from normjax.deploy._constants import FUNCTION
 from normjax.deploy._pairs import Finder
 from normjax.deploy._rewrite import find, fold_pair, new_bias, rewritten, run
+from normjax.statistics.modules import open_model
 
 # How much rounding changes the outputs of a deep network, in float32 and in half precision.
 FULL, HALF = 1e-5, 5e-2
@@ -102,8 +103,8 @@ def fold(
 
     Args:
       model: the model at inference: a function `(variables, *inputs) -> outputs`, such as
-        `functools.partial(model.apply, train=False)`; a linen module whose `apply` needs no other
-        arguments; an nnx module, which is run in evaluation mode.
+        `functools.partial(model.apply, train=False)`; a linen or an nnx module, which is run in
+        evaluation mode; a `TrainState`. The last two may be followed by the inputs at once.
       variables: the model's variables; `nnx.state(model)` for an nnx module. A batch norm is
         recognized by leaves `mean` and `var`, side by side.
       *inputs: a small sample of real inputs.
@@ -136,6 +137,7 @@ def fold(
       {'params': {'layers_0': {'bias': (4,), 'kernel': (3, 4)}}}
       >>> y = jax.jit(folded.apply)(folded.variables, x)
     """
+    model, variables, inputs, _ = open_model(FUNCTION, model, (variables, *inputs), train=False)
     source = _as_function(model)
     leaves = by_path(variables)
     _check_arrays(leaves, inputs)

@@ -31,6 +31,12 @@ _ALIASES = {
     "num_batches_tracked": "count",
 }
 _KNOWN = ("mean", "var", "count", "scale", "bias", "threshold", "epsilon", "alpha", "u", "sigma")
+# What a layer is found by, as an error says it.
+NAMES = (
+    "'mean' beside 'var' (also running_mean, moving_mean, running_var, moving_variance), 'scale' "
+    "(gamma, gain), 'threshold', 'u' beside 'sigma', or 'weight', 'bias' or 'alpha' of a layer "
+    "whose name says its kind, such as 'bn1' or 'LayerNorm_0'"
+)
 _NAMED = {
     "batch renorm": r"batch_?re_?norm",
     "batch norm": r"batch_?norm|(^|_)bn(_|\d|$)",
@@ -71,6 +77,8 @@ def leaves_of(variables: Any) -> Leaves:
         variables = {"params": variables[0], "batch_stats": variables[1]}
     leaves = {}
     for path, leaf in jax.tree.leaves_with_path(plain(variables)):
+        if hasattr(leaf, "detach"):  # a tensor of PyTorch
+            leaf = leaf.numpy(force=True)
         names = _single(path_names(path))
         if isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
             _checks.raise_error(
@@ -198,12 +206,13 @@ def _said(labels: list[str]) -> str | None:
 def _single(names: Iterable[str]) -> Path:
     """Returns the names one by one, without a final "value", which is a box of Flax.
 
-    Orbax writes keys that are tuples as strings: these are split.
+    Orbax writes keys that are tuples as strings, PyTorch joins names by dots: these are split.
     """
     parts: list[str] = []
     for name in names:
         is_tuple = name.startswith("('") and name.endswith(")")
         parts += map(str, ast.literal_eval(name)) if is_tuple else [name]
+    parts += parts.pop().split(".") if parts else []
     return tuple(parts[:-1] if len(parts) > 1 and parts[-1] == "value" else parts)
 
 

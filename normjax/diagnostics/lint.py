@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 from jaxtyping import PyTree
@@ -11,10 +11,11 @@ from jaxtyping import PyTree
 from normjax import _checks
 from normjax._typing import AxisName
 from normjax.diagnostics._findings import SEVERITIES, Finding, show_findings
-from normjax.diagnostics._lint import biases, decay, rules
+from normjax.diagnostics._lint import biases, decay, layout, rules
 from normjax.diagnostics._lint.graph import Kind
 from normjax.diagnostics._lint.model import FUNCTION, Model, open_model
 from normjax.diagnostics._lint.network import Network
+from normjax.statistics import modules
 
 if TYPE_CHECKING:
     import optax
@@ -23,11 +24,24 @@ if TYPE_CHECKING:
 class Lint(tuple[Finding, ...]):
     """The result of `lint`: a tuple of findings, errors first, that prints as a list of advice.
 
+    Without findings it says what was examined.
+
+    Attributes:
+      examined: how many normalizations were examined, and by which rules.
+
     Example:
       >>> import normjax as nj
       >>> print(nj.diagnostics.Lint())
       nothing found
     """
+
+    examined: str
+
+    def __new__(cls, findings: Iterable[Finding] = (), examined: str = "") -> Self:
+        """Makes it from findings and, for `print`, what was examined."""
+        found = super().__new__(cls, findings)
+        found.examined = examined
+        return found
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -35,13 +49,15 @@ class Lint(tuple[Finding, ...]):
         return tuple(self)
 
     def __repr__(self) -> str:
-        return show_findings(self)
+        return (
+            show_findings(self) if self or not self.examined else f"nothing found: {self.examined}"
+        )
 
 
 def lint(
-    apply_fn: Callable[[Any, Any], Any],
+    apply_fn: Callable[[Any, Any], Any] | Any,
     variables: Any,
-    x: PyTree,
+    x: PyTree | None = None,
     *,
     optimizer: optax.GradientTransformation | None = None,
     steps: int | None = None,
@@ -57,9 +73,13 @@ def lint(
     are found. It is a batch norm if its statistics combine several examples.
 
     - `cancelled-bias` (note): a bias that mean subtraction removes on every path; between the two
-      are only sums, multiples, reshapes, casts and pooling. Batch norm removes what is constant
-      over examples and positions, instance norm what is constant over positions, layer and group
-      norm also what is constant over features. Root mean square norms remove nothing.
+      are only sums, multiples, reshapes, casts, pooling, resizes and linear layers without padding.
+      Batch norm removes what is constant over examples and positions, instance norm what is
+      constant over positions, layer and group norm also what is constant over features. Root mean
+      square norms remove nothing. Biases of normalizations are not reported behind linear layers.
+    - `channels-first` (warning): a convolution or a normalization takes positions for features. The
+      channels are along another axis: that of the convolution before it, or axis 1 of x, if x holds
+      images with at most 4 channels there, square ones or large ones in color.
     - `decayed-scale` (warning; needs `optimizer`): a scale or bias of a normalization changes
       without a gradient, by more the larger it is. Scales stored as an offset from 1 may be
       decayed.
@@ -73,6 +93,8 @@ def lint(
       :math:`\sqrt{2 / (n - 1)}`, 37% at 16.
     - `slow-momentum` (warning; needs `steps`): :math:`\text{momentum}^\text{steps} > 0.01`. That
       part of the running statistics is still their initial value at the end.
+    - `torch-momentum` (warning): a momentum between 0 and 0.5, which weighs the old value here, and
+      the batch in PyTorch. PyTorch's 0.1 is 0.9 here. Schedules by a count are not reported.
     - `unsynced` (warning; under a mapped axis): a batch norm's examples are split over the axis,
       but each device has its own statistics, and stores its own running ones.
     - `residual-scale` (note): the output of a normalization is added to a shortcut, and its scale
@@ -84,13 +106,16 @@ def lint(
       apply_fn: `apply_fn(variables, x)` is a forward pass in training mode, as in `nj.recalibrate`.
         It returns `(y, batch_stats)`, or what linen's `apply(..., mutable=["batch_stats"])`
         returns; anything for an nnx module or a model without batch statistics. Close over keys for
-        dropout.
+        dropout. Or a model as it is: a linen or an nnx module, or a `TrainState`. It is then called
+        in training mode, also by an argument such as `train` or `deterministic`.
       variables: `{"params": ..., "batch_stats": ...}` (all collections of linen), the pair
         `(params, batch_stats)`, a tree of parameters, or a `flax.nnx.Module` in training mode.
-        Shapes are enough for all rules but `residual-scale`.
+        Shapes are enough for all rules but `residual-scale`. Left out for an nnx module or a
+        `TrainState` as the first argument, which have their own: `lint(state, x)`.
       x: one training batch (one device's under `axis_name`): an array, or a tree of arrays, with
         examples along axis 0. Shapes are enough: `jax.ShapeDtypeStruct`.
-      optimizer: the optimizer of the training. It is called with gradients of zero.
+      optimizer: the optimizer of the training; None for that of a `TrainState`, if there is one.
+        It is called with gradients of zero.
       steps: the number of steps that are planned.
       axis_name: the mapped axis, or axes, of pmap, shard_map or vmap that `apply_fn` is called
         under. It is not needed for a pmap or shard_map inside of `apply_fn`, but for a vmap. Plain
@@ -128,19 +153,47 @@ def lint(
       Variance Shift" (2019). Small batches: Wu & He, "Group Normalization" (2018). Residual
       branches: Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 5.1.
     """
-    model = open_model(apply_fn, variables)
+    given = (variables,) if x is None else (variables, x)
+    opened = modules.open_model(FUNCTION, apply_fn, given, train=True)
+    optimizer = opened.optimizer if optimizer is None else optimizer
+    model = open_model(opened.function, opened.variables)
+    (x,) = opened.inputs
     if steps is not None:
         _check_count("steps", steps)
     network = Network(model, x, _mapped(axis_name, axis_size))
     _check_training(network)
-    found = [*biases.cancelled_biases(network)]
+    found = [*biases.cancelled_biases(network), *layout.channels_first(network)]
     if optimizer is not None:
         found += decay.decayed_scales(network, optimizer, _params(model))
     found += [*rules.dropout_before(network), *rules.few_values(network)]
     if steps is not None:
         found += rules.slow_momentum(network, steps)
-    found += [*rules.unsynced(network), *rules.residual_scales(network)]
-    return Lint(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
+    found += [
+        *rules.torch_momentum(network),
+        *rules.unsynced(network),
+        *rules.residual_scales(network),
+    ]
+    found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+    left_out = {
+        "decayed-scale (needs optimizer)": optimizer is None,
+        "slow-momentum (needs steps)": steps is None,
+        "unsynced (needs axis_name)": axis_name is None,
+    }
+    return Lint(found, _examined(network, [rule for rule, missing in left_out.items() if missing]))
+
+
+def _examined(network: Network, left_out: list[str]) -> str:
+    """Returns how many normalizations there are, or why there are none, and rules not applied."""
+    count = len(network.norms)
+    leaves = f"{len(network.leaves)} {'leaf' if len(network.leaves) == 1 else 'leaves'}"
+    if not count:
+        return (
+            f"there is no normalization among {len(network.graph.nodes)} values made from "
+            f"{leaves}. One multiplies activations by the inverse root (rsqrt, sqrt or pow) of "
+            "their own statistic; those inside of Pallas kernels, or at inference, are not seen"
+        )
+    passed = f"{count} normalization{'s' * (count > 1)} of a network with {leaves} passed"
+    return passed + (f"; not applied: {', '.join(left_out)}" if left_out else "")
 
 
 def _mapped(axis_name: AxisName | None, axis_size: int | None) -> dict[Hashable, int]:

@@ -11,8 +11,9 @@ import numpy as np
 
 from normjax import _checks
 from normjax.diagnostics import _gap, _text
+from normjax.diagnostics._dead import merge_dead
 from normjax.diagnostics._findings import SEVERITIES, Finding, Severity
-from normjax.diagnostics._layers import Layer, Leaves, classes_of, find_layers, leaves_of
+from normjax.diagnostics._layers import NAMES, Layer, Leaves, classes_of, find_layers, leaves_of
 from normjax.diagnostics._replicas import count_replicas, diverged, replica
 from normjax.diagnostics._reported import LayerReport, Range
 from normjax.diagnostics._rules import findings
@@ -87,9 +88,11 @@ def report(
     - `infinite-variance` (error): var is infinite, as after one batch beyond 1e19, whose squares
       overflow. At inference y is the bias from then on.
     - `negative-variance` (error): var < 0.
-    - `dead-channels` (warning; error if all are): var is at most epsilon / 100, so that the output
-      varies by a tenth of its scale, or at most 1e-6 of the median. Filter response norm: a
-      threshold 6 deviations above the bias. Dynamic tanh: alpha = 0.
+    - `dead-channels` (note for fewer than 5% of the channels, else warning; error if all are): var
+      is at most epsilon / 100, so that the output varies by a tenth of its scale, or at most 1e-6
+      of the median. Layers with the same dead channels, such as those around a depthwise
+      convolution, have one finding. Filter response norm: a threshold 6 deviations above the bias.
+      Dynamic tanh: alpha = 0.
     - `exploding-channels` (warning; error from 1e8, where adjacent float32 numbers differ by 8):
       the input's root mean square, or the scale, is at least 100 times the median and at least 10;
       or it is at least 1e4, so that 6 deviations overflow float16.
@@ -167,7 +170,7 @@ def report(
         found += apart
     found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     rows = [_row(layer, gaps.get(layer.path), found) for layer in layers]
-    return Report(tuple(rows), tuple(found))
+    return Report(tuple(rows), merge_dead(layers, found, epsilon))
 
 
 def _compare(
@@ -244,7 +247,7 @@ def _raise_without_layers(variables: Any, leaves: Leaves) -> None:
     _checks.raise_error(
         "report",
         "there is no normalization layer",
-        expected="leaves such as 'mean' beside 'var', or 'scale'",
+        expected=f"leaves with these names: {NAMES}",
         got=f"{type(variables).__name__} with {len(names)} arrays{listed}",
         fix="Pass the variables of a model that normalizes: {'params': ..., 'batch_stats': ...}",
     )

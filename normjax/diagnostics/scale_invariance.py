@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from normjax._trees import path_names, plain
 from normjax._typing import Axes, DTypeLike
-from normjax.optim.invariance import InvarianceTest, Settings, invariance_test
+from normjax.optim.lengths import InvarianceTest, Settings, invariance_test
 
 
 class ScaleInvariance(NamedTuple):

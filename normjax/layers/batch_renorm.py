@@ -44,7 +44,7 @@ from normjax.layers.batch_step import (
 )
 from normjax.layers.jit_step import jit_step
 from normjax.statistics.elements import read
-from normjax.statistics.population import POPULATION
+from normjax.statistics.population import is_replaced
 from normjax.statistics.reduction import batch_moments
 from normjax.statistics.running import init_batch_stats
 
@@ -210,7 +210,7 @@ def batch_renorm(
 def take_renorm_step(step: BatchStep, r_max: Limit, d_max: Limit) -> tuple[Array, BatchStats]:
     """Takes a step with limits that are still unchecked; inference is batch norm's."""
     limits = take_limits(r_max, d_max, step.batch_stats)
-    if POPULATION in step.batch_stats:  # which owes nothing to the statistics that it replaces
+    if is_replaced(step.batch_stats):  # by a population, which must not depend on them
         return take_step(step, train_step, infer_step)
     return take_step(step, renorm_step, infer_step, limits)
 

@@ -204,7 +204,7 @@ def _collecting_step(
     infer_step: Callable[..., Array],
     *extra: Any,
 ) -> tuple[Array, BatchStats]:
-    """Adds the moments of x to the population; the running statistics do not change."""
+    """Hands the moments of x to what collects them; the running statistics do not change."""
     params, batch_stats, x, train, mask, momentum, spec = step
     layer_by_layer = is_layer_by_layer(batch_stats)
     running = {leaf: value for leaf, value in batch_stats.items() if leaf != POPULATION}
@@ -218,8 +218,8 @@ def _collecting_step(
     batch = compiled_moments(spec, x, mask)
     if spec.skip_nonfinite:
         batch = unless_nonfinite(batch)
-    cumulative = spec.momentum is None and momentum is None
-    return y, collect(batch_stats, batch, cumulative, spec.running_var)
+    weight = spec.momentum if momentum is None else momentum
+    return y, collect(batch_stats, batch, weight, spec.running_var)
 
 
 def into_ghosts(

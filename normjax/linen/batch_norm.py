@@ -20,7 +20,7 @@ from normjax.layers.batch_step import (
     with_complex_mean,
 )
 from normjax.linen._shared import common, declare, promoted, sizes
-from normjax.statistics.population import POPULATION
+from normjax.statistics.population import POPULATION, is_replaced
 
 
 class BatchNorm(nn.BatchNorm):
@@ -152,7 +152,7 @@ def normalize(
         **common(norm, mask),
     )
     y, batch_stats = take(step)
-    if POPULATION in running or not (infer or norm.is_initializing()):
+    if is_replaced(values) or not (infer or norm.is_initializing()):
         for leaf, value in batch_stats.items():
             running[leaf].value = value
     return y

@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Inexact
+from jaxtyping import Array, ArrayLike, Bool, Inexact
 
-from normjax._typing import promote
+from normjax._typing import BatchStats, RunningVar, promote
 from normjax.statistics.elements import abs2
 from normjax.statistics.spec import Moments, or_one
 
@@ -78,6 +78,20 @@ class Population:
         lost = Sums(*map(_lost, before, amounts, sums, self.lost))
         return replace(self, shift=shift, sums=sums, lost=lost)
 
+    def collected(
+        self,
+        batch_stats: BatchStats,
+        batch: Moments,
+        momentum: float | ArrayLike | None,
+        running_var: RunningVar,
+    ) -> BatchStats:
+        """Returns the statistics with the batch added here; counted if their mean is cumulative."""
+        new: dict[str, Any] = {POPULATION: self.add(batch, unbiased=running_var == "unbiased")}
+        if momentum is None:
+            so_far = jnp.where(jnp.any(self.seen[0]), batch_stats["count"], 0)
+            new["count"] = so_far + jnp.any(jnp.asarray(batch.count) > 0).astype(so_far.dtype)
+        return batch_stats | new
+
     def statistics(self) -> tuple[Array, Array]:
         """Returns the population's mean and variance, arbitrary for features without elements."""
         weight, mean, freedom, var = map(jnp.add, self.sums, self.lost)
@@ -109,6 +123,11 @@ def empty_population(
     var = jnp.zeros_like(batch_stats["var"], jnp.finfo(mean.dtype).dtype)
     sums = Sums(var, mean, var, var)
     return Population(mean, sums, sums, estimate, layer_by_layer)
+
+
+def is_replaced(batch_stats: Mapping[str, Any]) -> bool:
+    """Returns whether a layer's running statistics will be replaced by those of a population."""
+    return isinstance(batch_stats.get(POPULATION), Population)
 
 
 def is_layer_by_layer(batch_stats: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike
 from normjax import _checks, _leaves
 from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import WIDE, BatchStats, DTypeLike, RunningVar, promote
-from normjax.statistics.population import POPULATION
+from normjax.statistics.population import POPULATION, is_replaced
 from normjax.statistics.spec import Moments
 
 OPTIONS = ("biased", "unbiased")
@@ -82,7 +82,7 @@ def update_batch_stats(
     if skip_nonfinite:
         moments = unless_nonfinite(moments)
     if POPULATION in batch_stats:
-        return collect(batch_stats, moments, momentum is None, running_var)
+        return collect(batch_stats, moments, momentum, running_var)
     return update(batch_stats, moments, momentum, running_var)
 
 
@@ -106,7 +106,7 @@ def update(
         enough_for_var = count > 1
     new = {}
     if "count" in batch_stats:
-        new["count"] = _next_count(batch_stats["count"], enough)
+        new["count"] = next_count(batch_stats["count"], enough)
     if momentum is None:
         momentum = 1 - 1 / jnp.maximum(new["count"].astype(var.dtype), 1)
     new["mean"] = _blend(batch_stats["mean"], mean, momentum, enough)
@@ -121,15 +121,14 @@ def unless_nonfinite(batch: Moments) -> Moments:
 
 
 def collect(
-    batch_stats: BatchStats, batch: Moments, cumulative: bool, running_var: RunningVar
+    batch_stats: BatchStats,
+    batch: Moments,
+    momentum: float | ArrayLike | None,
+    running_var: RunningVar,
 ) -> BatchStats:
-    """Adds the batch to the population, and counts it if the running mean is cumulative."""
-    population: Any = batch_stats[POPULATION]
-    new = {POPULATION: population.add(batch, unbiased=running_var == "unbiased")}
-    if cumulative:
-        so_far = jnp.where(jnp.any(population.seen[0]), batch_stats["count"], 0)
-        new["count"] = so_far + jnp.any(jnp.asarray(batch.count) > 0).astype(so_far.dtype)
-    return batch_stats | new
+    """Adds the batch to what is collected in its place; mean and variance do not change."""
+    collector: Any = batch_stats[POPULATION]
+    return collector.collected(batch_stats, batch, momentum, running_var)
 
 
 def whole(count: ArrayLike) -> Array:
@@ -139,7 +138,7 @@ def whole(count: ArrayLike) -> Array:
     return count if is_int else jnp.round(count).astype(jnp.int32)
 
 
-def _next_count(old: Array, enough: Any) -> Array:
+def next_count(old: Array, enough: Any) -> Array:
     """Counts a batch in which any element counts, in the dtype of the old count."""
     count = whole(old)
     one_more = jnp.any(enough) & (count < jnp.iinfo(count.dtype).max)
@@ -180,7 +179,7 @@ def _check(
 
 def check_precision(function: str, batch_stats: BatchStats) -> None:
     """Raises for running statistics that a training step could not move by a hundredth."""
-    if POPULATION in batch_stats:  # which leaves them as they are
+    if is_replaced(batch_stats):  # later, and not moved
         return
     for leaf in ("mean", "var"):
         dtype = jax.typeof(batch_stats[leaf]).dtype

@@ -295,6 +295,39 @@ class TestFewValues:
         assert lint(each, nj.layer_norm_init(5)[0], jnp.ones((2, 1, 5))) == ()
 
 
+class TestTorchMomentum:
+    def test_of_pytorch(self):
+        network = Dense(hidden=1, momentum=0.1)
+        finding = only(lint(network, network.variables, ROWS), "torch-momentum")
+        assert (finding.path, finding.severity) == ("norm_0", "warning")
+        assert "momentum 0.1 is the weight of the old value" in finding.message
+        assert "90% those of the last batch" in finding.message
+        assert finding.advice.startswith("write 0.9 if 0.1 is from PyTorch")
+
+    def test_in_linen_and_of_shapes(self, promotion_as_in_flax):
+        model = nn.Sequential([nn.Dense(4, use_bias=False), training(nn.BatchNorm, momentum=0.03)])
+        apply, variables, x = linen(model, ROWS)
+        found = lint(apply, jax.eval_shape(lambda: variables), x)
+        assert "write 0.97" in only(found, "torch-momentum").advice
+
+    @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, None, "schedule"])
+    def test_none_for_others_and_for_schedules(self, momentum):
+        network = Dense(hidden=1)
+        params, batch_stats = network.variables
+        batch_stats["norm_0"] |= {"count": jnp.zeros((), jnp.int32)}
+        if momentum == "schedule":  # TensorFlow's: 0.1, 0.18, 0.25, ...
+
+            def apply(variables, x):
+                count = variables[1]["norm_0"]["count"].astype(jnp.float32)
+                network.settings = {"momentum": (1 + count) / (10 + count)}
+                return network(variables, x)
+
+            assert lint(apply, (params, batch_stats), ROWS) == ()
+        else:
+            network.settings = {"momentum": momentum}
+            assert lint(network, (params, batch_stats), ROWS) == ()
+
+
 class TestSlowMomentum:
     def test_its_value_is_found(self):
         network = Dense(hidden=1, momentum=0.98)

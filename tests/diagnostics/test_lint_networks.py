@@ -17,11 +17,13 @@ from tests.compare import at_once
 from tests.diagnostics.lint_networks import FEATURES, ROWS, Dense, dense, linear, rules
 
 IMAGES = jax.random.normal(jax.random.key(2), (4, 6, 6, 3))
+MIX = jnp.sin(jnp.arange(36.0)).reshape(FEATURES, FEATURES)
+HEADS = MIX.reshape(FEATURES, 2, 3)
 
 
 def conv(kernel, x, padding="SAME"):
     return lax.conv_general_dilated(
-        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel.astype(x.dtype), (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
@@ -99,6 +101,27 @@ BETWEEN = {
     "a multiple for each row": lambda x: x * jnp.arange(1.0, x.shape[1] + 1)[:, None, None],
     "a sum of multiples": lambda x: 2.0 * x - x / 3.0,
     "a padded convolution": lambda x: x + conv(jnp.ones((3, 3, FEATURES, FEATURES)), x),
+    "a second dense layer": lambda x: x @ MIX,
+    "a dense layer over several axes": lambda x: jnp.einsum("nhwi,ijk->nhwjk", x, HEADS).reshape(
+        x.shape
+    ),
+    "a convolution of one position": lambda x: conv(MIX[None, None], x),
+    "a valid convolution": lambda x: conv(MIX * jnp.ones((2, 2, 1, 1)), x, "VALID"),
+    "a padded convolution alone": lambda x: conv(MIX * jnp.ones((3, 3, 1, 1)), x),
+    "a resize": lambda x: jax.image.resize(x, (4, 9, 11, FEATURES), "bilinear"),
+    "a smaller resize": lambda x: jax.image.resize(x, (4, 3, 4, FEATURES), "cubic"),
+    "a resize to the nearest": lambda x: jax.image.resize(x, (4, 9, 9, FEATURES), "nearest"),
+    "two layers and a resize": lambda x: jax.image.resize(x @ MIX @ MIX, (4, 3, 9, 6), "linear"),
+    "repeated pixels": lambda x: jnp.repeat(jnp.repeat(x, 2, 1), 2, 2),
+    "read at indices": lambda x: x[:, jnp.array([0, 3, 3])],
+    "read at indices of features": lambda x: x[..., jnp.array([0, 3, 3, 1, 2, 5])],
+    "pixels from features": lambda x: x.reshape(4, 6, 6, 2, 3).swapaxes(2, 3).repeat(2, -1),
+    "a kernel over positions": lambda x: jnp.einsum("nhwi,hg->ngwi", x, MIX),
+    "a kernel for each row": lambda x: jnp.einsum("nhwi,hij->nhwj", x, MIX[:, :, None] * MIX),
+    "a transposed convolution": lambda x: lax.conv_transpose(
+        x, MIX * jnp.arange(1.0, 5).reshape(2, 2, 1, 1), (2, 2), "VALID"
+    ),
+    "attention": lambda x: jnp.einsum("nhwi,nhwj->nij", x, x)[:, None],
     "relu": jax.nn.relu,
     "relu beside": lambda x: x + jax.nn.relu(x),
     "remat": jax.checkpoint(lambda x: x * 2.0),
@@ -145,6 +168,20 @@ def test_a_bias_is_found_if_and_only_if_its_gradient_is_zero(norm):
 def test_whatever_lies_between_a_bias_and_the_norm(between):
     found, gradient = verdict_and_gradient(BATCH, BETWEEN[between])
     assert found == (gradient < 1e-9) and not 1e-9 <= gradient < 1e-3
+
+
+def test_a_normalization_before_a_linear_layer_keeps_its_bias():
+    params, batch_stats = nj.batch_norm_init(FEATURES)
+
+    def bottleneck(variables, x):
+        params, batch_stats = variables
+        x, first = nj.batch_norm(params["first"], batch_stats["first"], x, train=True)
+        x, second = nj.batch_norm({}, batch_stats["second"], x @ params["kernel"], train=True)
+        return x, {"first": first, "second": second}
+
+    batch_stats = {"first": batch_stats, "second": nj.batch_norm_init(FEATURES)[1]}
+    x = jnp.ones((32, FEATURES))
+    assert lint(bottleneck, ({"first": params, "kernel": MIX}, batch_stats), x) == ()
 
 
 def test_a_bias_that_goes_elsewhere_too_is_not_cancelled():
@@ -383,6 +420,13 @@ class TestErrors:
 
 def test_findings_print_as_a_list_of_advice():
     assert str(Lint()) == "nothing found" and not Lint()
+    network = Dense(bias=False)
+    assert str(lint(network, network.variables, ROWS)) == (
+        "nothing found: 2 normalizations of a network with 12 leaves passed; not applied: "
+        "decayed-scale (needs optimizer), slow-momentum (needs steps), unsynced (needs axis_name)"
+    )
+    found = str(lint(lambda kernel, x: x @ kernel, MIX[:5], ROWS))
+    assert "no normalization among" in found and "made from 1 leaf." in found and "rsqrt" in found
     same = (
         Finding("a", "few-values", "warning", "8 values", "take more"),
         Finding("b", "few-values", "warning", "4 values", "take more"),
@@ -397,3 +441,58 @@ def test_findings_print_as_a_list_of_advice():
         )
     )
     assert found.findings == tuple(found) and found[0].path == "a"
+
+
+class TestChannelsFirst:
+    first = jnp.ones((16, 3, 12, 12))
+
+    def batch(self, x, axis=-1):
+        params, batch_stats = nj.batch_norm_init(x.shape[axis])
+        return nj.batch_norm(params, batch_stats, x, train=True, feature_axes=axis)[0]
+
+    def test_images_of_pytorch(self, promotion_as_in_flax):
+        model = nn.Sequential([nn.Conv(4, (3, 3), use_bias=False), nn.relu])
+        variables = model.init(jax.random.key(0), self.first)
+        (finding,) = lint(model.apply, variables, self.first)
+        assert (finding.path, finding.rule) == ("layers_0", "channels-first")
+        assert finding.severity == "warning" and "jnp.moveaxis(x, 1, -1)" in finding.advice
+        assert "(16, 3, 12, 12) has its channels along axis 1, but it takes axis 3" in (
+            finding.message
+        )
+        assert lint(model.apply, variables, jnp.ones((16, 12, 3, 12))) == ()
+        integers = self.first.astype(jnp.uint8)
+        found = lint(lambda v, x: model.apply(v, x / 255.0), variables, integers)
+        assert rules(found) == [("channels-first", "layers_0")]
+        large = jnp.ones((16, 3, 48, 12)), jnp.ones((16, 3, 64, 32))
+        kernels = [{"kernel": jnp.ones((3, 3, x.shape[-1], 4))} for x in large]
+        found = [
+            lint(lambda p, x: conv(p["kernel"], x), *each)
+            for each in zip(kernels, large, strict=True)
+        ]
+        assert [rules(each) for each in found] == [[], [("channels-first", "/")]]
+
+    @pytest.mark.parametrize(
+        ("network", "count"),
+        [
+            (lambda self, x: self.batch(x / 255.0), 1),
+            (lambda self, x: self.batch(x, 1), 0),
+            (lambda self, x: self.batch(jnp.moveaxis(x, 1, -1)), 0),
+            (lambda self, x: nj.layer_norm(*nj.layer_norm_init(12), x, train=True)[0], 1),
+            (lambda self, x: nj.instance_norm({}, {}, x, train=True, feature_axes=1)[0], 0),
+            (lambda self, x: self.batch(x.reshape(16, -1)), 0),
+        ],
+    )
+    def test_normalizations_of_the_input(self, network, count):
+        found = lint(lambda _, x: network(self, x), {}, self.first)
+        assert [finding.rule for finding in found] == ["channels-first"] * count
+
+    def test_after_a_convolution_that_says_where_its_channels_are(self):
+        def apply(params, x, axis):
+            numbers = ("NCHW", "HWIO", "NCHW")
+            h = lax.conv_general_dilated(x, params["kernel"], (2, 2), "SAME", None, None, numbers)
+            return self.batch(nn.max_pool(jax.nn.relu(h), (1, 2), (1, 2)), axis)
+
+        params, x = {"kernel": jnp.ones((3, 3, 5, 4))}, jnp.ones((16, 5, 8, 16))
+        (finding,) = lint(partial(apply, axis=-1), params, x)
+        assert finding.rule == "channels-first" and "along axis 1" in finding.message
+        assert lint(partial(apply, axis=1), params, x) == ()

@@ -68,10 +68,36 @@ def test_constant_inputs_are_dead_channels():
     var /= 100
     var[3] = 2e-7
     assert rules(tree) == []  # above a hundredth of epsilon, 1e-7
-    assert rules(tree, epsilon=1e-3) == [("norm", "dead-channels", "warning")]
+    assert rules(tree, epsilon=1e-3) == [("norm", "dead-channels", "note")]  # 1 of 32, 3%
     var *= 1e6
-    var[3] = 1e-3  # far below the layer's median, if not epsilon
+    var[[3, 4]] = 1e-3  # far below the layer's median, if not epsilon
     assert rules(tree) == [("norm", "dead-channels", "warning")]
+
+
+def test_the_same_dead_channels_of_several_layers_are_one_finding():
+    """As around a depthwise convolution, which hands a constant channel on."""
+    names = [f"block_{block}_bn_{i}" for block in range(2) for i in range(2)]
+    trees = {name: healthy() for name in names}
+    tree = {
+        part: {name: each[part]["norm"] for name, each in trees.items()}
+        for part in ("params", "batch_stats")
+    }
+    for name, dead in zip(names, ([5], [5], [5, 9], [5, 9]), strict=True):
+        tree["batch_stats"][name]["var"][dead] = 0
+        tree["params"][name]["scale"][dead] = 0  # a dead channel has no finding of its scale
+    found = report(tree)
+    assert [(each.path, each.severity) for each in found.findings] == [
+        ("block_1_bn_0", "warning"),
+        ("block_0_bn_0", "note"),
+    ]
+    assert found.findings[0].message.endswith(
+        "(channels 5, 9); so do the same channels of " + names[3]
+    )
+    assert [layer.severity for layer in found.layers] == ["note", "note", "warning", "warning"]
+    assert "4 normalization layers: 1 warning, 1 note" in str(found)
+    for name in names:
+        tree["batch_stats"][name]["var"][:] = 0
+    assert len(report(tree).findings) == 4  # whole layers are errors, each by itself
 
 
 def test_channels_far_larger_than_the_layer_s_explode():
@@ -293,6 +319,8 @@ def test_a_state_of_training_is_reported_without_its_optimizer_and_copies_by_the
 
 
 def test_names_of_pytorch_and_keras():
+    from torch.nn import BatchNorm1d
+
     torch = {
         "bn1.running_mean": np.zeros(4),
         "bn1.running_var": np.ones(4),
@@ -304,12 +332,17 @@ def test_names_of_pytorch_and_keras():
         "4.bias": np.ones(4),
         "5.weight": np.ones(1),
     }
-    tree = {tuple(name.split(".")): value for name, value in torch.items()}
-    assert [(layer.path, layer.kind, sorted(layer.leaves)) for layer in report(tree).layers] == [
-        ("4", "norm", ["bias", "scale"]),
-        ("bn1", "batch norm", ["count", "mean", "scale", "var"]),
-        ("ln", "layer norm", ["scale"]),
-    ]
+    split = {tuple(name.split(".")): value for name, value in torch.items()}
+    for tree in (torch, split):  # with the dots of a state_dict, too
+        assert [
+            (layer.path, layer.kind, sorted(layer.leaves)) for layer in report(tree).layers
+        ] == [
+            ("4", "norm", ["bias", "scale"]),
+            ("bn1", "batch norm", ["count", "mean", "scale", "var"]),
+            ("ln", "layer norm", ["scale"]),
+        ]
+    tensors = BatchNorm1d(4).state_dict()
+    assert sorted(report(tensors).layers[0].leaves) == ["bias", "count", "mean", "scale", "var"]
     keras = {
         "gamma": np.ones(2),
         "beta": np.zeros(2),
@@ -331,7 +364,7 @@ def test_layers_stacked_in_a_scan_are_judged_each_by_its_own_median():
 def test_bfloat16_and_complex():
     tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), healthy())
     tree["batch_stats"]["norm"]["var"] = tree["batch_stats"]["norm"]["var"].at[3].set(0)
-    assert rules(tree) == [("norm", "dead-channels", "warning")]
+    assert rules(tree) == [("norm", "dead-channels", "note")]
     params, batch_stats = nj.batch_norm_init(3)
     mean = jnp.array([3 + 4j, 0, 1j])
     assert report((params, batch_stats | {"mean": mean})).layers[0].mean == (0, 1, 5)
@@ -339,7 +372,7 @@ def test_bfloat16_and_complex():
 
 def test_it_prints_and_becomes_json():
     tree = healthy()
-    tree["batch_stats"]["norm"]["var"][3] = 0
+    tree["batch_stats"]["norm"]["var"][[3, 4]] = 0
     found = report(tree)
     text = str(found)
     assert repr(found) == text
@@ -361,7 +394,8 @@ def test_it_refuses_what_it_cannot_examine():
     variables = {"params": {"Dense_0": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}}
     with pytest.raises(
         ValueError,
-        match="no normalization layer.*2 arrays: params/Dense_0/bias, params/Dense_0/kernel",
+        match="no normalization layer.*'mean' beside 'var' .also running_mean.*'LayerNorm_0'.*"
+        "2 arrays: params/Dense_0/bias, params/Dense_0/kernel",
     ):
         report(variables)
     with pytest.raises(TypeError, match="bias of type .*Tracer"):

@@ -44,13 +44,14 @@ def projected(w, gradient, u, delta, wd_ratio, eps=1e-8):
     return u, 1.0
 
 
-def adamp(w, gradients, *, lr, wd, delta, wd_ratio, b1=0.9, b2=0.999, eps=1e-8):
+def adamp(w, gradients, *, lr, wd, delta, wd_ratio, b1=0.9, b2=0.999, eps=1e-8, nesterov=False):
     """Weights after each gradient, which may depend on the weights."""
     m, v = np.zeros_like(w), np.zeros_like(w)
     for t, gradient in enumerate(gradients, 1):
         g = gradient(w)
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        u = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+        ahead = b1 * m + (1 - b1) * g if nesterov else m
+        u = ahead / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
         u, part = projected(w, g, u, delta, wd_ratio)
         w = w * (1 - lr * wd * part) - lr * u
         yield w
@@ -116,6 +117,19 @@ def test_as_in_the_paper(rule, kind, shape):
             params = optax.apply_updates(params, updates)
             # of the paper's eps
             assert_close(params["w"], expected, rtol=1e-6, atol=1e-7, dtype=np.float64)
+
+
+def test_nesterovs_first_step_is_29_percent_larger_in_the_authors_program():
+    """As the docstring and the page say; `optax` corrects the bias as Dozat (2016) does."""
+    w, gradient = np.ones(3), np.array([1.0, -2.0, 0.5])
+    settings = {"lr": 1.0, "wd": 0.0, "delta": 0.1, "wd_ratio": 0.1}
+    theirs = next(adamp(w, [lambda w: gradient], nesterov=True, **settings)) - w
+    ours = project_scale_invariant(inner=optax.scale_by_adam(nesterov=True))
+    params = {"w": jnp.asarray(w, jnp.float32)}
+    updates = {"w": jnp.asarray(gradient, jnp.float32)}
+    updates, _ = ours.update(updates, ours.init(params), params)
+    assert_close(-theirs / np.asarray(updates["w"]), np.full(3, 1.9 / (0.9 / 1.9 + 1)), rtol=1e-5)
+    assert round(1.9 / (0.9 / 1.9 + 1), 2) == 1.29
 
 
 def test_the_reference_projects_what_it_should():

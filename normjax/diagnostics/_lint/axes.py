@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+from jax.lax import GatherScatterMode
+
 from normjax.diagnostics._lint.graph import Node
 
 Axes = frozenset[int]
 NOWHERE: Axes = frozenset()
 
+# Layers of kernels.
+LAYERS = ("dot_general", "conv_general_dilated")
 REDUCING = {
     "reduce_sum",
     "reduce_max",
@@ -48,6 +52,8 @@ def spread(node: Node, operand: int, shape: tuple[int, ...], axes: Collection[in
         return _multiplied(node, operand, shape, axes)
     if op == "conv_general_dilated":
         return _convolved(node, operand, axes)
+    if op == "gather":
+        return _gathered(node, operand, axes)
     if op in POOLING:
         padded = [axis for axis, sides in enumerate(params["padding"]) if any(sides)]
         return frozenset(axes).union(padded if op == "reduce_window_sum" else ())
@@ -70,6 +76,23 @@ def reduced(node: Node, operand: int) -> Axes:
     if node.op == "dot_general":
         return frozenset(node.params["dimension_numbers"][0][operand])
     return NOWHERE
+
+
+def _gathered(node: Node, operand: int, axes: Collection[int]) -> Axes | None:
+    """Returns the axes of what is read at indices, as in a resize to the nearest; None if filled.
+
+    Where the value does not vary along the indexed axes, any index reads the same.
+    """
+    params = node.params
+    numbers = params["dimension_numbers"]
+    clipped = (GatherScatterMode.CLIP, GatherScatterMode.PROMISE_IN_BOUNDS)
+    if operand != 0 or params["mode"] not in clipped or numbers.operand_batching_dims:
+        return None
+    whole = [i for i in range(len(params["slice_sizes"])) if i not in numbers.collapsed_slice_dims]
+    after = {numbers.offset_dims[whole.index(axis)] for axis in axes if axis in whole}
+    if set(axes) & set(numbers.start_index_map):
+        after |= set(range(len(node.shape))) - set(numbers.offset_dims)
+    return frozenset(after)
 
 
 def _reshaped(before: tuple[int, ...], after: tuple[int, ...], axes: Collection[int]) -> Axes:

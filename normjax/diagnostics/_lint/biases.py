@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jax.numpy as jnp
+
 from normjax.diagnostics._findings import Finding
 from normjax.diagnostics._lint import flow
-from normjax.diagnostics._lint.axes import POOLING, Axes, spread
-from normjax.diagnostics._lint.graph import Kind
+from normjax.diagnostics._lint.axes import LAYERS, NOWHERE, POOLING, Axes, reduced, spread
+from normjax.diagnostics._lint.graph import Kind, Node, Unknown
 from normjax.diagnostics._lint.network import Network
 from normjax.diagnostics._lint.norms import VIEWS, Norm
 
-# Operations with f(x + c) = f(x) + c, or plus a multiple of c. Linear layers end the search.
+# Operations with f(x + c) = f(x) + c, or plus a multiple of c.
 SUMS = ("add", "sub")
 MULTIPLES = ("mul", "div")
 PASSING = VIEWS | POOLING | {
@@ -24,15 +26,18 @@ def cancelled_biases(network: Network) -> Iterator[Finding]:
     """Yields biases that only reach normalizations, which subtract them."""
     graph = network.graph
     search = _Search(network)
+    own = frozenset().union(*(norm.leaves for norm in network.norms))
     for leaf, name in network.leaves.items():
         norms = [] if name.collection == "batch_stats" else search.cancelling(leaf)
-        if norms:
+        # A normalization keeps its bias: one before a linear bottleneck is no mistake of a user.
+        if norms and not (leaf in own and search.passed_layers):
             norm, shape = network.path(norms[0]), graph.nodes[leaf].shape
+            way = ", which reaches it through linear layers" if search.passed_layers else ""
             yield Finding(
                 name.path,
                 "cancelled-bias",
                 "note",
-                f"{norm} subtracts the mean, and so cancels {name.name!r} of shape {shape}",
+                f"{norm} subtracts the mean, and so cancels {name.name!r} of shape {shape}{way}",
                 "leave it out (use_bias=False); the normalization has a bias of its own",
             )
 
@@ -41,6 +46,7 @@ class _Search:
     """Follows a leaf that is added to activations."""
 
     def __init__(self, network: Network):
+        self.passed_layers = False
         self.graph = network.graph
         self.varying = flow.varying(network.graph)
         self.norms: dict[int, list[Norm]] = {}
@@ -49,6 +55,7 @@ class _Search:
 
     def cancelling(self, leaf: int) -> list[Norm]:
         """Returns the normalizations that cancel a leaf; none unless they remove all of it."""
+        self.passed_layers = False
         found: list[Norm] = []
         waiting = [(leaf, self.varying[leaf])]
         seen = set()
@@ -82,6 +89,8 @@ class _Search:
             return self.varying[user]
         others = [each for each in node.inputs if each != number]
         operand = node.inputs.index(number)
+        if node.op in (*LAYERS, "gather"):
+            return self._after_layer(node, operand, number, axes)
         is_condition = node.op == "branch" and operand == 0
         is_divisor = node.op == "div" and operand == 1
         if node.op not in PASSING or is_condition or is_divisor:
@@ -93,3 +102,39 @@ class _Search:
                 return None
             axes = axes | self.varying[others[0]]
         return spread(node, operand, given.shape, axes)
+
+    def _after_layer(self, node: Node, operand: int, number: int, axes: Axes) -> Axes | None:
+        """Returns the axes of the shift after a kernel, a resize or a reading at indices."""
+        given = self.graph.nodes[number]
+        kernels = [each for each in node.inputs if each != number]
+        if given.kind != Kind.DATA or len(kernels) != 1:
+            return None
+        (kernel,) = kernels
+        if self.graph.nodes[kernel].kind == Kind.DATA:
+            return None
+        self.passed_layers = True
+        after = spread(node, operand, given.shape, axes)
+        if after is None or node.op != "dot_general":
+            return after
+        own = after - (spread(node, operand, given.shape, NOWHERE) or NOWHERE)
+        shape = self.graph.nodes[kernel].shape
+        others = self._uneven(kernel, node, operand) if not axes & reduced(node, operand) else None
+        others = self.varying[kernel] if others is None else others
+        fresh = spread(node, 1 - operand, shape, others) or NOWHERE
+        return own | (fresh - (spread(node, 1 - operand, shape, NOWHERE) or NOWHERE))
+
+    def _uneven(self, kernel: int, node: Node, operand: int) -> Axes | None:
+        """Returns the axes along which a constant kernel's sums differ; None if it is trained.
+
+        The weights of a resize add up to 1 everywhere, so that it hands a constant through.
+        """
+        if self.graph.nodes[kernel].kind != Kind.CONSTANT:
+            return None
+        try:
+            value = jnp.asarray(self.graph.value(kernel, {}))
+        except Unknown:
+            return None
+        sums = value.sum(tuple(reduced(node, 1 - operand)), keepdims=True)
+        tolerance = 1e-5 * jnp.max(jnp.abs(sums))
+        apart = [jnp.max(sums, axis) - jnp.min(sums, axis) for axis in range(sums.ndim)]
+        return frozenset(axis for axis, gap in enumerate(apart) if jnp.max(gap) > tolerance)

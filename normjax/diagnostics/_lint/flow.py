@@ -19,12 +19,13 @@ def examples(graph: Graph) -> list[Axes]:
     for node in graph.nodes:
         axes = frozenset([0]) if node.op == "input" and node.shape else NOWHERE
         for operand, given in enumerate(node.inputs):
-            axes |= _followed(graph, node, operand, found[given])
+            axes |= followed(graph, node, operand, found[given])
         found.append(axes)
     return found
 
 
-def _followed(graph: Graph, node: Node, operand: int, axes: Axes) -> Axes:
+def followed(graph: Graph, node: Node, operand: int, axes: Axes) -> Axes:
+    """Returns where axes of an operand are in a result; an unknown axis 0 may stay axis 0."""
     shape = graph.nodes[node.inputs[operand]].shape
     if not axes:
         return NOWHERE

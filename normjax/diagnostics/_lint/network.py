@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -71,16 +72,33 @@ class Network:
             given |= {leaf: jnp.zeros_like(self.graph.nodes[leaf].aval) for leaf in norm.leaves}
         return [self.graph.value(number, given) for number in norm.factors]
 
+    @cached_property
     def momenta(self) -> dict[int, float]:
         """Returns the known momenta, by the y of their normalization."""
         norms = [norm for norm in self.norms if self.running(norm)]
         found = jax.jit(lambda: {norm.y: self._momentum(norm) for norm in norms})()
         return {y: float(momentum) for y, momentum in found.items() if not jnp.isnan(momentum)}
 
-    def _momentum(self, norm: Norm) -> Array:
-        """Returns how much new statistics change with old ones and constant activations, or NaN."""
+    def is_scheduled(self, norm: Norm) -> bool:
+        """Returns whether the momentum depends on variables, such as a count of batches."""
+        layer, leaf = self._first_running(norm)
+        found, waiting = set(), [self.updates[layer]]
+        while waiting:
+            number = waiting.pop()
+            if number not in found and number not in norm.inside | {norm.h, leaf}:
+                found.add(number)
+                waiting += self.graph.nodes[number].inputs
+        return not found.isdisjoint(self.graph.leaves)
+
+    def _first_running(self, norm: Norm) -> tuple[Leaf, int]:
+        """Returns the name and the number of the first of a normalization's running statistics."""
         layer = self.running(norm)[0]
         (leaf,) = (leaf for leaf, name in self.leaves.items() if name == layer)
+        return layer, leaf
+
+    def _momentum(self, norm: Norm) -> Array:
+        """Returns how much new statistics change with old ones and constant activations, or NaN."""
+        layer, leaf = self._first_running(norm)
         given = dict(self._values)
         for number in (norm.h, *norm.inside):
             given[number] = jnp.full_like(self.graph.nodes[number].aval, 2)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from normjax.diagnostics._findings import Finding
 from normjax.diagnostics._lint import flow
+from normjax.diagnostics._lint.axes import LAYERS
 from normjax.diagnostics._lint.graph import ROOT, Graph, Unknown
 from normjax.diagnostics._lint.network import Network
 from normjax.diagnostics._lint.norms import VIEWS, Norm
 
 FEWEST = 16  # the fewest values in a statistic without a warning
+HALF = 0.5  # smaller momenta forget more with each batch than they keep
 REMAINDER = 0.01  # the largest part of the initial statistics after training without a warning
-LAYERS = ("dot_general", "conv_general_dilated")
 
 
 def dropout_before(network: Network) -> Iterator[Finding]:
@@ -79,9 +80,8 @@ def _devices(norm: Norm) -> str:
 
 def slow_momentum(network: Network, steps: int) -> Iterator[Finding]:
     """Yields running statistics that training does not move far enough from their start."""
-    momenta = network.momenta()
     for norm in network.norms:
-        momentum = momenta.get(norm.y, 0.0)
+        momentum = network.momenta.get(norm.y, 0.0)
         if momentum < 1 and momentum**steps > REMAINDER:
             fast = math.floor(100 * REMAINDER ** (1 / steps)) / 100
             yield Finding(
@@ -92,6 +92,23 @@ def slow_momentum(network: Network, steps: int) -> Iterator[Finding]:
                 "running statistics are their initial value",
                 f"use momentum={fast:g} or less, momentum=None (the mean over all batches), or "
                 "recalibrate at the end",
+            )
+
+
+def torch_momentum(network: Network) -> Iterator[Finding]:
+    """Yields running statistics that are mostly the last batch's, as by PyTorch's momentum."""
+    for norm in network.norms:
+        momentum = network.momenta.get(norm.y, 0.0)
+        # With 0 they are the batch's own on purpose, as for microbatches.
+        if 0 < momentum < HALF and not network.is_scheduled(norm):
+            yield Finding(
+                network.path(norm),
+                "torch-momentum",
+                "warning",
+                f"its momentum {momentum:.4g} is the weight of the old value, so its running "
+                f"statistics are {1 - momentum:.0%} those of the last batch",
+                f"write {1 - momentum:.4g} if {momentum:.4g} is from PyTorch, whose momentum is "
+                "the weight of the batch",
             )
 
 

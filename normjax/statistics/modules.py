@@ -1,0 +1,162 @@
+"""Opens modules of Flax and training states as a function of variables and inputs."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from normjax import _checks
+from normjax._trees import is_nnx
+
+# Arguments by which modules are told what they are called for.
+TRAIN = ("train", "training", "is_training", "is_train")
+INFER = ("deterministic", "use_running_average", "inference", "evaluate", "eval")
+
+
+class Opened(NamedTuple):
+    """A model that can be called.
+
+    Attributes:
+      function: `(variables, *inputs) -> outputs`; of a linen module in training `(outputs, new)`.
+      variables: its variables; in training an nnx module.
+      inputs: its inputs.
+      optimizer: the optimizer of a training state, or None.
+    """
+
+    function: Callable[..., Any]
+    variables: Any
+    inputs: tuple[Any, ...]
+    optimizer: Any = None
+
+
+def open_model(caller: str, model: Any, given: tuple[Any, ...], *, train: bool) -> Opened:
+    """Returns a model as a function, with its variables and inputs; functions are not changed.
+
+    Args:
+      caller: the name that errors begin with.
+      model: a function, a linen module or its bound `apply`, an nnx module, or a `TrainState`.
+      given: the variables and the inputs; a state and an nnx module also hold the variables.
+      train: whether to call it as in training, instead of at inference.
+    """
+    first, *others = given if given else (None,)
+    if is_state(model):
+        own = is_state(first) or _are_collections(first)
+        arguments = (first if own else model, *(others if own else given))
+        opened = open_model(caller, model.apply_fn, arguments, train=train)
+        return opened._replace(optimizer=model.tx, variables=collections_of(opened.variables))
+    if is_nnx(model):
+        return _open_nnx(caller, model, given, train)
+    module = _linen_module(model)
+    if len(given) < 2:
+        _raise_incomplete(caller, model, given)
+    if module is None:
+        return Opened(model, _as_taken(model, first, others), tuple(others))
+    function = partial(_call_linen, module, train)
+    return Opened(function, collections_of(first), tuple(others))
+
+
+def _as_taken(function: Callable[..., Any], variables: Any, inputs: list[Any]) -> Any:
+    """Returns a training state, or its collections if the function takes these."""
+    collections = collections_of(variables)
+    if collections is variables or _runs(function, variables, inputs):
+        return variables
+    return collections if _runs(function, collections, inputs) else variables
+
+
+def _runs(function: Callable[..., Any], variables: Any, inputs: list[Any]) -> bool:
+    try:
+        jax.eval_shape(function, variables, *inputs)
+    except Exception:  # of whatever the function does to a state that it does not know
+        return False
+    return True
+
+
+def is_state(value: Any) -> bool:
+    """Returns whether a value is a training state, such as Flax's `TrainState`."""
+    parts = ("apply_fn", "params", "tx", "opt_state")
+    return not isinstance(value, type) and all(hasattr(value, part) for part in parts)
+
+
+def collections_of(variables: Any) -> Any:
+    """Returns the collections of a training state; other variables unchanged."""
+    if not is_state(variables):
+        return variables
+    params = variables.params
+    if _are_collections(params):
+        return params
+    batch_stats = getattr(variables, "batch_stats", None)
+    return {"params": params} | ({} if batch_stats is None else {"batch_stats": batch_stats})
+
+
+def _are_collections(value: Any) -> bool:
+    return isinstance(value, Mapping) and "params" in value
+
+
+def _linen_module(model: Any) -> Any:
+    """Returns a linen module, given itself or its bound `apply`; None for other functions."""
+    linen = sys.modules.get("flax.linen")
+    if linen is None:
+        return None
+    owner = getattr(model, "__self__", None)
+    is_apply = isinstance(owner, linen.Module) and getattr(model, "__name__", "") == "apply"
+    module = owner if is_apply else model
+    return module if isinstance(module, linen.Module) else None
+
+
+def _call_linen(module: Any, train: bool, variables: Any, *inputs: Any) -> Any:
+    mode = mode_of(module, train)
+    if not train:
+        return module.apply(variables, *inputs, **mode)
+    mutable = [name for name in variables if name != "params"]
+    keys = dict(zip(("params", "dropout"), jax.random.split(jax.random.key(0)), strict=True))
+    return module.apply(variables, *inputs, rngs=keys, mutable=mutable or False, **mode)
+
+
+def _open_nnx(caller: str, model: Any, given: tuple[Any, ...], train: bool) -> Opened:
+    from flax import nnx
+
+    own = [each for each in given[:1] if is_nnx(each) or is_nnx(each, "State")]
+    if len(own) == len(given):
+        _raise_incomplete(caller, model, given)
+    inputs = given[len(own) :]
+    module = nnx.clone(own[0] if own and is_nnx(own[0]) else model)
+    if own and is_nnx(own[0], "State"):
+        nnx.update(module, own[0])
+    (module.train if train else module.eval)()
+    mode = mode_of(module, train)
+    if train:
+        return Opened(lambda module, *inputs: module(*inputs, **mode), module, inputs)
+    definition, state = nnx.split(module)
+    return Opened(
+        lambda state, *inputs: nnx.merge(definition, state)(*inputs, **mode), state, inputs
+    )
+
+
+def mode_of(module: Any, train: bool) -> dict[str, bool]:
+    """Returns the arguments that tell a module's call whether it is in training."""
+    parameters = inspect.signature(type(module).__call__).parameters
+    known = dict.fromkeys(TRAIN, train) | dict.fromkeys(INFER, not train)
+    # A module that was told by its constructor refuses to be told twice.
+    return {
+        name: value
+        for name, value in known.items()
+        if name in parameters and getattr(module, name, None) is None
+    }
+
+
+def _raise_incomplete(caller: str, model: Any, given: tuple[Any, ...]) -> None:
+    _checks.raise_error(
+        caller,
+        "the variables or the inputs are missing",
+        expected="a TrainState and inputs, an nnx module and inputs, or a function or linen module "
+        "with its variables and inputs",
+        got=f"{type(model).__name__} and {len(given)} more: "
+        f"{[type(each).__name__ for each in given]}",
+        fix=f"Call {caller}(model, variables, x), or {caller}(state, x)",
+        kind=TypeError,
+    )
