@@ -11,7 +11,7 @@ import numpy as np
 
 from normjax._checks import HOST, Shape, raise_error, raise_for_host
 
-SCALARS = ("count", "alpha", "sigma")
+SCALARS = ("count", "count_rest", "alpha", "sigma")
 REAL = ("var", "threshold", "epsilon", "alpha", "sigma")
 
 
