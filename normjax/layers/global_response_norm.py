@@ -27,7 +27,8 @@ from normjax._typing import (
 from normjax.layers.affine import init_params, lay_out, scale_and_bias
 from normjax.layers.jit_step import jit_step
 from normjax.layers.operands import axes_within_examples, check_operands, check_spec
-from normjax.layers.standardize import StandardizeSpec, root
+from normjax.layers.standardize import StandardizeSpec
+from normjax.platforms.plain import custom_jvp
 from normjax.statistics.devices import pcast_like
 from normjax.statistics.elements import Input, named, read
 from normjax.statistics.per_example import mean_square
@@ -200,11 +201,40 @@ def _relative_norms(spec: StandardizeSpec, x: Input, mask: Mask | None) -> Array
     """Returns each channel's norm over the mean of all, with the rank of x; 0 if all are 0."""
     count, square = mean_square(spec, x, mask)
     # Two roots: the product of count and mean square may overflow.
-    norm = spec.expand(jnp.sqrt(jnp.asarray(count, square.dtype)) * root(square))
+    root_of_count = jnp.sqrt(jnp.asarray(count, square.dtype)) / spec.unit(x.x)
+    norm = spec.expand(root_of_count * _root(square))
     if mask is None:
         mean = jnp.mean(norm, spec.feature_axes, keepdims=True)
     else:
         counted = jnp.broadcast_to(spec.expand(count) > 0, norm.shape).astype(norm.dtype)
         number = jnp.sum(counted, spec.feature_axes, keepdims=True)
         mean = jnp.sum(norm, spec.feature_axes, keepdims=True) / or_one(number)
-    return norm / or_one(mean + spec.epsilon * spec.unit(x.x))
+    return _ratio(norm, or_one(mean + spec.epsilon))
+
+
+@custom_jvp
+def _ratio(a: Array, b: Array) -> Array:
+    return a / b
+
+
+@_ratio.defjvp
+def _ratio_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """Divides once: the square of a norm, by which JAX's derivative divides, may overflow."""
+    a, b = primals
+    a_dot, b_dot = tangents
+    ratio = _ratio(a, b)
+    return ratio, _ratio(a_dot - ratio * b_dot, b)
+
+
+@custom_jvp
+def _root(square: Array) -> Array:
+    return jnp.sqrt(square)
+
+
+@_root.defjvp
+def _root_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """At 0, where the root has no derivative, it is 0: that of y is then the one of x itself."""
+    root = _root(*primals)
+    positive = root > 0
+    slope = _ratio(0.5 * tangents[0], jnp.where(positive, root, 1))
+    return root, jnp.where(positive, slope, 0)

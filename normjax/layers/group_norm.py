@@ -140,8 +140,8 @@ def group_norm(
         NaN or infinite, y is the bias there, a constant. If nothing counts (up to t), the mean is 0
         and the variance 1. For paddings, of shape (batch, time): `mask=(paddings == 0)[..., None]`.
       axis_name: mapped axis or axes that `reduction_axes` (but `cumulative_axis`) are sharded over:
-        statistics are shared over them. If the channels are sharded, the first groups of all devices form one group, and
-        so on.
+        statistics are shared over them. If the channels are sharded, the first groups of all
+        devices form one group, and so on.
       axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
       dtype: dtype of y; None for the dtype of x.
 

@@ -206,9 +206,7 @@ def _train_step(
 
 
 @jit_step
-def _infer_step(
-    batch_stats: BatchStats, x: Array, mask: Array | None, spec: RunningSpec
-) -> Array:
+def _infer_step(batch_stats: BatchStats, x: Array, mask: Array | None, spec: RunningSpec) -> Array:
     return _normalized(batch_stats, read(x, mask), spec)
 
 
@@ -216,7 +214,8 @@ def _normalized(batch_stats: BatchStats, x: Input, spec: RunningSpec) -> Array:
     mean, var = (lax.stop_gradient(spec.expand(batch_stats[leaf])) for leaf in ("mean", "var"))
     y = normalize(x, mean if spec.center else None, var, {}, spec.epsilon)
     if spec.clip is not None:
-        y = jnp.clip(y, -spec.clip, spec.clip)
+        bound = jnp.full_like(y, spec.clip)  # jet's rule takes no scalar
+        y = jnp.maximum(jnp.minimum(y, bound), -bound)
     return y.astype(spec.dtype)
 
 

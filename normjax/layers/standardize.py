@@ -74,7 +74,7 @@ def standardize(params: Params, x: Array, mask: Array | None, spec: StandardizeS
         var = jnp.where(jnp.asarray(count) > 0, var, spec.unit(x) ** 2)
     epsilon, unit = spec.epsilon, spec.unit(x)
     if spec.epsilon_to == "deviation":
-        var, epsilon = (root(var) + epsilon * unit) ** 2, 0.0
+        var, epsilon = (_root(var) + epsilon * unit) ** 2, 0.0
     y = normalize(inputs, spec.expand(mean), spec.expand(var), params, epsilon, unit)
     return y.astype(spec.dtype)
 
@@ -87,7 +87,7 @@ def _with_gain(params: Params, spec: StandardizeSpec) -> Params:
     return params | {"scale": scale * spec.gain}
 
 
-def root(var: Array) -> Array:
+def _root(var: Array) -> Array:
     """The square root; at 0, where it has no derivative, that of a constant."""
     positive = var > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1)), 0)

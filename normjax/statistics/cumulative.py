@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +14,8 @@ from normjax.statistics.elements import Input, abs2, masked
 from normjax.statistics.per_example import ExampleSpec
 from normjax.statistics.reduction import moments_by, ratio, total_over_count, two_passes
 from normjax.statistics.spec import Moments, or_one
+
+Parts = tuple[Array, Array, Array]  # count, mean and variance, each with the rank of x
 
 
 def cumulative_moments(spec: ExampleSpec, axis: int, x: Input, mask: Mask | None) -> Moments:
@@ -35,13 +37,14 @@ def cumulative_moments(spec: ExampleSpec, axis: int, x: Input, mask: Mask | None
     reference = lax.stop_gradient(_first_mean(spec, axis, x.x32, mask))
     apart = x.x32 - reference
     own = moments_by(two_passes, spec, Input(apart, apart), mask)
-    count, mean, var = _of_groups(spec, _with_rank_of_x(spec, own))
+    count, mean, var = _of_groups(spec, _with_rank_of_x(spec, *own))
     total, offset = _running_means(axis, count, mean)
     between = count * (_before(axis, total) / or_one(total))
     jump = abs2((mean - _before(axis, offset)) * spec.unit(x.x))
     spread = lax.cumsum(count * var + between * jump, axis)
-    offset, total, var = _of_channels(spec, (offset, total, spread / or_one(total)))
-    return Moments(total, jnp.where(total > 0, reference + offset, np.zeros((), offset.dtype)), var)
+    total, offset, var = _of_channels(spec, (total, offset, spread / or_one(total)))
+    mean = jnp.where(total > 0, reference + offset, np.zeros((), offset.dtype))
+    return Moments(total, mean, var)
 
 
 def _first_mean(spec: ExampleSpec, axis: int, x: Array, mask: Mask | None) -> Array:
@@ -52,7 +55,7 @@ def _first_mean(spec: ExampleSpec, axis: int, x: Array, mask: Mask | None) -> Ar
         _, mean = total_over_count(spec, lax.slice(x, [0] * x.ndim, sizes), None)
         return spec.expand(mean)
     count, mean = total_over_count(spec, masked(x, mask), mask)
-    count, mean, _ = _with_rank_of_x(spec, Moments(count, mean, mean.real))
+    count, mean, _ = _with_rank_of_x(spec, count, mean, mean.real)
     total = lax.cumsum(count, axis)
     is_first = (count > 0) & (_before(axis, total) == 0)
     return jnp.sum(jnp.where(is_first, mean, np.zeros((), mean.dtype)), axis, keepdims=True)
@@ -71,26 +74,27 @@ def _before(axis: int, values: Array) -> Array:
     return lax.pad(values, np.zeros((), values.dtype), padding)
 
 
-def _with_rank_of_x(spec: ExampleSpec, own: Moments) -> Moments:
+def _with_rank_of_x(spec: ExampleSpec, count: Any, mean: Array, var: Array) -> Parts:
     """Returns moments with the rank of x, and a count for each of them."""
-    mean, var = spec.expand(own.mean), spec.expand(own.var)
-    count = jnp.asarray(own.count, var.dtype)
+    mean, var = spec.expand(mean), spec.expand(var)
+    count = jnp.asarray(count, var.dtype)
     count = spec.expand(count) if count.ndim else count
-    return Moments(jnp.broadcast_to(count, var.shape), mean, var)
+    return jnp.broadcast_to(count, var.shape), mean, var
 
 
-def _of_groups(spec: ExampleSpec, own: Moments) -> Moments:
+def _of_groups(spec: ExampleSpec, parts: Parts) -> Parts:
     """Returns the moments once for each group, whose channels all have the same."""
     if spec.groups is None:
-        return own
+        return parts
     axis, size = spec.groups
-    cut = partial(lax.slice_in_dim, start_index=0, limit_index=None, stride=size, axis=axis)
-    return Moments(*map(cut, own))
+    count, mean, var = (lax.slice_in_dim(part, 0, None, size, axis) for part in parts)
+    return count, mean, var
 
 
-def _of_channels(spec: ExampleSpec, own: tuple[Array, ...]) -> tuple[Array, ...]:
+def _of_channels(spec: ExampleSpec, parts: Parts) -> Parts:
     """Returns statistics of groups once for each channel."""
     if spec.groups is None:
-        return own
+        return parts
     axis, size = spec.groups
-    return tuple([jnp.repeat(each, size, axis) for each in own])
+    count, mean, var = (jnp.repeat(part, size, axis) for part in parts)
+    return count, mean, var

@@ -22,7 +22,9 @@ def init_lifetime(
         "var": jnp.ones(features, dtype),
         "count": jnp.asarray(initial_count, dtype),
     }
-    rests = {rest: jnp.zeros_like(value) for rest, value in zip(RESTS, values.values(), strict=True)}
+    rests = {
+        rest: jnp.zeros_like(value) for rest, value in zip(RESTS, values.values(), strict=True)
+    }
     return values | rests
 
 
@@ -61,7 +63,7 @@ def add_batch(batch_stats: BatchStats, batch: Moments) -> BatchStats:
         _add(seen, seen_rest, count),
     )
     values, rests = zip(*sums, strict=True)
-    new = dict(zip((*LEAVES, *RESTS), (*values, *rests), strict=True))
+    new: BatchStats = dict(zip((*LEAVES, *RESTS), (*values, *rests), strict=True))
     return {leaf: new[leaf] for leaf in batch_stats}
 
 
