@@ -102,8 +102,8 @@ LAYERS = [
         {
             "plain": {"num_groups": 2},
             "masked": {"mask": SCATTERED, "group_size": 2},
-            "cumulative": {"num_groups": 2, "cumulative_axis": 1},
-            "cumulative-masked": {"num_groups": 1, "cumulative_axis": 1, "mask": SCATTERED},
+            "causal": {"num_groups": 2, "cumulative_axis": 1},
+            "causal-masked": {"num_groups": 1, "cumulative_axis": 1, "mask": SCATTERED},
         },
     ),
     Layer(
