@@ -27,11 +27,10 @@ from normjax._typing import (
 from normjax.layers.affine import init_params, lay_out, scale_and_bias
 from normjax.layers.jit_step import jit_step
 from normjax.layers.operands import axes_within_examples, check_operands, check_spec
-from normjax.layers.standardize import StandardizeSpec
 from normjax.platforms.plain import custom_jvp
 from normjax.statistics.devices import pcast_like
 from normjax.statistics.elements import Input, named, read
-from normjax.statistics.per_example import mean_square
+from normjax.statistics.per_example import ExampleSpec, mean_square
 from normjax.statistics.spec import or_one
 
 
@@ -77,6 +76,15 @@ def global_response_norm_init(
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     params = init_params("global_response_norm_init", num_features, makers, key, param_dtype)
     return params, {}
+
+
+class ResponseSpec(ExampleSpec):
+    """The static arguments of a step, whose epsilon is added to norms, not to their squares."""
+
+    @property
+    def least_variance(self) -> float:
+        """What squares are compared with, of which 2^-27 may underflow: of a norm that is 2^-24."""
+        return self.epsilon**2 * 2.0**-21
 
 
 def shifted(scale_init: Initializer, offset: float) -> Initializer:
@@ -135,7 +143,7 @@ def global_response_norm(
 
     Returns:
       `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once. y and its
-      gradients are right for x up to 1e25. At x = 0, where a norm has no derivative, that of y is
+      gradients are right for x up to 1e23. At x = 0, where a norm has no derivative, that of y is
       1.
 
     Raises:
@@ -175,16 +183,15 @@ def global_response_norm(
         epsilon,
         axis_name,
         axis_index_groups,
-        StandardizeSpec,
+        ResponseSpec,
         scale_offset=scale_offset,
-        epsilon_to="deviation",
     )
     return _global_response_norm(operands.params, operands.x, operands.mask, spec), batch_stats
 
 
 @jit_step
 def _global_response_norm(
-    params: Params, x: Array, mask: Array | None, spec: StandardizeSpec
+    params: Params, x: Array, mask: Array | None, spec: ResponseSpec
 ) -> Array:
     params = lay_out(params, x.ndim, spec)
     inputs = read(x, mask)
@@ -197,7 +204,7 @@ def _global_response_norm(
     return y.astype(spec.dtype)
 
 
-def _relative_norms(spec: StandardizeSpec, x: Input, mask: Mask | None) -> Array:
+def _relative_norms(spec: ResponseSpec, x: Input, mask: Mask | None) -> Array:
     """Returns each channel's norm over the mean of all, with the rank of x; 0 if all are 0."""
     count, square = mean_square(spec, x, mask)
     # Two roots: the product of count and mean square may overflow.
