@@ -116,7 +116,7 @@ def global_response_norm(
     with the norm G over the positions of one channel of one example. Scale and bias start at zeros,
     and y at x. Use it in convolutional networks after the activation of a block's wide layer, where
     it keeps channels from becoming alike: ConvNeXt V2, which timm and Hugging Face transformers
-    have; in Flax, NetKet has the layer.
+    have.
 
     Args:
       params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of
@@ -157,7 +157,7 @@ def global_response_norm(
       >>> params, batch_stats = nj.global_response_norm_init(2)
       >>> y, _ = nj.global_response_norm(params, batch_stats, x, train=True)
       >>> doubled, _ = nj.global_response_norm({"scale": jnp.ones(2)}, {}, x, train=True)
-      >>> print(y.ravel(), doubled.ravel().round(3))
+      >>> print(y.ravel(), doubled.ravel().round())
       [3. 0. 4. 5.] [ 6.  0.  8. 10.]
 
     References:
