@@ -18,12 +18,17 @@ from normjax.layers.batch_norm import batch_norm, batch_norm_init
 from normjax.layers.batch_renorm import batch_renorm, batch_renorm_init
 from normjax.layers.dynamic_tanh import dynamic_tanh, dynamic_tanh_init
 from normjax.layers.filter_response_norm import filter_response_norm, filter_response_norm_init
+from normjax.layers.global_response_norm import (
+    global_response_norm,
+    global_response_norm_init,
+)
 from normjax.layers.group_norm import group_norm, group_norm_init
 from normjax.layers.instance_norm import instance_norm, instance_norm_init
 from normjax.layers.layer_norm import layer_norm, layer_norm_init
 from normjax.layers.local_response_norm import local_response_norm, local_response_norm_init
 from normjax.layers.remat_policy import remat_policy
 from normjax.layers.rms_norm import rms_norm, rms_norm_init
+from normjax.layers.running_norm import running_norm, running_norm_init
 from normjax.platforms.plain import plain_phrasing
 from normjax.statistics.average import average_batch_stats
 from normjax.statistics.merge import merge_moments
@@ -56,6 +61,8 @@ __all__ = [
     "filter_response_norm",
     "filter_response_norm_init",
     "fold_batch_norm",
+    "global_response_norm",
+    "global_response_norm_init",
     "group_norm",
     "group_norm_init",
     "instance_norm",
@@ -74,6 +81,8 @@ __all__ = [
     "remat_policy",
     "rms_norm",
     "rms_norm_init",
+    "running_norm",
+    "running_norm_init",
     "sync_batch_stats",
     "update_batch_stats",
     "weights",

@@ -11,10 +11,10 @@ import numpy as np
 
 from normjax._checks import HOST, Shape, raise_error, raise_for_host
 
-SCALARS = ("count", "alpha", "sigma")
+SCALARS = ("count", "count_rest", "alpha", "sigma")
 COLLECTIONS = {
     "params": {"scale", "bias", "alpha", "threshold", "epsilon"},
-    "batch_stats": {"mean", "var", "count", "u", "sigma"},
+    "batch_stats": {"mean", "var", "count", "count_rest", "u", "sigma"},
 }
 REAL = ("var", "threshold", "epsilon", "alpha", "sigma")
 

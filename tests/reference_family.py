@@ -120,6 +120,33 @@ def filter_response_norm(
     )
 
 
+def global_response_norm(
+    params, x, *, reduction_axes=None, feature_axes=-1, epsilon=1e-6, mask=None, scale_offset=0.0
+):
+    ndim = np.ndim(x)
+    axes = space(ndim, feature_axes) if reduction_axes is None else axes_of(reduction_axes, ndim)
+    counts = np.broadcast_to(True if mask is None else mask, np.shape(x))
+    squares = np.abs(np.where(counts, cleaned(x, mask), 0)) ** 2
+    norms = np.sqrt(squares.sum(tuple(axes), keepdims=True))
+    channels = tuple(axes_of(feature_axes, ndim))
+    number = counts.any(tuple(axes), keepdims=True).sum(channels, keepdims=True)
+    mean = norms.sum(channels, keepdims=True) / np.maximum(number, 1)
+    response = cleaned(x, mask) * norms / (mean + epsilon)
+    return cleaned(x, mask) + affine(params, response, feature_axes, scale_offset)
+
+
+def cumulative_moments(x, axis, **groups):
+    """What `group_moments` gives of all positions up to each one, for that one."""
+    mask = np.broadcast_to(groups.pop("mask", True), np.shape(x))
+    mean, var = np.empty(np.shape(x), widest(x).dtype), np.empty(np.shape(x))
+    for t in range(np.shape(x)[axis]):
+        until, at = ((slice(None),) * axis + (part,) for part in (slice(t + 1), slice(t, t + 1)))
+        last = (slice(None),) * axis + (slice(-1, None),)
+        so_far = group_moments(np.asarray(x)[until], mask=mask[until], **groups)
+        mean[at], var[at] = (part[last] for part in so_far)
+    return mean, var
+
+
 def local_response_norm(params, x, *, size=5, alpha=5e-4, beta=0.75, k=2.0, feature_axes=-1):
     (feature,) = axes_of(feature_axes, np.ndim(x))
     x = np.moveaxis(widest(x), feature, 0)

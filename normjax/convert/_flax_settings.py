@@ -11,6 +11,7 @@ from normjax.layers.batch_norm import batch_norm
 from normjax.layers.batch_renorm import batch_renorm
 from normjax.layers.dynamic_tanh import dynamic_tanh
 from normjax.layers.filter_response_norm import filter_response_norm
+from normjax.layers.global_response_norm import global_response_norm
 from normjax.layers.group_norm import group_norm
 from normjax.layers.instance_norm import instance_norm
 from normjax.layers.layer_norm import layer_norm
@@ -31,6 +32,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "GroupNorm": group_norm,
     "InstanceNorm": instance_norm,
     "FilterResponseNorm": filter_response_norm,
+    "GlobalResponseNorm": global_response_norm,
     "LocalResponseNorm": local_response_norm,
     "DynamicTanh": dynamic_tanh,
     "WeightNorm": weight_norm,

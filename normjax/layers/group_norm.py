@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Never
 
@@ -31,7 +32,12 @@ from normjax.layers.operands import (
     more_than_one_value,
     one_feature_axis,
 )
-from normjax.layers.standardize import StandardizeSpec, standardize
+from normjax.layers.standardize import (
+    CumulativeSpec,
+    StandardizeSpec,
+    standardize,
+    standardize_cumulatively,
+)
 
 DEFAULT_GROUPS = 32  # Wu & He (2018), table 3
 
@@ -94,6 +100,7 @@ def group_norm(
     group_size: int | None = None,
     reduction_axes: Axes | None = None,
     feature_axes: Axes = -1,
+    cumulative_axis: int | None = None,
     epsilon: float = 1e-5,
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
@@ -110,6 +117,16 @@ def group_norm(
     is instance norm. Use it in convolutional networks whose batches are too small for batch norm
     (detection, segmentation, video, diffusion).
 
+    With `cumulative_axis`, the statistics at a position t of that axis are over all positions up to
+    t that the mask counts: y at t does not depend on what comes later, as streaming needs it.
+
+    .. math:: \mu_t = \frac1{N_t} \sum_{s \le t} x_s, \qquad
+              \sigma_t^2 = \frac1{N_t} \sum_{s \le t} |x_s - \mu_t|^2
+
+    sequence-layers, praxis and Gemma 3n's audio encoder (Hugging Face transformers) have this
+    layer. They add up each :math:`|x_s - \mu_s|^2`, around the mean at s in place of t. That is not
+    the variance, and at the last position it is not plain group norm. Here it is the variance.
+
     Args:
       params: dict of `scale` and `bias`, each `(channels,)`, or `(*leading, channels)` for one of
         each example. Leading sizes must match the first axes of x. Missing leaves are left out.
@@ -123,14 +140,16 @@ def group_norm(
       reduction_axes: the axes that mean and variance are taken over, the feature axis among them;
         all but the first by default. Leave out further axes of examples.
       feature_axes: the axis of the channels.
+      cumulative_axis: the axis that the statistics grow along, such as 1 for `(batch, time,
+        channels)`, one of `reduction_axes`. None: each statistic is over all positions.
       epsilon: added to the variance.
       mask: bool, broadcastable to x: True where an element counts; or real and not negative: the
         weight of each element. Elements that do not count do not affect the statistics; if one is
-        NaN or infinite, y is the bias there, a constant. If nothing counts, the mean is 0 and the
-        variance 1.
-      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
-        over them. If the channels are sharded, the first groups of all devices form one group, and
-        so on.
+        NaN or infinite, y is the bias there, a constant. If nothing counts (up to t), the mean is 0
+        and the variance 1. For paddings, of shape (batch, time): `mask=(paddings == 0)[..., None]`.
+      axis_name: mapped axis or axes that `reduction_axes` (but `cumulative_axis`) are sharded over:
+        statistics are shared over them. If the channels are sharded, the first groups of all
+        devices form one group, and so on.
       axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
       dtype: dtype of y; None for the dtype of x.
 
@@ -149,6 +168,12 @@ def group_norm(
       >>> x = jnp.array([[1.0, 3.0, 10.0, 30.0]])
       >>> print(nj.group_norm(params, batch_stats, x, train=True, num_groups=2)[0].round(3))
       [[-1.  1. -1.  1.]]
+
+      >>> x = jnp.array([[[1.0, 3.0], [6.0, 6.0], [0.0, 90.0]]])  # (batch, time, channels)
+      >>> y, _ = nj.group_norm({}, {}, x, train=True, num_groups=1, cumulative_axis=1)
+      >>> print(y[0, :2].round(3))
+      [[-1.     1.   ]
+       [ 0.943  0.943]]
 
     References:
       Wu & He, "Group Normalization" (ECCV 2018), eq. 1-7.
@@ -173,11 +198,11 @@ def group_norm(
     axes = (*{*range(1, len(shape)), channel},) if reduction_axes is None else reduction_axes
     axes = _checks.axes(function, "reduction_axes", axes, shape)
     _must_hold_channels(axes, channel, shape)
-    others = tuple(axis for axis in axes if axis != channel)
+    kept = {channel} | _cumulative(cumulative_axis, channel, axes, shape)
     spec = check_spec(
         function,
         operands,
-        others,
+        tuple(axis for axis in axes if axis not in kept),
         epsilon,
         axis_name,
         axis_index_groups,
@@ -186,8 +211,31 @@ def group_norm(
         groups=(channel, shape[channel] // num_groups or 1),
     )
     if train:
-        more_than_one_value(function, operands.x, spec)
-    return standardize(operands.params, operands.x, operands.mask, spec), batch_stats
+        whole = tuple(axis for axis in axes if axis != channel)
+        more_than_one_value(function, operands.x, replace(spec, axes=whole))
+    step = standardize
+    if cumulative_axis is not None:
+        (along,) = kept - {channel}
+        spec, step = CumulativeSpec(**vars(spec), cumulative_axis=along), standardize_cumulatively
+    return step(operands.params, operands.x, operands.mask, spec), batch_stats
+
+
+def _cumulative(
+    given: int | None, channel: int, axes: tuple[int, ...], shape: tuple[int, ...]
+) -> set[int]:
+    """Returns the axis that statistics grow along, if there is one; raises for other axes."""
+    if given is None:
+        return set()
+    found = _checks.axes("group_norm", "cumulative_axis", given, shape)
+    if len(found) != 1 or found == (channel,) or not set(found) <= set(axes):
+        _checks.raise_error(
+            "group_norm",
+            "the statistics cannot grow along this axis",
+            expected=f"one of the reduced axes {axes} but that of the channels, {channel}",
+            got=f"cumulative_axis={given!r} for x.shape={shape}",
+            fix="Name the axis of time, as in cumulative_axis=1 for (batch, time, channels)",
+        )
+    return set(found)
 
 
 def _number_of_groups(

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from normjax._typing import Params
-from normjax.layers.affine import normalize
+from normjax.layers.affine import lay_out, normalize
 from normjax.layers.by_example import has_one_derivative, normalize_by_own
-from normjax.layers.jit_step import jit_step_within_examples
-from normjax.statistics.elements import read
+from normjax.layers.jit_step import jit_step, jit_step_within_examples
+from normjax.statistics.cumulative import cumulative_moments
+from normjax.statistics.elements import named, read
 from normjax.statistics.per_example import ExampleSpec, example_moments
 
 EpsilonTo = Literal["variance", "deviation"]
@@ -34,6 +35,31 @@ class StandardizeSpec(ExampleSpec):
     def least_variance(self) -> float:
         """What is added to the variance at least."""
         return self.epsilon if self.epsilon_to == "variance" else self.epsilon**2
+
+
+@dataclass(frozen=True)
+class CumulativeSpec(StandardizeSpec):
+    """The static arguments of a step whose statistics grow along an axis.
+
+    Attributes:
+      cumulative_axis: that axis, which is not among `axes`.
+    """
+
+    cumulative_axis: int = 0
+
+
+@jit_step
+def standardize_cumulatively(
+    params: Params, x: Array, mask: Array | None, spec: CumulativeSpec
+) -> Array:
+    """Normalizes x by its moments up to each position; mean 0 and variance 1 before any counts."""
+    params = lay_out(params, x.ndim, spec)
+    inputs, unit = read(x, mask), spec.unit(x)
+    count, mean, var = cumulative_moments(spec, spec.cumulative_axis, inputs, mask)
+    if mask is not None:
+        var = jnp.where(jnp.asarray(count) > 0, var, unit**2)
+    y = normalize(inputs, named(mean), named(var), params, spec.epsilon, unit)
+    return y.astype(spec.dtype)
 
 
 @jit_step_within_examples

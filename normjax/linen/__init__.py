@@ -10,6 +10,7 @@ from normjax.linen.batch_norm import BatchNorm
 from normjax.linen.batch_renorm import BatchRenorm
 from normjax.linen.dynamic_tanh import DynamicTanh
 from normjax.linen.filter_response_norm import FilterResponseNorm
+from normjax.linen.global_response_norm import GlobalResponseNorm
 from normjax.linen.group_norm import GroupNorm
 from normjax.linen.instance_norm import InstanceNorm
 from normjax.linen.layer_norm import LayerNorm
@@ -24,6 +25,7 @@ __all__ = [
     "BatchRenorm",
     "DynamicTanh",
     "FilterResponseNorm",
+    "GlobalResponseNorm",
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 
 from normjax import _checks
-from normjax._typing import Params, admissible, as_mask
+from normjax._typing import Initializer, Params, admissible, as_mask
 from normjax.layers.affine import initial_scale
 
 
@@ -23,11 +23,16 @@ def sizes(module: Any, x: jax.Array, name: str = "feature_axes") -> tuple[int, .
     return tuple(map(x.shape.__getitem__, kept))
 
 
-def declare(module: Any, features: tuple[int, ...], **used: bool) -> Params:
-    """Declares the parameters that are used, each by its own initializer, in the order given."""
+def declare(
+    module: Any, features: tuple[int, ...], scale_init: Initializer | None = None, **used: bool
+) -> Params:
+    """Declares the parameters that are used, each by its own initializer, in the order given.
+
+    `scale_init` makes the scale as stored; by default, the scale with its offset is 1.
+    """
     makers = {leaf: getattr(module, f"{leaf}_init") for leaf in used}
     if "scale" in used:
-        makers["scale"] = initial_scale(module.scale_init, module.scale_offset)
+        makers["scale"] = scale_init or initial_scale(module.scale_init, module.scale_offset)
     params = {
         leaf: jnp.asarray(module.param(leaf, makers[leaf], features, module.param_dtype))
         for leaf, is_used in used.items()

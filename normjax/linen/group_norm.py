@@ -51,6 +51,8 @@ class GroupNorm(nn.GroupNorm):
         `param_dtype`, as Flax does; statistics are float32 or wider in both cases.
       scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
         - 1`; the default of `scale_init` then makes zeros.
+      cumulative_axis: axis that the statistics grow along, such as 1 for `(batch, time, channels)`:
+        y at t depends on positions up to t alone. None: each statistic is over all positions.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -61,6 +63,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     scale_offset: float = 0.0
+    cumulative_axis: int | None = None
 
     @nn.compact
     @with_foreign_names
@@ -94,6 +97,7 @@ class GroupNorm(nn.GroupNorm):
             num_groups=self.num_groups,
             group_size=self.group_size,
             reduction_axes=self.reduction_axes,
+            cumulative_axis=self.cumulative_axis,
             dtype=dtype,
             **common(self, mask),
         )

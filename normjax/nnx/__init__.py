@@ -10,6 +10,7 @@ from normjax.nnx.batch_norm import BatchNorm
 from normjax.nnx.batch_renorm import BatchRenorm
 from normjax.nnx.dynamic_tanh import DynamicTanh
 from normjax.nnx.filter_response_norm import FilterResponseNorm
+from normjax.nnx.global_response_norm import GlobalResponseNorm
 from normjax.nnx.group_norm import GroupNorm
 from normjax.nnx.instance_norm import InstanceNorm
 from normjax.nnx.layer_norm import LayerNorm
@@ -24,6 +25,7 @@ __all__ = [
     "BatchRenorm",
     "DynamicTanh",
     "FilterResponseNorm",
+    "GlobalResponseNorm",
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",

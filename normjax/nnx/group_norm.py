@@ -62,6 +62,8 @@ class GroupNorm(nnx.GroupNorm):
         Only the dtype of y follows from it.
       scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
         - 1`; the default of `scale_init` then makes zeros.
+      cumulative_axis: axis that the statistics grow along, such as 1 for `(batch, time, channels)`:
+        y at t depends on positions up to t alone. None: each statistic is over all positions.
       rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
@@ -94,6 +96,7 @@ class GroupNorm(nnx.GroupNorm):
         use_fast_variance: bool = True,
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
         scale_offset: float = 0.0,
+        cumulative_axis: int | None = None,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
@@ -119,6 +122,7 @@ class GroupNorm(nnx.GroupNorm):
             scale_metadata=scale_metadata,
         )
         self.scale_offset = scale_offset
+        self.cumulative_axis = cumulative_axis
 
     @with_foreign_names
     def __call__(
@@ -149,6 +153,7 @@ class GroupNorm(nnx.GroupNorm):
             False,
             num_groups=self.num_groups,
             reduction_axes=self.reduction_axes,
+            cumulative_axis=self.cumulative_axis,
             dtype=dtype,
             **common(self, mask),
         )

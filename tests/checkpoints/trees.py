@@ -15,10 +15,11 @@ import normjax as nj
 from tests.contract.layers import LAYERS, arguments
 
 SEED, SHAPE = 2015, (4, 3, 4)
-# whose trees are those of batch_norm
-STORED = [layer for layer in LAYERS if layer.name != "activated_batch_norm"]
+# The trees of the first are those of batch_norm; the others are younger than the checkpoints.
+LEFT_OUT = ("activated_batch_norm", "global_response_norm", "running_norm")
+STORED = [layer for layer in LAYERS if layer.name not in LEFT_OUT]
 # Variants that are younger than the checkpoints. Their trees are those of other variants.
-YOUNGER = ("offset", "deviation")
+YOUNGER = ("offset", "deviation", "causal", "causal-masked")
 LAYERS_OF_DOORS = (
     "BatchRenorm",
     "LayerNorm",

@@ -26,6 +26,7 @@ class Layer(NamedTuple):
       safe_far_from_zero: whether y of `N(1e4, 1)` is that of `N(0, 1)`.
       true_derivative: False where the paper holds something constant that is not.
       activation: what comes after scale and bias.
+      initial_scale: what the scale is at first; None if there is no scale.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Layer(NamedTuple):
     safe_far_from_zero: bool = True
     true_derivative: bool = True
     activation: Callable[..., Any] = lambda y: y
+    initial_scale: float | None = 1.0
 
 
 MASK = np.array([True, True, False, True, True, True])[:, None, None]
@@ -97,7 +99,12 @@ LAYERS = [
         "group_norm",
         nj.group_norm_init,
         nj.group_norm,
-        {"plain": {"num_groups": 2}, "masked": {"mask": SCATTERED, "group_size": 2}},
+        {
+            "plain": {"num_groups": 2},
+            "masked": {"mask": SCATTERED, "group_size": 2},
+            "causal": {"num_groups": 2, "cumulative_axis": 1},
+            "causal-masked": {"num_groups": 1, "cumulative_axis": 1, "mask": SCATTERED},
+        },
     ),
     Layer(
         "instance_norm",
@@ -111,6 +118,25 @@ LAYERS = [
         nj.filter_response_norm,
         {"plain": {}, "masked": {"mask": SCATTERED}},
         safe_far_from_zero=False,
+    ),
+    Layer(
+        "global_response_norm",
+        nj.global_response_norm_init,
+        nj.global_response_norm,
+        {"plain": {}, "masked": {"mask": SCATTERED}},
+        safe_far_from_zero=False,
+        initial_scale=0.0,
+    ),
+    Layer(
+        "running_norm",
+        nj.running_norm_init,
+        nj.running_norm,
+        {"plain": {}, "clipped": {"clip": 0.5, "center": False}},
+        has_statistics=True,
+        takes_mask=False,  # one that differs from feature to feature
+        safe_far_from_zero=False,  # y says how far the batch is from all that was seen
+        true_derivative=False,  # of the statistics
+        initial_scale=None,
     ),
     Layer(
         "local_response_norm",
@@ -172,6 +198,7 @@ def arguments(layer, settings, rng, dtype=jnp.float32):
         for leaf, value in params.items()
     }
     for leaf, value in batch_stats.items():
-        if jnp.issubdtype(value.dtype, jnp.inexact):
+        # What was lost to rounding is small beside what is left.
+        if jnp.issubdtype(value.dtype, jnp.inexact) and not leaf.endswith("_rest"):
             batch_stats[leaf] = value + jnp.asarray(rng.random(value.shape), value.dtype)
     return params, batch_stats, jnp.asarray(rng.normal(2, 1.5, SHAPE), dtype)

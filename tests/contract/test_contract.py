@@ -167,10 +167,11 @@ def test_axes_may_be_named_in_any_order_and_from_either_end(case, sign, rng):
     """With the features in the middle of x instead of at its end."""
     params, batch_stats, x = case.arguments(rng)
     named = {"feature_axes": (-1,)} | case.layer.axes | case.settings
-    for name in ("feature_axes", "reduction_axes"):
+    for name in ("feature_axes", "reduction_axes", "cumulative_axis"):
         if name in named:
             moved = [(0, 2, 1)[axis] for axis in np.atleast_1d(named[name])]
-            named[name] = tuple(axis if sign > 0 else axis - 3 for axis in reversed(moved))
+            axes = tuple(axis if sign > 0 else axis - 3 for axis in reversed(moved))
+            named[name] = axes[0] if name == "cumulative_axis" else axes
     if "mask" in named:
         named["mask"] = np.moveaxis(named["mask"], -1, 1)
     y, new = case.layer.apply(params, batch_stats, jnp.moveaxis(x, -1, 1), True, **named)

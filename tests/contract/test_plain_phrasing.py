@@ -20,10 +20,11 @@ from tests.contract.layers import FEATURES, SHAPE
 
 # What readers of jaxprs know; whatever else a layer needs is to be added here by hand.
 ELEMENTARY = set(
-    """abs add add_any and broadcast_in_dim clamp concatenate convert_element_type copy copy_p div
-    dot_general eq exp expm1 ge gt integer_pow is_finite iota le log log1p lt max min mul ne neg not
-    or pad pow real reduce_and reduce_max reduce_or reduce_sum reduce_window_sum reshape rsqrt
-    select_n sign slice split sqrt square squeeze stop_gradient sub tanh transpose""".split()
+    """abs add add_any and broadcast_in_dim clamp concatenate convert_element_type copy copy_p
+    cumsum div dot_general eq exp expm1 ge gt integer_pow is_finite iota le log log1p lt max min
+    mul ne neg not or pad pow real reduce_and reduce_max reduce_or reduce_sum reduce_window_sum
+    reshape rsqrt select_n sign slice split sqrt square squeeze stop_gradient sub tanh
+    transpose""".split()
 )
 # Of jnp.clip, jnp.where and so on, which JAX compiles for themselves.
 CALLS = {"jit", "pjit"}

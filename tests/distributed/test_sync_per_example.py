@@ -26,6 +26,11 @@ CASES = {
     "group_norm, features": (partial(nj.group_norm, num_groups=1), FEATURES),
     "instance_norm": (nj.instance_norm, POSITIONS),
     "filter_response_norm": (nj.filter_response_norm, POSITIONS),
+    "global_response_norm": (nj.global_response_norm, POSITIONS),
+    "group_norm along time, features": (
+        partial(nj.group_norm, num_groups=1, cumulative_axis=1),
+        FEATURES,
+    ),
 }
 
 
@@ -120,7 +125,7 @@ def test_offsets_of_1e4_between_devices(on_platform, rng, case, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", ["layer_norm", "group_norm", "instance_norm", "filter_response_norm"]
+    "case", [case for case in CASES if case != "rms_norm, features" and ", " not in case]
 )
 def test_examples_on_different_devices_do_not_talk(rng, case):
     """With sharded examples, layers with statistics of each example compile to no collective."""

@@ -19,11 +19,13 @@ SETTINGS = {
     "instance_norm": {},
     "batch_renorm": {},
     "filter_response_norm": {},
+    "global_response_norm": {},
     "local_response_norm": {},
     "dynamic_tanh": {},
 }
 STATELESS = [name for name in SETTINGS if name != "batch_renorm"]
-REDUCING = ["layer_norm", "rms_norm", "group_norm", "instance_norm", "filter_response_norm"]
+OVER_SPACE = ["instance_norm", "filter_response_norm", "global_response_norm"]
+REDUCING = ["layer_norm", "rms_norm", "group_norm", *OVER_SPACE]
 MASKED = [*REDUCING, "batch_renorm"]
 WITH_EPSILON = MASKED
 ONE_AXIS = ["group_norm", "local_response_norm"]
@@ -298,7 +300,7 @@ def test_layers_of_one_feature_axis(name, axes):
     refuses(name, ValueError, f"feature_axes={axes!r}", params={}, feature_axes=axes)
 
 
-@every(["instance_norm", "filter_response_norm"])
+@every(OVER_SPACE)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -17,7 +17,8 @@ from tests.compare import assert_close, assert_same_kind, widest
 from tests.layers.cases import DTYPES, ROUNDINGS, cases, draw_normal
 
 CENTERED = ("layer_norm", "group_norm", "instance_norm")
-LAYERS = (*CENTERED, "rms_norm", "filter_response_norm", "local_response_norm", "dynamic_tanh")
+OVER_SPACE = ("instance_norm", "filter_response_norm", "global_response_norm")
+LAYERS = (*CENTERED, "rms_norm", *OVER_SPACE[1:], "local_response_norm", "dynamic_tanh")
 
 
 class Case(NamedTuple):
@@ -47,7 +48,7 @@ def draw_axes(draw, name, shape):
             "reduction_axes": signed(draw, reduced, rank),
             "feature_axes": signed(draw, features, rank),
         }
-    if name in ("instance_norm", "filter_response_norm"):
+    if name in OVER_SPACE:
         features = some_of(draw, range(1, rank), 1)
         space = [axis for axis in range(1, rank) if axis not in features]
         reduced = draw(st.sampled_from((None, signed(draw, some_of(draw, space), rank))))
@@ -97,9 +98,7 @@ def family_cases(draw, name):
     dtype = jnp.dtype(draw(st.sampled_from(DTYPES)))
     wide = np.result_type(np.float32, dtype if dtype.itemsize > 2 else np.float32)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    rank = draw(
-        st.integers(2 if name in ("group_norm", "instance_norm", "filter_response_norm") else 1, 5)
-    )
+    rank = draw(st.integers(2 if name in ("group_norm", *OVER_SPACE) else 1, 5))
     shape = [draw(st.integers(1, 4)) for _ in range(rank)]
     settings = draw_axes(draw, name, shape)
     leaves = draw(st.sets(st.sampled_from(("scale", "bias"))))

@@ -36,6 +36,8 @@ LAYERS = {
     "group_norm": stateless(nj.group_norm, num_groups=2),
     "instance_norm": stateless(nj.instance_norm),
     "filter_response_norm": stateless(nj.filter_response_norm),
+    "global_response_norm": stateless(nj.global_response_norm),
+    "group_norm along time": stateless(nj.group_norm, num_groups=2, cumulative_axis=1),
 }
 each_layer = pytest.mark.parametrize("name", LAYERS)
 

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("promotion_as_in_flax")
 KEY = jax.random.key(0)
 normal = nn.initializers.normal()
 FRN, LRN, DYT = linen.FilterResponseNorm, linen.LocalResponseNorm, linen.DynamicTanh
+GRN = linen.GlobalResponseNorm
 # adapter, its arguments, function, its arguments, leaves
 CASES = [
     (FRN, {}, nj.filter_response_norm, {"epsilon": 1e-6}, ["scale", "bias", "threshold"]),
@@ -46,6 +47,21 @@ CASES = [
         {"size": 3, "alpha": 0.5, "beta": 0.5, "k": 1.5, "feature_axes": 1},
         ["scale", "bias"],
     ),
+    (GRN, {}, nj.global_response_norm, {}, ["scale", "bias"]),
+    (
+        GRN,
+        {"epsilon": 0.1, "use_bias": False, "feature_axes": (2, 3), "scale_offset": 0.5},
+        nj.global_response_norm,
+        {"epsilon": 0.1, "feature_axes": (2, 3), "scale_offset": 0.5},
+        ["scale"],
+    ),
+    (
+        linen.GroupNorm,
+        {"num_groups": 2, "cumulative_axis": 1},
+        nj.group_norm,
+        {"num_groups": 2, "cumulative_axis": 1, "epsilon": 1e-6},
+        ["scale", "bias"],
+    ),
     (DYT, {}, nj.dynamic_tanh, {}, ["alpha", "scale", "bias"]),
     (
         DYT,
@@ -75,7 +91,7 @@ def test_it_is_the_function_of_its_variables(rng, adapter, arguments, function, 
     assert all((np.abs(grad) > 0).any() for grad in grads.values())
 
 
-@pytest.mark.parametrize("adapter", [FRN, LRN, DYT])
+@pytest.mark.parametrize("adapter", [FRN, GRN, LRN, DYT])
 def test_dtypes_promote_as_in_flax(rng, adapter):
     x = batch(rng, jnp.bfloat16)
     arguments = {"use_scale": True, "use_bias": True}

@@ -41,6 +41,21 @@ CASES = [
         {"size": 3, "alpha": 0.5, "beta": 0.5, "k": 1.5},
         ["scale", "bias"],
     ),
+    ("GlobalResponseNorm", {}, nj.global_response_norm, {}, ["scale", "bias"]),
+    (
+        "GlobalResponseNorm",
+        {"epsilon": 0.1, "use_bias": False, "feature_axes": (2, 3), "scale_offset": 0.5},
+        nj.global_response_norm,
+        {"epsilon": 0.1, "feature_axes": (2, 3), "scale_offset": 0.5},
+        ["scale"],
+    ),
+    (
+        "GroupNorm",
+        {"num_groups": 2, "cumulative_axis": 1},
+        nj.group_norm,
+        {"num_groups": 2, "cumulative_axis": 1, "epsilon": 1e-6},
+        ["scale", "bias"],
+    ),
     ("DynamicTanh", {}, nj.dynamic_tanh, {}, ["alpha", "scale", "bias"]),
     (
         "DynamicTanh",
@@ -77,7 +92,9 @@ def test_it_is_the_function_of_its_variables(rng, name, arguments, function, opt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["FilterResponseNorm", "LocalResponseNorm", "DynamicTanh"])
+@pytest.mark.parametrize(
+    "name", ["FilterResponseNorm", "GlobalResponseNorm", "LocalResponseNorm", "DynamicTanh"]
+)
 def test_dtypes_promote_as_in_flax(rng, name):
     x, make = batch(rng, jnp.bfloat16), getattr(nj.nnx, name)
     for given, expected in (

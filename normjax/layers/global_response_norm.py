@@ -1,0 +1,247 @@
+"""Global response normalization (Woo et al., 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn.initializers import constant, zeros
+from jaxtyping import Array
+
+from normjax._typing import (
+    Activations,
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    BatchStats,
+    DTypeLike,
+    Initializer,
+    Mask,
+    Params,
+    PRNGKey,
+    promote,
+)
+from normjax.layers.affine import init_params, lay_out, scale_and_bias
+from normjax.layers.jit_step import jit_step
+from normjax.layers.operands import axes_within_examples, check_operands, check_spec
+from normjax.platforms.plain import custom_jvp
+from normjax.statistics.devices import pcast_like
+from normjax.statistics.elements import Input, named, read
+from normjax.statistics.per_example import ExampleSpec, mean_square
+from normjax.statistics.spec import or_one
+
+
+def global_response_norm_init(
+    num_features: int | Sequence[int],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    scale_init: Initializer = zeros,
+    scale_offset: float = 0.0,
+    bias_init: Initializer = zeros,
+    key: PRNGKey | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+) -> tuple[Params, BatchStats]:
+    """Returns the parameters that `global_response_norm` starts from, and `{}`: y is x at first.
+
+    Args:
+      num_features: the size of the feature axis; with several feature axes, their sizes in the
+        order of the axes of x.
+      use_scale: whether there is a scale.
+      use_bias: whether there is a bias.
+      scale_init: makes the scale.
+      scale_offset: what the layer adds to the scale. `zeros`, the default of `scale_init`, then
+        makes `-scale_offset`.
+      bias_init: makes the bias.
+      key: random key, only needed for a random initializer.
+      param_dtype: dtype of scale and bias.
+
+    Returns:
+      `params`: a dict of `scale` and `bias` (zeros), each `(*num_features)`; and an empty
+        `batch_stats`.
+
+    Raises:
+      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
+        random initializer without a key.
+
+    Example:
+      >>> import normjax as nj
+      >>> print(nj.global_response_norm_init(2)[0]["scale"])
+      [0. 0.]
+    """
+    scale_init = shifted(scale_init, scale_offset)
+    makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
+    params = init_params("global_response_norm_init", num_features, makers, key, param_dtype)
+    return params, {}
+
+
+class ResponseSpec(ExampleSpec):
+    """The static arguments of a step, whose epsilon is added to norms, not to their squares."""
+
+    @property
+    def least_variance(self) -> float:
+        """What squares are compared with, of which 2^-27 may underflow: of a norm that is 2^-24."""
+        return self.epsilon**2 * 2.0**-21
+
+
+def shifted(scale_init: Initializer, offset: float) -> Initializer:
+    """Returns the initializer of the stored scale: by default the scale with its offset is 0."""
+    return constant(-offset) if offset and scale_init is zeros else scale_init
+
+
+@jax.named_scope("global_response_norm")
+def global_response_norm(
+    params: Params,
+    batch_stats: BatchStats,
+    x: Activations,
+    train: bool,
+    *,
+    scale_offset: float = 0.0,
+    reduction_axes: Axes | None = None,
+    feature_axes: Axes = -1,
+    epsilon: float = 1e-6,
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Activations, BatchStats]:
+    r"""Multiplies each channel by its norm over space, relative to the mean norm of all channels.
+
+    .. math:: y = x + (o + \gamma)\, x\, \frac{G_c}{\frac1C \sum_k G_k + \epsilon} + \beta, \qquad
+              G_c = \sqrt{\sum_i |x_{ic}|^2}
+
+    with the norm G over the positions of one channel of one example. Scale and bias start at zeros,
+    and y at x. Use it in convolutional networks after the activation of a block's wide layer, where
+    it keeps channels from becoming alike: ConvNeXt V2, which timm and Hugging Face transformers
+    have.
+
+    Args:
+      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of
+        each example. Leading sizes must match the first non-feature axes of x. Without a scale, it
+        is 1.
+      batch_stats: `{}`.
+      x: floating-point or complex, examples along axis 0, such as `(batch, height, width,
+        channels)`.
+      train: Python bool.
+      scale_offset: o, added to the scale in at least float32; see `layer_norm`.
+      reduction_axes: the axes that the norm is taken over; by default all but axis 0 and the
+        features.
+      feature_axes: the axes of the channels, which the mean of the norms is taken over; leaves have
+        their sizes in ascending order.
+      epsilon: added to the mean of the norms.
+      mask: bool, broadcastable to x: True where an element counts; or real and not negative: the
+        weight of each element. Elements that do not count do not affect the norms; if one is NaN or
+        infinite, y is the bias there, a constant. Channels of which nothing counts are left out of
+        the mean.
+      axis_name: mapped axis or axes that `reduction_axes` are sharded over: norms are shared over
+        them. The channels must not be sharded.
+      axis_index_groups: groups of indices of that axis that share norms, as in `jax.lax.psum`.
+      dtype: dtype of y; None for the dtype of x.
+
+    Returns:
+      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once. y and its
+      gradients are right for x up to 1e23. At x = 0, where a norm has no derivative, that of y is
+      1.
+
+    Raises:
+      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: a reduction
+        over axis 0 or over features, axes, leaves, dtypes, a mask, an axis name that is not in
+        scope.
+
+    Example:
+      >>> import jax.numpy as jnp, normjax as nj
+      >>> x = jnp.array([[[3.0, 0.0], [4.0, 5.0]]])  # both norms are 5
+      >>> params, batch_stats = nj.global_response_norm_init(2)
+      >>> y, _ = nj.global_response_norm(params, batch_stats, x, train=True)
+      >>> doubled, _ = nj.global_response_norm({"scale": jnp.ones(2)}, {}, x, train=True)
+      >>> print(y.ravel(), doubled.ravel().round())
+      [3. 0. 4. 5.] [ 6.  0.  8. 10.]
+
+    References:
+      Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders" (CVPR
+      2023), section 3, eq. 1-3 and Algorithm 1.
+    """
+    function = "global_response_norm"
+    operands = check_operands(
+        function,
+        params,
+        batch_stats,
+        x,
+        train,
+        feature_axes=feature_axes,
+        mask=mask,
+        dtype=dtype,
+        find_axes=partial(axes_within_examples, function, reduction_axes),
+    )
+    spec = check_spec(
+        function,
+        operands,
+        operands.axes,
+        epsilon,
+        axis_name,
+        axis_index_groups,
+        ResponseSpec,
+        scale_offset=scale_offset,
+    )
+    return _global_response_norm(operands.params, operands.x, operands.mask, spec), batch_stats
+
+
+@jit_step
+def _global_response_norm(
+    params: Params, x: Array, mask: Array | None, spec: ResponseSpec
+) -> Array:
+    params = lay_out(params, x.ndim, spec)
+    inputs = read(x, mask)
+    response = named(_relative_norms(spec, inputs, mask))
+    dtype = promote(inputs.x32.dtype, *[leaf.dtype for leaf in params.values()])
+    scale, bias = pcast_like(inputs.x32, *scale_and_bias(params, dtype))
+    y = inputs.x32.astype(dtype) * (1 + scale * response.astype(dtype)) + bias
+    if inputs.sound is not None:
+        y = jnp.where(inputs.sound, y, lax.stop_gradient(bias))
+    return y.astype(spec.dtype)
+
+
+def _relative_norms(spec: ResponseSpec, x: Input, mask: Mask | None) -> Array:
+    """Returns each channel's norm over the mean of all, with the rank of x; 0 if all are 0."""
+    count, square = mean_square(spec, x, mask)
+    # Two roots: the product of count and mean square may overflow.
+    root_of_count = jnp.sqrt(jnp.asarray(count, square.dtype)) / spec.unit(x.x)
+    norm = spec.expand(root_of_count * _root(square))
+    if mask is None:
+        mean = jnp.mean(norm, spec.feature_axes, keepdims=True)
+    else:
+        counted = jnp.broadcast_to(spec.expand(count) > 0, norm.shape).astype(norm.dtype)
+        number = jnp.sum(counted, spec.feature_axes, keepdims=True)
+        mean = jnp.sum(norm, spec.feature_axes, keepdims=True) / or_one(number)
+    return _ratio(norm, or_one(mean + spec.epsilon))
+
+
+@custom_jvp
+def _ratio(a: Array, b: Array) -> Array:
+    return a / b
+
+
+@_ratio.defjvp
+def _ratio_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """Divides once: the square of a norm, by which JAX's derivative divides, may overflow."""
+    a, b = primals
+    a_dot, b_dot = tangents
+    ratio = _ratio(a, b)
+    return ratio, _ratio(a_dot - ratio * b_dot, b)
+
+
+@custom_jvp
+def _root(square: Array) -> Array:
+    return jnp.sqrt(square)
+
+
+@_root.defjvp
+def _root_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """At 0, where the root has no derivative, it is 0: that of y is then the one of x itself."""
+    root = _root(*primals)
+    positive = root > 0
+    slope = _ratio(0.5 * tangents[0], jnp.where(positive, root, 1))
+    return root, jnp.where(positive, slope, 0)

@@ -1,0 +1,76 @@
+"""Global response normalization for `flax.linen`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn.initializers import zeros
+
+from normjax import _checks
+from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
+from normjax.layers.global_response_norm import global_response_norm, shifted
+from normjax.linen._shared import common, declare, promoted, sizes
+
+
+class GlobalResponseNorm(nn.Module):
+    """Global response normalization, of ConvNeXt V2.
+
+    The variables (`params`: `scale`, `bias`) are the leaves of `normjax.global_response_norm`; see
+    there for the mathematics. Both start at zeros, so y is x at first.
+
+    Args:
+      epsilon: added to the mean of the norms.
+      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      param_dtype: dtype of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale. Without it, the scale is 1.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      feature_axes: the axes of the channels, which parameters run along. All other axes but axis 0
+        are reduced.
+      axis_name: mapped axis that the reduced axes are sharded over: norms are shared over it.
+      axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
+        norms. None: one group of all.
+      scale_offset: added to the scale, in float32 or wider. The default of `scale_init` then makes
+        `-scale_offset`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from normjax.linen import GlobalResponseNorm
+      >>> x = jnp.array([[[3.0, 0.0], [4.0, 5.0]]])
+      >>> print(GlobalResponseNorm().init_with_output(jax.random.key(0), x)[0].ravel())
+      [3. 0. 4. 5.]
+    """
+
+    epsilon: float = 1e-6
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = zeros
+    scale_init: Initializer = zeros
+    feature_axes: Axes = -1
+    axis_name: AxisName | None = None
+    axis_index_groups: AxisIndexGroups | None = None
+    scale_offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: the input, examples along axis 0.
+          mask: broadcastable to x: True where an element counts, or the weight of each.
+
+        Returns:
+          y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
+        """
+        x = _checks.array(type(self).__name__, x)
+        scale_init = shifted(self.scale_init, self.scale_offset)
+        params = declare(self, sizes(self, x), scale_init, scale=self.use_scale, bias=self.use_bias)
+        x, dtype = promoted(self, x, *params.values())
+        y, _ = global_response_norm(
+            params, {}, x, False, feature_axes=self.feature_axes, dtype=dtype, **common(self, mask)
+        )
+        return y
