@@ -16,8 +16,9 @@ from normjax import _checks
 from normjax._jaxpr import Program
 from normjax._trees import Path, by_path, check_known, nest
 from normjax.deploy._constants import FUNCTION
-from normjax.deploy._pairs import Finder
-from normjax.deploy._rewrite import find, fold_pair, new_bias, rewritten, run
+from normjax.deploy._kernels import folded_leaves, named
+from normjax.deploy._plan import Fold, Key, Plan
+from normjax.deploy._rewrite import Recipe, find, maps, rewritten, run
 
 # How much rounding changes the outputs of a deep network, in float32 and in half precision.
 FULL, HALF = 1e-5, 5e-2
@@ -139,26 +140,42 @@ def fold(
     source = _as_function(model)
     leaves = by_path(variables)
     _check_arrays(leaves, inputs)
-    finder = find(source, variables, inputs)
-    found = _choose(finder, pairs)
-    kernels = {each.kernel for each in found}
-    chosen = [pair for pair in finder.pairs if "/".join(pair.kernel) in kernels]
-    biases = {pair.kernel: pair.bias or new_bias(pair.kernel, leaves) for pair in chosen}
-    new = dict(leaves)
-    for pair in chosen:
-        new[pair.kernel], new[biases[pair.kernel]] = fold_pair(finder, pair, leaves)
-    for path in finder.program.leaves.keys() - rewritten(finder, biases).leaves.keys():
+    graph = find(source, variables, inputs, leaves)
+    plan = Plan(graph)
+    found = _choose(plan, pairs)
+    if pairs is not None:
+        plan = Plan(graph, _named_folds(plan, found))
+    names = named(plan, leaves)
+    new = dict(leaves) | folded_leaves(plan, names, leaves)
+    program = rewritten(plan, names)
+    for path in graph.program.leaves.keys() - program.leaves.keys():
         del new[path]
-    template = jax.tree.map(_described, variables)
-    shapes = {path: np.shape(leaf) for path, leaf in new.items()}
-    apply = jax.jit(partial(run, source, template, biases, shapes))
-    tolerance = _rounding(finder.program) if tolerance is None else tolerance
+    recipe = Recipe(
+        source,
+        jax.tree.map(_described, variables),
+        names,
+        {path: np.shape(leaf) for path, leaf in new.items()},
+        _constants(plan, leaves),
+        {fold.key: fold for fold in plan.folds},
+        maps(plan),
+        [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)],
+    )
+    apply = jax.jit(partial(run, recipe))
+    tolerance = _rounding(graph.program) if tolerance is None else tolerance
     programs = partial(jax.jit(source), variables), partial(apply, nest(new))
     error = _verified(*programs, inputs, tolerance)
     folded = Folded(nest(new), apply, found, error)
     if show:
         print(folded)
     return folded
+
+
+def _constants(plan: Plan, leaves: Mapping[Path, Any]) -> dict[Path, np.ndarray]:
+    """Returns the leaves that scale and shift in what was folded."""
+    graph = plan.graph
+    steps = [graph.makers[outputs[0]] for outputs in plan.absorbed]
+    paths = frozenset().union(*map(graph.sources, steps))
+    return {path: np.asarray(leaves[path]) for path in paths}
 
 
 def _described(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -208,16 +225,37 @@ def _check_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
             )
 
 
-def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Found, ...]:
+def _rows(plan: Plan) -> list[tuple[str, str, Fold]]:
+    """Returns the kernels and the batch norm of each row of the table."""
+    rows = []
+    for fold in plan.folds:
+        kernels = dict.fromkeys("/".join(plan.merged(kernel)) for kernel in fold.kernels)
+        rows += [(" + ".join(kernels), "/".join(norm), fold) for norm in fold.norms]
+    return sorted(rows, key=lambda row: row[2].place)
+
+
+def _named_folds(plan: Plan, found: tuple[Found, ...]) -> set[Key]:
+    """Returns what has to be folded for the batch norms that are."""
+    named = {(each.kernel, each.norm) for each in found if each.kernel is not None}
+    rows = _rows(plan)
+    keys = {fold.key for kernel, norm, fold in rows if (kernel, norm) in named}
+    left = {kernel for kernel, norm, _ in rows if (kernel, norm) not in named}
+    for fold in plan.folds:
+        kernels = {"/".join(plan.merged(kernel)) for kernel in fold.kernels}
+        if not fold.norms and not kernels & left:
+            keys.add(fold.key)
+    return keys
+
+
+def _choose(plan: Plan, pairs: Sequence[tuple[str, str]] | None) -> tuple[Found, ...]:
     """Returns whether each batch norm is folded.
 
     Raises an error for named pairs that cannot be folded.
     """
-    possible = []
-    for pair in finder.pairs:
-        possible += [("/".join(pair.kernel), "/".join(norm)) for norm in pair.norms]
-    folded = {norm for pair in finder.pairs for norm in pair.norms}
-    reasons = {"/".join(norm): finder.reason(norm) for norm in finder.norms if norm not in folded}
+    possible = [(kernel, norm) for kernel, norm, _ in _rows(plan)]
+    folded = {norm for _, norm in possible}
+    left = [norm for norm in plan.graph.norms if "/".join(norm) not in folded]
+    reasons = {"/".join(norm): plan.reason(norm) for norm in left}
     named = possible if pairs is None else list(pairs)
     for pair in named:
         if pair not in possible:
