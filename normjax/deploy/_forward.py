@@ -161,6 +161,9 @@ def _concatenated(graph: Graph, op: Op, state: dict[int, Affine]) -> Affine:
     shape = np.broadcast_shapes(*map(tuple, others))
     whole = []
     for column in zip(*own, strict=True):
+        if all(np.array_equal(each, column[0]) and each.shape[axis] == 1 for each in column):
+            whole.append(column[0])  # such as the pieces of a circular border
+            continue
         wide = [np.ones((1,) * rank) * each for each in column]
         full = [
             np.broadcast_to(each, [*shape[:axis], size, *shape[axis + 1 :]])
@@ -171,13 +174,10 @@ def _concatenated(graph: Graph, op: Op, state: dict[int, Affine]) -> Affine:
 
 
 def _check_pad(graph: Graph, op: Op, affine: Affine) -> Affine:
-    padding = op.inputs[1]
-    if padding not in graph.program.constants:
-        raise Unfoldable("it is followed by `pad` with a value that is computed")
     for axis, (low, high, inner) in enumerate(op.params["padding_config"]):
         if (low, high, inner) != (0, 0, 0) and max(each.shape[axis] for each in affine) != 1:
             raise Unfoldable("it is followed by `pad` along its features")
-    preimage(affine, float(graph.program.constants[padding]))
+    preimage(affine, graph.padding(op))
     return affine
 
 

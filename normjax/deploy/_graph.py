@@ -111,6 +111,15 @@ class Graph:
         value = self.constants.value(constant, self.leaves)
         return value.reshape((1,) * (rank - value.ndim) + value.shape)
 
+    def padding(self, op: Op) -> float:
+        """Returns what a `pad` puts around its input; raises `Unfoldable` if that is computed."""
+        number = op.inputs[1]
+        sources = self.constants.sources.get(number)
+        if sources is None or sources or self.constants.unknown(number) is not None:
+            raise Unfoldable("it is followed by `pad` with a value that is computed")
+        given = self.program.constants.get(number)
+        return float(self.constants.value(number, {}) if given is None else given)
+
     def is_folded(self, op: Op) -> bool:
         """Returns whether a step becomes part of a kernel.
 

@@ -50,8 +50,7 @@ def padded(plan: Plan) -> list[Outputs]:
     finite = []
     for op in plan.graph.program.ops:
         if op.outputs in plan.pads:
-            value = float(plan.graph.program.constants[op.inputs[1]])
-            if np.isfinite(value) and plan.pads[op.outputs].shift.any():
+            if np.isfinite(plan.graph.padding(op)) and plan.pads[op.outputs].shift.any():
                 finite.append(op.outputs)
     return finite
 
@@ -147,9 +146,8 @@ def folded_leaves(plan: Plan, names: Names, leaves: Mapping[Path, Any]) -> dict[
     for path, border in names.borders.items():
         value = preimage(plan.inner[path], 0.0)
         made[border] = narrowed(FUNCTION, "/".join(border), value.ravel(), leaves[path])
-    constants = {op.outputs: op.inputs[1] for op in graph.program.ops if op.name == "pad"}
     for outputs, path in zip(padded(plan), names.pads, strict=True):
-        value = preimage(plan.pads[outputs], float(graph.program.constants[constants[outputs]]))
+        value = preimage(plan.pads[outputs], graph.padding(graph.makers[outputs[0]]))
         like = leaves[next(iter(plan.inner))]
         made[path] = narrowed(FUNCTION, "/".join(path), value.ravel(), like)
     return made

@@ -53,6 +53,9 @@ def laid_out(op: Op, array: Any, before: Shape, after: Shape) -> Any:
         axes = op.params["broadcast_dimensions"]
         sizes = [array.shape[axes.index(i)] if i in axes else 1 for i in range(len(after))]
         return array.reshape(sizes)
+    order = op.params.get("dimensions") if op.name == "reshape" else None
+    if order is not None:  # a transposition that `vmap` of a convolution puts into a reshape
+        array, before = array.transpose(order), tuple(before[axis] for axis in order)
     return _reshaped(array, before, after, op)
 
 
@@ -70,7 +73,11 @@ def laid_back(op: Op, array: Any, before: Shape, after: Shape) -> Any:
         if any(array.shape[i] != 1 for i in range(array.ndim) if i not in kept):
             raise Unfoldable("`broadcast_in_dim` repeats features that the batch norm tells apart")
         return array.reshape([array.shape[axis] for axis in axes])
-    return _reshaped(array, after, before, op)
+    order = op.params.get("dimensions") if op.name == "reshape" else None
+    if order is None:
+        return _reshaped(array, after, before, op)
+    moved_shape = tuple(before[axis] for axis in order)
+    return _reshaped(array, after, moved_shape, op).transpose(np.argsort(order))
 
 
 def feature_axes(array: Any, allowed: tuple[int, ...]) -> bool:
