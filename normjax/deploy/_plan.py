@@ -27,6 +27,7 @@ class Fold(NamedTuple):
       kernels: the kernels that it is folded into.
       norms: the batch norms that are folded.
       steps: its steps in words, in the order in which they run.
+      factors: the factors in between that stay in the program, in words.
       place: where it starts in the program.
     """
 
@@ -34,6 +35,7 @@ class Fold(NamedTuple):
     kernels: tuple[Path, ...]
     norms: tuple[Path, ...]
     steps: tuple[str, ...]
+    factors: tuple[str, ...]
     place: int
 
     @property
@@ -167,11 +169,12 @@ class Plan:
         norms: dict[Norm, None] = {}
         for op in new:
             norms |= dict.fromkeys(self.graph.norms_of(op))
-        folded = [op for op in new if self.graph.is_folded(op)]
-        steps = tuple(f"`{op.name}` of {self.graph.text(op)}" for op in folded)
+        words = {op.outputs: f"`{op.name}` of {self.graph.text(op)}" for op in new}
+        steps = tuple(words[op.outputs] for op in new if self.graph.is_folded(op))
+        factors = tuple(words[op.outputs] for op in new if not self.graph.is_folded(op))
         kernels = tuple(sink.path for sink in sinks)
         place = min(sink.output for sink in sinks)
-        return Fold(kind, kernels, tuple(map(tuple, norms)), steps, place)
+        return Fold(kind, kernels, tuple(map(tuple, norms)), steps, factors, place)
 
     def _is_allowed(self, fold: Fold) -> bool:
         return self.allowed is None or fold.key in self.allowed

@@ -333,12 +333,20 @@ def check_same(recipe: Recipe, plan: Plan, shapes: list[Any]) -> None:
             )
         elif other.steps != fold.steps:
             _name_step(recipe, shapes, into, fold.steps, other.steps)
-    old, new = recipe.plan, maps(plan)
+    _check_maps(recipe, found, maps(plan), shapes)
+
+
+def _check_maps(recipe: Recipe, found: Mapping[Key, Fold], new: Maps, shapes: list[Any]) -> None:
+    old = recipe.plan
     kernels = [*(path for path in old.outer if not _close(old.outer[path], new.outer.get(path)))]
     kernels += [path for path in old.inner if not _close(old.inner[path], new.inner.get(path))]
     kernels += [path for path in old.merges if not _merges_agree(old, new, path)]
     same_pads = len(old.pads) == len(new.pads) and all(map(_close, old.pads, new.pads))
     if kernels or not same_pads or old.borders != new.borders:
+        for key, fold in recipe.folds.items():
+            if fold.factors != found[key].factors:
+                into = ", ".join(map("/".join, fold.kernels))
+                _name_step(recipe, shapes, into, fold.factors, found[key].factors)
         into = ", ".join(map("/".join, kernels)) or "the border of a convolution"
         differs(
             recipe,
