@@ -151,11 +151,13 @@ class Graph:
         view, sources = self.constants.view(operand), self.constants.sources[operand]
         features, axes = _features(op, side, self.program)
         if view is None or not features:
-            what = f"computed from {_names(sources)}" if sources else "not a leaf of variables"
+            what = "not a leaf of variables: pass it as one"
+            if sources:
+                what = f"computed from {_names(sources)}: pass what is computed as a leaf"
             raise Unfoldable(f"the kernel of the linear layer before it is {what}")
         (path,) = sources
         if not self.alone(self.program.leaves[path], op):
-            raise Unfoldable(f"{'/'.join(path)} is used more than once")
+            raise Unfoldable(f"{'/'.join(path)} is used more than once: give each use its own")
         return Linear(op, side, path, operand, view, features, axes)
 
 

@@ -12,7 +12,7 @@ from normjax._trees import Path
 from normjax.deploy._backward import Outputs, Region, explained, pull
 from normjax.deploy._constants import ROOTS
 from normjax.deploy._forward import carried_forward, push
-from normjax.deploy._graph import Graph, Linear, Norm, name_of
+from normjax.deploy._graph import ARITHMETIC, Graph, Linear, Norm, name_of
 from normjax.deploy._layout import Affine, Unfoldable
 from normjax.deploy._parallel import Merge, merges, same_input_terms
 
@@ -232,28 +232,35 @@ class Plan:
 
     def reason(self, norm: Norm) -> str:
         """Returns why a batch norm is not folded, and what to do."""
-        if norm in self.reasons:
-            return self.reasons[norm]
-        graph = self.graph
-        for op in graph.program.ops:
-            data = graph.data(op)
-            reads = any(norm.var in graph.constants.sources.get(i, ()) for i in op.inputs)
-            if data and reads and op.name not in ("add", "sub", "mul", "div", "neg"):
-                return f"it is used by {name_of(op)}"
-        if not any(self._is_root(op, norm) for op in graph.program.ops):
+        said = self.reasons.get(norm)
+        if (user := self._other_user(norm)) is not None and said is None:
+            loop = user.name in ("scan", "while")
+            todo = ": write the loop in Python, with variables for each turn" if loop else ""
+            return f"it is used by {name_of(user)}{todo}"
+        if not any(is_root_of(self.graph, op, norm.var) for op in self.graph.program.ops):
             return (
-                "its variance normalizes nothing: the function takes the batch's own statistics. "
-                "Pass the function that does inference, such as "
-                "functools.partial(model.apply, train=False)"
+                "its variance normalizes nothing here: the function takes the statistics of the "
+                "batch. Pass one that does inference, such as functools.partial(model.apply, "
+                f"train=False){f' ({said})' if said else ''}"
             )
-        return "its variance is used by more than scales of one value"
+        return said or "its variance is used in another way than to scale one value"
 
-    def _is_root(self, op: Op, norm: Norm) -> bool:
-        return op.name in ROOTS and all(
-            norm.var in self.graph.constants.sources.get(number, ())
-            for number in op.inputs
-            if number not in self.graph.program.constants
-        )
+    def _other_user(self, norm: Norm) -> Op | None:
+        """Returns what reads the variance of a batch norm and is not arithmetic."""
+        sources = self.graph.constants.sources
+        for op in self.graph.program.ops:
+            reads = any(norm.var in sources.get(number, ()) for number in op.inputs)
+            if reads and self.graph.data(op) and op.name not in ARITHMETIC:
+                return op
+        return None
+
+
+def is_root_of(graph: Graph, op: Op, path: Path) -> bool:
+    """Returns whether an operation takes the root of a leaf, up to constants."""
+    sources = [graph.constants.sources.get(number) for number in op.inputs]
+    return (
+        op.name in ROOTS and None not in sources and any(path in each for each in sources if each)
+    )
 
 
 def _then(first: Affine, second: Affine) -> Affine:

@@ -64,6 +64,7 @@ class Recipe(NamedTuple):
       template: the shapes and dtypes of its variables.
       names: the paths of new leaves.
       shapes: the shapes of the folded model's leaves.
+      used: the leaves that are read on the sample.
       constants: the leaves that were folded, to compare what is made of them.
       folds: what was folded.
       plan: what became of it on the sample.
@@ -74,6 +75,7 @@ class Recipe(NamedTuple):
     template: Any
     names: Names
     shapes: Mapping[Path, tuple[int, ...]]
+    used: frozenset[Path]
     constants: Mapping[Path, np.ndarray]
     folds: Mapping[Key, Fold]
     plan: Maps

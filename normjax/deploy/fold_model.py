@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +17,10 @@ from normjax import _checks
 from normjax._jaxpr import Program
 from normjax._trees import Path, by_path, check_known, nest
 from normjax.deploy._constants import FUNCTION
+from normjax.deploy._graph import Graph
 from normjax.deploy._kernels import folded_leaves, named
+from normjax.deploy._linen import as_linen
+from normjax.deploy._notes import notes
 from normjax.deploy._plan import Fold, Key, Plan
 from normjax.deploy._rewrite import Recipe, find, maps, rewritten, run
 
@@ -55,6 +59,7 @@ class Folded:
       found: each batch norm, and whether it was folded.
       error: the largest relative error of an output on the sample: the norm of its difference from
         the source's, divided by the norm of the source's.
+      notes: what to know of leaves that have other names than `mean` and `var`.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -71,6 +76,34 @@ class Folded:
     apply: Callable[..., Any]
     found: tuple[Found, ...]
     error: float
+    notes: tuple[str, ...] = ()
+    recipe: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    def as_linen(self) -> tuple[Any, dict]:
+        """Returns the folded model as a linen module, for tools that work on modules.
+
+        Each kernel is a parameter of a module of its path, in which `jax.lax` is called with it.
+        So qwix finds and quantizes it: neither the network without its batch norms nor its
+        parameters have to be written by hand.
+
+        Returns:
+          A `flax.linen.Module` and its variables: the leaves that it reads, under their paths, or
+          all in a collection "params" if there is none. `module.apply(variables, *inputs)` is
+          `apply`, and `module.init` returns these variables.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, normjax as nj
+          >>> def model(variables, x):
+          ...     y = x @ variables["kernel"]
+          ...     return nj.batch_norm({}, variables["norm"], y, train=False)[0]
+          >>> norm = {"mean": jnp.ones(2), "var": jnp.ones(2)}
+          >>> x = jnp.array([[1.0, 5.0]])
+          >>> folded = nj.deploy.fold(model, {"kernel": jnp.eye(2), "norm": norm}, x, show=False)
+          >>> module, variables = folded.as_linen()
+          >>> print(module.apply(variables, x).round(3), jax.tree.map(jnp.shape, variables))
+          [[0. 4.]] {'params': {'kernel': (2, 2), 'bias': (2,)}}
+        """
+        return as_linen(self.recipe, self.variables)
 
     def __str__(self) -> str:
         rows = [(found.norm, found.kernel or "-", found.reason or "folded") for found in self.found]
@@ -79,7 +112,7 @@ class Folded:
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         count = sum(found.kernel is not None for found in self.found)
         lines.append(f"{count} of {len(self.found)} folded; outputs agree to {self.error:.1e}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def fold(
@@ -140,7 +173,7 @@ def fold(
     source = _as_function(model)
     leaves = by_path(variables)
     _check_arrays(leaves, inputs)
-    graph = find(source, variables, inputs, leaves)
+    graph = _found(source, variables, inputs, leaves)
     plan = Plan(graph)
     found = _choose(plan, pairs)
     if pairs is not None:
@@ -155,6 +188,7 @@ def fold(
         jax.tree.map(_described, variables),
         names,
         {path: np.shape(leaf) for path, leaf in new.items()},
+        frozenset(program.leaves),
         _constants(plan, leaves),
         {fold.key: fold for fold in plan.folds},
         maps(plan),
@@ -164,7 +198,7 @@ def fold(
     tolerance = _rounding(graph.program) if tolerance is None else tolerance
     programs = partial(jax.jit(source), variables), partial(apply, nest(new))
     error = _verified(*programs, inputs, tolerance)
-    folded = Folded(nest(new), apply, found, error)
+    folded = Folded(nest(new), apply, found, error, tuple(notes(graph)), recipe)
     if show:
         print(folded)
     return folded
@@ -182,11 +216,25 @@ def _described(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
+# Arguments of Flax modules that choose the mode, and their values at inference.
+MODES = {
+    "train": False,
+    "training": False,
+    "is_training": False,
+    "deterministic": True,
+    "use_running_average": True,
+}
+
+
 def _as_function(model: Any) -> Callable[..., Any]:
     from flax import linen, nnx
 
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, linen.Module) and model.__name__ == "apply":
+        model = owner
     if isinstance(model, linen.Module):
-        return model.apply
+        taken = inspect.signature(model.__call__).parameters
+        return partial(model.apply, **{name: MODES[name] for name in taken if name in MODES})
     if isinstance(model, nnx.Module):
         model = nnx.clone(model)
         model.eval()
@@ -202,6 +250,25 @@ def _as_function(model: Any) -> Callable[..., Any]:
         fix="The order is (model, variables, *inputs)",
         kind=TypeError,
     )
+
+
+def _found(
+    source: Callable[..., Any], variables: Any, inputs: tuple[Any, ...], leaves: Mapping[Path, Any]
+) -> Graph:
+    """Traces the model; raises an error for one that trains."""
+    from flax.errors import ModifyScopeVariableError
+
+    try:
+        return find(source, variables, inputs, leaves)
+    except ModifyScopeVariableError as error:
+        _checks.raise_error(
+            FUNCTION,
+            "the model updates its statistics, as in training",
+            expected="the function that does inference, such as "
+            "functools.partial(model.apply, train=False)",
+            got=str(error).split("(https")[0].strip().rstrip("."),
+            fix="Pass train=False, use_running_average=True, or what the model calls it",
+        )
 
 
 def _check_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
