@@ -50,10 +50,23 @@ class Linear(NamedTuple):
         return self.op.outputs[0]
 
 
+class Norm(tuple[str, ...]):
+    """The path of a batch norm, and how its leaves are named."""
+
+    mean: Path
+    var: Path
+
+    def __new__(cls, path: Path, mean: str = "mean", var: str = "var") -> Norm:
+        """Makes the path of a batch norm from the names of its leaves."""
+        norm = super().__new__(cls, path)
+        norm.mean, norm.var = (*path, mean), (*path, var)
+        return norm
+
+
 class Graph:
     """A program and the values of its leaves, as far as they are known."""
 
-    def __init__(self, program: Program, norms: list[Path], leaves: Mapping[Path, Any]):
+    def __init__(self, program: Program, norms: list[Norm], leaves: Mapping[Path, Any]):
         self.program, self.norms, self.leaves = program, norms, leaves
         self.constants = Constants(program)
         self.makers, self.users = self.constants.makers, users(program)
@@ -79,7 +92,7 @@ class Graph:
         constant = self.constant(op)
         return frozenset() if constant is None else self.constants.sources[constant]
 
-    def norms_of(self, op: Op) -> list[Path]:
+    def norms_of(self, op: Op) -> list[Norm]:
         """Returns the batch norms whose variance an arithmetic step reads."""
         return [norm for norm in self.norms if norm.var in self.sources(op)]
 
@@ -159,19 +172,6 @@ class Graph:
         if not self.alone(self.program.leaves[path], op):
             raise Unfoldable(f"{'/'.join(path)} is used more than once: give each use its own")
         return Linear(op, side, path, operand, view, features, axes)
-
-
-class Norm(tuple[str, ...]):
-    """The path of a batch norm, and how its leaves are named."""
-
-    mean: Path
-    var: Path
-
-    def __new__(cls, path: Path, mean: str = "mean", var: str = "var") -> Norm:
-        """Makes the path of a batch norm from the names of its leaves."""
-        norm = super().__new__(cls, path)
-        norm.mean, norm.var = (*path, mean), (*path, var)
-        return norm
 
 
 def before(graph: Graph, op: Op, affine: Affine) -> Affine:

@@ -18,7 +18,8 @@ from normjax._jaxpr import Op, Program
 from normjax._trees import Path, flatten, nest
 from normjax.deploy._graph import LINEAR
 from normjax.deploy._layout import PASSING
-from normjax.deploy._rewrite import Layer, Recipe, program_for
+from normjax.deploy._recipe import Recipe, program_for
+from normjax.deploy._rewrite import Layer
 
 PARAMS = "params"
 
@@ -35,11 +36,12 @@ def as_linen(recipe: Recipe, variables: Mapping[str, Any]) -> tuple[Any, dict[st
     class Scope(linen.Module):
         @linen.compact
         def __call__(self, collection: str, path: Path, value: Any, use: Callable) -> Any:
-            if len(path) > 1:
-                return Scope(name=path[0])(collection, path[1:], value, use)
+            first, *inner = path
+            if inner:
+                return Scope(name=first)(collection, tuple(inner), value, use)
             if collection == PARAMS:
-                return use(self.param(path[0], lambda key: value))
-            return use(self.variable(collection, path[0], lambda: value).value)
+                return use(self.param(first, lambda key: value))
+            return use(self.variable(collection, first, lambda: value).value)
 
     class FoldedModule(linen.Module):
         def init(self, rngs: Any, *inputs: Any, **options: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,14 +14,15 @@ from jaxtyping import Array, PyTree
 
 from normjax import _checks
 from normjax._jaxpr import Program
-from normjax._trees import Path, by_path, check_known, nest
+from normjax._trees import Path, by_path, nest
 from normjax.deploy._constants import FUNCTION
-from normjax.deploy._graph import Graph
 from normjax.deploy._kernels import folded_leaves, named
 from normjax.deploy._linen import as_linen
+from normjax.deploy._model import as_function, check_arrays, traced
 from normjax.deploy._notes import notes
 from normjax.deploy._plan import Fold, Key, Plan
-from normjax.deploy._rewrite import Recipe, find, maps, rewritten, run
+from normjax.deploy._recipe import Recipe, maps, run
+from normjax.deploy._rewrite import rewritten
 
 # How much rounding changes the outputs of a deep network, in float32 and in half precision.
 FULL, HALF = 1e-5, 5e-2
@@ -170,10 +170,10 @@ def fold(
       {'params': {'layers_0': {'bias': (4,), 'kernel': (3, 4)}}}
       >>> y = jax.jit(folded.apply)(folded.variables, x)
     """
-    source = _as_function(model)
+    source = as_function(model)
     leaves = by_path(variables)
-    _check_arrays(leaves, inputs)
-    graph = _found(source, variables, inputs, leaves)
+    check_arrays(leaves, inputs)
+    graph = traced(source, variables, inputs, leaves)
     plan = Plan(graph)
     found = _choose(plan, pairs)
     if pairs is not None:
@@ -214,82 +214,6 @@ def _constants(plan: Plan, leaves: Mapping[Path, Any]) -> dict[Path, np.ndarray]
 
 def _described(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
-
-
-# Arguments of Flax modules that choose the mode, and their values at inference.
-MODES = {
-    "train": False,
-    "training": False,
-    "is_training": False,
-    "deterministic": True,
-    "use_running_average": True,
-}
-
-
-def _as_function(model: Any) -> Callable[..., Any]:
-    from flax import linen, nnx
-
-    owner = getattr(model, "__self__", None)
-    if isinstance(owner, linen.Module) and model.__name__ == "apply":
-        model = owner
-    if isinstance(model, linen.Module):
-        taken = inspect.signature(model.__call__).parameters
-        return partial(model.apply, **{name: MODES[name] for name in taken if name in MODES})
-    if isinstance(model, nnx.Module):
-        model = nnx.clone(model)
-        model.eval()
-        definition = nnx.graphdef(model)
-        return lambda state, *inputs: nnx.merge(definition, state)(*inputs)
-    if callable(model):
-        return model
-    _checks.raise_error(
-        FUNCTION,
-        "model cannot be called",
-        expected="a function (variables, *inputs) -> outputs, a linen or an nnx module",
-        got=f"{type(model).__name__}",
-        fix="The order is (model, variables, *inputs)",
-        kind=TypeError,
-    )
-
-
-def _found(
-    source: Callable[..., Any], variables: Any, inputs: tuple[Any, ...], leaves: Mapping[Path, Any]
-) -> Graph:
-    """Traces the model; raises an error for one that trains."""
-    from flax.errors import ModifyScopeVariableError
-
-    try:
-        return find(source, variables, inputs, leaves)
-    except ModifyScopeVariableError as error:
-        _checks.raise_error(
-            FUNCTION,
-            "the model updates its statistics, as in training",
-            expected="the function that does inference, such as "
-            "functools.partial(model.apply, train=False)",
-            got=str(error).split("(https")[0].strip().rstrip("."),
-            fix="Pass train=False, use_running_average=True, or what the model calls it",
-        )
-
-
-def _check_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
-    named = [("/".join(path), leaf) for path, leaf in leaves.items()]
-    for name, leaf in [*named, *(("an input", leaf) for leaf in jax.tree.leaves(inputs))]:
-        check_known(
-            FUNCTION,
-            name,
-            leaf,
-            because="but folding needs its value",
-            fix="Fold outside of jax.jit, and jit the `apply` of the result",
-        )
-        if isinstance(leaf, bool | str):
-            _checks.raise_error(
-                FUNCTION,
-                f"{name} is a {type(leaf).__name__}, which chooses what the model does",
-                expected="arrays",
-                got=repr(leaf),
-                fix="Bind it first, as in functools.partial(model.apply, train=False)",
-                kind=TypeError,
-            )
 
 
 def _rows(plan: Plan) -> list[tuple[str, str, Fold]]:
