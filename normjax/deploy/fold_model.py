@@ -33,7 +33,8 @@ class Found(NamedTuple):
 
     Attributes:
       norm: its path in the variables.
-      kernel: the path of the kernel that it is folded into; None if it is not.
+      kernel: the path of the kernel that it is folded into, or of several, joined by " + "; None if
+        it is not folded.
       reason: why it is not folded; None if it is.
 
     Example:
@@ -55,7 +56,7 @@ class Folded:
       variables: nested dicts of the leaves that the folded model needs, under their old paths.
         Kernels and biases include their batch norms; a new bias is beside its kernel.
       apply: the model: `(variables, *inputs) -> outputs`, a pure function for inputs of any shape
-        that the model takes.
+        that the model takes. It raises an error if what was folded is something else there.
       found: each batch norm, and whether it was folded.
       error: the largest relative error of an output on the sample: the norm of its difference from
         the source's, divided by the norm of the source's.
@@ -123,23 +124,27 @@ def fold(
     tolerance: float | None = None,
     show: bool = True,
 ) -> Folded:
-    """Folds each batch norm of a model that follows a convolution or a dense layer into that layer.
+    """Folds each batch norm of a model into convolutions and dense layers before or after it.
 
     Inference then runs one layer less for each, and quantizers see the weights that are used.
 
-    The model is traced to find what can be folded: a chain from one convolution or matrix product
-    to a batch norm. The kernel has to be a leaf of the variables that is used once. Between it and
-    the batch norm there may be a bias, casts and reshapes, and no other reader of the intermediate
-    values. The arithmetic is folded in float64 as the model writes it, so normjax's batch norm,
-    Flax's, a batch renorm or your own all work. Batch norms that cannot be folded stay, and the
-    printed table says why. Finally, source and result are compared on the inputs.
+    The model is traced to find what can be folded. From a batch norm, its affine map is carried
+    back to the linear layers that make its input, or else forward to all that read its output: past
+    casts, reshapes, concatenation, slices, means and maximum pools. Each kernel has to be a leaf of
+    the variables that is used once. A convolution after a batch norm that pads with zeros then pads
+    with what becomes zero, a leaf `padding` beside its kernel. Branches that read the same value
+    and are added become one kernel. The arithmetic is folded in float64 as the model writes it, so
+    normjax's batch norm, Flax's, a batch renorm or your own all work. Batch norms that cannot be
+    folded stay, and the printed table says why. Finally, source and result are compared on the
+    inputs, and what was folded is compared again at each other shape.
 
     Args:
       model: the model at inference: a function `(variables, *inputs) -> outputs`, such as
-        `functools.partial(model.apply, train=False)`; a linen module whose `apply` needs no other
-        arguments; an nnx module, which is run in evaluation mode.
+        `functools.partial(model.apply, train=False)`; a linen or an nnx module, which is run in
+        inference.
       variables: the model's variables; `nnx.state(model)` for an nnx module. A batch norm is
-        recognized by leaves `mean` and `var`, side by side.
+        recognized by leaves `mean` and `var`, side by side; Keras's `moving_mean` and PyTorch's
+        `running_mean`, with their variances, are taken too.
       *inputs: a small sample of real inputs.
       pairs: the pairs to fold: tuples of a kernel's and a batch norm's path, as in the table. None:
         all that can be folded.

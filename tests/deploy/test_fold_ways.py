@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import normjax as nj
 from tests.compare import widest
@@ -225,3 +226,111 @@ def test_the_border_of_a_convolution_is_a_leaf(x):
         "params/Conv_1/kernel",
         "params/Dense_0/kernel",
     ]
+
+
+@pytest.mark.slow
+# qwix 0.1.8 asks for it
+@pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
+def test_a_module_for_qwix(x):
+    """A network with a border of its own, a dense kernel and nnx's paths goes to int8."""
+    import qwix
+
+    class Small(nnx.Module):
+        def __init__(self, rngs):
+            self.conv, self.next = (nnx.Conv(3, 3, (3, 3), rngs=rngs) for _ in range(2))
+            self.norm, self.head = nj.nnx.BatchNorm(3, rngs=rngs), nnx.Linear(3, 5, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.next(self.norm(nnx.relu(self.conv(x))))
+            return self.head(nnx.relu(x).mean((1, 2)))
+
+    model = Small(nnx.Rngs(0))
+    nnx.update(model, drawn(nnx.state(model)))
+    folded = nj.deploy.fold(model, nnx.state(model), x, show=False)
+    assert folded.found == (nj.deploy.Found("norm", "next/kernel"),)
+    module, variables = folded.as_linen()
+    assert jax.tree.map(jnp.shape, variables["params"]["next"]) == {
+        "kernel": (3, 3, 3, 3),
+        "bias": (3,),
+        "padding": (3,),
+    }
+    expected = folded.apply(folded.variables, x)
+    np.testing.assert_allclose(module.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        module.apply(variables, x[:1, :6]), folded.apply(folded.variables, x[:1, :6]), rtol=1e-5
+    )
+    made = module.init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, variables)
+
+    rules = [qwix.QuantizationRule(weight_qtype="int8", act_qtype="int8")]
+    quantized = qwix.quantize_model(module, qwix.PtqProvider(rules))
+    wanted = jax.eval_shape(quantized.init, jax.random.key(0), x)["params"]
+    params = qwix.quantize_params(variables["params"], wanted)
+    kernels = [leaf.shape for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.int8]
+    assert sorted(kernels) == [(3, 3, 3, 3), (3, 3, 3, 3), (3, 5)]
+    actual = jax.jit(quantized.apply)({"params": params}, x)
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    assert 1e-5 < error < 0.05
+
+
+@pytest.mark.slow
+def test_pairs_that_are_named(x):
+    """A part of what can be folded: forward, and one of two blocks of parallel branches."""
+    model, variables = linen_model(crepe, x)
+    pair = ("params/Dense_0/kernel", "batch_stats/BatchNorm_1")
+    folded = nj.deploy.fold(model, variables, x, pairs=[pair], show=False)
+    assert [found.kernel for found in folded.found] == [None, "params/Dense_0/kernel"]
+    assert list(folded.variables["batch_stats"]) == ["BatchNorm_0"]
+    np.testing.assert_allclose(
+        folded.apply(folded.variables, x), model.apply(variables, x), rtol=1e-4
+    )
+    model, variables = linen_model(repvgg, x)
+    whole = nj.deploy.fold(model, variables, x, show=False)
+    named = [(each.kernel, each.norm) for each in whole.found[:3]]
+    folded = nj.deploy.fold(model, variables, x, pairs=named, show=False)
+    assert sorted(folded.variables["params"]) == [
+        *(f"BatchNorm_{i}" for i in (3, 4, 5)),
+        *("Conv_0", "Conv_2", "Conv_3"),
+    ]
+
+
+@pytest.mark.slow
+def test_half_precision(x):
+    def layers(x):
+        conv = partial(nn.Conv, kernel_size=(3, 3), dtype=jnp.bfloat16)
+        norm = partial(BN, dtype=jnp.bfloat16)
+        parts = jnp.concatenate([conv(4)(x), conv(5)(x)], -1)
+        return conv(3)(norm()(nn.relu(norm()(parts))))
+
+    assert_folds(*linen_model(layers, x), x, 2, relative=0.02)
+
+
+@pytest.mark.slow
+def test_flax_own_layers_of_nnx(x):
+    """Forward and parallel, in an nnx module with Flax's batch norm."""
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.wide, self.identity = (
+                nnx.BatchNorm(3, use_running_average=True, rngs=rngs) for _ in range(3)
+            )
+            self.conv = nnx.Conv(3, 3, (3, 3), use_bias=False, rngs=rngs)
+            self.head = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+
+        def __call__(self, x):
+            x = nnx.relu(self.wide(self.conv(x)) + self.identity(x))
+            return self.head(self.first(x))
+
+    model = Block(nnx.Rngs(0))
+    nnx.update(model, drawn(nnx.state(model)))
+    folded = nj.deploy.fold(model, nnx.state(model), x, show=False)
+    assert {(found.norm, found.kernel) for found in folded.found} == {
+        ("first", "head/kernel"),
+        ("wide", "conv/kernel"),
+        ("identity", "conv/kernel"),
+    }
+    assert folded.error < 1e-6
+    model.eval()
+    np.testing.assert_allclose(
+        folded.apply(folded.variables, x[:1]), model(x[:1]), rtol=1e-4, atol=1e-5
+    )
