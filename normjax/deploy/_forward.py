@@ -28,6 +28,9 @@ from normjax.deploy._graph import LINEAR, Graph, Linear, after, name_of
 from normjax.deploy._layout import Affine, Unfoldable, feature_axes, laid_out, unchanged
 
 
+FARTHEST = 1e30
+
+
 class Spread(NamedTuple):
     """The operations from the input of a batch norm to the linear layers that read it.
 
@@ -208,7 +211,8 @@ def preimage(affine: Affine, value: float) -> np.ndarray:
     if value == -np.inf and (multiplier > 0).all():
         return np.full(multiplier.shape, -np.inf)
     wanted = value - shift
-    lost = (multiplier == 0) & (wanted != 0)
+    # What is beyond `FARTHEST` may not fit the kernel's dtype, as with a scale of 1e-40.
+    lost = (np.abs(multiplier) * FARTHEST < np.abs(wanted)) & (wanted != 0)
     if lost.any() or not np.isfinite(value):
         where = int(lost.ravel().argmax())
         raise Unfoldable(
