@@ -27,7 +27,6 @@ from normjax.deploy._backward import (
 from normjax.deploy._graph import LINEAR, Graph, Linear, after, name_of
 from normjax.deploy._layout import Affine, Unfoldable, feature_axes, laid_out, unchanged
 
-
 FARTHEST = 1e30
 
 

@@ -183,10 +183,26 @@ def fold(
     found = _choose(plan, pairs)
     if pairs is not None:
         plan = Plan(graph, _named_folds(plan, found))
+    recipe, new = _folded(source, variables, plan, inputs)
+    apply = jax.jit(partial(run, recipe))
+    tolerance = _rounding(graph.program) if tolerance is None else tolerance
+    programs = partial(jax.jit(source), variables), partial(apply, nest(new))
+    error = _verified(*programs, inputs, tolerance)
+    folded = Folded(nest(new), apply, found, error, tuple(notes(graph)), recipe)
+    if show:
+        print(folded)
+    return folded
+
+
+def _folded(
+    source: Callable[..., Any], variables: Any, plan: Plan, inputs: tuple[Any, ...]
+) -> tuple[Recipe, dict[Path, Any]]:
+    """Returns what `Folded.apply` needs, and the leaves of the folded model."""
+    leaves = by_path(variables)
     names = named(plan, leaves)
-    new = dict(leaves) | folded_leaves(plan, names, leaves)
+    new = leaves | folded_leaves(plan, names, leaves)
     program = rewritten(plan, names)
-    for path in graph.program.leaves.keys() - program.leaves.keys():
+    for path in plan.graph.program.leaves.keys() - program.leaves.keys():
         del new[path]
     recipe = Recipe(
         source,
@@ -199,14 +215,7 @@ def fold(
         maps(plan),
         [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)],
     )
-    apply = jax.jit(partial(run, recipe))
-    tolerance = _rounding(graph.program) if tolerance is None else tolerance
-    programs = partial(jax.jit(source), variables), partial(apply, nest(new))
-    error = _verified(*programs, inputs, tolerance)
-    folded = Folded(nest(new), apply, found, error, tuple(notes(graph)), recipe)
-    if show:
-        print(folded)
-    return folded
+    return recipe, new
 
 
 def _constants(plan: Plan, leaves: Mapping[Path, Any]) -> dict[Path, np.ndarray]:
