@@ -12,9 +12,8 @@ times:
     python examples/quantize.py --data mnist --data-dir DIR
     python examples/quantize.py --data cifar10 --data-dir DIR
 
-qwix works on Flax modules. The result of `fold` fits one: its variables are those of the same
-network with biases in place of batch norms, and that network is quantized
-(examples/common/quantize.py, some thirty lines).
+qwix works on Flax modules, and `Folded.as_linen` makes one of the folded network, which is
+quantized as any other (`quantized` in examples/common/quantize.py, three lines).
 
 Prints a table, and writes JSON to --out. Ctrl-C stops, and keeps finished runs. See
 examples/README.md for what to expect. qwix is an extra: pip install 'normjax[examples,quantize]'.

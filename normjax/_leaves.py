@@ -14,7 +14,7 @@ from normjax._checks import HOST, Shape, raise_error, raise_for_host
 SCALARS = ("count", "count_rest", "alpha", "sigma")
 COLLECTIONS = {
     "params": {"scale", "bias", "alpha", "threshold", "epsilon"},
-    "batch_stats": {"mean", "var", "count", "count_rest", "u", "sigma"},
+    "batch_stats": {"mean", "var", "count", "count_rest", "mean_rest", "var_rest", "u", "sigma"},
 }
 REAL = ("var", "threshold", "epsilon", "alpha", "sigma")
 

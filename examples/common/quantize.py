@@ -40,10 +40,9 @@ VARIANTS = {
 
 
 class Network(nn.Module):
-    """Maps images to logits: three stages of two convolutions, with batch norm or a bias."""
+    """Maps images to logits: three stages of two convolutions with batch norm."""
 
     width: int
-    normalize: bool = True
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -55,10 +54,9 @@ class Network(nn.Module):
                     self.width * 2**stage,
                     (3, 3),
                     strides if i == 0 else 1,
-                    use_bias=not self.normalize,
+                    use_bias=False,
                 )(x)
-                if self.normalize:
-                    x = nj.linen.BatchNorm(use_running_average=not train, momentum=MOMENTUM)(x)
+                x = nj.linen.BatchNorm(use_running_average=not train, momentum=MOMENTUM)(x)
                 x = nn.relu(x)
         return nn.Dense(data.CLASSES)(x.mean((1, 2)))
 
@@ -84,8 +82,8 @@ class Outcome(NamedTuple):
     bytes: dict[str, int]
 
 
-def quantized(network: Network, variables: Any, images: Array) -> Deployed:
-    """Returns the network with int8 kernels, and activations rounded to int8 at run time."""
+def quantized(network: nn.Module, variables: Any, images: Array) -> Deployed:
+    """Returns a module with int8 kernels, and activations rounded to int8 at run time."""
     model = qwix.quantize_model(network, qwix.PtqProvider(INT8))
     wanted = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     return Deployed(
@@ -96,11 +94,10 @@ def quantized(network: Network, variables: Any, images: Array) -> Deployed:
 def deployed(network: Network, variables: Any, images: Array) -> dict[str, Deployed]:
     """Returns the trained network in each of the variants; `images` are a sample."""
     folded = nj.deploy.fold(network, variables, images, show=False)
-    plain = network.clone(normalize=False)
     return {
         "float": Deployed(network.apply, variables),
         "folded": Deployed(folded.apply, folded.variables),
-        "folded, int8": quantized(plain, folded.variables, images),
+        "folded, int8": quantized(*folded.as_linen(), images),
         "int8": quantized(network, variables, images),
     }
 

@@ -10,47 +10,53 @@ from jax import numpy as jnp
 
 from normjax._jaxpr import Op, Program, makers
 from normjax._trees import Path
+from normjax.deploy._layout import Unfoldable, laid_back, laid_out
 from normjax.deploy._wide import widened
 
 FUNCTION = "fold"
+VIEWS = (
+    "convert_element_type",
+    "copy",
+    "reshape",
+    "rev",
+    "squeeze",
+    "expand_dims",
+    "stop_gradient",
+    "transpose",
+)
 
 
-def _same(params: Mapping[str, Any], value: np.ndarray) -> np.ndarray:
-    return value
-
-
-def _broadcast(params: Mapping[str, Any], value: np.ndarray) -> np.ndarray:
-    shape, axes = params["shape"], params["broadcast_dimensions"]
-    sizes = [value.shape[axes.index(axis)] if axis in axes else 1 for axis in range(len(shape))]
-    return np.broadcast_to(value.reshape(sizes), shape)
+def _select(params: Mapping[str, Any], which: np.ndarray, *cases: np.ndarray) -> np.ndarray:
+    return np.where(which, cases[-1], cases[0])
 
 
 # A batch norm whose chain needs another primitive is not folded.
-VIEWS: dict[str, Callable[..., np.ndarray]] = {
-    "convert_element_type": _same,
-    "copy": _same,
-    "reshape": lambda params, value: value.reshape(params["new_sizes"]),
-    "rev": lambda params, value: np.flip(value, params["dimensions"]),
-    "squeeze": lambda params, value: value.squeeze(params["dimensions"]),
-    "expand_dims": lambda params, value: np.expand_dims(value, params["dimensions"]),
-    "stop_gradient": _same,
-    "transpose": lambda params, value: value.transpose(params["permutation"]),
-}
 ELEMENTWISE: dict[str, Callable[..., np.ndarray]] = {
+    "abs": lambda params, value: np.abs(value),
     "add": lambda params, a, b: a + b,
     "div": lambda params, a, b: a / b,
     "exp": lambda params, value: np.exp(value),
+    "expm1": lambda params, value: np.expm1(value),
+    "ge": lambda params, a, b: a >= b,
+    "gt": lambda params, a, b: a > b,
     "integer_pow": lambda params, value: value ** params["y"],
+    "le": lambda params, a, b: a <= b,
+    "log1p": lambda params, value: np.log1p(value),
+    "lt": lambda params, a, b: a < b,
     "max": lambda params, a, b: np.maximum(a, b),
+    "min": lambda params, a, b: np.minimum(a, b),
     "mul": lambda params, a, b: a * b,
+    "ne": lambda params, a, b: a != b,
     "neg": lambda params, value: -value,
     "pow": lambda params, a, b: a**b,
     "rsqrt": lambda params, value: 1 / np.sqrt(value),
+    "select_n": _select,
     "sqrt": lambda params, value: np.sqrt(value),
     "square": lambda params, value: value * value,
     "sub": lambda params, a, b: a - b,
 }
-KNOWN = VIEWS | ELEMENTWISE | {"broadcast_in_dim": _broadcast}
+ROOTS = ("rsqrt", "sqrt", "pow")
+KNOWN = {*VIEWS, *ELEMENTWISE, "broadcast_in_dim"}
 
 
 class Constants:
@@ -73,52 +79,74 @@ class Constants:
         op = self.makers.get(number)
         if op is None:
             return None
-        if op.name not in KNOWN or not _floating(self.program, number):
+        if op.name not in KNOWN or not _is_known_type(self.program.types[number].dtype):
             return op.name
         return next((name for name in map(self.unknown, op.inputs) if name), None)
 
-    def varying(self, number: int) -> set[int]:
-        """Returns the axes along which a value may vary."""
-        op, shape = self.makers.get(number), self.program.types[number].shape
-        if op is not None and op.name == "broadcast_in_dim":
-            axes = op.params["broadcast_dimensions"]
-            return {axes[axis] for axis in self.varying(op.inputs[0])}
-        if op is not None and op.name in ELEMENTWISE:
-            return set().union(*map(self.varying, op.inputs))
-        return {axis for axis, size in enumerate(shape) if size != 1}
-
     def value(self, number: int, leaves: Mapping[Path, Any]) -> np.ndarray:
-        """Returns a value in float64; raises an error for leaves that are not finite."""
+        """Returns a value in float64, compact; raises an error for leaves that are not finite."""
         op = self.makers.get(number)
         if op is not None:
-            return KNOWN[op.name](op.params, *(self.value(given, leaves) for given in op.inputs))
+            return self._computed(op, [self.value(given, leaves) for given in op.inputs])
         if number in self.program.constants:
             return widened(FUNCTION, "a constant", self.program.constants[number])
         (path,) = self.sources[number]
         return widened(FUNCTION, "/".join(path), leaves[path])
 
+    def _computed(self, op: Op, values: list[np.ndarray]) -> np.ndarray:
+        if op.name in ELEMENTWISE:
+            return np.asarray(ELEMENTWISE[op.name](op.params, *values))
+        before, after = (self.program.types[i].shape for i in (op.inputs[0], op.outputs[0]))
+        (value,) = values
+        if value.dtype == bool and op.name == "convert_element_type":
+            value = value.astype(np.float64)
+        return laid_out(op, value, before, after)
+
+    def text(self, number: int) -> str:
+        """Returns a formula of leaves and literals, without how the values are laid out."""
+        op = self.makers.get(number)
+        if op is not None:
+            inner = ", ".join(map(self.text, op.inputs))
+            return f"{op.name}({inner})" if op.name in ELEMENTWISE else inner
+        if number in self.program.constants:
+            value = np.asarray(self.program.constants[number])
+            return f"{value:.6g}" if value.ndim == 0 else f"an array of shape {value.shape}"
+        (path,) = self.sources[number]
+        return "/".join(path)
+
     def view(self, number: int) -> list[Op] | None:
         """Returns the operations that only lay out one leaf, in order; None if others occur."""
         ops: list[Op] = []
         while (op := self.makers.get(number)) is not None:
-            if op.name not in VIEWS or not _floating(self.program, number):
+            if op.name not in VIEWS or not _is_floating(self.program, number):
                 return None
             ops.insert(0, op)
             (number,) = op.inputs
         return ops if self.sources[number] else None
 
 
-def back(view: list[Op], value: np.ndarray, program: Program) -> np.ndarray:
-    """Lays a value out as the leaf that `view` starts from."""
-    for op in reversed(view):
-        if op.name == "transpose":
-            value = value.transpose(np.argsort(op.params["permutation"]))
-        elif op.name == "rev":
-            value = np.flip(value, op.params["dimensions"])
-        else:
-            value = value.reshape(program.types[op.inputs[0]].shape)
+def forwards(view: list[Op], value: Any, program: Program) -> Any:
+    """Lays a compact array of a leaf out as the operand that `view` makes."""
+    for op in view:
+        before, after = (program.types[i].shape for i in (op.inputs[0], op.outputs[0]))
+        value = laid_out(op, value, before, after)
     return value
 
 
-def _floating(program: Program, number: int) -> bool:
+def backwards(view: list[Op], value: Any, program: Program) -> Any:
+    """Lays a compact array of an operand out as the leaf that `view` starts from."""
+    for op in reversed(view):
+        before, after = (program.types[i].shape for i in (op.inputs[0], op.outputs[0]))
+        value = laid_back(op, value, before, after)
+    return value
+
+
+def _is_floating(program: Program, number: int) -> bool:
     return jnp.issubdtype(program.types[number].dtype, jnp.inexact)
+
+
+def _is_known_type(dtype: Any) -> bool:
+    return dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.inexact)
+
+
+__all__ = ["ELEMENTWISE", "FUNCTION", "ROOTS", "Constants", "Unfoldable", "backwards", "forwards"]

@@ -1,175 +1,203 @@
-"""Folds pairs: computes new leaves, and rewrites the program to use them."""
+"""Rewrites a program to use folded leaves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array
 
-from normjax import _checks
-from normjax._jaxpr import Op, Program, trace
-from normjax._trees import Path, by_path, path_of
-from normjax.deploy._constants import FUNCTION, back
-from normjax.deploy._pairs import LAYOUT, Finder, Pair, Step
-from normjax.deploy._program import execute, inline, pruned
-from normjax.deploy._wide import narrowed, widened
-
-Biases = Mapping[Path, Path]  # the path of the bias by the path of the kernel, for each fold
-
-
-def find(source: Callable[..., Any], variables: Any, inputs: tuple[Any, ...]) -> Finder:
-    """Traces a model and finds its batch norms, which have leaves `mean` and `var`."""
-    program = trace(source, variables, inputs, inline=inline)
-    with_var = [path[:-1] for path in program.leaves if path[-1] == "var"]
-    norms = [norm for norm in with_var if (*norm, "mean") in program.leaves]
-    return Finder(pruned(program), norms)
+from normjax._jaxpr import Op, Program
+from normjax._trees import Path
+from normjax.deploy._graph import Graph, Linear
+from normjax.deploy._kernels import (
+    Names,
+    as_border,
+    bias_shape,
+    changed,
+    padded,
+    spread_bias,
+)
+from normjax.deploy._parallel import Merge
+from normjax.deploy._plan import Plan
+from normjax.deploy._program import pruned
 
 
-def new_bias(kernel: Path, taken: Mapping[Path, Any]) -> Path:
-    """Returns the path of a bias beside a kernel."""
-    *place, name = kernel
-    bias = "bias" if name == "kernel" else f"{name}_bias"
-    while (*place, bias) in taken:
-        bias = f"folded_{bias}"
-    return (*place, bias)
+def rewritten(plan: Plan, names: Names) -> Program:
+    """Returns the program with new kernels and biases in place of what was folded."""
+    program = plan.graph.program
+    types, leaves = list(program.types), dict(program.leaves)
 
+    def leaf(path: Path, shape: tuple[int, ...], like: int) -> int:
+        leaves[path] = len(types)
+        types.append(jax.ShapeDtypeStruct(shape, types[like].dtype))
+        return leaves[path]
 
-def fold_pair(finder: Finder, pair: Pair, leaves: Mapping[Path, Any]) -> tuple[Any, Any]:
-    """Returns the kernel and the bias that do what the pair did."""
-    _check_variances(pair, leaves)
-    with np.errstate(all="ignore"):  # `narrowed` raises an error for what is not finite
-        multiplier, shift = _affine(finder, pair, leaves)
-    shape = finder.program.types[pair.operand].shape
-    others = _checks.other_axes(pair.features, len(shape))
-    laid_out = np.expand_dims(multiplier.transpose(np.argsort(pair.features)), others)
-    own, name = leaves[pair.kernel], "/".join(pair.kernel)
-    multipliers = back(pair.view, np.broadcast_to(laid_out, shape), finder.program)
-    kernel = widened(FUNCTION, name, own) * multipliers
-    both = f"{name} with {' and '.join(map('/'.join, pair.norms))}"
-    return narrowed(FUNCTION, both, kernel, own), narrowed(FUNCTION, f"bias of {both}", shift, own)
-
-
-def _check_variances(pair: Pair, leaves: Mapping[Path, Any]) -> None:
-    for norm in pair.norms:
-        path = (*norm, "var")
-        least = widened(FUNCTION, "/".join(path), leaves[path]).min(initial=0)
-        if least < 0:
-            _checks.raise_error(
-                FUNCTION,
-                f"{'/'.join(path)} is negative",
-                expected="a variance of 0 or more for each feature",
-                got=f"{least:.6g}",
-                fix="Check where the statistics come from",
-            )
-
-
-def _affine(
-    finder: Finder, pair: Pair, leaves: Mapping[Path, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what a chain multiplies each feature by, and what it then adds."""
-    multiplier, shift = np.ones(pair.sizes), np.zeros(pair.sizes)
-    for step in pair.steps:
-        if step.op.name == "neg":
-            multiplier, shift = -multiplier, -shift
-        elif step.constant is not None:
-            value = _by_feature(finder.constants.value(step.constant, leaves), step.axes)
-            multiplier, shift = _after(step, multiplier, shift, value)
-    return multiplier, shift
-
-
-def _after(
-    step: Step, multiplier: np.ndarray, shift: np.ndarray, value: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    match step.op.name, step.reverse:
-        case "add", _:
-            return multiplier, shift + value
-        case "sub", False:
-            return multiplier, shift - value
-        case "sub", True:
-            return -multiplier, value - shift
-        case "mul", _:
-            return multiplier * value, shift * value
-    return multiplier / value, shift / value
-
-
-def _by_feature(value: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Returns the one number of each feature, with the features in the order of `axes`."""
-    if value.ndim == 0:
-        return value
-    chosen = value[tuple(slice(None) if axis in axes else 0 for axis in range(value.ndim))]
-    return chosen.transpose(np.argsort(np.argsort(axes)))
-
-
-def rewritten(finder: Finder, biases: Biases) -> Program:
-    """Returns the program with a bias in place of each folded chain."""
-    program, pairs = finder.program, {pair.kernel: pair for pair in finder.pairs}
-    if lost := [kernel for kernel in biases if kernel not in pairs]:
-        _checks.raise_error(
-            "Folded.apply",
-            "with these inputs the model computes something else than on the sample",
-            expected=f"batch norm after {', '.join(map('/'.join, biases))}",
-            got=f"none after {', '.join(map('/'.join, lost))}",
-            fix="Fold once for each path through the model",
+    new: dict[Any, Op] = {}
+    for outputs, root in plan.wide.items():
+        op = _op(plan.graph, outputs)
+        new[outputs] = _wide(plan, op, root)
+    for outputs in plan.absorbed - plan.wide.keys():
+        op = _op(plan.graph, outputs)
+        data = tuple(plan.graph.data(op))
+        new[outputs] = Same(op.name, {"dtype": types[outputs[0]].dtype}, data, outputs)
+    for sink in changed(plan):
+        bias = leaf(names.biases[sink.path], bias_shape(plan.graph, sink), sink.operand)
+        inputs = (sink.data, sink.operand, bias)
+        if sink.path in names.borders:
+            size = np.broadcast(*plan.inner[sink.path]).size
+            inputs = (*inputs, leaf(names.borders[sink.path], (size,), sink.operand))
+        new[sink.op.outputs] = _layer(plan, sink, inputs)
+    for outputs, path in zip(padded(plan), names.pads, strict=True):
+        op = _op(plan.graph, outputs)
+        affine = plan.pads[outputs]
+        like = plan.graph.program.leaves[next(iter(plan.inner))]
+        border = leaf(path, (np.broadcast(*affine).size,), like)
+        config = op.params["padding_config"]
+        new[outputs] = Pad(
+            "pad", {"config": config, "affine": affine}, (op.inputs[0], border), outputs
         )
-    types, leaves, last = list(program.types), dict(program.leaves), {}
-    for kernel, bias in biases.items():
-        pair = pairs[kernel]
-        leaves[bias] = len(types)
-        types.append(jax.ShapeDtypeStruct(pair.sizes, types[pair.operand].dtype))
-        end = pair.steps[-1]
-        layouts = [step.op for step in pair.steps if step.op.name in LAYOUT]
-        made = end.op.outputs
-        params = {"layouts": layouts, "axes": end.axes, "dtype": types[made[0]].dtype}
-        last[made] = _AddBias("bias", params, (pair.output, leaves[bias]), made)
-    ops = tuple(last.get(op.outputs, op) for op in program.ops)
-    return pruned(program._replace(types=types, leaves=leaves, ops=ops))
+    ops = [new.get(op.outputs, op) for op in program.ops]
+    for merge in plan.merges.values():
+        ops = _without_branches(ops, merge)
+    return pruned(program._replace(types=types, leaves=leaves, ops=tuple(ops)))
 
 
-class _AddBias(Op):
-    """Lays the output of a linear operation out as its chain does, and adds the bias."""
+def _op(graph: Graph, outputs: tuple[int, ...]) -> Op:
+    return graph.makers[outputs[0]]
+
+
+def _escapes(plan: Plan, outputs: tuple[int, ...]) -> bool:
+    """Returns whether a value is read by operations that expect its own dtype."""
+    uses = [user for number in outputs for user in plan.graph.users[number]]
+    return any(user is None or user.outputs not in plan.wide for user in uses)
+
+
+def _wide(plan: Plan, op: Op, root: int) -> Op:
+    """Returns an operation between a linear layer and the end of its batch norm.
+
+    It computes in the wider of both dtypes, so that the bias is not rounded in between.
+    """
+    graph = plan.graph
+    dtype = graph.dtype(op.outputs[0]) if _escapes(plan, op.outputs) else None
+    skipped = op.outputs in plan.absorbed or op.name == "convert_element_type"
+    if skipped:
+        return Same(op.name, {"dtype": dtype}, tuple(graph.data(op)), op.outputs)
+    return Between(op.name, {**op.params, "normjax_dtype": dtype}, op.inputs, op.outputs, op.eqn)
+
+
+def _layer(plan: Plan, sink: Linear, inputs: tuple[int, ...]) -> Op:
+    graph, dtype = plan.graph, plan.graph.dtype(sink.output)
+    if sink.op.outputs in plan.wide:
+        root = plan.wide[sink.op.outputs]
+        wide = wider(dtype, graph.dtype(root))
+        dtype = dtype if _escapes(plan, sink.op.outputs) else wide
+    params = {
+        "op": sink.op,
+        "side": sink.side,
+        "sink": sink,
+        "graph": graph,
+        "dtype": dtype,
+        "affine": plan.inner.get(sink.path),
+    }
+    return Layer("layer", params, inputs, sink.op.outputs)
+
+
+def wider(*dtypes: Any) -> Any:
+    """Returns the dtype with most bits, whatever JAX's promotion of types is set to."""
+    return max(map(jnp.dtype, dtypes), key=lambda dtype: dtype.itemsize)
+
+
+class Same(Op):
+    """A step that has become part of a kernel; it may still change the dtype."""
 
     def run(self, *values: Array) -> Iterable[Array]:
-        value, bias = values
-        for op in self.params["layouts"]:
-            (value,) = op.run(value)
-        axes, dtype = self.params["axes"], self.params["dtype"]
-        others = _checks.other_axes(axes, value.ndim)
-        bias = jnp.expand_dims(bias.transpose(np.argsort(axes)), others)
-        return (value.astype(dtype) + bias.astype(dtype),)
+        """Returns the value."""
+        (value,) = values
+        dtype = self.params["dtype"]
+        return (value if dtype is None else value.astype(dtype),)
 
 
-def run(
-    source: Callable[..., Any],
-    template: Any,
-    biases: Biases,
-    shapes: Mapping[Path, tuple[int, ...]],
-    variables: Any,
-    *inputs: Any,
-) -> Any:
-    """Traces the source for these inputs, rewrites it, and runs it on the folded variables."""
-    given = by_path(variables)
-    _check_shapes(given, shapes)
+class Between(Op):
+    """An operation that may be given values of a wider dtype than it was traced with."""
 
-    def typed(path: Any, own: Any) -> Any:
-        leaf = given.get(path_of(path))
-        return own if leaf is None else jax.ShapeDtypeStruct(own.shape, leaf.dtype)
-
-    finder = find(source, jax.tree.map_with_path(typed, template), inputs)
-    return execute(rewritten(finder, biases), given, inputs)
+    def run(self, *values: Array) -> Iterable[Array]:
+        """Returns the operation's values; those that others read have their own dtype."""
+        dtype = self.params["normjax_dtype"]
+        wide = wider(*(value.dtype for value in values))
+        params = {name: own for name, own in self.params.items() if name != "normjax_dtype"}
+        made = self._replace(params=params)
+        found = Op(*made).run(*(value.astype(wide) for value in values))
+        return [value if dtype is None else value.astype(dtype) for value in found]
 
 
-def _check_shapes(given: Mapping[Path, Any], shapes: Mapping[Path, tuple[int, ...]]) -> None:
-    found = {path: np.shape(leaf) for path, leaf in given.items()}
-    for path in [*found, *shapes]:
-        if found.get(path) != shapes.get(path):
-            _checks.raise_error(
-                "Folded.apply",
-                f"{'/'.join(path)} differs from the folded model's",
-                expected=f"shape {shapes[path]}" if path in shapes else "no such leaf",
-                got=f"shape {found[path]}" if path in found else "no such leaf",
-                fix="Pass the `variables` of the folded model instead of its source's",
-            )
+class Layer(Op):
+    """A linear layer with a bias, whose border may be something else than zeros."""
+
+    def prepared(self, value: Array, *border: Array) -> tuple[Array, Op]:
+        """Returns the value with its border, and the operation that needs no other."""
+        op = self.params["op"]
+        if not border:
+            return value, op
+        numbers, rank = op.params["dimension_numbers"], value.ndim
+        config = [(0, 0, 0)] * rank
+        for i, axis in enumerate(numbers.lhs_spec[2:]):
+            config[axis] = (*op.params["padding"][i], op.params["lhs_dilation"][i] - 1)
+        none = {
+            "padding": ((0, 0),) * (rank - 2),
+            "lhs_dilation": (1,) * (rank - 2),
+        }
+        edge = as_border(border[0], self.params["affine"])
+        return _padded(value, edge, config), op._replace(params={**op.params, **none})
+
+    def finished(self, made: Array, bias: Array) -> Array:
+        """Returns the layer's output with its bias."""
+        graph, dtype = self.params["graph"], self.params["dtype"]
+        spread = spread_bias(graph, self.params["sink"], bias)
+        return made.astype(dtype) + spread.astype(dtype)
+
+    def run(self, *values: Array) -> Iterable[Array]:
+        """Returns the layer's output."""
+        value, kernel, bias, *border = values
+        value, op = self.prepared(value, *border)
+        both = (value, kernel) if self.params["side"] == 1 else (kernel, value)
+        (made,) = op.run(*both)
+        return (self.finished(made, bias),)
+
+
+class Pad(Op):
+    """Puts a value for each feature around another."""
+
+    def run(self, *values: Array) -> Iterable[Array]:
+        """Returns the padded value."""
+        value, border = values
+        edge = as_border(border, self.params["affine"])
+        return (_padded(value, edge, self.params["config"]),)
+
+
+def _padded(value: Array, border: Array, config: Any) -> Array:
+    inside = lax.pad(jnp.ones(value.shape, bool), False, config)
+    zeros = lax.pad(value, jnp.zeros((), value.dtype), config)
+    return jnp.where(inside, zeros, border.astype(value.dtype))
+
+
+def _without_branches(ops: list[Op], merge: Merge) -> list[Op]:
+    """Removes from sums what has become part of the target."""
+    gone = set()
+    for term in merge.terms:
+        if term.linear is None or term.linear.path != merge.target.path:
+            gone.add(term.output)
+    made = []
+    for op in ops:
+        left = tuple(number for number in op.inputs if number not in gone)
+        if op.name == "add" and len(left) == 0:
+            gone |= set(op.outputs)
+        elif op.name == "add" and len(left) == 1 and len(op.inputs) == 2:
+            made.append(Same(op.name, {"dtype": None}, left, op.outputs))
+        else:
+            made.append(op)
+    return made

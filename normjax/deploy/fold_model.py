@@ -14,10 +14,15 @@ from jaxtyping import Array, PyTree
 
 from normjax import _checks
 from normjax._jaxpr import Program
-from normjax._trees import Path, by_path, check_known, nest
+from normjax._trees import Path, by_path, nest
 from normjax.deploy._constants import FUNCTION
-from normjax.deploy._pairs import Finder
-from normjax.deploy._rewrite import find, fold_pair, new_bias, rewritten, run
+from normjax.deploy._kernels import folded_leaves, named
+from normjax.deploy._linen import as_linen
+from normjax.deploy._model import as_function, check_arrays, traced
+from normjax.deploy._notes import notes
+from normjax.deploy._plan import Fold, Key, Plan
+from normjax.deploy._recipe import Recipe, maps, run
+from normjax.deploy._rewrite import rewritten
 from normjax.statistics.modules import open_model
 
 # How much rounding changes the outputs of a deep network, in float32 and in half precision.
@@ -29,7 +34,8 @@ class Found(NamedTuple):
 
     Attributes:
       norm: its path in the variables.
-      kernel: the path of the kernel that it is folded into; None if it is not.
+      kernel: the path of the kernel that it is folded into, or of several, joined by " + "; None if
+        it is not folded.
       reason: why it is not folded; None if it is.
 
     Example:
@@ -51,10 +57,11 @@ class Folded:
       variables: nested dicts of the leaves that the folded model needs, under their old paths.
         Kernels and biases include their batch norms; a new bias is beside its kernel.
       apply: the model: `(variables, *inputs) -> outputs`, a pure function for inputs of any shape
-        that the model takes.
+        that the model takes. It raises an error if what was folded is something else there.
       found: each batch norm, and whether it was folded.
       error: the largest relative error of an output on the sample: the norm of its difference from
         the source's, divided by the norm of the source's.
+      notes: what to know of leaves that have other names than `mean` and `var`.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -71,6 +78,34 @@ class Folded:
     apply: Callable[..., Any]
     found: tuple[Found, ...]
     error: float
+    notes: tuple[str, ...] = ()
+    recipe: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    def as_linen(self) -> tuple[Any, dict]:
+        """Returns the folded model as a linen module, for tools that work on modules.
+
+        Each kernel is a parameter of a module of its path, in which `jax.lax` is called with it.
+        So qwix finds and quantizes it: neither the network without its batch norms nor its
+        parameters have to be written by hand.
+
+        Returns:
+          A `flax.linen.Module` and its variables: the leaves that it reads, under their paths, or
+          all in a collection "params" if there is none. `module.apply(variables, *inputs)` is
+          `apply`, and `module.init` returns these variables.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, normjax as nj
+          >>> def model(variables, x):
+          ...     y = x @ variables["kernel"]
+          ...     return nj.batch_norm({}, variables["norm"], y, train=False)[0]
+          >>> norm = {"mean": jnp.ones(2), "var": jnp.ones(2)}
+          >>> x = jnp.array([[1.0, 5.0]])
+          >>> folded = nj.deploy.fold(model, {"kernel": jnp.eye(2), "norm": norm}, x, show=False)
+          >>> module, variables = folded.as_linen()
+          >>> print(module.apply(variables, x).round(3), sorted(variables["params"]))
+          [[0. 4.]] ['bias', 'kernel']
+        """
+        return as_linen(self.recipe, self.variables)
 
     def __str__(self) -> str:
         rows = [(found.norm, found.kernel or "-", found.reason or "folded") for found in self.found]
@@ -79,7 +114,7 @@ class Folded:
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         count = sum(found.kernel is not None for found in self.found)
         lines.append(f"{count} of {len(self.found)} folded; outputs agree to {self.error:.1e}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def fold(
@@ -90,23 +125,27 @@ def fold(
     tolerance: float | None = None,
     show: bool = True,
 ) -> Folded:
-    """Folds each batch norm of a model that follows a convolution or a dense layer into that layer.
+    """Folds each batch norm of a model into convolutions and dense layers before or after it.
 
     Inference then runs one layer less for each, and quantizers see the weights that are used.
 
-    The model is traced to find what can be folded: a chain from one convolution or matrix product
-    to a batch norm. The kernel has to be a leaf of the variables that is used once. Between it and
-    the batch norm there may be a bias, casts and reshapes, and no other reader of the intermediate
-    values. The arithmetic is folded in float64 as the model writes it, so normjax's batch norm,
-    Flax's, a batch renorm or your own all work. Batch norms that cannot be folded stay, and the
-    printed table says why. Finally, source and result are compared on the inputs.
+    The model is traced to find what can be folded. From a batch norm, its affine map is carried
+    back to the linear layers that make its input, or else forward to all that read its output: past
+    casts, reshapes, concatenation, slices, means and maximum pools. Each kernel has to be a leaf of
+    the variables that is used once. A convolution after a batch norm that pads with zeros then pads
+    with what becomes zero, a leaf `padding` beside its kernel. Branches that read the same value
+    and are added become one kernel. The arithmetic is folded in float64 as the model writes it, so
+    normjax's batch norm, Flax's, a batch renorm or your own all work. Batch norms that cannot be
+    folded stay, and the printed table says why. Finally, source and result are compared on the
+    inputs, and what was folded is compared again at each other shape.
 
     Args:
       model: the model at inference: a function `(variables, *inputs) -> outputs`, such as
         `functools.partial(model.apply, train=False)`; a linen or an nnx module, which is run in
-        evaluation mode; a `TrainState`. The last two may be followed by the inputs at once.
+        inference; a `TrainState`. The last two may be followed by the inputs at once.
       variables: the model's variables; `nnx.state(model)` for an nnx module. A batch norm is
-        recognized by leaves `mean` and `var`, side by side.
+        recognized by leaves `mean` and `var`, side by side; Keras's `moving_mean` and PyTorch's
+        `running_mean`, with their variances, are taken too.
       *inputs: a small sample of real inputs.
       pairs: the pairs to fold: tuples of a kernel's and a batch norm's path, as in the table. None:
         all that can be folded.
@@ -138,88 +177,92 @@ def fold(
       >>> y = jax.jit(folded.apply)(folded.variables, x)
     """
     model, variables, inputs, _ = open_model(FUNCTION, model, (variables, *inputs), train=False)
-    source = _as_function(model)
+    source = as_function(model)
     leaves = by_path(variables)
-    _check_arrays(leaves, inputs)
-    finder = find(source, variables, inputs)
-    found = _choose(finder, pairs)
-    kernels = {each.kernel for each in found}
-    chosen = [pair for pair in finder.pairs if "/".join(pair.kernel) in kernels]
-    biases = {pair.kernel: pair.bias or new_bias(pair.kernel, leaves) for pair in chosen}
-    new = dict(leaves)
-    for pair in chosen:
-        new[pair.kernel], new[biases[pair.kernel]] = fold_pair(finder, pair, leaves)
-    for path in finder.program.leaves.keys() - rewritten(finder, biases).leaves.keys():
-        del new[path]
-    template = jax.tree.map(_described, variables)
-    shapes = {path: np.shape(leaf) for path, leaf in new.items()}
-    apply = jax.jit(partial(run, source, template, biases, shapes))
-    tolerance = _rounding(finder.program) if tolerance is None else tolerance
+    check_arrays(leaves, inputs)
+    graph = traced(source, variables, inputs, leaves)
+    plan = Plan(graph)
+    found = _choose(plan, pairs)
+    if pairs is not None:
+        plan = Plan(graph, _named_folds(plan, found))
+    recipe, new = _folded(source, variables, plan, inputs)
+    apply = jax.jit(partial(run, recipe))
+    tolerance = _rounding(graph.program) if tolerance is None else tolerance
     programs = partial(jax.jit(source), variables), partial(apply, nest(new))
     error = _verified(*programs, inputs, tolerance)
-    folded = Folded(nest(new), apply, found, error)
+    folded = Folded(nest(new), apply, found, error, tuple(notes(graph)), recipe)
     if show:
         print(folded)
     return folded
+
+
+def _folded(
+    source: Callable[..., Any], variables: Any, plan: Plan, inputs: tuple[Any, ...]
+) -> tuple[Recipe, dict[Path, Any]]:
+    """Returns what `Folded.apply` needs, and the leaves of the folded model."""
+    leaves = by_path(variables)
+    names = named(plan, leaves)
+    new = leaves | folded_leaves(plan, names, leaves)
+    program = rewritten(plan, names)
+    for path in plan.graph.program.leaves.keys() - program.leaves.keys():
+        del new[path]
+    recipe = Recipe(
+        source,
+        jax.tree.map(_described, variables),
+        names,
+        {path: np.shape(leaf) for path, leaf in new.items()},
+        frozenset(program.leaves),
+        _constants(plan, leaves),
+        {fold.key: fold for fold in plan.folds},
+        maps(plan),
+        [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)],
+    )
+    return recipe, new
+
+
+def _constants(plan: Plan, leaves: Mapping[Path, Any]) -> dict[Path, np.ndarray]:
+    """Returns the leaves that scale and shift in what was folded."""
+    graph = plan.graph
+    steps = [graph.makers[outputs[0]] for outputs in plan.absorbed]
+    paths = frozenset().union(*map(graph.sources, steps))
+    return {path: np.asarray(leaves[path]) for path in paths}
 
 
 def _described(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
-def _as_function(model: Any) -> Callable[..., Any]:
-    from flax import linen, nnx
-
-    if isinstance(model, linen.Module):
-        return model.apply
-    if isinstance(model, nnx.Module):
-        model = nnx.clone(model)
-        model.eval()
-        definition = nnx.graphdef(model)
-        return lambda state, *inputs: nnx.merge(definition, state)(*inputs)
-    if callable(model):
-        return model
-    _checks.raise_error(
-        FUNCTION,
-        "model cannot be called",
-        expected="a function (variables, *inputs) -> outputs, a linen or an nnx module",
-        got=f"{type(model).__name__}",
-        fix="The order is (model, variables, *inputs)",
-        kind=TypeError,
-    )
+def _rows(plan: Plan) -> list[tuple[str, str, Fold]]:
+    """Returns the kernels and the batch norm of each row of the table."""
+    rows = []
+    for fold in plan.folds:
+        kernels = dict.fromkeys("/".join(plan.merged(kernel)) for kernel in fold.kernels)
+        rows += [(" + ".join(kernels), "/".join(norm), fold) for norm in fold.norms]
+    return sorted(rows, key=lambda row: row[2].place)
 
 
-def _check_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
-    named = [("/".join(path), leaf) for path, leaf in leaves.items()]
-    for name, leaf in [*named, *(("an input", leaf) for leaf in jax.tree.leaves(inputs))]:
-        check_known(
-            FUNCTION,
-            name,
-            leaf,
-            because="but folding needs its value",
-            fix="Fold outside of jax.jit, and jit the `apply` of the result",
-        )
-        if isinstance(leaf, bool | str):
-            _checks.raise_error(
-                FUNCTION,
-                f"{name} is a {type(leaf).__name__}, which chooses what the model does",
-                expected="arrays",
-                got=repr(leaf),
-                fix="Bind it first, as in functools.partial(model.apply, train=False)",
-                kind=TypeError,
-            )
+def _named_folds(plan: Plan, found: tuple[Found, ...]) -> set[Key]:
+    """Returns what has to be folded for the batch norms that are."""
+    named = {(each.kernel, each.norm) for each in found if each.kernel is not None}
+    rows = _rows(plan)
+    keys = {fold.key for kernel, norm, fold in rows if (kernel, norm) in named}
+    left = {kernel for kernel, norm, _ in rows if (kernel, norm) not in named}
+    for fold in plan.folds:
+        kernels = {"/".join(plan.merged(kernel)) for kernel in fold.kernels}
+        if not fold.norms and not kernels & left:
+            keys.add(fold.key)
+    return keys
 
 
-def _choose(finder: Finder, pairs: Sequence[tuple[str, str]] | None) -> tuple[Found, ...]:
+def _choose(plan: Plan, pairs: Sequence[tuple[str, str]] | None) -> tuple[Found, ...]:
     """Returns whether each batch norm is folded.
 
     Raises an error for named pairs that cannot be folded.
     """
-    possible = []
-    for pair in finder.pairs:
-        possible += [("/".join(pair.kernel), "/".join(norm)) for norm in pair.norms]
-    folded = {norm for pair in finder.pairs for norm in pair.norms}
-    reasons = {"/".join(norm): finder.reason(norm) for norm in finder.norms if norm not in folded}
+    possible = [(kernel, norm) for kernel, norm, _ in _rows(plan)]
+    folded = {norm for _, norm in possible}
+    left = [norm for norm in plan.graph.norms if "/".join(norm) not in folded]
+    reasons = {"/".join(norm): plan.reason(norm) for norm in left}
     named = possible if pairs is None else list(pairs)
     for pair in named:
         if pair not in possible:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Never
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import lax
 from jax.nn.initializers import constant, zeros
 from jaxtyping import Array
 
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import (
     Activations,
     Axes,
@@ -34,6 +36,7 @@ from normjax.statistics.per_example import ExampleSpec, mean_square
 from normjax.statistics.spec import or_one
 
 
+@with_foreign_names
 def global_response_norm_init(
     num_features: int | Sequence[int],
     *,
@@ -44,6 +47,7 @@ def global_response_norm_init(
     bias_init: Initializer = zeros,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns the parameters that `global_response_norm` starts from, and `{}`: y is x at first.
 
@@ -72,6 +76,8 @@ def global_response_norm_init(
       >>> print(nj.global_response_norm_init(2)[0]["scale"])
       [0. 0.]
     """
+    if _foreign:
+        raise_for_foreign(global_response_norm_init, _foreign)
     scale_init = shifted(scale_init, scale_offset)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     params = init_params("global_response_norm_init", num_features, makers, key, param_dtype)
@@ -93,6 +99,7 @@ def shifted(scale_init: Initializer, offset: float) -> Initializer:
 
 
 @jax.named_scope("global_response_norm")
+@with_foreign_names
 def global_response_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -107,6 +114,7 @@ def global_response_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
     r"""Multiplies each channel by its norm over space, relative to the mean norm of all channels.
 
@@ -164,6 +172,8 @@ def global_response_norm(
       Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders" (CVPR
       2023), section 3, eq. 1-3 and Algorithm 1.
     """
+    if _foreign:
+        raise_for_foreign(global_response_norm, _foreign)
     function = "global_response_norm"
     operands = check_operands(
         function,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Never
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax import _checks, _leaves
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import (
     WIDE,
     Activations,
@@ -37,12 +39,14 @@ from normjax.statistics.spec import Spec
 FUNCTION = "running_norm"
 
 
+@with_foreign_names
 def running_norm_init(
     num_features: int | Sequence[int],
     *,
     initial_count: float = 0.0,
     key: PRNGKey | None = None,
     param_dtype: DTypeLike = jnp.float32,
+    **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
     """Returns `{}`, since nothing is learned, and the statistics that `running_norm` starts from.
 
@@ -70,6 +74,8 @@ def running_norm_init(
       >>> print(batch_stats["mean"], batch_stats["var"], batch_stats["count"])
       [0. 0. 0.] [1. 1. 1.] 0.0
     """
+    if _foreign:
+        raise_for_foreign(running_norm_init, _foreign)
     function = "running_norm_init"
     params = init_params(function, num_features, {}, key, param_dtype)
     features = _checks.sizes(function, "num_features", num_features)
@@ -93,6 +99,7 @@ class RunningSpec(Spec):
 
 
 @jax.named_scope("running_norm")
+@with_foreign_names
 def running_norm(
     params: Params,
     batch_stats: BatchStats,
@@ -108,6 +115,7 @@ def running_norm(
     axis_index_groups: AxisIndexGroups | None = None,
     skip_nonfinite: bool = False,
     dtype: DTypeLike | None = None,
+    **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
     r"""Normalizes each feature by mean and variance of all elements seen so far.
 
@@ -170,6 +178,8 @@ def running_norm(
       Andrychowicz et al., "What Matters In On-Policy Reinforcement Learning?" (ICLR 2021), section
       3.3. Merging: Chan, Golub & LeVeque (1983), eq. 2.1.
     """
+    if _foreign:
+        raise_for_foreign(running_norm, _foreign)
     train, x = _checks.static_train(FUNCTION, train), _checks.activations(FUNCTION, x)
     _must_be_real(x)
     kept = _checks.axes(FUNCTION, "feature_axes", feature_axes, x.shape)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import zeros
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 from normjax.layers.global_response_norm import global_response_norm, shifted
 from normjax.linen._shared import common, declare, promoted, sizes
@@ -56,7 +59,14 @@ class GlobalResponseNorm(nn.Module):
     scale_offset: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
@@ -66,6 +76,8 @@ class GlobalResponseNorm(nn.Module):
         Returns:
           y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
         """
+        if _foreign:
+            raise_for_foreign(GlobalResponseNorm.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         scale_init = shifted(self.scale_init, self.scale_offset)
         params = declare(self, sizes(self, x), scale_init, scale=self.use_scale, bias=self.use_bias)

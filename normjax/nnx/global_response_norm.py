@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax.typing import PromoteDtypeFn
 from jax.nn.initializers import zeros
 
 from normjax import _checks
+from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 from normjax.layers.global_response_norm import global_response_norm, shifted
 from normjax.nnx._shared import common, declare, present, promoted, read
@@ -87,7 +88,14 @@ class GlobalResponseNorm(nnx.Module):
         self.promote_dtype = promote_dtype
         self.scale_offset = scale_offset
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @with_foreign_names
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        **_foreign: Never,
+    ) -> jax.Array:
         """Normalizes x.
 
         Args:
@@ -97,6 +105,8 @@ class GlobalResponseNorm(nnx.Module):
         Returns:
           y, of x's shape.
         """
+        if _foreign:
+            raise_for_foreign(GlobalResponseNorm.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
         leaves = read(self, "scale", "bias")
         x, dtype = promoted(self, x, leaves)
