@@ -25,6 +25,8 @@ WITHOUT_AXIS_NAME = (
     "weight_standardization",
     "spectral_norm",
 )
+# Devices that share count the examples of each, here the same ones twice, and y changes with it.
+COUNTS_ALL = ("running_norm",)
 
 
 def there(case):
@@ -55,7 +57,7 @@ def combinations():
         for turn, varying in enumerate(chosen_sets(there(case))):
             plain = case.variant == "plain" and varying == ("x",)
             axes = (None, "data") if plain else [(None, "data")[(place + turn // 2 + turn) % 2]]
-            if case.layer.name in WITHOUT_AXIS_NAME:
+            if case.layer.name in WITHOUT_AXIS_NAME + COUNTS_ALL:
                 axes = [None]
             for axis in axes:
                 name = f"{case!r}-{'+'.join(varying) or 'nothing'}-{axis}"
