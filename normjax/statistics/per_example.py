@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax._typing import Mask, is_weight, is_wide, widen
-from normjax.platforms import by_platform, one_device
+from normjax.platforms import all_true, by_platform, one_device
 from normjax.platforms.cpu import separate_operands
 from normjax.platforms.gpu import reduces_rows
 from normjax.platforms.plain import PLAIN, custom_jvp
@@ -115,7 +115,7 @@ def _mean_square_if_finite(spec: Spec, x: Array, mask: Mask | None) -> tuple[Arr
     def again(x: Array, mask: Mask | None, square: Array) -> Array:
         return _mean_square_in(spec, unit, x, mask)[1]
 
-    return count, lax.cond(jnp.all(square < jnp.inf), keep, again, x, mask, square)
+    return count, lax.cond(all_true(square < jnp.inf), keep, again, x, mask, square)
 
 
 @_mean_square.defjvp
