@@ -36,6 +36,19 @@ class StandardizeSpec(ExampleSpec):
         return self.epsilon if self.epsilon_to == "variance" else self.epsilon**2
 
 
+class KernelSpec(StandardizeSpec):
+    """The static arguments of a step on a kernel.
+
+    Kernels are small and many: to compile a branch for each takes a network more time than to read
+    them twice.
+    """
+
+    @property
+    def may_branch(self) -> bool:
+        """Returns that there are two passes."""
+        return False
+
+
 @jit_step_within_examples
 def standardize(params: Params, x: Array, mask: Array | None, spec: StandardizeSpec) -> Array:
     """Normalizes x by its own moments. If nothing counts, the mean is 0 and the variance 1."""
@@ -62,6 +75,5 @@ def _with_gain(params: Params, spec: StandardizeSpec) -> Params:
 
 
 def _root(var: Array) -> Array:
-    """The square root; at 0, where it has no derivative, that of a constant."""
-    positive = var > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1)), 0)
+    """The square root; near 0, where its derivative is infinite, that of a constant."""
+    return jnp.sqrt(jnp.maximum(var, jnp.finfo(var.dtype).tiny))

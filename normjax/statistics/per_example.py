@@ -41,8 +41,13 @@ class ExampleSpec(Spec):
         """Returns the unit of squares."""
         return self.unit_of_squares(x)
 
+    @property
+    def may_branch(self) -> bool:
+        """Whether a second pass is avoided by a branch, on a CPU."""
+        return True
 
-def example_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
+
+def example_moments(spec: ExampleSpec, x: Input, mask: Mask | None) -> Moments:
     """Returns the moments of x, which are 0 for an empty set; the variance in the unit of `spec`.
 
     Devices share the statistics of each of the two passes.
@@ -50,23 +55,26 @@ def example_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
     return moments_by(_moments, spec, x, mask)
 
 
-def _moments(spec: Spec, x: Array, mask: Mask | None) -> Moments:
+def _moments(spec: ExampleSpec, x: Array, mask: Mask | None) -> Moments:
     in_one_kernel = mask is None and reduces_rows(x, spec.axes)
     return _phrased(spec, x, mask, gpu=in_a_row if in_one_kernel else around_sample)
 
 
 def _phrased(
-    spec: Spec, x: Array, mask: Mask | None, gpu: Callable[[Spec, Array, Mask | None], Moments]
+    spec: ExampleSpec,
+    x: Array,
+    mask: Mask | None,
+    gpu: Callable[[Spec, Array, Mask | None], Moments],
 ) -> Moments:
     """Takes one pass around a sample; on a CPU two passes, as a row is cached after the first."""
     if PLAIN.value or spec.devices != ALONE:
         return two_passes(spec, x, mask)
-    cpu = one_pass_if_safe if one_device() else two_passes
+    cpu = one_pass_if_safe if spec.may_branch and one_device() else two_passes
     sampled = partial(around_sample, spec)
     return by_platform(sampled, x, mask, cpu=partial(cpu, spec), gpu=partial(gpu, spec))
 
 
-def kept_moments(spec: Spec, x: Input, mask: None) -> Moments:
+def kept_moments(spec: ExampleSpec, x: Input, mask: None) -> Moments:
     """Returns the moments of x, as `example_moments` does, to be kept for a derivative.
 
     A GPU's kernel that computes y cannot return them too: so they get one of their own.
@@ -74,7 +82,7 @@ def kept_moments(spec: Spec, x: Input, mask: None) -> Moments:
     return moments_by(_kept_moments, spec, x, mask)
 
 
-def _kept_moments(spec: Spec, x: Array, mask: None) -> Moments:
+def _kept_moments(spec: ExampleSpec, x: Array, mask: None) -> Moments:
     return _phrased(spec, x, mask, gpu=around_sample)
 
 

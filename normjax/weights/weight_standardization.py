@@ -14,7 +14,7 @@ from normjax import _checks
 from normjax._typing import Axes, BatchStats, DTypeLike, Initializer, Kernel, Params, PRNGKey
 from normjax.layers.affine import init_params
 from normjax.layers.operands import check_operands, check_spec, more_than_one_value
-from normjax.layers.standardize import EpsilonTo, StandardizeSpec, standardize
+from normjax.layers.standardize import EpsilonTo, KernelSpec, standardize
 
 
 def weight_standardization_init(
@@ -142,7 +142,7 @@ def weight_standardization(
         operands,
         axes,
         epsilon / share,
-        make_spec=StandardizeSpec,
+        make_spec=KernelSpec,
         gain=1 / math.sqrt(fan_in),
         epsilon_to=epsilon_to,
     )
