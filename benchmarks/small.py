@@ -87,7 +87,8 @@ def bit26(peer: str) -> tuple[Callable, tuple]:
 
     def gradients(variables: Any, x: jax.Array, labels: jax.Array) -> Any:
         def loss(variables: Any) -> Any:
-            return networks.cross_entropy(model.apply(variables, x), labels)
+            logits: Any = model.apply(variables, x)
+            return networks.cross_entropy(logits, labels)
 
         return jax.value_and_grad(loss)(variables)
 

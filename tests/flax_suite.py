@@ -49,9 +49,9 @@ make test-flax runs the tests of Flax, which its package does not contain. Give 
     make test-flax FLAX=flax"""
 
 
-def swap() -> dict[type, type]:
+def swap() -> dict[Any, Any]:
     """Puts normjax's layers in place of Flax's, wherever Flax has them; returns which is which."""
-    chosen: dict[type, type] = {}
+    chosen: dict[Any, Any] = {}
     for of_flax, own in ((linen, nj.linen), (nnx, nj.nnx)):
         chosen |= {getattr(of_flax, name): getattr(own, name) for name in LAYERS}
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "flax"]
