@@ -39,14 +39,14 @@ class StandardizeSpec(ExampleSpec):
 class KernelSpec(StandardizeSpec):
     """The static arguments of a step on a kernel.
 
-    Kernels are small and many: to compile a branch for each takes a network more time than to read
-    them twice.
+    Kernels are small and many: to trace a phrasing for each platform, and compile a branch, takes
+    a network more time than to read its kernels twice.
     """
 
     @property
-    def may_branch(self) -> bool:
+    def in_two_passes(self) -> bool:
         """Returns that there are two passes."""
-        return False
+        return True
 
 
 @jit_step_within_examples

@@ -42,9 +42,9 @@ class ExampleSpec(Spec):
         return self.unit_of_squares(x)
 
     @property
-    def may_branch(self) -> bool:
-        """Whether a second pass is avoided by a branch, on a CPU."""
-        return True
+    def in_two_passes(self) -> bool:
+        """Whether to take the mean first and then the squares around it, on every platform."""
+        return False
 
 
 def example_moments(spec: ExampleSpec, x: Input, mask: Mask | None) -> Moments:
@@ -67,9 +67,9 @@ def _phrased(
     gpu: Callable[[Spec, Array, Mask | None], Moments],
 ) -> Moments:
     """Takes one pass around a sample; on a CPU two passes, as a row is cached after the first."""
-    if PLAIN.value or spec.devices != ALONE:
+    if PLAIN.value or spec.devices != ALONE or spec.in_two_passes:
         return two_passes(spec, x, mask)
-    cpu = one_pass_if_safe if spec.may_branch and one_device() else two_passes
+    cpu = one_pass_if_safe if one_device() else two_passes
     sampled = partial(around_sample, spec)
     return by_platform(sampled, x, mask, cpu=partial(cpu, spec), gpu=partial(gpu, spec))
 
