@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NEWEST ?= $(shell sh .ci/newest-python)
 
-.PHONY: demo gallery test test-fast test-tpu test-onnx test-oldest test-newest lint format docs bench bench-gpu bench-gpu-static bench-tpu clean
+.PHONY: demo gallery test test-fast test-flax test-tpu test-onnx test-oldest test-newest lint format docs bench bench-gpu bench-gpu-static bench-tpu clean
 
 demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them, in under 2 minutes
 	$(BIN)/python examples/speedup.py
@@ -17,6 +17,9 @@ test: $(VENV)/.test ## the whole suite
 
 test-fast: $(VENV)/.test ## what is quick, marked by measurement
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-flax: $(VENV)/.test ## Flax's own tests of these layers, with normjax's in their place: FLAX=a checkout; 5 minutes
+	$(BIN)/python tests/flax_suite.py $(FLAX)
 
 test-tpu: ## what TPU pods would run, compiled for them on this machine; apart, since JAX starts any libtpu that it finds
 	$(PYTHON) -m venv $(VENV)-tpu

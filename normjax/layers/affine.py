@@ -118,7 +118,9 @@ def normalize(
     dtype = promote(x.x32.dtype, mean.dtype, var.dtype, *[leaf.dtype for leaf in params.values()])
     scale, bias = pcast_like(var, *scale_and_bias(params, dtype))
     wide = Input(x.x, x.x32.astype(dtype))
-    total = widen(var) + epsilon * unit**2
+    total = widen(var)
+    if not (isinstance(epsilon, float) and epsilon == 0):
+        total += epsilon * unit**2
     y = _affine(unit, wide, mean.astype(dtype), total, scale, bias)
     return y if x.sound is None else jnp.where(x.sound, y, lax.stop_gradient(bias))
 

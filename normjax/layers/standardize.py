@@ -37,6 +37,19 @@ class StandardizeSpec(ExampleSpec):
         return self.epsilon if self.epsilon_to == "variance" else self.epsilon**2
 
 
+class KernelSpec(StandardizeSpec):
+    """The static arguments of a step on a kernel.
+
+    Kernels are small and many: to trace a phrasing for each platform, and compile a branch, takes
+    a network more time than to read its kernels twice.
+    """
+
+    @property
+    def in_two_passes(self) -> bool:
+        """Returns that there are two passes."""
+        return True
+
+
 @dataclass(frozen=True)
 class CumulativeSpec(StandardizeSpec):
     """The static arguments of a step whose statistics grow along an axis.
@@ -88,6 +101,5 @@ def _with_gain(params: Params, spec: StandardizeSpec) -> Params:
 
 
 def _root(var: Array) -> Array:
-    """The square root; at 0, where it has no derivative, that of a constant."""
-    positive = var > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1)), 0)
+    """The square root; near 0, where its derivative is infinite, that of a constant."""
+    return jnp.sqrt(jnp.maximum(var, jnp.finfo(var.dtype).tiny))

@@ -15,9 +15,19 @@ from normjax._typing import Params
 
 
 def with_weights(
-    module: Any, normalized: Callable[[str, jax.Array], jax.Array], *args: Any, **kwargs: Any
+    module: Any,
+    normalized: Callable[[str, jax.Array], jax.Array],
+    *args: Any,
+    initialize_normalized: bool = True,
+    **kwargs: Any,
 ) -> Any:
-    """Calls the wrapped layer with `normalized(path, value)` in place of each of its parameters."""
+    """Calls the wrapped layer with `normalized(path, value)` in place of each of its parameters.
+
+    The parameters are initialized by the layer itself. With `initialize_normalized` the normalized
+    values are stored then, as Flax does.
+    """
+    if module.is_initializing() and not initialize_normalized:
+        _initialize(module, *args, **kwargs)
 
     def replaced(path: tuple, value: Any) -> jax.Array:
         inside = jax.tree_util.keystr(path[1:], simple=True, separator="/")
@@ -27,8 +37,18 @@ def with_weights(
         lambda layer: layer(*args, **kwargs),
         "params",
         trans_in_fn=partial(jax.tree_util.tree_map_with_path, replaced),
-        init=module.is_initializing(),
+        init=module.is_initializing() and initialize_normalized,
     )(module.layer_instance)
+
+
+def _initialize(module: Any, *args: Any, **kwargs: Any) -> None:
+    """Makes the layer's variables, by the random keys that it would have without the wrapper."""
+    outer, inner = module.scope, module.layer_instance.scope
+    if inner.parent is outer:
+        # Flax derives keys from paths, and a layer that the wrapper owns has a longer path. The
+        # counters of keys are shared, too, or a random gain would get the key of the kernel.
+        inner.rngs, inner.rng_counters = outer.rngs, outer.rng_counters
+    module.layer_instance(*args, **kwargs)
 
 
 def chosen(module: Any, path: str) -> bool:

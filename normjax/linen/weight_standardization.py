@@ -22,7 +22,8 @@ from normjax.weights import weight_standardization
 class WeightStandardization(nn.Module):
     """Weight standardization of the layer that it wraps.
 
-    It works as `normjax.linen.WeightNorm` does. With `use_scale`, the gains are variables
+    It works as `normjax.linen.WeightNorm` does. The layer's parameters start as they do without the
+    wrapper, and are stored as they are. With `use_scale`, the gains are variables
     (`params`: `Dense_0/kernel/scale` and so on). See `normjax.weights.weight_standardization` for
     the mathematics. Scalars and vectors stay as they are.
 
@@ -72,7 +73,8 @@ class WeightStandardization(nn.Module):
         Returns:
           What the layer returns.
         """
-        return with_weights(self, partial(_standardized, self), *args, **kwargs)
+        normalized = partial(_standardized, self)
+        return with_weights(self, normalized, *args, initialize_normalized=False, **kwargs)
 
 
 def _standardized(module: WeightStandardization, path: str, kernel: jax.Array) -> jax.Array:

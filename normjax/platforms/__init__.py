@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
 from normjax._typing import is_wide
@@ -54,10 +55,38 @@ def one_device() -> bool:
     return jax.device_count() == 1
 
 
+@custom_vmap
+def all_true(values: Array) -> Array:
+    """Returns whether all are True; under vmap, all of all examples, as a single answer.
+
+    With an answer for each example, `lax.cond` becomes a `select`, which runs both branches.
+    """
+    return jnp.all(values)
+
+
+@all_true.def_vmap
+def _all_true_of_all(axis_size: int, in_batched: list[bool], values: Array) -> tuple[Array, bool]:
+    del axis_size, in_batched
+    return all_true(values), False
+
+
+def unless_mapped(function: Phrasing, mapped: Phrasing) -> Phrasing:
+    """Returns a function that vmap replaces by its vmap of `mapped`, which computes the same."""
+    chosen = custom_vmap(function)
+
+    @chosen.def_vmap
+    def over_examples(axis_size: int, in_batched: Any, *operands: Any) -> tuple[Any, Any]:
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(in_batched))
+        results = jax.vmap(mapped, axes, axis_size=axis_size)(*operands)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return chosen
+
+
 def is_small(x: Array) -> bool:
     """Returns whether a branch takes more time than the pass that it saves, on a single device.
 
-    It takes half of the time to compile a batch norm, and runs on both sides under vmap.
+    It takes half of the time to compile a batch norm.
     """
     size = x.size
     return one_device() and is_wide(x) and isinstance(size, int) and size <= SMALL

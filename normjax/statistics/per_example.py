@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax._typing import Mask, is_weight, is_wide, widen
-from normjax.platforms import by_platform, one_device
+from normjax.platforms import all_true, by_platform, one_device
 from normjax.platforms.cpu import separate_operands
 from normjax.platforms.gpu import reduces_rows
 from normjax.platforms.plain import PLAIN, custom_jvp
@@ -41,8 +41,13 @@ class ExampleSpec(Spec):
         """Returns the unit of squares."""
         return self.unit_of_squares(x)
 
+    @property
+    def in_two_passes(self) -> bool:
+        """Whether to take the mean first and then the squares around it, on every platform."""
+        return False
 
-def example_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
+
+def example_moments(spec: ExampleSpec, x: Input, mask: Mask | None) -> Moments:
     """Returns the moments of x, which are 0 for an empty set; the variance in the unit of `spec`.
 
     Devices share the statistics of each of the two passes.
@@ -50,23 +55,26 @@ def example_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
     return moments_by(_moments, spec, x, mask)
 
 
-def _moments(spec: Spec, x: Array, mask: Mask | None) -> Moments:
+def _moments(spec: ExampleSpec, x: Array, mask: Mask | None) -> Moments:
     in_one_kernel = mask is None and reduces_rows(x, spec.axes)
     return _phrased(spec, x, mask, gpu=in_a_row if in_one_kernel else around_sample)
 
 
 def _phrased(
-    spec: Spec, x: Array, mask: Mask | None, gpu: Callable[[Spec, Array, Mask | None], Moments]
+    spec: ExampleSpec,
+    x: Array,
+    mask: Mask | None,
+    gpu: Callable[[Spec, Array, Mask | None], Moments],
 ) -> Moments:
     """Takes one pass around a sample; on a CPU two passes, as a row is cached after the first."""
-    if PLAIN.value or spec.devices != ALONE:
+    if PLAIN.value or spec.devices != ALONE or spec.in_two_passes:
         return two_passes(spec, x, mask)
     cpu = one_pass_if_safe if one_device() else two_passes
     sampled = partial(around_sample, spec)
     return by_platform(sampled, x, mask, cpu=partial(cpu, spec), gpu=partial(gpu, spec))
 
 
-def kept_moments(spec: Spec, x: Input, mask: None) -> Moments:
+def kept_moments(spec: ExampleSpec, x: Input, mask: None) -> Moments:
     """Returns the moments of x, as `example_moments` does, to be kept for a derivative.
 
     A GPU's kernel that computes y cannot return them too: so they get one of their own.
@@ -74,7 +82,7 @@ def kept_moments(spec: Spec, x: Input, mask: None) -> Moments:
     return moments_by(_kept_moments, spec, x, mask)
 
 
-def _kept_moments(spec: Spec, x: Array, mask: None) -> Moments:
+def _kept_moments(spec: ExampleSpec, x: Array, mask: None) -> Moments:
     return _phrased(spec, x, mask, gpu=around_sample)
 
 
@@ -115,7 +123,7 @@ def _mean_square_if_finite(spec: Spec, x: Array, mask: Mask | None) -> tuple[Arr
     def again(x: Array, mask: Mask | None, square: Array) -> Array:
         return _mean_square_in(spec, unit, x, mask)[1]
 
-    return count, lax.cond(jnp.all(square < jnp.inf), keep, again, x, mask, square)
+    return count, lax.cond(all_true(square < jnp.inf), keep, again, x, mask, square)
 
 
 @_mean_square.defjvp

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax._typing import Mask, is_weight, widen
-from normjax.platforms import by_platform, is_small, rounded
+from normjax.platforms import all_true, by_platform, is_small, rounded, unless_mapped
 from normjax.platforms.cpu import separate_if_narrow, separate_operands
 from normjax.platforms.gpu import sample
 from normjax.platforms.plain import PLAIN, custom_jvp
@@ -47,9 +47,11 @@ def batch_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
 def _of_batch(spec: Spec, x: Array, mask: Mask | None) -> Moments:
     if PLAIN.value:
         return two_passes(spec, x, mask)
-    if is_small(x):
-        return around_sample(spec, x, mask)
     guarded, sampled = partial(one_pass_if_safe, spec), partial(around_sample, spec)
+    if is_small(x):
+        # Many small arrays are a large one. A rule of vmap does not know the names of mapped axes.
+        chosen = unless_mapped(sampled, guarded) if spec.devices == ALONE else sampled
+        return chosen(x, mask)
     return by_platform(guarded, x, mask, gpu=sampled)
 
 
@@ -134,7 +136,8 @@ def one_pass_if_safe(spec: Spec, x: Array, mask: Mask | None) -> Moments:
     var = square - mean_squared
     scale = TOLERATED_MEAN_SQUARE
     # The second pass has a unit for squares whose sum overflows.
-    safe = jnp.all((mean_squared <= scale * var + scale * spec.least_variance) & (var < jnp.inf))
+    near = mean_squared <= scale * var + scale * spec.least_variance
+    safe = all_true(near & (var < jnp.inf))
 
     def keep(x: Array, mask: Mask | None, first: Moments) -> tuple[Array, Array]:
         unit = spec.unit(x)

@@ -15,7 +15,7 @@ from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, BatchStats, DTypeLike, Initializer, Kernel, Params, PRNGKey
 from normjax.layers.affine import init_params
 from normjax.layers.operands import check_operands, check_spec, more_than_one_value
-from normjax.layers.standardize import EpsilonTo, StandardizeSpec, standardize
+from normjax.layers.standardize import EpsilonTo, KernelSpec, standardize
 
 
 @with_foreign_names
@@ -151,7 +151,7 @@ def weight_standardization(
         operands,
         axes,
         epsilon / share,
-        make_spec=StandardizeSpec,
+        make_spec=KernelSpec,
         gain=1 / math.sqrt(fan_in),
         epsilon_to=epsilon_to,
     )

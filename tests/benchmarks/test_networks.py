@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import normjax as nj
-from benchmarks.harness import networks, training, transformers
+from benchmarks.harness import bit, networks, training, transformers
+from tests.compare import assert_close
 
 READ = {network.name: network for network in networks.suite("gpu_static")}
 
@@ -116,3 +117,12 @@ def test_the_critic_learns_the_rewards_and_moves_its_statistics(peer):
     first = state[1][0]["mean"]
     assert np.abs(first).max() > 0.01
     np.testing.assert_allclose(first, (1 - 0.9**20) * inputs.mean((0, 1)), rtol=1e-3, atol=1e-5)
+
+
+def test_a_bottleneck_of_bit_is_the_same_with_normjax_and_with_the_formula(rng):
+    x = rng.normal(size=(2, 4, 4, 64)).astype(np.float32)
+    own, formula = (bit.Unit(peer, 32, 2) for peer in bit.NORMS)
+    params = jax.jit(own.init)(jax.random.key(0), x)["params"]
+    renamed = {name.replace("Conv", "StdConv"): leaves for name, leaves in params.items()}
+    found = jax.jit(own.apply)({"params": params}, x)
+    assert_close(found, jax.jit(formula.apply)({"params": renamed}, x), rtol=1e-4, atol=1e-4)

@@ -5,9 +5,11 @@ import pathlib
 import re
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import normjax as nj
@@ -25,12 +27,13 @@ LAYERS = {
 each_layer = pytest.mark.parametrize("layer", LAYERS)
 
 
-def traced(layer, shape=SHAPE, dtype=jnp.bfloat16):
+def traced(layer, shape=SHAPE, dtype=jnp.bfloat16, seeds=()):
     init, apply = LAYERS[layer]
     params, batch_stats = init(shape[-1])
-    return jax.jit(lambda x: apply(params, batch_stats, x, True)).trace(
-        jax.ShapeDtypeStruct(shape, dtype)
-    )
+    run = partial(apply, params, batch_stats, train=True)
+    for _ in seeds:
+        run = jax.vmap(run)
+    return jax.jit(run).trace(jax.ShapeDtypeStruct((*seeds, *shape), dtype))
 
 
 def entry(compiled):
@@ -61,8 +64,8 @@ print(branches("layer_norm"), branches("group_norm"), branches("instance_norm"))
     assert in_process(devices, "-c", code).split() == [str(int(devices == 1))] * 3
 
 
-def branches(layer, shape=SHAPE, dtype=jnp.bfloat16):
-    program = traced(layer, shape, dtype).lower().compile(AS_FOR_USERS)
+def branches(layer, shape=SHAPE, dtype=jnp.bfloat16, seeds=()):
+    program = traced(layer, shape, dtype, seeds).lower().compile(AS_FOR_USERS)
     return entry(program).count(" conditional(")
 
 
@@ -72,9 +75,34 @@ def test_a_batch_norm_of_a_small_array_has_no_branch_on_one_device():
 import jax.numpy as jnp
 from tests.layers.test_programs import branches
 print(*[branches("batch_norm", (size, 256), jnp.float32) for size in (128, 129)])
+print(branches("batch_norm", (128, 256), jnp.float32, seeds=(2,)))
 """
-    assert in_process(1, "-c", code).split() == ["0", "1"]
+    assert in_process(1, "-c", code).split() == ["0", "1", "1"]
     assert branches("batch_norm", (128, 256), jnp.float32) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [(3,), (2, 3)])
+def test_all_seeds_take_one_branch(seeds):
+    assert branches("batch_norm", seeds=seeds) == 1
+
+
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
+def test_one_seed_far_from_zero_gives_all_their_variances(devices):
+    code = "from tests.layers.test_programs import seeds_differ; print(seeds_differ())"
+    error = float(in_process(1, "-c", code)) if devices == 1 else seeds_differ()
+    assert error < 5e-5
+
+
+def seeds_differ():
+    """Returns the largest relative error of variances over two axes of seeds, one far from zero."""
+    x = np.random.default_rng(0).standard_normal((2, 3, 64, 4), np.float32)
+    x[1, 0] += 1e4
+    params, batch_stats = nj.batch_norm_init(4)
+    run = lambda x: nj.batch_norm(params, batch_stats, x, True, momentum=0.0)[1]["var"]  # noqa: E731
+    expected = np.float64(x).var(2)
+    found = np.float64(jax.jit(jax.vmap(jax.vmap(run)))(x))
+    return np.abs(found / expected - 1).max()
 
 
 @pytest.mark.slow

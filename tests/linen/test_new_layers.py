@@ -1,5 +1,8 @@
 """The layers of `normjax.linen` that Flax lacks compute what the functions do."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,6 +186,24 @@ class TestBatchRenorm:
         assert abs(float(first.mean())) < 1e-4 < 4 < float(second.mean())
 
 
+class Compact(nn.Module):
+    wrap: Callable[[nn.Module], nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        return self.wrap(nn.Conv(5, (2, 2), bias_init=normal))(x)
+
+
+class SetUp(nn.Module):
+    wrap: Callable[[nn.Module], nn.Module]
+
+    def setup(self):
+        self.inner = self.wrap(nn.Conv(5, (2, 2), bias_init=normal))
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
 class TestWeightStandardization:
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -215,6 +236,21 @@ class TestWeightStandardization:
         norm = linen.WeightStandardization(layer, variable_filter=None, use_scale=True)
         params = jax.eval_shape(norm.init, KEY, x)["params"]
         assert set(params) == {"layer_instance", "layer_instance/kernel/scale"}
+
+    @pytest.mark.parametrize("setting", ["alone", "compact", "setup"])
+    def test_the_layer_starts_as_without_the_wrapper(self, rng, setting):
+        x, layer = batch(rng), nn.Conv(5, (2, 2), bias_init=normal)
+        wrap = partial(linen.WeightStandardization, use_scale=True, scale_init=normal)
+        starts = {"alone": lambda wrap: wrap(layer), "compact": Compact, "setup": SetUp}
+        plain = starts[setting](lambda layer: layer).init(KEY, x)
+        variables = starts[setting](wrap).init(KEY, x)
+        own, others = ({leaf.tobytes() for leaf in jax.tree.leaves(v)} for v in (variables, plain))
+        assert others < own and len(own - others) == 1  # the gain, with a key of its own
+
+    def test_the_output_of_initialization_is_that_of_a_call(self, rng):
+        x, norm = batch(rng), linen.WeightStandardization(nn.Dense(3), epsilon=0.1)
+        y, variables = norm.init_with_output(KEY, x)
+        assert_close(norm.apply(variables, x), y, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

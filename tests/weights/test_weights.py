@@ -481,3 +481,38 @@ def test_adapters_hand_on_where_epsilon_is_added(rng):
     layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     norm = nj.nnx.WeightStandardization(layer, **settings, rngs=nnx.Rngs(1))
     assert_close(norm(x), std_conv(layer.kernel[...], 0.5), rtol=1e-5, atol=1e-6)
+
+
+def standardized_in_bit(kernel):
+    """The kernels in use of BiT's published checkpoints, in float64."""
+    kernel = np.float64(kernel)
+    axes = tuple(range(kernel.ndim - 1))
+    return (kernel - kernel.mean(axes)) / (kernel.std(axes) + 1e-10)
+
+
+BIT = {"epsilon": 1e-10, "epsilon_to": "deviation"}
+
+
+@pytest.mark.parametrize("shape", [(7, 7, 3, 16), (3, 3, 32, 16), (1, 1, 256, 16)])
+@pytest.mark.parametrize("deviation", [0.02, 1e-9])
+def test_kernels_of_published_checkpoints_are_standardized_as_there(rng, shape, deviation):
+    kernel = np.float32(deviation) * draw(rng, shape, mean=0.5)
+    w, _ = nj.weights.weight_standardization({}, {}, kernel, False, **BIT)
+    assert_close(w, standardized_in_bit(kernel), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.1])
+def test_adapters_standardize_as_in_published_checkpoints(rng, mean):
+    kernel = draw(rng, (1, 1, 32, 8), mean=mean)
+    x = jnp.eye(32)[:, None, None]
+    layer = linen.Conv(8, (1, 1), use_bias=False)
+    module = nj.linen.WeightStandardization(layer, **BIT)
+    y = module.apply({"params": {"layer_instance": {"kernel": kernel}}}, x)
+    expected = standardized_in_bit(kernel)[0, 0]
+    assert_close(y[:, 0, 0], expected, rtol=1e-6, atol=1e-6)
+    layer = nnx.Conv(32, 8, (1, 1), use_bias=False, rngs=nnx.Rngs(0))
+    start = layer.kernel[...]
+    norm = nj.nnx.WeightStandardization(layer, **BIT, rngs=nnx.Rngs(0))
+    assert_identical(norm.layer_instance.kernel[...], start)
+    layer.kernel[...] = kernel
+    assert_close(norm(x)[:, 0, 0], expected, rtol=1e-6, atol=1e-6)
