@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -66,13 +67,41 @@ def standardize_cumulatively(
     params: Params, x: Array, mask: Array | None, spec: CumulativeSpec
 ) -> Array:
     """Normalizes x by its moments up to each position; mean 0 and variance 1 before any counts."""
+    shape = x.shape
     params = lay_out(params, x.ndim, spec)
+    params, x, mask, spec = _into_groups(params, x, mask, spec)
     inputs, unit = read(x, mask), spec.unit(x)
     count, mean, var = cumulative_moments(spec, spec.cumulative_axis, inputs, mask)
     if mask is not None:
         var = jnp.where(jnp.asarray(count) > 0, var, unit**2)
     y = normalize(inputs, named(mean), named(var), params, spec.epsilon, unit)
-    return y.astype(spec.dtype)
+    return y.reshape(shape).astype(spec.dtype)
+
+
+def _into_groups(
+    params: Params, x: Array, mask: Array | None, spec: CumulativeSpec
+) -> tuple[Params, Array, Array | None, CumulativeSpec]:
+    """Splits the channels into groups and their members, along a new axis that is reduced.
+
+    Otherwise the statistics, which have a position each, would be as large as x.
+    """
+    assert spec.groups is not None
+    channel, size = spec.groups
+    if x.shape[channel] == size:  # for one group, without an axis of size 1, slow on CPUs
+        axes = tuple(sorted((*spec.axes, channel)))
+        return params, x, mask, replace(spec, axes=axes, groups=None)
+
+    def cut(part: Array) -> Array:
+        groups = (1, 1) if part.shape[channel] == 1 else (part.shape[channel] // size, size)
+        return part.reshape(*part.shape[:channel], *groups, *part.shape[channel + 1 :])
+
+    def moved(axis: int) -> int:
+        return axis + (axis > channel)
+
+    params, x, mask = jax.tree.map(cut, (params, x, mask))
+    axes = tuple(sorted((*map(moved, spec.axes), channel + 1)))
+    along = moved(spec.cumulative_axis)
+    return params, x, mask, replace(spec, axes=axes, groups=None, cumulative_axis=along)
 
 
 @jit_step_within_examples

@@ -10,12 +10,11 @@ from jax import lax
 from jaxtyping import Array
 
 from normjax._typing import Mask
+from normjax.platforms.cpu import materialize
 from normjax.statistics.elements import Input, abs2, masked
 from normjax.statistics.per_example import ExampleSpec
 from normjax.statistics.reduction import moments_by, ratio, total_over_count, two_passes
 from normjax.statistics.spec import Moments, or_one
-
-Parts = tuple[Array, Array, Array]  # count, mean and variance, each with the rank of x
 
 
 def cumulative_moments(spec: ExampleSpec, axis: int, x: Input, mask: Mask | None) -> Moments:
@@ -37,12 +36,13 @@ def cumulative_moments(spec: ExampleSpec, axis: int, x: Input, mask: Mask | None
     reference = lax.stop_gradient(_first_mean(spec, axis, x.x32, mask))
     apart = x.x32 - reference
     own = moments_by(two_passes, spec, Input(apart, apart), mask)
-    count, mean, var = _of_groups(spec, _with_rank_of_x(spec, *own))
+    # Stored before and after the sums along the axis, which else are taken for each element of x.
+    count, mean, var = materialize(*_with_rank_of_x(spec, *own))
     total, offset = _running_means(axis, count, mean)
     between = count * (_before(axis, total) / or_one(total))
     jump = abs2((mean - _before(axis, offset)) * spec.unit(x.x))
     spread = lax.cumsum(count * var + between * jump, axis)
-    total, offset, var = _of_channels(spec, (total, offset, spread / or_one(total)))
+    total, offset, var = materialize(total, offset, spread / or_one(total))
     mean = jnp.where(total > 0, reference + offset, np.zeros((), offset.dtype))
     return Moments(total, mean, var)
 
@@ -74,27 +74,11 @@ def _before(axis: int, values: Array) -> Array:
     return lax.pad(values, np.zeros((), values.dtype), padding)
 
 
-def _with_rank_of_x(spec: ExampleSpec, count: Any, mean: Array, var: Array) -> Parts:
+def _with_rank_of_x(
+    spec: ExampleSpec, count: Any, mean: Array, var: Array
+) -> tuple[Array, Array, Array]:
     """Returns moments with the rank of x, and a count for each of them."""
     mean, var = spec.expand(mean), spec.expand(var)
     count = jnp.asarray(count, var.dtype)
     count = spec.expand(count) if count.ndim else count
     return jnp.broadcast_to(count, var.shape), mean, var
-
-
-def _of_groups(spec: ExampleSpec, parts: Parts) -> Parts:
-    """Returns the moments once for each group, whose channels all have the same."""
-    if spec.groups is None:
-        return parts
-    axis, size = spec.groups
-    count, mean, var = (lax.slice_in_dim(part, 0, None, size, axis) for part in parts)
-    return count, mean, var
-
-
-def _of_channels(spec: ExampleSpec, parts: Parts) -> Parts:
-    """Returns statistics of groups once for each channel."""
-    if spec.groups is None:
-        return parts
-    axis, size = spec.groups
-    count, mean, var = (jnp.repeat(part, size, axis) for part in parts)
-    return count, mean, var
