@@ -47,11 +47,19 @@ def batch_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
 def _of_batch(spec: Spec, x: Array, mask: Mask | None) -> Moments:
     if PLAIN.value:
         return two_passes(spec, x, mask)
+    sampled = partial(around_sample, spec)
+    if not is_small(x):
+        return _of_large(spec, x, mask)
+    if spec.devices != ALONE:  # a rule of vmap does not know the names of mapped axes
+        return sampled(x, mask)
+    return unless_mapped(sampled, partial(_of_large, spec))(
+        x, mask
+    )  # many small ones are a large one
+
+
+def _of_large(spec: Spec, x: Array, mask: Mask | None) -> Moments:
+    """Returns the moments of an array that is large, or of many small ones."""
     guarded, sampled = partial(one_pass_if_safe, spec), partial(around_sample, spec)
-    if is_small(x):
-        # Many small arrays are a large one. A rule of vmap does not know the names of mapped axes.
-        chosen = unless_mapped(sampled, guarded) if spec.devices == ALONE else sampled
-        return chosen(x, mask)
     return by_platform(guarded, x, mask, gpu=sampled)
 
 
