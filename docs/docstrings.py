@@ -130,7 +130,7 @@ def _raises(section: list[str]) -> list[str]:
 def _tables(section: list[str]) -> list[str]:
     """Writes tables of Markdown as those of reStructuredText."""
     done: list[str] = []
-    for line in section:
+    for line in _whole_rows(section):
         row = line.strip()
         if not re.fullmatch(r"\|.*\|", row):
             done.append(line)
@@ -143,6 +143,18 @@ def _tables(section: list[str]) -> list[str]:
         if first:
             done += ["", own + ".. list-table::", own + "   :header-rows: 1", ""]
         done += [own + ("   * - " if not i else "     - ") + cell for i, cell in enumerate(cells)]
+    return done
+
+
+def _whole_rows(section: list[str]) -> list[str]:
+    """Joins the lines of a row, which ends with a bar."""
+    done: list[str] = []
+    for line in section:
+        row = done[-1].strip() if done else ""
+        if row.startswith("| ") and not row.endswith("|"):
+            done[-1] += " " + line.strip()
+        else:
+            done.append(line)
     return done
 
 

@@ -56,7 +56,7 @@ def project_scale_invariant(
     This is the paper's algorithm, and the authors' AdamP. Their SGDP differs: it divides
     `weight_decay` by `1 - momentum`, and without Nesterov's momentum it stores the projected
     momentum. With Nesterov's momentum their AdamP differs from optax's
-    `scale_by_adam(nesterov=True)`: its first step is 29% larger, see "Optimizers" in the guide.
+    `scale_by_adam(nesterov=True)`: its first step is 29% larger, see the page "Optimizers".
 
     With a mask no gradients are needed, so the transformation can also be a separate link:
     `optax.chain(optax.scale_by_adam(), project_scale_invariant(mask), ...)`. Weight decay is

@@ -6,7 +6,7 @@ import time
 import pytest
 
 pytestmark = pytest.mark.slow
-PAGES = ["index.html", "guide.html", "benchmarks.html", "reference/batch_norm.html"]
+PAGES = ["index.html", "several_devices.html", "benchmarks.html", "reference/batch_norm.html"]
 PHONE, DESK = (390, 844), (1280, 900)
 
 
@@ -60,7 +60,7 @@ def test_search_finds_batch_norm_first(open_page):
 
 
 def test_a_block_of_code_has_a_button_that_copies_it(open_page):
-    browser = open_page("guide.html")
+    browser = open_page("several_devices.html")
     copied = "window.copied = []; document.addEventListener('copy', () => copied.push(selection()))"
     selection = "window.selection = () => document.activeElement.value ?? String(getSelection());"
     browser.execute_script(selection + copied)
@@ -86,7 +86,7 @@ def test_on_a_phone_nothing_is_cut(open_page, page):
 
 
 def test_dark_mode_is_legible(open_page):
-    browser = open_page("guide.html")
+    browser = open_page("several_devices.html")
     browser.execute_script("document.body.dataset.theme = 'dark'")
     text, page = browser.execute_script("""
         const paragraph = document.querySelector('article p, article li');
