@@ -69,9 +69,12 @@ def _running_means(axis: int, count: Array, mean: Array) -> tuple[Array, Array]:
 
 def _before(axis: int, values: Array) -> Array:
     """Returns the value of the position before each one; 0 before the first one."""
-    padding = [(0, 0, 0)] * values.ndim
-    padding[axis] = (1, -1, 0)
-    return lax.pad(values, np.zeros((), values.dtype), padding)
+    size = values.shape[axis]
+    if isinstance(size, int) and size == 0:
+        return values
+    first = jnp.zeros_like(lax.slice_in_dim(values, 0, 1, axis=axis))
+    # Padding would do, but jax2onnx takes no negative padding beside a symbolic size.
+    return jnp.concatenate([first, lax.slice_in_dim(values, 0, size - 1, axis=axis)], axis)
 
 
 def _with_rank_of_x(
