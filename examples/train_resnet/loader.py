@@ -11,6 +11,11 @@ import threading
 from multiprocessing.connection import wait
 
 
+def silence_tracker() -> None:
+    """Has Python's own process that frees shared memory do so without a warning after our line."""
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
+
+
 def start(index: int, count: int) -> None:
     """Watches the program; grain's own loop would go on for ever if the program was killed."""
     del index, count

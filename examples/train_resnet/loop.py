@@ -39,6 +39,7 @@ def run(options: Options, stop: Stop) -> int:
     """Trains to the end, or until a signal, and returns the exit status."""
     mesh = runtime.mesh()
     data, facts = _prepare(options)
+    progress.now("preparing the network and its first state", COMPILING)
     steps = total_steps(options, len(data.train))
     program = Program(options, mesh, data.classes, steps, data.image_size)
     run = Run(options, program, data, facts, steps, stop)

@@ -50,20 +50,20 @@ class Metrics:
             "training", total=steps, completed=start, shown="compiling"
         )
         self.progress.start()
+        self.before: tuple[int, float] | None = None
         self.last: tuple[int, float] | None = None
 
     def trained(self, step: int, values: dict[str, float], finished: float) -> None:
         """Reports a finished step of training, and the images per second since the last one."""
         if not self.active:
             return
-        if self.last is None:
-            self.last = step, finished
-        # else both were seen to be finished at once, and nothing is known of the second
-        elif finished > self.last[1]:
-            values["images_per_second"] = (
-                (step - self.last[0]) * self.batch_size / (finished - self.last[1])
-            )
-            self.last = step, finished
+        # Two steps that were seen to be finished at once have the rate of both together.
+        if self.last is not None and finished > self.last[1]:
+            self.before = self.last
+        self.last = step, finished
+        if self.before is not None:
+            images = (step - self.before[0]) * self.batch_size
+            values["images_per_second"] = images / (finished - self.before[1])
         self._write(step, "train", values)
         shown = f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.1%}"
         if "images_per_second" in values:
@@ -75,7 +75,7 @@ class Metrics:
         """Reports an evaluation."""
         if not self.active:
             return
-        self.last = None  # its time is no training
+        self.before = self.last = None  # its time is not training
         self._write(step, "test", values)
         self.say(f"step {step}: test accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f}")
 
@@ -100,8 +100,9 @@ class Metrics:
     def _write(self, step: int, split: str, values: dict[str, float]) -> None:
         plain = {name: _plain(value) for name, value in values.items()}
         self.file.write(json.dumps({"step": step, "split": split, **plain}, allow_nan=False) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(f"{split}/{name}", value, step)
+        for name, value in plain.items():
+            if value is not None:
+                self.board.add_scalar(f"{split}/{name}", value, step)
 
 
 def forget(path: Path, start: int) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import numpy as np
+from absl import logging
 from common.data import DataError
 from jax.sharding import Mesh
 
@@ -75,6 +76,8 @@ def guard(options: Options, stop: Stop) -> int:
 
 def connect(options: Options) -> None:
     """Joins the other processes, where there are any."""
+    # Orbax and grain log errors with their tracebacks, and raise them too.
+    logging.set_verbosity(logging.FATAL)
     # The program counts votes itself, see loop.py; JAX's service would have SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
