@@ -94,7 +94,7 @@ def _iterate(load: _Load, batches: int, workers: int) -> Generator[Batch, None, 
     dataset = examples.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     if workers:
         flags.FLAGS.mark_as_parsed()  # grain's own; with the values they have
-        loader.silence_tracker()
+        loader.prepare()
         options = grain.multiprocessing.MultiprocessingOptions(workers)
         dataset = dataset.mp_prefetch(options, worker_init_fn=loader.start)
     iterator = iter(dataset)

@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from train_resnet.sources import Folder, InMemory, Source, Sources
 
 Facts = dict[str, Any]
@@ -40,8 +42,8 @@ def _checksum(source: Source) -> str | None:
     """Returns a checksum: of files their classes, names and sizes, of arrays the content."""
     checksum = hashlib.sha256()
     if isinstance(source, InMemory):
-        checksum.update(source.images)  # pyright: ignore: an array is a buffer
-        checksum.update(source.labels)  # pyright: ignore
+        for array in (source.images, source.labels):
+            checksum.update(np.ascontiguousarray(array).data)
     elif isinstance(source, Folder):
         for path, label in source.files:
             checksum.update(json.dumps([path.name, label, path.stat().st_size]).encode())

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 
 
-def silence_tracker() -> None:
-    """Has Python's own process that frees shared memory do so without a warning after our line."""
+def prepare() -> None:
+    """Starts Python's own process that frees shared memory, before a loader would.
+
+    It is to do so without a warning after the program's last line. And Python 3.11 unblocks signals
+    after it has started it, also those that were blocked before: loaders would inherit that.
+    """
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def start(index: int, count: int) -> None:

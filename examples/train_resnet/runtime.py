@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import sys
 import traceback
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,6 +46,7 @@ GLOO = 30  # seconds that gloo waits in a collective between CPUs; it takes no o
 def guard(options: Options, stop: Stop) -> int:
     """Trains and returns the exit status; what goes wrong gets one line."""
     progress.watch(options.stall)
+    sys.excepthook = _hook
     connect(options)
     several = jax.process_count() > 1
     words = LastWords(f"process {jax.process_index()} {ENDED}. {AGAIN}") if several else None
@@ -72,6 +75,15 @@ def guard(options: Options, stop: Stop) -> int:
         if words is not None:
             words.take_back()
     leave(status, message)
+
+
+def _hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Prints an error that nobody caught, unless it is TensorStore's, after a failed write.
+
+    It then calls back into an event loop that Orbax has closed, once for each array.
+    """
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def connect(options: Options) -> None:
