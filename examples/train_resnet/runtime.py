@@ -46,7 +46,7 @@ GLOO = 30  # seconds that gloo waits in a collective between CPUs; it takes no o
 def guard(options: Options, stop: Stop) -> int:
     """Trains and returns the exit status; what goes wrong gets one line."""
     progress.watch(options.stall)
-    sys.excepthook = _hook
+    sys.unraisablehook = _unraisable
     connect(options)
     several = jax.process_count() > 1
     words = LastWords(f"process {jax.process_index()} {ENDED}. {AGAIN}") if several else None
@@ -77,13 +77,13 @@ def guard(options: Options, stop: Stop) -> int:
     leave(status, message)
 
 
-def _hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Prints an error that nobody caught, unless it is TensorStore's, after a failed write.
+def _unraisable(error: Any) -> None:
+    """Prints an error that nobody can catch, unless it is TensorStore's, after a failed write.
 
     It then calls back into an event loop that Orbax has closed, once for each array.
     """
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+    if str(error.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(error)
 
 
 def connect(options: Options) -> None:

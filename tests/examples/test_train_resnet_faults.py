@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from train_runs import MINUTE, ROOT, checkpoints_of, lines, wait_for
+from train_runs import MINUTE, PROGRAM, ROOT, checkpoints_of, lines, wait_for
 
 pytestmark = pytest.mark.slow
 LONG = ["--steps", "4000", "--checkpoint-every", "2", "--eval-every", "4000"]
@@ -216,10 +215,8 @@ def test_a_full_disk_ends_the_run_with_a_line(start, environment, tmp_path):
     # or the limit would cut off programs in the suite's cache
     unwritten = environment | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
 
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-
-    process = start(tmp_path, "--devices", 1, env=unwritten, preexec_fn=small_files)
+    small_files = ["sh", "-c", 'ulimit -f 16 && exec "$@"', "sh", *PROGRAM]  # 16 half kB
+    process = start(tmp_path, "--devices", 1, program=small_files, env=unwritten)
     (error,) = end_of(process, 1).splitlines()
     assert "a checkpoint cannot be written: File too large; no checkpoint is written" in error
 
