@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 NAME = "lock"
-SECONDS = 10  # in which other hosts have to see the file: network file systems cache folders
+SECONDS = 5  # in which other hosts have to see the file: network file systems cache folders
 
 
 class LockedError(Exception):

@@ -124,4 +124,4 @@ def wait_for(condition, processes, timeout=120):
         assert all(process.poll() is None for process in processes), [
             p.communicate() for p in processes
         ]
-        time.sleep(0.005)
+        time.sleep(0.02)
