@@ -75,6 +75,8 @@ class Checkpoints:
                 break
             aside.append((step, name, problem))
         self._clean_up(aside)
+        if aside and start is None and jax.process_index() == 0:
+            say("warning: no checkpoint is left to go on from: the run starts at step 0")
         self.step = None if start is None else start.step
         self._open()
         return start or Start(self.program.init(), 0, 0)

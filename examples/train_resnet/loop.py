@@ -121,6 +121,8 @@ class Run:
         self.part = Part(options.batch_size, jax.process_index(), jax.process_count())
         self.checkpoints = Checkpoints(options, program, facts)
         self.state, self.start, self.position = self.checkpoints.restore()
+        if self.start:
+            progress.saved = f"a checkpoint of step {self.start} is there"
         preflight.room(options, program.abstract_state())
         self.rate = learning_rate(options, steps)
         first = jax.process_index() == 0
