@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--hop", type=float, default=HOP, help="seconds (default: %(default)s)")
     hop = parser.parse_args().hop
     collectives = json.loads(RESULTS.read_text())["normjax"]["collectives"]
-    small = collectives - 2  # two carry the gradients
+    small = collectives - 1  # one carries the gradients
     sent = 2 * 2 * FEATURES * 4  # two moments in float32, forward and backward
     print(f"{small} small all-reduces, {sent / 1e6:.2f} MB in them, {hop * 1e6:g} us a hop")
     print("| group | chips | hops | us for one | ms a step | of them bytes, ms |")
