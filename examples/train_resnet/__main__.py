@@ -14,18 +14,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from train_resnet import launch, options
+from train_resnet import launch, options, signals
+from train_resnet.ending import STATUSES
 
 
 def main() -> int:
     """Returns the exit status."""
-    asked = options.parse(sys.argv[1:], __doc__)
+    asked = options.parse(sys.argv[1:], f"{__doc__}\n{STATUSES}")
     if asked.processes is not None:
         return launch.run(asked.processes, sys.argv)
+    stop = signals.Stop()
+    stop.listen()  # before NumPy and JAX start threads
     # Here, so that a launcher and a mistake on the command line need not wait for JAX.
     from train_resnet import runtime
 
-    return runtime.guard(asked)
+    return runtime.guard(asked, stop)
 
 
 if __name__ == "__main__":

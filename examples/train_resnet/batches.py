@@ -7,20 +7,24 @@ to continue a run is to start at a position.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from absl import flags
+from common.data import DataError
 from common.extras import stop_without
 
+from train_resnet import loader
 from train_resnet.sources import Source
 
 try:
     import grain
 except ImportError as error:
     stop_without(error)
+
+LOADER_DIED = "Worker process was terminated"  # in grain's error
 
 # image (batch, height, width, 3) uint8, label (batch,) int32, weight (batch,) float32
 Batch = dict[str, np.ndarray]
@@ -79,25 +83,31 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 def training(
     source: Source, part: Part, seed: int, start: int, stop: int, workers: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields this process's parts of the batches from one position in the run to another."""
     return _iterate(_Load(source, part, seed, start), (stop - start) // part.batch_size, workers)
 
 
-def evaluation(source: Source, part: Part, workers: int) -> Iterator[Batch]:
+def evaluation(source: Source, part: Part, workers: int) -> Generator[Batch, None, None]:
     """Yields this process's parts of batches of every example once."""
     return _iterate(_Load(source, part, None, 0), -(-len(source) // part.batch_size), workers)
 
 
-def _iterate(load: _Load, batches: int, workers: int) -> Iterator[Batch]:
+def _iterate(load: _Load, batches: int, workers: int) -> Generator[Batch, None, None]:
     rows = load.part.rows
     examples = grain.MapDataset.range(batches * rows).map(load).batch(rows)
-    read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    if not workers:
-        return iter(examples.to_iter_dataset(read))
-    flags.FLAGS.mark_as_parsed()  # grain's own; with the values they have
-    return iter(
-        examples.to_iter_dataset(read).mp_prefetch(
-            grain.multiprocessing.MultiprocessingOptions(workers)
-        )
-    )
+    dataset = examples.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    if workers:
+        flags.FLAGS.mark_as_parsed()  # grain's own; with the values they have
+        loader.prepare()
+        options = grain.multiprocessing.MultiprocessingOptions(workers)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=loader.start)
+    iterator = iter(dataset)
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if LOADER_DIED not in str(error):
+            raise
+        raise DataError(f"a process that loads data (--workers) has died: {error}") from error
+    finally:
+        iterator.close()

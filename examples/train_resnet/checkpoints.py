@@ -1,170 +1,240 @@
-"""Checkpoints with Orbax: written in the background, complete or absent, and checked when read.
+"""Checkpoints with Orbax: written in the background, complete or absent, verified before use.
 
 A checkpoint is a folder named by its step, with `state` (params, batch_stats, the optimizer's
-state) and `meta`: the position in the data, what the course of the training depends on, and a
-checksum of each array. Orbax writes under another name and renames at the end, so that a process
-that dies leaves no half of a checkpoint under the step's name; the checksums are for files that
-disks or people have cut off or changed since.
+state), `meta` (see `Checkpoints.save`) and checksums of all files, which are written last (see
+sealed.py). It is written under another name and renamed at the end, so that a process that dies
+leaves no half of a checkpoint under the step's name; the checksums are for files that disks or
+people have changed since. A checkpoint whose files are as they were written and that does not fit
+is of another program: that is an error, and it stays where it is.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from train_resnet import runtime
+from train_resnet import checksums, preflight, stored
+from train_resnet.digest import Facts
+from train_resnet.ending import first_line, say
 from train_resnet.options import Options
+from train_resnet.sealed import UNSEALED, SealedPath
 from train_resnet.steps import Program, SetupError, State
+from train_resnet.watchdog import progress
 
 TEMPORARY = ".orbax-checkpoint-tmp"
-FACTOR = 2654435761
+
+
+class SaveError(Exception):
+    """A checkpoint cannot be written; the message is one line."""
+
+
+class Start(NamedTuple):
+    """Where a run begins: its first step is the one after `step`."""
+
+    state: State
+    step: int
+    position: int
 
 
 class Checkpoints:
     """The checkpoints of a run."""
 
-    def __init__(self, options: Options, program: Program):
-        self.options, self.program, self.folder = options, program, options.out / "checkpoints"
-        found: dict[str, Any] = {"step": None, "problem": None}
-        if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                found["step"] = self._newest()
-            except SetupError as error:
-                found["problem"] = str(error)
-        # One process looks and all do as it says, so that no two go on from different steps.
-        found = runtime.tell(found)[0]
-        if found["problem"] is not None:
-            raise SetupError(found["problem"])
-        self.step: int | None = found["step"]
+    def __init__(self, options: Options, program: Program, facts: Facts):
+        self.options, self.program, self.facts = options, program, facts
+        self.folder = options.out / "checkpoints"
+        self.step: int | None = None
+        self.not_finite: set[int] = set()
+        self._summary = jax.jit(
+            lambda state: (jax.tree.map(stored.checksum, state), _finite(state))
+        )
+
+    def restore(self) -> Start:
+        """Returns the newest checkpoint that is as it was written, or the start of the run.
+
+        Raises SetupError, and has touched nothing, if it is of another program or run.
+        """
+        aside: list[tuple[int, str, str]] = []
+        start = None
+        for step in self._tell(self._steps() if jax.process_index() == 0 else [])[0]:
+            progress.now(f"reading the checkpoint of step {step}")
+            look = self._tell(self._look(step) if jax.process_index() == 0 else {})[0]
+            if look["misfit"] is not None:
+                raise SetupError(look["misfit"])
+            problem, name, state = look["problem"], look["name"], None
+            if problem is None:
+                state, problem, name = self._read(step, look["meta"])
+            if problem is None:
+                assert state is not None
+                start = Start(state, step, look["meta"]["position"])
+                break
+            aside.append((step, name, problem))
+        self._clean_up(aside)
+        if aside and start is None and jax.process_index() == 0:
+            say("warning: no checkpoint is left to go on from: the run starts at step 0")
+        self.step = None if start is None else start.step
+        self._open()
+        return start or Start(self.program.init(), 0, 0)
+
+    def save(self, state: State, step: int, position: int) -> bool:
+        """Starts to write a checkpoint, unless there is one; returns False for one with NaNs."""
+        self.check()
+        if step == self.step:
+            return True
+        progress.now(f"writing the checkpoint of step {step}")
+        sums, finite = jax.device_get(self._summary(state))
+        if not finite:
+            self.not_finite.add(step)
+            if not self.options.allow_nan:
+                return False
+        meta = {
+            "position": position,
+            "course": self.options.course(),
+            "data": self.facts,
+            "finite": bool(finite),
+            "arrays": stored.arrays(state),
+            "checksums": {name: int(value) for name, value in stored.named(sums).items()},
+        }
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self._attempt(lambda: self.manager.save(step, args=items))
+        self.step = step
+        return True
+
+    def check(self) -> None:
+        """Raises SaveError if the last checkpoint could not be written; does not wait for it."""
+        self._attempt(self.manager.check_for_errors)
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        progress.now("writing the last checkpoint")
+        self._attempt(self.manager.wait_until_finished)
+        self.manager.close()
+
+    def newest(self) -> str:
+        """Returns what there is to go on from, in words."""
+        steps = self._steps()
+        return f"the last checkpoint is of step {steps[0]}" if steps else "no checkpoint is written"
+
+    def _attempt(self, write: Any) -> None:
+        try:
+            write()
+        except jax.errors.JaxRuntimeError:
+            raise  # of another process
+        except Exception as error:  # of many kinds: whatever a disk may have
+            raise SaveError(
+                f"{self.folder}: a checkpoint cannot be written: {first_line(error)}; "
+                f"{self.newest()}"
+            ) from error
+
+    def _open(self) -> None:
+        """Has Orbax look at the folder, after it has been cleaned up."""
         kept = ocp.CheckpointManagerOptions(
-            max_to_keep=options.keep, enable_async_checkpointing=True
+            preservation_policy=_Kept(self.options.keep, self.not_finite),
+            async_options=ocp.AsyncOptions(timeout_secs=self.options.stall),
+            temporary_path_class=SealedPath,
         )
         self.manager = ocp.CheckpointManager(
             self.folder, options=kept, item_names=("state", "meta")
         )
-        self._checksums = jax.jit(lambda state: jax.tree.map(_checksum, state))
 
-    def restore(self) -> tuple[State, int]:
-        """Returns state and data position of the newest complete checkpoint, or of the start."""
-        if self.step is None:
-            return self.program.init(), 0
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(self.program.abstract_state()),
-            meta=ocp.args.JsonRestore(),
-        )
-        restored = self.manager.restore(self.step, args=items)
-        return restored["state"], restored["meta"]["position"]
+    def _steps(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        names = (path.name for path in self.folder.iterdir())
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
-    def save(self, state: State, step: int, position: int) -> None:
-        """Starts to write a checkpoint, unless there is one of this step."""
-        if step == self.step:
-            return
-        checksums = {name: int(value) for name, value in _named(self._checksums(state)).items()}
-        meta = {"position": position, "course": self.options.course(), "checksums": checksums}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self.manager.save(step, args=items)
-        self.step = step
-
-    def close(self) -> None:
-        """Waits until all is written."""
-        self.manager.wait_until_finished()
-        self.manager.close()
-
-    def _newest(self) -> int | None:
-        """Returns the newest step with a complete checkpoint; moves others away, with a warning."""
-        for path in sorted(self.folder.glob(f"*{TEMPORARY}*")):
-            _warn(f"{path}: skipped: it was cut off while it was written")
-            shutil.rmtree(path)
-        for step in sorted(
-            (int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), reverse=True
-        ):
-            if (problem := self._problem(step)) is None:
-                return step
-            _warn(f"{self.folder / str(step)}: skipped for the checkpoint before it: {problem}")
-            aside = self.folder / f"corrupt-{step}"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.folder / str(step)).rename(aside)
-        return None
-
-    def _problem(self, step: int) -> str | None:
-        """Returns what is wrong with a checkpoint; raises SetupError if other options made it."""
+    def _look(self, step: int) -> dict[str, Any]:
+        """Returns what process 0 sees without reading the arrays."""
         folder = self.folder / str(step)
+        found = {"problem": None, "misfit": None, "name": "corrupt"}
+        if not any(self.folder.glob(f"*/{checksums.NAME}")):
+            earlier = (
+                f"{folder} has no {checksums.NAME}: an earlier version of this program wrote it"
+            )
+            return found | {
+                "misfit": f"{earlier}. Go on with that version, or choose another --out"
+            }
+        if wrong := checksums.wrong_files(folder):
+            of = "its arrays" if wrong[0].startswith("state") else "it"
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            return found | {
+                "problem": f"files of {of} are not as they were written: {wrong[0]}{more}"
+            }
+        meta = stored.read_meta(folder)
+        if not meta["finite"] and not self.options.allow_nan:
+            return found | {"name": "not-finite", "problem": "not all of its values are finite"}
+        misfit = stored.misfit(folder, meta, self.options, self.facts, self.program)
+        if not meta["finite"]:
+            self.not_finite.add(step)
+        return found | {"misfit": misfit, "meta": meta}
+
+    def _read(self, step: int, meta: dict[str, Any]) -> tuple[State | None, str | None, str]:
+        """Returns the state on all devices, or what is wrong and what to call the folder then."""
+        folder, state, problem, misfit = self.folder / str(step), None, None, None
         try:
-            meta = json.loads((folder / "meta" / "metadata").read_text())
-            course, checksums, _ = meta["course"], meta["checksums"], meta["position"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"its meta cannot be read: {_first_line(error)}"
-        for name, value in self.options.course().items():
-            if course.get(name) != value:
-                flag = f"--{name.replace('_', '-')}"
-                raise SetupError(
-                    f"{folder} was made with {flag} {course.get(name)}, not {value}; "
-                    "choose another --out"
-                )
-        try:
-            state = _read(folder / "state", self.program.abstract_state())
-        except Exception as error:  # of many kinds: whatever is wrong with the files
-            return _first_line(error)
-        wrong = [
-            name
-            for name, value in _named(state).items()
-            if checksums.get(name) != int(_checksum(value))
-        ]
-        return (
-            f"{len(wrong)} arrays are not as they were written, such as {wrong[0]}"
-            if wrong
-            else None
+            state = stored.read_state(folder, self.program.abstract_state())
+            problem = stored.wrong_arrays(state, meta["checksums"])
+        except Exception as error:  # the files are right, so it is of another Orbax, or not there
+            misfit = f"{folder} cannot be read, and its files are right: {first_line(error)}"
+        for index, other in enumerate(self._tell({"problem": problem, "misfit": misfit})):
+            if other["misfit"] is not None:
+                raise SetupError(preflight.of_process(index, other["misfit"]))
+            problem = problem or other["problem"]
+        if problem is not None:
+            return None, problem, "corrupt"
+        return jax.tree.map(self._everywhere, state), None, ""
+
+    def _everywhere(self, leaf: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(
+            leaf.shape, self.program.whole, lambda index: leaf[index]
         )
 
+    def _clean_up(self, aside: list[tuple[int, str, str]]) -> None:
+        """Renames what cannot be used, and removes what was never complete."""
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for step, name, problem in aside:
+                path = self.folder / str(step)
+                say(f"warning: {path}: skipped for the checkpoint before it: {problem}")
+                path.rename(_free(self.folder / f"{name}-{step}"))
+            for path in (*self.folder.glob(f"*{TEMPORARY}*"), *self.folder.glob(f"*{UNSEALED}")):
+                say(f"warning: {path}: skipped: it was cut off while it was written")
+                shutil.rmtree(path)
+        self._tell({})  # no process looks at the folder before that
 
-def _read(folder: Path, abstract: Any) -> Any:
-    """Returns a state as NumPy arrays, read by this process alone."""
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(),
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix="check",
-    )
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-    checkpointer = ocp.Checkpointer(handler, multiprocessing_options=alone)
-    arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-    try:
-        return checkpointer.restore(folder, args=ocp.args.StandardRestore(arrays))
-    finally:
-        checkpointer.close()
-
-
-def _checksum(leaf: Any) -> Any:
-    """Returns a checksum of the bits of an array, on the device where that is (or by NumPy)."""
-    xp = jnp if isinstance(leaf, jax.Array) else np
-    words = (
-        jax.lax.bitcast_convert_type(leaf, jnp.uint32)
-        if xp is jnp
-        else np.asarray(leaf).view(np.uint32)
-    )
-    words = words.reshape(-1)
-    odd = 2 * xp.arange(words.size, dtype=xp.uint32) + xp.uint32(1)
-    return xp.sum(words * odd * xp.uint32(FACTOR), dtype=xp.uint32)
+    def _tell(self, content: Any) -> list[Any]:
+        return preflight.tell(self.options, content)
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
+class _Kept:
+    """Preserves the newest checkpoints, and the newest one without NaNs."""
+
+    def __init__(self, number: int, not_finite: set[int]):
+        self.number, self.not_finite = number, not_finite
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """Returns which checkpoints Orbax is not to delete."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        finite = [step for step in steps if step not in self.not_finite]
+        kept = {*steps[-self.number :], *finite[-1:]}
+        return [step in kept for step in steps]
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+def _finite(state: State) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+def _free(path: Path) -> Path:
+    """Returns the path, with a number if there is such a folder."""
+    number = 1
+    free = path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+
+from train_resnet.ending import say
+from train_resnet.signals import LAUNCHER, NAMES
 
 AGAIN = "start again with the same command to go on from the last checkpoint"
 PATIENCE = 60  # seconds that processes have to end by themselves after one of them has failed
@@ -17,16 +21,21 @@ def run(processes: int, command: Sequence[str]) -> int:
     """Runs the command in that many processes and returns the first exit status that is not 0."""
     address = f"127.0.0.1:{_free_port()}"
     arguments = without_processes(command)
-    children = [
-        subprocess.Popen(
-            [sys.executable, *arguments, "--coordinator", address]
-            + ["--process-count", str(processes), "--process-index", str(index)],
+    children: list[subprocess.Popen] = []
+    for number in NAMES:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, lambda number, _: _send(children, number))
+    # Nobody writes into this pipe. It ends with this process, and so children learn of its death.
+    end, _own = os.pipe()
+    for index in range(processes):
+        place = ["--process-count", str(processes), "--process-index", str(index)]
+        child = subprocess.Popen(
+            [sys.executable, *arguments, "--coordinator", address, *place],
             process_group=0,  # Ctrl-C in a terminal comes here only, and is passed on once
+            pass_fds=(end,),
+            env=os.environ | {LAUNCHER: str(end)},
         )
-        for index in range(processes)
-    ]
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: _send(children, number))
+        children.append(child)
     try:
         return _wait(children)
     finally:
@@ -54,18 +63,14 @@ def _wait(children: Sequence[subprocess.Popen]) -> int:
             ended.add(index)
             if code:
                 if code < 0:  # otherwise it has said itself what was wrong
-                    _say(f"process {index} was ended by {signal.Signals(-code).name}; {AGAIN}")
+                    say(f"process {index} was ended by {signal.Signals(-code).name}; {AGAIN}")
                 status = status or (128 - code if code < 0 else code)
                 deadline = deadline or time.monotonic() + PATIENCE
         if deadline is not None and time.monotonic() > deadline:
-            _say(f"ending the processes that are left {PATIENCE} seconds after the first failed")
+            say(f"ending the processes that are left {PATIENCE} seconds after the first failed")
             break
         time.sleep(0.1)
     return status
-
-
-def _say(message: str) -> None:
-    print(f"train_resnet: {message}", file=sys.stderr, flush=True)
 
 
 def _send(children: Sequence[subprocess.Popen], number: int) -> None:

@@ -1,31 +1,35 @@
-"""Connects processes and devices, checks that they agree, and ends all when one is gone."""
+"""Connects processes and devices, and turns what goes wrong into one line and an exit status."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
+import socket
 import sys
 import traceback
 from functools import partial
-from types import FrameType
-from typing import NoReturn
+from typing import Any
 
-import flax
 import jax
 import numpy as np
-import optax
+from absl import logging
 from common.data import DataError
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-import normjax
+from train_resnet.ending import (
+    DIVERGED,
+    FAILED,
+    LOST,
+    MISTAKE,
+    LastWords,
+    complain,
+    first_line,
+    leave,
+    say,
+)
 from train_resnet.options import Options
+from train_resnet.signals import Stop
 from train_resnet.steps import AXIS, SetupError
+from train_resnet.watchdog import progress
 
-MISTAKE, LOST = 2, 3  # exit statuses
-ROOM = 8192  # bytes of what a process tells the others at the start
 ENDED = (
     "was ended, by JAX's runtime as another process is gone (then it says so above), or by a signal"
 )
@@ -36,91 +40,56 @@ APART = (
 )
 AGAIN = "Start all processes again with the same command to go on from the last checkpoint"
 START = 60  # seconds that processes wait for each other at the start
+GLOO = 30  # seconds that gloo waits in a collective between CPUs; it takes no other number
 
 
-class Stop:
-    """Lets the loop ask between steps for SIGTERM or Ctrl-C; a second Ctrl-C acts at once."""
-
-    number: int | None = None
-
-    def listen(self) -> None:
-        """Has the signals noted from now on."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    @property
-    def status(self) -> int:
-        """The exit status: an order to end is obeyed with 0, Ctrl-C is not success."""
-        return 128 + signal.SIGINT if self.number == signal.SIGINT else 0
-
-
-class LastWords:
-    """A line that is printed if this process ends without taking it back.
-
-    JAX's runtime ends a process by itself, from C++, when another one is gone, and SIGKILL ends one
-    without a word. So a shell waits for the end of a pipe that ends with this process.
-    """
-
-    def __init__(self, message: str):
-        command = [
-            "sh",
-            "-c",
-            'read -r end || printf "%s\\n" "$0" >&2',
-            f"train_resnet: error: {message}",
-        ]
-        self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-
-    def take_back(self) -> None:
-        """Has nothing printed."""
-        self._shell.communicate(b"end\n")
-
-
-def guard(options: Options) -> int:
+def guard(options: Options, stop: Stop) -> int:
     """Trains and returns the exit status; what goes wrong gets one line."""
-    stop = Stop()
-    stop.listen()
+    progress.watch(options.stall)
+    sys.unraisablehook = _unraisable
     connect(options)
-    stop.listen()  # again: JAX may have taken SIGTERM for itself
     several = jax.process_count() > 1
     words = LastWords(f"process {jax.process_index()} {ENDED}. {AGAIN}") if several else None
-    try:
-        from train_resnet import loop
+    from train_resnet.checkpoints import SaveError
+    from train_resnet.loop import DivergedError, run
 
-        return loop.run(options, stop)
-    except SetupError as error:
+    try:
+        return run(options, stop)
+    except (SetupError, DivergedError) as error:
         # All processes come here together, so that they can say good-bye to each other.
         if jax.process_index() == 0:
-            _say(str(error))
-        return MISTAKE
+            complain(str(error))
+        return MISTAKE if isinstance(error, SetupError) else DIVERGED
+    except (SaveError, DataError) as error:
+        status, message = FAILED, str(error)
+    except jax.errors.JaxRuntimeError as error:
+        where = f"process {jax.process_index()} {UNANSWERED}" if several else progress.stage
+        status, message = LOST, f"{where}: {first_line(error)}. {AGAIN}"
+    except OSError as error:
+        status, message = FAILED, f"{error.filename or options.out}: {error.strerror or error}"
     except Exception as error:
-        if not several and not isinstance(error, DataError | OSError):
-            raise
-        failure = error
+        complain(f"process {jax.process_index()}: {type(error).__name__}: {first_line(error)}")
+        traceback.print_exception(error)
+        status, message = FAILED, f"ended by this {type(error).__name__}; {progress.saved}"
     finally:
         if words is not None:
             words.take_back()
-    _leave(*_describe(failure, options))
+    leave(status, message)
 
 
-def _describe(error: Exception, options: Options) -> tuple[int, str]:
-    """Returns the exit status and the line for an error."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        return LOST, f"process {jax.process_index()} {UNANSWERED}: {_first_line(error)}. {AGAIN}"
-    if isinstance(error, DataError):
-        return 1, str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return 1, f"{error.filename or options.out}: {error.strerror}"
-    traceback.print_exception(error)
-    return 1, f"process {jax.process_index()}: {_first_line(error)}"
+def _unraisable(error: Any) -> None:
+    """Prints an error that nobody can catch, unless it is TensorStore's, after a failed write.
+
+    It then calls back into an event loop that Orbax has closed, once for each array.
+    """
+    if str(error.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(error)
 
 
 def connect(options: Options) -> None:
     """Joins the other processes, where there are any."""
+    # Orbax and grain log errors with their tracebacks, and raise them too.
+    logging.set_verbosity(logging.FATAL)
     # The program counts votes itself, see loop.py; JAX's service would have SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -133,30 +102,53 @@ def connect(options: Options) -> None:
         heartbeat_timeout_seconds=options.heartbeat,
     )
     if options.coordinator is not None:
-        process = f"process {options.process_index} of {options.process_count}"
-        where = f"{process} meets the others at {options.coordinator}"
-        print(f"train_resnet: {where} within {START} seconds", file=sys.stderr, flush=True)
-        words = LastWords(f"{where}: {APART}")
-        try:
-            join(options.coordinator, options.process_count, options.process_index)
-        except (RuntimeError, ValueError) as error:
-            words.take_back()
-            _leave(
-                LOST,
-                f"no connection to the coordinator, {options.coordinator}: {_first_line(error)}",
-            )
-        words.take_back()
+        _meet(options, join)
     elif options.distributed and options.devices is None:
+        progress.now("asking for a cluster, and waiting for its other processes", START)
         try:
             join()
         except ValueError as error:
             # No cluster that JAX knows: one process with all devices of this machine.
             if "coordinator_address" not in str(error):
-                _leave(
-                    MISTAKE,
-                    f"a cluster that is not described in full: {_first_line(error)} "
-                    "(or --no-distributed)",
-                )
+                problem = f"a cluster that is not described in full: {first_line(error)}"
+                leave(MISTAKE, f"{problem} (or --no-distributed)")
+    progress.now("starting the devices")
+    if jax.process_count() > 1 and jax.default_backend() == "cpu" and options.heartbeat > GLOO:
+        if jax.process_index() == 0:
+            say(
+                f"note: between CPUs gloo waits {GLOO} seconds, not --heartbeat {options.heartbeat}"
+            )
+
+
+def _meet(options: Options, join: partial[None]) -> None:
+    """Joins the others at `--coordinator`, where process 0 listens."""
+    assert options.coordinator is not None
+    process = f"process {options.process_index} of {options.process_count}"
+    where = f"{process} meets the others at {options.coordinator}"
+    if options.process_index == 0:
+        _check_port(options.coordinator)
+    say(f"{where} within {START} seconds")
+    progress.now(f"waiting for the other processes at {options.coordinator}", START)
+    words = LastWords(f"{where}: {APART}")
+    try:
+        join(options.coordinator, options.process_count, options.process_index)
+    except (RuntimeError, ValueError) as error:
+        problem = f"no connection to the coordinator, {options.coordinator}: {first_line(error)}"
+        leave(LOST, problem)
+    words.take_back()
+
+
+def _check_port(address: str) -> None:
+    """Leaves if the port is in use: JAX's service would be a segmentation fault."""
+    port = address.rpartition(":")[2]
+    if not port.isdigit():
+        leave(MISTAKE, f"--coordinator {address}: expected HOST:PORT")
+    try:
+        socket.create_server(("", int(port))).close()
+    except (OSError, OverflowError) as error:
+        leave(
+            MISTAKE, f"--coordinator {address}: process 0 cannot listen there: {first_line(error)}"
+        )
 
 
 def mesh() -> Mesh:
@@ -168,46 +160,3 @@ def mesh() -> Mesh:
         )
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices), (AXIS,))
-
-
-def agree(options: Options, problem: str | None) -> None:
-    """Raises SetupError in all processes if one has a problem, or other options or versions."""
-    versions = {package.__name__: package.__version__ for package in (jax, flax, optax, normjax)}
-    flags = options.shared() | {"process_count": options.process_count}
-    own = {"problem": problem and problem[:2000], "options": flags, "versions": versions}
-    told = tell(own)
-    for index, other in enumerate(told):
-        if other["problem"] is not None:
-            where = f"process {index}: " if len(told) > 1 else ""
-            raise SetupError(where + other["problem"])
-        for kind in ("options", "versions"):
-            for name, value in other[kind].items():
-                if value != (first := told[0][kind][name]):
-                    flag = f"--{name.replace('_', '-')}" if kind == "options" else name
-                    raise SetupError(f"process {index} has {flag} {value}, process 0 has {first}")
-
-
-def tell(content: dict) -> list[dict]:
-    """Returns what each process tells, in their order."""
-    if jax.process_count() == 1:
-        return [content]
-    text = json.dumps(content).encode()
-    padded = np.zeros(ROOM, np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    gathered = np.asarray(multihost_utils.process_allgather(padded))
-    return [json.loads(row.tobytes().rstrip(b"\0")) for row in gathered]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _say(message: str) -> None:
-    print(f"train_resnet: error: {message}", file=sys.stderr, flush=True)
-
-
-def _leave(status: int, message: str) -> NoReturn:
-    """Ends this process at once: an orderly end would wait for processes that are gone."""
-    _say(message)
-    sys.stdout.flush()
-    os._exit(status)

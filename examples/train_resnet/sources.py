@@ -105,6 +105,7 @@ class Folder:
         if (found := _folders(root)) != list(classes):
             odd = sorted(set(found) ^ set(classes))
             raise DataError(f"{root}: not the classes of the training images: {', '.join(odd[:5])}")
+        self.classes = tuple(classes)
         files = [
             (path, label)
             for label, name in enumerate(classes)

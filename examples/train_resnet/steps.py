@@ -16,7 +16,8 @@ from train_resnet.options import Options
 from train_resnet.resnet import ResNet, Sharing
 
 AXIS = "data"
-WHOLE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)
+GROUP, MEMBER = "group", "member"  # instead of it, if groups of devices share statistics
+WHOLE = PartitionSpec()
 MEAN, STD = 118.0, 62.0  # of the pixels of photographs, roughly: batch norm does the rest
 
 
@@ -60,6 +61,16 @@ def sharing(options: Options, devices: int) -> Sharing:
     return Sharing(axis_name=AXIS, axis_index_groups=groups)
 
 
+def in_words(sharing: Sharing, options: Options) -> str:
+    """Returns who shares statistics, for the screen."""
+    if sharing.axis_index_groups is not None:
+        size = len(sharing.axis_index_groups[0])
+        return f"{options.norm_group} examples, on {size} devices, share statistics"
+    if sharing.axis_name is not None:
+        return f"the whole batch of {options.batch_size} examples shares statistics"
+    return f"{options.norm_group} examples of a device share statistics"
+
+
 def learning_rate(options: Options, steps: int) -> optax.Schedule:
     """Returns a linear warm-up and a cosine to 0."""
     warmup = min(round(options.warmup * steps), steps - 1)
@@ -74,23 +85,35 @@ def optimizer(options: Options, steps: int) -> optax.GradientTransformation:
     )
 
 
+def _grouped(mesh: Mesh, shared: Sharing) -> tuple[Mesh, Sharing]:
+    """Returns a mesh with an axis of the members of a group, if devices share in groups.
+
+    The groups are neighbours. A psum over an axis of the mesh is one all-reduce within each group;
+    `axis_index_groups` would gather what all members have, in bytes that grow with the group.
+    """
+    if shared.axis_index_groups is None:
+        return mesh, shared
+    members = len(shared.axis_index_groups[0])
+    devices = mesh.devices.reshape(-1, members)
+    return Mesh(devices, (GROUP, MEMBER)), Sharing(axis_name=MEMBER)
+
+
 class Program:
     """The compiled functions of a run, and the shardings of what goes into them."""
 
     def __init__(self, options: Options, mesh: Mesh, classes: int, steps: int, image_size: int):
-        self.options, self.mesh, self.image_size = options, mesh, image_size
+        self.options, self.image_size = options, image_size
+        shared = sharing(options, mesh.size)
+        self.shared = in_words(shared, options)
+        self.mesh, shared = _grouped(mesh, shared)
         self.model = ResNet(
-            options.network,
-            options.width,
-            classes,
-            sharing(options, mesh.size),
-            options.momentum,
-            options.dtype,
+            options.network, options.width, classes, shared, options.momentum, options.dtype
         )
         self.optimizer = optimizer(options, steps)
-        self.whole, self.split = NamedSharding(mesh, WHOLE), NamedSharding(mesh, SPLIT)
+        split = PartitionSpec(self.mesh.axis_names)
+        self.whole, self.split = NamedSharding(self.mesh, WHOLE), NamedSharding(self.mesh, split)
         mapped = jax.shard_map(
-            self._train, mesh=mesh, in_specs=(WHOLE, SPLIT), out_specs=(WHOLE, WHOLE)
+            self._train, mesh=self.mesh, in_specs=(WHOLE, split), out_specs=(WHOLE, WHOLE)
         )
         self.train: Callable[[State, Any], tuple[State, dict[str, Array]]] = jax.jit(
             mapped, donate_argnums=0
@@ -109,6 +132,12 @@ class Program:
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.whole), shapes
         )
+
+    def compile(self, state: State, batch: Any) -> None:
+        """Compiles both steps for batches such as this one."""
+        without = {name: rows for name, rows in batch.items() if name != "stop"}
+        self.train = self.train.lower(state, batch).compile()  # pyright: ignore
+        self.evaluate = self.evaluate.lower(state, without).compile()  # pyright: ignore
 
     def place(self, batch: Any) -> Any:
         """Returns this process's rows as part of global arrays."""
@@ -141,14 +170,20 @@ class Program:
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         right = jnp.sum(logits.argmax(-1) == batch["label"]) / self.options.batch_size
-        sums = lax.psum({"loss": value, "accuracy": right, "stop": batch["stop"].sum()}, AXIS)
-        return State(state.step + 1, params, self._of_the_whole_batch(batch_stats), opt_state), sums
+        sums = lax.psum(
+            {"loss": value, "accuracy": right, "stop": batch["stop"].sum()}, self.mesh.axis_names
+        )
+        merged = self._of_the_whole_batch(batch_stats)
+        bad = [jnp.sum(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(merged)]
+        sums["not_finite"] = jnp.sum(jnp.stack(bad))
+        return State(state.step + 1, params, merged, opt_state), sums
 
     def _of_the_whole_batch(self, batch_stats: Any) -> Any:
         """Merges the running statistics of groups of examples for all devices."""
         if self.model.sharing == Sharing(axis_name=AXIS):
             return batch_stats
-        return nj.sync_batch_stats(batch_stats, AXIS, momentum=self.options.momentum)
+        apart = GROUP if GROUP in self.mesh.axis_names else AXIS
+        return nj.sync_batch_stats(batch_stats, apart, momentum=self.options.momentum)
 
     def _evaluate(self, state: State, batch: Any) -> dict[str, Array]:
         variables = {"params": state.params, "batch_stats": state.batch_stats}

@@ -1,6 +1,7 @@
 """The parts of the training program that need no process of their own."""
 
 import json
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from common.data import DataError
 from flax import linen as nn
 from jax.sharding import Mesh
 from PIL import Image
-from train_resnet import batches, options, sources
+from train_resnet import batches, checksums, digest, options, preflight, sources
 from train_resnet.batches import Part
 from train_resnet.metrics import forget
 from train_resnet.resnet import BasicBlock, BottleneckBlock, ResNet, Sharing
@@ -186,6 +187,49 @@ def test_what_is_wrong_with_a_folder_is_named(folder):
         read.train.load(0, None)
 
 
+def test_what_hosts_have_to_agree_on(folder, tmp_path_factory):
+    """One image of validation less; a class with another name; another image of another size."""
+    asked = ["--data", "folder", "--image-size", "16", "--data-dir"]
+    expected = digest.facts(sources.load(parse(*asked, str(folder))))
+
+    def difference(change):
+        other = tmp_path_factory.mktemp("other") / "data"
+        shutil.copytree(folder, other)
+        change(other)
+        return digest.difference(digest.facts(sources.load(parse(*asked, str(other)))), expected)
+
+    def rename(root):
+        for part in ("train", "val"):
+            (root / part / "dog").rename(root / part / "bird")
+
+    assert difference(lambda root: None) is None
+    fewer = difference(lambda root: (root / "val" / "dog" / "1.png").unlink())
+    assert fewer == "test images: 3, not 4"
+    assert difference(rename) == "names of the classes: bird, cat, not cat, dog"
+    larger = difference(lambda root: (root / "train" / "cat" / "1.png").write_bytes(b"longer"))
+    assert larger is not None and larger.startswith("checksum of the training images: ")
+
+
+def test_every_byte_of_the_checksums_counts(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "a").write_bytes(b"content")
+    (tmp_path / "b").write_bytes(b"")
+    checksums.write(tmp_path)
+    path = tmp_path / checksums.NAME
+    content = path.read_bytes()
+    assert checksums.wrong_files(tmp_path) == [] and content.count(b"\n") == 3
+    for i in range(len(content)):
+        for changed in (content[:i], content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]):
+            path.write_bytes(changed)
+            assert checksums.wrong_files(tmp_path), (i, changed)
+
+
+def test_too_little_room_is_an_error_before_the_first_step(tmp_path):
+    state = [jax.ShapeDtypeStruct((1 << 50,), jnp.float32)]
+    with pytest.raises(SetupError, match=r"MB are free, and checkpoints \(--keep 3\) need 18,014"):
+        preflight.room(parse("--out", str(tmp_path)), state)
+
+
 def test_metrics_of_steps_that_are_taken_again_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
@@ -213,6 +257,7 @@ def test_a_step_sends_what_its_layers_share_and_the_gradients(
     # Compiled quickly: what is sent does not depend on LLVM's optimizations.
     found = hlo.collectives(program.train.lower(program.abstract_state(), batch).compile())
     sent = [one for one in found if not one.in_branch]
+    assert {one.kind for one in sent} == {"all-reduce"}  # whose bytes do not grow with a group
     # Beside them the vote to stop, the gradients with the metrics, and the statistics of groups;
     # XLA packs what it can.
     assert of_layers - 4 < len(sent) <= of_layers + 4
