@@ -175,6 +175,18 @@ def test_a_checkpoint_of_another_program_is_not_touched(interrupted, run, images
     assert contents(out) == before
 
 
+def test_checkpoints_of_an_earlier_version_are_not_touched(interrupted, run, images, tmp_path):
+    """They have no checksums, and nobody has damaged them."""
+    out = tmp_path / "earlier"
+    shutil.copytree(interrupted[0], out)
+    for sums in (out / "checkpoints").glob("*/SHA256SUMS"):
+        sums.unlink()
+    before = contents(out)
+    error = run(out, *of(images), *LONG, status=2)
+    assert "has no SHA256SUMS: an earlier version" in error and error.count("\n") == 1
+    assert contents(out) == before
+
+
 def test_data_that_have_changed_since_are_noticed(interrupted, run, images, tmp_path):
     out = interrupted[0]
     shutil.copytree(images, tmp_path / "images")
