@@ -9,14 +9,14 @@ NEWEST ?= $(shell sh .ci/newest-python)
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F ': ' '{ printf "  make %-18s %s\n", $$1, substr($$0, length($$1) + 3) }'
 
-demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them, in under 2 minutes
+demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them, in under 2 minutes; installs 1 GB
 	@echo "This trains four networks on 8 x 8 digits, with and without batch norm, for 2 minutes, and draws a plot"
 	$(BIN)/python examples/speedup.py
 
 gallery: $(VENV)/.examples ## the pictures of docs/pages/gallery.md: its ten examples, 20 minutes on two idle cores
 	$(BIN)/python docs/gallery.py
 
-test: $(VENV)/.test ## the whole suite
+test: $(VENV)/.test ## the whole suite, 15 minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(VENV)/.test ## what is quick, marked by measurement
@@ -89,6 +89,7 @@ $(VENV)/.%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "Python 3.11 or newer with venv is needed (Debian: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@echo "Installing what \`$*\` needs into $(VENV)"
+	@echo "Installing what \`$*\` needs into $(VENV). If PyTorch is among it: on Linux, PyPI's build brings gigabytes"
+	@echo "of CUDA; make $* PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the build for CPUs"
 	$(BIN)/python -m pip install --editable ".[$*]"
 	@touch $@
