@@ -27,7 +27,7 @@ SEVERAL = number(int, "an integer above 1", 2)
 RATE = number(float, "a positive number")
 METAVARS = {COUNT: "N", SEVERAL: "N", RATE: "RATE", Path: "DIR"}
 
-# What happens to images, see common/shifts.py, which needs JAX.
+# What happens to images, see studies/domains/ways.py, which needs JAX.
 SHIFTS = ("faint", "inverted", "noisy")
 # The options that several studies have; each study says which, and their defaults for its data.
 OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {
@@ -90,7 +90,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_runs(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """Returns the options of a study, with the defaults of its data for missing ones."""
-        options = self.parse_args(arguments)
+        return self.complete(self.parse_args(arguments))
+
+    def complete(self, options: argparse.Namespace) -> argparse.Namespace:
+        """Fills in the defaults of the data for missing options."""
         self.check_data(options)
         for option, value in self.defaults[options.data].items():
             if getattr(options, option) is None:

@@ -1,15 +1,12 @@
 """The plot of `scale_invariance.py`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-
 from common import report
+from matplotlib.axes import Axes
 
 Runs = Mapping[str, Mapping[str, Any]]
 COLORS = {"batch": "C0", "layer": "C1", "weight norm": "C2", "none": "C7"}
@@ -29,28 +26,21 @@ def draw(path: Path, title: str, caption: str, named: Callable[[str], Runs]) -> 
 
 def _growth(norms: Axes, rates: Axes, runs: Runs) -> None:
     for kind, found in runs.items():
-        norms.plot([0, *found["steps"]], found["norm"], color=COLORS[kind], label=kind)
+        steps, style = [0, *found["steps"]], {"color": COLORS[kind], "label": kind}
+        norms.plot(steps, found["norm"], **style)
         dots = "C7" if kind == "none" else "black"
-        norms.plot(
-            [0, *found["steps"]], found["explained"], color=dots, linestyle=":", linewidth=1.2
-        )
+        norms.plot(steps, found["explained"], ":", color=dots, linewidth=1.2)
         if kind != "none":
-            rates.plot(
-                [0, *found["steps"]],
-                found["effective_learning_rate"],
-                color=COLORS[kind],
-                label=kind,
-            )
-    _dress(norms, "without decay, kernels grow ...", "norm, by that at the start", log=False)
+            rates.plot(steps, found["effective_learning_rate"], **style)
+    _dress(norms, "without decay, kernels grow ...", "norm, by that at the start", "linear")
     _dress(rates, "... so their learning rate falls", "effective learning rate lr / norm²")
 
 
 def _scaled(axes: Axes, runs: Runs) -> None:
     for i, (c, found) in enumerate(runs.items()):
         label = f"c = {c}: lr {found['rate']:.3g}, wd {found['decay']:.3g}"
-        axes.plot(
-            found["steps"], found["loss"], color=f"C{i}", linewidth=(7, 3.5, 1.2)[i], label=label
-        )
+        width = (7, 3.5, 1.2)[i]
+        axes.plot(found["steps"], found["loss"], color=f"C{i}", linewidth=width, label=label)
     _dress(axes, "kernels times c, lr c², wd / c²: the same", "training loss")
 
 
@@ -58,33 +48,19 @@ def _pairs(angles: Axes, losses: Axes, runs: Runs) -> None:
     products = [found["rate"] * found["decay"] for found in runs.values()]
     for i, (found, product) in enumerate(zip(runs.values(), products, strict=True)):
         label = f"lr {found['rate']:.3g}, wd {found['decay']:.3g}"
-        if math.isclose(product, products[0]):
-            color, width = f"C{i}", 1.5
-        else:
-            color, width, label = (
-                GREYS[i % len(GREYS)],
-                1.0,
-                f"{label} ({product / products[0]:.0f}x)",
-            )
+        style = {"color": f"C{i}", "linewidth": 1.5, "zorder": 2.5}
+        if not math.isclose(product, products[0]):
+            label += f" ({product / products[0]:.0f}x)"
+            style = {"color": GREYS[i % len(GREYS)], "linewidth": 1.0, "zorder": 2.0}
         for axes, name in ((angles, "angle"), (losses, "loss")):
-            axes.plot(
-                found["steps"],
-                found[name],
-                color=color,
-                linewidth=width,
-                label=label,
-                zorder=1 + width,
-            )
-    for product in products:
+            axes.plot(found["steps"], found[name], label=label, **style)
         angles.axhline(math.sqrt(2 * product), color="black", linestyle="--", linewidth=0.8)
-    _dress(
-        angles, "one product lr wd: one angle (batch norm) ...", "angular update (radians a step)"
-    )
+    title = "one product lr wd: one angle (batch norm) ..."
+    _dress(angles, title, "angular update (radians a step)")
     _dress(losses, "... and one loss", "training loss")
 
 
 def _predicted(axes: Axes, runs: Runs) -> None:
-    drawn: set[str] = set()
     predicted: set[float] = set()
     for name, found in runs.items():
         kind = name.split("/")[0]
@@ -92,16 +68,10 @@ def _predicted(axes: Axes, runs: Runs) -> None:
             if not math.isfinite(kernel["observed"]):
                 continue  # a run that diverged
             height = max(kernel["observed"], LEAST * kernel["predicted"])
-            label = "_" * (kind in drawn) + kind  # one entry for each in the legend
-            axes.scatter(
-                kernel["predicted"],
-                height,
-                marker=MARKERS[kind],
-                color=COLORS[kind],
-                s=28,
-                label=label,
-            )
-            drawn.add(kind)
+            entries = axes.get_legend_handles_labels()[1]
+            label = None if kind in entries else kind
+            style = {"marker": MARKERS[kind], "color": COLORS[kind], "s": 28, "label": label}
+            axes.scatter(kernel["predicted"], height, **style)
             predicted.add(round(kernel["predicted"], 3))
     if predicted:
         ends = min(predicted) / 1.2, max(predicted) * 1.2
@@ -112,9 +82,7 @@ def _predicted(axes: Axes, runs: Runs) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _dress(axes: Axes, title: str, ylabel: str, log: bool = True) -> None:
-    axes.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
+def _dress(axes: Axes, title: str, ylabel: str, yscale: str = "log") -> None:
+    report.dress(axes, "x-small", xlabel="step", ylabel=ylabel, yscale=yscale)
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3, which="both")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="x-small")

@@ -7,18 +7,14 @@ queries, keys = (lax.all_gather(each, AXIS, tiled=True) for each in (q, k))
 loss, found = contrast(queries, keys, own)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from common.networks import UNITS, Tree, Unit, batch
 from jax import Array
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
-
-from common.networks import Tree
-from common.units import UNITS, Unit, batch
 
 AXIS = "devices"
 TEMPERATURE = 0.2

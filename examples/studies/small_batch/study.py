@@ -1,30 +1,22 @@
-"""Trains a VGG on simulated devices with few examples each, for `small_batch.py`."""
+"""Trains a VGG on simulated devices with few examples each."""
 
-from __future__ import annotations
-
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
-import rich.box
+from common import data, report, training
+from common.networks import BATCH_NORM_MOMENTUM, UNITS, Network, Tree, Unit, batch, renorm, vgg
+from common.study import Advance, Claim, Part, Study, table
 from jax import Array
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
 import normjax as nj
-from common import data, report, training
-from common.interrupt import Interrupt
-from common.networks import BATCH_NORM_MOMENTUM, Network, Tree
-from common.session import Advance, Part
-from common.study import Claim, Study, conduct
-from common.units import UNITS, Unit, batch, renorm
-from common.vgg import vgg
 
 DEVICES = 8
 AXIS = "devices"
@@ -100,11 +92,6 @@ def on_devices(network: Network) -> Network:
     return Network(network.init, apply)
 
 
-def run(options: Namespace, interrupt: Interrupt) -> int:
-    """Trains and reports; returns the exit status."""
-    return conduct(SmallBatch(options), interrupt)
-
-
 class SmallBatch(Study):
     """Test errors by normalization and images a device."""
 
@@ -117,7 +104,6 @@ class SmallBatch(Study):
     )
 
     def parts(self) -> Mapping[str, Part]:
-        """Returns a run for each normalization and batch size."""
         options = self.options
         images = data.selected(options)
         if (largest := DEVICES * max(options.sizes)) > len(images.train_labels):
@@ -151,12 +137,13 @@ class SmallBatch(Study):
     ) -> dict[str, list[float]]:
         """Returns the test error of each seed, in percent."""
         steps, rate = self.steps(size), self.options.learning_rate * size / REFERENCE
-        errors = []
+        every, errors = max(1, steps // EVALUATIONS), []
+
+        def evaluated(done: int, accuracy: float) -> None:
+            advance(done, f"{1 - accuracy:.1%} error")
+
         for seed in range(self.options.seeds):
-            progress = lambda done, accuracy: advance(done, f"{1 - accuracy:.1%} error")  # noqa: E731
-            run = trainer().run(
-                seed, rate, steps, max(1, steps // EVALUATIONS), progress, batch_size=DEVICES * size
-            )
+            run = trainer().run(seed, rate, steps, every, evaluated, batch_size=DEVICES * size)
             errors.append(100 * (1 - median(run.accuracies[-3:])))
         return {"errors": errors}
 
@@ -171,49 +158,38 @@ class SmallBatch(Study):
         return {size: error for size, error in errors.items() if error is not None}
 
     def claims(self) -> Sequence[Claim]:
-        """Returns the paper's two curves beside those measured, and how much they rise."""
         claims = []
         for name, reported in REPORTED.items():
             measured = self.curve(name)
             for size in [size for size in measured if size in reported]:
-                claims.append(
-                    Claim(_title(name, size), f"{reported[size]:.1f}%", f"{measured[size]:.1f}%")
-                )
+                what = f"{name} norm, {size} images a device"
+                claims.append(Claim(what, f"{reported[size]:.1f}%", f"{measured[size]:.1f}%"))
             if {2, 32} <= measured.keys():
                 rises = (f"{errors[2] - errors[32]:+.1f} points" for errors in (reported, measured))
                 claims.append(Claim(f"{name} norm, from 32 to 2", *rises))
         return claims
 
     def tables(self) -> Sequence[Table]:
-        """Returns the errors of all normalizations."""
         options, sizes = self.options, sorted(self.options.sizes, reverse=True)
         seeds = f"median of {options.seeds} seed(s)"
         title = f"Test error (%) by images a device, {DEVICES} devices, {seeds}"
-        table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("normalization", no_wrap=True)
-        for size in sizes:
-            table.add_column(str(size), justify="right")
+        made = table(("normalization", *map(str, sizes)), title=title)
         for name in options.norms:
             errors = self.curve(name)
-            table.add_row(
-                name, *(f"{errors[size]:.1f}" if size in errors else "-" for size in sizes)
-            )
-        return [table]
+            shown = (f"{errors[size]:.1f}" if size in errors else "-" for size in sizes)
+            made.add_row(name, *shown)
+        return [made]
 
     def draw(self, path: Path) -> None:
-        """Draws error against batch size, measured and reported."""
         title = f"{data.TITLES[self.options.data]}: images a device, and what they cost"
         with report.figure(path, title, self.caption, size=(10, 5)) as ((measured, reported),):
             for i, name in enumerate(self.options.norms):
-                _line(
-                    measured,
-                    self.curve(name),
-                    label=name,
-                    color=f"C{i}",
-                    linestyle=DASHED.get(name, "-"),
-                )
+                style = {"color": f"C{i}", "label": name, "marker": "o"}
+                errors, line = self.curve(name), DASHED.get(name, "-")
+                measured.plot(list(errors), list(errors.values()), line, **style)
                 if name in REPORTED:
-                    _line(reported, REPORTED[name], label=name, color=f"C{i}")
+                    errors = REPORTED[name]
+                    reported.plot(list(errors), list(errors.values()), **style)
             _dress(measured, f"measured: VGG, {DEVICES} devices", self.options.sizes)
             measured.set_ylim(bottom=0)
             _dress(reported, "reported: ResNet-50, ImageNet, 8 GPUs", list(REPORTED["batch"]))
@@ -224,19 +200,9 @@ def key(name: str, size: int) -> str:
     return f"{name}, {size}"
 
 
-def _title(name: str, size: int) -> str:
-    return f"{name} norm, {size} images a device"
-
-
-def _line(axes: Axes, errors: Mapping[int, float], **style: Any) -> None:
-    axes.plot(list(errors), list(errors.values()), marker="o", **style)
-
-
 def _dress(axes: Axes, title: str, sizes: Sequence[int]) -> None:
-    axes.set(xscale="log", xlabel="images a device", ylabel="error", title=title)
+    report.dress(axes, xscale="log", xlabel="images a device", ylabel="error", title=title)
     axes.set_xticks(list(sizes), map(str, sizes))
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     axes.invert_xaxis()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")

@@ -18,8 +18,6 @@ of the batch, and a document sees its own and d - 1 others, its negatives. The g
 all of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

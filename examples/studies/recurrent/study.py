@@ -1,8 +1,5 @@
-"""Trains recurrent cells to read images in pieces, for `recurrent.py`."""
+"""Trains recurrent cells to read images in pieces."""
 
-from __future__ import annotations
-
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -13,18 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.box
+from common import data, report, training
+from common.networks import Network
+from common.results import Result, Run, in_words
+from common.study import Advance, Claim, Part, Study, table
+from common.training import by_accuracy
 from jax import Array, lax
 from jax.nn import initializers
 from rich.table import Table
-
-from common import data, report, training
-from common.cells import BATCH, LAYER, PLAIN, Cell, Tree, gru, lstm, unroll
-from common.interrupt import Interrupt
-from common.networks import Network
-from common.session import Advance, Part, by_accuracy
-from common.study import Claim, Study, conduct
-from common.tables import Result, Run, in_words
+from studies.recurrent.cells import BATCH, LAYER, PLAIN, Cell, Tree, gru, lstm, unroll
 
 CELLS = {"lstm": lstm, "gru": gru}
 # by prefix
@@ -89,11 +83,6 @@ def optimizer(learning_rate: Array | float) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(learning_rate))
 
 
-def run(options: Namespace, interrupt: Interrupt) -> int:
-    """Trains the cells of the command line and reports; returns the exit status."""
-    return conduct(Reading(options), interrupt)
-
-
 class Reading(Study):
     """Cells, each at each learning rate: how soon they read well, and how well."""
 
@@ -106,13 +95,9 @@ class Reading(Study):
     )
 
     def parts(self) -> Mapping[str, Part]:
-        """Returns a run of all seeds for each cell and learning rate."""
         options = self.options
         images = data.selected(options)
-        if options.batch_size > len(images.train_labels):
-            raise data.DataError(
-                f"--batch-size {options.batch_size}: there are {len(images.train_labels)} examples"
-            )
+        training.check_batch(options.batch_size, len(images.train_labels))
         # Pixels from 0 to 1, where blank is 0.
         examples = training.examples(images, standardize=False)
         parts = {}
@@ -142,7 +127,7 @@ class Reading(Study):
             trainer().run(seed, rate, options.steps, options.eval_every, evaluated)
             for seed in range(options.seeds)
         ]
-        return report.result_content(Result(cell.upper(), rate, runs))
+        return Result(cell.upper(), rate, runs).content()
 
     @property
     def finished(self) -> list[Result]:
@@ -152,13 +137,11 @@ class Reading(Study):
             for cell in self.results.values()
         ]
 
-    def content(self, status: str) -> dict[str, Any]:
-        """Returns what JSON is to hold."""
-        content = super().content(status)
+    def content(self) -> dict[str, Any]:
+        content = super().content()
         return content | {"cells": list(content.pop("results").values())}
 
     def claims(self) -> Sequence[Claim]:
-        """Returns the claims about finished LSTMs, each at its best learning rate."""
         best: dict[str, Result] = {}
         for result in self.finished:
             if result.name not in best or result.best > best[result.name].best:
@@ -184,28 +167,15 @@ class Reading(Study):
         return claims
 
     def tables(self) -> Sequence[Table]:
-        """Returns steps and accuracies."""
-        shown = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-        shown.add_column("cell", no_wrap=True)
-        for heading in (
-            "rate",
-            *(f"steps to {goal:.0%}" for goal in GOALS),
-            "best accuracy",
-            "seconds",
-        ):
-            shown.add_column(heading, justify="right")
+        goals = [f"steps to {goal:.0%}" for goal in GOALS]
+        made = table(("cell", "rate", *goals, "best accuracy", "seconds"))
         for result in self.finished:
             steps = [_steps(result, goal) for goal in GOALS]
-            rate, best, seconds = (
-                f"{result.learning_rate:.3g}",
-                f"{result.best:.1%}",
-                f"{result.seconds:.1f}",
-            )
-            shown.add_row(result.name, rate, *steps, best, seconds)
-        return [shown]
+            last = f"{result.best:.1%}", f"{result.seconds:.1f}"
+            made.add_row(result.name, f"{result.learning_rate:.3g}", *steps, *last)
+        return [made]
 
     def draw(self, path: Path) -> None:
-        """Draws accuracy against steps, a panel for each kind of cell and learning rate."""
         seeds = self.options.seeds
         title = f"{data.TITLES[self.options.data]} read {READ[self.options.sequence]}"
         title += f", median of {seeds} seeds" if seeds > 1 else ""
@@ -214,7 +184,7 @@ class Reading(Study):
             prefix, _, kind = result.name.rpartition("-")
             panel = panels.setdefault(f"{kind}, learning rate {result.learning_rate:.3g}", {})
             panel[NORMS[prefix.lower()][0]] = result.curve
-        report.write_panels(path, title, "validation accuracy (%)", panels, self.caption, "log")
+        report.draw_panels(path, title, "validation accuracy (%)", panels, self.caption, "log")
 
 
 def _steps(result: Result, goal: float) -> str:

@@ -1,9 +1,8 @@
-"""Trains a network, folds its batch norms and quantizes what is left, for `quantize.py`."""
-
-from __future__ import annotations
+"""Trains a network, folds its batch norms and quantizes what is left."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -12,16 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import qwix
-import rich.box
-import rich.table
+from common import data
+from common.study import Advance, Part, Study, environment, table
+from common.training import EVALUATION_BATCH, Examples, cross_entropy, examples
 from flax import linen as nn
 from jax import Array
-from rich.console import Console
+from rich.table import Table
 
 import normjax as nj
-from common import data, report, session
-from common.interrupt import Interrupt
-from common.training import EVALUATION_BATCH, Examples, examples
 
 INT8 = [qwix.QuantizationRule(weight_qtype="int8", act_qtype="int8")]
 MOMENTUM = 0.9  # of SGD, and of the running statistics
@@ -109,7 +106,7 @@ class Trainer:
         self.optimizer = optax.sgd(options.learning_rate, MOMENTUM, nesterov=True)
         self._step = jax.jit(self._take_step, donate_argnums=0)
 
-    def run(self, seed: int, evaluated: session.Evaluated) -> Outcome:
+    def run(self, seed: int, advance: Advance) -> Outcome:
         """Trains with a seed and returns the outcome of each variant."""
         rng, state, reported = np.random.default_rng(seed), self._init(seed), 0
         for step in range(1, self.options.steps + 1):
@@ -117,7 +114,7 @@ class Trainer:
             state = self._step(state, *self.train.pick(jnp.asarray(rows)))
             if step % self.options.eval_every == 0 or step == self.options.steps:
                 right = self.answers(Deployed(self.network.apply, state[0])) == self.labels
-                evaluated(step - reported, float(right.mean()))
+                advance(step - reported, f"{right.mean():.1%}")
                 reported = step
         variants = deployed(self.network, state[0], self.train.pick(jnp.arange(2))[0])
         answers = {name: self.answers(variant) for name, variant in variants.items()}
@@ -148,67 +145,42 @@ class Trainer:
         def loss(params: Any) -> tuple[Array, Any]:
             own = variables | {"params": params}
             logits, updates = self.network.apply(own, images, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates
+            return cross_entropy(logits, labels).mean(), updates
 
         gradients, updates = jax.grad(loss, has_aux=True)(variables["params"])
         changes, optimizer = self.optimizer.update(gradients, optimizer)
         return {"params": optax.apply_updates(variables["params"], changes), **updates}, optimizer
 
 
-def run(options: Namespace, interrupt: Interrupt) -> int:
-    """Trains, folds, quantizes and reports; returns the exit status."""
-    return session.guard("quantize.py", options.out, lambda: _run(options, interrupt, Console()))
+class Quantize(Study):
+    """The seeds of one command line, and what is finished of them."""
 
+    name = "quantize"
 
-def _run(options: Namespace, interrupt: Interrupt, console: Console) -> bool:
-    images = data.selected(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    trainer, outcomes = Trainer(options, *examples(images, standardize=True)), []
+    def parts(self) -> Mapping[str, Part]:
+        options, images = self.options, data.selected(self.options)
+        trainer = Trainer(options, *examples(images, standardize=True))
+        return {
+            f"seed {seed}": Part(options.steps, partial(trainer.run, seed))
+            for seed in range(options.seeds)
+        }
 
-    def train(seed: int, evaluated: session.Evaluated) -> Outcome:
-        outcomes.append(trainer.run(seed, evaluated))
-        _save(options, outcomes, "running")
-        return outcomes[-1]
+    def content(self) -> dict[str, Any]:
+        seeds = [outcome._asdict() for outcome in self.results.values()]
+        versions = environment()["versions"] | {"qwix": qwix.__version__}
+        return {"versions": versions, "seeds": seeds}
 
-    finished = session.train_all(
-        {"network": train},
-        options.seeds,
-        options.steps,
-        interrupt,
-        console,
-        lambda name, runs: None,
-    )
-    _save(options, outcomes, "finished" if finished else "interrupted")
-    if not finished:
-        console.print(f"Interrupted: {len(outcomes)} of {options.seeds} seeds are finished.")
-    if outcomes:
-        console.print(_table(outcomes))
-    console.print(f"Results: {(options.out / 'quantize.json').resolve()}", soft_wrap=True)
-    return finished
+    def interrupted(self, parts: int) -> str:
+        return f"{len(self.results)} of {parts} seeds are finished."
 
-
-def _save(options: Namespace, outcomes: list[Outcome], status: str) -> None:
-    """Writes all there is so far as JSON."""
-    config = session.settings(vars(options))
-    content = {"status": status, "config": config, **session.environment()}
-    content["versions"]["qwix"] = qwix.__version__
-    report.write_json(
-        options.out / "quantize.json", content | {"seeds": [each._asdict() for each in outcomes]}
-    )
-
-
-def _table(outcomes: list[Outcome]) -> rich.table.Table:
-    shown = rich.table.Table(
-        title=f"Test accuracy, median of {len(outcomes)} seed(s)", title_justify="left"
-    )
-    shown.box, shown.pad_edge = rich.box.SIMPLE_HEAD, False
-    for heading in ("variant", ""):
-        shown.add_column(heading, no_wrap=True)
-    for heading in ("accuracy", "answers as float", "variables"):
-        shown.add_column(heading, justify="right")
-    for name, description in VARIANTS.items():
-        accuracy = median(outcome.accuracies[name] for outcome in outcomes)
-        same = median(outcome.as_float[name] for outcome in outcomes)
-        size = f"{outcomes[0].bytes[name] / 1024:.0f} KiB"
-        shown.add_row(name, description, f"{accuracy:.1%}", f"{same:.1%}", size)
-    return shown
+    def tables(self) -> list[Table]:
+        outcomes = list(self.results.values())
+        title = f"Test accuracy, median of {len(outcomes)} seed(s)"
+        headings = "variant", "", "accuracy", "answers as float", "variables"
+        made = table(headings, left=2, title=title)
+        for name, description in VARIANTS.items():
+            accuracy = median(outcome.accuracies[name] for outcome in outcomes)
+            same = median(outcome.as_float[name] for outcome in outcomes)
+            size = f"{outcomes[0].bytes[name] / 1024:.0f} KiB"
+            made.add_row(name, description, f"{accuracy:.1%}", f"{same:.1%}", size)
+        return [made]

@@ -34,8 +34,6 @@ them, the first, is harmless, as nothing comes before it; a sequence that opens 
 be masked there, or to start from a `state` that is not zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

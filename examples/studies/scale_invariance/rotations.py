@@ -4,8 +4,6 @@ All other parameters (scales, biases, the last layer) are trained at one rate wi
 runs only differ in the effect of rate and decay on kernels whose scale does not matter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common.networks import Network, Tree
+from common.training import Examples, State, Trainer, batch_orders, cross_entropy
 from jax import Array, lax
 
 import normjax as nj
-from common.networks import Network, Tree
-from common.training import Examples, State, Trainer, batch_orders
 
 Histories = dict[str, nj.diagnostics.Rotation]
 
@@ -46,8 +44,9 @@ class Recorded(NamedTuple):
 
 def hidden_kernels(params: Tree) -> Tree:
     """Returns a mask of the kernels before a normalization, or in its place without one."""
-    return {name: jax.tree.map(lambda kind, name=name: kind == "kernel" and name != "logits", kinds)
-            for name, kinds in nj.optim.kind_of(params).items()}  # fmt: skip
+    kinds = nj.optim.kind_of(params)
+    hidden = jax.tree.map(lambda kind: kind == "kernel", kinds)
+    return hidden | {"logits": jax.tree.map(lambda kind: False, kinds["logits"])}
 
 
 class Turning(Trainer):
@@ -76,22 +75,18 @@ class Turning(Trainer):
 
     def invariance(self, examples: int = 64) -> dict[str, nj.diagnostics.ScaleInvariance]:
         """Returns how invariant the network's outputs are to the scale of each hidden kernel."""
-        state, (images, _) = (
-            self.start(),
-            self.train.pick(jnp.arange(min(examples, len(self.train.labels)))),
-        )
+        state, rows = self.start(), jnp.arange(min(examples, len(self.train.labels)))
+        images, _ = self.train.pick(rows)
 
         def outputs(params: Any) -> Array:
             return self.network.apply(params, state.batch_stats, images, True)[0]
 
-        leaves = jax.tree_util.tree_leaves_with_path(hidden_kernels(state.params))
-        hidden = {
-            jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, chosen in leaves
-            if chosen
-        }
         found = nj.diagnostics.scale_invariance(state.params, outputs)
-        return {path: numbers for path, numbers in found.items() if path in hidden}
+        return {
+            path: numbers
+            for path, numbers in found.items()
+            if path.endswith("/kernel") and not path.startswith("logits/")
+        }
 
     def turn(
         self, setting: Setting, steps: int, eval_every: int, evaluated: Callable[[int, float], None]
@@ -127,9 +122,7 @@ class Turning(Trainer):
         def loss(params: Any, batch_stats: Any, rows: Array) -> tuple[Array, Any]:
             images, labels = data.pick(rows)
             logits, batch_stats = self.network.apply(params, batch_stats, images, True)
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits, labels
-            ).mean(), batch_stats
+            return cross_entropy(logits, labels).mean(), batch_stats
 
         def step(state: State, rows: Array) -> tuple[State, tuple[Array, Histories]]:
             slope = jax.value_and_grad(loss, has_aux=True)

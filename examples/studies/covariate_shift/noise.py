@@ -6,15 +6,13 @@
 The key of the noise is one of the statistics, and changes with each training step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import jax
+from common.networks import BATCH_NORM_MOMENTUM, Network, Tree, linear, mlp, style
 from jax import Array
 
 import normjax as nj
-from common.networks import BATCH_NORM_MOMENTUM, Network, Style, Tree, linear, mlp
 
 DEPTH = 3
 LAYERS = (*(f"hidden_{i}" for i in range(DEPTH)), "logits")
@@ -37,7 +35,7 @@ class Sigmoids:
         self.network = Network(self._init, lambda *arguments: self.forward(*arguments)[:2])
 
     def _init(self, key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
-        params, batch_stats = mlp(Style(self.normalize, "sigmoid"), DEPTH).init(
+        params, batch_stats = mlp(style(self.normalize, "sigmoid"), DEPTH).init(
             key, image_shape, num_classes
         )
         return params, batch_stats | {

@@ -1,8 +1,5 @@
-"""The distributions of layers' inputs over training, for `covariate_shift.py`."""
+"""The distributions of layers' inputs over training."""
 
-from __future__ import annotations
-
-from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,16 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from common import data, report, results
+from common.study import Advance, Claim, Part, Study
+from common.training import Examples, State, Trainer, cross_entropy, examples
 from jax import Array
+from studies.covariate_shift.noise import LAYERS, Sigmoids
 
 import normjax as nj
-from common import data, report, tables
-from common.interrupt import Interrupt
-from common.noise import LAYERS, Sigmoids
-from common.session import Advance, Part
-from common.study import Claim, Study, conduct
-from common.training import Examples, State, Trainer, examples
 
 VARIANTS = {
     "no normalization": Sigmoids(normalize=False),
@@ -31,11 +25,6 @@ VARIANTS = {
 LAST = LAYERS[-2]  # the last hidden layer, whose sigmoids the paper's figure shows
 PROBE = 500  # training images whose distribution is followed
 COLORS = dict(zip(VARIANTS, ("#1f77b4", "#ff7f0e", "#2ca02c"), strict=True))
-
-
-def run(options: Namespace, interrupt: Interrupt) -> int:
-    """Trains each network and reports; returns the exit status."""
-    return conduct(Shift(options), interrupt)
 
 
 class Instruments:
@@ -55,7 +44,7 @@ class Instruments:
 
         def loss(params: Any) -> Array:
             logits, _, _ = self.network.forward(params, state.batch_stats, images, True)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            return cross_entropy(logits, labels).mean()
 
         gradients = jax.grad(loss)(state.params)
         updated = jax.tree.map(lambda w, g: w - self.learning_rate * g, state.params, gradients)
@@ -77,7 +66,6 @@ class Shift(Study):
     )
 
     def parts(self) -> Mapping[str, Part]:
-        """Returns a part for each network."""
         options = self.options
         images = data.selected(options)
         self.data = examples(images, standardize=False)
@@ -112,7 +100,6 @@ class Shift(Study):
         }
 
     def claims(self) -> list[Claim]:
-        """Returns what the two papers say, and the medians over the seeds."""
 
         def measured(show: Any) -> str:
             return "; ".join(f"{name}: {show(runs)}" for name, runs in self.results.items())
@@ -137,7 +124,6 @@ class Shift(Study):
         ]  # fmt: skip
 
     def draw(self, path: Path) -> None:
-        """Draws accuracy and covariate shift above, distributions below."""
         shown = data.TITLES[self.options.data]
         title = f"{shown}: three layers of 100 sigmoids, and the distributions of their inputs"
         with report.figure(path, title, self.caption, (2, 3), (12, 7.4)) as grid:
@@ -204,6 +190,6 @@ def summary(values: np.ndarray, shift: nj.diagnostics.CovariateShift) -> dict[st
 
 def steps_to(accuracy: float, runs: list[dict[str, Any]]) -> str:
     """Returns the median number of steps after which runs reach an accuracy, in words."""
-    return tables.in_words(
-        median(tables.steps_to(accuracy, run["steps"], run["accuracy"]) for run in runs)
+    return results.in_words(
+        median(results.steps_to(accuracy, run["steps"], run["accuracy"]) for run in runs)
     )

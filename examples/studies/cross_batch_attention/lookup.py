@@ -1,7 +1,5 @@
 """Documents of a dictionary and questions about it: the lookup task of Tworkowski et al. 2023."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -5,18 +5,15 @@ logits, batch_stats = way.train(network, params, batch_stats, clean, attacked)
 logits, _ = way.apply(network, params, batch_stats, images, ATTACKED, False)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
-
 from common.data import CLASSES
 from common.networks import Network, Tree
-from common.sharing import condition, spread
+from jax import Array, lax
+from studies.domains.ways import condition, spread
 
 CLEAN, ATTACKED = range(2)
 

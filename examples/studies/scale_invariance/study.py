@@ -1,8 +1,5 @@
 """The study of `scale_invariance.py`: kernels that grow without weight decay, not with it."""
 
-from __future__ import annotations
-
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -10,17 +7,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.box
+from common import data, training
+from common.networks import UNITS, batch, vgg
+from common.study import Advance, Claim, Part, Study, table
+from common.training import by_accuracy
 from rich.table import Table
+from studies.scale_invariance import plot
+from studies.scale_invariance.rotations import Recorded, Setting, Turning
 
 import normjax as nj
-from common import data, scaling_plot, training
-from common.interrupt import Interrupt
-from common.rotations import Recorded, Setting, Turning
-from common.session import Advance, Part
-from common.study import Claim, Study, conduct
-from common.units import UNITS, batch
-from common.vgg import vgg
 
 Run = dict[str, Any]
 
@@ -40,11 +35,6 @@ SCALES = (1 / 4, 1, 4)  # c: powers of two, by which floats are scaled without r
 TINY = 1e-30  # an epsilon that changes no variance
 
 
-def run(options: Namespace, interrupt: Interrupt) -> int:
-    """Runs the study and returns the exit status."""
-    return conduct(Scaling(options), interrupt)
-
-
 class Scaling(Study):
     """Runs without decay (`growth`), from scaled kernels (`scaled`), with decay (`rotation`)."""
 
@@ -59,7 +49,6 @@ class Scaling(Study):
     )
 
     def parts(self) -> Mapping[str, Part]:
-        """Returns the runs, network by network."""
         options = self.options
         images = data.selected(options)
         examples = training.examples(images, standardize=options.data == "cifar10")
@@ -91,12 +80,8 @@ class Scaling(Study):
         advance: Advance,
     ) -> Run:
         every = self.options.eval_every
-        recorded = trainer().turn(
-            setting,
-            self.options.steps,
-            every,
-            lambda steps, accuracy: advance(steps, f"{accuracy:.1%}"),
-        )
+        evaluated = by_accuracy(advance)
+        recorded = trainer().turn(setting, self.options.steps, every, evaluated)
         return setting._asdict() | curves(setting, recorded, every) | more(setting, recorded)
 
     def named(self, beginning: str) -> dict[str, Any]:
@@ -108,7 +93,6 @@ class Scaling(Study):
         }
 
     def claims(self) -> Sequence[Claim]:
-        """Returns what the sources report beside what the finished runs show."""
         runs = map(self.named, ("test/", "growth/", "scaled/", "rotation/"))
         makers = (_test_claims, _growth_claims, _scaled_claims, _rotation_claims)
         return [
@@ -119,28 +103,22 @@ class Scaling(Study):
         ]
 
     def tables(self) -> Sequence[Table]:
-        """Returns the runs with decay, one by one."""
         title = "Angle of a step, observed by predicted: least and most of all kernels"
-        table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
-        for heading in ("network", "lr", "wd", "predicted", "ratio", "loss", "accuracy"):
-            table.add_column(
-                heading, justify="left" if heading == "network" else "right", no_wrap=True
-            )
+        headings = "network", "lr", "wd", "predicted", "ratio", "loss", "accuracy"
+        made = table(headings, title=title)
         for name, found in self.named("rotation/").items():
             kernels = list(found["kernels"].values())
             ratios = [kernel["ratio"] for kernel in kernels]
             numbers = found["rate"], found["decay"], kernels[0]["predicted"]
             last = f"{late(found['loss']):.3f}", f"{late(found['accuracy']):.1%}"
             spread = between(ratios, "{:.3f} - {:.3f}")
-            table.add_row(
-                name.split("/")[0], *(f"{number:.3g}" for number in numbers), spread, *last
-            )
-        return [table] if table.rows else []
+            shown = (f"{number:.3g}" for number in numbers)
+            made.add_row(name.split("/")[0], *shown, spread, *last)
+        return [made] if made.rows else []
 
     def draw(self, path: Path) -> None:
-        """Writes the plot."""
         title = f"{data.TITLES[self.options.data]}: kernels of which only the direction counts"
-        scaling_plot.draw(path, title, self.caption, self.named)
+        plot.draw(path, title, self.caption, self.named)
 
 
 def scaled(rate: float, c: float) -> Setting:
@@ -158,9 +136,8 @@ def settings(rate: float, kind: str) -> Iterator[Setting]:
 def test(trainer: Turning, advance: Advance) -> Run:
     """Returns the numbers of the test for invariance, by kernel."""
     found = {path: numbers._asdict() for path, numbers in trainer.invariance().items()}
-    advance(
-        1, f"{sum(numbers['invariant'] for numbers in found.values())} of {len(found)} invariant"
-    )
+    invariant = sum(numbers["invariant"] for numbers in found.values())
+    advance(1, f"{invariant} of {len(found)} invariant")
     return found
 
 
@@ -239,29 +216,29 @@ def between(values: Sequence[float], form: str) -> str:
 
 
 def _test_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
-    counts = [f"{kind} {sum(each['invariant'] for each in found.values())} of {len(found)}"
-              for kind, found in runs.items()]  # fmt: skip
+    counts = []
+    for kind, found in runs.items():
+        invariant = sum(each["invariant"] for each in found.values())
+        counts.append(f"{kind} {invariant} of {len(found)}")
     yield Claim("kernels whose scale has no effect", "all before normalization", ", ".join(counts))
 
 
 def _growth_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
-    radial = [f"{kind} {between([found['radial']], '{:.2g}')}" for kind, found in runs.items()]
-    yield Claim(
-        "cosine of kernel and gradient, by that of chance", "0", "at most: " + ", ".join(radial)
-    )
-    excess = [
-        f"{kind} {between([100 * _excess(found)], '{:.2g}%')}" for kind, found in runs.items()
-    ]
-    yield Claim(
-        "norms without decay, off the sum of squared steps", "0", "at most: " + ", ".join(excess)
-    )
     rates = {
         kind: found["effective_learning_rate"] for kind, found in runs.items() if kind in NORMALIZED
     }
-    falls = [
-        f"{kind} {between([rate[0] / rate[-1]], '{:.1f} times')}" for kind, rate in rates.items()
-    ]
-    yield Claim("effective learning rate without decay", "falls", ", ".join(falls))
+    radial = {kind: found["radial"] for kind, found in runs.items()}
+    excess = {kind: 100 * _excess(found) for kind, found in runs.items()}
+    falls = {kind: rate[0] / rate[-1] for kind, rate in rates.items()}
+    radial, excess = _by_kind(radial, "{:.2g}"), _by_kind(excess, "{:.2g}%")
+    yield Claim("cosine of kernel and gradient, by that of chance", "0", f"at most: {radial}")
+    yield Claim("norms without decay, off the sum of squared steps", "0", f"at most: {excess}")
+    falls = _by_kind(falls, "{:.1f} times")
+    yield Claim("effective learning rate without decay", "falls", falls)
+
+
+def _by_kind(values: Mapping[str, float], form: str) -> str:
+    return ", ".join(f"{kind} {between([value], form)}" for kind, value in values.items())
 
 
 def _excess(found: Run) -> float:
@@ -275,11 +252,8 @@ def _scaled_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
     first, *others = (np.asarray(found["losses"]) for found in runs.values())
     if others:
         apart = max(float(np.abs(other - first).max()) for other in others)
-        yield Claim(
-            "loss with kernels times c, lr c², wd / c²",
-            "the same",
-            f"{apart:g} apart in {len(first):,} steps",
-        )
+        measured = f"{apart:g} apart in {len(first):,} steps"
+        yield Claim("loss with kernels times c, lr c², wd / c²", "the same", measured)
 
 
 def _rotation_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
@@ -293,8 +267,7 @@ def _rotation_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
     by_product: dict[str, list[str]] = {}
     for name, run in runs.items():
         if name.startswith("batch/"):
-            by_product.setdefault(f"{run['rate'] * run['decay']:.3g}", []).append(
-                f"{late(run['loss']):.3f}"
-            )
+            losses = by_product.setdefault(f"{run['rate'] * run['decay']:.3g}", [])
+            losses.append(f"{late(run['loss']):.3f}")
     shown = "; ".join(f"{product}: {' '.join(each)}" for product, each in by_product.items())
     yield Claim("loss by the product of lr and wd, batch", "one for each", shown)

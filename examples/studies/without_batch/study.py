@@ -1,9 +1,6 @@
-"""Trains a VGG with substitutes for batch norm at several rates, for `without_batch.py`."""
-
-from __future__ import annotations
+"""Trains a VGG with substitutes for batch norm at several rates."""
 
 import math
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -12,20 +9,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import rich.box
+from common import data, report, training
+from common.networks import UNITS, Network, Tree, Unit, linear, vgg
+from common.study import Advance, Claim, Part, Study, table
+from common.training import by_accuracy, check_batch
 from jax import Array
 from jax.nn.initializers import constant
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
 import normjax as nj
-from common import data, report, training
-from common.interrupt import Interrupt
-from common.networks import Network, Tree, linear
-from common.session import Advance, Part, by_accuracy
-from common.study import Claim, Study, conduct
-from common.units import UNITS, Unit
-from common.vgg import vgg
 
 WIDTHS = ((16, 16), (32, 32), (64, 64))
 MOMENTUM = 0.9  # of SGD
@@ -125,11 +118,6 @@ def influence(network: Network, params: Tree, batch_stats: Tree, images: Array) 
     return float(jnp.abs(logits(images[:half]) - logits(replaced)).max())
 
 
-def run(options: Namespace, interrupt: Interrupt) -> int:
-    """Trains and reports; returns the exit status."""
-    return conduct(WithoutBatch(options), interrupt)
-
-
 class WithoutBatch(Study):
     """Accuracies by normalization and learning rate."""
 
@@ -141,13 +129,9 @@ class WithoutBatch(Study):
     )
 
     def parts(self) -> Mapping[str, Part]:
-        """Returns a run for each normalization and learning rate."""
         options = self.options
         images = data.selected(options)
-        if options.batch_size > len(images.train_labels):
-            raise data.DataError(
-                f"--batch-size {options.batch_size}: there are {len(images.train_labels)} examples"
-            )
+        check_batch(options.batch_size, len(images.train_labels))
         examples, known = training.examples(images, standardize=True), units()
         first, _ = examples[0].pick(jnp.arange(min(INITIALIZING, len(images.train_labels))))
 
@@ -205,7 +189,6 @@ class WithoutBatch(Study):
         return found
 
     def claims(self) -> Sequence[Claim]:
-        """Returns the sources' claims on each substitute, and how it compares with batch norm."""
         found = self.summaries()
         if not (batch := found.get("batch")):
             return []
@@ -220,39 +203,40 @@ class WithoutBatch(Study):
         ]
 
     def tables(self) -> Sequence[Table]:
-        """Returns each normalization's best rate, range of rates, and influence of others."""
         title = f"After {self.options.steps} steps, median of {self.options.seeds} seed(s)"
-        table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("normalization", no_wrap=True)
-        for heading in ("best rate", "training", "test", f"rates within {NEAR:.0%}", "others"):
-            table.add_column(heading, justify="right")
+        headings = (
+            "normalization",
+            "best rate",
+            "training",
+            "test",
+            f"rates within {NEAR:.0%}",
+            "others",
+        )
+        made = table(headings, title=title)
         for name, best in self.summaries().items():
             span = f"{min(best.near):.3g} to {max(best.near):.3g}"
             accuracies = f"{best.training:.1%}", f"{best.test:.1%}"
-            table.add_row(name, f"{best.rate:.3g}", *accuracies, span, f"{best.others:.1g}")
-        return [table]
+            made.add_row(name, f"{best.rate:.3g}", *accuracies, span, f"{best.others:.1g}")
+        return [made]
 
     def draw(self, path: Path) -> None:
-        """Draws training and test accuracy against the learning rate."""
         images, steps = data.TITLES[self.options.data], self.options.steps
         title = f"{images}: accuracy after {steps} steps, by learning rate"
         with report.figure(path, title, self.caption, size=(11, 4.8)) as (panels,):
             for axes, which in zip(panels, ("training", "test"), strict=True):
                 for i, name in enumerate(self.options.norms):
-                    if curve := self.curve(name, which):
-                        axes.plot(
-                            list(curve),
-                            [100 * value for value in curve.values()],
-                            "o" + report.DASHES[i % len(report.DASHES)],
-                            color=f"C{i}",
-                            label=name,
-                        )
-                axes.set(xscale="log", xlabel="learning rate", title=f"{which} accuracy")
+                    curve = self.curve(name, which)
+                    line = "o" + report.DASHES[i % len(report.DASHES)]
+                    values = [100 * value for value in curve.values()]
+                    if curve:
+                        axes.plot(list(curve), values, line, color=f"C{i}", label=name)
+                report.dress(
+                    axes, None, xscale="log", xlabel="learning rate", title=f"{which} accuracy"
+                )
                 axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
                 axes.set_xticks(sorted(self.options.learning_rates), minor=False)
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()
-                axes.grid(alpha=0.3)
             lines = panels[0].get_legend_handles_labels()
             panels[0].figure.legend(*lines, loc="outside right center", fontsize="small")
 
