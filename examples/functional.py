@@ -12,11 +12,11 @@ import tempfile
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax import Array, lax
+from jax.nn.initializers import he_normal, zeros
 from jax.sharding import Mesh, PartitionSpec
 from sklearn.datasets import load_digits
 
@@ -31,10 +31,9 @@ def init(key: Array) -> tuple[Any, Any, Any]:
     params, batch_stats = {}, {}
     for i, (channels, width) in enumerate(itertools.pairwise((1, *WIDTHS))):
         norm, batch_stats[f"conv_{i}"] = nj.batch_norm_init(width)
-        shape = 3, 3, channels, width
-        kernel = jax.nn.initializers.he_normal()(jax.random.fold_in(key, i), shape)
+        kernel = he_normal()(jax.random.fold_in(key, i), (3, 3, channels, width))
         params[f"conv_{i}"] = {"kernel": kernel, "norm": norm}
-    params["logits"] = {"kernel": jnp.zeros((width, 10)), "bias": jnp.zeros(10)}
+    params["logits"] = {"kernel": zeros(key, (WIDTHS[-1], 10)), "bias": zeros(key, (10,))}
     return params, batch_stats, optimizer.init(params)
 
 
@@ -58,8 +57,8 @@ def device_step(state: Any, images: Array, labels: Array) -> Any:
 
     def loss(params: Any) -> tuple[Array, Any]:
         logits, new = apply(params, batch_stats, images, True, axis_name="devices")
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return lax.pmean(losses.mean(), "devices"), new
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return lax.pmean(loss, "devices"), new
 
     gradients, batch_stats = jax.grad(loss, has_aux=True)(params)
     updates, optimizer_state = optimizer.update(gradients, optimizer_state)
@@ -88,10 +87,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(f"{folder}/state", state)
         checkpointer.wait_until_finished()
-        params, batch_stats, _ = checkpointer.restore(f"{folder}/state", state)
-    show("restored", apply(params, batch_stats, images[test], False)[0])
+        variables = checkpointer.restore(f"{folder}/state", state)[:2]
+    show("restored", apply(*variables, images[test], False)[0])
     batches = [images[rows] for rows in np.array_split(train, 10)]
-    variables = params, batch_stats
     variables = nj.recalibrate(lambda given, x: apply(*given, x, True), variables, batches)
     show("recalibrated", apply(*variables, images[test], False)[0])
     folded = nj.deploy.fold(lambda given, x: apply(*given, x, False)[0], variables, images[test])
