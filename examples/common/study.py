@@ -75,6 +75,11 @@ class Study:
         """Returns what there is to run, in turn; reads the data first."""
         raise NotImplementedError
 
+    def each_seed(self, run: Callable[[int, Advance], Any]) -> Part:
+        """Returns a part that calls `run(seed, advance)` for each of `--seeds`."""
+        seeds, steps = self.options.seeds, self.options.steps
+        return Part(seeds * steps, lambda advance: [run(seed, advance) for seed in range(seeds)])
+
     def claims(self) -> Sequence[Claim]:
         """Returns what can be said so far: `results` may lack any part."""
         return []

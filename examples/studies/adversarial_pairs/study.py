@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -166,12 +165,9 @@ class Pairs(Study):
     )
 
     def parts(self) -> Mapping[str, Part]:
-        steps, images = self.options.seeds * self.options.steps, data.selected(self.options)
-        return {name: Part(steps, partial(self._run, way, images)) for name, way in WAYS.items()}
-
-    def _run(self, way: Way, images: data.Dataset, advance: Advance) -> list[dict[str, Any]]:
-        trainer = Trainer(way, images, self.options)
-        return [trainer.run(seed, advance) for seed in range(self.options.seeds)]
+        images = data.selected(self.options)
+        trainers = {name: Trainer(way, images, self.options) for name, way in WAYS.items()}
+        return {name: self.each_seed(trainer.run) for name, trainer in trainers.items()}
 
     def accuracy(self, way: str, kind: int, attacked: bool) -> float:
         """Returns the median over seeds."""

@@ -194,14 +194,11 @@ class Contrast(Study):
                 f"a multiple of {options.devices} devices, and no more than the {count} examples"
             )
             raise data.DataError(f"--batch-size {options.batch_size}: expected {expected}")
-        steps = options.seeds * options.steps
-        return {name: Part(steps, partial(self._run, way, images)) for name, way in WAYS.items()}
-
-    def _run(self, way: Way, images: data.Dataset, advance: Advance) -> list[dict[str, Any]]:
-        trainer = Trainer(way, images, self.options)
+        trainers = {name: Trainer(way, images, options) for name, way in WAYS.items()}
+        trainer = next(iter(trainers.values()))
         train, test = (pixels.reshape(len(pixels), -1) for pixels in (trainer.train, trainer.test))
-        self.pixels = trainer.probe_of(train[: self.options.labels], test)
-        return [trainer.run(seed, advance) for seed in range(self.options.seeds)]
+        self.pixels = trainer.probe_of(train[: options.labels], test)
+        return {name: self.each_seed(trainer.run) for name, trainer in trainers.items()}
 
     def curve(self, way: str, of: str) -> list[float]:
         """Returns medians over seeds, by evaluation."""

@@ -66,19 +66,15 @@ class Shift(Study):
     )
 
     def parts(self) -> Mapping[str, Part]:
-        options = self.options
-        images = data.selected(options)
-        self.data = examples(images, standardize=False)
+        self.data = examples(data.selected(self.options), standardize=False)
         return {
-            name: Part(options.seeds * options.steps, partial(self._train, name))
-            for name in VARIANTS
+            name: self.each_seed(partial(self._run, *self._instruments(network)))
+            for name, network in VARIANTS.items()
         }
 
-    def _train(self, name: str, advance: Advance) -> list[dict[str, Any]]:
-        options = self.options
-        trainer = Trainer(VARIANTS[name].network, self.data, options.batch_size)
-        instruments = Instruments(VARIANTS[name], trainer.train, options.learning_rate)
-        return [self._run(trainer, instruments, seed, advance) for seed in range(options.seeds)]
+    def _instruments(self, network: Sigmoids) -> tuple[Trainer, Instruments]:
+        trainer = Trainer(network.network, self.data, self.options.batch_size)
+        return trainer, Instruments(network, trainer.train, self.options.learning_rate)
 
     def _run(
         self, trainer: Trainer, instruments: Instruments, seed: int, advance: Advance
@@ -92,15 +88,10 @@ class Shift(Study):
             advance(len(order), f"{accuracies[-1]:.1%}")
             steps.append(step)
         history, shift = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
-        return {
-            "seed": seed,
-            "steps": steps,
-            "accuracy": accuracies,
-            **summary(history.values, shift),
-        }
+        run = {"seed": seed, "steps": steps, "accuracy": accuracies}
+        return run | summary(history.values, shift)
 
     def claims(self) -> list[Claim]:
-
         def measured(show: Any) -> str:
             return "; ".join(f"{name}: {show(runs)}" for name, runs in self.results.items())
 
@@ -126,17 +117,12 @@ class Shift(Study):
     def draw(self, path: Path) -> None:
         shown = data.TITLES[self.options.data]
         title = f"{shown}: three layers of 100 sigmoids, and the distributions of their inputs"
+        panels = zip(("accuracy", "distance", "cosine"), (100, 1, 1), strict=True)
         with report.figure(path, title, self.caption, (2, 3), (12, 7.4)) as grid:
-            for name, runs in self.results.items():
-                steps = runs[0]["steps"]
-                for panel, key in zip(grid[0], ("accuracy", "distance", "cosine"), strict=True):
-                    values = np.median([run[key] for run in runs], axis=0)
-                    panel.plot(
-                        steps,
-                        100 * values if key == "accuracy" else values,
-                        color=COLORS[name],
-                        label=name,
-                    )
+            for panel, (key, scale) in zip(grid[0], panels, strict=True):
+                for name, runs in self.results.items():
+                    values = scale * np.median([run[key] for run in runs], axis=0)
+                    panel.plot(runs[0]["steps"], values, color=COLORS[name], label=name)
             grid[0, 0].set(title="test accuracy (%)")
             grid[0, 0].legend(fontsize="small")
             grid[0, 1].set(title="covariate shift: ||G - G'|| / ||G||", yscale="log")

@@ -95,12 +95,9 @@ class Domains(Study):
         test = make_domains(images.test_images, images.test_labels, peak, shift, seed=1)
         trainers = {name: Trainer(way, train, test, options) for name, way in WAYS.items()}
         return {
-            name: Part(options.seeds * options.steps, partial(self._train, trainer))
+            name: self.each_seed(partial(trainer.run, self.domains))
             for name, trainer in trainers.items()
         }
-
-    def _train(self, trainer: Trainer, advance: Advance) -> list[dict[str, Any]]:
-        return [trainer.run(self.domains, seed, advance) for seed in range(self.options.seeds)]
 
     def content(self) -> dict[str, Any]:
         return {"ways": self.results}

@@ -1,7 +1,7 @@
 """Trains recurrent cells to read images in pieces."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from common import data, report, training
-from common.networks import Network
+from common.networks import Network, linear
 from common.results import Result, Run, in_words
 from common.study import Advance, Claim, Part, Study, table
 from common.training import by_accuracy
@@ -46,23 +46,18 @@ def classifier(cell: Cell, units: int, max_steps: int | None, sequence: str = "r
     """Returns a network that reads an image, without blank ends, and classifies it."""
 
     def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
-        _, time, inputs = jax.eval_shape(
-            partial(pieces, sequence=sequence), jnp.zeros((1, *image_shape))
-        ).shape
+        _, time, inputs = pieces(jnp.zeros((1, *image_shape)), sequence).shape
         cell_key, key = jax.random.split(key)
         params, batch_stats = cell.init(cell_key, inputs, units, max_steps or time)
         kernel = initializers.glorot_normal()(key, (units, num_classes), jnp.float32)
-        return {
-            "cell": params,
-            "logits": {"kernel": kernel, "bias": jnp.zeros(num_classes)},
-        }, batch_stats
+        logits = {"kernel": kernel, "bias": jnp.zeros(num_classes)}
+        return {"cell": params, "logits": logits}, batch_stats
 
     def apply(params: Tree, batch_stats: Tree, images: Array, train: bool) -> tuple[Array, Tree]:
         x = pieces(images, sequence)
-        _, state, batch_stats = unroll(
-            cell, params["cell"], batch_stats, x, train, mask=with_ink(x)
-        )
-        return state[0] @ params["logits"]["kernel"] + params["logits"]["bias"], batch_stats
+        mask = with_ink(x)
+        _, state, batch_stats = unroll(cell, params["cell"], batch_stats, x, train, mask=mask)
+        return linear(params["logits"], state[0]), batch_stats
 
     return Network(init, apply)
 
@@ -100,31 +95,24 @@ class Reading(Study):
         training.check_batch(options.batch_size, len(images.train_labels))
         # Pixels from 0 to 1, where blank is 0.
         examples = training.examples(images, standardize=False)
-        parts = {}
+        parts, size = {}, options.batch_size
         for cell in options.cells:
-            trainer = cache(partial(self._trainer, cell, examples))
+            prefix, _, kind = cell.rpartition("-")
+            made = CELLS[kind](NORMS[prefix][1])
+            network = classifier(made, options.units, options.max_steps, options.sequence)
+            trainer = training.Trainer(network, examples, size, optimizer=optimizer)
             for rate in options.learning_rates:
                 work = partial(self._train, cell, rate, trainer)
-                parts[f"{cell.upper():<7} rate {rate:<6.3g}"] = Part(
-                    options.seeds * options.steps, work
-                )
+                name = f"{cell.upper():<7} rate {rate:<6.3g}"
+                parts[name] = Part(options.seeds * options.steps, work)
         return parts
 
-    def _trainer(
-        self, cell: str, examples: tuple[training.Examples, training.Examples]
-    ) -> training.Trainer:
-        options, (prefix, _, kind) = self.options, cell.rpartition("-")
-        network = classifier(
-            CELLS[kind](NORMS[prefix][1]), options.units, options.max_steps, options.sequence
-        )
-        return training.Trainer(network, examples, options.batch_size, optimizer=optimizer)
-
     def _train(
-        self, cell: str, rate: float, trainer: Callable[[], training.Trainer], advance: Advance
+        self, cell: str, rate: float, trainer: training.Trainer, advance: Advance
     ) -> dict[str, Any]:
         options, evaluated = self.options, by_accuracy(advance)
         runs = [
-            trainer().run(seed, rate, options.steps, options.eval_every, evaluated)
+            trainer.run(seed, rate, options.steps, options.eval_every, evaluated)
             for seed in range(options.seeds)
         ]
         return Result(cell.upper(), rate, runs).content()
