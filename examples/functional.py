@@ -68,7 +68,7 @@ def device_step(state: Any, images: Array, labels: Array) -> Any:
 def main() -> None:
     """Goes through all of it and prints test accuracies."""
     pixels, labels = load_digits(return_X_y=True)
-    images = np.float32(pixels.reshape(-1, 8, 8, 1) / 16)
+    images = (pixels.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
     rng = np.random.default_rng(0)
     train, test = np.split(rng.permutation(len(images)), [-500])
 
@@ -87,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(f"{folder}/state", state)
         checkpointer.wait_until_finished()
-        variables = checkpointer.restore(f"{folder}/state", state)[:2]
+        variables: Any = checkpointer.restore(f"{folder}/state", state)[:2]
     show("restored", apply(*variables, images[test], False)[0])
     batches = [images[rows] for rows in np.array_split(train, 10)]
     variables = nj.recalibrate(lambda given, x: apply(*given, x, True), variables, batches)

@@ -62,11 +62,11 @@ def step(state: State, images: Array, labels: Array) -> State:
 def main() -> None:
     """Goes through all of it and prints test accuracies."""
     pixels, labels = load_digits(return_X_y=True)
-    images = np.float32(pixels.reshape(-1, 8, 8, 1) / 16)
+    images = (pixels.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
     order = np.random.default_rng(0).permutation(len(images))
     train, test = order[:-500], order[-500:]
 
-    def show(what: str, logits: Array) -> None:
+    def show(what: str, logits: Any) -> None:
         print(f"{what}: test accuracy {np.mean(logits.argmax(-1) == labels[test]):.1%}")
 
     devices = jax.devices()[: math.gcd(BATCH, len(jax.devices()))]

@@ -57,7 +57,7 @@ def step(model: CNN, optimizer: nnx.Optimizer, images: Array, labels: Array) -> 
 def main() -> None:
     """Goes through all of it and prints test accuracies."""
     pixels, labels = load_digits(return_X_y=True)
-    images = np.float32(pixels.reshape(-1, 8, 8, 1) / 16)
+    images = (pixels.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
     order = np.random.default_rng(0).permutation(len(images))
     train, test = order[:-500], order[-500:]
 

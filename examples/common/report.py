@@ -54,7 +54,7 @@ def figure(
     caption: str,
     shape: tuple[int, int] = (1, 2),
     size: tuple[float, float] | None = None,
-    **shared: bool,
+    **shared: Any,
 ) -> Iterator[np.ndarray]:
     """Context with a grid of axes of the given shape, which writes the picture at its end.
 

@@ -15,8 +15,7 @@ NAMES = ("functional", "linen", "nnx")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_network_is_trained_restored_recalibrated_and_folded(name, monkeypatch, capsys):
     module = importlib.import_module(name)
-    monkeypatch.setattr(module, "STEPS", 40)
-    monkeypatch.setattr(module, "WIDTHS", (8, 16))
+    monkeypatch.setattr(module, "STEPS", 60)
     with jax.numpy_dtype_promotion("standard"):
         module.main()
     out = capsys.readouterr().out
@@ -24,7 +23,7 @@ def test_a_network_is_trained_restored_recalibrated_and_folded(name, monkeypatch
     assert list(accuracies) == ["restored", "recalibrated", "folded"]
     assert float(accuracies["recalibrated"]) > 80
     assert accuracies["folded"] == accuracies["recalibrated"]
-    assert "2 of 2 folded" in out
+    assert "3 of 3 folded" in out
 
 
 @pytest.mark.parametrize("name", NAMES)

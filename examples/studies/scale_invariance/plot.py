@@ -26,7 +26,8 @@ def draw(path: Path, title: str, caption: str, named: Callable[[str], Runs]) -> 
 
 def _growth(norms: Axes, rates: Axes, runs: Runs) -> None:
     for kind, found in runs.items():
-        steps, style = [0, *found["steps"]], {"color": COLORS[kind], "label": kind}
+        steps: list[int] = [0, *found["steps"]]
+        style: dict[str, Any] = {"color": COLORS[kind], "label": kind}
         norms.plot(steps, found["norm"], **style)
         dots = "C7" if kind == "none" else "black"
         norms.plot(steps, found["explained"], ":", color=dots, linewidth=1.2)

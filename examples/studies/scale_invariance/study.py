@@ -1,14 +1,14 @@
 """The study of `scale_invariance.py`: kernels that grow without weight decay, not with it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from common import data, training
-from common.networks import UNITS, batch, vgg
+from common.networks import UNITS, Unit, batch, vgg
 from common.study import Advance, Claim, Part, Study, table
 from common.training import by_accuracy
 from rich.table import Table
@@ -52,36 +52,36 @@ class Scaling(Study):
         options = self.options
         images = data.selected(options)
         examples = training.examples(images, standardize=options.data == "cifar10")
-        rate = options.learning_rate
+        rate, widths, parts = options.learning_rate, WIDTHS[options.data], {}
 
-        @cache
-        def trainer(kind: str) -> Turning:
-            unit = batch(epsilon=TINY) if kind == "exact" else UNITS[kind]
-            return Turning(vgg(unit, WIDTHS[options.data]), examples, options.batch_size, rate)
+        def add(name: str, trainer: Turning, setting: Setting, more: Callable[..., Run]) -> None:
+            parts[name] = Part(options.steps, partial(self._train, trainer, setting, more))
 
-        def part(kind: str, setting: Setting, more: Callable[[Setting, Recorded], Run]) -> Part:
-            return Part(options.steps, partial(self._train, lambda: trainer(kind), setting, more))
+        def trainer(unit: Unit) -> Turning:
+            return Turning(vgg(unit, widths), examples, options.batch_size, rate)
 
-        parts = {f"scaled/{c:g}": part("exact", scaled(rate, c), losses) for c in SCALES}
+        exact = trainer(batch(epsilon=TINY))
+        for c in SCALES:
+            add(f"scaled/{c:g}", exact, scaled(rate, c), losses)
         for kind in KINDS:
-            parts[f"test/{kind}"] = Part(1, lambda advance, kind=kind: test(trainer(kind), advance))
-            parts[f"growth/{kind}"] = part(kind, Setting(GROWTH[options.data] * rate, 0.0), growth)
+            own = trainer(UNITS[kind])
+            parts[f"test/{kind}"] = Part(1, partial(test, own))
+            add(f"growth/{kind}", own, Setting(GROWTH[options.data] * rate, 0.0), growth)
             for setting in settings(rate, kind):
-                parts[f"rotation/{kind}/{setting.rate:g} x {setting.decay:g}"] = part(
-                    kind, setting, rotation
-                )
+                name = f"rotation/{kind}/{setting.rate:g} x {setting.decay:g}"
+                add(name, own, setting, rotation)
         return parts
 
     def _train(
         self,
-        trainer: Callable[[], Turning],
+        trainer: Turning,
         setting: Setting,
         more: Callable[[Setting, Recorded], Run],
         advance: Advance,
     ) -> Run:
         every = self.options.eval_every
         evaluated = by_accuracy(advance)
-        recorded = trainer().turn(setting, self.options.steps, every, evaluated)
+        recorded = trainer.turn(setting, self.options.steps, every, evaluated)
         return setting._asdict() | curves(setting, recorded, every) | more(setting, recorded)
 
     def named(self, beginning: str) -> dict[str, Any]:

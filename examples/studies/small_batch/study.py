@@ -1,7 +1,7 @@
 """Trains a VGG on simulated devices with few examples each."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -107,33 +107,28 @@ class SmallBatch(Study):
         options = self.options
         images = data.selected(options)
         if (largest := DEVICES * max(options.sizes)) > len(images.train_labels):
-            raise data.DataError(
-                f"--sizes {max(options.sizes)}: {largest} examples on {DEVICES} devices,"
-                f" and there are {len(images.train_labels)}"
-            )
+            needed = f"{largest} examples on {DEVICES} devices"
+            there = f"and there are {len(images.train_labels)}"
+            raise data.DataError(f"--sizes {max(options.sizes)}: {needed}, {there}")
         examples = training.examples(images, standardize=True)
         known, widths = methods(options.steps), [(width,) for width in WIDTHS[options.data]]
 
-        @cache
-        def trainer(name: str) -> training.Trainer:
+        parts = {}
+        for name in options.norms:
             network = vgg(known[name].unit, widths, stride=2)
             network = on_devices(network) if known[name].on_devices else network
-            return training.Trainer(network, examples, largest, MOMENTUM)
-
-        return {
-            key(name, size): Part(
-                options.seeds * self.steps(size), partial(self.train, partial(trainer, name), size)
-            )
-            for name in options.norms
-            for size in options.sizes
-        }
+            trainer = training.Trainer(network, examples, largest, MOMENTUM)
+            for size in options.sizes:
+                work, steps = partial(self.train, trainer, size), self.steps(size)
+                parts[f"{name}, {size}"] = Part(options.seeds * steps, work)
+        return parts
 
     def steps(self, size: int) -> int:
         """Returns the steps with as many examples as `options.steps` of the largest size."""
         return self.options.steps * max(self.options.sizes) // size
 
     def train(
-        self, trainer: Callable[[], training.Trainer], size: int, advance: Advance
+        self, trainer: training.Trainer, size: int, advance: Advance
     ) -> dict[str, list[float]]:
         """Returns the test error of each seed, in percent."""
         steps, rate = self.steps(size), self.options.learning_rate * size / REFERENCE
@@ -143,19 +138,15 @@ class SmallBatch(Study):
             advance(done, f"{1 - accuracy:.1%} error")
 
         for seed in range(self.options.seeds):
-            run = trainer().run(seed, rate, steps, every, evaluated, batch_size=DEVICES * size)
+            run = trainer.run(seed, rate, steps, every, evaluated, batch_size=DEVICES * size)
             errors.append(100 * (1 - median(run.accuracies[-3:])))
         return {"errors": errors}
 
-    def error(self, name: str, size: int) -> float | None:
-        """The median error of the seeds, in percent; None for what is not finished."""
-        result = self.results.get(key(name, size))
-        return median(result["errors"]) if result else None
-
     def curve(self, name: str) -> dict[int, float]:
-        """The errors by batch size, as far as they are finished."""
-        errors = {size: self.error(name, size) for size in sorted(self.options.sizes, reverse=True)}
-        return {size: error for size, error in errors.items() if error is not None}
+        """The errors in percent, medians of the seeds, by batch size, as far as finished."""
+        sizes = sorted(self.options.sizes, reverse=True)
+        results = {size: self.results.get(f"{name}, {size}") for size in sizes}
+        return {size: median(result["errors"]) for size, result in results.items() if result}
 
     def claims(self) -> Sequence[Claim]:
         claims = []
@@ -193,11 +184,6 @@ class SmallBatch(Study):
             _dress(measured, f"measured: VGG, {DEVICES} devices", self.options.sizes)
             measured.set_ylim(bottom=0)
             _dress(reported, "reported: ResNet-50, ImageNet, 8 GPUs", list(REPORTED["batch"]))
-
-
-def key(name: str, size: int) -> str:
-    """Returns the name of a part."""
-    return f"{name}, {size}"
 
 
 def _dress(axes: Axes, title: str, sizes: Sequence[int]) -> None:

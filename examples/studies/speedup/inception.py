@@ -102,11 +102,10 @@ def inception(unit: Unit, stem: int = 24, widths: Sequence[int] = (16, 32, 32)) 
 
 def inception_of_ten(unit: Unit, width: int = 8) -> Network:
     """Returns a network with the paper's ten modules, `width` channels for each 64 of theirs."""
-
-    def narrow(module: Module) -> Module:
-        return Module(*(channels * width // 64 for channels in module[:6]), *module[6:])
-
-    modules = {name: narrow(module) for name, module in PAPER.items()}
+    modules = {}
+    for name, module in PAPER.items():
+        channels = (each * width // 64 for each in module[:6])
+        modules[name] = Module._make((*channels, *module[6:]))
     return _network(unit, 192 * width // 64, lambda large: modules)
 
 

@@ -284,7 +284,7 @@ class Kept:
         self.settings, self.written = repr(sorted(vars(options).items())), time.monotonic()
         self.runs: dict[str, Any] = {}
         if self.path.exists():
-            stored = serialization.msgpack_restore(self.path.read_bytes())
+            stored: Any = serialization.msgpack_restore(self.path.read_bytes())
             self.runs = stored["runs"] if stored["settings"] == self.settings else {}
 
     def run(self, key: str) -> Run | None:

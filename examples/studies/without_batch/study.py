@@ -93,10 +93,8 @@ class InitializingUnit(Unit):
 
 def initialized_from(images: Array, make: Callable[[Unit], Network]) -> Network:
     """Returns a network with weight norm whose scales and biases fit the images when it starts."""
-    network, initializing = (
-        make(UNITS["weight norm"]),
-        make(InitializingUnit(*UNITS["weight norm"])),
-    )
+    unit = UNITS["weight norm"]
+    network, initializing = make(unit), make(InitializingUnit(*unit))
 
     def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
         params, batch_stats = network.init(key, image_shape, num_classes)
@@ -118,6 +116,11 @@ def influence(network: Network, params: Tree, batch_stats: Tree, images: Array) 
     return float(jnp.abs(logits(images[:half]) - logits(replaced)).max())
 
 
+def influence_at_start(trainer: training.Trainer, images: Array) -> float:
+    """Returns the same of the network that training starts from."""
+    return influence(trainer.network, *trainer.init(0)[:2], images)
+
+
 class WithoutBatch(Study):
     """Accuracies by normalization and learning rate."""
 
@@ -135,38 +138,31 @@ class WithoutBatch(Study):
         examples, known = training.examples(images, standardize=True), units()
         first, _ = examples[0].pick(jnp.arange(min(INITIALIZING, len(images.train_labels))))
 
-        @cache
-        def trainer(name: str) -> training.Trainer:
-            make = partial(vgg, widths=WIDTHS, stride=2)
+        make, parts = partial(vgg, widths=WIDTHS, stride=2), {}
+        for name in options.norms:
             network = initialized_from(first, make) if name == "weight norm" else make(known[name])
-            return training.Trainer(network, examples, options.batch_size, MOMENTUM)
+            trainer = training.Trainer(network, examples, options.batch_size, MOMENTUM)
+            others = cache(partial(influence_at_start, trainer, first))
+            for rate in options.learning_rates:
+                work = partial(self.train, trainer, others, rate)
+                parts[key(name, rate)] = Part(options.seeds * options.steps, work)
+        return parts
 
-        @cache
-        def others(name: str) -> float:
-            start = trainer(name).init(0)
-            return influence(trainer(name).network, start.params, start.batch_stats, first)
-
-        def part(name: str, rate: float) -> Part:
-            def work(advance):
-                return self.train(trainer(name), rate, advance) | {"others": others(name)}
-
-            return Part(options.seeds * options.steps, work)
-
-        return {
-            key(name, rate): part(name, rate)
-            for name in options.norms
-            for rate in options.learning_rates
-        }
-
-    def train(self, trainer: training.Trainer, rate: float, advance: Advance) -> dict[str, Any]:
+    def train(
+        self,
+        trainer: training.Trainer,
+        others: Callable[[], float],
+        rate: float,
+        advance: Advance,
+    ) -> dict[str, Any]:
         """Returns the accuracies of each seed after the last step."""
-        options, found = self.options, {"training": [], "test": []}
-        for seed in range(options.seeds):
-            every = max(1, options.steps // EVALUATIONS)
-            run, state = trainer.finish(seed, rate, options.steps, every, by_accuracy(advance))
+        steps, found = self.options.steps, {"training": [], "test": []}
+        every, evaluated = max(1, steps // EVALUATIONS), by_accuracy(advance)
+        for seed in range(self.options.seeds):
+            run, state = trainer.finish(seed, rate, steps, every, evaluated)
             found["training"].append(trainer.accuracy(state, trainer.train))
             found["test"].append(run.accuracies[-1])
-        return found
+        return found | {"others": others()}
 
     def curve(self, name: str, which: str) -> dict[float, float]:
         """Returns the median accuracies, "training" or "test", by finished learning rates."""
@@ -192,12 +188,9 @@ class WithoutBatch(Study):
         found = self.summaries()
         if not (batch := found.get("batch")):
             return []
+        beside = f"batch norm's {batch.test:.1%}"
         return [
-            Claim(
-                f"{name} ({source})",
-                reported,
-                f"{found[name].test:.1%}, batch norm's {batch.test:.1%}",
-            )
+            Claim(f"{name} ({source})", reported, f"{found[name].test:.1%}, {beside}")
             for name, (source, reported) in REPORTED.items()
             if name in found
         ]
