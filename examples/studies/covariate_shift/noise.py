@@ -1,18 +1,17 @@
 """The 2015 paper's network of sigmoids, with or without batch normalization and noise after it.
 
-    network = noisy(mlp(Style(normalize=True, activation="sigmoid")), key)
+    network = Sigmoids(normalize=True, noise=True).network
     logits, batch_stats = network.apply(params, batch_stats, images, train)
 
 The key of the noise is one of the statistics, and changes with each training step.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-from common.networks import BATCH_NORM_MOMENTUM, Network, Tree, linear, mlp, style
+from common.networks import Network, Tree, linear, mlp, style
 from jax import Array
-
-import normjax as nj
 
 DEPTH = 3
 LAYERS = (*(f"hidden_{i}" for i in range(DEPTH)), "logits")
@@ -31,36 +30,30 @@ class Sigmoids:
     """
 
     def __init__(self, normalize: bool, noise: bool = False):
-        self.normalize, self.noise = normalize, noise
+        self.unit, self.noise = style(normalize, "sigmoid"), noise
         self.network = Network(self._init, lambda *arguments: self.forward(*arguments)[:2])
 
     def _init(self, key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
-        params, batch_stats = mlp(style(self.normalize, "sigmoid"), DEPTH).init(
-            key, image_shape, num_classes
-        )
-        return params, batch_stats | {
-            "noise": jax.random.fold_in(key, 1)
-        } if self.noise else batch_stats
+        params, batch_stats = mlp(self.unit, DEPTH).init(key, image_shape, num_classes)
+        noise = {"noise": jax.random.fold_in(key, 1)} if self.noise else {}
+        return params, batch_stats | noise
 
     def forward(
         self, params: Tree, batch_stats: Tree, images: Array, train: bool
     ) -> tuple[Array, Tree, Tree]:
         """Returns the logits, the new statistics, and what goes into each layer of sigmoids."""
-        x, new_stats, inputs = images.reshape(len(images), -1), {}, {}
-        keys: Iterable[Array | None] = (None,) * DEPTH
+        x, new_stats, inputs = images.reshape(len(images), -1), dict(batch_stats), {}
+        keys: Any = (None,) * DEPTH
         if self.noise:
             new_stats["noise"], key = jax.random.split(batch_stats["noise"])
             keys = jax.random.split(key, DEPTH)
         for name, key in zip(LAYERS[:-1], keys, strict=True):
-            x = linear(params[name], x)
-            if self.normalize:
-                x, new_stats[name] = nj.batch_norm(
-                    params[name]["norm"], batch_stats[name], x, train, momentum=BATCH_NORM_MOMENTUM
-                )
+            x, stats = self.unit.apply(params[name], batch_stats.get(name, {}), x, train)
+            new_stats |= {name: stats} if stats else {}
             if key is not None and train:
                 x = disturbed(key, x)
             inputs[name] = x
-            x = jax.nn.sigmoid(x)
+            x = self.unit.activation(x)
         return linear(params["logits"], x), new_stats, inputs
 
 
