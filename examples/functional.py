@@ -26,7 +26,7 @@ WIDTHS, BATCH, STEPS = (16, 32, 32), 64, 200
 optimizer = optax.adam(0.005)
 
 
-def init(key: Array) -> tuple[Any, Any, Any]:
+def init(key: Array) -> Any:
     """Returns parameters, statistics and the optimizer's state."""
     params, batch_stats = {}, {}
     for i, (channels, width) in enumerate(itertools.pairwise((1, *WIDTHS))):
@@ -68,7 +68,7 @@ def device_step(state: Any, images: Array, labels: Array) -> Any:
 def main() -> None:
     """Goes through all of it and prints test accuracies."""
     pixels, labels = load_digits(return_X_y=True)
-    images = (pixels.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
+    images: Any = np.asarray(pixels.reshape(-1, 8, 8, 1) / 16, np.float32)
     rng = np.random.default_rng(0)
     train, test = np.split(rng.permutation(len(images)), [-500])
 
@@ -88,11 +88,11 @@ def main() -> None:
         checkpointer.save(f"{folder}/state", state)
         checkpointer.wait_until_finished()
         variables: Any = checkpointer.restore(f"{folder}/state", state)[:2]
-    show("restored", apply(*variables, images[test], False)[0])
+    show("restored", apply(*variables, x=images[test], train=False)[0])
     batches = [images[rows] for rows in np.array_split(train, 10)]
-    variables = nj.recalibrate(lambda given, x: apply(*given, x, True), variables, batches)
-    show("recalibrated", apply(*variables, images[test], False)[0])
-    folded = nj.deploy.fold(lambda given, x: apply(*given, x, False)[0], variables, images[test])
+    variables = nj.recalibrate(lambda v, x: apply(*v, x=x, train=True), variables, batches)
+    show("recalibrated", apply(*variables, x=images[test], train=False)[0])
+    folded = nj.deploy.fold(lambda v, x: apply(*v, x=x, train=False)[0], variables, images[test])
     show("folded", jax.jit(folded.apply)(folded.variables, images[test]))
 
 

@@ -62,7 +62,7 @@ def step(state: State, images: Array, labels: Array) -> State:
 def main() -> None:
     """Goes through all of it and prints test accuracies."""
     pixels, labels = load_digits(return_X_y=True)
-    images = (pixels.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
+    images: Any = np.asarray(pixels.reshape(-1, 8, 8, 1) / 16, np.float32)
     order = np.random.default_rng(0).permutation(len(images))
     train, test = order[:-500], order[-500:]
 

@@ -9,6 +9,7 @@ model, recalibrates the statistics, and folds the batch norms into the convoluti
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ class CNN(nnx.Module):
         self.convs, self.norms = nnx.List(convs), nnx.List(norms)
         self.logits = nnx.Linear(channels, 10, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Any) -> Array:
         """Returns logits of images `(batch, height, width, 1)`."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = nnx.relu(norm(conv(x)))
@@ -57,7 +58,7 @@ def step(model: CNN, optimizer: nnx.Optimizer, images: Array, labels: Array) -> 
 def main() -> None:
     """Goes through all of it and prints test accuracies."""
     pixels, labels = load_digits(return_X_y=True)
-    images = (pixels.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
+    images: Any = np.asarray(pixels.reshape(-1, 8, 8, 1) / 16, np.float32)
     order = np.random.default_rng(0).permutation(len(images))
     train, test = order[:-500], order[-500:]
 
