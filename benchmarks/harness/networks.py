@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -14,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+import normjax as nj
+
 from . import peers, transformers
 from .cases import Case
 from .records import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 
-from common.networks import style  # noqa: E402 (once the examples can be found)
-from studies.speedup.inception import inception as make_inception  # noqa: E402
+from common import networks as examples  # noqa: E402 (once the examples can be found)
+from studies.speedup import inception as of_speedup  # noqa: E402
 from train_resnet import resnet  # noqa: E402
 
 RATE, CLASSES, DISCOUNT = 0.01, 1000, 0.99
@@ -90,6 +93,9 @@ def normalized_by(peer: str) -> Iterator[None]:
     """While it lasts, networks are traced with the peer's layers in them."""
     with (
         mock.patch.object(resnet, "BatchNorm", partial(_Norm, peer)),
+        mock.patch.object(
+            examples, "nj", SimpleNamespace(**vars(nj) | {"batch_norm": partial(_batch_norm, peer)})
+        ),
         mock.patch.dict(_CHOSEN, peer=peer),
     ):
         yield
@@ -118,8 +124,8 @@ def suite(name: str) -> list[Network]:
     if name == "tiny":
         found = [_resnet("resnet8", images, "bfloat16", width=8), *transformers]
     sizes_of_inception = {"stem": 4, "widths": (4,)} if name == "tiny" else {}
-    unit = style(normalize=True, activation="relu")._replace(of_output=_chosen_batch_norm)
-    inception = make_inception(unit, **sizes_of_inception)
+    unit = examples.style(normalize=True, activation="relu")
+    inception = of_speedup.inception(unit, **sizes_of_inception)
     return [
         *found,
         Network(
@@ -193,11 +199,6 @@ def _resnet(name: str, shape: tuple[int, ...], dtype: str, width: int = 64) -> N
 
 
 _CHOSEN = {"peer": "normjax"}
-
-
-def _chosen_batch_norm(params: Any, batch_stats: Any, x: jax.Array, train: bool) -> Any:
-    """The chosen peer's batch norm."""
-    return _batch_norm(_CHOSEN["peer"], params, batch_stats, x, train)
 
 
 def _layer(kind: Any, params: Any, x: jax.Array) -> jax.Array:
