@@ -100,15 +100,13 @@ def lstm(norm: Norm) -> Cell:
     def step(
         params: Tree, batch_stats: Tree, state: State, x: Array, train: bool, mask: Array
     ) -> tuple[State, Tree]:
-        (h, c), norms = state, _Norms(norm, params, batch_stats, train, mask)
-        hidden, inputs = (
-            norms("hidden", h @ params["hidden_kernel"]),
-            norms("input", x @ params["input_kernel"]),
-        )
+        (h, c), (norms, new_stats) = state, _norms(norm, params, batch_stats, train, mask)
+        hidden = norms("hidden", h @ params["hidden_kernel"])
+        inputs = norms("input", x @ params["input_kernel"])
         f, i, o, g = jnp.split(hidden + inputs + params["bias"], 4, axis=-1)
         c = sigmoid(f) * c + sigmoid(i) * jnp.tanh(g)
         h = sigmoid(o) * jnp.tanh(norms("cell", c))
-        return (h, c), norms.new_stats
+        return (h, c), new_stats
 
     return Cell(init, 2, step)
 
@@ -120,18 +118,14 @@ def gru(norm: Norm) -> Cell:
         params = _kernels(key, inputs, 3 * units, units)
         if not norm.biased:
             params["bias"] = jnp.zeros(3 * units, jnp.float32)
-        sizes = {
-            "hidden_gates": 2 * units,
-            "input_gates": 2 * units,
-            "hidden": units,
-            "input": units,
-        }
+        gates = {"hidden_gates": 2 * units, "input_gates": 2 * units}
+        sizes = gates | {"hidden": units, "input": units}
         return _with_norms(norm, params, sizes, max_steps)
 
     def step(
         params: Tree, batch_stats: Tree, state: State, x: Array, train: bool, mask: Array
     ) -> tuple[State, Tree]:
-        (h,), norms = state, _Norms(norm, params, batch_stats, train, mask)
+        (h,), (norms, new_stats) = state, _norms(norm, params, batch_stats, train, mask)
         cut = [2 * h.shape[-1]]
         hidden_gates, hidden = jnp.split(h @ params["hidden_kernel"], cut, axis=-1)
         input_gates, inputs = jnp.split(x @ params["input_kernel"], cut, axis=-1)
@@ -141,7 +135,7 @@ def gru(norm: Norm) -> Cell:
             gates, inputs = gates + params["bias"][: cut[0]], inputs + params["bias"][cut[0] :]
         z, r = jnp.split(sigmoid(gates), 2, axis=-1)
         h = (1 - z) * h + z * jnp.tanh(inputs + r * hidden)
-        return (h,), norms.new_stats
+        return (h,), new_stats
 
     return Cell(init, 1, step)
 
@@ -220,23 +214,18 @@ def _slice(tree: Any, start: int, stop: int | None) -> Any:
     return jax.tree.map(lambda leaf: leaf[start:stop], tree)
 
 
-class _Norms:
-    """Applies the normalizations of a step by name and collects their new statistics."""
+def _norms(
+    norm: Norm, params: Tree, batch_stats: Tree, train: bool, mask: Array
+) -> tuple[Callable[[str, Array], Array], Tree]:
+    """Returns what applies the normalizations of a step by name, and their new statistics."""
+    new_stats: Tree = {}
 
-    def __init__(self, norm: Norm, params: Tree, batch_stats: Tree, train: bool, mask: Array):
-        self.norm, self.params, self.batch_stats, self.train, self.mask = (
-            norm,
-            params,
-            batch_stats,
-            train,
-            mask,
-        )
-        self.new_stats: Tree = {}
-
-    def __call__(self, name: str, x: Array) -> Array:
-        params, batch_stats = self.params["norms"][name], self.batch_stats[name]
-        y, self.new_stats[name] = self.norm.apply(params, batch_stats, x, self.train, self.mask)
+    def normalize(name: str, x: Array) -> Array:
+        own = params["norms"][name], batch_stats[name]
+        y, new_stats[name] = norm.apply(*own, x, train, mask)
         return y
+
+    return normalize, new_stats
 
 
 def _kernels(key: Array, inputs: int, outputs: int, units: int) -> Tree:
