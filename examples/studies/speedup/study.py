@@ -125,12 +125,8 @@ class Speedup(Study):
 
     def _run(self, variant: Variant, seed: int, advance: Advance) -> Run:
         """Trains with a seed, or goes on where that was interrupted."""
-        key, steps, evaluated = (
-            f"{self.key(variant)} seed {seed}",
-            self.steps(variant),
-            by_accuracy(advance),
-        )
-        run = self.kept.run(key)
+        key, steps = f"{self.key(variant)} seed {seed}", self.steps(variant)
+        run, evaluated = self.kept.run(key), by_accuracy(advance)
         if run is not None:
             evaluated(run.steps[-1], run.accuracies[-1])
             if run.steps[-1] >= steps:
@@ -281,7 +277,8 @@ class Kept:
 
     def __init__(self, options: Namespace):
         self.path = options.out / "speedup.state"
-        self.settings, self.written = repr(sorted(vars(options).items())), time.monotonic()
+        settings = {name: value for name, value in vars(options).items() if name != "out"}
+        self.settings, self.written = repr(sorted(settings.items())), time.monotonic()
         self.runs: dict[str, Any] = {}
         if self.path.exists():
             stored: Any = serialization.msgpack_restore(self.path.read_bytes())
