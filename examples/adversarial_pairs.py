@@ -20,49 +20,31 @@ same seed all ways start from the same kernels and use the same images. See exam
 what to expect.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
-from common.arguments import Parser, number
-from common.interrupt import run
+from common.arguments import COUNT, Parser
+from common.interrupt import command
 
-_RUN = {"seeds": 1, "eval_every": 50, "batch_size": 64}
+RUN = {"seeds": 1, "eval_every": 50, "batch_size": 64, "learning_rate": 0.05}
 DEFAULTS = {
-    "digits": {
-        "seeds": 3,
-        "steps": 300,
-        "eval_every": 50,
-        "batch_size": 64,
-        "learning_rate": 0.05,
-        "radius": 0.15,
-    },
-    "mnist": _RUN | {"steps": 1000, "learning_rate": 0.05, "radius": 0.2},
-    "cifar10": _RUN | {"steps": 5000, "learning_rate": 0.05, "radius": 8 / 255},
+    "digits": RUN | {"seeds": 3, "steps": 300, "radius": 0.15},
+    "mnist": RUN | {"steps": 1000, "radius": 0.2},
+    "cifar10": RUN | {"steps": 5000, "radius": 8 / 255},
 }
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> Namespace:
     """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
+    steps = "of the adversary in training; twice that in the test"
+    parser.add("--attack-steps", COUNT, steps, default=4)
     parser.add_runs("adversarial_pairs", DEFAULTS)
-    count = number(int, "a positive integer")
-    parser.add_argument(
-        "--attack-steps",
-        type=count,
-        default=4,
-        metavar="N",
-        help="of the adversary in training; twice that in the test",
-    )
     return parser.parse_runs(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for and returns the exit status."""
-    return run("pairs", parse(arguments))
-
+main = command("adversarial_pairs.study:Pairs", parse)
 
 if __name__ == "__main__":
     sys.exit(main())

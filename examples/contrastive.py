@@ -23,63 +23,32 @@ same seed all ways start from the same kernels and use the same images. See exam
 what to expect.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
-from common.arguments import Parser, number
-from common.interrupt import run
+from common.arguments import SEVERAL, Parser
+from common.interrupt import command
 
+DIGITS = {"steps": 400, "eval_every": 50, "batch_size": 32, "learning_rate": 0.003}
+MNIST = {"steps": 2000, "eval_every": 200, "batch_size": 64, "learning_rate": 0.003}
+CIFAR10 = {"steps": 20_000, "eval_every": 1000, "batch_size": 256, "learning_rate": 0.002}
 DEFAULTS = {
-    "digits": {
-        "seeds": 1,
-        "steps": 400,
-        "eval_every": 50,
-        "batch_size": 32,
-        "learning_rate": 0.003,
-    },
-    "mnist": {
-        "seeds": 1,
-        "steps": 2000,
-        "eval_every": 200,
-        "batch_size": 64,
-        "learning_rate": 0.003,
-    },
-    "cifar10": {
-        "seeds": 1,
-        "steps": 20000,
-        "eval_every": 1000,
-        "batch_size": 256,
-        "learning_rate": 0.002,
-    },
+    "digits": DIGITS | {"seeds": 1, "labels": 100},
+    "mnist": MNIST | {"seeds": 1, "labels": 1000},
+    "cifar10": CIFAR10 | {"seeds": 1, "labels": 50_000},
 }
-LABELS = {"digits": 100, "mnist": 1000, "cifar10": 50000}
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> Namespace:
     """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
+    parser.add("--devices", SEVERAL, "simulated", default=8)
     parser.add_runs("contrastive", DEFAULTS)
-    count = number(int, "a positive integer")
-    several = number(int, "an integer above 1", 2)
-    parser.add_argument(
-        "--devices", type=several, default=8, metavar="N", help="simulated (default: %(default)s)"
-    )
-    labels = ", ".join(f"{name} {number:,}" for name, number in LABELS.items())
-    parser.add_argument(
-        "--labels", type=count, metavar="N", help=f"of the linear classifier ({labels})"
-    )
-    options = parser.parse_runs(arguments)
-    options.labels = options.labels or LABELS[options.data]
-    return options
+    return parser.parse_runs(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for and returns the exit status."""
-    return run("simclr", parse(arguments))
-
+main = command("contrastive.study:Contrast", parse)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,44 +19,28 @@ Prints a table of what the two papers report and what is measured here, and writ
 to --out. Ctrl-C stops, and keeps finished runs. See examples/README.md for what to expect.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from common.arguments import Parser
-from common.interrupt import run
+from common.interrupt import command
 
+RUN = {"eval_every": 100, "batch_size": 60, "learning_rate": 0.1}
 DEFAULTS = {
-    "digits": {
-        "seeds": 3,
-        "steps": 8000,
-        "eval_every": 100,
-        "batch_size": 60,
-        "learning_rate": 0.1,
-    },
-    "mnist": {
-        "seeds": 1,
-        "steps": 10_000,
-        "eval_every": 100,
-        "batch_size": 60,
-        "learning_rate": 0.1,
-    },
+    "digits": RUN | {"seeds": 3, "steps": 8000},
+    "mnist": RUN | {"seeds": 1, "steps": 10_000},
 }
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> Namespace:
     """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
     parser.add_runs("covariate_shift", DEFAULTS)
     return parser.parse_runs(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for and returns the exit status."""
-    return run("covariate_shift", parse(arguments))
-
+main = command("covariate_shift.study:Shift", parse)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,8 +13,8 @@ four ways:
     python examples/domains.py --data mnist --data-dir DIR
 
 The network is a pure function `apply(params, batch_stats, x, train)` that returns its new
-statistics, so a second set of them is a second variable (examples/common/sharing.py). The same
-lines work for
+statistics, so a second set of them is a second variable (studies/domains/ways.py). The same lines
+work for
 
 adversarial examples (Xie et al. 2020, AdvProp; see adversarial_pairs.py), whose statistics differ
 from clean images':
@@ -41,74 +41,26 @@ same seed all ways start from the same kernels and use the same images. See exam
 what to expect.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
-from common.arguments import SHIFTS, Parser, number
-from common.interrupt import run
+from common.arguments import SHIFTS, Parser
+from common.interrupt import command
+
+RUN = {"seeds": 5, "steps": 600, "eval_every": 20, "batch_size": 32, "learning_rate": 0.1}
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> Namespace:
     """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
-    count, rate = number(int, "a positive integer"), number(float, "a positive number")
-    parser.add_data(("digits", "mnist"))
-    add = parser.add_argument
-    add(
-        "--shift",
-        choices=SHIFTS,
-        default="faint",
-        help="what the second domain is (default: %(default)s)",
-    )
-    add(
-        "--seeds",
-        type=count,
-        default=5,
-        metavar="N",
-        help="how often to train (default: %(default)s); medians show",
-    )
-    add(
-        "--steps",
-        type=count,
-        default=600,
-        metavar="N",
-        help="budget of each run (default: %(default)s)",
-    )
-    add("--eval-every", type=count, default=20, metavar="N", help="steps between two evaluations")
-    add(
-        "--batch-size",
-        type=number(int, "an integer above 1", 2),
-        default=32,
-        metavar="N",
-        help="of each domain",
-    )
-    add(
-        "--learning-rate",
-        type=rate,
-        default=0.1,
-        metavar="RATE",
-        help="of SGD with momentum (default: %(default)s)",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("results/domains"),
-        help="(default: %(default)s)",
-    )
-    options = parser.parse_args(arguments)
-    parser.check_data(options)
-    return options
+    shift = "what the second domain is"
+    parser.add("--shift", None, shift, choices=SHIFTS, default="faint")
+    parser.add_runs("domains", {"digits": RUN, "mnist": RUN})
+    return parser.parse_runs(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for and returns the exit status."""
-    return run("domains", parse(arguments))
-
+main = command("domains.study:Domains", parse)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,8 +17,6 @@ For equal instead of nearly equal results, note that:
     `from_torch` transposes the kernels, this program the images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path

@@ -19,14 +19,12 @@ Prints a table of what the paper reports and what is measured here, and writes J
 --out. Ctrl-C stops, and keeps finished runs. See examples/README.md for what to expect.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
-from common.arguments import Parser, number
-from common.interrupt import run
+from common.arguments import COUNT, RATE, Parser
+from common.interrupt import command
 
 DEFAULTS = {
     "digits": {"seeds": 2, "steps": 300, "eval_every": 10, "batch_size": 32},
@@ -35,34 +33,16 @@ DEFAULTS = {
 }
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> Namespace:
     """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
-    rate, count = number(float, "a positive number"), number(int, "a positive integer")
-    add = parser.add_argument
-    add(
-        "--learning-rates",
-        type=rate,
-        nargs="+",
-        metavar="RATE",
-        default=[0.1, 0.5],
-        help="(default: %(default)s)",
-    )
-    add(
-        "--checkpoints",
-        type=count,
-        default=4,
-        metavar="N",
-        help="at which the Hessian is looked at (%(default)s)",
-    )
+    parser.add("--learning-rates", RATE, "of SGD", nargs="+", default=[0.1, 0.5])
+    parser.add("--checkpoints", COUNT, "at which the Hessian is looked at", default=4)
     parser.add_runs("landscape", DEFAULTS)
     return parser.parse_runs(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for and returns the exit status."""
-    return run("landscape", parse(arguments))
-
+main = command("landscape.study:Landscapes", parse)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,75 +13,31 @@ times:
     python examples/quantize.py --data cifar10 --data-dir DIR
 
 qwix works on Flax modules, and `Folded.as_linen` makes one of the folded network, which is
-quantized as any other (`quantized` in examples/common/quantize.py, three lines).
+quantized as any other (`quantized` in examples/studies/quantize/study.py, three lines).
 
 Prints a table, and writes JSON to --out. Ctrl-C stops, and keeps finished runs. See
 examples/README.md for what to expect. qwix is an extra: pip install 'normjax[examples,quantize]'.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
-from common.arguments import Parser, number
-from common.interrupt import run
+from common.arguments import COUNT, Parser
+from common.interrupt import command
+
+RUN = {"seeds": 3, "steps": 300, "eval_every": 50, "batch_size": 64, "learning_rate": 0.1}
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> Namespace:
     """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
-    count, rate = number(int, "a positive integer"), number(float, "a positive number")
-    parser.add_data(("digits", "mnist", "cifar10"))
-    add = parser.add_argument
-    add(
-        "--seeds",
-        type=count,
-        default=3,
-        metavar="N",
-        help="how often to train (default: %(default)s); medians show",
-    )
-    add("--steps", type=count, default=300, metavar="N", help="of training (default: %(default)s)")
-    add("--eval-every", type=count, default=50, metavar="N", help="steps between two evaluations")
-    add(
-        "--batch-size",
-        type=number(int, "an integer above 1", 2),
-        default=64,
-        metavar="N",
-        help="(default: %(default)s)",
-    )
-    add(
-        "--learning-rate",
-        type=rate,
-        default=0.1,
-        metavar="RATE",
-        help="of SGD with momentum (default: %(default)s)",
-    )
-    add(
-        "--width",
-        type=count,
-        default=16,
-        metavar="N",
-        help="channels of the first stage (default: %(default)s)",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("results/quantize"),
-        help="(default: %(default)s)",
-    )
-    options = parser.parse_args(arguments)
-    parser.check_data(options)
-    return options
+    parser.add("--width", COUNT, "channels of the first stage", default=16)
+    parser.add_runs("quantize", dict.fromkeys(("digits", "mnist", "cifar10"), RUN))
+    return parser.parse_runs(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for and returns the exit status."""
-    return run("quantize", parse(arguments))
-
+main = command("quantize.study:Quantize", parse)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ Trains a network on digits, with an exponential moving average (EMA) of its weig
     python examples/recalibrate.py --data mnist --data-dir DIR
     python examples/recalibrate.py --data cifar10 --data-dir DIR
 
-Recalibrating is one line (examples/common/recalibration.py):
+Recalibrating is one line (examples/studies/recalibrate/study.py):
 
     params, batch_stats = nj.recalibrate(apply_fn, (ema, batch_stats), batches)
 
@@ -19,88 +19,28 @@ Prints a table, and writes JSON and a plot to --out. Ctrl-C stops, and keeps fin
 examples/README.md for what to expect.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
-from common.arguments import SHIFTS, Parser, number
-from common.interrupt import run
+from common.arguments import COUNT, RATE, SHIFTS, Parser
+from common.interrupt import command
+
+RUN = {"seeds": 3, "steps": 600, "eval_every": 50, "batch_size": 32, "learning_rate": 0.1}
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> Namespace:
     """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
-    count, rate = number(int, "a positive integer"), number(float, "a positive number")
-    parser.add_data(("digits", "mnist", "cifar10"))
-    add = parser.add_argument
-    add(
-        "--shift",
-        choices=SHIFTS,
-        default="faint",
-        help="what happens to the test images (default: %(default)s)",
-    )
-    add(
-        "--seeds",
-        type=count,
-        default=3,
-        metavar="N",
-        help="how often to train (default: %(default)s); medians show",
-    )
-    add(
-        "--steps",
-        type=count,
-        default=600,
-        metavar="N",
-        help="budget of each run (default: %(default)s)",
-    )
-    add("--eval-every", type=count, default=50, metavar="N", help="steps between two evaluations")
-    add(
-        "--batch-size",
-        type=number(int, "an integer above 1", 2),
-        default=32,
-        metavar="N",
-        help="examples a step",
-    )
-    add(
-        "--learning-rate",
-        type=rate,
-        default=0.1,
-        metavar="RATE",
-        help="of SGD with momentum (default: %(default)s)",
-    )
-    add(
-        "--ema",
-        type=rate,
-        default=300,
-        metavar="STEPS",
-        help="that the average looks back (default: %(default)s)",
-    )
-    add(
-        "--calibrate",
-        type=count,
-        default=1000,
-        metavar="N",
-        help="images to recalibrate on (default: %(default)s)",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("results/recalibrate"),
-        help="(default: %(default)s)",
-    )
-    options = parser.parse_args(arguments)
-    parser.check_data(options)
-    return options
+    shift = "what happens to the test images"
+    parser.add("--shift", None, shift, choices=SHIFTS, default="faint")
+    parser.add("--ema", RATE, "that the average looks back", default=300, metavar="STEPS")
+    parser.add("--calibrate", COUNT, "images to recalibrate on", default=1000)
+    parser.add_runs("recalibrate", dict.fromkeys(("digits", "mnist", "cifar10"), RUN))
+    return parser.parse_runs(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for and returns the exit status."""
-    return run("recalibration", parse(arguments))
-
+main = command("recalibrate.study:Recalibrate", parse)
 
 if __name__ == "__main__":
     sys.exit(main())

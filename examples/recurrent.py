@@ -11,7 +11,7 @@ of pixels, or one pixel:
 
 The last one is the task of Cooijmans et al. A mask hides blank rows or pixels before and after a
 digit, so that sequences start and end at different steps. The cells are in
-examples/common/cells.py. Batch normalization has separate statistics for each time step there, up
+studies/recurrent/cells.py. Batch normalization has separate statistics for each time step there, up
 to --max-steps.
 
 Every cell is trained at each of --learning-rates. Prints tables, and writes JSON and a plot of the
@@ -20,104 +20,38 @@ finished runs. With the same seed all cells use the same batches. See examples/R
 expect.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
-from common.arguments import Parser, number
-from common.interrupt import run
+from common.arguments import COUNT, RATE, Parser
+from common.interrupt import command
 
 CELLS = ("lstm", "ln-lstm", "bn-lstm", "gru", "ln-gru", "bn-gru")
-
 SEQUENCES = ("rows", "pixels", "permuted")
+# Budgets are for two CPU cores.
+RUN = {"steps": 1000, "eval_every": 50, "units": 100, "seeds": 1, "batch_size": 64}
+DIGITS = {"steps": 600, "eval_every": 10, "units": 64, "seeds": 3, "batch_size": 64}
 
-# By data: steps, steps between evaluations, units, seeds. Budgets are for two CPU cores. Pixel by
-# pixel, with many more time steps, one seed has to do.
-DEFAULTS = {"digits": (600, 10, 64, 3), "mnist": (1000, 50, 100, 1), "cifar10": (1000, 50, 100, 1)}
 
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> Namespace:
     """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
-    count, rate = number(int, "a positive integer"), number(float, "a positive number")
-    parser.add_data(tuple(DEFAULTS))
-    add = parser.add_argument
-    add(
-        "--cells",
-        nargs="+",
-        choices=CELLS,
-        default=CELLS,
-        metavar="CELL",
-        help=f"of {', '.join(CELLS)} (default: all)",
-    )
-    add(
-        "--sequence",
-        choices=SEQUENCES,
-        default="rows",
-        help="what is read at a step (default: %(default)s)",
-    )
-    add(
-        "--units",
-        type=count,
-        metavar="N",
-        help="of the state (default: 64, for mnist and cifar10 100)",
-    )
-    add(
-        "--max-steps",
-        type=count,
-        metavar="N",
-        help="time steps with statistics of their own (default: all)",
-    )
-    add(
-        "--seeds",
-        type=count,
-        metavar="N",
-        help="how often to train each cell; table and plot show medians",
-    )
-    add("--steps", type=count, metavar="N", help="budget of each run")
-    add("--eval-every", type=count, metavar="N", help="steps between two evaluations")
-    add(
-        "--batch-size",
-        type=number(int, "an integer above 1", 2),
-        default=64,
-        metavar="N",
-        help="examples a step",
-    )
-    add(
-        "--learning-rates",
-        type=rate,
-        nargs="+",
-        default=[0.002, 0.02],
-        metavar="RATE",
-        help="of Adam (default: 0.002 0.02)",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("results/recurrent"),
-        help="(default: %(default)s)",
-    )
+    parser.add("--cells", None, "which", nargs="+", choices=CELLS, default=CELLS, metavar="CELL")
+    sequence = "what is read at a step"
+    parser.add("--sequence", None, sequence, choices=SEQUENCES, default="rows")
+    parser.add("--max-steps", COUNT, "time steps with statistics of their own (default: all)")
+    parser.add("--learning-rates", RATE, "of Adam", nargs="+", default=[0.002, 0.02])
+    parser.add_runs("recurrent", {"digits": DIGITS, "mnist": RUN, "cifar10": RUN})
     options = parser.parse_args(arguments)
-    parser.check_data(options)
-    options.cells, options.learning_rates = (
-        list(dict.fromkeys(given)) for given in (options.cells, options.learning_rates)
-    )
-    for name, value in zip(
-        ("steps", "eval_every", "units", "seeds"), DEFAULTS[options.data], strict=True
-    ):
-        if getattr(options, name) is None:
-            setattr(options, name, 1 if name == "seeds" and options.sequence != "rows" else value)
-    return options
+    if options.seeds is None and options.sequence != "rows":
+        options.seeds = 1  # many more time steps: one has to do
+    options.cells = list(dict.fromkeys(options.cells))
+    options.learning_rates = list(dict.fromkeys(options.learning_rates))
+    return parser.complete(options)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for and returns the exit status."""
-    return run("reading", parse(arguments))
-
+main = command("recurrent.study:Reading", parse)
 
 if __name__ == "__main__":
     sys.exit(main())

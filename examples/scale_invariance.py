@@ -24,33 +24,25 @@ JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. See examples/RE
 expect.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from common.arguments import Parser
-from common.interrupt import run
+from common.interrupt import command
 
-DEFAULTS = {
-    "digits": {"steps": 3000, "eval_every": 100, "batch_size": 32, "learning_rate": 0.1},
-    "mnist": {"steps": 3000, "eval_every": 100, "batch_size": 32, "learning_rate": 0.1},
-    "cifar10": {"steps": 4000, "eval_every": 100, "batch_size": 64, "learning_rate": 0.03},
-}
+RUN = {"steps": 3000, "eval_every": 100, "batch_size": 32, "learning_rate": 0.1}
+CIFAR10 = {"steps": 4000, "eval_every": 100, "batch_size": 64, "learning_rate": 0.03}
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> Namespace:
     """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
-    parser.add_runs("scale_invariance", DEFAULTS)
+    parser.add_runs("scale_invariance", {"digits": RUN, "mnist": RUN, "cifar10": CIFAR10})
     return parser.parse_runs(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for and returns the exit status."""
-    return run("scaling", parse(arguments))
-
+main = command("scale_invariance.study:Scaling", parse)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,54 +21,34 @@ writes JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. See exam
 what to expect.
 """
 
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
 from common.arguments import Parser, number
-from common.interrupt import run
+from common.interrupt import command
 
 NORMS = ("batch", "ghost", "renorm", "sync", "group", "layer", "filter response")
-SIZES = (32, 16, 8, 4, 2)
-DEFAULTS = {
-    "digits": {"seeds": 1, "steps": 200, "learning_rate": 0.1},
-    "mnist": {"seeds": 1, "steps": 200, "learning_rate": 0.1},
-    "cifar10": {"seeds": 1, "steps": 200, "learning_rate": 0.1},
-}
+SIZES = [32, 16, 8, 4, 2]
+RUN = {"seeds": 1, "steps": 200, "learning_rate": 0.1}
 
 
 def parse(arguments: Sequence[str] | None) -> Namespace:
     """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
-    parser.add_runs("small_batch", DEFAULTS)
-    parser.add_argument(
-        "--norms", nargs="+", choices=NORMS, default=NORMS, help="which to train (default: all)"
-    )
+    parser.add("--norms", None, "which to train", nargs="+", choices=NORMS, default=NORMS)
     size = number(int, "an integer above 1: one image has no batch", 2)
-    sizes = " ".join(map(str, SIZES))
-    parser.add_argument(
-        "--sizes",
-        nargs="+",
-        type=size,
-        default=SIZES,
-        metavar="N",
-        help=f"images a device (default: {sizes})",
-    )
+    parser.add("--sizes", size, "images a device", nargs="+", default=SIZES, metavar="N")
+    parser.add_runs("small_batch", dict.fromkeys(("digits", "mnist", "cifar10"), RUN))
     options = parser.parse_runs(arguments)
-    if "ghost" in options.norms and (odd := [size for size in options.sizes if size % 2]):
-        parser.error(
-            f"--sizes {odd[0]}: 8 times as many do not divide into ghost batches of 16; "
-            "take even sizes"
-        )
+    odd = [size for size in options.sizes if size % 2]
+    if "ghost" in options.norms and odd:
+        needed = "8 times as many do not divide into ghost batches of 16; take even sizes"
+        parser.error(f"--sizes {odd[0]}: {needed}")
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for and returns the exit status."""
-    return run("small_batch", parse(arguments))
-
+main = command("small_batch.study:SmallBatch", parse)
 
 if __name__ == "__main__":
     sys.exit(main())

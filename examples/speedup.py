@@ -6,49 +6,102 @@ needs to reach the best test accuracy of the baseline, the same network without 
     python examples/speedup.py                          # scikit-learn's digits: nothing to download
     python examples/speedup.py --data mnist --data-dir DIR  # the paper's section 4.1
     python examples/speedup.py --network inception --data cifar10 --data-dir DIR
+    python examples/speedup.py --network inception --modules 10 --data cifar10 --data-dir DIR
 
 Prints two tables. One is the paper's: relative to the baseline at the learning rate given. The
 other is stricter: relative to the baseline at the best rate of a sweep. Writes JSON and a plot to
-`--out`. Ctrl-C stops, and keeps finished variants.
+`--out`. Ctrl-C stops, and keeps finished variants. The same command goes on where it was stopped.
 
 The comparison is fair: with the same seed all variants start from the same kernels and use the same
 batches in the same order. See examples/README.md for what to expect.
 """
 
-from __future__ import annotations
-
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
-from common.interrupt import run
-from common.options import Variant, parse
+from common.arguments import COUNT, Parser, number
+from common.interrupt import command
 
-# The first of each is the baseline. The paper's MLP has sigmoids only, so that there the variants
-# with sigmoids are the variants; the Inception has ReLUs, and the two with sigmoids show what
-# normalization does for a saturating network.
-VARIANTS = {
-    "mlp": [
-        Variant("Baseline", normalize=False, factor=1, activation="sigmoid"),
-        Variant("BN-Baseline", normalize=True, factor=1, activation="sigmoid"),
-        Variant("BN-x5", normalize=True, factor=5, activation="sigmoid"),
-        Variant("BN-x30", normalize=True, factor=30, activation="sigmoid"),
-    ],
-    "inception": [
-        Variant("Baseline", normalize=False, factor=1, activation="relu"),
-        Variant("BN-Baseline", normalize=True, factor=1, activation="relu"),
-        Variant("BN-x5", normalize=True, factor=5, activation="relu"),
-        Variant("BN-x30", normalize=True, factor=30, activation="relu"),
-        Variant("BN-x5-Sigmoid", normalize=True, factor=5, activation="sigmoid"),
-        Variant("Baseline-Sigmoid", normalize=False, factor=1, activation="sigmoid"),
-    ],
+# The batches of 60 and 32 and the rate of 0.0015 are the paper's. Budgets are for two CPU cores;
+# the ten modules get 20 epochs of CIFAR-10.
+MLP = {"eval_every": 50, "batch_size": 60, "learning_rate": 0.1, "seeds": 1}
+INCEPTION = {"eval_every": 50, "batch_size": 32, "learning_rate": 0.0015, "seeds": 1}
+DEFAULTS = {
+    ("mlp", "digits"): MLP | {"steps": 8000, "eval_every": 20, "seeds": 3},
+    ("mlp", "mnist"): MLP | {"steps": 10_000, "seeds": 3},
+    ("mlp", "cifar10"): MLP | {"steps": 10_000},
+    ("inception", "digits"): INCEPTION | {"steps": 1000, "eval_every": 10},
+    ("inception", "mnist"): INCEPTION | {"steps": 2000},
+    ("inception", "cifar10"): INCEPTION | {"steps": 4000, "eval_every": 100},
+    ("inception of ten", "cifar10"): INCEPTION | {"steps": 31_250, "eval_every": 625},
 }
+# Wide enough for the best to lie inside.
+DEPTHS = {"mlp": [2, 3, 4, 6, 12], "inception": []}
+SWEEP = {"mlp": (1 / 3, 1, 3, 10, 30, 100), "inception": (1, 3, 10, 30, 100)}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the experiment that the command line asks for and returns the exit status."""
-    options = parse(arguments, description=__doc__)
-    return run("experiment", options, VARIANTS[options.network])
+def parse(arguments: Sequence[str] | None) -> Namespace:
+    """Returns the options of the command line, or exits with a line that says what is wrong."""
+    parser = Parser(__doc__)
+    parser.add("--network", None, "what to train", choices=("mlp", "inception"), default="mlp")
+    parser.add("--depth", COUNT, "hidden layers of the mlp (default: 3)")
+    modules = "of the inception (default: 3); 10 are those of the paper's figure 5"
+    parser.add("--modules", int, modules, choices=(3, 10))
+    parser.add_runs(
+        "speedup", {data: DEFAULTS["mlp", data] for data in ("digits", "mnist", "cifar10")}
+    )
+    sweep = "of the baseline's rate, for the stricter table; 1 to go without"
+    default = "1,3,10,30,100, for the mlp also 1/3"
+    parser.add("--sweep", _factors, f"{sweep} (default: {default})", nargs="+", metavar="FACTORS")
+    depths = "hidden layers of the mlps of growing depth, each trained for an eighth of the steps"
+    default = "2 3 4 6 12); without a number, none are"
+    parser.add("--depths", COUNT, f"{depths} (default: {default}", nargs="*")
+    options = parser.parse_args(arguments)
+    parser.check_data(options)
+    _check_network(parser, options)
+    _complete(options)
+    return options
 
+
+def _check_network(parser: Parser, options: Namespace) -> None:
+    """Exits for an option of the other network; fills in those of this one."""
+    inception = options.network == "inception"
+    for flag in ("depth", "depths") if inception else ("modules",):
+        if getattr(options, flag):
+            parser.error(f"--{flag} is for --network {'mlp' if inception else 'inception'}")
+    if inception:
+        options.modules = options.modules or 3
+    else:
+        options.depth = options.depth or 3
+
+
+def _complete(options: Namespace) -> None:
+    """Fills in what suits the network and the data."""
+    network = "inception of ten" if options.modules == 10 else options.network
+    defaults = DEFAULTS.get((network, options.data)) or DEFAULTS[options.network, options.data]
+    defaults = dict(defaults)
+    if options.steps is not None:  # as many evaluations as there would have been
+        every = options.steps * defaults["eval_every"] // defaults["steps"]
+        defaults["eval_every"] = max(1, every)
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    depths = DEPTHS[options.network] if options.depths is None else options.depths
+    options.depths = sorted(set(depths))
+    # 1 is always there: the baseline as it is; each factor is trained once.
+    sweep = sum(options.sweep or [SWEEP[options.network]], start=())
+    options.sweep = sorted({1.0, *sweep})
+
+
+def _factors(text: str) -> tuple[float, ...]:
+    """Reads factors such as "1/3,1,3"."""
+    convert = number(float, "positive factors such as 1/3,1,3,10")
+    fractions = (part.partition("/") for part in text.split(","))
+    return tuple(convert(above) / convert(below or "1") for above, _, below in fractions)
+
+
+main = command("speedup.study:Speedup", parse)
 
 if __name__ == "__main__":
     sys.exit(main())

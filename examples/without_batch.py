@@ -21,17 +21,15 @@ Prints a table, and writes JSON and a plot to --out. Ctrl-C stops, and keeps fin
 examples/README.md for what to expect.
 """
 
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from common.arguments import Parser, number
-from common.interrupt import run
+from common.arguments import RATE, Parser
+from common.interrupt import command
 
 NORMS = ("none", "batch", "group", "weight norm", "weight standardization", "dynamic tanh")
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 DEFAULTS = {
     "digits": {"seeds": 3, "steps": 300, "batch_size": 32},
     "mnist": {"seeds": 1, "steps": 600, "batch_size": 32},
@@ -42,26 +40,13 @@ DEFAULTS = {
 def parse(arguments: Sequence[str] | None) -> Namespace:
     """Returns the options of the command line, or exits with a line that says what is wrong."""
     parser = Parser(__doc__)
+    parser.add("--norms", None, "which to train", nargs="+", choices=NORMS, default=NORMS)
+    parser.add("--learning-rates", RATE, "of SGD", nargs="+", default=RATES)
     parser.add_runs("without_batch", DEFAULTS)
-    parser.add_argument(
-        "--norms", nargs="+", choices=NORMS, default=NORMS, help="which to train (default: all)"
-    )
-    rate, rates = number(float, "a positive number"), " ".join(map(str, RATES))
-    parser.add_argument(
-        "--learning-rates",
-        nargs="+",
-        type=rate,
-        default=RATES,
-        metavar="RATE",
-        help=f"of SGD (default: {rates})",
-    )
     return parser.parse_runs(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for and returns the exit status."""
-    return run("without_batch", parse(arguments))
-
+main = command("without_batch.study:WithoutBatch", parse)
 
 if __name__ == "__main__":
     sys.exit(main())

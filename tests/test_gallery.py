@@ -12,7 +12,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "pages" / "gallery.md"
 SECTIONS = [
     (re.search(r"python examples/(\w+)\.py", text)[1], text)
-    for text in re.findall(r"^## .+?(?=^\(gallery-|\Z)", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for text in re.findall(
+        r"^## .+?(?=^\(gallery-|\Z)", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
 ]
 
 

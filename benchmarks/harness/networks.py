@@ -24,6 +24,7 @@ from .records import ROOT
 sys.path.insert(0, str(ROOT / "examples"))
 
 from common import networks as examples  # noqa: E402 (once the examples can be found)
+from studies.speedup import inception as of_speedup  # noqa: E402
 from train_resnet import resnet  # noqa: E402
 
 RATE, CLASSES, DISCOUNT = 0.01, 1000, 0.99
@@ -123,9 +124,8 @@ def suite(name: str) -> list[Network]:
     if name == "tiny":
         found = [_resnet("resnet8", images, "bfloat16", width=8), *transformers]
     sizes_of_inception = {"stem": 4, "widths": (4,)} if name == "tiny" else {}
-    inception = examples.inception(
-        examples.Style(normalize=True, activation="relu"), **sizes_of_inception
-    )
+    unit = examples.style(normalize=True, activation="relu")
+    inception = of_speedup.inception(unit, **sizes_of_inception)
     return [
         *found,
         Network(

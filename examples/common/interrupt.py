@@ -1,12 +1,12 @@
 """Ctrl-C as a question that is asked between two steps, not an exception anywhere."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import signal
-from types import FrameType, TracebackType
-from typing import Any
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, Self
 
 EXIT_STATUS = 128 + signal.SIGINT
 
@@ -21,18 +21,13 @@ class Interrupt:
     A KeyboardInterrupt in the middle of compiling can be lost, or come out as another error.
     """
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> Self:
         self.pressed = False
         # Also where SIGINT is ignored, as in jobs that a shell script starts in the background.
         self._before: Any = signal.signal(signal.SIGINT, self._press)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGINT, self._before)
 
     def check(self) -> None:
@@ -47,11 +42,19 @@ class Interrupt:
         os.write(2, b"\nStopping after this evaluation ...\n")
 
 
-def run(experiment: str, *arguments: Any) -> int:
-    """Returns the exit status of `common.EXPERIMENT.run(*arguments, interrupt)`.
+def command(study: str, parse: Callable[..., Namespace]) -> Callable[..., int]:
+    """Returns the main function of a study such as "landscape.study:Landscapes".
 
-    JAX takes seconds to import, and the experiment imports it: only now, so that --help and
-    mistakes are answered at once, and Ctrl-C is noted meanwhile.
+    It takes the command line and returns the exit status. JAX takes seconds to import, and the
+    study imports it: only then, so that --help and mistakes are answered at once, and Ctrl-C is
+    noted meanwhile.
     """
-    with Interrupt() as interrupt:
-        return importlib.import_module(f"common.{experiment}").run(*arguments, interrupt)
+    module, name = study.split(":")
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        options = parse(arguments)
+        with Interrupt() as interrupt:
+            made = getattr(importlib.import_module(f"studies.{module}"), name)(options)
+            return importlib.import_module("common.study").conduct(made, interrupt)
+
+    return main

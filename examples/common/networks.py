@@ -1,38 +1,33 @@
-"""The two networks of the example, as pure functions over `normjax`.
+"""Networks as pure functions, made of layers with any normalization of the family.
 
-    network = mlp(...)
+    network = vgg(UNITS["group"])
     params, batch_stats = network.init(key, image_shape, num_classes)
     logits, batch_stats = network.apply(params, batch_stats, images, train)
 
-A layer is `activation(batch_norm(W x))` with normalization and `activation(W x + b)` without: under
-batch normalization `b` would be subtracted again with the mean, and the normalization's own bias
-takes its place (Ioffe & Szegedy 2015, section 3.2). The kernels that a key gives are the same in
-both.
+A layer is `activation(normalize(x W))`, or `activation(x W + b)` if its normalization has no bias:
+under batch normalization `b` would be subtracted again with the mean (Ioffe & Szegedy 2015, section
+3.2). The kernels that a key gives are the same whatever the normalization.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
+from jax.nn.initializers import glorot_normal, he_normal
 
 import normjax as nj
 
 Tree = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+Normalize = Callable[[Tree, Tree, Array, bool], tuple[Array, Tree]]
 
 # Runs here are short: statistics over about the last 10 batches are meaningful after the first 50
 # steps, those over the last 100 (0.99, the library's default) still carry the initial mean 0 and
 # variance 1 then.
 BATCH_NORM_MOMENTUM = 0.9
-
-# The usual initialization for each nonlinearity; normalized or not makes no difference to it.
-ACTIVATIONS = {
-    "relu": (jax.nn.relu, jax.nn.initializers.he_normal()),
-    "sigmoid": (jax.nn.sigmoid, jax.nn.initializers.glorot_normal()),
-}
 
 
 class Network(NamedTuple):
@@ -42,120 +37,185 @@ class Network(NamedTuple):
     apply: Callable[[Tree, Tree, Array, bool], tuple[Array, Tree]]
 
 
-class Style(NamedTuple):
-    """What the variants of a network differ in."""
+class Unit(NamedTuple):
+    """What stands around a linear layer.
 
-    normalize: bool
-    activation: str
+    Attributes:
+      make: the parameters and statistics of the normalization, from a kernel.
+      of_output: normalizes what the linear layer returns.
+      of_kernel: normalizes its kernel.
+      activation: what suits it; filter response norm has a threshold of its own instead.
+      initializer: of the kernel; normalized or not makes no difference to it.
+    """
+
+    make: Callable[[Array], tuple[Tree, Tree]]
+    of_output: Normalize | None = None
+    of_kernel: Normalize | None = None
+    activation: Callable[[Array], Array] = jax.nn.relu
+    initializer: Callable[..., Array] = he_normal()
+
+    def init(self, key: Array, shape: Sequence[int]) -> tuple[Tree, Tree]:
+        """Returns the parameters and statistics of a layer with a kernel of the given shape."""
+        kernel = self.initializer(key, tuple(shape), jnp.float32)
+        norm, batch_stats = self.make(kernel)
+        params: Tree = {"kernel": kernel, "norm": norm}
+        if "bias" not in norm:
+            params["bias"] = jnp.zeros(shape[-1])
+        return params, batch_stats
+
+    def apply(
+        self, params: Tree, batch_stats: Tree, x: Array, train: bool, *, stride: int = 1
+    ) -> tuple[Array, Tree]:
+        """Returns the output, to be activated, and the statistics."""
+        norm = params["norm"]
+        if self.of_kernel is not None:
+            kernel, batch_stats = self.of_kernel(norm, batch_stats, params["kernel"], train)
+            params = params | {"kernel": kernel}
+        y = linear(params, x, stride)
+        if self.of_output is not None:
+            return self.of_output(norm, batch_stats, y, train)
+        return y, batch_stats
 
 
-def mlp(style: Style, depth: int = 3, width: int = 100) -> Network:
-    """Returns the network of the paper's section 4.1: `depth` hidden layers of `width` units."""
-
-    def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
-        height, image_width, channels = image_shape
-        shapes = {"hidden_0": (height * image_width * channels, width)}
-        shapes |= {f"hidden_{i}": (width, width) for i in range(1, depth)}
-        return _init(key, shapes, (width, num_classes), style)
-
-    def apply(params: Tree, batch_stats: Tree, images: Array, train: bool) -> tuple[Array, Tree]:
-        layers = _Layers(params, batch_stats, style, train)
-        x = images.reshape(len(images), -1)
-        for i in range(depth):
-            x = layers(f"hidden_{i}", x)
-        return linear(params["logits"], x), layers.new_stats
-
-    return Network(init, apply)
+def _by(init: Callable[..., tuple[Tree, Tree]]) -> Callable[[Array], tuple[Tree, Tree]]:
+    """Makes parameters from the number of output features."""
+    return lambda kernel: init(kernel.shape[-1])
 
 
-def inception(style: Style, stem: int = 24, widths: Sequence[int] = (16, 32, 32)) -> Network:
-    """Returns a small BN-Inception: a convolution, a module for each of `widths`, and pooling.
+def batch(**settings: Any) -> Unit:
+    """Returns batch norm with other settings."""
+    settings = {"momentum": BATCH_NORM_MOMENTUM} | settings
 
-    A module has the branches and the proportions of the paper's inception (3a): with `w` its width,
-    1x1 (w), 3x3 (w, w), double 3x3 (w, 3w/2, 3w/2) and average pooling with projection (w/2): 4w
-    channels. The first convolution has stride 2 and max pooling after it, unless the image is
-    small, so that the modules get 7x7 or 8x8 pixels; max pooling halves them where the width grows.
+    def normalize(*arguments: Any) -> tuple[Array, Tree]:
+        # Looked up when it is called: benchmarks put another library's layer in its place.
+        return nj.batch_norm(*arguments, **settings)
+
+    return Unit(_by(nj.batch_norm_init), normalize)
+
+
+def renorm(**settings: Any) -> Unit:
+    """Returns batch renorm with other settings."""
+    settings = {"momentum": BATCH_NORM_MOMENTUM} | settings
+    return Unit(_by(nj.batch_renorm_init), partial(nj.batch_renorm, **settings))
+
+
+def _layer(params: Tree, batch_stats: Tree, x: Array, train: bool) -> tuple[Array, Tree]:
+    """Layer norm over an example's pixels and channels (Wu & He 2018, section 3.1)."""
+    return nj.layer_norm(params, batch_stats, x, train, reduction_axes=tuple(range(1, x.ndim)))
+
+
+UNITS: dict[str, Unit] = {
+    "none": Unit(lambda kernel: ({}, {})),
+    "batch": batch(),
+    "renorm": renorm(),
+    "group": Unit(_by(nj.group_norm_init), partial(nj.group_norm, group_size=8)),
+    "layer": Unit(_by(nj.layer_norm_init), _layer),
+    "filter response": Unit(
+        _by(nj.filter_response_norm_init), nj.filter_response_norm, activation=lambda y: y
+    ),
+    "dynamic tanh": Unit(_by(nj.dynamic_tanh_init), nj.dynamic_tanh),
+    "weight norm": Unit(nj.weights.weight_norm_init, of_kernel=nj.weights.weight_norm),
+    "weight standardization": Unit(
+        _by(nj.weights.weight_standardization_init),
+        of_kernel=partial(nj.weights.weight_standardization, scaled=True),
+    ),
+}
+
+
+def style(normalize: bool, activation: str) -> Unit:
+    """Returns the unit with batch norm or none, and "relu" or "sigmoid" after it."""
+    unit = UNITS["batch" if normalize else "none"]
+    if activation == "sigmoid":
+        unit = unit._replace(activation=jax.nn.sigmoid, initializer=glorot_normal())
+    return unit
+
+
+def network(
+    unit: Unit,
+    shapes: Callable[[Sequence[int]], Shapes],
+    forward: Callable[..., Array],
+    features: int,
+) -> Network:
+    """Returns a network of units and a linear layer, "logits".
+
+    Args:
+      unit: the kind of all layers but the last.
+      shapes: the shapes of their kernels by name, from an image's shape.
+      forward: `forward(layer, images)` returns what the last layer gets; `layer(name, x, stride)`
+        applies a layer.
+      features: how many that are.
     """
 
     def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:
-        shapes, channels = {"stem": (3, 3, image_shape[-1], stem)}, stem
-        for i, width in enumerate(widths):
-            module = _module_shapes(channels, width)
-            shapes |= {f"module_{i}/{name}": shape for name, shape in module.items()}
-            channels = 4 * width
-        return _init(key, shapes, (channels, num_classes), style)
+        named = shapes(image_shape)
+        *keys, last = jax.random.split(key, len(named) + 1)
+        params: Tree = {}
+        batch_stats: Tree = {}
+        for layer_key, (name, shape) in zip(keys, named.items(), strict=True):
+            params[name], stats = unit.init(layer_key, shape)
+            batch_stats |= {name: stats} if stats else {}
+        kernel = glorot_normal()(last, (features, num_classes), jnp.float32)
+        return params | {"logits": {"kernel": kernel, "bias": jnp.zeros(num_classes)}}, batch_stats
 
     def apply(params: Tree, batch_stats: Tree, images: Array, train: bool) -> tuple[Array, Tree]:
-        layers = _Layers(params, batch_stats, style, train)
-        large = images.shape[1] >= 16
-        x = layers("stem", images, stride=2 if large else 1)
-        for i, width in enumerate(widths):
-            if large if i == 0 else width > widths[i - 1]:
-                x = max_pool(x)
-            x = _module(layers, f"module_{i}", x)
-        return linear(params["logits"], x.mean((1, 2))), layers.new_stats
+        new_stats: Tree = {}
+
+        def layer(name: str, x: Array, stride: int = 1) -> Array:
+            old = batch_stats.get(name, {})
+            y, stats = unit.apply(params[name], old, x, train, stride=stride)
+            new_stats.update({name: stats} if stats else {})
+            return unit.activation(y)
+
+        return linear(params["logits"], forward(layer, images)), new_stats
 
     return Network(init, apply)
 
 
-def _module_shapes(channels: int, width: int) -> dict[str, tuple[int, ...]]:
-    wider = width * 3 // 2
-    return {
-        "one": (1, 1, channels, width),
-        "three_reduce": (1, 1, channels, width),
-        "three": (3, 3, width, width),
-        "double_reduce": (1, 1, channels, width),
-        "double_a": (3, 3, width, wider),
-        "double_b": (3, 3, wider, wider),
-        "pool": (1, 1, channels, width // 2),
+def mlp(unit: Unit, depth: int = 3, width: int = 100) -> Network:
+    """Returns the network of the 2015 paper's section 4.1: `depth` hidden layers of `width`."""
+
+    def shapes(image_shape: Sequence[int]) -> Shapes:
+        height, image_width, channels = image_shape
+        inputs = [height * image_width * channels, *[width] * (depth - 1)]
+        return {f"hidden_{i}": (inputs[i], width) for i in range(depth)}
+
+    def forward(layer: Callable[..., Array], images: Array) -> Array:
+        x = images.reshape(len(images), -1)
+        for i in range(depth):
+            x = layer(f"hidden_{i}", x)
+        return x
+
+    return network(unit, shapes, forward, width)
+
+
+def vgg(
+    unit: Unit, widths: Sequence[Sequence[int]] = ((16, 16), (32, 32)), stride: int = 1
+) -> Network:
+    """Returns a small VGG (Simonyan & Zisserman 2015).
+
+    It has a group of 3x3 convolutions for each of `widths`, max pooling between groups, and then
+    the pixels' mean. `stride` is the stride of the first convolution.
+    """
+    layers = {
+        f"conv_{g}_{i}": width for g, group in enumerate(widths) for i, width in enumerate(group)
     }
 
+    def shapes(image_shape: Sequence[int]) -> Shapes:
+        inputs = [image_shape[-1], *layers.values()]
+        return {
+            name: (3, 3, channels, width)
+            for channels, (name, width) in zip(inputs, layers.items(), strict=False)
+        }
 
-def _module(layers: _Layers, name: str, x: Array) -> Array:
-    def layer(branch: str, x: Array) -> Array:
-        return layers(f"{name}/{branch}", x)
+    def forward(layer: Callable[..., Array], images: Array) -> Array:
+        x = images
+        for name in layers:
+            if name.endswith("_0") and x is not images:
+                x = max_pool(x)
+            x = layer(name, x, stride if x is images else 1)
+        return x.mean((1, 2))
 
-    three = layer("three", layer("three_reduce", x))
-    double = layer("double_b", layer("double_a", layer("double_reduce", x)))
-    return jnp.concatenate(
-        [layer("one", x), three, double, layer("pool", _average_3x3(x))], axis=-1
-    )
-
-
-class _Layers:
-    """Applies layers by name and collects their new statistics."""
-
-    def __init__(self, params: Tree, batch_stats: Tree, style: Style, train: bool):
-        self.params, self.batch_stats, self.style, self.train = params, batch_stats, style, train
-        self.new_stats: Tree = {}
-
-    def __call__(self, name: str, x: Array, stride: int = 1) -> Array:
-        params, (activation, _) = self.params[name], ACTIVATIONS[self.style.activation]
-        x = linear(params, x, stride)
-        if self.style.normalize:
-            x, self.new_stats[name] = nj.batch_norm(
-                params["norm"], self.batch_stats[name], x, self.train, momentum=BATCH_NORM_MOMENTUM
-            )
-        return activation(x)
-
-
-def _init(
-    key: Array, shapes: dict[str, tuple[int, ...]], logits: tuple[int, int], style: Style
-) -> tuple[Tree, Tree]:
-    """Makes a layer per shape and a linear layer `logits`, which is never normalized."""
-    initializer = ACTIVATIONS[style.activation][1]
-    *keys, last = jax.random.split(key, len(shapes) + 1)
-    params: Tree = {}
-    batch_stats: Tree = {}
-    for layer_key, (name, shape) in zip(keys, shapes.items(), strict=True):
-        params[name] = {"kernel": initializer(layer_key, shape, jnp.float32)}
-        if style.normalize:
-            params[name]["norm"], batch_stats[name] = nj.batch_norm_init(shape[-1])
-        else:
-            params[name]["bias"] = jnp.zeros(shape[-1])
-    kernel = jax.nn.initializers.glorot_normal()(last, logits, jnp.float32)
-    params["logits"] = {"kernel": kernel, "bias": jnp.zeros(logits[-1])}
-    return params, batch_stats
+    return network(unit, shapes, forward, widths[-1][-1])
 
 
 def linear(params: Tree, x: Array, stride: int = 1) -> Array:
@@ -175,16 +235,10 @@ def neighbours(x: Array, stride: int) -> Array:
     """
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifts = [
-        (slice(i, i + height, stride), slice(j, j + width, stride))
-        for i in range(3)
-        for j in range(3)
-    ]
-    return jnp.concatenate([x[:, rows, columns] for rows, columns in shifts], axis=-1)
-
-
-def _average_3x3(x: Array) -> Array:
-    return lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME") / 9
+    return jnp.concatenate(
+        [x[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)],
+        axis=-1,
+    )
 
 
 def max_pool(x: Array) -> Array:

@@ -1,7 +1,7 @@
 """A study: runs with a progress bar, JSON after each, a plot, and measured and reported results.
 
     class Landscape(Study):
-        name, caption = "landscape", "What to see: ..."
+        name, source, caption = "landscape", "whose findings", "What to see: ..."
 
         def parts(self):
             return {"batch": Part(steps, self.train_one), ...}
@@ -11,27 +11,39 @@
 
         def draw(self, path): ...
 
-    def run(options, interrupt):
-        return conduct(Landscape(options), interrupt)
-
 Finished runs are never lost: Ctrl-C ends the study after the current evaluation, shows the results,
 and writes them to `--out`, as NAME.json and NAME.png.
 """
 
-from __future__ import annotations
-
+import os
+import platform
+import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import optax
 import rich.box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from common import report, session
-from common.interrupt import Interrupt
-from common.session import Part
+import normjax
+from common.data import DataError
+from common.interrupt import EXIT_STATUS, Interrupt, Interrupted
+from common.report import write_json
+
+# Called with the steps since the last time, and a remark for the progress bar.
+Advance = Callable[[int, str], None]
+
+
+class Part(NamedTuple):
+    """A run: the number of its steps, and a function that runs them and returns JSON values."""
+
+    steps: int
+    work: Callable[[Advance], Any]
 
 
 class Claim(NamedTuple):
@@ -47,12 +59,12 @@ class Study:
 
     Attributes:
       name: of the program, and of the files that it leaves.
-      source: whose findings these are.
+      source: whose findings these are; None without claims.
       caption: what to see in the plot.
     """
 
     name: str
-    source: str
+    source: str | None = None
     caption: str
 
     def __init__(self, options: Namespace):
@@ -63,69 +75,124 @@ class Study:
         """Returns what there is to run, in turn; reads the data first."""
         raise NotImplementedError
 
+    def each_seed(self, run: Callable[[int, Advance], Any]) -> Part:
+        """Returns a part that calls `run(seed, advance)` for each of `--seeds`."""
+        seeds, steps = self.options.seeds, self.options.steps
+        return Part(seeds * steps, lambda advance: [run(seed, advance) for seed in range(seeds)])
+
     def claims(self) -> Sequence[Claim]:
         """Returns what can be said so far: `results` may lack any part."""
-        raise NotImplementedError
+        return []
 
-    def tables(self) -> Sequence[Table]:
-        """Returns more tables for the terminal than the claims'; `results` may lack any part."""
+    def tables(self) -> Iterable[Table | str]:
+        """Returns what else to print; `results` may lack any part."""
         return []
 
     def draw(self, path: Path) -> None:
         """Writes the plot of what there is."""
-        raise NotImplementedError
 
-    def content(self, status: str) -> dict[str, Any]:
-        """Returns what JSON is to hold."""
-        config = session.settings(vars(self.options))
-        content = {
-            "status": status,
-            "config": config,
-            **session.environment(),
-            "results": self.results,
+    def interrupted(self, parts: int) -> str:
+        """Returns how much is finished."""
+        return f"{len(self.results)} of {parts} runs are finished."
+
+    def content(self) -> dict[str, Any]:
+        """Returns the results as JSON has them."""
+        claims = [claim._asdict() for claim in self.claims()] if self.results else []
+        return {"results": self.results, "source": self.source, "claims": claims}
+
+    def save(self, status: str) -> None:
+        """Writes all there is so far as JSON."""
+        config = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(self.options).items()
         }
-        claims = self.claims() if self.results else []
-        return content | {"source": self.source, "claims": [claim._asdict() for claim in claims]}
+        content = {"status": status, "config": config, **environment(), **self.content()}
+        write_json(self.options.out / f"{self.name}.json", content)
 
 
 def conduct(study: Study, interrupt: Interrupt) -> int:
-    """Runs all parts and reports; returns the exit status."""
-    return session.guard(
-        f"{study.name}.py", study.options.out, lambda: _conduct(study, interrupt, Console())
-    )
+    """Runs all parts and reports; returns the exit status. A mistake gets one line."""
+    try:
+        return 0 if _conduct(study, interrupt, Console()) else EXIT_STATUS
+    except DataError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or study.options.out}: {error.strerror}"
+    except (Interrupted, KeyboardInterrupt):
+        return EXIT_STATUS
+    print(f"{study.name}.py: error: {message}", file=sys.stderr)
+    return 1
 
 
 def _conduct(study: Study, interrupt: Interrupt, console: Console) -> bool:
-    out = study.options.out
     parts = study.parts()
-    out.mkdir(parents=True, exist_ok=True)
-    results = out / f"{study.name}.json"
-    report.write_json(results, study.content("running"))
-
-    def keep(name: str, found: Any) -> None:
-        study.results[name] = found
-        report.write_json(results, study.content("running"))
-
-    finished = session.run_all(parts, interrupt, console, keep)
-    report.write_json(results, study.content("finished" if finished else "interrupted"))
+    study.options.out.mkdir(parents=True, exist_ok=True)
+    study.save("running")
+    finished = _run_all(study, parts, interrupt, console)
+    study.save("finished" if finished else "interrupted")
     if study.results:
-        for table in (*study.tables(), claims_table(study)):
-            console.print(table)
-        plot = out / f"{study.name}.png"
+        for shown in study.tables():
+            console.print(shown)
+        if study.source:
+            console.print(claims_table(study))
+        plot = study.options.out / f"{study.name}.png"
         study.draw(plot)
-        console.print(f"Plot: {plot.resolve()}", soft_wrap=True)
+        if plot.exists():
+            console.print(f"Plot: {plot.resolve()}", soft_wrap=True)
     if not finished:
-        console.print(f"Interrupted: {len(study.results)} of {len(parts)} runs are finished.")
+        console.print(f"Interrupted: {study.interrupted(len(parts))}")
+    results = study.options.out / f"{study.name}.json"
     console.print(f"Results: {results.resolve()}", soft_wrap=True)
     return finished
 
 
+def _run_all(
+    study: Study, parts: Mapping[str, Part], interrupt: Interrupt, console: Console
+) -> bool:
+    """Runs the parts in turn and returns whether it got to the end."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    remarks = TimeElapsedColumn(), TextColumn("{task.fields[remark]}")
+    with Progress(*columns, *remarks, console=console) as progress:
+        try:
+            for name, part in parts.items():
+                label = f"{name:<{max(map(len, parts))}}"
+                task = progress.add_task(label, total=part.steps, remark="compiling")
+
+                def advance(steps: int, remark: str, task: Any = task) -> None:
+                    progress.update(task, advance=steps, remark=remark)
+                    interrupt.check()
+
+                study.results[name] = part.work(advance)
+                study.save("running")
+        except (Interrupted, KeyboardInterrupt):
+            return False
+    return True
+
+
+def environment() -> dict[str, Any]:
+    """Returns the versions and the machine, as JSON has them."""
+    versions = {"python": platform.python_version(), "normjax": normjax.__version__}
+    versions |= {"jax": jax.__version__, "optax": optax.__version__}
+    machine = {"platform": platform.platform(), "processor": platform.machine()}
+    machine |= {"cpus": os.cpu_count(), "device": jax.devices()[0].device_kind}
+    return {"versions": versions, "machine": machine}
+
+
+def table(headings: Sequence[str], left: int = 1, title: str | None = None, **style: Any) -> Table:
+    """Returns an empty table: the first `left` columns have text, the others numbers."""
+    made = Table(
+        title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False, **style
+    )
+    for i, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if i < left else "right", no_wrap=i < left)
+    return made
+
+
 def claims_table(study: Study) -> Table:
     """Returns what the source reports beside what was measured."""
-    table = Table(title=f"Reported by {study.source}, and measured here", title_justify="left")
-    table.box, table.pad_edge = rich.box.SIMPLE_HEAD, False
+    made = table((), title=f"Reported by {study.source}, and measured here")
     for heading in ("", "reported", "measured"):
-        table.add_column(heading)
+        made.add_column(heading)
     for claim in study.claims():
-        table.add_row(*claim)
-    return table
+        made.add_row(*claim)
+    return made

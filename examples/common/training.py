@@ -1,7 +1,5 @@
 """Trains a network and records its test accuracy, every step and evaluation compiled."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,11 +11,13 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from common.data import CLASSES, Dataset
+from common.data import CLASSES, DataError, Dataset
 from common.networks import Network
-from common.tables import Run
+from common.results import Run
+from common.study import Advance
 
 EVALUATION_BATCH = 100
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 class State(NamedTuple):
@@ -49,13 +49,48 @@ def examples(data: Dataset, standardize: bool) -> tuple[Examples, Examples]:
         sample = data.train_images[:5000].astype(np.float32)
         offset, scale = sample.mean((0, 1, 2)), sample.std((0, 1, 2)) + 1e-3
     pixels = jnp.asarray(offset, jnp.float32), jnp.asarray(scale, jnp.float32)
-    train = Examples(
-        jnp.asarray(data.train_images), jnp.asarray(data.train_labels, jnp.int32), *pixels
-    )
-    test = Examples(
-        jnp.asarray(data.test_images), jnp.asarray(data.test_labels, jnp.int32), *pixels
+    train, test = (
+        Examples(jnp.asarray(images), jnp.asarray(labels, jnp.int32), *pixels)
+        for images, labels in (
+            (data.train_images, data.train_labels),
+            (data.test_images, data.test_labels),
+        )
     )
     return train, test
+
+
+def check_batch(batch_size: int, count: int) -> None:
+    """Raises an error for a batch of more examples than there are."""
+    if batch_size > count:
+        raise DataError(f"--batch-size {batch_size}: there are {count} examples")
+
+
+def descend(
+    loss: Callable[..., tuple[Array, tuple[Any, Any]]],
+    optimizer: optax.GradientTransformation,
+    state: State,
+    inputs: Any,
+) -> tuple[State, Any]:
+    """Takes one step for each of the stacked inputs; to be called inside of `jax.jit`.
+
+    `loss(params, batch_stats, *inputs)` returns the loss, and the new statistics with anything that
+    is to be recorded. Returns the last state, and what was recorded at each step.
+    """
+
+    def step(state: State, inputs: Any) -> tuple[State, Any]:
+        gradients, (batch_stats, seen) = jax.grad(loss, has_aux=True)(
+            state.params, state.batch_stats, *inputs
+        )
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, batch_stats, optimizer_state), seen
+
+    return lax.scan(step, state, inputs)
+
+
+def by_accuracy(advance: Advance) -> Callable[[int, float], None]:
+    """Returns what tells a progress bar of an evaluation: the accuracy, in percent."""
+    return lambda steps, accuracy: advance(steps, f"{accuracy:.1%}")
 
 
 class Trainer:
@@ -82,7 +117,6 @@ class Trainer:
         self.train, self.test = data
         self._compiled: dict[tuple[int, ...], Callable] = {}
         self._measure = jax.jit(self._accuracy)
-        self._evaluate = self._measure.lower(*self.init(0)[:2], self.test).compile()
 
     def init(self, seed: int) -> State:
         """Returns the state that training starts from: the same kernels for each variant."""
@@ -103,6 +137,7 @@ class Trainer:
         eval_every: int,
         progress: Callable[[int, float], None],
         batch_size: int | None = None,
+        since: tuple[Run, State] | None = None,
     ) -> tuple[Run, State]:
         """Trains for `steps` steps and evaluates after every `eval_every`, and after the last.
 
@@ -112,51 +147,58 @@ class Trainer:
           steps: the whole budget; it is always spent.
           eval_every: how many steps are compiled into one.
           progress: called after each evaluation with the steps since the last one and the accuracy.
-            What it raises ends the run.
+            What it raises ends the run, which `latest` has as far as it got.
           batch_size: examples a step; None for the trainer's.
+          since: `latest` of the same run, to go on from.
 
         Returns:
           The accuracies, and the seconds that training and evaluating took, compilation not
           included; and the state after the last step.
         """
-        state, points, accuracies = self.init(seed), [], []
-        batch_size = batch_size or self.batch_size
-        orders = batch_orders(seed, len(self.train.labels), batch_size, steps, eval_every)
-        for size in {min(steps, eval_every), steps % eval_every} - {0}:
-            self._compile(state, (size, batch_size))
-        start = time.perf_counter()
-        for done, latest, order in self._after(state, orders, learning_rate):
-            state = latest
-            accuracies.append(float(self._evaluate(state.params, state.batch_stats, self.test)))
-            points.append(done)
-            progress(len(order), accuracies[-1])
-        return Run(seed, points, accuracies, time.perf_counter() - start), state
+        run, state = since or (Run(seed, [], [], 0.0), self.init(seed))
+        sizes = {min(steps, eval_every), steps % eval_every} - {0}
+        for size in sizes:
+            self._compile(state, (size, batch_size or self.batch_size))
+        self.accuracy(state, self.test)
+        self.latest, start = (run, state), time.perf_counter() - run.seconds
+        for done, state, order in self.states(
+            seed, learning_rate, steps, eval_every, batch_size, self.latest
+        ):
+            accuracy = self.accuracy(state, self.test)
+            run = Run(
+                seed, [*run.steps, done], [*run.accuracies, accuracy], time.perf_counter() - start
+            )
+            self.latest = run, state
+            progress(len(order), accuracy)
+        return self.latest
 
     def states(
-        self, seed: int, learning_rate: float, steps: int, eval_every: int
+        self,
+        seed: int,
+        learning_rate: float,
+        steps: int,
+        eval_every: int,
+        batch_size: int | None = None,
+        since: tuple[Run, State] | None = None,
     ) -> Iterator[tuple[int, State, np.ndarray]]:
         """Trains as `finish` does, for a look at the network on the way.
 
         Yields, after every `eval_every` steps and after the last, how many they were, the state,
         and the rows of the batches since the last time, `(steps, batch_size)`.
         """
-        orders = batch_orders(seed, len(self.train.labels), self.batch_size, steps, eval_every)
-        return self._after(self.init(seed), orders, learning_rate)
+        run, state = since or (Run(seed, [], [], 0.0), self.init(seed))
+        finished = run.steps[-1] if run.steps else 0
+        size, done = batch_size or self.batch_size, 0
+        for order in batch_orders(seed, len(self.train.labels), size, steps, eval_every):
+            done += len(order)
+            if done > finished:
+                step = self._compile(state, order.shape)
+                state = step(state, self.train, order, jnp.float32(learning_rate))
+                yield done, state, order
 
     def accuracy(self, state: State, data: Examples) -> float:
         """Returns the share of correct answers, with the running statistics."""
         return float(self._measure(state.params, state.batch_stats, data))
-
-    def _after(
-        self, state: State, orders: Iterator[np.ndarray], learning_rate: float
-    ) -> Iterator[tuple[int, State, np.ndarray]]:
-        """Yields the steps so far, the state, and the order, after the batches of each order."""
-        done = 0
-        for order in orders:
-            step = self._compile(state, order.shape)
-            state = step(state, self.train, order, jnp.float32(learning_rate))
-            done += len(order)
-            yield done, state, order
 
     def _compile(self, state: State, shape: tuple[int, ...]) -> Callable:
         """Returns what trains on batches of that order, compiled once."""
@@ -168,25 +210,13 @@ class Trainer:
 
     def _steps(self, state: State, data: Examples, order: Array, learning_rate: Array) -> State:
         """Takes one step per row of `order`, which holds the examples of its batch."""
-        optimizer = self.optimizer(learning_rate)
 
-        def loss(params: Any, batch_stats: Any, rows: Array) -> tuple[Array, Any]:
+        def loss(params: Any, batch_stats: Any, rows: Array) -> tuple[Array, tuple[Any, None]]:
             images, labels = data.pick(rows)
             logits, batch_stats = self.network.apply(params, batch_stats, images, True)
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits, labels
-            ).mean(), batch_stats
+            return cross_entropy(logits, labels).mean(), (batch_stats, None)
 
-        def step(state: State, rows: Array) -> tuple[State, None]:
-            gradients, batch_stats = jax.grad(loss, has_aux=True)(
-                state.params, state.batch_stats, rows
-            )
-            updates, optimizer_state = optimizer.update(gradients, state.optimizer)
-            return State(
-                optax.apply_updates(state.params, updates), batch_stats, optimizer_state
-            ), None
-
-        return lax.scan(step, state, order)[0]
+        return descend(loss, self.optimizer(learning_rate), state, (order,))[0]
 
     def _accuracy(self, params: Any, batch_stats: Any, data: Examples) -> Array:
         """Returns the accuracy with the running statistics, in batches that fit in a cache."""
@@ -202,16 +232,19 @@ class Trainer:
         return lax.map(correct, rows).sum() / count
 
 
+def chunks(steps: int, most: int) -> Iterator[tuple[int, int]]:
+    """Yields the steps so far and the steps to take next, `most` or fewer, up to `steps`."""
+    return ((done, min(most, steps - done)) for done in range(0, steps, most))
+
+
 def batch_orders(
     seed: int, count: int, batch_size: int, steps: int, eval_every: int
 ) -> Iterator[np.ndarray]:
     """Yields `(eval_every, batch_size)` rows of random epochs, the same for each variant."""
     rng = np.random.default_rng(seed)
     rows = np.empty(0, np.int32)
-    while steps > 0:
-        size = min(eval_every, steps)
+    for _, size in chunks(steps, eval_every):
         while len(rows) < size * batch_size:
             rows = np.concatenate([rows, rng.permutation(count).astype(np.int32)])
         used, rows = np.split(rows, [size * batch_size])
         yield used.reshape(size, batch_size)
-        steps -= size

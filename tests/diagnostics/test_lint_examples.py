@@ -47,11 +47,12 @@ def optimizer(steps):
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
 def test_the_networks_of_speedup(normalize, activation):
     from common import networks
+    from studies.speedup.inception import inception
 
-    style = networks.Style(normalize, activation)
+    unit = networks.style(normalize, activation)
     for network, image, batch in (
-        (networks.mlp(style), (8, 8, 1), 60),
-        (networks.inception(style), (32, 32, 3), 32),
+        (networks.mlp(unit), (8, 8, 1), 60),
+        (inception(unit), (32, 32, 3), 32),
     ):
         variables = shapes(network.init, KEY, image, 10)
         x = jax.ShapeDtypeStruct((batch, *image), jnp.float32)
@@ -65,7 +66,7 @@ def test_the_networks_of_speedup(normalize, activation):
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 @pytest.mark.parametrize("norm", ["PLAIN", "LAYER", "BATCH"])
 def test_the_cells_of_recurrent(kind, norm):
-    from common import cells
+    from studies.recurrent import cells
 
     cell = getattr(cells, kind)(getattr(cells, norm))
     variables = values(cell.init, KEY, 8, 16, 6)
@@ -83,9 +84,9 @@ def test_the_cells_of_recurrent(kind, norm):
 
 @pytest.mark.slow
 def test_the_ways_of_domains_to_share():
-    from common import sharing
+    from studies.domains import ways
 
-    for way in sharing.WAYS.values():
+    for way in ways.WAYS.values():
         variables = values(way.init, KEY, 64, 3)
         x = jnp.ones((3, 32, 64))
         assert lint(lambda v, x, train=way.train: train(*v, x), variables, x, steps=300) == ()
@@ -94,7 +95,7 @@ def test_the_ways_of_domains_to_share():
 @pytest.mark.slow
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_network_of_quantize(normalize):
-    from common import quantize
+    from studies.quantize import study as quantize
 
     model = quantize.Network(8, normalize)
     x = jnp.ones((32, 8, 8, 1))
@@ -152,10 +153,10 @@ def test_the_network_of_from_torch():
 @pytest.mark.slow
 @pytest.mark.parametrize("unit", UNITS)
 def test_the_units_and_the_vgg(unit):
-    from common import units, vgg
+    from common import networks
 
-    assert set(units.UNITS) == set(UNITS)
-    network = vgg.vgg(units.UNITS[unit])
+    assert set(networks.UNITS) == set(UNITS)
+    network = networks.vgg(networks.UNITS[unit])
     variables = shapes(network.init, KEY, (8, 8, 1), 10)
     x = jax.ShapeDtypeStruct((64, 8, 8, 1), jnp.float32)
     assert (
@@ -172,7 +173,7 @@ def test_the_units_and_the_vgg(unit):
 
 @pytest.mark.slow
 def test_the_encoders_of_contrastive():
-    from common import contrastive
+    from studies.contrastive import encoder as contrastive
 
     for way in contrastive.WAYS.values():
         encoder = contrastive.Encoder(way.unit, (16, 32))
@@ -193,9 +194,11 @@ def test_the_encoders_of_contrastive():
 
 @pytest.mark.slow
 def test_the_ways_of_adversarial_pairs():
-    from common import adversarial, networks
+    from common.networks import style
+    from studies.adversarial_pairs import ways as adversarial
+    from studies.speedup.inception import inception
 
-    network = networks.inception(networks.Style(True, "relu"))
+    network = inception(style(True, "relu"))
     x = jnp.ones((32, 8, 8, 1))
     for way in adversarial.WAYS.values():
         variables = values(way.init, network, KEY, (8, 8, 1))
@@ -207,8 +210,8 @@ def test_the_ways_of_adversarial_pairs():
 
 @pytest.mark.slow
 def test_the_methods_of_small_batch():
-    from common import small_batch
-    from common.vgg import vgg
+    from common.networks import vgg
+    from studies.small_batch import study as small_batch
 
     for method in small_batch.methods(300).values():
         network = vgg(method.unit, [[8], [8], [8]], stride=2)
@@ -226,7 +229,7 @@ def test_the_methods_of_small_batch():
 
 @pytest.mark.slow
 def test_the_networks_of_covariate_shift():
-    from common import noise
+    from studies.covariate_shift import noise
 
     for normalize, disturbed in ((False, False), (True, False), (True, True)):
         network = noise.Sigmoids(normalize, disturbed).network
@@ -240,7 +243,7 @@ def test_the_networks_of_covariate_shift():
 
 @pytest.mark.parametrize("norm", ["layer norm", "RMS norm"])
 def test_the_language_model_of_cross_batch_attention(norm):
-    from common import memory
+    from studies.cross_batch_attention import memory
 
     model = memory.LanguageModel(memory.NORMS[norm], vocabulary=20, length=12)
     tokens = jax.ShapeDtypeStruct((4, 12), jnp.int32)

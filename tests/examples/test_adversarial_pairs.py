@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adversarial_pairs import main, parse
-from common import pairs
-from common.adversarial import ATTACKED, CLEAN, WAYS, attack
-from common.units import UNITS
-from common.vgg import vgg
+from common.networks import UNITS, vgg
+from studies.adversarial_pairs import study
+from studies.adversarial_pairs.ways import ATTACKED, CLEAN, WAYS, attack
 
 from tests.compare import assert_close, assert_identical, assert_trees_close
 
@@ -122,14 +121,14 @@ def test_the_adversary_stays_within_its_radius(rng):
 def test_gaps_are_in_standard_deviations():
     clean = {"conv": {"mean": jnp.asarray([0.0, 1.0]), "var": jnp.asarray([4.0, 1.0])}}
     attacked = {"conv": {"mean": jnp.asarray([1.0, 1.0]), "var": jnp.asarray([9.0, 9.0])}}
-    assert pairs.gaps(clean, attacked) == {"conv": 0.25}
+    assert study.gaps(clean, attacked) == {"conv": 0.25}
 
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(pairs.WIDTHS, "digits", ((8,), (16,)))
+    monkeypatch.setitem(study.WIDTHS, "digits", ((8,), (16,)))
     ways = "clean only", "two sets, two scales"
-    monkeypatch.setattr(pairs, "WAYS", {name: WAYS[name] for name in ways})
+    monkeypatch.setattr(study, "WAYS", {name: WAYS[name] for name in ways})
     arguments = ["--steps", "60", "--eval-every", "60", "--seeds", "1", "--test-examples", "100"]
     assert main([*arguments, "--attack-steps", "2", "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "adversarial_pairs.json").read_text())

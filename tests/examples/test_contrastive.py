@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import data, simclr
-from common.contrastive import AXIS, TEMPERATURE, Encoder, Way, augment, contrast, probe
-from common.units import UNITS, batch
+from common import data
+from common.networks import UNITS, batch
 from contrastive import main, parse
+from studies.contrastive import study
+from studies.contrastive.encoder import AXIS, TEMPERATURE, Encoder, Way, augment, contrast, probe
 
 from tests.compare import assert_close, assert_trees_close
 
@@ -27,11 +28,11 @@ OPTIONS = [
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setitem(simclr.WIDTHS, "digits", (4,))
+    monkeypatch.setitem(study.WIDTHS, "digits", (4,))
 
 
 def trainer(way):
-    return simclr.Trainer(way, data.load("digits").limit(96, 64), parse(OPTIONS))
+    return study.Trainer(way, data.load("digits").limit(96, 64), parse(OPTIONS))
 
 
 def unit_rows(rng, *shape):
@@ -61,14 +62,14 @@ def gradients(way, key):
     """Of the whole batch's loss, as the devices add them up, and the first trainer's state."""
     own = trainer(way)
     state = own.init(0)
-    specs = (simclr.WHOLE, simclr.WHOLE, jax.sharding.PartitionSpec(AXIS), simclr.WHOLE)
+    specs = (study.WHOLE, study.WHOLE, jax.sharding.PartitionSpec(AXIS), study.WHOLE)
     mapped = jax.shard_map(
         lambda params, stats, images, key: jax.grad(own._loss, has_aux=True)(
             params, stats, images, key
         )[0],
         mesh=own.everywhere.mesh,
         in_specs=specs,
-        out_specs=simclr.WHOLE,
+        out_specs=study.WHOLE,
     )
     return own, state, jax.jit(mapped)(state.params, state.batch_stats, own.train[:32], key)
 
@@ -127,7 +128,7 @@ def test_probe_separates_what_is_separable(rng):
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path, capsys, small, monkeypatch, promotion_as_in_flax):
-    monkeypatch.setattr(simclr, "WAYS", {"per device": simclr.WAYS["per device"]})
+    monkeypatch.setattr(study, "WAYS", {"per device": study.WAYS["per device"]})
     assert main([*OPTIONS, "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "contrastive.json").read_text())
     assert content["status"] == "finished" and list(content["results"]) == ["per device"]

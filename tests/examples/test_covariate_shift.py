@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import noise
-from common.covariate_shift import VARIANTS, Instruments, steps_to, summary
-from common.networks import Style, mlp
-from common.noise import DEVIATION, LAYERS, MEAN, SPREAD, Sigmoids, disturbed
+from common.networks import mlp, style
 from common.training import Examples, State
 from covariate_shift import main, parse
+from studies.covariate_shift import noise
+from studies.covariate_shift.noise import DEVIATION, LAYERS, MEAN, SPREAD, Sigmoids, disturbed
+from studies.covariate_shift.study import VARIANTS, Instruments, steps_to, summary
 
 from normjax.diagnostics import CovariateShift
 from tests.compare import assert_close, assert_identical
@@ -20,7 +20,7 @@ IMAGES = jax.random.uniform(jax.random.key(5), (12, 4, 4, 1))
 @pytest.mark.slow
 @pytest.mark.parametrize("normalize", [False, True])
 def test_without_noise_it_is_the_network_of_speedup(normalize):
-    network, expected = Sigmoids(normalize), mlp(Style(normalize, "sigmoid"), 3)
+    network, expected = Sigmoids(normalize), mlp(style(normalize, "sigmoid"), 3)
     variables = network.network.init(jax.random.key(0), (4, 4, 1), 10)
     assert_identical(variables, expected.init(jax.random.key(0), (4, 4, 1), 10))
     assert_identical(

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common.crossbatch import TRAININGS, memories, seen
-from common.lookup import ALPHABET, ASKED, KEY_TOKENS, SYMBOLS, Lookup
-from common.memory import NORMS, LanguageModel, _attend
 from cross_batch_attention import main, parse
+from studies.cross_batch_attention.lookup import ALPHABET, ASKED, KEY_TOKENS, SYMBOLS, Lookup
+from studies.cross_batch_attention.memory import NORMS, LanguageModel, _attend
+from studies.cross_batch_attention.study import TRAININGS, memories, seen
 
 from tests.compare import assert_close, assert_identical
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import domains
-from common.sharing import WAYS, apply, condition, init
 from domains import main, parse
+from studies.domains import study
+from studies.domains.ways import SHIFTS, WAYS, apply, condition, init
 
 import normjax as nj
 from tests.compare import assert_close, assert_identical, assert_trees_close
@@ -117,10 +117,10 @@ def test_conditional_starts_as_mixed(images):
     assert_identical(start("mixed"), jax.device_get((params, batch_stats)))
 
 
-@pytest.mark.parametrize("shift", domains.SHIFTS)
+@pytest.mark.parametrize("shift", SHIFTS)
 def test_domains_show_the_same_digits(shift, rng):
     pixels = rng.integers(0, 17, (3, 8, 8, 1)).astype(np.uint8)
-    made = domains.make_domains(pixels, np.arange(3), 16, shift, seed=0)
+    made = study.make_domains(pixels, np.arange(3), 16, shift, seed=0)
     assert made.images.shape == (2, 3, 64) and made.labels.tolist() == [0, 1, 2]
     assert_close(made.images[0], pixels.reshape(3, 64) / 16, atol=1e-6)
     correlation = np.corrcoef(made.images[0].ravel(), made.images[1].ravel())[0, 1]

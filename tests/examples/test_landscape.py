@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import landscape
-from common.landscape import (
+from common.training import Examples, State
+from landscape import main, parse
+from studies.landscape import study
+from studies.landscape.study import (
     STEP_SIZES,
     compared,
     eigenvalues,
@@ -16,8 +18,6 @@ from common.landscape import (
     number,
     shown,
 )
-from common.training import Examples, State
-from landscape import main, parse
 
 from tests.compare import assert_close
 
@@ -77,7 +77,7 @@ def test_medians_over_the_seeds():
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(landscape, "WIDTHS", ((4,),))
+    monkeypatch.setattr(study, "WIDTHS", ((4,),))
     arguments = [
         "--steps",
         "4",

@@ -3,20 +3,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common.data import load
-from common.networks import Style, inception, linear, mlp
+from common.networks import linear, mlp, style
 from common.training import Trainer, batch_orders, examples
 from jax import lax
+from studies.speedup.inception import inception, inception_of_ten
 
 SMALL = {
-    "mlp": lambda style: mlp(style, depth=2, width=8),
-    "inception": lambda style: inception(style, stem=4, widths=(2,)),
+    "mlp": lambda unit: mlp(unit, depth=2, width=8),
+    "inception": lambda unit: inception(unit, stem=4, widths=(2,)),
 }
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3)])
-@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize(
+    "make", [*SMALL.values(), inception_of_ten], ids=[*SMALL, "inception of ten"]
+)
 def test_shapes_and_states(make, shape):
-    network = make(Style(True, "relu"))
+    network = make(style(True, "relu"))
     params, batch_stats = jax.eval_shape(
         lambda key: network.init(key, shape, 10), jax.random.key(0)
     )
@@ -33,7 +36,7 @@ def test_shapes_and_states(make, shape):
 @pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
 def test_variants_start_from_the_same_kernels(make):
     def init(normalize):
-        return jax.jit(make(Style(normalize, "relu")).init, static_argnums=(1, 2))(
+        return jax.jit(make(style(normalize, "relu")).init, static_argnums=(1, 2))(
             jax.random.key(1), (8, 8, 1), 10
         )
 
@@ -63,7 +66,7 @@ def test_a_convolution_is_a_convolution(size, stride):
 def test_training_of_a_small_inception():
     data = load("digits").limit(600, 101)
     trainer = Trainer(
-        SMALL["inception"](Style(True, "relu")), examples(data, standardize=True), 32, 0.9
+        SMALL["inception"](style(True, "relu")), examples(data, standardize=True), 32, 0.9
     )
     seen = []
     run = trainer.run(0, 0.05, 350, 140, lambda steps, accuracy: seen.append((steps, accuracy)))
@@ -76,7 +79,7 @@ def test_training_of_a_small_inception():
 @pytest.mark.slow
 def test_a_trainer_takes_batches_of_several_sizes_and_hands_out_its_state():
     data = examples(load("digits").limit(60, 20), standardize=True)
-    trainers = [Trainer(SMALL["mlp"](Style(True, "relu")), data, size, 0.9) for size in (8, 4)]
+    trainers = [Trainer(SMALL["mlp"](style(True, "relu")), data, size, 0.9) for size in (8, 4)]
     silent = lambda steps, accuracy: None  # noqa: E731
     run, state = trainers[0].finish(1, 0.1, 3, 2, silent, batch_size=4)
     same = trainers[1].run(1, 0.1, 3, 2, silent)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common.quantize import VARIANTS, Network, deployed
 from quantize import main, parse
+from studies.quantize.study import VARIANTS, Network, deployed
 
 from tests.compare import assert_close
 from tests.deploy.models import drawn

@@ -3,8 +3,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from common import recalibration
 from recalibrate import main, parse
+from studies.recalibrate import study
 
 from tests.compare import assert_close, assert_trees_close
 
@@ -30,34 +30,31 @@ def trainer():
     )
     pixels, labels = rng.integers(0, 17, (200, 4, 4, 1)).astype(np.uint8), rng.integers(0, 10, 200)
     made = {
-        name: recalibration.examples(pixels, labels, 16, shift, 0)
+        name: study.examples(pixels, labels, 16, shift, 0)
         for name, shift in (("as they are", None), ("faint", "faint"))
     }
-    return recalibration.Trainer(made, made, options)
+    return study.Trainer(made, made, options)
 
 
 def test_shifted_images_show_the_same(rng):
     pixels = rng.integers(0, 17, (3, 8, 8, 1)).astype(np.uint8)
-    plain, faint = (
-        recalibration.examples(pixels, np.arange(3), 16, shift, 0) for shift in (None, "faint")
-    )
+    plain, faint = (study.examples(pixels, np.arange(3), 16, shift, 0) for shift in (None, "faint"))
     assert_close(plain.images, pixels / 16, atol=1e-6)
     assert plain.images.shape == faint.images.shape and faint.labels.tolist() == [0, 1, 2]
     assert np.corrcoef(plain.images.ravel(), faint.images.ravel())[0, 1] > 0.4
 
 
 def test_the_average_is_that_of_weights_and_statistics(trainer):
-    start, images = trainer._init(0), trainer.train["as they are"]
-    rows = next(trainer._batches(0))
+    start, images = trainer.init(0), trainer.train["as they are"]
+    rows = np.random.default_rng(0).integers(200, size=(2, 4), dtype=np.int32)
     one = trainer._steps(start, images, rows[:1])
-    old, new = jax.device_get((start.average, (one.params, one.batch_stats)))
+    old, new = jax.device_get((start.optimizer[1], (one.params, one.batch_stats)))
     expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, old, new)
-    assert_trees_close(one.average, expected, rtol=1e-5, atol=1e-6)
-    assert rows.shape == (2, 4)
+    assert_trees_close(one.optimizer[1], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_accuracies_are_those_of_the_test_images(trainer):
-    state, test = trainer._init(0), trainer.test["faint"]
+    state, test = trainer.init(0), trainer.test["faint"]
     infer = jax.jit(trainer.network.apply, static_argnums=3)
     logits, _ = infer(state.params, state.batch_stats, test.images, False)
     expected = np.mean(np.argmax(logits, -1) == np.asarray(test.labels))
@@ -65,16 +62,16 @@ def test_accuracies_are_those_of_the_test_images(trainer):
 
 
 def test_calibration_images_come_in_batches_the_last_of_them_smaller(trainer):
-    assert [len(batch) for batch in trainer._calibration("faint")] == [100, 50]
+    assert [len(batch) for batch in trainer.calibration("faint")] == [100, 50]
 
 
 def test_each_line_is_evaluated_after_every_so_many_steps(trainer):
     run = trainer.run(0, lambda steps, accuracy: None)
-    assert run.steps == [2, 3]
-    lines = [("as they are", *which) for which in recalibration.AS_THEY_ARE.values()]
-    lines += [("faint", *which) for which in recalibration.SHIFTED.values()]
-    assert set(run.curves) == {recalibration.key(*line) for line in lines}
-    assert all(len(curve) == 2 for curve in run.curves.values())
+    assert run["steps"] == [2, 3]
+    lines = [("as they are", *which) for which in study.AS_THEY_ARE.values()]
+    lines += [("faint", *which) for which in study.SHIFTED.values()]
+    assert set(run["curves"]) == {study.key(*line) for line in lines}
+    assert all(len(curve) == 2 for curve in run["curves"].values())
 
 
 def test_end_to_end(tmp_path, capsys):
@@ -96,7 +93,7 @@ def test_end_to_end(tmp_path, capsys):
     (run,) = content["runs"]
     assert run["steps"] == [100, 200]
     last = run["last"]
-    for way in recalibration.WAYS:
+    for way in study.WAYS:
         assert last[f"as they are / EMA / {way}"] > 0.9
         assert last[f"faint / trained / {way}"] > last["faint / trained / running"] + 0.3
     assert (

@@ -5,12 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common.cells import BATCH, LAYER, PLAIN, gru, lstm, unroll
-from common.reading import Reading, classifier, pieces, with_ink
-from common.report import result_content
-from common.tables import Result, Run
+from common.results import Result, Run
 from jax.test_util import check_grads
 from recurrent import main, parse
+from studies.recurrent.cells import BATCH, LAYER, PLAIN, gru, lstm, unroll
+from studies.recurrent.study import Reading, classifier, pieces, with_ink
 
 from tests.compare import assert_close, assert_finite, assert_identical, assert_trees_close
 
@@ -293,9 +292,9 @@ def test_claims_are_of_the_best_rate():
         ("BN-LSTM", 0.1, [0.9, 0.97]),
         ("GRU", 0.1, [0.99, 0.99]),
     ):
-        study.results[f"{name} {rate}"] = result_content(
-            Result(name, rate, [Run(0, [10, 20], accuracies, 1.0)])
-        )
+        study.results[f"{name} {rate}"] = Result(
+            name, rate, [Run(0, [10, 20], accuracies, 1.0)]
+        ).content()
     claims = {claim.what: claim for claim in study.claims()}
     assert claims["best accuracy, LSTM"].measured == "95.0% of Digits row by row"
     assert claims["best accuracy, BN-LSTM"].measured == "97.0% of Digits row by row"

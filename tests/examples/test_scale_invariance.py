@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import report, scaling
+from common import report
 from common.data import CLASSES
-from common.networks import Network
-from common.rotations import Recorded, Setting, Turning, hidden_kernels
+from common.networks import UNITS, Network, vgg
 from common.training import Examples
-from common.units import UNITS
-from common.vgg import vgg
 from scale_invariance import main, parse
+from studies.scale_invariance import study as scaling
+from studies.scale_invariance.rotations import Recorded, Setting, Turning, hidden_kernels
 
 import normjax as nj
 from tests.compare import assert_close, assert_identical

@@ -5,10 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common.small_batch import DEVICES, SmallBatch, limits, methods, on_devices
-from common.units import UNITS, batch
-from common.vgg import vgg
+from common.networks import UNITS, batch, vgg
 from small_batch import main, parse
+from studies.small_batch.study import DEVICES, SmallBatch, limits, methods, on_devices
 
 from tests.compare import assert_identical, assert_trees_close
 

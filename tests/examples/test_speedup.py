@@ -10,7 +10,10 @@ from pathlib import Path
 import jax
 import pytest
 import speedup
-from common import networks
+from common.interrupt import Interrupted
+from common.networks import UNITS
+from common.training import Trainer
+from studies.speedup import inception
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--eval-every", "20", "--sweep", "3", "--train-examples", "200", "--test-examples", "90"]
@@ -37,8 +40,8 @@ def is_plot(folder):
 @pytest.fixture
 def small_inception(monkeypatch):
     """Puts one module in place of the three of `--network inception`, to compile a third."""
-    small = functools.partial(networks.inception, stem=4, widths=(2,))
-    monkeypatch.setattr(networks, "inception", small)
+    small = functools.partial(inception.inception, stem=4, widths=(2,))
+    monkeypatch.setattr(inception, "inception", small)
 
 
 # Most of the time goes into compiling: a last part of another length would be one more program for
@@ -131,3 +134,90 @@ def test_mistakes_end_with_one_line(tmp_path, capsys):
         assert speedup.main(list(map(str, arguments))) == 1
         out, error = capsys.readouterr()
         assert str(says) in error and error.count("\n") == 1 and out == ""
+
+
+def accuracies(folder):
+    """The curves of all runs, by variant, rate and seed."""
+    content = results(folder)
+    parts = [*content["variants"], *content["sweep"]]
+    return {
+        (part["variant"], part["learning_rate"], run["seed"]): (run["steps"], run["accuracies"])
+        for part in parts
+        for run in part["seeds"]
+    }
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+    arguments = [*TINY, "--steps", "60", "--seeds", "2", "--depths", "--out"]
+    assert speedup.main([*arguments, str(tmp_path / "whole")]) == 0
+    taken, step_of, pressed_at = [], Trainer._compile, 9
+
+    def counted(self, state, shape):
+        step = step_of(self, state, shape)
+
+        def take(*inputs):
+            taken.append(1)
+            if len(taken) == pressed_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step(*inputs)
+
+        return take
+
+    monkeypatch.setattr(Trainer, "_compile", counted)
+    # Of 3 chunks a run: after the third run's third chunk, and in the middle of the fifth run.
+    assert speedup.main([*arguments, str(tmp_path / "parts")]) == 130
+    assert "1 of 4 variants are finished" in capsys.readouterr().out
+    pressed_at = 14
+    assert speedup.main([*arguments, str(tmp_path / "parts")]) == 130
+    assert speedup.main([*arguments, str(tmp_path / "parts")]) == 0
+    assert len(taken) == 3 * 2 * 5, "no chunk is trained twice"
+    assert accuracies(tmp_path / "parts") == accuracies(tmp_path / "whole")
+    assert [file.name for file in (tmp_path / "parts").iterdir() if file.suffix == ".state"] == []
+
+
+@pytest.mark.slow
+def test_other_options_begin_anew(tmp_path, monkeypatch):
+    finish = Trainer.finish
+
+    def interrupted(self, *arguments, **keywords):
+        finish(self, *arguments, **keywords)
+        raise Interrupted
+
+    arguments = [*TINY, "--seeds", "1", "--depths", "--out", str(tmp_path), "--steps"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "finish", interrupted)
+        assert speedup.main([*arguments, "20"]) == 130
+    assert speedup.main([*arguments, "40"]) == 0
+    assert all(run["steps"] == [20, 40] for run in results(tmp_path)["variants"][0]["seeds"])
+
+
+@pytest.mark.parametrize(("modules", "kernels"), [(3, 1 + 3 * 7 + 1), (10, 1 + 8 * 7 + 2 * 5 + 1)])
+def test_modules_are_those_of_the_paper(modules, kernels):
+    """At full width: the channels that the paper's figure 5 has after each module."""
+    options = speedup.parse(["--network", "inception", "--modules", str(modules)])
+    make = inception.inception if options.modules == 3 else inception.inception_of_ten
+    network = make(UNITS["batch"])
+    params, _ = jax.eval_shape(lambda key: network.init(key, (32, 32, 3), 10), jax.random.key(0))
+    assert len(params) == kernels
+
+
+def test_channels_are_those_of_the_papers_figure_5():
+    channels, found = 192, []
+    for module in inception.PAPER.values():
+        channels = module.outputs(channels)
+        found.append(channels)
+    assert found == [256, 320, 576, 576, 576, 608, 608, 1056, 1024, 1024]
+    network = inception.inception_of_ten(UNITS["batch"], width=64)
+    params, _ = jax.eval_shape(lambda key: network.init(key, (32, 32, 3), 10), jax.random.key(0))
+    assert params["4e/double_b"]["kernel"].shape == (3, 3, 256, 256)
+    assert params["5b/pool"]["kernel"].shape == (1, 1, 1024, 128)
+    # The paper: 13.6 million parameters, of which 1.8 are in its stem and classifier of 1,000.
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert 9e6 < count < 11.5e6
+
+
+def test_modules_are_of_the_inception(capsys):
+    with pytest.raises(SystemExit):
+        speedup.parse(["--modules", "10"])
+    assert "--modules is for --network inception" in capsys.readouterr().err

@@ -2,10 +2,11 @@ import json
 import math
 
 import pytest
-from common import depths, report
-from common.options import parse
-from common.tables import PAPER, Result, Run, best_of_sweep, compare
+from common import report
+from common.results import Result, Run
 from rich.console import Console
+from speedup import parse
+from studies.speedup.tables import PAPER, Depth, best_of_sweep, compare, depths_table
 
 
 def result(name, *curves, rate=0.1):
@@ -60,7 +61,7 @@ def test_best_of_sweep_prefers_accuracy_then_speed():
 def printed(table):
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(report.rich_table(table))
+        console.print(table.shown())
     return capture.get()
 
 
@@ -73,7 +74,7 @@ def test_what_is_printed_and_written():
         and "not reached" in printed(table)
         and "1.0x" in printed(table)
     )
-    assert report.table_content(table)["rows"][1]["steps"] is None
+    assert table.content()["rows"][1]["steps"] is None
     chance = compare("title", result("Baseline", [0.1]), [result("BN", [0.9])], 10)
     lines = [line for line in printed(chance).splitlines() if line.lstrip().startswith("B")]
     assert len(lines) == 2 and all("did not train" in line and "x" not in line for line in lines)
@@ -85,18 +86,18 @@ def test_the_paper_stands_beside_what_was_measured():
     )
     (line,) = (line for line in printed(table).splitlines() if line.lstrip().startswith("BN-x5"))
     assert line.rstrip().endswith("14.8x 73.0%") and "the paper's" in printed(table)
-    assert report.table_content(table)["reported"] == PAPER and "paper" not in printed(
+    assert table.content()["reported"] == PAPER and "paper" not in printed(
         compare("", BASELINE, [], 10)
     )
 
 
 def test_the_better_rate_of_each_depth_is_shown():
     low, high = result("plain", [0.2, 0.5], rate=0.5), result("plain", [0.3, 0.9], rate=3.0)
-    best = depths.Depth(4, [low, high], [high, low]).best
-    assert best[False] is high and best[True] is high
+    best = Depth(4, [low, high], [high, low]).best
+    assert best["plain"] is high and best["batch norm"] is high
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(depths.table([depths.Depth(4, [low], [low, high])], 20))
+        console.print(depths_table([Depth(4, [low], [low, high])], 20))
     assert [cell for cell in capture.get().split() if "%" in cell][:2] == ["50.0%", "90.0%"]
 
 
@@ -110,13 +111,10 @@ def test_json_is_replaced_whole(tmp_path):
 
 
 def test_defaults_and_sweep():
-    options = parse(["--sweep", "1/2,4", "8", "--steps", "80"], "")
-    assert options.sweep == (0.5, 1, 4, 8) and options.depth == 3 and options.steps == 80
-    assert options.depths == (2, 3, 4, 6, 12) and parse(["--network", "inception"], "").depths == ()
-    assert (
-        parse(["--depths", "6", "2", "6"], "").depths == (2, 6)
-        and parse(["--depths"], "").depths == ()
-    )
+    options = parse(["--sweep", "1/2,4", "8", "--steps", "80"])
+    assert options.sweep == [0.5, 1, 4, 8] and options.depth == 3 and options.steps == 80
+    assert options.depths == [2, 3, 4, 6, 12] and parse(["--network", "inception"]).depths == []
+    assert parse(["--depths", "6", "2", "6"]).depths == [2, 6] and parse(["--depths"]).depths == []
     # A fortieth of the default budget of 8,000, and as many evaluations.
     assert 1 <= options.eval_every <= 2
 
@@ -137,6 +135,6 @@ def test_defaults_and_sweep():
 )
 def test_bad_values_get_one_line(capsys, arguments, says):
     with pytest.raises(SystemExit) as caught:
-        parse(arguments, "")
+        parse(arguments)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and says in error and error.count("\n") == 1

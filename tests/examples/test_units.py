@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common.units import UNITS
-from common.vgg import vgg
+from common.networks import UNITS, vgg
 
 IMAGES = (8, 8, 1)
 

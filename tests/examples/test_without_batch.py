@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common.networks import linear
-from common.units import UNITS
-from common.vgg import vgg
-from common.without_batch import (
+from common.networks import UNITS, linear, vgg
+from studies.without_batch.study import (
     GAIN,
     InitializingUnit,
     WithoutBatch,
