@@ -95,14 +95,24 @@ def _letters(name: str) -> str:
 
 
 def _by_likeness(given: list[str], wanted: list[str]) -> Match | None:
+    """Looks for the nearest names, each taken once; at first among those with the same numbers."""
     left = wanted[:LIKENED]
     pairs = {}
     for name in given[:LIKENED]:
-        near = difflib.get_close_matches(name, left, 1, 0.6)
+        alike = [other for other in left if _numbers(other) == _numbers(name)]
+        near = _nearest(name, alike) or _nearest(name, left)
         if near:
             pairs[name] = near[0]
             left.remove(near[0])
     return Match("The nearest names may be meant", pairs) if pairs else None
+
+
+def _nearest(name: str, names: list[str]) -> list[str]:
+    return difflib.get_close_matches(name, names, 1, 0.6)
+
+
+def _numbers(name: str) -> list[str]:
+    return re.findall(r"\d+", name)
 
 
 def _table(pairs: Mapping[str, str], kept: Iterable[str], separator: str) -> dict[str, str]:

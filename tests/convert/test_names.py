@@ -1,6 +1,9 @@
 """Names in every converter: no two of one path, renamed by functions and tables, and compared."""
 
+import ast
 import os
+import re
+from functools import partial
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -152,6 +155,8 @@ WRONG = {
     ),
     "no function": ("bn", TypeError, "rename cannot be called"),
     "no name": (lambda name: None, TypeError, "rename returned no name for 'bn/gamma'"),
+    "an empty name": (lambda name: "", ValueError, "rename returned no name for 'bn/gamma'"),
+    "a table that leaves nothing": ({"bn/gamma": ""}, ValueError, "no name for 'bn/gamma'"),
 }
 
 
@@ -178,35 +183,63 @@ LIKE = ["stage_1/bn", "stage_2/bn"]
 MISMATCHES = {
     "a prefix too many": (
         ["model/stage_1/bn", "model/stage_2/bn"],
-        "2 of 2 names .* begin with 'model/'.*rename={'model': ''}",
+        "2 of 2 names .* begin with 'model/': pass rename={'model': ''}",
     ),
-    "a prefix too few": (
+    "a prefix too few for one": (
         ["bn", "stage_2/bn"],
-        "lack the prefix 'stage_1/'.*rename={'bn': 'stage_1/bn'}",
+        "lack the prefix 'stage_1/': pass rename={'bn': 'stage_1/bn'}",
     ),
-    "separators": (["stage/1/bn", "stage_2/bn"], "rename={'stage/1': 'stage_1'}"),
+    "separators": (["stage/1/bn", "stage_2/bn"], "differ.*: pass rename={'stage/1': 'stage_1'}"),
+    "a prefix and separators": (
+        ["model/stage/1/bn", "model/stage/2/bn"],
+        "begin with 'model/'.*separators: pass rename={'model/stage/1': 'stage_1', 'model/",
+    ),
     "a name": (
         ["stage_1/bm", "stage_2/bn"],
-        "nearest names.*rename={'stage_1/bm': 'stage_1/bn'}",
+        "nearest names.*: pass rename={'stage_1/bm': 'stage_1/bn'}",
+    ),
+    "two names with numbers": (
+        ["staging_2/bn", "staging_1/bn"],
+        "nearest names.*: pass rename={'staging_2': 'stage_2', 'staging_1': 'stage_1'}",
     ),
 }
 
 
+def check_advice(message, convert):
+    """Checks that an error has the message, and that the `rename=` in it mends the error."""
+    with pytest.raises(ValueError, match=message) as error:
+        convert(rename=None)
+    pasted = re.search("pass rename=(.*)[.]$", str(error.value))
+    convert(rename=ast.literal_eval(pasted.group(1)))
+
+
 @pytest.mark.parametrize("case", MISMATCHES)
-def test_names_that_do_not_match_are_compared(case):
+def test_names_that_do_not_match_are_compared_and_the_advice_mends_them(case):
     names, message = MISMATCHES[case]
     given = {f"{name}/gamma": ONES for name in names}
-    with pytest.raises(ValueError, match=f"from_keras: .*{message}"):
-        nj.convert.from_keras(given, like=keras(LIKE))
-    with pytest.raises(ValueError, match=f"to_keras: .*{message}"):
-        nj.convert.to_keras(*keras(LIKE), like=given)
+    trees = keras(LIKE)
+    check_advice(f"from_keras: .*{message}", partial(nj.convert.from_keras, given, like=trees))
+    check_advice(f"to_keras: .*{message}", partial(nj.convert.to_keras, *trees, like=given))
 
     given = {name: {"scale": ONES} for name in names}
-    haiku = {name: {"scale": ONES} for name in LIKE}
-    with pytest.raises(ValueError, match=f"from_haiku: .*{message}"):
-        nj.convert.from_haiku(given, {}, like=nj.convert.from_haiku(haiku, {}))
-    with pytest.raises(ValueError, match=f"to_haiku: .*{message}"):
-        nj.convert.to_haiku(haiku, {}, like=(given, {}))
+    trees = nj.convert.from_haiku({name: {"scale": ONES} for name in LIKE}, {})
+    check_advice(f"from_haiku: .*{message}", partial(nj.convert.from_haiku, given, {}, like=trees))
+    to_haiku = partial(nj.convert.to_haiku, *trees, like=(given, {}))
+    check_advice(f"to_haiku: .*{message}", to_haiku)
+
+    message = message.replace("/", r"[./]")
+    given = {f"{name.replace('/', '.')}.weight": ONES for name in names}
+    trees = nj.convert.from_torch({f"{name.replace('/', '.')}.weight": ONES for name in LIKE})
+    check_advice(f"from_torch: .*{message}", partial(nj.convert.from_torch, given, like=trees))
+    check_advice(f"to_torch: .*{message}", partial(nj.convert.to_torch, *trees, like=given))
+
+
+def test_a_prefix_that_all_names_lack_is_one_entry():
+    given, like = ["stage_1/bn", "stage_2/bn"], ["net/stage_1/bn", "net/stage_2/bn"]
+    convert = partial(nj.convert.from_keras, {f"{name}/gamma": ONES for name in given})
+    check_advice(
+        "lack the prefix 'net/': pass rename={'': 'net'}", partial(convert, like=keras(like))
+    )
 
 
 def test_names_of_flax_that_do_not_match_are_compared():
