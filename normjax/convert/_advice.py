@@ -22,8 +22,9 @@ class Match(NamedTuple):
 def advice(given: Iterable[str], wanted: Iterable[str], separator: str) -> str | None:
     """Returns a sentence with the `rename` that makes given names wanted ones, ready to be pasted.
 
-    Names are compared without a prefix, then by their letters without separators, then both, and
-    then by likeness: first the names of modules, then whole names. None if no two are alike.
+    Names are compared without a prefix, without separators, and without both; the way that pairs
+    most names counts. If there is none, the nearest names are paired. The names of modules are
+    compared first, then whole names. None if no two are alike.
 
     Args:
       given: all names that `rename` is called with.
@@ -40,12 +41,16 @@ def _advice(given: list[str], wanted: list[str], separator: str) -> str | None:
     given, wanted = (
         [name for name in side if name and name not in kept] for side in (given, wanted)
     )
-    found = (
-        _by_prefix(given, wanted, separator, str)
-        or _by_letters(given, wanted)
-        or _by_prefix(given, wanted, separator, _letters)
-        or _by_likeness(given, wanted)
+    ways = (
+        _by_prefix(given, wanted, separator, str),
+        _by_letters(given, wanted),
+        _by_prefix(given, wanted, separator, _letters),
     )
+    certain = [way for way in ways if way is not None]
+    if certain:
+        found = max(certain, key=lambda way: len(way.pairs))
+    else:
+        found = _by_likeness(given, wanted)
     return found and f"{found.words}: pass rename={_table(found.pairs, kept, separator)}"
 
 

@@ -15,7 +15,7 @@ from normjax.convert._trees import flatten
 
 PARAMS = {"scale": "scale", "offset": "bias", "w": "kernel", "b": "bias", "embeddings": "embedding"}
 AVERAGES = {"mean_ema": "mean", "var_ema": "var"}
-AVERAGE = ("mean_ema/average", "mean_ema/counter")
+OF_AVERAGE = ("mean_ema/average", "mean_ema/counter")
 DIRECTIONS = {"u0": "u", "sigma": "sigma"}
 LINEAR = {"kernel": "w", "bias": "b"}
 NORM = {"scale": "scale", "bias": "offset", "embedding": "embeddings"}
@@ -48,6 +48,7 @@ def path_of(collection: str, name: str) -> Path | None:
 
 
 def key_of(path: Path) -> str:
+    """Returns the name of a leaf in Haiku, from its path."""
     names = NORM | {"kernel": "w", "count": "~/mean_ema/counter", "u": "u0"}
     names |= {new: f"~/{old}/average" for old, new in AVERAGES.items()}
     return "/".join((*path[1:-1], names.get(path[-1], path[-1])))

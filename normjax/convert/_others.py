@@ -25,9 +25,9 @@ def refuse(function: str, leaves: Iterable[Leaf], known: Iterable[str], others: 
     With `others="keep"` they are refused since their layers would compute something else without.
     """
     leaves = list(leaves)
-    fix = "Leave it out, and convert it by hand: its layer would compute something else without"
+    fix = "Convert them by hand, and leave them out: their layers compute something else without"
     if others == "refuse":
-        fix = 'Pass others="keep" to hand it through unchanged, or leave it out'
+        fix = 'Pass others="keep" to hand them through unchanged, or leave them out'
     _checks.raise_error(
         function,
         f"{leaves[0].key!r} has no counterpart{first_of(leaves)}",

@@ -97,7 +97,8 @@ def _named(
     module: Path, encoded: Arrays, leaves: Iterable[Leaf]
 ) -> list[tuple[str, str, np.ndarray]]:
     """Returns the key of each array, the leaves that it may be made of, and the array."""
-    source = " or ".join(leaf.key for leaf in leaves)
+    sources = [leaf.key for leaf in leaves]
+    source = f"{sources[0]} and {len(sources) - 1} more" if len(sources) > 1 else "".join(sources)
     return [(".".join((*module, name)), source, value) for name, value in encoded.items()]
 
 

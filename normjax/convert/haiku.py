@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from normjax import _checks
 from normjax._trees import Path, nest
 from normjax.convert._haiku_names import (
-    AVERAGE,
     DIRECTIONS,
     LINEAR,
     NORM,
+    OF_AVERAGE,
     PARAMS,
     key_of,
     named,
@@ -113,7 +113,7 @@ def from_haiku(
             elif path[-1] != "hidden":  # which follows from average and counter
                 found.append((path, key, without_ones(path, leaf, wanted.get(path))))
     if unknown and others == "refuse":
-        refuse(function, unknown, [*PARAMS, *AVERAGE, *DIRECTIONS], others)
+        refuse(function, unknown, [*PARAMS, *OF_AVERAGE, *DIRECTIONS], others)
     leaves = unique(function, found)
     return put_together(function, _counted(function, leaves), like, key_of)
 

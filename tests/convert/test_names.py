@@ -236,10 +236,15 @@ def test_names_that_do_not_match_are_compared_and_the_advice_mends_them(case):
 
 def test_a_prefix_that_all_names_lack_is_one_entry():
     given, like = ["stage_1/bn", "stage_2/bn"], ["net/stage_1/bn", "net/stage_2/bn"]
-    convert = partial(nj.convert.from_keras, {f"{name}/gamma": ONES for name in given})
-    check_advice(
-        "lack the prefix 'net/': pass rename={'': 'net'}", partial(convert, like=keras(like))
-    )
+    weights = {f"{name}/gamma": ONES for name in given}
+    convert = partial(nj.convert.from_keras, weights, like=keras(like))
+    check_advice("lack the prefix 'net/': pass rename={'': 'net'}", convert)
+
+
+def test_what_most_names_differ_in_is_said_first():
+    given, like = ["stage/1/bn", "stage/2/bn", "stage/3/bn"], ["stage_1/bn", "stage_2/bn", "bn"]
+    with pytest.raises(ValueError, match="differ in their separators.*{'stage/1': 'stage_1', '"):
+        nj.convert.from_keras({f"{name}/gamma": ONES for name in given}, like=keras(like))
 
 
 def test_names_of_flax_that_do_not_match_are_compared():

@@ -347,5 +347,11 @@ def test_without_like_to_torch_reads_a_table_backwards():
         ValueError, match="to_torch: two.*at 'a.weight'.*'params/a/scale' and 'params/a/weight'"
     ):
         nj.convert.to_torch(twice, {})
+    cell = nj.convert.from_torch(torch.nn.LSTM(2, 3))[0] | {"weight_ih_l0": BN["weight"]}
+    message = "to_torch: two.*at 'rnn.weight_ih_l0'.*'params/rnn/.* and 11 more' and 'params/rnn/w"
+    with pytest.raises(ValueError, match=message):
+        nj.convert.to_torch({"rnn": cell}, {})
+    with pytest.raises(ValueError, match="to_torch: two.*at 'x'.*'a.weight' and 'a.bias'"):
+        nj.convert.to_torch({}, {}, like=state_of("a", "b"), rename=lambda key: "x")
     with pytest.raises(ValueError, match="to_torch: flattened takes like="):
         nj.convert.to_torch(*trees, flattened={"fc": None})
