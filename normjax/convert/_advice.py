@@ -50,7 +50,7 @@ def _advice(given: list[str], wanted: list[str], separator: str) -> str | None:
     if certain:
         found = max(certain, key=lambda way: len(way.pairs))
     else:
-        found = _by_likeness(given, wanted)
+        found = _by_likeness(given, wanted, separator)
     return found and f"{found.words}: pass rename={_table(found.pairs, kept, separator)}"
 
 
@@ -99,21 +99,28 @@ def _letters(name: str) -> str:
     return re.sub(r"[._/]+", "_", name).strip("_")
 
 
-def _by_likeness(given: list[str], wanted: list[str]) -> Match | None:
+def _by_likeness(given: list[str], wanted: list[str], separator: str) -> Match | None:
     """Looks for the nearest names, each taken once; at first among those with the same numbers."""
     left = wanted[:LIKENED]
     pairs = {}
     for name in given[:LIKENED]:
         alike = [other for other in left if _numbers(other) == _numbers(name)]
-        near = _nearest(name, alike) or _nearest(name, left)
+        near = _nearest(name, alike, separator) or _nearest(name, left, separator)
         if near:
             pairs[name] = near[0]
             left.remove(near[0])
     return Match("The nearest names may be meant", pairs) if pairs else None
 
 
-def _nearest(name: str, names: list[str]) -> list[str]:
-    return difflib.get_close_matches(name, names, 1, 0.6)
+def _nearest(name: str, names: list[str], separator: str) -> list[str]:
+    near = difflib.get_close_matches(name, names, 1, 0.6)
+    module, _, own = name.rpartition(separator)
+    for other in near:
+        other_module, _, other_own = other.rpartition(separator)
+        # Names of one long module are alike as a whole, even if they are "weight" and "bias".
+        if other_module == module and not difflib.get_close_matches(own, [other_own], 1, 0.45):
+            return []
+    return near
 
 
 def _numbers(name: str) -> list[str]:

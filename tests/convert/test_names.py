@@ -247,6 +247,17 @@ def test_what_most_names_differ_in_is_said_first():
         nj.convert.from_keras({f"{name}/gamma": ONES for name in given}, like=keras(like))
 
 
+def test_a_leaf_is_not_taken_for_another_one_of_its_module():
+    given = {"backbone/stage_1/bn/gamma": ONES}
+    like = {"backbone": {"stage_1": {"bn": {"bias": ONES}}}}, {}
+    with pytest.raises(ValueError, match="bn/beta' is missing.*if names differ, pass rename=[.]$"):
+        nj.convert.from_keras(given, like=like)
+    check_advice(
+        "nearest names.*: pass rename={'tokens/cls': 'tokens/clas'}",
+        partial(nj.convert.from_keras, {"tokens/cls": ONES}, like=({"tokens": {"clas": ONES}}, {})),
+    )
+
+
 def test_names_of_flax_that_do_not_match_are_compared():
     model = nnx.Dict(stage_1=nj.nnx.RMSNorm(3, rngs=nnx.Rngs(0)))
     variables = {"params": {"net": {"stage_1": {"scale": jnp.ones(3)}}}}
