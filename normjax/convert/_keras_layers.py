@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from normjax._trees import Path
-from normjax.convert._trees import Leaf
+from normjax.convert._leaf import Leaf
 
 Entries = dict[str, Leaf]
 Modules = dict[Path, Entries]

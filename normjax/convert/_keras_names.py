@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from normjax._trees import Path
 from normjax.convert._keras_layers import RECURRENT, decode, depthwise, encode, is_depthwise
-from normjax.convert._paths import Others, raise_for_others
-from normjax.convert._trees import STATISTICS as STORED
-from normjax.convert._trees import Leaf, Leaves, modules_of
+from normjax.convert._leaf import STATISTICS as STORED
+from normjax.convert._leaf import Leaf, Leaves, modules_of
+from normjax.convert._others import Others, refuse
 
 PARAMS = {"gamma": "scale", "scale": "scale", "beta": "bias", "bias": "bias", "kernel": "kernel"}
 PARAMS |= {"embeddings": "embedding"}
@@ -62,7 +62,7 @@ def decoded(function: str, entries: dict[str, Entry], others: Others) -> list[tu
                 refused.append(module[name].leaf)
             found.append(((_collection(name, module[name]), *where, name), module[name].leaf))
     if refused:
-        _refuse(function, refused, [*KNOWN, *RECURRENT[1:2], *SEPARABLE, *OF_DATA], others)
+        refuse(function, refused, [*KNOWN, *RECURRENT[1:2], *SEPARABLE, *OF_DATA], others)
     return found
 
 
@@ -134,7 +134,7 @@ def encoded(
         if count in expected and "count" in module:
             found.append((count, module["count"].key, module["count"].value))
     if refused:
-        _refuse(function, refused, BACK, others)
+        refuse(function, refused, BACK, others)
     return found
 
 
@@ -145,8 +145,3 @@ def _key(where: Path, name: str, module: Collection[str], expected: Collection[s
         names = names[::-1]
     keys = ["/".join((*where, name)) for name in names]
     return next((key for key in keys if key in expected), keys[0])
-
-
-def _refuse(function: str, leaves: list[Leaf], known: Iterable[str], others: Others) -> NoReturn:
-    refused = [(leaf.key, np.shape(leaf.value)) for leaf in leaves]
-    raise_for_others(function, refused, known, others)

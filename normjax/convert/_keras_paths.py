@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from normjax.convert._paths import unique
+from normjax.convert._names import unique
 
 
 class Weight(NamedTuple):

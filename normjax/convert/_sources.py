@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _checks, _extras
-from normjax.convert._paths import LISTED, compare
 
 Arrays = dict[str, np.ndarray]
 Source = Mapping[str, Any] | str | os.PathLike[str]
@@ -89,32 +88,3 @@ def _read_file(function: str, path: str) -> Arrays:
     except ImportError as error:
         _extras.raise_for_missing(function, f"reading {path!r} takes the package", error)
     return load_file(path)
-
-
-def conform(function: str, state: Arrays, expected: Mapping[str, np.ndarray]) -> Arrays:
-    """Returns the state in the order and the dtypes of the expected one.
-
-    Raises an error for other keys or shapes.
-    """
-    extra = [key for key in state if key not in expected]
-    missing = [key for key in expected if key not in state]
-    if extra or missing:
-        only_in = "params and batch_stats" if extra else "`like`"
-        _checks.raise_error(
-            function,
-            f"{(extra + missing)[0]!r} is only in {only_in}",
-            expected=f"the {len(expected)} keys of `like`",
-            got=f"{extra[:LISTED]} too many, {missing[:LISTED]} missing",
-            fix=compare(extra, missing)  # rename= is called with the names of `like`
-            or "Check that both sides have the same layers under the same names",
-        )
-    for key, wanted in expected.items():
-        if state[key].shape != wanted.shape:
-            _checks.raise_error(
-                function,
-                f"{key!r} has the wrong shape",
-                expected=f"shape {wanted.shape}, as in `like`",
-                got=f"shape {state[key].shape}",
-                fix="Check that both sides have the same layer with the same number of features",
-            )
-    return {key: state[key].astype(wanted.dtype) for key, wanted in expected.items()}

@@ -8,9 +8,9 @@ import numpy as np
 
 from normjax import _checks
 from normjax._trees import Path
+from normjax.convert._leaf import Leaf, Leaves
 from normjax.convert._sources import Arrays
 from normjax.convert._torch_groups import Entries
-from normjax.convert._trees import Leaf, Leaves
 
 INPUTS = {"query": "q", "key": "k", "value": "v"}
 

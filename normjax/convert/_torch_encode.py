@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from normjax import _checks
+from normjax._trees import Path
 from normjax.convert import _torch_attention, _torch_layers, _torch_recurrent
-from normjax.convert._names import Rename, inverse, renamer
+from normjax.convert._leaf import COLLECTIONS, Leaf, Leaves, modules_of
+from normjax.convert._names import unique
+from normjax.convert._others import Others, refuse
+from normjax.convert._rename import Rename, renamed_back
 from normjax.convert._sources import Arrays
 from normjax.convert._torch_features import reorder
 from normjax.convert._torch_groups import WEIGHT, Group, modules_in
 from normjax.convert._torch_layout import Layout
-from normjax.convert._torch_match import refuse
 from normjax.convert._torch_settings import weight_normalization
-from normjax.convert._trees import COLLECTIONS, Leaf, Leaves, modules_of
 
 
 def taken(layout: Layout, layer: Group, leaves: Leaves) -> Leaves:
@@ -64,63 +66,46 @@ def _axis_of_rows(like: Any, name: str) -> int | None:
     return getattr(weight_normalization(module), "dim", None)
 
 
-def encode_all(function: str, leaves: Leaves, others: str) -> Arrays:
+def encode_all(function: str, leaves: Leaves, others: Others) -> Arrays:
     """Returns the entries of all leaves by the forms that they have in Flax alone."""
-    state: Arrays = {}
+    found: list[tuple[str, str, np.ndarray]] = []
     rest = dict(leaves)
     for alone, encode in (
         (_torch_attention.alone, _torch_attention.encode),
         (_torch_recurrent.alone, _torch_recurrent.encode),
     ):
-        for module, found in alone(rest).items():
-            encoded = encode(found, None)
-            state |= {".".join((*module, name)): value for name, value in encoded.items()}
-            for collection, *inside in found:
-                del rest[(collection, *module, *inside)]
-    unknown = []
-    for parts, entries in modules_of(rest).items():
-        prefix = "".join(f"{part}." for part in parts)
+        for module, inside in alone(rest).items():
+            found += _named(module, encode(inside, None), inside.values())
+            for collection, *path in inside:
+                del rest[(collection, *module, *path)]
+    unknown: list[Leaf] = []
+    for module, entries in modules_of(rest).items():
         names = {*_torch_layers.LEAVES} - {WEIGHT}
         known = {name: leaf for name, leaf in entries.items() if name in names}
         encoded = _torch_layers.encode(function, known, None, None, None)
+        found += _named(module, encoded, known.values())
         for name in entries:
             if name not in known:
                 unknown.append(entries[name])
-                _check_free(function, encoded, entries[name], name)
-                encoded[name] = entries[name].value
-        state |= {f"{prefix}{name}": value for name, value in encoded.items()}
+                found += _named(module, {name: entries[name].value}, [entries[name]])
     if unknown and others == "refuse":
-        refuse(function, unknown, sorted(_torch_layers.LEAVES))
-    return state
+        refuse(function, unknown, sorted(_torch_layers.LEAVES), others)
+    return unique(function, found)
 
 
-def _check_free(function: str, encoded: Arrays, leaf: Leaf, name: str) -> None:
-    if name in encoded:
-        _checks.raise_error(
-            function,
-            f"{leaf.key!r} and another leaf of its module would both become {name!r}",
-            expected="one leaf for each key",
-            got=f"shapes {leaf.value.shape} and {encoded[name].shape}",
-            fix="Pass like=module, whose keys say what is what, or rename one of them",
-        )
+def _named(
+    module: Path, encoded: Arrays, leaves: Iterable[Leaf]
+) -> list[tuple[str, str, np.ndarray]]:
+    """Returns the key of each array, the leaves that it may be made of, and the array."""
+    sources = [leaf.key for leaf in leaves]
+    source = f"{sources[0]} and {len(sources) - 1} more" if len(sources) > 1 else "".join(sources)
+    return [(".".join((*module, name)), source, value) for name, value in encoded.items()]
 
 
 def rename_back(function: str, state: Arrays, rename: Rename | None) -> Arrays:
     """Returns the state with the names that a table has renamed."""
-    name = renamer(function, inverse(function, rename), state)
-    renamed: Arrays = {}
-    for key, value in state.items():
-        new = name(key)
-        if new in renamed:
-            _checks.raise_error(
-                function,
-                f"{key!r} and another key would both become {new!r}",
-                expected="one key for each array",
-                got=f"rename={rename}, read backwards",
-                fix="Give one of them another name",
-            )
-        renamed[new] = value
-    return renamed
+    names = renamed_back(function, state, rename, ".")
+    return {names[key]: value for key, value in state.items()}
 
 
 def adapt(state: Arrays, expected: Arrays) -> Arrays:

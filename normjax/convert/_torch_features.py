@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from normjax import _checks
+from normjax.convert._leaf import Leaf, Leaves
 from normjax.convert._names import nearest
 from normjax.convert._torch_groups import modules_in
 from normjax.convert._torch_settings import class_names
-from normjax.convert._trees import Leaf, Leaves
 
 Flattened = Mapping[str, Sequence[int] | None]
 

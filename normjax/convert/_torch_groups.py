@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from normjax import _checks
+from normjax.convert._leaf import Leaf
 from normjax.convert._sources import Arrays, TorchModule
 from normjax.convert._torch_settings import class_names
-from normjax.convert._trees import Leaf
 
 Entries = dict[str, Leaf]  # the arrays of one layer, by the names in `torch.nn.utils`
 

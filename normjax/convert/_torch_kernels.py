@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from normjax import _checks
-from normjax.convert._trees import Leaf
+from normjax.convert._leaf import Leaf
 
 
 def to_kernel(weight: np.ndarray) -> np.ndarray:

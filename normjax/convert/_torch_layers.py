@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from normjax import _checks
+from normjax.convert._leaf import Leaf, Leaves
 from normjax.convert._sources import Arrays
 from normjax.convert._torch_groups import (
     CONV1D,
@@ -25,7 +26,6 @@ from normjax.convert._torch_kernels import (
     singular_vectors,
     to_kernel,
 )
-from normjax.convert._trees import Leaf, Leaves
 
 # The leaves of layers; all others go through under their own names.
 LEAVES = (SCALE, KERNEL, EMBEDDING, SLOPE, WEIGHT, "u", "sigma", *RENAMED.values())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from normjax import _checks
 from normjax._trees import Path
 from normjax.convert import _torch_attention, _torch_layers, _torch_recurrent
-from normjax.convert._names import Rename, renamer, some
+from normjax.convert._leaf import COLLECTIONS, Leaf, Leaves
+from normjax.convert._names import SHOWN, listed
+from normjax.convert._rename import Rename, renamed
 from normjax.convert._sources import Arrays
 from normjax.convert._torch_features import Flattened, Order, reorder
 from normjax.convert._torch_groups import (
@@ -29,7 +31,6 @@ from normjax.convert._torch_groups import (
     read_classes,
 )
 from normjax.convert._torch_orders import read_orders
-from normjax.convert._trees import COLLECTIONS, Leaf, Leaves
 
 DEPTH = 4  # of the call of from_torch or to_torch, at which warnings point
 
@@ -44,7 +45,7 @@ class Layout:
     classes: Classes
     kinds: Mapping[str, str]
     orders: Mapping[str, list[Order]]
-    name: Callable[[str], str]
+    names: Mapping[str, str]  # the new name of each key
     like: Mapping[Path, Any]  # leaves that are wanted, if that is known
 
     def decode(self, layer: Group) -> Leaves:
@@ -67,7 +68,7 @@ class Layout:
     def path(self, module: str, inside: Path, key: str) -> Path:
         """Returns where a leaf goes, from its path inside its layer and its key in the source."""
         own = key.removeprefix(f"{module}.") if module else key
-        new = self.name(key)
+        new = self.names[key]
         collection, *names = inside
         if new == own or new.endswith(f".{own}"):
             return (collection, *_parts(new[: -len(own)]), *names)
@@ -83,7 +84,7 @@ class Layout:
 
     def path_of_other(self, key: str) -> Path:
         """Returns where an array goes that is not a layer's: to `batch_stats` if not trained."""
-        parts = _parts(self.name(key))
+        parts = _parts(self.names[key])
         for collection in COLLECTIONS:
             if (collection, *parts) in self.like:
                 return (collection, *parts)
@@ -152,8 +153,8 @@ def read_layout(
     if doubts:
         _warn_of_conv1d(function, doubts, kinds)
     orders = read_orders(function, source, groups, kinds, like, flattened, example_input)
-    name = renamer(function, rename, arrays)
-    return Layout(function, groups, others, classes, kinds, orders, name, like or {})
+    names = renamed(function, arrays, rename, ".")
+    return Layout(function, groups, others, classes, kinds, orders, names, like or {})
 
 
 def _warn_of_conv1d(function: str, doubts: list[str], kinds: Mapping[str, str]) -> None:
@@ -161,9 +162,11 @@ def _warn_of_conv1d(function: str, doubts: list[str], kinds: Mapping[str, str]) 
     linear = [name for name in doubts if name not in conv1d]
     readings = []
     if conv1d:
-        readings.append(f"{some(conv1d)} as Conv1D's, (in, out), as others of that name are")
+        readings.append(
+            f"{listed(conv1d, SHOWN)} as Conv1D's, (in, out), as others of that name are"
+        )
     if linear:
-        readings.append(f"{some(linear)} as Linear's, (out, in)")
+        readings.append(f"{listed(linear, SHOWN)} as Linear's, (out, in)")
     warnings.warn(
         f"{function}: some weights are square, so their shapes do not tell whether they are a "
         f"Linear's or a Conv1D's of Hugging Face's. Took {' and '.join(readings)}. Pass the "

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from normjax import _checks
-from normjax.convert._names import some
+from normjax.convert._names import SHOWN, listed
 from normjax.convert._sources import TorchModule
 from normjax.convert._torch_features import (
     Findings,
@@ -138,8 +138,8 @@ def _raise_unknown_order(
     sizes += [f"{name!r} {size}" for name, size in unknown.items()]
     _checks.raise_error(
         function,
-        f"a Flatten precedes {some(names)}, so the order of the features has to be permuted: "
-        "PyTorch flattens (C, H, W), Flax (H, W, C)",
+        f"a Flatten precedes {listed(names, SHOWN)}, so the order of the features has to be "
+        "permuted: PyTorch flattens (C, H, W), Flax (H, W, C)",
         expected="the trees of the Flax model in like=, the sizes in flattened=, or example_input=",
         got=f"none of them for {len(names)} layers, with these numbers of inputs: "
         f"{', '.join(sizes)}",

@@ -9,9 +9,9 @@ import numpy as np
 
 from normjax import _checks
 from normjax._trees import Path
+from normjax.convert._leaf import Leaf, Leaves
 from normjax.convert._sources import Arrays
 from normjax.convert._torch_groups import Entries
-from normjax.convert._trees import Leaf, Leaves
 
 # In PyTorch's order; the names are those of OptimizedLSTMCell, GRUCell and SimpleCell.
 GATES = {4: ("i", "f", "g", "o"), 3: ("r", "z", "n"), 1: ("",)}

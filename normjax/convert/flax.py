@@ -11,8 +11,11 @@ import numpy as np
 
 from normjax import _checks
 from normjax._trees import Path, nest, plain
-from normjax.convert._paths import Rename, renamed, renamed_back, unique
-from normjax.convert._trees import Leaf, Leaves, Tree, check, flatten, match
+from normjax.convert._leaf import Leaf, Leaves, check
+from normjax.convert._match import match
+from normjax.convert._names import unique
+from normjax.convert._rename import Rename, renamed, renamed_back
+from normjax.convert._trees import Tree, flatten
 
 if TYPE_CHECKING:
     from flax import nnx

@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from normjax import _checks
 from normjax._trees import Path, nest
-from normjax.convert._haiku_momentum import check_decay_rate
-from normjax.convert._paths import (
-    Others,
-    Rename,
-    check_others,
-    raise_for_others,
-    renamed,
-    renamed_back,
-    unique,
+from normjax.convert._haiku_names import (
+    DIRECTIONS,
+    LINEAR,
+    NORM,
+    OF_AVERAGE,
+    PARAMS,
+    key_of,
+    named,
+    path_of,
+    raise_for_nameless,
+    to_params,
+    to_state,
+    with_ones,
+    without_ones,
 )
-from normjax.convert._sources import Arrays, conform, to_numpy
-from normjax.convert._trees import (
-    Leaf,
-    Leaves,
-    Tree,
-    Trees,
-    expectation,
-    flatten,
-    modules_of,
-    put_together,
-    take_apart,
-)
-
-PARAMS = {"scale": "scale", "offset": "bias", "w": "kernel", "b": "bias", "embeddings": "embedding"}
-AVERAGES = {"mean_ema": "mean", "var_ema": "var"}
-DIRECTIONS = {"u0": "u", "sigma": "sigma"}
-LINEAR = {"kernel": "w", "bias": "b"}
-NORM = {"scale": "scale", "bias": "offset", "embedding": "embeddings"}
-STATISTICS = ("mean", "var", "count", "u", "sigma")
-# After this many steps nothing is left of the averages' start: decay_rate**FORGOTTEN is 0.
-FORGOTTEN = 2**30
+from normjax.convert._leaf import STATISTICS, Leaf, Leaves, modules_of
+from normjax.convert._match import conform
+from normjax.convert._names import unique
+from normjax.convert._others import Others, check_others, refuse
+from normjax.convert._rename import Rename, renamed, renamed_back
+from normjax.convert._sources import Arrays
+from normjax.convert._trees import Tree, Trees, expectation, put_together, take_apart
 
 
 def from_haiku(
@@ -105,8 +95,8 @@ def from_haiku(
     function = "from_haiku"
     check_others(function, others)
     given = {
-        "params": _named(function, "params", params),
-        "batch_stats": _named(function, "state", state),
+        "params": named(function, "params", params),
+        "batch_stats": named(function, "state", state),
     }
     keys = dict.fromkeys(key for arrays in given.values() for key in arrays)
     names = renamed(function, keys, rename, "/")
@@ -116,21 +106,16 @@ def from_haiku(
     for collection, arrays in given.items():
         for key, value in arrays.items():
             leaf = Leaf(value, key)
-            path = _path_of(collection, names[key])
+            path = path_of(collection, names[key])
             if path is None:
                 unknown.append(leaf)
                 found.append(((collection, *names[key].rsplit("/", 1)), key, leaf))
             elif path[-1] != "hidden":  # which follows from average and counter
-                found.append((path, key, _without_ones(path, leaf, wanted.get(path))))
+                found.append((path, key, without_ones(path, leaf, wanted.get(path))))
     if unknown and others == "refuse":
-        _refuse(
-            function,
-            unknown,
-            [*PARAMS, "mean_ema/average", "mean_ema/counter", *DIRECTIONS],
-            others,
-        )
+        refuse(function, unknown, [*PARAMS, *OF_AVERAGE, *DIRECTIONS], others)
     leaves = unique(function, found)
-    return put_together(function, _counted(function, leaves), like, _key_of)
+    return put_together(function, _counted(function, leaves), like, key_of)
 
 
 def to_haiku(
@@ -184,9 +169,9 @@ def to_haiku(
     for path, entries in modules_of(leaves).items():
         module = "/".join(path)
         if not module:
-            _nameless(function, sorted(entries))
-        new_params += _to_params(module, entries)
-        new_state += _to_state(function, module, entries, decay_rate, like)
+            raise_for_nameless(function, sorted(entries))
+        new_params += to_params(module, entries)
+        new_state += to_state(function, module, entries, decay_rate, like)
     found = unique(function, new_params), unique(function, new_state)
     if like is None:
         keys = dict.fromkeys(key for arrays in found for key in arrays)
@@ -204,13 +189,13 @@ def _conformed(
 ) -> tuple[dict[str, str], tuple[Arrays, Arrays]]:
     """Returns the arrays as in `like`, and the names there of the names that rename returns."""
     trees = zip(("like/params", "like/state"), like, strict=True)
-    wanted = [_named(function, name, tree) for name, tree in trees]
+    wanted = [named(function, name, tree) for name, tree in trees]
     keys = dict.fromkeys(key for arrays in wanted for key in arrays)
     names = renamed(function, keys, rename, "/")
     conformed = []
     for arrays, tree in zip(found, wanted, strict=True):
         expected = {names[key]: value for key, value in tree.items()}
-        conformed.append(conform(function, _with_ones(arrays, expected), expected))
+        conformed.append(conform(function, with_ones(arrays, expected), expected))
     return {new: old for old, new in names.items()}, (conformed[0], conformed[1])
 
 
@@ -225,36 +210,7 @@ def _refuse_unknown(function: str, leaves: Leaves, others: Others) -> None:
         and (others == "refuse" or not {"scale", "mean", "u"}.isdisjoint(module))
     ]
     if refused:
-        _refuse(function, refused, known, others)
-
-
-def _named(function: str, name: str, tree: Any) -> Arrays:
-    """Returns the arrays of a Haiku tree by module and name, "net/~/linear/w"."""
-    found = {}
-    for path, value in flatten(function, name, tree).items():
-        if len(path) < 2:
-            _nameless(function, [*path])
-        found["/".join(path)] = to_numpy(function, "/".join(path), value)
-    return found
-
-
-def _path_of(collection: str, name: str) -> Path | None:
-    """Returns where a leaf of Haiku goes; None if no known module has it."""
-    module, _, leaf = name.rpartition("/")
-    if collection == "params":
-        return ("params", module, PARAMS[leaf]) if leaf in PARAMS else None
-    if leaf in DIRECTIONS:
-        return "batch_stats", module, DIRECTIONS[leaf]
-    module, _, average = module.rpartition("/")
-    if average not in AVERAGES or leaf not in ("average", "hidden", "counter"):
-        return None
-    names = {"average": AVERAGES[average], "counter": f"counter of {average}", "hidden": "hidden"}
-    return "batch_stats", module.removesuffix("/~"), names[leaf]
-
-
-def _refuse(function: str, leaves: list[Leaf], known: list[str], others: Others) -> NoReturn:
-    refused = [(leaf.key, np.shape(leaf.value)) for leaf in leaves]
-    raise_for_others(function, refused, known, others)
+        refuse(function, refused, known, others)
 
 
 def _counted(function: str, leaves: Leaves) -> Leaves:
@@ -274,92 +230,5 @@ def _counted(function: str, leaves: Leaves) -> Leaves:
     return counted
 
 
-def _without_ones(path: Path, leaf: Leaf, wanted: Any) -> Leaf:
-    """Returns the leaf in the shape `(*features)`, without Haiku's axes of size 1."""
-    shape = np.shape(leaf.value)
-    if path[-1] in ("kernel", "embedding", "u") or len(shape) < 2:
-        return leaf
-    features = _larger(shape) or (1,)
-    if wanted is not None and _larger(wanted.shape) == _larger(shape):
-        features = wanted.shape
-    return Leaf(leaf.value.reshape(features), leaf.key)
-
-
-def _with_ones(entries: Arrays, wanted: Arrays) -> Arrays:
-    """Returns the entries in the wanted shapes, if only axes of size 1 differ."""
-    shaped = {}
-    for key, value in entries.items():
-        shape = wanted[key].shape if key in wanted else value.shape
-        shaped[key] = value.reshape(shape) if _larger(shape) == _larger(value.shape) else value
-    return shaped
-
-
-def _larger(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)
-
-
-def _to_params(module: str, leaves: dict[str, Leaf]) -> list[tuple[str, str, Any]]:
-    """Returns Haiku's name, the path and the value of each parameter of a module."""
-    is_linear = any(name == "kernel" or name.startswith("w") for name in leaves)
-    names = LINEAR if is_linear else NORM
-    return [
-        (f"{module}/{names.get(name, name)}", leaf.key, leaf.value)
-        for name, leaf in leaves.items()
-        if leaf.key.startswith("params/") and name not in STATISTICS
-    ]
-
-
-def _to_state(
-    function: str, module: str, leaves: dict[str, Leaf], decay_rate: float | None, like: Any
-) -> list[tuple[str, str, Any]]:
-    """Returns Haiku's name, the path and the value of each state of a module."""
-    found = [
-        (f"{module}/{old}", leaves[new].key, leaves[new].value)
-        for old, new in DIRECTIONS.items()
-        if new in leaves
-    ]
-    found += [
-        (f"{module}/{name}", leaf.key, leaf.value)
-        for name, leaf in leaves.items()
-        if leaf.key.startswith("batch_stats/") and name not in STATISTICS
-    ]
-    if "mean" not in leaves:
-        return found
-    if decay_rate is None or like is None:
-        _checks.raise_error(
-            function,
-            f"the state for {leaves['mean'].key!r} depends on the decay rate and the rank of x",
-            expected="the decay_rate of hk.BatchNorm, and like=(params, state) as Haiku's init "
-            "returned them",
-            got=f"decay_rate={decay_rate!r}, like={'None' if like is None else '(...)'}",
-            fix="Pass both",
-        )
-    check_decay_rate(function, decay_rate)
-    count = np.asarray(leaves["count"].value if "count" in leaves else FORGOTTEN, np.int32)
-    for average, name in AVERAGES.items():
-        value = leaves[name].value
-        hidden = (value * (1 - decay_rate ** float(count))).astype(value.dtype)
-        state = {"average": value, "hidden": hidden, "counter": count}
-        where = f"{module}/~/{average}"
-        found += [(f"{where}/{leaf}", leaves[name].key, array) for leaf, array in state.items()]
-    return found
-
-
 def _nested(entries: Arrays) -> dict[str, dict[str, Any]]:
     return nest({tuple(key.rsplit("/", 1)): jnp.asarray(value) for key, value in entries.items()})
-
-
-def _key_of(path: Path) -> str:
-    names = NORM | {"kernel": "w", "count": "~/mean_ema/counter", "u": "u0"}
-    names |= {new: f"~/{old}/average" for old, new in AVERAGES.items()}
-    return "/".join((*path[1:-1], names.get(path[-1], path[-1])))
-
-
-def _nameless(function: str, leaves: list[str]) -> NoReturn:
-    _checks.raise_error(
-        function,
-        "some leaves are outside of any module",
-        expected="an entry for each module, by its name in Haiku",
-        got=f"{leaves} at the top",
-        fix='Nest them: {"batch_norm": params}',
-    )

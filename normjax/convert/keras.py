@@ -12,11 +12,13 @@ from normjax._trees import Path
 from normjax.convert._keras_layers import depthwise, is_depthwise
 from normjax.convert._keras_names import BACK, Entry, decoded, encoded
 from normjax.convert._keras_paths import Weight, weights_of
-from normjax.convert._paths import Others, Rename, check_others, renamed, renamed_back, unique
-from normjax.convert._sources import Arrays, KerasLayer, Source, conform, read_mapping, to_numpy
+from normjax.convert._leaf import Leaf, Leaves
+from normjax.convert._match import conform
+from normjax.convert._names import unique
+from normjax.convert._others import Others, check_others
+from normjax.convert._rename import Rename, renamed, renamed_back
+from normjax.convert._sources import Arrays, KerasLayer, Source, read_mapping, to_numpy
 from normjax.convert._trees import (
-    Leaf,
-    Leaves,
     Tree,
     Trees,
     expectation,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from normjax import _checks
 from normjax._trees import Path
 from normjax.convert import _torch_layers
-from normjax.convert._names import Rename
-from normjax.convert._sources import Arrays, Source, TorchModule, conform, read_mapping
+from normjax.convert._leaf import COLLECTIONS, Leaf, Leaves
+from normjax.convert._match import conform
+from normjax.convert._names import unique
+from normjax.convert._others import Others, check_others, refuse
+from normjax.convert._rename import Rename
+from normjax.convert._sources import Arrays, Source, TorchModule, read_mapping
 from normjax.convert._torch_encode import (
     adapt,
     encode_all,
@@ -21,18 +25,13 @@ from normjax.convert._torch_encode import (
 from normjax.convert._torch_features import Flattened
 from normjax.convert._torch_groups import RENAMED, WEIGHTS, is_float
 from normjax.convert._torch_layout import read_layout
-from normjax.convert._torch_match import add, check_nesting, match, match_keys, refuse
 from normjax.convert._trees import (
-    COLLECTIONS,
-    Leaves,
     Tree,
     Trees,
     expectation,
     put_together,
     take_apart,
 )
-
-Others = Literal["keep", "refuse"]
 
 
 def from_torch(
@@ -143,7 +142,7 @@ def from_torch(
       PyTorch's documentation.
     """
     function = "from_torch"
-    _check_others(function, others)
+    check_others(function, others)
     wanted = None if like is None else expectation(function, like)
     layout = read_layout(
         function,
@@ -155,31 +154,18 @@ def from_torch(
         example_input=example_input,
     )
     if layout.others and others == "refuse":
-        refuse(function, layout.others.values(), [*RENAMED, *WEIGHTS])
-    leaves: Leaves = {}
+        refuse(function, layout.others.values(), [*RENAMED, *WEIGHTS], others)
+    found: list[tuple[Path, str, Leaf]] = []
     for layer in layout.groups:
         for inside, leaf in layout.decode(layer).items():
-            add(function, leaves, layout.path(layer.module, inside, leaf.key), leaf)
+            found.append((layout.path(layer.module, inside, leaf.key), leaf.key, leaf))
     kept = {key: layout.path_of_other(key) for key in layout.others}
-    for key, path in kept.items():
-        add(function, leaves, path, layout.others[key])
-    check_nesting(function, leaves)
+    found += [(path, key, layout.others[key]) for key, path in kept.items()]
+    leaves = unique(function, found)
     if wanted is not None:
         constants = {path for key, path in kept.items() if not is_float(layout.others[key].value)}
         leaves = _fit(leaves, wanted, constants)
-        match(function, leaves, wanted, _key_of)
-    return put_together(function, leaves, like, _key_of, others=kept.values())
-
-
-def _check_others(function: str, others: object) -> None:
-    if others not in ("keep", "refuse"):
-        _checks.raise_error(
-            function,
-            "others is unknown",
-            expected='"keep" or "refuse"',
-            got=f"others={others!r}",
-            fix="Keep arrays that are not a layer's, or refuse the source because of them",
-        )
+    return put_together(function, leaves, like, _key_of, others=kept.values(), separator=".")
 
 
 def _fit(leaves: Leaves, wanted: Mapping[Path, Any], constants: set[Path]) -> Leaves:
@@ -242,7 +228,7 @@ def to_torch(
       num_batches_tracked 0
     """
     function = "to_torch"
-    _check_others(function, others)
+    check_others(function, others)
     if like is None:
         _check_alone(function, flattened)
         state = encode_all(function, take_apart(function, params, batch_stats), others)
@@ -262,8 +248,7 @@ def to_torch(
         state |= encode_group(layout, layer, taken(layout, layer, leaves), like)
     state |= encode_all(function, leaves, "keep")
     state = adapt(state, expected)
-    match_keys(function, state, expected)
-    state = conform(function, state, expected)
+    state = conform(function, state, expected, ".")
     tensors = like.state_dict() if isinstance(like, TorchModule) else like
     return {key: like_the_given(tensors[key], value) for key, value in state.items()}
 

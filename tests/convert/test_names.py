@@ -1,6 +1,9 @@
 """Names in every converter: no two of one path, renamed by functions and tables, and compared."""
 
+import ast
 import os
+import re
+from functools import partial
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -54,7 +57,7 @@ def test_what_haiku_has_beside_known_modules_is_handed_through():
     assert {*found["gru"]} == {"w_i", "w_h", "bias"} and batch_stats == {}
     assert_identical(nj.convert.to_haiku(found, batch_stats, like=(params, state))[0], params)
     assert_identical(nj.convert.to_haiku(found, batch_stats)[0], params)
-    with pytest.raises(ValueError, match="from_haiku: 'gru/w_i' has .*, and neither has 'gru/w_h'"):
+    with pytest.raises(ValueError, match="from_haiku: 'gru/w_i' has .*first of 2.*'gru/w_h' of"):
         nj.convert.from_haiku(params, state, others="refuse")
     with pytest.raises(ValueError, match="to_haiku: 'params/gru/w_[ih]' has no counterpart"):
         nj.convert.to_haiku(found, batch_stats, others="refuse")
@@ -99,7 +102,7 @@ def test_without_like_a_table_is_read_backwards():
     assert_identical(nj.convert.to_keras(*trees, rename={"old": ""}), KERAS)
     with pytest.raises(ValueError, match="to_keras: rename is a function.*Pass like="):
         nj.convert.to_keras(*trees, rename=str.lower)
-    with pytest.raises(ValueError, match="to_keras: two arrays.*at 'x'.*'a' and 'b'"):
+    with pytest.raises(ValueError, match="to_keras: rename has two.*'x'.*'a' and 'b'"):
         nj.convert.to_keras(*trees, rename={"a": "x", "b": "x"})
 
 
@@ -140,7 +143,11 @@ def test_flax_names_are_renamed_both_ways():
 
 
 WRONG = {
-    "an entry of a table": ({"bm": "x"}, ValueError, "rename has 'bm'.*The nearest is 'bn'"),
+    "an entry of a table": (
+        {"bm": "x"},
+        ValueError,
+        "rename has an entry for 'bm'.*The nearest is 'bn'",
+    ),
     "two of one name": (
         lambda name: "bn/scale",
         ValueError,
@@ -148,6 +155,8 @@ WRONG = {
     ),
     "no function": ("bn", TypeError, "rename cannot be called"),
     "no name": (lambda name: None, TypeError, "rename returned no name for 'bn/gamma'"),
+    "an empty name": (lambda name: "", ValueError, "rename returned no name for 'bn/gamma'"),
+    "a table that leaves nothing": ({"bn/gamma": ""}, ValueError, "no name for 'bn/gamma'"),
 }
 
 
@@ -174,32 +183,79 @@ LIKE = ["stage_1/bn", "stage_2/bn"]
 MISMATCHES = {
     "a prefix too many": (
         ["model/stage_1/bn", "model/stage_2/bn"],
-        "prefix 'model/' of 2 of the 2 names.*rename={'model': ''}",
+        "2 of 2 names .* begin with 'model/': pass rename={'model': ''}",
     ),
-    "a prefix too few": (["bn", "stage_2/bn"], "The names lack the prefix 'stage_1/'"),
-    "separators": (["stage/1/bn", "stage_2/bn"], "rename={'stage/1': 'stage_1'}"),
+    "a prefix too few for one": (
+        ["bn", "stage_2/bn"],
+        "lack the prefix 'stage_1/': pass rename={'bn': 'stage_1/bn'}",
+    ),
+    "separators": (["stage/1/bn", "stage_2/bn"], "differ.*: pass rename={'stage/1': 'stage_1'}"),
+    "a prefix and separators": (
+        ["model/stage/1/bn", "model/stage/2/bn"],
+        "begin with 'model/'.*separators: pass rename={'model/stage/1': 'stage_1', 'model/",
+    ),
     "a name": (
         ["stage_1/bm", "stage_2/bn"],
-        "the nearest name.*rename={'stage_1/bm': 'stage_1/bn'}",
+        "nearest names.*: pass rename={'stage_1/bm': 'stage_1/bn'}",
+    ),
+    "two names with numbers": (
+        ["staging_2/bn", "staging_1/bn"],
+        "nearest names.*: pass rename={'staging_2': 'stage_2', 'staging_1': 'stage_1'}",
     ),
 }
 
 
+def check_advice(message, convert):
+    """Checks that an error has the message, and that the `rename=` in it mends the error."""
+    with pytest.raises(ValueError, match=message) as error:
+        convert(rename=None)
+    pasted = re.search("pass rename=(.*)[.]$", str(error.value))
+    convert(rename=ast.literal_eval(pasted.group(1)))
+
+
 @pytest.mark.parametrize("case", MISMATCHES)
-def test_names_that_do_not_match_are_compared(case):
+def test_names_that_do_not_match_are_compared_and_the_advice_mends_them(case):
     names, message = MISMATCHES[case]
     given = {f"{name}/gamma": ONES for name in names}
-    with pytest.raises(ValueError, match=f"from_keras: .*{message}"):
-        nj.convert.from_keras(given, like=keras(LIKE))
-    with pytest.raises(ValueError, match=f"to_keras: .*{message}"):
-        nj.convert.to_keras(*keras(LIKE), like=given)
+    trees = keras(LIKE)
+    check_advice(f"from_keras: .*{message}", partial(nj.convert.from_keras, given, like=trees))
+    check_advice(f"to_keras: .*{message}", partial(nj.convert.to_keras, *trees, like=given))
 
     given = {name: {"scale": ONES} for name in names}
-    haiku = {name: {"scale": ONES} for name in LIKE}
-    with pytest.raises(ValueError, match=f"from_haiku: .*{message}"):
-        nj.convert.from_haiku(given, {}, like=nj.convert.from_haiku(haiku, {}))
-    with pytest.raises(ValueError, match=f"to_haiku: .*{message}"):
-        nj.convert.to_haiku(haiku, {}, like=(given, {}))
+    trees = nj.convert.from_haiku({name: {"scale": ONES} for name in LIKE}, {})
+    check_advice(f"from_haiku: .*{message}", partial(nj.convert.from_haiku, given, {}, like=trees))
+    to_haiku = partial(nj.convert.to_haiku, *trees, like=(given, {}))
+    check_advice(f"to_haiku: .*{message}", to_haiku)
+
+    message = message.replace("/", r"[./]")
+    given = {f"{name.replace('/', '.')}.weight": ONES for name in names}
+    trees = nj.convert.from_torch({f"{name.replace('/', '.')}.weight": ONES for name in LIKE})
+    check_advice(f"from_torch: .*{message}", partial(nj.convert.from_torch, given, like=trees))
+    check_advice(f"to_torch: .*{message}", partial(nj.convert.to_torch, *trees, like=given))
+
+
+def test_a_prefix_that_all_names_lack_is_one_entry():
+    given, like = ["stage_1/bn", "stage_2/bn"], ["net/stage_1/bn", "net/stage_2/bn"]
+    weights = {f"{name}/gamma": ONES for name in given}
+    convert = partial(nj.convert.from_keras, weights, like=keras(like))
+    check_advice("lack the prefix 'net/': pass rename={'': 'net'}", convert)
+
+
+def test_what_most_names_differ_in_is_said_first():
+    given, like = ["stage/1/bn", "stage/2/bn", "stage/3/bn"], ["stage_1/bn", "stage_2/bn", "bn"]
+    with pytest.raises(ValueError, match="differ in their separators.*{'stage/1': 'stage_1', '"):
+        nj.convert.from_keras({f"{name}/gamma": ONES for name in given}, like=keras(like))
+
+
+def test_a_leaf_is_not_taken_for_another_one_of_its_module():
+    given = {"backbone/stage_1/bn/gamma": ONES}
+    like = {"backbone": {"stage_1": {"bn": {"bias": ONES}}}}, {}
+    with pytest.raises(ValueError, match="bn/beta' is missing.*if names differ, pass rename=[.]$"):
+        nj.convert.from_keras(given, like=like)
+    check_advice(
+        "nearest names.*: pass rename={'tokens/cls': 'tokens/clas'}",
+        partial(nj.convert.from_keras, {"tokens/cls": ONES}, like=({"tokens": {"clas": ONES}}, {})),
+    )
 
 
 def test_names_of_flax_that_do_not_match_are_compared():
@@ -215,13 +271,15 @@ def test_names_of_flax_that_do_not_match_are_compared():
 
 def test_all_that_do_not_match_are_listed():
     first, second = (f"{name}/gamma" for name in LIKE)
-    with pytest.raises(ValueError, match=f"'{first}' is missing, and so is '{second}'"):
+    with pytest.raises(
+        ValueError, match=f"'{first}' is missing, .* missing: '{first}', '{second}'"
+    ):
         nj.convert.from_keras({}, like=keras(LIKE))
     given = {first: ONES, second: ONES}
-    with pytest.raises(ValueError, match=f"'{first}' has no .*, and neither has '{second}'"):
+    with pytest.raises(ValueError, match=f"'{first}' has no .* counterpart: '{first}', '{second}'"):
         nj.convert.from_keras(given, like=({}, {}))
-    with pytest.raises(ValueError, match=f"'{first}', '{second}'.* missing"):
+    with pytest.raises(ValueError, match=f"2 missing: '{first}', '{second}'"):
         nj.convert.to_keras({}, {}, like=given)
     given |= {f"layer_{i}/bn/gamma": ONES for i in range(60)}
-    with pytest.raises(ValueError, match="'layer_38/bn/gamma', and 21 more"):
+    with pytest.raises(ValueError, match="first of 62.*'layer_0/bn/gamma'.*'layer_59/bn/gamma'"):
         nj.convert.from_keras(given, like=({}, {}))
