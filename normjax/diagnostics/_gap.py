@@ -16,7 +16,7 @@ from normjax.diagnostics._findings import Finding, Severity
 from normjax.diagnostics._layers import Layer, Values
 from normjax.diagnostics._rules import at_the_start, channels
 from normjax.statistics.models import Layers, Model, open_model
-from normjax.statistics.passes import Step, compile_step
+from normjax.statistics.passes import Step, compile_step, raise_if_a_part_fits
 from normjax.statistics.population import POPULATION, empty_population
 
 WARNING = 0.25  # deviations; below it, healthy networks vary from batch to batch
@@ -32,7 +32,12 @@ def with_batch_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, b
         variables = nnx.clone(variables)  # which is updated itself
     try:
         model = open_model(variables)
-        layers = _collect(compile_step(apply_fn, model), model, batch)
+        step = compile_step(apply_fn, model)
+        try:
+            layers = _collect(step, model, batch)
+        except Exception:
+            raise_if_a_part_fits(step, model, _started(model.layers, 0), batch, 0)
+            raise
     except (TypeError, ValueError) as error:
         said = str(error)
         if said.startswith("recalibrate: "):  # its functions are used here

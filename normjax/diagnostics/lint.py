@@ -107,7 +107,8 @@ def lint(
         It returns `(y, batch_stats)`, or what linen's `apply(..., mutable=["batch_stats"])`
         returns; anything for an nnx module or a model without batch statistics. Close over keys for
         dropout. Or a model as it is: a linen or an nnx module, or a `TrainState`. It is then called
-        in training mode, also by an argument such as `train` or `deterministic`.
+        in training mode, also by an argument such as `train` or `deterministic`. A linen module
+        without variables, `lint(model, x)`, is initialized.
       variables: `{"params": ..., "batch_stats": ...}` (all collections of linen), the pair
         `(params, batch_stats)`, a tree of parameters, or a `flax.nnx.Module` in training mode.
         Shapes are enough for all rules but `residual-scale`. Left out for an nnx module or a

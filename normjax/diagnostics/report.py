@@ -115,9 +115,9 @@ def report(
       variables: Flax linen's variables, the pair `(params, batch_stats)`, an nnx module, or any
         tree of arrays with such leaves: a training state (without its optimizer), only batch_stats,
         a state_dict with PyTorch's names.
-      apply_fn: `apply_fn(variables, batch)`, a forward pass in training mode, as in `recalibrate`.
-        It may have layers of other libraries with running means, such as Flax's. It is compiled,
-        and needs `batch`.
+      apply_fn: a linen module, or `apply_fn(variables, batch)`, a forward pass in training mode, as
+        in `recalibrate`. It may have layers of other libraries with running means, such as Flax's.
+        It is compiled, and needs `batch`.
       batch: a batch for `apply_fn`; with 100 examples or more, smaller gaps can be found.
       measured: instead of both, variables with measured statistics, such as `recalibrate` returns
         them (for an nnx module, measure a copy, since `recalibrate` updates the module).

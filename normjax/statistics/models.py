@@ -14,6 +14,8 @@ from jaxtyping import Array, PyTree
 
 from normjax import _checks, _trees
 from normjax._trees import STATISTICS, KeyPath, is_layer, is_nnx
+from normjax.statistics.flax_errors import explained
+from normjax.statistics.modules import as_training
 from normjax.statistics.population import POPULATION
 
 FUNCTION = "recalibrate"
@@ -82,8 +84,12 @@ class Tree:
 
     @staticmethod
     def call(apply_fn: ApplyFn, static: Any, arrays: Any, layers: Layers, batch: Any) -> Layers:
-        """Calls `apply_fn(variables, batch)`, which returns `(anything, updates)`."""
-        result = apply_fn(_replaced(arrays, layers), batch)
+        """Calls `apply_fn(variables, batch)`, which returns `(anything, updates)`.
+
+        `apply_fn` may also be a linen module.
+        """
+        function = explained(FUNCTION, as_training(apply_fn))
+        result = function(_replaced(arrays, layers), batch)
         if not (isinstance(result, tuple) and len(result) == 2):
             _checks.raise_error(
                 FUNCTION,

@@ -12,6 +12,7 @@ import jax
 
 from normjax import _checks
 from normjax._trees import is_nnx
+from normjax.statistics.flax_errors import explained
 
 # Arguments by which modules are told what they are called for.
 TRAIN = ("train", "training", "is_training", "is_train")
@@ -39,8 +40,9 @@ def open_model(caller: str, model: Any, given: tuple[Any, ...], *, train: bool) 
 
     Args:
       caller: the name that errors begin with.
-      model: a function, a linen module or its bound `apply`, an nnx module, or a `TrainState`.
-      given: the variables and the inputs; a state and an nnx module also hold the variables.
+      model: a function, a linen module or its `apply`, an nnx module, or a `TrainState`.
+      given: the variables and the inputs; a state, an nnx module and a bound linen module also hold
+        the variables. In training a linen module without variables is initialized.
       train: whether to call it as in training, instead of at inference.
     """
     first, *others = given if given else (None,)
@@ -51,12 +53,16 @@ def open_model(caller: str, model: Any, given: tuple[Any, ...], *, train: bool) 
         return opened._replace(optimizer=model.tx, variables=collections_of(opened.variables))
     if is_nnx(model):
         return _open_nnx(caller, model, given, train)
-    module = _linen_module(model)
+    module = linen_module(model)
+    if module is not None and len(given) == 1:
+        given = _with_variables(module, given, train)
+        first, *others = given
     if len(given) < 2:
         _raise_incomplete(caller, model, given)
     if module is None:
-        return Opened(model, _as_taken(model, first, others), tuple(others))
-    function = partial(_call_linen, module, train)
+        function = explained(caller, model) if train else model
+        return Opened(function, _as_taken(model, first, others), tuple(others))
+    function = explained(caller, partial(_call_linen, module, train))
     return Opened(function, collections_of(first), tuple(others))
 
 
@@ -97,7 +103,7 @@ def _are_collections(value: Any) -> bool:
     return isinstance(value, Mapping) and "params" in value
 
 
-def _linen_module(model: Any) -> Any:
+def linen_module(model: Any) -> Any:
     """Returns a linen module, given itself or its bound `apply`; None for other functions."""
     linen = sys.modules.get("flax.linen")
     if linen is None:
@@ -108,13 +114,34 @@ def _linen_module(model: Any) -> Any:
     return module if isinstance(module, linen.Module) else None
 
 
+def _with_variables(module: Any, given: tuple[Any, ...], train: bool) -> tuple[Any, ...]:
+    """Returns the variables and the inputs, given inputs alone; unchanged if there are none."""
+    if isinstance(given[0], Mapping) or is_state(given[0]):
+        return given
+    if module.scope is not None:
+        return module.variables, *given
+    if not train:
+        return given
+    initialize = jax.jit(partial(module.init, **mode_of(module, train)))
+    return initialize(_keys(), *given), *given
+
+
+def _keys() -> dict[str, jax.Array]:
+    return dict(zip(("params", "dropout"), jax.random.split(jax.random.key(0)), strict=True))
+
+
+def as_training(model: Any) -> Callable[..., Any]:
+    """Returns a linen module or its `apply` as `(variables, *inputs) -> (outputs, new)`."""
+    module = linen_module(model)
+    return model if module is None else partial(_call_linen, module, True)
+
+
 def _call_linen(module: Any, train: bool, variables: Any, *inputs: Any) -> Any:
     mode = mode_of(module, train)
     if not train:
         return module.apply(variables, *inputs, **mode)
     mutable = [name for name in variables if name != "params"]
-    keys = dict(zip(("params", "dropout"), jax.random.split(jax.random.key(0)), strict=True))
-    return module.apply(variables, *inputs, rngs=keys, mutable=mutable or False, **mode)
+    return module.apply(variables, *inputs, rngs=_keys(), mutable=mutable or False, **mode)
 
 
 def _open_nnx(caller: str, model: Any, given: tuple[Any, ...], train: bool) -> Opened:
@@ -153,8 +180,8 @@ def _raise_incomplete(caller: str, model: Any, given: tuple[Any, ...]) -> None:
     _checks.raise_error(
         caller,
         "the variables or the inputs are missing",
-        expected="a TrainState and inputs, an nnx module and inputs, or a function or linen module "
-        "with its variables and inputs",
+        expected="a TrainState, an nnx module or a bound linen module and inputs, or a function or "
+        "linen module with its variables and inputs",
         got=f"{type(model).__name__} and {len(given)} more: "
         f"{[type(each).__name__ for each in given]}",
         fix=f"Call {caller}(model, variables, x), or {caller}(state, x)",

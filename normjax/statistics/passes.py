@@ -77,7 +77,7 @@ def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -
         try:
             layers, report = step(model.static, model.arrays, layers, batch)
         except Exception:
-            _raise_if_a_part_fits(step, model, layers, batch, index)
+            raise_if_a_part_fits(step, model, layers, batch, index)
             raise
         # Checks one batch late: the device is never idle, and has at most two batches waiting.
         if previous is not None:
@@ -103,7 +103,7 @@ def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -
     return layers
 
 
-def _raise_if_a_part_fits(step: Any, model: Model, layers: Layers, batch: Any, index: int) -> None:
+def raise_if_a_part_fits(step: Any, model: Model, layers: Layers, batch: Any, index: int) -> None:
     """Raises an error that says which part of a batch `apply_fn` takes, if it takes one.
 
     It is called after the whole batch, such as (images, labels), raised an error.

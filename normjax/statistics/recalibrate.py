@@ -57,9 +57,10 @@ def recalibrate(
     batches are large, the two hardly differ.
 
     Args:
-      apply_fn: `apply_fn(variables, batch)` does a forward pass in training mode. It returns
-        `(anything, batch_stats)`, as a functional model does, or what linen's `apply(...,
-        mutable=["batch_stats"])` returns; for an nnx module, it may return anything. It is compiled
+      apply_fn: a linen module, or `apply_fn(variables, batch)`, which does a forward pass in
+        training mode. It returns `(anything, batch_stats)`, as a functional model does, or what
+        linen's `apply(..., mutable=["batch_stats"])` returns; for an nnx module, it may return
+        anything. It is compiled
         once for each function: arrays that it closes over are constants.
       variables: `{"params": ..., "batch_stats": ...}` (all collections of linen), the pair
         `(params, batch_stats)`, batch_stats alone, or a `flax.nnx.Module` in training mode.

@@ -17,7 +17,10 @@ VIEWS = {
 }  # fmt: skip
 # Operations that give another statistic of the same values, up to a factor.
 SHARED = {"psum", "psum_invariant", "all_gather"}
-LINEAR = VIEWS | SHARED | {"add", "sub", "neg", "mul", "div", "select_n", "branch", "dot_general"}
+# A part of the values, too: layers may sum around the mean of a sample.
+LINEAR = VIEWS | SHARED | {
+    "add", "sub", "neg", "mul", "div", "select_n", "branch", "dot_general", "slice",
+}  # fmt: skip
 ARITHMETIC = VIEWS | {"add", "sub", "mul", "div", "max", "neg", "select_n", "branch", "integer_pow"}
 
 
