@@ -75,9 +75,12 @@ def _findings(source: Any) -> Findings:
 def _suspects(groups: list[Group]) -> Findings:
     """Returns the first matrix of a mapping, if its inputs are a multiple of the channels before.
 
-    Only such sizes hint at a Flatten, since a mapping has nothing but layers with arrays.
+    Only such sizes hint at a Flatten, since a mapping has nothing but layers with arrays. Nothing
+    does in a mapping that is sorted by its keys, as a file may be: it has not the order of layers.
     """
     found = Findings({}, {}, {}, {})
+    if any(map(_is_sorted, groups)):
+        return found
     channels = None
     for layer in groups:
         shape = _shape_of_weight(layer)
@@ -166,6 +169,12 @@ def _sizes(groups: list[Group], kinds: Mapping[str, str]) -> dict[str, int]:
         if layer.kind == "layer" and len(shape) in (1, 2):
             sizes[layer.module] = shape[0 if kinds.get(layer.module) == CONV1D else -1]
     return sizes
+
+
+def _is_sorted(layer: Group) -> bool:
+    """Returns whether the bias comes before the weight; PyTorch has it after."""
+    names = [name for name in layer.entries if name in ("bias", "weight")]
+    return names == ["bias", "weight"]
 
 
 def _shape_of_weight(layer: Group) -> tuple[int, ...]:

@@ -222,3 +222,20 @@ def test_without_a_graph_the_layers_in_their_order_say_it():
 def test_sizes_that_do_not_fit(flattened, message):
     with pytest.raises(ValueError, match=message):
         nj.convert.from_torch(flat(), flattened=flattened)
+
+
+def test_a_file_that_is_sorted_by_its_keys_says_nothing_of_the_order(recwarn):
+    """As safetensors' are: bn1 comes before fc there, whatever lies between them."""
+    state = {
+        "bn1.bias": np.zeros(4, np.float32),
+        "bn1.running_mean": np.zeros(4, np.float32),
+        "bn1.running_var": np.ones(4, np.float32),
+        "bn1.weight": np.ones(4, np.float32),
+        "fc.bias": np.zeros(2, np.float32),
+        "fc.weight": np.zeros((2, 32), np.float32),
+    }
+    nj.convert.from_torch(state)
+    assert not recwarn.list
+    in_order = dict(sorted(state.items(), key=lambda item: (item[0][:2], "bias" in item[0])))
+    with pytest.warns(UserWarning, match="'fc' has 32 inputs, 8 times the 4 channels"):
+        nj.convert.from_torch(in_order)
