@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,11 @@ from jaxtyping import Array, Inexact, Int
 
 from normjax import _checks
 from normjax._typing import AxisIndexGroups, AxisName, promote
+
+
+# Up to so many devices of a group gather what they sum, in one collective whose bytes grow with
+# them; more take two that do not.
+FEW_MEMBERS = 16
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,17 @@ class DeviceGroup:
         by_vmap = name not in jax.sharding.get_abstract_mesh().manual_axes
         if by_vmap or _tracks_variation(name):
             # psum has no groups under vmap and check_vma=True; a gather within a group is small.
-            return self._gather(flat).sum(0)
+            if by_vmap or self.size <= FEW_MEMBERS:
+                return self._gather(flat).sum(0)
+            return self._sum_of_parts(flat, name)
         return lax.psum(flat, name, axis_index_groups=self.groups)
+
+    def _sum_of_parts(self, flat: Inexact[Array, " n"], name: Hashable) -> Inexact[Array, " n"]:
+        """Has each device of a group sum a part of it: bytes do not grow with the group."""
+        groups = cast(Any, self.groups)  # JAX asks for lists
+        padded = jnp.pad(flat, (0, -flat.size % self.size))
+        own = lax.psum_scatter(padded, name, axis_index_groups=groups, tiled=True)
+        return lax.all_gather(own, name, axis_index_groups=groups, tiled=True)[: flat.size]
 
     def _gather(self, flat: Inexact[Array, " n"]) -> Inexact[Array, "devices n"]:
         if self.groups is None:
