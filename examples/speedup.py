@@ -8,9 +8,10 @@ needs to reach the best test accuracy of the baseline, the same network without 
     python examples/speedup.py --network inception --data cifar10 --data-dir DIR
     python examples/speedup.py --network inception --modules 10 --data cifar10 --data-dir DIR
 
-Prints two tables. One is the paper's: relative to the baseline at the learning rate given. The
-other is stricter: relative to the baseline at the best rate of a sweep. Writes JSON and a plot to
-`--out`. Ctrl-C stops, and keeps finished variants. The same command goes on where it was stopped.
+Prints three tables. One is the paper's: relative to the baseline at the learning rate given. One is
+stricter: relative to the baseline at the best rate of a sweep. The last is of depths. Writes JSON
+and a plot to `--out`. Ctrl-C stops, and keeps finished variants. The same command goes on where it
+was stopped.
 
 The comparison is fair: with the same seed all variants start from the same kernels and use the same
 batches in the same order. See examples/README.md for what to expect.

@@ -101,6 +101,10 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def check_data(self, options: argparse.Namespace) -> None:
-        """Exits unless there is a folder for data that are read from one."""
+        """Exits unless there is a folder for data that are read from one, and for no others."""
+        if options.data == "digits" and options.data_dir is not None:
+            self.error(
+                "--data-dir is for --data mnist and the like: digits are not read from files"
+            )
         if options.data != "digits" and options.data_dir is None:
             self.error(f"--data {options.data} needs --data-dir, the folder that holds its files")

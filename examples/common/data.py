@@ -17,8 +17,19 @@ CIFAR_RECORD = 1 + 3 * 32 * 32  # a label, then the red, green and blue planes
 DIGITS_TEST = 500  # of 1,797: an evaluation is good to 0.2 points, and 1,297 are left to train on
 
 
+SOURCES = {
+    "mnist": "MNIST is at https://storage.googleapis.com/cvdf-datasets/mnist/, four files",
+    "cifar-10-batches-bin": "CIFAR-10 is cifar-10-binary.tar.gz at "
+    "https://www.cs.toronto.edu/~kriz/cifar.html",
+}
+
+
 class DataError(Exception):
     """A missing or wrong data file; the message is one line that names it."""
+
+
+class MissingData(DataError):
+    """A file is not there; the message says where it comes from."""
 
 
 class Dataset(NamedTuple):
@@ -164,9 +175,9 @@ def _find(folder: Path, subfolder: str, name: str, *suffixes: str) -> Path:
         for path in (place / name for name in names):
             if path.exists():
                 return path
-    raise DataError(
+    raise MissingData(
         f"{folder / name}: not found (looked for {' and '.join(names)}, also in "
-        f"{folder / subfolder})"
+        f"{folder / subfolder}). {SOURCES[subfolder]}"
     )
 
 

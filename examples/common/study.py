@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import normjax
-from common.data import DataError
+from common.data import DataError, MissingData
 from common.interrupt import EXIT_STATUS, Interrupt, Interrupted
 from common.report import write_json
 
@@ -114,6 +114,9 @@ def conduct(study: Study, interrupt: Interrupt) -> int:
     """Runs all parts and reports; returns the exit status. A mistake gets one line."""
     try:
         return 0 if _conduct(study, interrupt, Console()) else EXIT_STATUS
+    except MissingData as error:
+        print(f"{study.name}.py: error: {error}", file=sys.stderr)
+        return 2
     except DataError as error:
         message = str(error)
     except OSError as error:

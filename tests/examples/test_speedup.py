@@ -127,13 +127,20 @@ def test_mistakes_end_with_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     missing = ["--data", "cifar10", "--data-dir", tmp_path, "--out", tmp_path / "out"]
     no_folder = ["--out", tmp_path / "file"]
-    for arguments, says in (
-        (missing, tmp_path / "data_batch_1.bin"),
-        (no_folder, tmp_path / "file"),
+    for arguments, says, status in (
+        (missing, tmp_path / "data_batch_1.bin", 2),
+        (no_folder, tmp_path / "file", 1),
     ):
-        assert speedup.main(list(map(str, arguments))) == 1
+        assert speedup.main(list(map(str, arguments))) == status
         out, error = capsys.readouterr()
         assert str(says) in error and error.count("\n") == 1 and out == ""
+        assert ("https://www.cs.toronto.edu/~kriz/cifar.html" in error) == (status == 2)
+
+
+def test_a_folder_of_data_that_are_not_read_from_one_is_a_mistake(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        speedup.main(["--data-dir", str(tmp_path)])
+    assert exit.value.code == 2 and "digits are not read from files" in capsys.readouterr().err
 
 
 def accuracies(folder):
