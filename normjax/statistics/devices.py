@@ -19,7 +19,6 @@ from jaxtyping import Array, Inexact, Int
 from normjax import _checks
 from normjax._typing import AxisIndexGroups, AxisName, promote
 
-
 # Up to so many devices of a group gather what they sum, in one collective whose bytes grow with
 # them; more take two that do not.
 FEW_MEMBERS = 16

@@ -60,7 +60,7 @@ def open_model(caller: str, model: Any, given: tuple[Any, ...], *, train: bool) 
     if len(given) < 2:
         _raise_incomplete(caller, model, given)
     if module is None:
-        function = explained(caller, model) if train else model
+        function = explained(caller, model) if train and callable(model) else model
         return Opened(function, _as_taken(model, first, others), tuple(others))
     function = explained(caller, partial(_call_linen, module, train))
     return Opened(function, collections_of(first), tuple(others))

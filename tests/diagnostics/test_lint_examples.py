@@ -93,11 +93,10 @@ def test_the_ways_of_domains_to_share():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("normalize", [True, False])
-def test_the_network_of_quantize(normalize):
+def test_the_network_of_quantize():
     from studies.quantize import study as quantize
 
-    model = quantize.Network(8, normalize)
+    model = quantize.Network(8)
     x = jnp.ones((32, 8, 8, 1))
     variables = shapes(model.init, KEY, x)
 

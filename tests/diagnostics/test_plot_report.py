@@ -23,9 +23,7 @@ def test_a_row_for_each_layer_a_mark_for_each_channel_in_the_color_of_its_findin
     figure = plot.report(found)
     var, scale = figure.axes
     assert [label.get_text() for label in var.get_yticklabels()] == ["norm", "other"]
-    assert (
-        to_hex(var.get_yticklabels()[0].get_color()) == plot.report.__globals__["COLORS"]["warning"]
-    )
+    assert to_hex(var.get_yticklabels()[0].get_color()) == plot.report.__globals__["COLORS"]["note"]
     marks, median = var.lines
     np.testing.assert_allclose(marks.get_xdata(), np.maximum(found.layers[0].leaves["var"], 1e-8))
     assert (

@@ -144,7 +144,7 @@ def test_moments_of_any_cut(rng, axis, kind):
 
 
 # One mesh axis is mapped by hand, the other one left to JAX, and features are cut over it.
-SYNCED = ("batch_norm", "batch_renorm", "activated_batch_norm")
+SYNCED = ("batch_norm", "batch_renorm", "activated_batch_norm", "running_norm")
 PARTLY_MAPPED = [
     named((case, check_vma, kind))
     for place, case in enumerate(case for case in CASES if case.variant == "plain")
