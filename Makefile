@@ -9,14 +9,14 @@ NEWEST ?= $(shell sh .ci/newest-python)
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F ': ' '{ printf "  make %-18s %s\n", $$1, substr($$0, length($$1) + 3) }'
 
-demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them, in under 2 minutes; installs 1 GB
+demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them, in under 2 minutes; installs 0.9 GB
 	@echo "This trains four networks on 8 x 8 digits, with and without batch norm, for 2 minutes, and draws a plot"
 	$(BIN)/python examples/speedup.py
 
 gallery: $(VENV)/.examples ## the pictures of docs/pages/gallery.md: its ten examples, 20 minutes on two idle cores
 	$(BIN)/python docs/gallery.py
 
-test: $(VENV)/.test ## the whole suite, 15 minutes on two cores
+test: $(VENV)/.test ## the whole suite, 15 minutes on two cores; installs 2.3 GB
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(VENV)/.test ## what is quick, marked by measurement
