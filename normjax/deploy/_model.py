@@ -1,10 +1,8 @@
-"""Takes models as they come: functions, linen and nnx modules."""
+"""Checks and traces the model that is folded."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,41 +13,18 @@ from normjax.deploy._constants import FUNCTION
 from normjax.deploy._graph import Graph
 from normjax.deploy._recipe import find
 
-# Arguments of Flax modules that choose the mode, and their values at inference.
-MODES = {
-    "train": False,
-    "training": False,
-    "is_training": False,
-    "deterministic": True,
-    "use_running_average": True,
-}
 
-
-def as_function(model: Any) -> Callable[..., Any]:
-    """Returns a function of variables and inputs that does inference."""
-    from flax import linen, nnx
-
-    owner = getattr(model, "__self__", None)
-    if isinstance(owner, linen.Module) and model.__name__ == "apply":
-        model = owner
-    if isinstance(model, linen.Module):
-        taken = inspect.signature(model.__call__).parameters
-        return partial(model.apply, **{name: MODES[name] for name in taken if name in MODES})
-    if isinstance(model, nnx.Module):
-        model = nnx.clone(model)
-        model.eval()
-        definition = nnx.graphdef(model)
-        return lambda state, *inputs: nnx.merge(definition, state)(*inputs)
-    if callable(model):
-        return model
-    _checks.raise_error(
-        FUNCTION,
-        "model cannot be called",
-        expected="a function (variables, *inputs) -> outputs, a linen or an nnx module",
-        got=f"{type(model).__name__}",
-        fix="The order is (model, variables, *inputs)",
-        kind=TypeError,
-    )
+def check_callable(model: Any) -> None:
+    """Raises an error for a model that cannot be called."""
+    if not callable(model):
+        _checks.raise_error(
+            FUNCTION,
+            "model cannot be called",
+            expected="a function (variables, *inputs) -> outputs, a linen or an nnx module",
+            got=f"{type(model).__name__}",
+            fix="The order is (model, variables, *inputs)",
+            kind=TypeError,
+        )
 
 
 def traced(

@@ -18,7 +18,7 @@ from normjax._trees import Path, by_path, nest
 from normjax.deploy._constants import FUNCTION
 from normjax.deploy._kernels import folded_leaves, named
 from normjax.deploy._linen import as_linen
-from normjax.deploy._model import as_function, check_arrays, traced
+from normjax.deploy._model import check_arrays, check_callable, traced
 from normjax.deploy._notes import notes
 from normjax.deploy._plan import Fold, Key, Plan
 from normjax.deploy._recipe import Recipe, maps, run
@@ -176,8 +176,8 @@ def fold(
       {'params': {'layers_0': {'bias': (4,), 'kernel': (3, 4)}}}
       >>> y = jax.jit(folded.apply)(folded.variables, x)
     """
-    model, variables, inputs, _ = open_model(FUNCTION, model, (variables, *inputs), train=False)
-    source = as_function(model)
+    source, variables, inputs, _ = open_model(FUNCTION, model, (variables, *inputs), train=False)
+    check_callable(source)
     leaves = by_path(variables)
     check_arrays(leaves, inputs)
     graph = traced(source, variables, inputs, leaves)
