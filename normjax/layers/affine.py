@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.nn.initializers import constant, ones
+from jax.nn.initializers import constant, ones, zeros
 from jaxtyping import Array, Inexact
 
 from normjax import _checks
@@ -68,9 +68,13 @@ def init_params(
         ) from error
 
 
-def initial_scale(scale_init: Initializer, offset: float) -> Initializer:
-    """Returns the initializer of the stored scale: by default the scale with its offset is 1."""
-    return constant(1 - offset) if offset and scale_init is ones else scale_init
+def initial_scale(scale_init: Initializer, offset: float, start: int = 1) -> Initializer:
+    """Returns the initializer of the stored scale: by default the scale with its offset is `start`.
+
+    The default is `ones` in layers that start with a scale of 1, and `zeros` with 0.
+    """
+    default = ones if start else zeros
+    return constant(start - offset) if offset and scale_init is default else scale_init
 
 
 def lay_out(params: Params, rank: int, spec: Spec) -> Params:

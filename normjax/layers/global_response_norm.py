@@ -9,7 +9,7 @@ from typing import Never
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.nn.initializers import constant, zeros
+from jax.nn.initializers import zeros
 from jaxtyping import Array
 
 from normjax._foreign import raise_for_foreign, with_foreign_names
@@ -26,7 +26,7 @@ from normjax._typing import (
     PRNGKey,
     promote,
 )
-from normjax.layers.affine import init_params, lay_out, scale_and_bias
+from normjax.layers.affine import init_params, initial_scale, lay_out, scale_and_bias
 from normjax.layers.jit_step import jit_step
 from normjax.layers.operands import axes_within_examples, check_operands, check_spec
 from normjax.platforms.plain import custom_jvp
@@ -78,7 +78,7 @@ def global_response_norm_init(
     """
     if _foreign:
         raise_for_foreign(global_response_norm_init, _foreign)
-    scale_init = shifted(scale_init, scale_offset)
+    scale_init = initial_scale(scale_init, scale_offset, start=0)
     makers = {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}
     params = init_params("global_response_norm_init", num_features, makers, key, param_dtype)
     return params, {}
@@ -91,11 +91,6 @@ class ResponseSpec(ExampleSpec):
     def least_variance(self) -> float:
         """What squares are compared with, of which 2^-27 may underflow: of a norm that is 2^-24."""
         return self.epsilon**2 * 2.0**-21
-
-
-def shifted(scale_init: Initializer, offset: float) -> Initializer:
-    """Returns the initializer of the stored scale: by default the scale with its offset is 0."""
-    return constant(-offset) if offset and scale_init is zeros else scale_init
 
 
 @jax.named_scope("global_response_norm")

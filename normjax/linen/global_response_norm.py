@@ -12,7 +12,8 @@ from jax.nn.initializers import zeros
 from normjax import _checks
 from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
-from normjax.layers.global_response_norm import global_response_norm, shifted
+from normjax.layers.affine import initial_scale
+from normjax.layers.global_response_norm import global_response_norm
 from normjax.linen._shared import common, declare, promoted, sizes
 
 
@@ -79,7 +80,7 @@ class GlobalResponseNorm(nn.Module):
         if _foreign:
             raise_for_foreign(GlobalResponseNorm.__call__, _foreign)
         x = _checks.array(type(self).__name__, x)
-        scale_init = shifted(self.scale_init, self.scale_offset)
+        scale_init = initial_scale(self.scale_init, self.scale_offset, start=0)
         params = declare(self, sizes(self, x), scale_init, scale=self.use_scale, bias=self.use_bias)
         x, dtype = promoted(self, x, *params.values())
         y, _ = global_response_norm(

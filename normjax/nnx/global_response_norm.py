@@ -16,7 +16,8 @@ from jax.nn.initializers import zeros
 from normjax import _checks
 from normjax._foreign import raise_for_foreign, with_foreign_names
 from normjax._typing import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
-from normjax.layers.global_response_norm import global_response_norm, shifted
+from normjax.layers.affine import initial_scale
+from normjax.layers.global_response_norm import global_response_norm
 from normjax.nnx._shared import common, declare, present, promoted, read
 
 
@@ -76,7 +77,7 @@ class GlobalResponseNorm(nnx.Module):
         metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         made = (num_features,), param_dtype, rngs, metadata
-        declare(self, "scale", use_scale, shifted(scale_init, scale_offset), *made)
+        declare(self, "scale", use_scale, initial_scale(scale_init, scale_offset, start=0), *made)
         declare(self, "bias", use_bias, bias_init, *made)
         self.num_features = num_features
         self.epsilon = epsilon
