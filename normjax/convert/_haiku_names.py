@@ -126,6 +126,7 @@ def _larger(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def raise_for_nameless(function: str, leaves: list[str]) -> NoReturn:
+    """Raises the error for leaves that no module holds."""
     _checks.raise_error(
         function,
         "some leaves are outside of any module",

@@ -223,6 +223,7 @@ def pools_to_one(module: Any, classes: set[str]) -> bool:
 
 
 def size_of_norm(module: Any) -> int | None:
+    """Returns how many features a normalization of PyTorch has; None for another module."""
     for name in ("num_features", "normalized_shape", "num_parameters"):
         size = getattr(module, name, None)
         if size is not None:
