@@ -109,5 +109,5 @@ def test_mistakes_get_one_line(capsys, tmp_path):
         parse(["--calibrate", "0"])
     error = capsys.readouterr().err
     assert "--calibrate: expected a positive integer, got '0'" in error and error.count("\n") == 1
-    assert main(["--data", "mnist", "--data-dir", str(tmp_path / "nowhere")]) == 1
+    assert main(["--data", "mnist", "--data-dir", str(tmp_path / "nowhere")]) == 2
     assert "not found" in capsys.readouterr().err
