@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pathlib
+import re
+import subprocess
 import sys
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import normjax
 from normjax import _typing
+
+HERE = pathlib.Path(__file__).parent
 
 project = "normjax"
 author = "the authors of normjax"
@@ -43,4 +48,18 @@ html_title = "normjax"
 html_favicon = "favicon.svg"
 html_copy_source = False
 html_show_sphinx = False
-html_theme_options = {"navigation_with_keys": True}
+html_theme_options: dict[str, Any] = {"navigation_with_keys": True}
+
+
+def repository(clone: pathlib.Path = HERE) -> str | None:
+    """Returns the address on the web of the repository that a clone is of, or None."""
+    command = ["git", "config", "--get", "remote.origin.url"]
+    found = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+    address = re.sub(r"^(?:ssh://)?git@([^:/]+)[:/]", r"https://\1/", found.stdout.strip())
+    address = re.sub(r"^https://[^/]*@", "https://", address)  # a password is nobody's business
+    return address.removesuffix(".git") if address.startswith("https://") else None
+
+
+if address := repository():
+    link = {"name": "Repository", "url": address, "html": "Repository", "class": ""}
+    html_theme_options["footer_icons"] = [link]

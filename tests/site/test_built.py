@@ -3,7 +3,10 @@
 import html
 import importlib
 import inspect
+import pathlib
 import re
+import runpy
+import subprocess
 from html.parser import HTMLParser
 from urllib.parse import unquote, urldefrag
 
@@ -138,3 +141,21 @@ def test_nothing_comes_from_elsewhere(pages):
 def test_a_page_is_not_a_megabyte(site):
     sizes = {path.name: path.stat().st_size for path in site.rglob("*.html")}
     assert max(sizes.values()) < 300_000, sizes
+
+
+@pytest.mark.parametrize(
+    ("origin", "link"),
+    [
+        ("git@example.org:team/normjax.git", "https://example.org/team/normjax"),
+        ("ssh://git@example.org/team/normjax.git", "https://example.org/team/normjax"),
+        ("https://me:secret@example.org/team/normjax", "https://example.org/team/normjax"),
+        ("/srv/normjax.git", None),
+        (None, None),
+    ],
+)
+def test_the_link_to_the_repository_is_where_the_clone_came_from(tmp_path, origin, link):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    if origin is not None:
+        subprocess.run(["git", "remote", "add", "origin", origin], cwd=tmp_path, check=True)
+    conf = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "docs" / "conf.py"))
+    assert conf["repository"](tmp_path) == link
