@@ -29,6 +29,8 @@ for package in (
         for name in package.__all__
     }
 
+NUMBER = r"\d+(?:\.\d+)?"
+
 
 def blocks(page: pathlib.Path) -> str:
     return "\n".join(
@@ -40,10 +42,17 @@ def blocks(page: pathlib.Path) -> str:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name
 )
-def test_the_blocks_of_a_page_run_in_turn(page, monkeypatch, tmp_path):
+def test_the_blocks_of_a_page_run_in_turn_and_print_what_they_say(
+    page, monkeypatch, tmp_path, capsys
+):
     monkeypatch.chdir(tmp_path)
+    code = blocks(page)
     with jax.numpy_dtype_promotion("standard"):
-        exec(compile(blocks(page), page.name, "exec"), {"__name__": page.stem})
+        exec(compile(code, page.name, "exec"), {"__name__": page.stem})
+    said = re.findall(r"^ *print\(.*\)  # (.+)$", code, flags=re.MULTILINE)
+    numbers = iter(re.findall(NUMBER, capsys.readouterr().out))
+    for number in re.findall(NUMBER, " ".join(said)):
+        assert number in numbers, f"{number} was not printed, or not in this order"
 
 
 @pytest.mark.parametrize("name", slow_after(OWN, PUBLIC))

@@ -69,7 +69,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     mean = jnp.where(equal, big.mean / 2 + small.mean / 2, mean)
     var = jnp.where(equal, big.var / 2 + small.var / 2, var)
     var = var + jnp.where(small.count > 0, share * (1 - share) * abs2(apart), 0)
-    return Moments(count, mean, jnp.maximum(var, 0))
+    return Moments(count, mean, jnp.maximum(var, 0.0))
 
 
 class _Set(NamedTuple):

@@ -155,7 +155,7 @@ def one_pass_if_safe(spec: Spec, x: Array, mask: Mask | None) -> Moments:
         return around(spec, x, mask, first.mean, first.count)[1:]
 
     mean, var = lax.cond(safe, keep, second_pass, x, mask, Moments(count, mean, var))
-    return Moments(count, mean, jnp.maximum(var, 0))
+    return Moments(count, mean, jnp.maximum(var, 0.0))
 
 
 def around_sample(spec: Spec, x: Array, mask: Mask | None) -> Moments:
@@ -229,7 +229,7 @@ def around(
         # Rounded: XLA would square the sum before it divides by n, and the square may overflow.
         correction = jnp.minimum(abs2(rounded(shift)), jnp.finfo(square.dtype).max)  # or inf - inf
     var = square - correction
-    found: Any = count, reference + offset, jnp.maximum(var, 0)
+    found: Any = count, reference + offset, jnp.maximum(var, 0.0)
     return Moments(*found)
 
 
