@@ -1,0 +1,29 @@
+"""What batch norm makes of numbers far from zero."""
+
+from __future__ import annotations
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+from explained.style import OURS, THEIRS
+from flax import linen as nn
+
+import normjax as nj
+
+
+def far_from_zero() -> plt.Figure:
+    """Draws batch norm of 10,000 + noise: what comes out of Flax, and of normjax."""
+    x = 1e4 + jax.random.normal(jax.random.key(0), (1024, 64))
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout="constrained")
+    axes[0].hist(np.ravel(x), 60, color="0.5")
+    axes[0].set_title("x: 10,000 + noise")
+    layers = {"flax.linen": (nn.BatchNorm, THEIRS), "normjax": (nj.linen.BatchNorm, OURS)}
+    for axis, (name, (layer, color)) in zip(axes[1:], layers.items(), strict=True):
+        norm = layer(use_running_average=False)
+        variables = norm.init(jax.random.key(1), x)
+        y, _ = norm.apply(variables, x, mutable=["batch_stats"])
+        axis.hist(np.ravel(y), 60, color=color)
+        axis.set_title(f"{name}: deviation {float(y.std()):.1f}")
+    for axis in axes:
+        axis.set_yticks([])
+    return figure
