@@ -16,9 +16,10 @@ import sys
 import jax
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+sys.path.insert(0, str(ROOT))
 
 from explained.averaged_over import averaged_over
+from explained.compilers import compilers
 from explained.derivative import derivative
 from explained.far_from_zero import far_from_zero
 from explained.running_lag import running_lag
@@ -36,6 +37,7 @@ PICTURES = {
         scale_invariance,
         running_lag,
         sync_on_a_mesh,
+        compilers,
     )
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import numpy as np
+
 from explained.style import OURS, WIDTH
 
 SIZES = {"examples": 4, "positions": 5, "channels": 6}

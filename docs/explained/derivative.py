@@ -7,15 +7,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
-from explained.style import OURS, PALE, THEIRS, WIDTH
 from jaxtyping import Array, Float
 
 import normjax as nj
+from explained.style import OURS, PALE, THEIRS, WIDTH
 
 EXAMPLES = 64
 TITLES = ("incoming g", "statistics as\nconstants", "through the\nstatistics")
 COLORS = (PALE, THEIRS, OURS)
-PARTS = ("along 1", r"along $\hat{x}$", "the rest")
+PARTS = ("along the ones", r"along $\hat{x}$", "the rest")
 
 
 class Gradients(NamedTuple):

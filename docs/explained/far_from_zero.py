@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from explained.style import OURS, THEIRS
 from flax import linen as nn
 
 import normjax as nj
+from explained.style import OURS, THEIRS
 
 
 def far_from_zero() -> plt.Figure:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
-from explained.style import WIDTH
 
 import normjax as nj
+from explained.style import WIDTH
 
 STEPS = 600
 
@@ -15,7 +15,7 @@ STEPS = 600
 def running_lag() -> plt.Figure:
     """Draws how fast the running variance reaches the batches' variance, for each momentum."""
     batches = 3 * jax.random.normal(jax.random.key(0), (STEPS, 256, 1))
-    figure, axis = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
     for momentum in (0.9, 0.99, 0.999, None):
         axis.plot(
             jnp.arange(1, STEPS + 1),
@@ -24,7 +24,7 @@ def running_lag() -> plt.Figure:
         )
     axis.axhline(9, color="0.5", linewidth=0.8, linestyle="--")
     axis.set(xlabel="step", ylabel="running variance", title="The batches' variance is 9")
-    axis.legend(loc="center right")
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from explained.style import OURS, REST, THEIRS, WIDTH
 from jaxtyping import Array, Float
 
 import normjax as nj
+from explained.style import OURS, REST, THEIRS, WIDTH
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 
@@ -21,6 +21,7 @@ import hlo
 GROUPS, MEMBERS = 2, 4
 DEVICES = GROUPS * MEMBERS
 EXAMPLES, FEATURES = 32, 64  # of a device
+LABELS = ["examples", "mean and deviation in use", "the whole batch's"]
 AXES = (None, "member", ("group", "member"))
 
 
@@ -75,8 +76,17 @@ def sync_on_a_mesh() -> plt.Figure:
             axis.axvline(first - 0.5, color="0.8", linewidth=0.8)
         name = f"axis_name={axis_name!r}".replace("'", '"')
         axis.set_title(f"{name}\n{sent(shared, members)}", loc="left")
-        axis.set(yticks=(), ylabel="one feature")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+        axis.set(yticks=(), ylabel="x, one feature")
+    handles, labels = axes[0].get_legend_handles_labels()
+    order = sorted(range(3), key=lambda i: LABELS.index(labels[i]))
+    figure.legend(
+        [handles[i] for i in order],
+        LABELS,
+        loc="outside upper left",
+        ncols=3,
+        handlelength=1,
+        columnspacing=1,
+    )
     axes[-1].set(xlabel="device", xticks=range(DEVICES))
     return figure
 
@@ -95,7 +105,7 @@ def draw_devices(axis: plt.Axes, x: Float[Array, " examples"], shared: Shared) -
     """Draws the examples of one feature as points, and mean and deviation as bars."""
     device = np.repeat(np.arange(DEVICES), EXAMPLES)
     jitter = np.tile(np.linspace(-0.42, -0.18, EXAMPLES), DEVICES)
-    axis.scatter(device + jitter, x, 4, color=REST, label="examples")
+    axis.scatter(device + jitter, x, 4, color=REST, label=LABELS[0])
     axis.errorbar(
         np.arange(DEVICES) + 0.15,
         shared.mean[:, 0],
@@ -103,8 +113,8 @@ def draw_devices(axis: plt.Axes, x: Float[Array, " examples"], shared: Shared) -
         fmt="s",
         color=OURS,
         elinewidth=4,
-        label="mean and deviation in use",
+        label=LABELS[1],
     )
     low, high = x.mean() - x.std(), x.mean() + x.std()
-    axis.axhspan(low, high, color=THEIRS, alpha=0.2, label="mean and deviation of the whole batch")
+    axis.axhspan(low, high, color=THEIRS, alpha=0.2, label=LABELS[2])
     axis.axhline(x.mean(), color=THEIRS, linewidth=1)
