@@ -15,8 +15,8 @@ import sys
 
 import jax
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))  # they read programs
 
 from explained.averaged_over import averaged_over
 from explained.compilers import compilers
@@ -27,7 +27,7 @@ from explained.scale_invariance import scale_invariance
 from explained.style import set_up
 from explained.sync_on_a_mesh import DEVICES, sync_on_a_mesh
 
-IMAGES = ROOT / "docs" / "pages" / "images"
+IMAGES = pathlib.Path(__file__).parent / "pages" / "images"
 PICTURES = {
     draw.__name__: draw
     for draw in (
@@ -54,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.names) - set(PICTURES):
         parser.error(f"no such picture: {', '.join(sorted(unknown))}")
-    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_num_cpu_devices", DEVICES)  # of the mesh, simulated
     set_up()
     for name in options.names or PICTURES:
         path = options.out / f"{name}.svg"

@@ -1,24 +1,20 @@
-"""What each compiler makes of batch norm and layer norm: the kernels that read or write an array."""
+"""What each compiler makes of batch norm and layer norm: kernels that read or write an array."""
 
 from __future__ import annotations
 
 import json
 import pathlib
-import sys
 from typing import Any
 
 import matplotlib.pyplot as plt
+import passes
 
 from explained.style import OURS, THEIRS, WIDTH
 
-BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import passes
-
+RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
 TARGETS = {
     "cpu": "CPU: each sum reads x as it is stored",
-    "h100": "GPU (H100): no branch, and a row of sums in one kernel",
+    "h100": "GPU (H100): no branch, and sums in a row in one kernel",
     "v5e": "TPU (v5e): a branch that is not taken is free",
 }
 READ, WRITTEN = OURS, THEIRS
@@ -28,7 +24,7 @@ LONGEST = 13.5
 
 def programs(target: str) -> list[dict[str, Any]]:
     """Returns the rows of `python benchmarks/passes.py TARGET`."""
-    return json.loads((BENCHMARKS / "results" / f"passes-{target}.json").read_text())["rows"]
+    return json.loads((RESULTS / f"passes-{target}.json").read_text())["rows"]
 
 
 def compilers() -> plt.Figure:
@@ -37,8 +33,7 @@ def compilers() -> plt.Figure:
         len(TARGETS), 1, figsize=(WIDTH, 7.6), sharex=True, layout="constrained"
     )
     for axis, (target, wants) in zip(axes, TARGETS.items(), strict=True):
-        names = draw_programs(axis, programs(target))
-        axis.set_yticks(range(len(names)), names)
+        draw_programs(axis, programs(target))
         axis.tick_params(axis="y", length=0)
         axis.invert_yaxis()
         axis.set_title(wants, loc="left")
@@ -56,18 +51,20 @@ def legend() -> list[plt.Rectangle]:
     ]
 
 
-def draw_programs(axis: plt.Axes, rows: list[dict[str, Any]]) -> list[str]:
-    """Draws a line of boxes for each program, from the top; returns their names."""
-    names = []
-    for row in rows:
-        layer = row["case"]["layer"]
-        for peer in passes.PEERS:
+def draw_programs(axis: plt.Axes, rows: list[dict[str, Any]]) -> None:
+    """Draws a line of boxes for each program, from the top, and names them."""
+    lines = {}
+    for i, row in enumerate(rows):
+        first = i * (len(passes.PEERS) + 0.5)
+        for at, peer in enumerate(passes.PEERS, 1):
             found = row["peers"][peer]
-            end = draw_kernels(axis, len(names), 0, passes.passes(found["steps"], row["x_bytes"]))
+            lines[first + at] = peer
+            end = draw_kernels(axis, first + at, 0, passes.passes(found["steps"], row["x_bytes"]))
             branch = passes.passes(found["steps_in_branches"], row["x_bytes"])
-            draw_kernels(axis, len(names), end, branch, alpha=0.3)
-            names.append(f"{layer}, {peer}")
-    return names
+            draw_kernels(axis, first + at, end, branch, alpha=0.3)
+        layer = f"{row['case']['layer']} norm"
+        axis.text(LONGEST, first + 2, layer, ha="right", va="center", weight="bold")
+    axis.set_yticks(list(lines), list(lines.values()))
 
 
 def draw_kernels(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
 from typing import NamedTuple
 
+import hlo
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,10 +12,6 @@ from jaxtyping import Array, Float
 
 import normjax as nj
 from explained.style import OURS, REST, THEIRS, WIDTH
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
-
-import hlo
 
 GROUPS, MEMBERS = 2, 4
 DEVICES = GROUPS * MEMBERS
