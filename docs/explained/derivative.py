@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
+import numpy as np
 from jaxtyping import Array, Float
 
 import normjax as nj
@@ -15,7 +16,7 @@ from explained.style import OURS, PALE, THEIRS, WIDTH
 EXAMPLES = 64
 TITLES = ("incoming g", "statistics as\nconstants", "through the\nstatistics")
 COLORS = (PALE, THEIRS, OURS)
-PARTS = ("along the ones", r"along $\hat{x}$", "the rest")
+PARTS = (r"along $\mathbf{1}$", r"along $\hat{x}$", "the rest")
 
 
 class Gradients(NamedTuple):
@@ -68,7 +69,7 @@ def derivative() -> plt.Figure:
     )
     for i, gradient in enumerate(found[1:]):
         draw_cloud(clouds[i], found.normalized, gradient, COLORS[i])
-        clouds[i].set_title(TITLES[i])
+        clouds[i].set(title=TITLES[i], xticks=(-2, 0, 2))
         lengths = parts(gradient, found.normalized)
         drawn = bars[i].barh(PARTS, lengths, color=COLORS[i], edgecolor="0.3", linewidth=0.5)
         bars[i].bar_label(drawn, [f"{length:.1f}" for length in lengths], padding=2)
@@ -84,5 +85,5 @@ def draw_cloud(axis: plt.Axes, normalized: Array, gradient: Array, color: str) -
     """Draws a gradient, and the line through it that is nearest in squares."""
     axis.axhline(0, color="0.7", linewidth=0.8)
     axis.scatter(normalized, gradient, 12, color=color, edgecolor="0.3", linewidth=0.3)
-    line = jnp.polyval(jnp.polyfit(normalized, gradient, 1), normalized)
+    line = np.polyval(np.polyfit(normalized, gradient, 1), normalized)
     axis.plot(normalized, line, color="black", linewidth=1.5)

@@ -39,24 +39,29 @@ def loss(kernel: Float[Array, " 2"]) -> Float[Array, ""]:
     return jnp.mean((outputs(kernel, x) - targets) ** 2)
 
 
-def descend(kernel: Float[Array, " 2"]) -> tuple[Float[Array, "steps 2"], nj.diagnostics.Rotation]:
-    """Takes steps of gradient descent; returns all kernels, and how each step turns them."""
+def step(kernel: Float[Array, " 2"]) -> tuple[Float[Array, " 2"], nj.diagnostics.Rotation]:
+    """Takes a step of gradient descent; returns the new kernel, and how the step turned it."""
+    gradient = jax.grad(loss)(kernel)
+    new = kernel - LEARNING_RATE * gradient
+    found = nj.diagnostics.rotation(
+        {"kernel": kernel}, {"kernel": gradient}, {"kernel": new}, learning_rate=LEARNING_RATE
+    )
+    return new, found["kernel"]
 
-    def step(kernel: Array, _: None) -> tuple[Array, tuple]:
-        gradient = jax.grad(loss)(kernel)
-        new = kernel - LEARNING_RATE * gradient
-        found = nj.diagnostics.rotation(
-            {"kernel": kernel}, {"kernel": gradient}, {"kernel": new}, learning_rate=LEARNING_RATE
-        )
-        return new, (kernel, found["kernel"])
 
-    return jax.lax.scan(step, kernel, length=STEPS)[1]
+def descend(kernel: Float[Array, " 2"]) -> Float[Array, "steps 2"]:
+    """Returns the kernel, and what it is after each step."""
+
+    def then(kernel: Array, _: None) -> tuple[Array, Array]:
+        return step(kernel)[0], kernel
+
+    return jax.lax.scan(then, kernel, length=STEPS + 1)[1]
 
 
 def lengths() -> nj.diagnostics.Rotation:
-    """Measures one step from the same direction at many lengths."""
+    """Measures a step from the same direction at many lengths."""
     kernels = START * jnp.geomspace(0.5, 8, 9)[:, None]
-    return jax.tree.map(lambda field: field[:, 0], jax.vmap(descend)(kernels)[1])
+    return jax.vmap(step)(kernels)[1]
 
 
 def invariance() -> nj.diagnostics.ScaleInvariance:
@@ -84,7 +89,7 @@ def draw_plane(axis: plt.Axes) -> None:
     losses = jax.jit(jax.vmap(jax.vmap(loss)))(np.stack([across, up], -1))
     axis.contourf(across, up, losses, 16, cmap="Greys", alpha=0.7)
     for length, color, symbol in ((SHORT, THEIRS, "o-"), (LONG, OURS, "s-")):
-        path, _ = descend(length * START)
+        path = descend(length * START)
         axis.plot(
             *path.T, symbol, color=color, markersize=5, label=f"{STEPS} steps from length {length}"
         )
@@ -112,7 +117,7 @@ def draw_curves(axis: plt.Axes) -> None:
         label="effective learning rate, ~ 1 / length squared",
     )
     axis.set(xlabel="length of the kernel", xticks=(0.5, 1, 2, 4, 8), ylim=(2e-3, 500))
-    axis.set_title(f"Cosine of kernel and gradient: at most {found.cosine.max():.0e}")
+    axis.set_title(f"Cosine of kernel and gradient: at most {abs(found.cosine).max():.0e}")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("")
     axis.legend(loc="upper right")
