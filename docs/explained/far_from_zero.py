@@ -24,6 +24,7 @@ def far_from_zero() -> plt.Figure:
         y, _ = norm.apply(variables, x, mutable=["batch_stats"])
         axis.hist(np.ravel(y), 60, color=color)
         axis.set_title(f"{name}:\ndeviation {float(y.std()):.1f}")
+    axes[0].ticklabel_format(useOffset=False)
     for axis in axes:
         axis.set_yticks([])
     return figure
