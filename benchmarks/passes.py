@@ -33,6 +33,7 @@ CASES = [
     Case("batch", "forward", (256, 56, 56, 256), "bfloat16"),
     Case("layer", "forward", (8, 2048, 4096), "bfloat16"),
 ]
+COMPILERS = {"cpu": "jaxlib", "h100": "jax[cuda13]", "v5e": "libtpu"}
 SMALLEST = 0.01  # of the bytes of x: what is left out is of the size of the features
 
 
@@ -41,10 +42,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", choices=("cpu", "h100", "v5e"))
+    parser.add_argument("target", choices=COMPILERS)
     parser.add_argument("--out", type=pathlib.Path, help="default: a file in benchmarks/results")
     options = parser.parse_args()
-    devices = devices_of(options.target)
+    try:
+        devices = devices_of(options.target)
+    except RuntimeError as error:
+        package = COMPILERS[options.target]
+        parser.error(f"the compiler for {options.target} is in {package}, not installed: {error}")
     results = records.header() | {"target": options.target}
     out = options.out or records.RESULTS / f"passes-{options.target}.json"
     rows = static.chosen(CASES, (), devices, "")
