@@ -1,96 +1,66 @@
 #!/usr/bin/env python3
-"""Draws the pictures that explain: `python docs/pictures.py`, half a minute.
+"""Draws the pictures that explain: `python docs/pictures.py`, a minute.
 
-They go to docs/pages/images/. The pictures of findings are those of docs/gallery.py.
+    python docs/pictures.py derivative compilers    # only these
+
+They go to docs/pages/images/. Each has a file in docs/explained/. The pictures of findings are
+those of docs/gallery.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
-import matplotlib
-import matplotlib.pyplot as plt
-import numpy as np
-from flax import linen as nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))  # they read programs
 
-import normjax as nj
+from explained.averaged_over import averaged_over
+from explained.choosing import choosing
+from explained.compilers import compilers
+from explained.derivative import derivative
+from explained.far_from_zero import far_from_zero
+from explained.running_lag import running_lag
+from explained.scale_invariance import scale_invariance
+from explained.style import set_up
+from explained.sync_on_a_mesh import DEVICES, sync_on_a_mesh
 
-matplotlib.use("svg")
 IMAGES = pathlib.Path(__file__).parent / "pages" / "images"
-OURS, THEIRS = "tab:blue", "tab:orange"
-
-
-def far_from_zero() -> plt.Figure:
-    """Batch norm of 10,000 + noise: what comes out of Flax, and of normjax."""
-    x = 1e4 + jax.random.normal(jax.random.key(0), (1024, 64))
-    figure, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout="constrained")
-    axes[0].hist(np.ravel(x), 60, color="0.5")
-    axes[0].set_title("x: 10,000 + noise")
-    layers = {"flax.linen": (nn.BatchNorm, THEIRS), "normjax": (nj.linen.BatchNorm, OURS)}
-    for axis, (name, (layer, color)) in zip(axes[1:], layers.items(), strict=True):
-        norm = layer(use_running_average=False)
-        variables = norm.init(jax.random.key(1), x)
-        y, _ = norm.apply(variables, x, mutable=["batch_stats"])
-        axis.hist(np.ravel(y), 60, color=color)
-        axis.set_title(f"{name}: deviation {float(y.std()):.1f}")
-    for axis in axes:
-        axis.set_yticks([])
-    return figure
-
-
-def averaged_over() -> plt.Figure:
-    """Which elements of a batch share a mean and a variance, for each layer."""
-    sizes = {"examples": 4, "positions": 5, "channels": 6}
-    example, position, channel = np.indices(tuple(sizes.values()))
-    shared = {
-        "batch norm": channel == 3,
-        "layer norm, RMS norm": (example == 1) & (position == 2),
-        "group norm": (example == 1) & (channel >= 3),
-        "instance norm": (example == 1) & (channel == 3),
-    }
-    figure = plt.figure(figsize=(11, 3.2), layout="constrained")
-    for i, (name, filled) in enumerate(shared.items()):
-        axis = figure.add_subplot(1, 4, i + 1, projection="3d")
-        axis.voxels(filled, facecolors=OURS, edgecolor="white", linewidth=0.5)
-        axis.set(title=name, xlim=(0, 4), ylim=(0, 5), zlim=(0, 6))
-        axis.set(**{f"{axis_name}label": of for axis_name, of in zip("xyz", sizes, strict=True)})
-        axis.set(xticklabels=[], yticklabels=[], zticklabels=[])
-        axis.set_box_aspect(tuple(sizes.values()), zoom=0.85)
-        axis.view_init(22, -55)
-    return figure
-
-
-def running_lag() -> plt.Figure:
-    """How fast the running variance reaches the batches' variance, for each momentum."""
-    steps = 600
-    batches = 3 * jax.random.normal(jax.random.key(0), (steps, 256, 1))
-    figure, axis = plt.subplots(figsize=(7, 2.8), layout="constrained")
-    for momentum in (0.9, 0.99, 0.999, None):
-        _, batch_stats = nj.batch_norm_init(1, count=True)
-
-        def step(batch_stats: dict, x: jax.Array, momentum: float | None = momentum) -> tuple:
-            new = nj.update_batch_stats(batch_stats, nj.moments(x, 0), momentum=momentum)
-            return new, new["var"][0]
-
-        _, var = jax.lax.scan(step, batch_stats, batches)
-        axis.plot(jnp.arange(1, steps + 1), var, label=f"momentum={momentum}")
-    axis.axhline(9, color="0.5", linewidth=0.8, linestyle="--")
-    axis.set(xlabel="step", ylabel="running variance", title="The batches' variance is 9")
-    axis.legend()
-    return figure
+PICTURES = {
+    draw.__name__: draw
+    for draw in (
+        far_from_zero,
+        averaged_over,
+        choosing,
+        derivative,
+        scale_invariance,
+        running_lag,
+        sync_on_a_mesh,
+        compilers,
+    )
+}
 
 
 def main() -> None:
-    """Draws all of them."""
-    plt.rcParams["svg.hashsalt"] = "normjax"
-    for draw in (far_from_zero, averaged_over, running_lag):
-        path = IMAGES / f"{draw.__name__}.svg"
-        draw().savefig(path, metadata={"Date": None})
+    """Draws those that are asked for, or all."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)} (default: all)"
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=IMAGES, metavar="FOLDER")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(PICTURES):
+        parser.error(f"no such picture: {', '.join(sorted(unknown))}")
+    jax.config.update("jax_num_cpu_devices", DEVICES)  # of the mesh, simulated
+    set_up()
+    for name in options.names or PICTURES:
+        path = options.out / f"{name}.svg"
+        PICTURES[name]().savefig(path, metadata={"Date": None})
         print(f"Written to {path}")
 
 

@@ -170,6 +170,20 @@ def test_programs_of_gpus_are_plotted_and_need_jax_with_cuda_to_be_compiled(tmp_
 
 
 @pytest.mark.slow
+def test_passes_of_cpu_programs_are_listed_and_those_of_tpus_need_libtpu(tmp_path):
+    said = call("passes.py", "cpu", "--out", tmp_path / "a.json")
+    assert "|  | formula | flax.linen | normjax |" in said
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["case"]["layer"] for row in rows] == ["batch", "layer"]
+    for row in rows:
+        read, written = map(sum, zip(*row["peers"]["normjax"]["steps"], strict=True))
+        assert read >= 2 * row["x_bytes"] and written >= row["x_bytes"]
+    if importlib.util.find_spec("libtpu") is None:
+        said = call("passes.py", "v5e", status=2)
+        assert "the compiler for v5e is in libtpu, not installed" in said
+
+
+@pytest.mark.slow
 def test_the_gpu_call_refuses_to_time_a_cpu():
     assert "JAX sees no GPU, but [CpuDevice(id=0)]. Install jax[cuda13], or give --dry-run" in call(
         "gpu.py", status=2

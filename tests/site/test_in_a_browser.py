@@ -6,7 +6,13 @@ import time
 import pytest
 
 pytestmark = pytest.mark.slow
-PAGES = ["index.html", "several_devices.html", "benchmarks.html", "reference/batch_norm.html"]
+PAGES = [
+    "index.html",
+    "explained.html",
+    "several_devices.html",
+    "benchmarks.html",
+    "reference/batch_norm.html",
+]
 PHONE, DESK = (390, 844), (1280, 900)
 
 
