@@ -23,8 +23,11 @@ SHOWN = dict(re.findall(r"^!\[([^]]+)\]\(images/(\w+)\.svg\)$", EXPLAINED, flags
 ALT = {name: text for text, name in SHOWN.items()}
 
 
-def test_the_page_shows_all_pictures_but_that_of_the_first_page():
-    assert ["far_from_zero", *ALT] == list(pictures.PICTURES)
+def test_the_page_shows_all_pictures_but_those_of_other_pages():
+    elsewhere = {"far_from_zero": "index.md", "choosing": "choosing.md"}
+    assert [*ALT] == [name for name in pictures.PICTURES if name not in elsewhere]
+    for name, page in elsewhere.items():
+        assert f"images/{name}.svg" in (PAGES / page).read_text()
     assert all((PAGES / "images" / f"{name}.svg").exists() for name in pictures.PICTURES)
 
 

@@ -1,6 +1,6 @@
 """Phrases primitives for XLA's CPU backend. Programs for other platforms do not change.
 
-Measured by `python benchmarks/layers.py`; see "What a CPU wants" in docs/pages/design.md.
+Measured by `python benchmarks/layers.py`; see "Programs for CPUs" in docs/pages/design.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Phrases primitives for XLA's GPU backend, of CUDA and ROCm.
 
-Read off compiled programs by `python benchmarks/gpu_static.py`; see "What a GPU wants" in
+Read off compiled programs by `python benchmarks/gpu_static.py`; see "Programs for GPUs" in
 docs/pages/design.md.
 """
 
