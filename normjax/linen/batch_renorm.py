@@ -28,9 +28,9 @@ class BatchRenorm(BatchNorm):
       epsilon: added to the variance, which may be 0.
       dtype: dtype of y. None: the dtype that x, scale and bias promote to.
       param_dtype: dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale. A linear layer that follows, also after a ReLU, can do
-        without it.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale. It is redundant if a linear layer follows,
+        directly or after a ReLU.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale. Zeros suit the last norm of a residual branch (Goyal et
         al. 2017, section 5.1).

@@ -31,7 +31,7 @@ class RMSNorm(nn.RMSNorm):
       epsilon: added to the mean square.
       dtype: dtype of y. None: the dtype that x and the scale promote to.
       param_dtype: dtype of the scale.
-      use_scale: whether there is a scale.
+      use_scale: whether to use a learnable scale.
       scale_init: initializer of the scale.
       reduction_axes: the axes that the mean square is taken over.
       feature_axes: the axes that the scale runs along.

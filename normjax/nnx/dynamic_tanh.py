@@ -31,8 +31,8 @@ class DynamicTanh(nnx.Module):
       num_features: size of the feature axis; with several feature axes, the product of their sizes.
       dtype: dtype of y. None: the dtype that x and the parameters promote to.
       param_dtype: dtype of the parameters.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale.
       alpha_init: initializer of the slope alpha, a scalar. The default of 0.5 suits all but large
         language models, which need less.
       bias_init: initializer of the bias.

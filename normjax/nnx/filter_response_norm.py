@@ -35,8 +35,8 @@ class FilterResponseNorm(nnx.Module):
       epsilon: added to the mean square; kept in the attribute `fixed_epsilon`.
       dtype: dtype of y. None: the dtype that x and the parameters promote to.
       param_dtype: dtype of the parameters.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale.
       use_threshold: whether there is a threshold. Without it, y is not cut off from below.
       learn_epsilon: whether each feature also learns an epsilon, which 1x1 feature maps need.
       bias_init: initializer of the bias.

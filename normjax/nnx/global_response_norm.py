@@ -32,8 +32,8 @@ class GlobalResponseNorm(nnx.Module):
       epsilon: added to the mean of the norms.
       dtype: dtype of y. None: the dtype that x, scale and bias promote to.
       param_dtype: dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale. Without it, the scale is 1.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale. Without it, the scale is 1.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       feature_axes: the axes of the channels, which parameters run along. All other axes but axis 0

@@ -41,8 +41,8 @@ class InstanceNorm(nnx.InstanceNorm):
       epsilon: added to the variance, which may be 0.
       dtype: dtype of y. None: the dtype that x, scale and bias promote to.
       param_dtype: dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       feature_axes: the axes that statistics, scale and bias run along. All other axes but axis 0

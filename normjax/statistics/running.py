@@ -186,7 +186,7 @@ def check_precision(function: str, batch_stats: BatchStats) -> None:
         if dtype not in WIDE:
             _checks.raise_error(
                 function,
-                f"batch_stats[{leaf!r}] is too coarse to train with: it would stop moving, or "
+                f"batch_stats[{leaf!r}] is too imprecise to train with: it would stop changing, or "
                 "overflow",
                 expected="float32 or wider in training; any float at inference",
                 got=f"dtype {dtype}",
