@@ -158,7 +158,7 @@ def more_than_one_value(function: str, x: Array, spec: Spec) -> None:
         members = 1 if spec.groups is None else spec.groups[1]
         _checks.raise_error(
             function,
-            "each statistic is over only one value: its variance is 0, so y is the bias for every x",
+            "each statistic is over one value: the variance is 0, so y is the bias for every x",
             expected="at least 2 values for each mean and variance in training",
             got=f"1 for x.shape={x.shape}, reduced over axes {spec.axes}, {members} channel(s) "
             f"and {spec.devices.size} device(s)",
