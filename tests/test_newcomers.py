@@ -179,7 +179,9 @@ def test_recalibrate_says_which_part_of_a_batch_the_model_takes(case, layer_by_l
         return nj.batch_norm(*variables, x, train=True)
 
     batch, message = BATCHES[case]
-    with pytest.raises(TypeError, match=f"recalibrate: apply_fn does not take batch 0.*{message}"):
+    with pytest.raises(
+        TypeError, match=f"recalibrate: apply_fn does not accept batch 0.*{message}"
+    ):
         nj.recalibrate(apply_fn, (PARAMS, STATS), [batch], layer_by_layer=layer_by_layer)
 
 

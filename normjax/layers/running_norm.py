@@ -250,7 +250,7 @@ def _must_be_real(x: Array) -> None:
 def _check_statistics(
     batch_stats: BatchStats, features: tuple[int, ...], x: Array, train: bool
 ) -> None:
-    """Raises an error for leaves that are missing, do not fit, or are too coarse to be updated."""
+    """Raises an error for leaves that are missing, do not fit, or are too imprecise to update."""
     known = (*LEAVES, *RESTS)
     _leaves.leaves(
         FUNCTION, "batch_stats", batch_stats, shape=features, dtype=x.dtype, required=known
