@@ -124,7 +124,7 @@ SWAPPED = {
     "fold_batch_norm": (lambda: nj.fold_batch_norm(X, None, STATS, PARAMS), "are swapped"),
     "variables": (
         lambda: nj.batch_norm({"params": PARAMS, "batch_stats": STATS}, STATS, X, True),
-        r"params holds whole collections.*variables\[\"params\"\]",
+        r"params contains whole collections.*variables\[\"params\"\]",
     ),
     "x first": (lambda: nj.batch_norm(X, PARAMS, STATS, True), "x of type dict.*The order is"),
     "x in the middle": (lambda: nj.batch_norm(PARAMS, X, STATS, True), "x of type dict.*The order"),

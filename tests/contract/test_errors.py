@@ -225,7 +225,7 @@ def test_arrays_in_the_hosts_memory_are_named(case, rng):
                 lambda run=run, moved=moved: run(*moved.values()),
                 case.layer.name,
                 f"{named}",
-                "in the host's memory",
+                "in host memory",
                 "<host>",
             )
 
