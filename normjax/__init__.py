@@ -3,9 +3,9 @@
     params, batch_stats = nj.batch_norm_init(num_features)
     y, batch_stats = nj.batch_norm(params, batch_stats, x, train=True)
 
-`normjax.linen` and `normjax.nnx`, the adapters for Flax models, are imported on first use, and so
-are `normjax.convert`, `normjax.deploy` (with `fold_batch_norm`), `normjax.diagnostics` and
-`normjax.optim`.
+The adapters for Flax models, `normjax.linen` and `normjax.nnx`, and the packages `normjax.convert`,
+`normjax.deploy` (with `fold_batch_norm`), `normjax.diagnostics` and `normjax.optim` are imported on
+first use.
 """
 
 import importlib
@@ -92,7 +92,7 @@ _PACKAGES = ("convert", "deploy", "diagnostics", "linen", "nnx", "optim")
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a package, and what it depends on, when it is first used."""
+    """Imports a package and its dependencies on first use."""
     if name in _PACKAGES:
         return _load(name)
     if name == "fold_batch_norm":

@@ -1,7 +1,7 @@
 """Checks the arguments of layers at trace time, from static shapes and dtypes.
 
-Every error reads `{function}: {problem}. Expected {expected}; got {what was given}. {One concrete
-fix}.`
+Every error has the form `{function}: {problem}. Expected {expected}; got {what was given}. {One
+concrete fix}.`
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def static_train(function: str, train: object) -> bool:
     if isinstance(train, Tracer):
         raise_error(
             function,
-            "`train` is traced, but it chooses which program is compiled",
+            "`train` is traced, but it selects the program to compile",
             expected="a Python bool",
             got=f"train={train}",
             fix="Make it static: jax.jit(..., static_argnames='train'), or close over it",
@@ -73,7 +73,7 @@ def static_train(function: str, train: object) -> bool:
 
 
 def boolean(function: str, name: str, given: object) -> bool:
-    """Returns an option that is on or off; raises for anything but a bool."""
+    """Returns a bool option; raises an error for anything else."""
     if not isinstance(given, bool | np.bool_):
         raise_error(
             function,
@@ -87,7 +87,7 @@ def boolean(function: str, name: str, given: object) -> bool:
 
 
 def array(function: str, x: Any, name: str = "x") -> jax.Array:
-    """Returns `x` as an array; raises for what cannot be one, such as None."""
+    """Returns `x` as an array; raises an error if it cannot be converted, such as None."""
     is_batch = isinstance(x, tuple | list) and any([hasattr(part, "shape") for part in x])
     try:
         if not is_batch:
@@ -100,7 +100,7 @@ def array(function: str, x: Any, name: str = "x") -> jax.Array:
             f"{name} is not an array",
             expected=f"an array of numbers for {name}",
             got=f"{name} of type {type(x).__name__} with {len(x)} arrays",
-            fix="Pass one of them, as the images of (images, labels)"
+            fix="Pass one of them, such as the images of (images, labels)"
             if is_batch
             else f"The order is (params, batch_stats, {name}, train)",
             kind=TypeError,
@@ -110,7 +110,7 @@ def array(function: str, x: Any, name: str = "x") -> jax.Array:
         f"{name} is not an array",
         expected=f"an array of numbers for {name}",
         got=f"{name} of type {type(x).__name__}",
-        fix=f"Check what {name} was computed by: a function without return gives None",
+        fix=f"Check how {name} was computed: a function without return gives None",
         kind=TypeError,
     )
 
@@ -142,18 +142,18 @@ def activations(function: str, x: Any, name: str = "x") -> jax.Array:
 
 
 def raise_for_host(function: str, name: str, value: Any) -> NoReturn:
-    """Raises the error for an array that lies in host memory."""
+    """Raises an error for an array in host memory."""
     raise_error(
         function,
-        f"{name} lies in the host's memory, which layers do not compute in",
-        expected=f"{name} in the device's memory",
+        f"{name} is in host memory, but layers compute in device memory",
+        expected=f"{name} in device memory",
         got=f"{name} of type {value.aval.str_short()}",
-        fix=f"Move it where it is used: jax.device_put({name}, jax.memory.Space.Device)",
+        fix=f"Move it to the device: jax.device_put({name}, jax.memory.Space.Device)",
     )
 
 
 def axes(function: str, name: str, given: Axes, shape: Shape) -> tuple[int, ...]:
-    """Returns axes as non-negative ints in ascending order; raises for repeated or unknown axes."""
+    """Returns axes as ascending, non-negative ints; raises an error for invalid axes."""
     entries = tuple(given) if isinstance(given, Sequence) else (given,)
     rank = len(shape)
     got = f"{name}={given!r} for x.shape={shape}"
@@ -167,7 +167,7 @@ def axes(function: str, name: str, given: Axes, shape: Shape) -> tuple[int, ...]
                 f"{name} is not made of ints",
                 expected="an int or a tuple of ints",
                 got=got,
-                fix="Name axes by their position, as in -1 or (1, 2)",
+                fix="Pass positions of axes, such as -1 or (1, 2)",
                 kind=TypeError,
             )
         if not -rank <= axis < rank:
@@ -182,10 +182,10 @@ def axes(function: str, name: str, given: Axes, shape: Shape) -> tuple[int, ...]
     if len(set(canonical)) < len(canonical):
         raise_error(
             function,
-            f"{name} names an axis twice",
+            f"{name} contains an axis twice",
             expected="each axis once",
             got=got,
-            fix=f"Name each once: {tuple(dict.fromkeys(sorted(canonical)))}",
+            fix=f"Pass each axis once:  {tuple(dict.fromkeys(sorted(canonical)))}",
         )
     return tuple(sorted(canonical))
 
@@ -196,9 +196,10 @@ def other_axes(axes: Collection[int], rank: int) -> tuple[int, ...]:
 
 
 def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
-    """Returns the mask with x's rank; raises for integers, and for shapes that do not broadcast.
+    """Returns the mask with x's rank; raises an error for integers and wrong shapes.
 
-    Real weights are checked if they are a NumPy array: the values of a JAX array are not looked at.
+    The values of weights are checked only in a NumPy array, since those of a JAX array may be
+    traced.
     """
     if given is None:
         return None
@@ -211,10 +212,10 @@ def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
     if given.dtype != jnp.bool_ and not jnp.issubdtype(given.dtype, jnp.floating):
         raise_error(
             function,
-            "mask holds neither bools nor real weights",
-            expected="dtype bool, True where an element counts; or a float, its weight",
+            "mask contains neither bools nor real weights",
+            expected="a bool mask, True for elements that count; or float weights",
             got=got,
-            fix="Compare first, as in mask > 0",
+            fix="Convert it to a bool mask, as in mask > 0",
             kind=TypeError,
         )
     fits = given.ndim <= len(shape) and all(
@@ -232,12 +233,12 @@ def mask(function: str, given: Any, shape: Shape) -> jax.Array | None:
 
 
 def _not_negative(function: str, weights: np.ndarray) -> None:
-    """Raises for weights that are negative, infinite or NaN."""
+    """Raises an error for weights that are negative, infinite or NaN."""
     wrong = weights[~((weights >= 0) & np.isfinite(weights))]
     if wrong.size:
         raise_error(
             function,
-            "mask holds weights that are negative or not finite",
+            "mask contains weights that are negative or not finite",
             expected="finite weights of at least 0",
             got=f"{wrong.size} such weights, the first of them {wrong[0]}",
             fix="Clip them: np.maximum(mask, 0)",
@@ -279,19 +280,19 @@ def output_dtype(function: str, dtype: Any, x: jax.Array) -> Any:
             "dtype cannot hold y",
             expected="a complex dtype" if jnp.iscomplexobj(x) else "a floating-point dtype",
             got=f"dtype={asked} for x.dtype={x.dtype}, x.shape={x.shape}",
-            fix="Drop dtype to keep that of x",
+            fix="Drop dtype to keep the dtype of x",
             kind=TypeError,
         )
     return asked
 
 
 def no_common_dtype(function: str, *arrays: Any) -> NoReturn:
-    """Raises for dtypes that JAX does not promote, as x in float8 and parameters in float32."""
+    """Raises an error for dtypes that JAX does not promote, such as float8 and float32."""
     dtypes = {str(array.dtype): None for array in arrays if array is not None}
     raise_error(
         function,
         "x and the variables have no common dtype",
-        expected="dtypes that JAX promotes, or the dtype of y",
+        expected="dtypes that JAX promotes, or an explicit dtype",
         got=f"x.dtype={arrays[0].dtype} among {list(dtypes)}",
         fix="Pass dtype=... to the module, such as jnp.bfloat16",
         kind=TypeError,
@@ -313,7 +314,7 @@ def choice(function: str, name: str, given: object, allowed: Sequence[object]) -
 def between(
     function: str, name: str, given: Any, low: float, high: float, *, finite: bool = True
 ) -> None:
-    """Raises for a number outside `[low, high]`, or no number; JAX arrays are not checked."""
+    """Raises an error for a number outside `[low, high]`; JAX arrays are not checked."""
     if isinstance(given, jax.Array):
         return
     number = isinstance(given, (int, float, np.number, np.ndarray)) and not isinstance(given, bool)
@@ -337,14 +338,14 @@ def between(
 
 
 def number(function: str, name: str, given: Any, low: float, high: float) -> float:
-    """Returns a number within `[low, high]` as a float; raises for a traced one."""
-    if isinstance(given, float) and low <= given < math.inf:  # as nearly always
+    """Returns a number within `[low, high]` as a float; raises an error for a traced one."""
+    if isinstance(given, float) and low <= given < math.inf:  # the common case, checked first
         return given
     if isinstance(given, Tracer):
         raise_error(
             function,
-            f"{name} is traced, but it is a part of the program that is compiled",
-            expected=f"{name} as a number that is known at trace time",
+            f"{name} is traced, but it is a constant of the compiled program",
+            expected="a number that is known at trace time",
             got=f"{name}={given}",
             fix=f"Pass a Python float, or close over {name} instead of passing it through jax.jit",
             kind=TypeError,

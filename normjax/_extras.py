@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from normjax._checks import raise_error
 
-# By the name that is imported; the extras are those of pyproject.toml.
+# The extra of pyproject.toml, by the name of the imported package.
 EXTRAS = {
     "matplotlib": "diagnostics",
     "rich": "diagnostics",
@@ -25,15 +25,16 @@ EXTRAS = {
 def raise_for_missing(
     function: str, need: str, error: ImportError, *, otherwise: str = ""
 ) -> NoReturn:
-    """Raises the error for a package that is not installed, with the extra that installs it.
+    """Raises an error for a missing package, which names the extra that installs it.
 
-    Errors for packages that are in no extra, such as a broken part of one, are raised as they are.
+    If the package is not in any extra, such as a broken part of one, the error is re-raised as it
+    is.
 
     Args:
       function: the name that the error begins with.
-      need: what needs the package, and a verb: "progress=True shows a bar of".
-      error: what the import raised.
-      otherwise: what to do without the package.
+      need: the feature that needs the package, and a verb: "progress=True shows a bar of".
+      error: the error that the import raised.
+      otherwise: the text about how to do without the package.
     """
     package = (error.name or "").split(".")[0]
     if package not in EXTRAS:

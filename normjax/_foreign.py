@@ -1,12 +1,12 @@
-"""What other libraries call the arguments, classes and functions of normjax: a table for errors.
+"""Names of other libraries for arguments, classes and functions of normjax, used in errors.
 
 A function that knows foreign names ends its arguments with `**_foreign: Never` and begins with
 
     if _foreign:
         raise_for_foreign(batch_norm, _foreign)
 
-so a call with good arguments costs nothing. `with_foreign_names` hides the catch-all from
-`inspect.signature`, `help` and tools that check types at run time.
+so a call with valid arguments has no overhead. `with_foreign_names` hides the catch-all from
+`inspect.signature`, `help` and run-time type checkers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from normjax._checks import raise_error
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Names here, in the order in which they are looked for. "not" marks the opposite meaning.
+# The names in normjax, in the order of the search. "not" marks the opposite meaning.
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "training": ("train", "not use_running_average"),
     "is_training": ("train", "not use_running_average"),
@@ -69,17 +69,18 @@ MODES = ("train", "training", "is_training", "use_running_average", "determinist
 
 
 class Nothing:
-    """Stands for an argument that was left out, for Python would name it before the foreign one."""
+    """The default of a missing argument, so that the error names the foreign argument first."""
 
     def __repr__(self) -> str:
         return "nothing"
 
 
 def with_foreign_names(function: Function) -> Function:
-    """Returns the function itself, which reaches its body with foreign names, too.
+    """Makes a function accept foreign names, so that its body can raise a helpful error.
 
-    Tools see it without `**_foreign`. An argument that often has another name may be left out: a
-    call with `training=True` and without `train` should not be told that `train` is missing.
+    Tools see the function without `**_foreign`. An argument that often has another name may be
+    missing: for a call with `training=True` instead of `train`, Python would only report that
+    `train` is missing.
     """
     shown = types.FunctionType(
         function.__code__,
@@ -108,7 +109,7 @@ def with_foreign_names(function: Function) -> Function:
 
 
 def raise_for_foreign(function: Callable[..., Any], foreign: Mapping[str, object]) -> NoReturn:
-    """Raises the error for keyword arguments that the function does not have."""
+    """Raises an error for keyword arguments that the function does not have."""
     name, value = next(iter(foreign.items()))
     known = [other for other in inspect.signature(function).parameters if other != "self"]
     names = [other for other in ARGUMENTS.get(name, ()) if other.split()[-1] in known]
@@ -121,7 +122,7 @@ def raise_for_foreign(function: Callable[..., Any], foreign: Mapping[str, object
         problem, fix = f"{name}= is an argument of {owner}", "Pass it there"
     elif name in MODES:
         problem = f"{name}= has no meaning here"
-        fix = "Leave it out: this layer computes the same in training and at inference"
+        fix = "Drop it: this layer computes the same in training and at inference"
     else:
         problem, fix = f"{name}= is unknown", "Check the spelling"
         if nearest := difflib.get_close_matches(name, known, n=1):
@@ -142,7 +143,7 @@ def _described(name: str) -> str:
 
 
 def _written(name: str, value: object) -> str:
-    """Returns the argument as it is written here, with the value if it is known and short."""
+    """Returns the argument as written for normjax, with its value if that is known and short."""
     inverse, name = name.startswith("not "), name.removeprefix("not ")
     if inverse:
         return f"{name}={not value}" if isinstance(value, bool) else f"{name}=..."
@@ -150,7 +151,7 @@ def _written(name: str, value: object) -> str:
 
 
 def _short(value: object) -> str:
-    """Returns a value as it is written, or three dots for an array and the like."""
+    """Returns the repr of a value, or "..." for arrays and long values."""
     simple = isinstance(value, bool | int | float | str | tuple | list | None)
     text = repr(value)
     return text if simple and len(text) <= 60 and "\n" not in text else "..."
@@ -163,7 +164,7 @@ def _title_of(function: Callable[..., Any]) -> str:
 
 
 def _sister_with(function: Callable[..., Any], name: str) -> str | None:
-    """Returns which function has the argument: the init of a layer, the layer, or a call."""
+    """Returns the function that has the argument: a layer, its init function, or a call."""
     module, title = sys.modules[function.__module__], _title_of(function)
     sisters = {
         title.removesuffix("_init"): getattr(module, title.removesuffix("_init"), None),
@@ -180,7 +181,8 @@ def _sister_with(function: Callable[..., Any], name: str) -> str | None:
 def explain_constructor(kind: type) -> None:
     """Makes the constructor of a Flax module explain foreign names.
 
-    Dataclasses generate it, or Flax inherits it, so it cannot end with `**_foreign`.
+    The constructor is generated by dataclasses or inherited from Flax, so it cannot end with
+    `**_foreign`.
     """
     construct: Callable[..., None] = kind.__init__
     known = inspect.signature(construct).parameters
@@ -198,7 +200,7 @@ def explain_constructor(kind: type) -> None:
     setattr(kind, "__init__", __init__)  # noqa: B010
 
 
-# Names of other libraries for what the top level of normjax has, or a package of it.
+# Names of other libraries for classes of normjax or its packages.
 CLASSES = {
     "SyncBatchNorm": "BatchNorm",
     "BatchNormalization": "BatchNorm",
@@ -219,11 +221,11 @@ PACKAGES = ("weights", "convert", "deploy", "diagnostics", "optim")
 
 
 def where_is(name: str, load: Callable[[str], Any], here: Collection[str]) -> str:
-    """Returns the message about a name that the top level of normjax does not have.
+    """Returns the error message for a name that the top level of normjax does not have.
 
     Args:
       name: the name.
-      load: returns a package of normjax by its name.
+      load: a function that returns a package of normjax by its name.
       here: the names that the top level has.
     """
     message = f"module 'normjax' has no attribute {name!r}"

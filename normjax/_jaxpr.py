@@ -1,4 +1,4 @@
-"""Reads a traced function as one flat list of operations on numbered values, calls inlined."""
+"""Converts a traced function to a flat list of operations on numbered values."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Op(NamedTuple):
     """An operation.
 
     Attributes:
-      name: the name of the primitive, or of another operation that makes its outputs.
+      name: the name of the primitive, or of another operation that computes the outputs.
       params: the parameters of the primitive.
-      inputs: the numbers of the values that it reads.
-      outputs: the numbers of the values that it makes.
-      eqn: the equation, which also knows where it was called; None if there is none.
+      inputs: the numbers of its input values.
+      outputs: the numbers of its output values.
+      eqn: the equation, which includes the source location; None if there is none.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Op(NamedTuple):
 
     @property
     def has_effects(self) -> bool:
-        """Returns whether it has an effect besides its outputs, such as printing."""
+        """Returns whether the operation has a side effect, such as printing."""
         return self.eqn is not None and bool(self.eqn.effects)
 
     def run(self, *values: Any) -> Iterable[Any]:
@@ -42,16 +42,17 @@ class Op(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What a function `(variables, *inputs)` does.
+    """The operations of a function `(variables, *inputs)`.
 
     Attributes:
       leaves: the values that are leaves of the variables, by their path.
       inputs: the values that are leaves of the inputs.
-      constants: the values that are known.
-      types: shape and dtype of each value. Values are numbered in the order in which they are made.
+      constants: the known values.
+      types: shape and dtype of each value. Values are numbered in the order in which they are
+        computed.
       ops: the operations, in the order in which they run.
       outputs: the values that are returned.
-      structure: the tree that the outputs are leaves of.
+      structure: the tree structure of the outputs.
     """
 
     leaves: dict[Path, int]
@@ -63,8 +64,8 @@ class Program(NamedTuple):
     structure: Any
 
 
-# Inlines an equation, given the numbers of its inputs, and returns the numbers of its outputs; None
-# if the equation is one operation.
+# Inlines an equation, given the numbers of its inputs, and returns the numbers of its outputs.
+# Returns None if the equation stays one operation.
 Inline = Callable[["Writer", Any, list[int]], "Sequence[int] | None"]
 
 
@@ -82,7 +83,7 @@ def trace(
       function: the function to trace.
       variables: its first argument.
       inputs: its other arguments.
-      inline: inlines equations that should not be one operation.
+      inline: inlines equations that should not stay one operation.
       axes: the mapped axes to trace under, and their sizes.
     """
     make = jax.make_jaxpr(function, axis_env=list(axes), return_shape=True)
@@ -103,12 +104,12 @@ def trace(
 
 
 def makers(program: Program) -> dict[int, Op]:
-    """Returns the operation that makes each value."""
+    """Returns the operation that computes each value."""
     return {number: op for op in program.ops for number in op.outputs}
 
 
 class Writer:
-    """Inlines jaxprs; each call gets numbers of its own."""
+    """Inlines jaxprs; the values of each call get new numbers."""
 
     def __init__(self, inline: Inline) -> None:
         self.inline = inline
@@ -122,7 +123,7 @@ class Writer:
         return len(self.types) - 1
 
     def constant(self, value: Any, aval: Any) -> int:
-        """Returns a number for a value that is known."""
+        """Returns a number for a known value."""
         number = self.value(aval)
         self.constants[number] = value
         return number

@@ -1,4 +1,4 @@
-"""Checks of a layer's leaves: params, batch_stats, and moments; each raises one clear error."""
+"""Checks the leaves of layers: params, batch_stats and moments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def leaves(
     optional: Collection[str] = (),
     leading: Shape = (),
 ) -> None:
-    """Raises for a tree that is not a dict of the named arrays, each of `shape` and fit for x.
+    """Raises an error unless a tree is a dict of the named arrays that fit x.
 
     Args:
       function: the name that errors begin with.
@@ -40,7 +40,8 @@ def leaves(
       dtype: the dtype of x.
       required: names of leaves that must be present.
       optional: names of leaves that may be present.
-      leading: the sizes of x's non-feature axes; a leaf may have some of them (or ones) in front.
+      leading: the sizes of x's non-feature axes; a leaf may have some of them (or ones) as leading
+        dimensions.
     """
     known = {*required, *optional}
     if not isinstance(tree, dict) or not known.issuperset(tree) or not set(required) <= set(tree):
@@ -67,18 +68,21 @@ def leaves(
 
 
 def _check_kind(function: str, where: str, given: Any, leaf: str, dtype: Any) -> None:
-    """Raises for the wrong kind: counts are whole, variances real, others complex only if x is."""
+    """Raises an error for a wrong kind of dtype, such as a complex variance."""
     kind, words = jnp.floating, "a real float"
     if leaf == "count":
-        if given in (jnp.float32, jnp.float64):  # of averages, such as optax.incremental_update's
+        if given in (
+            jnp.float32,
+            jnp.float64,
+        ):  # from averages, such as by optax.incremental_update
             return
-        kind, words = jnp.integer, "an int, or a float32 of averages"
+        kind, words = jnp.integer, "an int, or a float32 from averages"
     elif leaf not in REAL and jnp.issubdtype(dtype, jnp.complexfloating):
         kind, words = jnp.inexact, "a float, real or complex"
     if not jnp.issubdtype(given, kind):
         raise_error(
             function,
-            f"{where} holds the wrong kind of number",
+            f"{where} has the wrong kind of dtype",
             expected=words,
             got=f"dtype {given}",
             fix="Pass it in the dtype that the init function gave it",
@@ -87,13 +91,13 @@ def _check_kind(function: str, where: str, given: Any, leaf: str, dtype: Any) ->
 
 
 def moments(function: str, **given: Any) -> None:
-    """Raises for arguments that are not `Moments` whose parts fit together."""
+    """Raises an error for arguments that are not `Moments` with matching parts."""
     shapes = []
     for name, argument in given.items():
         if not (isinstance(argument, tuple) and len(argument) == 3):
             raise_error(
                 function,
-                f"{name} does not hold moments",
+                f"{name} is not a Moments",
                 expected="nj.Moments(count, mean, var)",
                 got=f"{name} of type {type(argument).__name__}",
                 fix="Compute them with nj.moments(x, reduction_axes)",
@@ -111,7 +115,7 @@ def moments(function: str, **given: Any) -> None:
             "the moments have different shapes",
             expected="shapes that broadcast to each other",
             got=", ".join(f"{name}.shape={shape}" for name, shape in shapes),
-            fix="Take all of them over the same features",
+            fix="Compute all of them over the same features",
         )
 
 
@@ -125,7 +129,7 @@ def params(
     known: Collection[str] = ("scale", "bias"),
     required: Collection[str] = (),
 ) -> Shape:
-    """Raises for params that do not fit x; returns the sizes of its feature axes."""
+    """Raises an error for params that do not fit x; returns the sizes of its feature axes."""
     features = tuple(map(x.shape.__getitem__, feature_axes))
     leading = tuple(map(x.shape.__getitem__, other_axes))
     leaves(
@@ -177,14 +181,14 @@ def _raise_for_tree(
 
 
 def _raise_if_swapped(function: str, name: str, tree: dict[str, Any], wanted: str) -> None:
-    """Raises for `params` in the place of `batch_stats` or the other way round, or both in one."""
+    """Raises an error if `params` and `batch_stats` are swapped, or both are in one tree."""
     names = set(tree)
     other = "batch_stats" if name == "params" else "params"
     if names and names <= COLLECTIONS[other]:
-        problem = f"{name} holds the leaves of {other}: the two are swapped"
+        problem = f"{name} contains the leaves of {other}: the two are swapped"
         fix = "Pass params first, as in batch_norm(params, batch_stats, x, train)"
     elif names & set(COLLECTIONS):
-        problem = f"{name} holds whole collections"
+        problem = f"{name} contains whole collections"
         fix = f'Pass one of them, variables["{name}"]'
     else:
         return
@@ -198,7 +202,7 @@ def _raise_without_array(function: str, leaf: str, value: object) -> NoReturn:
         f"{leaf} is not an array",
         expected="a JAX or NumPy array",
         got=f"{leaf} of type {type(value).__name__}",
-        fix="Convert it: jnp.asarray(...), or jax.tree.map over the arrays that were made lists",
+        fix="Convert it: jnp.asarray(...), or jax.tree.map over trees of lists",
         kind=TypeError,
     )
 
@@ -208,7 +212,7 @@ def _raise_for_shape(
 ) -> NoReturn:
     expected = f"shape {features}"
     if leading:
-        expected += f", or with leading sizes of x's non-feature axes, {leading}, or ones"
+        expected += f", or with leading dimensions as x's non-feature axes, {leading}, or ones"
     raise_error(
         function,
         f"{leaf} does not fit the features of x, of shape {features}",

@@ -1,4 +1,4 @@
-"""Opens, names, nests and checks the variables of functions, linen and nnx models."""
+"""Reads, names, nests and checks the variables of functions, linen modules and nnx modules."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ STATISTICS = ("mean", "var")
 
 
 def path_of(path: KeyPath) -> Path:
-    """Returns a path as the keys of nested dicts; a key such as 'Dense_0/kernel' is not split."""
+    """Returns a path as the keys of nested dicts, without splitting 'Dense_0/kernel'."""
     return tuple(map(str, _keys(path)))
 
 
 def path_names(path: KeyPath) -> Path:
-    """Returns the names along a path, with keys such as 'Dense_0/kernel/scale' or tuples split."""
+    """Returns the names along a path, splitting keys such as 'Dense_0/kernel/scale' and tuples."""
     parts = [part for key in _keys(path) for part in (key if isinstance(key, tuple) else (key,))]
     return tuple(name for part in parts for name in str(part).split("/"))
 
 
 def _keys(path: KeyPath) -> tuple[Any, ...]:
-    """Returns the keys without the `.value` of a box around an array, as flax.linen.Partitioned."""
+    """Returns the keys without the `.value` of a boxed array, such as flax.linen.Partitioned."""
     if len(path) > 1 and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
     return tuple(
@@ -52,12 +52,12 @@ def by_path(tree: PyTree) -> dict[Path, Any]:
 
 
 def show(tree: str, path: KeyPath) -> str:
-    """Returns a leaf's name as it is written in Python."""
+    """Returns the Python expression of a leaf."""
     return tree + keystr(path)
 
 
 def flatten(tree: Mapping[Any, Any]) -> dict[Path, Any]:
-    """Returns the leaves of nested mappings by path, in their order; the inverse of `nest`."""
+    """Returns the leaves of nested mappings by path, in order; the inverse of `nest`."""
 
     def walk(path: Path, node: Any) -> Iterator[tuple[Path, Any]]:
         if not isinstance(node, Mapping):
@@ -90,7 +90,7 @@ def is_nnx(value: Any, kind: str = "Module") -> bool:
 
 
 def split_module(module: Any, *filters: Any) -> tuple[list[PyTree], Callable[..., Any]]:
-    """Returns the states of an nnx module, and a function that makes a module from such states."""
+    """Returns the states of an nnx module, and a function that builds a module from them."""
     from flax import nnx
 
     graphdef, *states = nnx.split(module, *filters)
@@ -100,7 +100,7 @@ def split_module(module: Any, *filters: Any) -> tuple[list[PyTree], Callable[...
 def open_module(
     params: Any, function: Callable[[Any], PyTree]
 ) -> tuple[PyTree, Callable[[Any], PyTree]]:
-    """Returns an nnx module as its parameters and a function of them; other trees unchanged."""
+    """Returns the parameters of an nnx module, and a function of them; other trees unchanged."""
     if not is_nnx(params):
         return params, function
     from flax import nnx
@@ -110,7 +110,7 @@ def open_module(
 
 
 def plain(tree: PyTree) -> PyTree:
-    """Returns the tree with arrays for nnx's variables; an nnx module gives its `nnx.Param`s."""
+    """Returns the tree with arrays in place of nnx variables; for a module, its `nnx.Param`s."""
     if is_nnx(tree):
         from flax import nnx
 
@@ -127,7 +127,7 @@ def plain(tree: PyTree) -> PyTree:
 def collections(
     variables: Any, known: tuple[str, ...], alone: str
 ) -> tuple[Collections, Callable[[Collections], Any]]:
-    """Returns variables by collection, and a function that makes such variables from collections.
+    """Returns variables by collection, and a function that rebuilds the variables from them.
 
     Args:
       variables: a mapping with one of the `known` collections, the pair `(params, batch_stats)`, or
@@ -136,7 +136,7 @@ def collections(
       alone: the name of a collection by itself.
     """
     if isinstance(variables, Mapping) and set(known) & set(variables):
-        kind: Any = type(variables)  # Flax's FrozenDict, too
+        kind: Any = type(variables)  # also Flax's FrozenDict
         return dict(variables), kind
     if isinstance(variables, tuple) and len(variables) == 2:
         pair: Collections = {"params": variables[0], "batch_stats": variables[1]}
@@ -157,9 +157,9 @@ def is_layer(node: Any) -> bool:
 
 
 def spread(function: str, name: str, mask: Mask, tree: PyTree) -> PyTree[bool]:
-    """Returns the mask, or what it returns for the tree, with a bool for each leaf of the tree.
+    """Returns the mask, or its result for the tree, with a bool for each leaf of the tree.
 
-    Raises an error if it has other leaves than bools, or does not fit the tree.
+    Raises an error if the mask has other leaves than bools, or does not fit the tree.
     """
     mask = plain(mask(tree) if callable(mask) else mask)
     chosen = dict(jax.tree.leaves_with_path(mask))
@@ -167,10 +167,10 @@ def spread(function: str, name: str, mask: Mask, tree: PyTree) -> PyTree[bool]:
         if not isinstance(value, (bool, np.bool_)):
             _checks.raise_error(
                 function,
-                f"{name} is not made of bools",
-                expected="True or False for each leaf, known when the program is compiled",
+                f"{name} has leaves that are not bools",
+                expected="True or False for each leaf, known at trace time",
                 got=f"{show(name, path)}={value!r}",
-                fix="Make it of Python bools, as decay_mask and scale_invariant do",
+                fix="Use Python bools, as decay_mask and scale_invariant return",
                 kind=TypeError,
             )
 
@@ -181,7 +181,7 @@ def spread(function: str, name: str, mask: Mask, tree: PyTree) -> PyTree[bool]:
         _checks.raise_error(
             function,
             f"{name} does not fit the parameters",
-            expected="a tree of their structure, or a prefix of it",
+            expected="a tree with their structure, or a prefix of it",
             got=f"nothing for {show('params', path)} of shape {np.shape(leaf)}",
             fix=f"Make {name} from these parameters, or pass a function that does",
         )
@@ -230,7 +230,7 @@ def check_arrays(function: str, name: str, tree: PyTree) -> None:
 
 
 def check_known(function: str, name: str, leaf: Any, *, because: str, fix: str) -> None:
-    """Raises an error for a traced array, whose values are not known."""
+    """Raises an error for a traced array, whose values are unknown."""
     if isinstance(leaf, Tracer):
         _checks.raise_error(
             function,
@@ -246,13 +246,13 @@ def check_finite(
     function: str,
     name: str,
     tree: PyTree,
-    fix: str = "Look for the step that made them: jax.config.update('jax_debug_nans', True)",
+    fix: str = "Find the step that produced them: jax.config.update('jax_debug_nans', True)",
 ) -> None:
-    """Raises an error for NaN and infinities; traced values are not looked at."""
+    """Raises an error for NaN and infinities; traced values are not checked."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         if isinstance(leaf, Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
-        with jax.ensure_compile_time_eval():  # also of constants in a program that is being traced
+        with jax.ensure_compile_time_eval():  # also for constants in a program that is being traced
             # jnp would round NumPy's float64 to float32 first, in which 1e300 is infinite.
             isfinite = jnp.isfinite if isinstance(leaf, jax.Array) else np.isfinite
             bad = ~isfinite(leaf)

@@ -28,11 +28,11 @@ PRNGKey = Key[Array, ""] | Shaped[Array, "2"]
 
 
 def promote(*dtypes: DTypeLike) -> np.dtype:
-    """Returns the dtype that holds all of them, also under strict dtype promotion."""
+    """Returns the promoted dtype, also under strict dtype promotion."""
     with jax.numpy_dtype_promotion("standard"):
         try:
             return reduce(jnp.promote_types, dtypes, jnp.dtype(dtypes[0]))
-        except jax.dtypes.TypePromotionError:  # JAX promotes no float of 8 bits or fewer
+        except jax.dtypes.TypePromotionError:  # JAX does not promote floats of 8 bits or fewer
             wider = [_at_least_16_bits(dtype) for dtype in dtypes]
             return reduce(jnp.promote_types, wider, wider[0])
 
@@ -43,36 +43,36 @@ def _at_least_16_bits(dtype: DTypeLike) -> np.dtype:
 
 
 def admissible(x: jax.Array, dtype: Any) -> jax.Array:
-    """Returns x in a dtype that the functions take: integers as floats, and complex if y is."""
+    """Returns x in a dtype that the functions accept: integers as floats; complex if y is."""
     wanted = jnp.complexfloating if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.inexact
     return x if jnp.issubdtype(x.dtype, wanted) else x.astype(promote(dtype, jnp.float32))
 
 
 def widen(x: jax.Array) -> jax.Array:
-    """Casts to the precision that statistics are computed in: at least float32."""
+    """Casts to the precision of statistics, which is at least float32."""
     return x if x.dtype in WIDE else x.astype(jnp.float32)
 
 
 def is_weight(mask: jax.Array | None) -> TypeGuard[jax.Array]:
-    """Whether there is a mask that holds real weights instead of bools."""
+    """Returns whether the mask contains real weights instead of bools."""
     return mask is not None and jnp.issubdtype(mask.dtype, jnp.floating)
 
 
 def as_mask(mask: Any) -> Any:
-    """Returns a mask of the adapters, as which Flax takes integers, too: bools, or real weights."""
+    """Returns a mask of bools or real weights; the adapters accept integers, as Flax does."""
     if mask is None or jnp.issubdtype(jnp.result_type(mask), jnp.floating):
         return mask
     return jnp.asarray(mask, bool)
 
 
 def is_wide(x: jax.Array) -> bool:
-    """Returns whether x has at least float32's precision."""
+    """Returns whether x has at least the precision of float32."""
     return x.dtype in WIDE
 
 
 @runtime_checkable
 class Initializer(Protocol):
-    """Makes an array from a key, a shape and a dtype, as in `jax.nn.initializers`."""
+    """A function from a key, a shape and a dtype to an array, as in `jax.nn.initializers`."""
 
     def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Array: ...
 

@@ -124,7 +124,7 @@ SWAPPED = {
     "fold_batch_norm": (lambda: nj.fold_batch_norm(X, None, STATS, PARAMS), "are swapped"),
     "variables": (
         lambda: nj.batch_norm({"params": PARAMS, "batch_stats": STATS}, STATS, X, True),
-        r"params holds whole collections.*variables\[\"params\"\]",
+        r"params contains whole collections.*variables\[\"params\"\]",
     ),
     "x first": (lambda: nj.batch_norm(X, PARAMS, STATS, True), "x of type dict.*The order is"),
     "x in the middle": (lambda: nj.batch_norm(PARAMS, X, STATS, True), "x of type dict.*The order"),
@@ -179,7 +179,9 @@ def test_recalibrate_says_which_part_of_a_batch_the_model_takes(case, layer_by_l
         return nj.batch_norm(*variables, x, train=True)
 
     batch, message = BATCHES[case]
-    with pytest.raises(TypeError, match=f"recalibrate: apply_fn does not take batch 0.*{message}"):
+    with pytest.raises(
+        TypeError, match=f"recalibrate: apply_fn does not accept batch 0.*{message}"
+    ):
         nj.recalibrate(apply_fn, (PARAMS, STATS), [batch], layer_by_layer=layer_by_layer)
 
 

@@ -1,1 +1,1 @@
-"""One file a layer: its init, its function, its mathematics in the docstring."""
+"""Normalization layers, one file each, with their `init` functions."""

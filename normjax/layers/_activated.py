@@ -1,8 +1,8 @@
-"""Batch norm and an invertible activation in one step, whose backward pass only needs the output.
+"""Batch norm and an invertible activation in one step. Its backward pass needs only the output.
 
 The derivative is written in terms of the output `z`, which the next layer stores anyway: inverting
-the activation and the affine map gives the normalized input. The derivative is a rule for the
-forward mode, which JAX transposes; so every order and both modes work. The rule does not use x.
+the activation and the affine map gives the normalized input. The derivative is a forward-mode rule
+that JAX transposes, so derivatives of every order work in both modes. The rule does not use x.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Name = Literal["leaky_relu", "elu", "identity"]
 
 
 class Activation(NamedTuple):
-    """A strictly increasing function whose derivative can be read off its value.
+    """A strictly increasing function whose derivative is a function of its value.
 
     Attributes:
-      name: which function it is.
+      name: the name of the function.
       negative_slope: slope of "leaky_relu" below 0.
     """
 
@@ -48,7 +48,7 @@ class Activation(NamedTuple):
         return jnp.where(y >= 0, y, self.negative_slope * y)
 
     def inverse(self, z: Array, dtype: Any) -> Array:
-        """Inverts a z rounded to `dtype`; an ELU rounded to -1 as the next float above -1."""
+        """Inverts z, rounded to `dtype`; an ELU rounded to -1 counts as the next float above -1."""
         if self.name == "identity":
             return z
         if self.name == "elu":
@@ -83,22 +83,25 @@ def check_activation(function: str, activation: Activation, x: Array) -> None:
             "the activation of a complex number is not defined",
             expected="a real x",
             got=f"x.dtype={x.dtype} for x.shape={x.shape}",
-            fix="Use batch_norm, and an activation of your own",
+            fix="Use batch_norm and apply an activation of your own",
             kind=TypeError,
         )
 
 
 @dataclass(frozen=True)
 class ActivatedSpec(BatchSpec):
-    """The static arguments of a step, and its activation."""
+    """The static arguments of a step, including its activation."""
 
     activation: Activation = Activation("identity", 1.0)
 
 
 def activate_by_batch(spec: ActivatedSpec, params: Params, x: Array) -> tuple[Array, Moments]:
-    """Normalizes x by its own moments, which it returns, and activates it; params have x's rank."""
+    """Normalizes x by its own moments, applies the activation, and also returns the moments.
+
+    The params have the rank of x.
+    """
     gain, bias = _gain_and_bias(spec, params, widen(x))
-    # The derivative of the moments comes from z, and varies over the axes that z varies over.
+    # The derivative of the moments is computed from z, so it varies over the mapped axes of z.
     (x,) = pcast_like(gain, x)
     (x,) = pcast_like(bias, x)
     x32 = widen(x)
@@ -107,15 +110,18 @@ def activate_by_batch(spec: ActivatedSpec, params: Params, x: Array) -> tuple[Ar
 
 
 def activate(spec: ActivatedSpec, params: Params, x: Array, mean: Array, var: Array) -> Array:
-    """Normalizes x by given statistics and activates it. They and params have the rank of x."""
+    """Normalizes x by the given statistics and applies the activation.
+
+    Statistics and params have the rank of x.
+    """
     x32 = widen(x)
-    return _by_population(spec, x32, *_gain_and_bias(spec, params, x32), mean, widen(var))
+    return _by_statistics(spec, x32, *_gain_and_bias(spec, params, x32), mean, widen(var))
 
 
 def _gain_and_bias(spec: ActivatedSpec, params: Params, x32: Array) -> tuple[Array, Array]:
-    """Returns the gain |scale| + epsilon, which the inverse divides by, and the bias.
+    """Returns the bias and the gain |scale| + epsilon, by which the inverse divides.
 
-    At scale 0 its derivative is 1.
+    At a scale of 0, the derivative of the gain is 1.
     """
     dtype = promote(x32.dtype, *(leaf.dtype for leaf in params.values()))
     gain, bias = jnp.ones((), dtype), jnp.zeros((), dtype)
@@ -128,7 +134,7 @@ def _gain_and_bias(spec: ActivatedSpec, params: Params, x32: Array) -> tuple[Arr
 
 
 @partial(custom_jvp, nondiff_argnums=(0,))
-def _by_population(
+def _by_statistics(
     spec: ActivatedSpec, x32: Array, gain: Array, bias: Array, mean: Array, var: Array
 ) -> Array:
     multiplier = gain * lax.rsqrt(var + spec.epsilon).astype(gain.dtype)
@@ -136,10 +142,10 @@ def _by_population(
     return spec.activation(y).astype(spec.dtype)
 
 
-@_by_population.defjvp
-def _by_population_jvp(spec: ActivatedSpec, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+@_by_statistics.defjvp
+def _by_statistics_jvp(spec: ActivatedSpec, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     _, gain, bias, _, var = primals
-    z = named(_by_population(spec, *primals), OUTPUT)
+    z = named(_by_statistics(spec, *primals), OUTPUT)
     return z, _dot(spec, z, gain, bias, var, tangents)
 
 
@@ -147,7 +153,7 @@ def _by_population_jvp(spec: ActivatedSpec, primals: tuple, tangents: tuple) -> 
 def _by_batch(spec: ActivatedSpec, x: Input, gain: Array, bias: Array) -> tuple[Array, Moments]:
     batch = batch_moments(spec, x, None)._replace(count=None)
     mean, var = spec.expand(batch.mean), spec.expand(batch.var)
-    return _by_population(spec, x.x32, gain, bias, mean, var), batch
+    return _by_statistics(spec, x.x32, gain, bias, mean, var), batch
 
 
 @_by_batch.defjvp
@@ -164,7 +170,7 @@ def _by_batch_jvp(
 def _by_batch_dot(
     spec: ActivatedSpec, z: Array, batch: Moments, gain: Array, bias: Array, dots: tuple
 ) -> tuple[Array, Moments]:
-    """Returns the derivatives of z and of the moments, with x - mean recovered from z."""
+    """Returns the derivatives of z and of the moments. x - mean is recovered from z."""
     x_dot, gain_dot, bias_dot = dots
     var = spec.expand(batch.var)
     centered = _normalized(spec, z, gain, bias) * jnp.sqrt(var + spec.epsilon)
@@ -180,7 +186,7 @@ def _normalized(spec: ActivatedSpec, z: Array, gain: Array, bias: Array) -> Arra
 
 
 def _dot(spec: ActivatedSpec, z: Array, gain: Array, bias: Array, var: Array, dots: tuple) -> Array:
-    """Returns the derivative of z along `dots`, derivatives of x, gain, bias, mean and var.
+    """Returns the derivative of z along `dots`, the tangents of x, gain, bias, mean and var.
 
     Its transpose has two reductions.
     """
@@ -189,6 +195,6 @@ def _dot(spec: ActivatedSpec, z: Array, gain: Array, bias: Array, var: Array, do
     slope = gain_dot - gain * (inverse * (inverse * var_dot)) / 2
     offset = bias_dot - gain * inverse * mean_dot
     slope, offset = pcast_like(z, slope, offset)
-    (multiplier,) = pcast_like(z, gain * inverse)  # alone: it is not a tangent
+    (multiplier,) = pcast_like(z, gain * inverse)  # cast by itself, since it is not a tangent
     y_dot = _normalized(spec, z, gain, bias) * slope + offset + x_dot * multiplier
     return (spec.activation.derivative(z.astype(gain.dtype)) * y_dot).astype(z.dtype)

@@ -17,14 +17,14 @@ Limit = float | ArrayLike | Callable[[Array], ArrayLike]
 
 
 def take_limits(r_max: Limit, d_max: Limit, batch_stats: BatchStats) -> tuple[Array, Array]:
-    """Returns both limits as scalar arrays, schedules at the present count; raises for others."""
+    """Returns both limits as scalar arrays; evaluates schedules at the current count."""
     taken = []
     for name, limit, low in (("r_max", r_max, 1.0), ("d_max", d_max, 0.0)):
         if callable(limit):
             if "count" not in batch_stats:
                 _checks.raise_error(
                     "batch_renorm",
-                    f"{name} is a schedule of the count of batches, and batch_stats has no count",
+                    f"{name} is a schedule of the batch count, but batch_stats has no count",
                     expected="batch_stats with 'mean', 'var' and 'count'",
                     got=f"batch_stats with {sorted(batch_stats)}",
                     fix="Make them with batch_renorm_init(...)",
@@ -51,18 +51,18 @@ def correct(
     limits: tuple[Array, Array],
     epsilon: float,
 ) -> Params:
-    r"""Returns the scale and bias that correct the batch's statistics to the running ones.
+    r"""Returns scale and bias that correct batch statistics towards the running statistics.
 
     .. math:: r = \operatorname{clip}\left(\frac{\sigma_B}{\sigma}, \frac1{r_{max}},
               r_{max}\right), \qquad
               d = \operatorname{clip}\left(\frac{\mu_B - \mu}{\sigma}, -d_{max}, d_{max}\right)
 
-    Gradients treat both as constants. Scale and bias become `scale * r` and `scale * d + bias`.
+    Gradients treat r and d as constants. Scale and bias become `scale * r` and `scale * d + bias`.
 
     Args:
       params: with the rank of x.
       batch: mean and variance of the batch, with the rank of x.
-      running: mean and variance of the population, with the rank of x.
+      running: running mean and variance, with the rank of x.
       limits: r_max and d_max.
       epsilon: added to both variances.
     """

@@ -58,15 +58,16 @@ def activated_batch_norm_init(
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
         order of the axes of x.
-      use_scale: whether there is a scale.
-      use_bias: whether there is a bias.
-      scale_init: makes the scale; avoid zeros, as the output then says little about x.
-      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
-        makes `1 - scale_offset`.
-      bias_init: makes the bias.
+      use_scale: whether to use a learnable scale.
+      use_bias: whether to use a learnable bias.
+      scale_init: initializer of the scale; avoid zeros, because x cannot be recovered accurately
+        from the output then.
+      scale_offset: the constant that the layer adds to the stored scale. The default `scale_init`
+        then stores `1 - scale_offset`, so that the effective scale starts at 1.
+      bias_init: initializer of the bias.
       key: random key, only needed for a random initializer.
-      param_dtype: dtype of scale and bias, and of the statistics if it is float32 or wider;
-        narrower statistics would lose small updates.
+      param_dtype: dtype of scale and bias. The statistics have it too if it is float32 or wider,
+        and otherwise are float32, since narrower ones would lose small updates.
       count: whether to count batches, as the cumulative mode (`momentum=None`) requires.
 
     Returns:
@@ -75,8 +76,8 @@ def activated_batch_norm_init(
         (0, int32) if `count=True`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
-        random initializer without a key.
+      ValueError: if a size is not positive. TypeError: if `param_dtype` is an integer type, or a
+        random initializer has no key.
 
     Example:
       >>> import normjax as nj
@@ -116,47 +117,49 @@ def activated_batch_norm(
     dtype: DTypeLike | None = None,
     **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
-    r"""Batch norm and an invertible activation; the backward pass needs the output, not x.
+    r"""Applies batch norm and an invertible activation; the backward pass needs the output, not x.
 
     .. math:: z = \varphi(y), \qquad
               y = (|o + \gamma| + \epsilon) \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    Use it in place of `batch_norm` and the activation after it if memory is short. The next layer
-    stores z for its backward pass anyway. This layer recovers the normalized input from z, by the
-    inverse of the activation and of the affine map, so it stores nothing else of x's size. Do not
-    use it as the last layer of a residual branch with a scale that starts at zero: see `params`.
+    Use it to save memory, in place of `batch_norm` and the activation after it. The next layer
+    stores z for its backward pass anyway. This layer recovers the normalized input from z by
+    inverting the activation and the affine map, so it stores no other array of x's size. Do not use
+    it as the last layer of a residual branch with a scale that starts at zero: see `params`.
 
     Args:
       params: dict of `scale` and `bias`, as in `batch_norm`. The gain is `|o + scale| + epsilon`,
-        since the inverse divides by it; at 0 its derivative is 1. The backward pass magnifies the
-        rounding of z by `(|y| + |bias|) / gain`: keep gains within a few orders of magnitude of 1,
-        above all in bfloat16.
+        because the inverse divides by it. Its derivative is 1 where `o + scale` is 0. The backward
+        pass magnifies the rounding of z by `(|y| + |bias|) / gain`: keep gains within a few orders
+        of magnitude of 1, especially in bfloat16.
       batch_stats: dict of `mean` and `var`, each `(*features)`, and maybe `count`.
       x: floating-point, real, any rank >= 1, such as `(batch, height, width, features)`.
-      train: Python bool: whether to compile training or inference.
+      train: Python bool. It selects training or inference at trace time.
       scale_offset: o, added to the scale in at least float32; see `layer_norm`.
       activation: "leaky_relu", "elu" or "identity". If an ELU was rounded to -1 (y below -16 in
-        float32, -5.5 in bfloat16), the gradient of x is taken as at that bound.
-      negative_slope: slope of the leaky ReLU below 0; above 0.
-      feature_axes: as in `batch_norm`, like the arguments below. For a mask, use `batch_norm`.
+        float32, -5.5 in bfloat16), the gradient of x is the one at that bound.
+      negative_slope: slope of the leaky ReLU for negative inputs; must be positive.
+      feature_axes: as in `batch_norm`, like all arguments below. There is no `mask`; use
+        `batch_norm` if you need one.
       momentum: weight of the old running value.
       epsilon: added to the variance, and to `|scale|`.
-      running_var: which estimate of the variance is stored, "biased" or "unbiased".
-      axis_name: mapped axis or axes over which the statistics are shared, in training: one
-        collective forward, one backward.
-      axis_index_groups: groups of indices of that axis that share statistics.
+      running_var: the estimate of the variance that is stored, "biased" or "unbiased".
+      axis_name: mapped axis or axes over which the statistics are all-reduced in training, with one
+        collective in the forward pass and one in the backward pass.
+      axis_index_groups: groups of indices of that axis; each group shares statistics.
       virtual_batch_size: ghost batches of that many examples, in training.
-      skip_nonfinite: whether a batch that is not finite leaves the running statistics as they were.
-      dtype: dtype of z, and so of what is stored for the backward pass; None for the dtype of x.
+      skip_nonfinite: whether to keep the running statistics unchanged if the statistics of the
+        batch are not finite.
+      dtype: dtype of z, which is also what the backward pass stores; None for the dtype of x.
 
     Returns:
-      `z`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes.
-      Computed in at least float32 and rounded once. Gradients, of every order and in both modes,
-      are exact up to rounding, which is that of z in bfloat16.
+      `z`, with the shape of x, and the new `batch_stats`, with the structure, shapes and dtypes of
+      the old ones. z is computed in at least float32 and rounded once. Gradients of every order, in
+      forward and reverse mode, are exact up to rounding, including the rounding of z to `dtype`.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for an activation that cannot be inverted, a
-        complex x, and in all cases in which `batch_norm` raises them.
+      ValueError, TypeError, NameError: at trace time, for an activation that cannot be inverted,
+        for a complex x, and whenever `batch_norm` raises them.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -205,7 +208,7 @@ def _train_step(
     momentum: Array | None,
     spec: ActivatedSpec,
 ) -> tuple[Array, BatchStats]:
-    """Normalizes x by its own statistics, activates it, and moves the running statistics."""
+    """Normalizes x by batch statistics, activates it, and updates the running statistics."""
     shape = x.shape
     params = lay_out(params, x.ndim, spec)
     params, x, _, spec = into_ghosts(params, x, mask, spec)
@@ -217,7 +220,7 @@ def _train_step(
 def _infer_step(
     params: Params, batch_stats: BatchStats, x: Array, mask: None, spec: ActivatedSpec
 ) -> Array:
-    """Normalizes x by the running statistics, and activates it."""
+    """Normalizes x by the running statistics, and applies the activation."""
     params = lay_out(params, x.ndim, spec)
     mean, var = spec.expand(batch_stats["mean"]), spec.expand(batch_stats["var"])
     return activate(spec, params, x, mean, var)

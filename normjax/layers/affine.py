@@ -1,4 +1,4 @@
-"""Normalizes x with given statistics, and initializes and lays out scale and bias."""
+"""Normalizes x by given statistics; initializes scale and bias, and gives them the rank of x."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def init_params(
     dtype: DTypeLike,
     scale_offset: float = 0.0,
 ) -> Params:
-    """Returns a leaf for each maker that is used, of the features' shape, each with its own key."""
+    """Initializes a leaf of the features' shape for each maker in use, each with its own key."""
     features = _checks.sizes(function, "num_features", num_features)
     initializers = {leaf: maker for leaf, (used, maker) in makers.items() if used}
     if "scale" in initializers:
@@ -69,9 +69,9 @@ def init_params(
 
 
 def initial_scale(scale_init: Initializer, offset: float, start: int = 1) -> Initializer:
-    """Returns the initializer of the stored scale: by default the scale with its offset is `start`.
+    """Returns the initializer of the stored scale. By default, scale plus offset equals `start`.
 
-    The default is `ones` in layers that start with a scale of 1, and `zeros` with 0.
+    The default initializer is `ones` if `start` is 1, and `zeros` if it is 0.
     """
     default = ones if start else zeros
     return constant(start - offset) if offset and scale_init is default else scale_init
@@ -110,13 +110,13 @@ def normalize(
     Args:
       x: the input.
       mean: mean of x, with its rank; None to subtract nothing.
-      var: variance of x times the unit, or the mean of its squares, with the rank of x.
+      var: variance of `unit * x`, or the mean of its squares, with the rank of x.
       params: `scale` and `bias`, both optional, with the rank of x.
       epsilon: added to the variance of x.
-      unit: a power of two; 1 if the variance is that of x.
+      unit: a power of two; 1 if `var` is the variance of x itself.
 
     Returns:
-      y. If the mask hides a NaN or an infinity, y is the bias there, a constant.
+      y. If the mask hides a NaN or an infinity, its y is the bias, a constant for derivatives.
     """
     mean = jnp.zeros((), x.x32.dtype) if mean is None else mean
     dtype = promote(x.x32.dtype, mean.dtype, var.dtype, *[leaf.dtype for leaf in params.values()])
@@ -130,7 +130,7 @@ def normalize(
 
 
 def scale_and_bias(params: Params, dtype: DTypeLike) -> tuple[Array, Array]:
-    """Returns the scale, or 1, and the bias, or 0, in a dtype."""
+    """Returns scale and bias in a dtype; a missing scale is 1, and a missing bias is 0."""
     scale = params["scale"].astype(dtype) if "scale" in params else jnp.ones((), dtype)
     bias = params["bias"].astype(dtype) if "bias" in params else jnp.zeros((), dtype)
     return scale, bias
@@ -144,7 +144,7 @@ def inverse_deviation(unit: float, var: Array) -> Array:
 
 @inverse_deviation.defjvp
 def _inverse_deviation_jvp(unit: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    """Multiplies from right to left: the cube of the root underflows at deviations of 1e13."""
+    """Multiplies right to left, since the cube of the inverse underflows at deviations of 1e13."""
     inverse = named(inverse_deviation(unit, *primals))
     root = times(inverse, 1 / unit)
     return inverse, -0.5 * inverse * (root * (root * tangents[0]))
@@ -182,12 +182,13 @@ def _by_multiplier(
     scale_dot: Array,
     bias_dot: Array,
 ) -> Array:
-    r"""Returns the derivative in terms of the multiplier :math:`m = s / \sigma`, of sigma's size.
+    r"""Returns the derivative in terms of the multiplier :math:`m = s / \sigma`, as small as sigma.
 
     .. math:: dy = m\, dx + (x - \mu)\, dm + (d\beta - m\, d\mu)
 
-    The last term is added up before it is broadcast to x's size. So the backward pass reduces two
-    arrays of x's size (the gradients of multiplier and offset) instead of three.
+    The two parts of the last term are added before they are broadcast to the size of x. The
+    backward pass then reduces two arrays of that size (the gradients of multiplier and offset)
+    instead of three.
     """
     multiplier = inverse * scale
     multiplier_dot = inverse_dot * scale + inverse * scale_dot
@@ -195,7 +196,7 @@ def _by_multiplier(
     if scale.shape != inverse.shape:
         multiplier_dot, offset_dot = materialize(multiplier_dot, offset_dot)
     multiplier_dot, offset_dot = pcast_like(x_dot, multiplier_dot, offset_dot)
-    (multiplier,) = pcast_like(x_dot, multiplier)  # alone: it is not a tangent
+    (multiplier,) = pcast_like(x_dot, multiplier)  # cast by itself, since it is not a tangent
     (x,) = separate_if_narrow(x, 1)
     centered = x.astype(mean.dtype) - mean
     return x_dot * multiplier + centered * multiplier_dot + offset_dot
@@ -212,13 +213,13 @@ def _by_scale(
     scale_dot: Array,
     bias_dot: Array,
 ) -> Array:
-    r"""Returns the derivative for statistics of each example, where m would be as large as x.
+    r"""Returns the derivative for per-example statistics, for which m would be as large as x.
 
     .. math:: dy = \frac{s}{\sigma}\, dx + (x - \mu) s\, d\sigma^{-1} - s\, \frac{d\mu}{\sigma}
                    + \frac{x - \mu}{\sigma}\, ds + d\beta
 
-    Each term but the first and the last is a reduction in the backward pass. Each reduction gets
-    its own copies of the operands.
+    Each term except the first and the last becomes a reduction in the backward pass. Each reduction
+    gets its own copies of the operands.
     """
     inverse_dot, center_dot = pcast_like(x_dot, inverse_dot, -inverse * mean_dot)
     scale_dot, bias_dot = pcast_like(x_dot, scale_dot, bias_dot)

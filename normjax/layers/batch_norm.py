@@ -63,17 +63,17 @@ def batch_norm_init(
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
         order of the axes of x.
-      use_scale: whether there is a scale. A linear layer that follows, also after a ReLU, can do
-        without it.
-      use_bias: whether there is a bias.
-      scale_init: makes the scale; zeros for the last layer of a residual branch (Goyal et al. 2017,
-        section 5.1).
-      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
-        makes `1 - scale_offset`.
-      bias_init: makes the bias.
+      use_scale: whether to use a learnable scale. It is redundant if a linear layer follows,
+        directly or after a ReLU.
+      use_bias: whether to use a learnable bias.
+      scale_init: initializer of the scale; zeros for the last layer of a residual branch (Goyal et
+        al. 2017, section 5.1).
+      scale_offset: the constant that the layer adds to the stored scale. The default `scale_init`
+        then stores `1 - scale_offset`, so that the effective scale starts at 1.
+      bias_init: initializer of the bias.
       key: random key, only needed for a random initializer.
-      param_dtype: dtype of scale and bias, and of the statistics if it is float32 or wider;
-        narrower statistics would lose small updates.
+      param_dtype: dtype of scale and bias. The statistics have it too if it is float32 or wider,
+        and otherwise are float32, since narrower ones would lose small updates.
       count: whether to count batches, as the cumulative mode (`momentum=None`) requires.
 
     Returns:
@@ -82,8 +82,8 @@ def batch_norm_init(
         (0, int32) if `count=True`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
-        random initializer without a key.
+      ValueError: if a size is not positive. TypeError: if `param_dtype` is an integer type, or a
+        random initializer has no key.
 
     Example:
       >>> import normjax as nj
@@ -120,58 +120,63 @@ def batch_norm(
     dtype: DTypeLike | None = None,
     **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
-    r"""Normalizes each feature by the batch's statistics, or by running ones at inference.
+    r"""Normalizes each feature by batch statistics in training, by running statistics at inference.
 
     .. math:: y = (o + \gamma) \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    In training the mean and the biased variance are taken over the batch, that is over all axes but
-    the features, and the running statistics move towards them: `new = momentum * old + (1 -
-    momentum) * batch`. At inference the running statistics are used, and returned unchanged. Use it
-    in networks trained on batches of about 16 examples or more; share statistics over devices
-    (`axis_name`) if each device has fewer.
+    In training, the mean and the biased variance are computed over the batch, that is, over all
+    axes except the feature axes. The running statistics are updated towards them: `new = momentum *
+    old + (1 - momentum) * batch`. At inference, the running statistics normalize x, and are
+    returned unchanged. Use batch norm in networks that are trained on batches of about 16 examples
+    or more. If each device has fewer, share statistics over devices (`axis_name`).
 
     Args:
-      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of
-        each example (conditional batch norm). Leading sizes must match the first non-feature axes
-        of x. Missing leaves are left out of the formula.
+      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for a scale
+        and bias per example (conditional batch norm). Leading dimensions must match the first
+        non-feature axes of x. Missing leaves are skipped.
       batch_stats: dict of `mean` and `var`, each `(*features)`, and maybe `count`.
       x: floating-point or complex, any rank >= 1, such as `(batch, height, width, features)`.
-      train: Python bool: whether to compile training or inference.
+      train: Python bool. It selects training or inference at trace time.
       scale_offset: o, added to the scale in at least float32; see `layer_norm`.
-      feature_axes: the axes that statistics, scale and bias run along. Leaves have the sizes of
-        these axes in ascending order, also if they are given in another order.
-      momentum: weight of the old running value. None: the mean over all batches so far (needs
-        `count`).
+      feature_axes: the axes along which statistics, scale and bias vary. A leaf has the sizes of
+        these axes in ascending order, in whatever order you list them.
+      momentum: weight of the old running value. With None, the running statistics are the mean over
+        all batches so far; this needs `count`.
       epsilon: added to the variance.
-      running_var: which estimate of the variance is stored, "biased" (Flax, Keras) or "unbiased"
+      running_var: the estimate of the variance that is stored: "biased" (Flax, Keras) or "unbiased"
         (PyTorch, the paper).
-      mask: bool, broadcastable to x: True where an element counts. Other elements are normalized
-        too, but do not affect the statistics; if one is NaN or infinite, y is the bias there, a
-        constant. A feature of which nothing counts is normalized by its running statistics, which
-        do not change. Or real and not negative: the weight of each element, which counts as that
-        many elements. Weights have gradients; that of a weight of 0 is 0.
-      axis_name: mapped axis or axes (pmap, shard_map, vmap) over which the statistics are shared,
-        in training. Plain jit with sharded x needs none: its statistics are of the global batch.
-      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
-      virtual_batch_size: ghost batches: in training, normalizes each slice of that many examples of
-        axis 0 by its own statistics; the running statistics use the whole batch. With `axis_name`
-        each device cuts its own examples; the running statistics use those of all devices.
-      skip_nonfinite: whether a batch whose mean or variance is NaN or infinite in some feature
-        leaves all running statistics as they were, on all devices alike. Use it with dynamic loss
-        scaling. By default they become NaN or infinite for good, as in Flax.
+      mask: bool, broadcastable to x, True for elements that count; or non-negative weights, one per
+        element (a weight of 2 counts as two elements). Elements that do not count are normalized
+        too, but do not affect the statistics. If one of them is NaN or infinite, its y is the bias,
+        a constant for derivatives. A feature without any element that counts is normalized by its
+        running statistics, which do not change. Weights have gradients; the gradient of a weight of
+        0 is 0.
+      axis_name: mapped axis or axes (pmap, shard_map, vmap) over which the statistics are
+        all-reduced in training. Plain jit with a sharded x does not need it: the statistics are
+        computed over the global batch anyway.
+      axis_index_groups: groups of indices of that axis; each group shares statistics, as in
+        `jax.lax.psum`.
+      virtual_batch_size: number of examples in a ghost batch. In training, each slice of that many
+        examples along axis 0 is normalized by its own statistics, and the running statistics use
+        the whole batch. With `axis_name`, each device slices its own examples, and the running
+        statistics use the examples of all devices.
+      skip_nonfinite: whether to keep all running statistics unchanged, on all devices, if the mean
+        or variance of any feature of the batch is NaN or infinite. Use it with dynamic loss
+        scaling. By default, the running statistics become NaN or infinite and stay so, as in Flax.
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes.
-      Statistics and y are computed in at least float32 and rounded once. The variance is safe, also
-      on the first step: right to 5e-5 of `var + epsilon`. y is right as long as float32 holds the
-      variance: up to standard deviations of 1.8e19 (divided by the root of the number of elements
-      with `epsilon=0`), gradients up to 1e17. Beyond, the variance is infinite, and y is the bias.
+      `y`, with the shape of x, and the new `batch_stats`, with the structure, shapes and dtypes of
+      the old ones. Statistics and y are computed in at least float32 and rounded once. The variance
+      does not suffer from cancellation, not even on the first step: its error is at most 5e-5 of
+      `var + epsilon`. y is accurate up to standard deviations of 1.8e19 (divided by the square root
+      of the number of elements if `epsilon=0`), and its gradients up to 1e17. Beyond that, float32
+      cannot hold the variance: it is infinite, and y is the bias.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: axes, leaves,
-        dtypes, a mask, an axis name that is not in scope, a traced `train`, one value per feature
-        in training, running statistics in less than float32 in training.
+      ValueError, TypeError, NameError: at trace time, for an invalid argument: wrong axes, leaves,
+        dtypes or masks, an axis name that is not in scope, a traced `train`, or, in training, a
+        single value per feature or running statistics narrower than float32.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -220,7 +225,7 @@ def train_step(
     momentum: Array | None,
     spec: BatchSpec,
 ) -> tuple[Array, BatchStats]:
-    """Normalizes x by its own statistics, and moves the running ones towards them."""
+    """Normalizes x by its batch statistics, and updates the running statistics."""
     shape = x.shape
     params = lay_out(params, x.ndim, spec)
     params, x, mask, spec = into_ghosts(params, x, mask, spec)

@@ -67,24 +67,25 @@ def batch_renorm_init(
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
         order of the axes of x.
-      use_scale: whether there is a scale.
-      use_bias: whether there is a bias.
-      scale_init: makes the scale; zeros for the last layer of a residual branch.
-      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
-        makes `1 - scale_offset`.
-      bias_init: makes the bias.
+      use_scale: whether to use a learnable scale.
+      use_bias: whether to use a learnable bias.
+      scale_init: initializer of the scale; zeros for the last layer of a residual branch.
+      scale_offset: the constant that the layer adds to the stored scale. The default `scale_init`
+        then stores `1 - scale_offset`, so that the effective scale starts at 1.
+      bias_init: initializer of the bias.
       key: random key, only needed for a random initializer.
-      param_dtype: dtype of scale and bias, and of the statistics if it is float32 or wider;
-        narrower statistics would lose small updates.
+      param_dtype: dtype of scale and bias. The statistics have it too if it is float32 or wider,
+        and otherwise are float32, since narrower ones would lose small updates.
 
     Returns:
       `params`: a dict of `scale` (ones) and `bias` (zeros), each `(*num_features)`.
       `batch_stats`: a dict of `mean` (zeros) and `var` (ones), each `(*num_features)`, and `count`
-        (0, int32), the number of batches, which schedules of `r_max` and `d_max` depend on.
+        (0, int32), the number of batches, which is the argument of schedules of `r_max` and
+        `d_max`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
-        random initializer without a key.
+      ValueError: if a size is not positive. TypeError: if `param_dtype` is an integer type, or a
+        random initializer has no key.
 
     Example:
       >>> import normjax as nj
@@ -123,7 +124,7 @@ def batch_renorm(
     dtype: DTypeLike | None = None,
     **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
-    r"""Batch norm that also trains with the running statistics, within limits.
+    r"""Applies batch norm, corrected towards the running statistics within limits.
 
     .. math:: y = \gamma \left(\frac{x - \mu_B}{\sqrt{\sigma_B^2 + \epsilon}} r + d\right) + \beta
 
@@ -132,40 +133,43 @@ def batch_renorm(
               d = \operatorname{clip}\left(\frac{\mu_B - \mu}{\sqrt{\sigma^2 + \epsilon}}, -d_{max},
               d_{max}\right)
 
-    with the batch's statistics (index B) and the running ones before this batch. Gradients treat r
-    and d as constants. Within the limits, training and inference compute the same; with `r_max=1,
-    d_max=0` this is `batch_norm`. Use it if batches are small, or if their examples are not
-    independent.
+    where the index B marks batch statistics; the others are the running statistics before this
+    batch. Gradients treat r and d as constants. Within the limits, training and inference compute
+    the same. With `r_max=1, d_max=0` this is `batch_norm`. Use it if batches are small, or if their
+    examples are not independent.
 
     Args:
       params: as in `batch_norm`.
       batch_stats: as in `batch_norm`; with `count` if a limit is a schedule.
       x: floating-point or complex, any rank >= 1, such as `(batch, height, width, features)`.
-      train: Python bool: whether to compile training or inference.
+      train: Python bool. It selects training or inference at trace time.
       scale_offset: o, added to the scale in at least float32; see `layer_norm`.
-      r_max: at least 1. A number, a scalar array, or a schedule as in optax: a function of the
-        count of batches so far. Infinity means no limit. Start at 1, and rise once the running
-        statistics have settled: the paper trains 5,000 steps as batch norm, then rises to 3 by step
-        40,000.
-      d_max: at least 0, a number, an array or a schedule like `r_max`; the paper rises from 0 to 5
-        by step 25,000.
-      feature_axes: as in `batch_norm`, like the arguments below.
+      r_max: limit of r, at least 1. A number, a scalar array, or a schedule as in optax, which maps
+        the number of batches so far to a limit. Infinity means no limit. Start at 1, and increase
+        it once the running statistics have settled: the paper trains 5,000 steps as batch norm,
+        then increases it to 3 by step 40,000.
+      d_max: limit of d, at least 0. A number, an array or a schedule, like `r_max`. The paper
+        increases it from 0 to 5 by step 25,000.
+      feature_axes: as in `batch_norm`, like all arguments below.
       momentum: weight of the old running value.
       epsilon: added to the variances.
-      running_var: which estimate of the variance is stored, "biased" or "unbiased".
-      mask: bool, broadcastable to x: True where an element counts; or the weight of each element.
-      axis_name: mapped axis or axes over which the statistics are shared, in training.
-      axis_index_groups: groups of indices of that axis that share statistics.
+      running_var: the estimate of the variance that is stored, "biased" or "unbiased".
+      mask: bool, broadcastable to x, True for elements that count; or non-negative weights, one per
+        element.
+      axis_name: mapped axis or axes over which the statistics are all-reduced in training.
+      axis_index_groups: groups of indices of that axis; each group shares statistics.
       virtual_batch_size: ghost batches, each with its own r and d.
-      skip_nonfinite: whether a batch that is not finite leaves the running statistics as they were.
+      skip_nonfinite: whether to keep the running statistics unchanged if the statistics of the
+        batch are not finite.
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, of x's shape, and the new `batch_stats`, of the old structure, shapes and dtypes.
+      `y`, with the shape of x, and the new `batch_stats`, with the structure, shapes and dtypes of
+      the old ones.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for limits out of range, a schedule without a
-        count, and in all cases in which `batch_norm` raises them.
+      ValueError, TypeError, NameError: at trace time, for limits out of range, for a schedule
+        without a count, and whenever `batch_norm` raises them.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -208,9 +212,9 @@ def batch_renorm(
 
 
 def take_renorm_step(step: BatchStep, r_max: Limit, d_max: Limit) -> tuple[Array, BatchStats]:
-    """Takes a step with limits that are still unchecked; inference is batch norm's."""
+    """Checks the limits and takes a step; inference is the same as for batch norm."""
     limits = take_limits(r_max, d_max, step.batch_stats)
-    if is_replaced(step.batch_stats):  # by a population, which must not depend on them
+    if is_replaced(step.batch_stats):  # by `recalibrate`, whose result must not depend on them
         return take_step(step, train_step, infer_step)
     return take_step(step, renorm_step, infer_step, limits)
 
@@ -225,7 +229,7 @@ def renorm_step(
     limits: tuple[Array, Array],
     spec: BatchSpec,
 ) -> tuple[Array, BatchStats]:
-    """Takes batch norm's `train_step`, with scale and bias corrected by r and d."""
+    """Takes the `train_step` of batch norm, with scale and bias corrected by r and d."""
     shape = x.shape
     params = lay_out(params, x.ndim, spec)
     params, x, mask, spec = into_ghosts(params, x, mask, spec)

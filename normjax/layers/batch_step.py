@@ -1,4 +1,4 @@
-"""What batch norm, batch renorm and activated batch norm do before and after their arithmetic."""
+"""The checks and bookkeeping that batch norm, batch renorm and activated batch norm share."""
 
 from __future__ import annotations
 
@@ -41,13 +41,14 @@ from normjax.statistics.spec import Moments, Spec
 
 @dataclass(frozen=True)
 class BatchSpec(Spec):
-    """The static arguments of a step that normalizes by statistics of the batch.
+    """The static arguments of a step that normalizes by batch statistics.
 
     Attributes:
       momentum: weight of the old running value; None if it is traced, or 1 - 1 / count.
-      running_var: which estimate of the variance is stored.
+      running_var: the estimate of the variance that is stored.
       virtual_batch_size: the number of examples in a ghost batch; None without ghost batches.
-      skip_nonfinite: whether a batch that is not finite leaves the running statistics as they were.
+      skip_nonfinite: whether to keep the running statistics unchanged if the statistics of the
+        batch are not finite.
       sharers: the devices whose ghost batches are merged for the running statistics.
     """
 
@@ -58,7 +59,7 @@ class BatchSpec(Spec):
     sharers: DeviceGroup = ALONE
 
     def update(self, batch_stats: BatchStats, batch: Moments, momentum: Array | None) -> BatchStats:
-        """Moves the running statistics towards the batch's, with all its ghost batches merged."""
+        """Updates the running statistics by the batch, with all its ghost batches merged."""
         if self.virtual_batch_size is not None:
             batch = merge_over(self.sharers, merge_stacked(batch))
         if self.skip_nonfinite:
@@ -103,9 +104,9 @@ def check_batch_step(
     one_value: bool = False,
     make_spec: Callable[..., BatchSpec] = BatchSpec,
 ) -> BatchStep:
-    """Checks the arguments that the three layers have in common.
+    """Checks the arguments that the three layers share.
 
-    `one_value` allows training on one value per feature, where y is the bias, as Flax does.
+    `one_value` allows training on a single value per feature, as Flax does; y is then the bias.
     """
     train = _checks.static_train(function, train)
     x = _checks.activations(function, x)
@@ -144,12 +145,12 @@ def check_batch_step(
 
 
 def _check_ghosts(function: str, x: Array, axes: tuple[int, ...], size: int) -> None:
-    """Raises for examples that do not divide into ghost batches of `size`."""
+    """Raises an error if the examples cannot be divided into ghost batches of `size`."""
     examples, positive = x.shape[0], _checks.positive_int(size)
     if positive is None or examples % positive:
         _checks.raise_error(
             function,
-            "the examples do not divide into ghost batches",
+            "the examples cannot be divided into ghost batches",
             expected="a positive virtual_batch_size that divides the number of examples",
             got=f"virtual_batch_size={size!r} and {examples} examples for x.shape={x.shape}",
             fix="Choose a divisor, or drop the last, smaller batch",
@@ -157,7 +158,7 @@ def _check_ghosts(function: str, x: Array, axes: tuple[int, ...], size: int) -> 
     if 0 not in axes:
         _checks.raise_error(
             function,
-            "virtual_batch_size cuts axis 0, which is a feature axis",
+            "virtual_batch_size divides axis 0, which is a feature axis",
             expected="examples along axis 0",
             got=f"virtual_batch_size={size} and reduced axes {axes} for x.shape={x.shape}",
             fix="Move the examples to axis 0: jnp.moveaxis(x, batch_axis, 0)",
@@ -165,7 +166,7 @@ def _check_ghosts(function: str, x: Array, axes: tuple[int, ...], size: int) -> 
 
 
 def _check_values(function: str, x: Array, spec: BatchSpec, *, layer_by_layer: bool) -> None:
-    """Raises for one value per feature, unless the layer normalizes by other statistics."""
+    """Raises an error for a single value per feature, unless the layer uses other statistics."""
     size = spec.virtual_batch_size
     slices = 1 if size is None else x.shape[0] // size
     count = (spec if size is None else replace(spec, devices=ALONE)).count(x)
@@ -174,7 +175,7 @@ def _check_values(function: str, x: Array, spec: BatchSpec, *, layer_by_layer: b
         return
     _checks.raise_error(
         function,
-        "there is one value per feature: its variance is 0, and y would be the bias whatever x is",
+        "there is only one value per feature: the variance is 0, so y is the bias for every x",
         expected="at least 2 values per feature in training",
         got=f"1 for x.shape={x.shape}, feature_axes={spec.feature_axes}, "
         f"virtual_batch_size={size!r} and {spec.devices.size} device(s)",
@@ -204,7 +205,7 @@ def _collecting_step(
     infer_step: Callable[..., Array],
     *extra: Any,
 ) -> tuple[Array, BatchStats]:
-    """Hands the moments of x to what collects them; the running statistics do not change."""
+    """Adds the moments of x to the leaf that collects them; running statistics do not change."""
     params, batch_stats, x, train, mask, momentum, spec = step
     layer_by_layer = is_layer_by_layer(batch_stats)
     running = {leaf: value for leaf, value in batch_stats.items() if leaf != POPULATION}
@@ -225,9 +226,9 @@ def _collecting_step(
 def into_ghosts(
     params: Params, x: Array, mask: Array | None, spec: SomeSpec
 ) -> tuple[Params, Array, Array | None, SomeSpec]:
-    """Splits axis 0 into ghost batches along a new axis 0, which acts as one more feature axis.
+    """Splits axis 0 into ghost batches along a new axis 0, which is treated as a feature axis.
 
-    A ghost lies on one device: it holds `virtual_batch_size` examples under `axis_name`, too.
+    A ghost batch lies on one device: it has `virtual_batch_size` examples with `axis_name`, too.
     Hoffer, Hubara & Soudry (2017), Algorithm 1. Params and mask have the rank of x.
     """
     size = spec.virtual_batch_size
@@ -247,7 +248,7 @@ def into_ghosts(
 def batch_or_running(
     batch: Moments, batch_stats: BatchStats, spec: BatchSpec
 ) -> tuple[Array, Array]:
-    """Returns the batch's mean and variance, or running ones if nothing counts; with x's rank."""
+    """Returns batch mean and variance, or running ones if no element counts, with the rank of x."""
     if isinstance(batch.count, float):
         return spec.expand(batch.mean), spec.expand(batch.var)
     counted = jnp.asarray(batch.count) > 0
@@ -257,7 +258,7 @@ def batch_or_running(
 
 
 def running_like(batch: Moments, batch_stats: BatchStats) -> tuple[Array, Array]:
-    """Returns the running statistics in the batch's precision and rank, with an axis for ghosts."""
+    """Returns the running statistics in the dtype and rank of the batch statistics."""
     new_axes = tuple(range(batch.var.ndim - jnp.ndim(batch_stats["var"])))
     mean, var = batch_stats["mean"], batch_stats["var"]
     mean = jnp.expand_dims(mean.astype(batch.mean.dtype), new_axes)
@@ -265,7 +266,7 @@ def running_like(batch: Moments, batch_stats: BatchStats) -> tuple[Array, Array]
 
 
 def with_complex_mean(batch_stats: BatchStats, x: Array) -> BatchStats:
-    """Returns statistics whose mean turns complex with x, as in Flax."""
+    """Makes the running mean complex if x is complex, as Flax does."""
     if not jnp.iscomplexobj(x):
         return batch_stats
     mean = jnp.asarray(batch_stats["mean"])

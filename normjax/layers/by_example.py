@@ -1,4 +1,4 @@
-"""Normalizes x by statistics of its own examples, with one derivative of both."""
+"""Normalizes x by per-example statistics, with one derivative rule for statistics and output."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from normjax.statistics.spec import Moments, or_one
 
 
 def has_one_derivative(spec: ExampleSpec, mask: Mask | None) -> bool:
-    """Returns whether `normalize_by_own` applies: all counts, here, and rows have no features.
+    """Returns whether `normalize_by_own` applies: no mask, one device, and one statistic per row.
 
-    Statistics with features of their own, as group norm's, are the factors of arrays of their size,
-    which `affine` derives with one reduction less.
+    If the statistics also vary along features, as in group norm, the rule of `affine` needs one
+    reduction less.
     """
     features = spec.groups is not None or not set(spec.feature_axes) <= set(spec.axes)
     return not (PLAIN.value or features) and mask is None and spec.devices == ALONE
@@ -37,18 +37,19 @@ def has_one_derivative(spec: ExampleSpec, mask: Mask | None) -> bool:
 def normalize_by_own(
     spec: ExampleSpec, x: Input, params: Params, *, center: bool = True
 ) -> Activations:
-    r"""Returns `(x - mean) / sqrt(var + epsilon) * scale + bias` of x's own mean and variance.
+    r"""Returns `(x - mean) / sqrt(var + epsilon) * scale + bias` with x's own mean and variance.
 
-    Without `center` the mean is left out, and the variance is the mean square. The derivative is
-    that of the whole, with the normalized :math:`\hat x` and the mean over the reduced axes:
+    Without `center`, the mean is 0, and the variance is the mean square. The derivative rule covers
+    the whole function. :math:`\hat x` is the normalized x, and the bars are means over the reduced
+    axes:
 
     .. math:: z = \frac{dx}{\sigma}, \qquad
               dy = \gamma \left( z - \overline{z} - \hat x\, \overline{\mathrm{Re}\, \hat x^* z}
               \right) + \hat x\, d\gamma + d\beta
 
-    So its transpose, the gradient, is the same projection: it takes two sums over each row, and two
-    over the examples. From derivatives of the parts, XLA's GPU and TPU backends would read x and
-    the gradient of y once more.
+    Its transpose, the gradient, is the same projection: it takes two sums over each row, and two
+    over the examples. With separate derivatives of the parts, XLA's GPU and TPU backends would read
+    x and the gradient of y once more.
     """
     dtype = promote(x.x32.dtype, *[leaf.dtype for leaf in params.values()])
     scale, bias = pcast_like(x.x32, *scale_and_bias(params, dtype))
@@ -75,7 +76,7 @@ def _normalized_jvp(
 def _statistics(
     spec: ExampleSpec, x: Input, moments: Callable[..., Moments] | None, dtype: DTypeLike
 ) -> tuple[Array, Array]:
-    """Returns the mean, 0 without `moments`, and the inverse deviation, with the rank of x."""
+    """Returns the mean (0 without `moments`) and the inverse deviation, with the rank of x."""
     if moments is None:
         mean, (_, var) = jnp.zeros((), dtype), mean_square(spec, x, None)
     else:
@@ -94,10 +95,11 @@ def _derivative(
     scale_dot: Array,
     bias_dot: Array,
 ) -> Array:
-    """Returns dy: each term has its own x, mean, inverse deviation and scale, for CPUs.
+    """Returns dy. On CPUs, each term has its own x, mean, inverse deviation and scale.
 
-    The deviation divides dx first, and the terms of dx alone come last. So the gradient starts with
-    the product of scale and gradient of y, and ends with the deviation: GPUs make one kernel of it.
+    dx is divided by the deviation first, and the terms with only dx come last. The gradient then
+    starts with the product of the scale and the gradient of y, and ends with the division, which
+    XLA fuses into one GPU kernel.
     """
     one, two, three, four, five = zip(*[separate_operands(each, 5) for each in given], strict=True)
     z = x_dot.x32 * two[2]

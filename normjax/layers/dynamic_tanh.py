@@ -22,7 +22,7 @@ from normjax.statistics.spec import Spec
 
 
 def half(key: PRNGKey | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Makes the slope of the Flax modules. A closure such as `constant(0.5)` is not pickled."""
+    """Initializes the slope of the Flax modules; unlike `constant(0.5)`, it can be pickled."""
     return jnp.full(shape, 0.5, dtype)
 
 
@@ -40,20 +40,20 @@ def dynamic_tanh_init(
     param_dtype: DTypeLike = jnp.float32,
     **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
-    """Returns the parameters that `dynamic_tanh` starts from, and `{}`: it has no statistics.
+    """Returns the parameters that `dynamic_tanh` starts from, and `{}`: no running statistics.
 
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
         order of the axes of x.
-      alpha: initial value of the learned slope. 0.5 suits all but large language models: the wider
-        they are, the less they need, and more before attention than elsewhere (0.2 to 1.0; the
-        paper's section 7.2).
-      use_scale: whether there is a scale.
-      use_bias: whether there is a bias.
-      scale_init: makes the scale.
-      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
-        makes `1 - scale_offset`.
-      bias_init: makes the bias.
+      alpha: initial value of the learnable slope. 0.5 suits all models except large language
+        models. For these, use smaller values the wider the model is, and larger ones before
+        attention than elsewhere (0.2 to 1.0; section 7.2 of the paper).
+      use_scale: whether to use a learnable scale.
+      use_bias: whether to use a learnable bias.
+      scale_init: initializer of the scale.
+      scale_offset: the constant that the layer adds to the stored scale. The default `scale_init`
+        then stores `1 - scale_offset`, so that the effective scale starts at 1.
+      bias_init: initializer of the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of the leaves.
 
@@ -62,8 +62,8 @@ def dynamic_tanh_init(
         `(*num_features)`; and an empty `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive, or an alpha that is not finite. TypeError: for an
-        integer `param_dtype`, or a random initializer without a key.
+      ValueError: if a size is not positive, or alpha is not finite. TypeError: if `param_dtype` is
+        an integer type, or a random initializer has no key.
 
     Example:
       >>> import normjax as nj
@@ -92,31 +92,31 @@ def dynamic_tanh(
     dtype: DTypeLike | None = None,
     **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
-    r"""Squashes each element by a tanh of learned slope, as layer norm does to outliers.
+    r"""Applies a tanh with a learnable slope to each element, in place of layer norm.
 
     .. math:: y = (o + \gamma) \tanh(\alpha x) + \beta
 
-    Use it in place of layer norm or RMS norm in transformers. It has no reductions: each element of
-    y depends on one element of x.
+    Use it in place of layer norm or RMS norm in transformers. The tanh bounds outliers, as layer
+    norm does. There are no reductions: each element of y depends on one element of x.
 
     Args:
       params: dict of `alpha` (a scalar), `scale` and `bias`, each `(*features)`, or `(*leading,
-        *features)` for one of each example. Leading sizes must match the first non-feature axes of
-        x. A missing scale or bias is left out of the formula.
+        *features)` for a scale and bias per example. Leading dimensions must match the first
+        non-feature axes of x. A missing scale or bias is skipped.
       batch_stats: `{}`.
       x: floating-point or complex, any rank >= 1.
-      train: Python bool.
+      train: Python bool. Training and inference compute the same values.
       scale_offset: o, added to the scale in at least float32; see `layer_norm`.
-      feature_axes: the axes that scale and bias run along; leaves have their sizes in ascending
-        order.
+      feature_axes: the axes along which scale and bias vary. A leaf has the sizes of these axes in
+        ascending order.
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
+      `y`, with the shape of x, and `{}`. It is computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError: at trace time, for arguments that do not fit: axes, leaves, dtypes, a
-        traced `train`.
+      ValueError, TypeError: at trace time, for an invalid argument: wrong axes, leaves or dtypes,
+        or a traced `train`.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj

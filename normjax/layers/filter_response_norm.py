@@ -34,7 +34,7 @@ from normjax.statistics.per_example import ExampleSpec, mean_square
 
 
 def small(key: PRNGKey | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Makes the learned epsilon. A closure, as JAX's `constant(1e-4)`, cannot be pickled."""
+    """Initializes the learnable epsilon; unlike `constant(1e-4)`, it can be pickled."""
     return jnp.full(shape, 1e-4, dtype)
 
 
@@ -58,26 +58,26 @@ def filter_response_norm_init(
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
         order of the axes of x.
-      use_scale: whether there is a scale.
-      use_bias: whether there is a bias.
-      use_threshold: whether there is the threshold of the thresholded linear unit, the layer's
-        own activation.
-      learn_epsilon: whether each feature learns an epsilon. The paper asks for it if a single value
-        is reduced, as in 1x1 feature maps and fully connected layers.
-      scale_init: makes the scale.
-      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
-        makes `1 - scale_offset`.
-      bias_init: makes the bias.
+      use_scale: whether to use a learnable scale.
+      use_bias: whether to use a learnable bias.
+      use_threshold: whether to use the learnable threshold of the thresholded linear unit, the
+        activation that belongs to the layer.
+      learn_epsilon: whether each feature learns an epsilon. The paper recommends it if each mean
+        square is over a single value, as in 1x1 feature maps and fully connected layers.
+      scale_init: initializer of the scale.
+      scale_offset: the constant that the layer adds to the stored scale. The default `scale_init`
+        then stores `1 - scale_offset`, so that the effective scale starts at 1.
+      bias_init: initializer of the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of the leaves.
 
     Returns:
-      `params`: a dict of `scale` (ones), `bias`, `threshold` (zeros) and, if learned, `epsilon`
-        (1e-4), each `(*num_features)`; and an empty `batch_stats`.
+      `params`: a dict of `scale` (ones), `bias`, `threshold` (zeros) and, with `learn_epsilon`,
+        `epsilon` (1e-4), each `(*num_features)`; and an empty `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
-        random initializer without a key.
+      ValueError: if a size is not positive. TypeError: if `param_dtype` is an integer type, or a
+        random initializer has no key.
 
     Example:
       >>> import normjax as nj
@@ -115,48 +115,49 @@ def filter_response_norm(
     dtype: DTypeLike | None = None,
     **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
-    r"""Divides each channel of each example by its root mean square; a learned threshold follows.
+    r"""Divides each channel of each example by its root mean square, and applies a threshold.
 
     .. math:: y = \max\left((o + \gamma) \frac{x}{\sqrt{\nu^2 + \epsilon + |\epsilon_l|}} + \beta,
               \tau\right), \qquad
               \nu^2 = \frac1n \sum_i x_i^2
 
-    with the mean square over the positions of one channel of one example. It reaches batch norm's
-    accuracy without depending on the batch: use it in convolutional networks at any batch size, in
-    place of normalization *and* activation.
+    with the mean square over the positions of one channel of one example. It reaches the accuracy
+    of batch norm without depending on the batch. Use it in convolutional networks of any batch
+    size, in place of both the normalization and the activation.
 
     Args:
-      params: dict of `scale`, `bias`, `threshold` (tau; without it there is no maximum) and
-        `epsilon` (a learned epsilon), each `(*features)`, or `(*leading, *features)` for one of
-        each example. Leading sizes must match the first non-feature axes of x. Missing leaves are
-        left out.
+      params: dict of `scale`, `bias`, `threshold` (tau; without it, no maximum is taken) and
+        `epsilon` (a learnable epsilon), each `(*features)`, or `(*leading, *features)` for a scale
+        and bias per example. Leading dimensions must match the first non-feature axes of x. Missing
+        leaves are skipped.
       batch_stats: `{}`.
-      x: floating-point, examples along axis 0, such as `(batch, height, width, channels)`.
-      train: Python bool.
+      x: floating-point, with examples along axis 0, such as `(batch, height, width, channels)`.
+      train: Python bool. Training and inference compute the same values.
       scale_offset: o, added to the scale in at least float32; see `layer_norm`.
-      reduction_axes: the axes that the mean square is taken over; by default all but axis 0 and the
-        features.
-      feature_axes: the axes that statistics and leaves run along; leaves have their sizes in
-        ascending order.
-      epsilon: added to the mean square. The paper's 1e-6 has no effect if there are several values
-        to average. With a single value, y would be the sign of x, and a learned epsilon helps.
-      mask: bool, broadcastable to x: True where an element counts; or real and not negative: the
-        weight of each element. Elements that do not count do not affect the statistics; if one is
-        NaN or infinite, y is as for x = 0 there, a constant. If nothing counts, the mean square is
-        1.
-      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
-        over them.
-      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
+      reduction_axes: the axes over which the mean square is computed; by default all but axis 0 and
+        the feature axes.
+      feature_axes: the axes along which statistics and leaves vary. A leaf has the sizes of these
+        axes in ascending order.
+      epsilon: added to the mean square. The paper's 1e-6 has hardly any effect if several values
+        are averaged. With a single value, y would be the sign of x; use a learnable epsilon then.
+      mask: bool, broadcastable to x, True for elements that count; or non-negative weights, one per
+        element. Elements that do not count do not affect the statistics. If one of them is NaN or
+        infinite, its y is the value for x = 0, a constant for derivatives. If no element counts,
+        the mean square is 1.
+      axis_name: mapped axis or axes over which `reduction_axes` are sharded. Statistics are
+        all-reduced over them.
+      axis_index_groups: groups of indices of that axis; each group shares statistics, as in
+        `jax.lax.psum`.
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once. y and its
-      gradients are right for x up to 1e25.
+      `y`, with the shape of x, and `{}`. It is computed in at least float32 and rounded once. y and
+      its gradients are accurate for x up to 1e25.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: a reduction
-        over axis 0 or over features, axes, leaves, dtypes, a mask, an axis name that is not in
-        scope, complex x with a threshold.
+      ValueError, TypeError, NameError: at trace time, for an invalid argument: a reduction over
+        axis 0 or over a feature axis, wrong axes, leaves, dtypes or masks, an axis name that is not
+        in scope, or complex x with a threshold.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -187,7 +188,7 @@ def filter_response_norm(
     if "threshold" in params and jnp.iscomplexobj(operands.x):
         _checks.raise_error(
             function,
-            "complex numbers have no maximum",
+            "the threshold takes a maximum, and complex numbers have none",
             expected="a real x",
             got=f"x.dtype={operands.x.dtype} and a threshold for x.shape={operands.x.shape}",
             fix="Leave the threshold out: filter_response_norm_init(..., use_threshold=False)",

@@ -49,27 +49,27 @@ def global_response_norm_init(
     param_dtype: DTypeLike = jnp.float32,
     **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
-    """Returns the parameters that `global_response_norm` starts from, and `{}`: y is x at first.
+    """Returns the parameters that `global_response_norm` starts from, and `{}`.
 
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
         order of the axes of x.
-      use_scale: whether there is a scale.
-      use_bias: whether there is a bias.
-      scale_init: makes the scale.
-      scale_offset: what the layer adds to the scale. `zeros`, the default of `scale_init`, then
-        makes `-scale_offset`.
-      bias_init: makes the bias.
+      use_scale: whether to use a learnable scale.
+      use_bias: whether to use a learnable bias.
+      scale_init: initializer of the scale.
+      scale_offset: the constant that the layer adds to the stored scale. The default `scale_init`
+        then stores `-scale_offset`, so that the effective scale starts at 0.
+      bias_init: initializer of the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of scale and bias.
 
     Returns:
       `params`: a dict of `scale` and `bias` (zeros), each `(*num_features)`; and an empty
-        `batch_stats`.
+        `batch_stats`. With these, y equals x.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
-        random initializer without a key.
+      ValueError: if a size is not positive. TypeError: if `param_dtype` is an integer type, or a
+        random initializer has no key.
 
     Example:
       >>> import normjax as nj
@@ -85,11 +85,14 @@ def global_response_norm_init(
 
 
 class ResponseSpec(ExampleSpec):
-    """The static arguments of a step, whose epsilon is added to norms, not to their squares."""
+    """The static arguments of a step whose epsilon is added to norms, not to their squares."""
 
     @property
     def least_variance(self) -> float:
-        """What squares are compared with, of which 2^-27 may underflow: of a norm that is 2^-24."""
+        """Returns 2^-21 epsilon^2: squares below 2^-27 of it may underflow.
+
+        Such squares belong to norms below 2^-24 epsilon.
+        """
         return self.epsilon**2 * 2.0**-21
 
 
@@ -111,48 +114,49 @@ def global_response_norm(
     dtype: DTypeLike | None = None,
     **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
-    r"""Multiplies each channel by its norm over space, relative to the mean norm of all channels.
+    r"""Scales each channel by its spatial norm, relative to the mean norm of all channels.
 
     .. math:: y = x + (o + \gamma)\, x\, \frac{G_c}{\frac1C \sum_k G_k + \epsilon} + \beta, \qquad
               G_c = \sqrt{\sum_i |x_{ic}|^2}
 
-    with the norm G over the positions of one channel of one example. Scale and bias start at zeros,
-    and y at x. Use it in convolutional networks after the activation of a block's wide layer, where
-    it keeps channels from becoming alike: ConvNeXt V2, which timm and Hugging Face transformers
-    have.
+    with the norm G over the positions of one channel of one example. Scale and bias start at zero,
+    so y starts equal to x. Use it in convolutional networks after the activation of a block's wide
+    layer, where it keeps channels from becoming alike, as in ConvNeXt V2 (timm, Hugging Face
+    transformers).
 
     Args:
-      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of
-        each example. Leading sizes must match the first non-feature axes of x. Without a scale, it
-        is 1.
+      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for a scale
+        and bias per example. Leading dimensions must match the first non-feature axes of x. A
+        missing scale is 1.
       batch_stats: `{}`.
-      x: floating-point or complex, examples along axis 0, such as `(batch, height, width,
+      x: floating-point or complex, with examples along axis 0, such as `(batch, height, width,
         channels)`.
-      train: Python bool.
+      train: Python bool. Training and inference compute the same values.
       scale_offset: o, added to the scale in at least float32; see `layer_norm`.
-      reduction_axes: the axes that the norm is taken over; by default all but axis 0 and the
-        features.
-      feature_axes: the axes of the channels, which the mean of the norms is taken over; leaves have
-        their sizes in ascending order.
+      reduction_axes: the axes over which the norm is computed; by default all but axis 0 and the
+        feature axes.
+      feature_axes: the axes of the channels; the mean of the norms is taken over them. A leaf has
+        the sizes of these axes in ascending order.
       epsilon: added to the mean of the norms.
-      mask: bool, broadcastable to x: True where an element counts; or real and not negative: the
-        weight of each element. Elements that do not count do not affect the norms; if one is NaN or
-        infinite, y is the bias there, a constant. Channels of which nothing counts are left out of
-        the mean.
-      axis_name: mapped axis or axes that `reduction_axes` are sharded over: norms are shared over
-        them. The channels must not be sharded.
-      axis_index_groups: groups of indices of that axis that share norms, as in `jax.lax.psum`.
+      mask: bool, broadcastable to x, True for elements that count; or non-negative weights, one per
+        element. Elements that do not count do not affect the norms. If one of them is NaN or
+        infinite, its y is the bias, a constant for derivatives. The mean leaves out channels
+        without any element that counts.
+      axis_name: mapped axis or axes over which `reduction_axes` are sharded. Norms are all-reduced
+        over them. The channels must not be sharded.
+      axis_index_groups: groups of indices of that axis; each group shares norms, as in
+        `jax.lax.psum`.
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once. y and its
-      gradients are right for x up to 1e23. At x = 0, where a norm has no derivative, that of y is
-      1.
+      `y`, with the shape of x, and `{}`. It is computed in at least float32 and rounded once. y and
+      its gradients are accurate for x up to 1e23. A norm has no derivative at x = 0; there, the
+      derivative of y is 1.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: a reduction
-        over axis 0 or over features, axes, leaves, dtypes, a mask, an axis name that is not in
-        scope.
+      ValueError, TypeError, NameError: at trace time, for an invalid argument: a reduction over
+        axis 0 or over a feature axis, wrong axes, leaves, dtypes or masks, or an axis name that is
+        not in scope.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -210,7 +214,7 @@ def _global_response_norm(
 
 
 def _relative_norms(spec: ResponseSpec, x: Input, mask: Mask | None) -> Array:
-    """Returns each channel's norm over the mean of all, with the rank of x; 0 if all are 0."""
+    """Returns each channel's norm divided by the mean norm, with the rank of x; 0 if all are 0."""
     count, square = mean_square(spec, x, mask)
     # Two roots: the product of count and mean square may overflow.
     root_of_count = jnp.sqrt(jnp.asarray(count, square.dtype)) / spec.unit(x.x)
@@ -231,7 +235,7 @@ def _ratio(a: Array, b: Array) -> Array:
 
 @_ratio.defjvp
 def _ratio_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    """Divides once: the square of a norm, by which JAX's derivative divides, may overflow."""
+    """Divides by the norm once. JAX's rule divides by its square, which may overflow."""
     a, b = primals
     a_dot, b_dot = tangents
     ratio = _ratio(a, b)
@@ -245,7 +249,7 @@ def _root(square: Array) -> Array:
 
 @_root.defjvp
 def _root_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    """At 0, where the root has no derivative, it is 0: that of y is then the one of x itself."""
+    """Takes the derivative at 0, which is infinite, as 0. There, dy/dx is 1."""
     root = _root(*primals)
     positive = root > 0
     slope = _ratio(0.5 * tangents[0], jnp.where(positive, root, 1))

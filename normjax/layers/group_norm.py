@@ -59,12 +59,12 @@ def group_norm_init(
 
     Args:
       num_features: the number of channels (not of groups: each channel has its own scale and bias).
-      use_scale: whether there is a scale.
-      use_bias: whether there is a bias.
-      scale_init: makes the scale; zeros for the last layer of a residual branch.
-      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
-        makes `1 - scale_offset`.
-      bias_init: makes the bias.
+      use_scale: whether to use a learnable scale.
+      use_bias: whether to use a learnable bias.
+      scale_init: initializer of the scale; zeros for the last layer of a residual branch.
+      scale_offset: the constant that the layer adds to the stored scale. The default `scale_init`
+        then stores `1 - scale_offset`, so that the effective scale starts at 1.
+      bias_init: initializer of the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of scale and bias.
 
@@ -73,8 +73,8 @@ def group_norm_init(
         `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
-        random initializer without a key.
+      ValueError: if a size is not positive. TypeError: if `param_dtype` is an integer type, or a
+        random initializer has no key.
 
     Example:
       >>> import normjax as nj
@@ -112,55 +112,62 @@ def group_norm(
 
     .. math:: y = (o + \gamma) \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} + \beta
 
-    with the statistics of a group g of consecutive channels, over all positions of one example.
-    With one group it is layer norm over all axes but the batch, and with groups of one channel it
+    with the statistics of a group g of consecutive channels over all positions of one example. With
+    one group, it is layer norm over all axes except the batch axis; with one channel per group, it
     is instance norm. Use it in convolutional networks whose batches are too small for batch norm
     (detection, segmentation, video, diffusion).
 
-    With `cumulative_axis`, the statistics at a position t of that axis are over all positions up to
-    t that the mask counts: y at t does not depend on what comes later, as streaming needs it.
+    With `cumulative_axis`, the statistics at position t of that axis are over all positions up to t
+    that the mask counts. So y at t does not depend on later positions, as streaming requires.
 
     .. math:: \mu_t = \frac1{N_t} \sum_{s \le t} x_s, \qquad
               \sigma_t^2 = \frac1{N_t} \sum_{s \le t} |x_s - \mu_t|^2
 
-    sequence-layers, praxis and Gemma 3n's audio encoder (Hugging Face transformers) have this
-    layer. They add up each :math:`|x_s - \mu_s|^2`, around the mean at s in place of t. That is not
-    the variance, and at the last position it is not plain group norm. Here it is the variance.
+    sequence-layers, praxis and the audio encoder of Gemma 3n (Hugging Face transformers) have this
+    layer, but they sum :math:`|x_s - \mu_s|^2`, around the mean at s instead of the mean at t. That
+    sum is not the variance, so their last position differs from plain group norm. This function
+    uses the true variance.
 
     Args:
-      params: dict of `scale` and `bias`, each `(channels,)`, or `(*leading, channels)` for one of
-        each example. Leading sizes must match the first axes of x. Missing leaves are left out.
+      params: dict of `scale` and `bias`, each `(channels,)`, or `(*leading, channels)` for a scale
+        and bias per example. Leading dimensions must match the first axes of x. Missing leaves are
+        skipped.
       batch_stats: `{}`.
       x: floating-point or complex, such as `(batch, height, width, channels)`.
-      train: Python bool.
+      train: Python bool. Training and inference compute the same values.
       scale_offset: o, added to the scale in at least float32; see `layer_norm`.
-      num_groups: the number of groups, a divisor of the number of channels. It is 32 if neither
-        this nor `group_size` is given.
+      num_groups: the number of groups, a divisor of the number of channels. The default is 32,
+        unless `group_size` is given.
       group_size: the number of channels in a group, instead of `num_groups`.
-      reduction_axes: the axes that mean and variance are taken over, the feature axis among them;
-        all but the first by default. Leave out further axes of examples.
+      reduction_axes: the axes over which the mean and variance are computed; by default all but the
+        first. They must include the feature axis. If x has more than one batch axis, leave out all
+        of them.
       feature_axes: the axis of the channels.
-      cumulative_axis: the axis that the statistics grow along, such as 1 for `(batch, time,
-        channels)`, one of `reduction_axes`. None: each statistic is over all positions.
+      cumulative_axis: the axis along which statistics are cumulative, such as 1 for `(batch, time,
+        channels)`. It must be one of `reduction_axes`. None computes each statistic over all
+        positions.
       epsilon: added to the variance.
-      mask: bool, broadcastable to x: True where an element counts; or real and not negative: the
-        weight of each element. Elements that do not count do not affect the statistics; if one is
-        NaN or infinite, y is the bias there, a constant. If nothing counts (up to t), the mean is 0
-        and the variance 1. For paddings, of shape (batch, time): `mask=(paddings == 0)[..., None]`.
-      axis_name: mapped axis or axes that `reduction_axes` (but `cumulative_axis`) are sharded over:
-        statistics are shared over them. If the channels are sharded, the first groups of all
-        devices form one group, and so on.
-      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
+      mask: bool, broadcastable to x, True for elements that count; or non-negative weights, one per
+        element. Elements that do not count do not affect the statistics. If one of them is NaN or
+        infinite, its y is the bias, a constant for derivatives. If no element counts (up to t), the
+        mean is 0 and the variance is 1. For `paddings` of shape (batch, time), pass `mask=(paddings
+        == 0)[..., None]`.
+      axis_name: mapped axis or axes over which `reduction_axes` (except `cumulative_axis`) are
+        sharded. Statistics are all-reduced over them. If the channels are sharded, the first group
+        of each device together form one group, and so on.
+      axis_index_groups: groups of indices of that axis; each group shares statistics, as in
+        `jax.lax.psum`.
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance is
-      safe far from zero. y and its gradients are right for x up to 1e25.
+      `y`, with the shape of x, and `{}`. They are computed in at least float32, and y is rounded
+      once. The variance stays accurate if x is far from zero. y and its gradients are accurate for
+      x up to 1e25.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: groups that do
-        not divide the channels, axes, leaves, dtypes, a mask, an axis name that is not in scope,
-        statistics over one value in training.
+      ValueError, TypeError, NameError: at trace time, for an invalid argument: groups that do not
+        divide the channels, wrong axes, leaves, dtypes or masks, an axis name that is not in scope,
+        or statistics over a single value in training.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -223,17 +230,17 @@ def group_norm(
 def _cumulative(
     given: int | None, channel: int, axes: tuple[int, ...], shape: tuple[int, ...]
 ) -> set[int]:
-    """Returns the axis that statistics grow along, if there is one; raises for other axes."""
+    """Returns the axis along which statistics are cumulative, as a set of at most one axis."""
     if given is None:
         return set()
     found = _checks.axes("group_norm", "cumulative_axis", given, shape)
     if len(found) != 1 or found == (channel,) or not set(found) <= set(axes):
         _checks.raise_error(
             "group_norm",
-            "the statistics cannot grow along this axis",
-            expected=f"one of the reduced axes {axes} but that of the channels, {channel}",
+            "statistics cannot be cumulative along this axis",
+            expected=f"one of the reduced axes {axes} except the channel axis {channel}",
             got=f"cumulative_axis={given!r} for x.shape={shape}",
-            fix="Name the axis of time, as in cumulative_axis=1 for (batch, time, channels)",
+            fix="Pass the time axis, such as cumulative_axis=1 for (batch, time, channels)",
         )
     return set(found)
 
@@ -268,8 +275,8 @@ def _must_hold_channels(axes: tuple[int, ...], channel: int, shape: tuple[int, .
     if channel not in axes:
         _checks.raise_error(
             "group_norm",
-            "the statistics of a group are over its channels, too",
-            expected=f"reduction_axes with the feature axis, {channel}",
+            "reduction_axes lacks the channels, which group statistics are over",
+            expected=f"reduction_axes that include the feature axis {channel}",
             got=f"reduction_axes={axes} for x.shape={shape}",
             fix="Add it, or use instance_norm",
         )

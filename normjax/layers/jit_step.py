@@ -21,15 +21,15 @@ KEPT = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
 
 
 def jit_step(step: Callable[..., Any], like: str | tuple[str, ...] = "x") -> Callable[..., Any]:
-    """Compiles a step once for each value of its last argument, which is static.
+    """Compiles a step once for each value of its last, static argument.
 
-    What the step returns is sharded like its operands of the names `like`, if these have Explicit
-    axes of a mesh; what none of them names is not sharded.
+    If operands have Explicit mesh axes, each result is sharded like the operand that `like` names
+    for it. A result without such an operand is replicated.
 
-    Under an outer jit, the step becomes part of the outer program. For its backward pass a step
-    stores its operands unchanged, and the arrays that it names: statistics, and an output that
-    replaces the input. This is done by a checkpoint in the derivative only, so that other readers
-    of the program (`jax.experimental.jet`, exporters) do not meet it.
+    Under an outer jit, the step is inlined into the outer program. For the backward pass, it stores
+    only its operands and the arrays that it names: statistics, and an output that replaces the
+    input. This is a `jax.checkpoint` inside the derivative rule, so that `jax.experimental.jet` and
+    exporters do not find it in the forward program.
     """
     names = [*inspect.signature(step).parameters]
     last = len(names) - 1
@@ -57,15 +57,15 @@ def jit_step(step: Callable[..., Any], like: str | tuple[str, ...] = "x") -> Cal
 
 
 def _plainly(step: Callable[..., Any], arguments: Any) -> Any:
-    """Takes a step uncompiled: no cache should keep what an exporter has replaced in JAX."""
+    """Runs a step without jit, so that no cache keeps functions that an exporter patched."""
     with plain_phrasing():
         return step(*arguments)
 
 
 def jit_step_within_examples(step: Callable[..., Array]) -> Callable[..., Array]:
-    """Compiles a step `(params, x, mask, spec)` that reduces x within its examples.
+    """Compiles a step `(params, x, mask, spec)` that reduces x within examples.
 
-    The step gets params with the rank of x.
+    The step receives params with the rank of x.
     """
     squeezed = without_unit_axes(step)
 

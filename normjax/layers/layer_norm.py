@@ -46,12 +46,12 @@ def layer_norm_init(
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
         order of the axes of x.
-      use_scale: whether there is a scale.
-      use_bias: whether there is a bias.
-      scale_init: makes the scale.
-      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
-        makes `1 - scale_offset`.
-      bias_init: makes the bias.
+      use_scale: whether to use a learnable scale.
+      use_bias: whether to use a learnable bias.
+      scale_init: initializer of the scale.
+      scale_offset: the constant that the layer adds to the stored scale. The default `scale_init`
+        then stores `1 - scale_offset`, so that the effective scale starts at 1.
+      bias_init: initializer of the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of scale and bias.
 
@@ -60,8 +60,8 @@ def layer_norm_init(
         `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
-        random initializer without a key.
+      ValueError: if a size is not positive. TypeError: if `param_dtype` is an integer type, or a
+        random initializer has no key.
 
     Example:
       >>> import normjax as nj
@@ -97,42 +97,44 @@ def layer_norm(
 
     .. math:: y = (o + \gamma) \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    with the mean and the biased variance over `reduction_axes`, separately for every position of
-    the other axes. Examples do not affect each other, so training and inference are the same. Use
-    it in transformers and recurrent networks, and if batches are small or sequences differ in
-    length.
+    with the mean and the biased variance over `reduction_axes`, computed separately for each
+    position of the other axes. Examples do not affect each other, so training and inference are the
+    same. Use it in transformers and recurrent networks, and if batches are small or sequences
+    differ in length.
 
     Args:
-      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for one of
-        each example. Leading sizes must match the first non-feature axes of x. Missing leaves are
-        left out.
+      params: dict of `scale` and `bias`, each `(*features)`, or `(*leading, *features)` for a scale
+        and bias per example. Leading dimensions must match the first non-feature axes of x. Missing
+        leaves are skipped.
       batch_stats: `{}`.
       x: floating-point or complex, any rank >= 1, such as `(batch, time, features)`.
-      train: Python bool.
-      scale_offset: o, added to the scale in at least float32: 1.0 for checkpoints that store `scale
-        - 1`, which near 1 keeps digits that bfloat16 would lose, and lets weight decay pull the
-        scale towards 1. Without a scale it is left out, too.
-      reduction_axes: the axes that mean and variance are taken over.
-      feature_axes: the axes that scale and bias run along; leaves have their sizes in ascending
-        order.
+      train: Python bool. Training and inference compute the same values.
+      scale_offset: o, added to the scale in at least float32. Use 1.0 for checkpoints that store
+        `scale - 1`. This form keeps digits that bfloat16 would lose near 1, and lets weight decay
+        pull the scale towards 1. The offset has no effect without a scale.
+      reduction_axes: the axes over which the mean and variance are computed.
+      feature_axes: the axes along which scale and bias vary. A leaf has the sizes of these axes in
+        ascending order.
       epsilon: added to the variance.
-      mask: bool, broadcastable to x: True where an element counts; or real and not negative: the
-        weight of each element. Elements that do not count do not affect the statistics; if one is
-        NaN or infinite, y is the bias there, a constant. If nothing counts, the mean is 0 and the
-        variance 1.
-      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
-        over them.
-      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
+      mask: bool, broadcastable to x, True for elements that count; or non-negative weights, one per
+        element. Elements that do not count do not affect the statistics. If one of them is NaN or
+        infinite, its y is the bias, a constant for derivatives. If no element counts, the mean is 0
+        and the variance is 1.
+      axis_name: mapped axis or axes over which `reduction_axes` are sharded. Statistics are
+        all-reduced over them.
+      axis_index_groups: groups of indices of that axis; each group shares statistics, as in
+        `jax.lax.psum`.
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once; the variance is
-      safe far from zero. y and its gradients are right for x up to 1e25.
+      `y`, with the shape of x, and `{}`. They are computed in at least float32, and y is rounded
+      once. The variance stays accurate if x is far from zero. y and its gradients are accurate for
+      x up to 1e25.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: axes, leaves,
-        dtypes, a mask, an axis name that is not in scope, a traced `train`, statistics over one
-        value in training.
+      ValueError, TypeError, NameError: at trace time, for an invalid argument: wrong axes, leaves,
+        dtypes or masks, an axis name that is not in scope, a traced `train`, or statistics over a
+        single value in training.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj

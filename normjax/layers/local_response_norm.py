@@ -38,16 +38,16 @@ def local_response_norm_init(
     param_dtype: DTypeLike = jnp.float32,
     **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
-    """Returns the parameters that `local_response_norm` starts from, by default `{}`, and `{}`.
+    """Returns the parameters that `local_response_norm` starts from (by default none), and `{}`.
 
     Args:
       num_features: the number of channels.
       use_scale: whether there is a scale; the paper has none.
-      use_bias: whether there is a bias; the paper has none.
-      scale_init: makes the scale.
-      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
-        makes `1 - scale_offset`.
-      bias_init: makes the bias.
+      use_bias: whether to use a learnable bias; the paper has none.
+      scale_init: initializer of the scale.
+      scale_offset: the constant that the layer adds to the stored scale. The default `scale_init`
+        then stores `1 - scale_offset`, so that the effective scale starts at 1.
+      bias_init: initializer of the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of scale and bias.
 
@@ -56,8 +56,8 @@ def local_response_norm_init(
         `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
-        random initializer without a key.
+      ValueError: if a size is not positive. TypeError: if `param_dtype` is an integer type, or a
+        random initializer has no key.
 
     Example:
       >>> import normjax as nj
@@ -89,35 +89,36 @@ def local_response_norm(
     dtype: DTypeLike | None = None,
     **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
-    r"""Divides each channel by a power of the energy of its neighbours at the same position.
+    r"""Divides each channel by a power of the mean square of its neighbouring channels.
 
     .. math:: y_c = x_c \Big/ \Big(k + \frac{\alpha}{n} \sum_{j = c - \lfloor n/2 \rfloor}
               ^{c + \lfloor (n-1)/2 \rfloor} |x_j|^2\Big)^{\beta}
 
-    with zeros beyond the first and the last channel. It belongs to networks of AlexNet's time;
-    later ones do not use it.
+    with zeros beyond the first and the last channel. Use it to reproduce AlexNet and networks of
+    its time; later networks do not use it.
 
     Args:
       params: `{}`, or a dict of `scale` and `bias`, each `(channels,)`, or `(*leading, channels)`
-        for one of each example, applied last.
+        for a scale and bias per example. They are applied last.
       batch_stats: `{}`.
       x: floating-point or complex, such as `(batch, height, width, channels)`.
-      train: Python bool.
+      train: Python bool. Training and inference compute the same values.
       scale_offset: o, added to the scale in at least float32; see `layer_norm`.
-      size: n, the number of neighbouring channels that are averaged.
-      alpha: weight of their mean square, as in PyTorch and ONNX. The paper and TensorFlow weigh the
-        sum: theirs is `alpha / size`, and the default is the paper's 1e-4 times 5.
-      beta: the power.
-      k: added to the energy.
+      size: n, the number of neighbouring channels in the mean, including the channel itself.
+      alpha: factor of the mean square, as in PyTorch and ONNX. In the paper and TensorFlow, alpha
+        is the factor of the sum, that is `alpha / size` here. The default is the paper's 1e-4 times
+        its size of 5.
+      beta: the exponent.
+      k: added to alpha times the mean square.
       feature_axes: the axis of the channels.
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once.
+      `y`, with the shape of x, and `{}`. It is computed in at least float32 and rounded once.
 
     Raises:
-      ValueError, TypeError: at trace time, for arguments that do not fit: a size that is not a
-        positive int, k that is not positive, axes, leaves, dtypes.
+      ValueError, TypeError: at trace time, for an invalid argument: a size that is not a positive
+        int, a k that is not positive, or wrong axes, leaves or dtypes.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -172,7 +173,7 @@ def local_response_norm(
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSpec(Spec):
-    """The static arguments of a step, which reduces no axis."""
+    """The static arguments of a step that reduces no axis."""
 
     channel: int
     size: int
@@ -190,7 +191,7 @@ def _local_response_norm(params: Params, x: Array, spec: LocalSpec) -> Array:
 
 
 def _energy_nearby(energy: Array, spec: LocalSpec) -> Array:
-    """Sums over a window of channels around each channel."""
+    """Sums the squares over a window of channels around each channel."""
     ones, none = [1] * energy.ndim, [(0, 0)] * energy.ndim
     window, padding = list(ones), none
     window[spec.channel] = spec.size

@@ -1,4 +1,4 @@
-"""Checks the arguments of layers without statistics of the batch."""
+"""Checks the arguments of layers without batch statistics."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Operands(NamedTuple):
     Attributes:
       params: as given.
       x: an array.
-      mask: None, or with the rank of x.
+      mask: None, or an array with the rank of x.
       feature_axes: not negative, ascending.
       dtype: dtype of y.
-      axes: what `find_axes` returned.
+      axes: the result of `find_axes`.
     """
 
     params: Params
@@ -59,10 +59,10 @@ def check_operands(
     name: str = "x",
     find_axes: Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] | None = None,
 ) -> Operands:
-    """Checks the arguments that all layers without statistics of the batch have in common.
+    """Checks the arguments that all layers without batch statistics share.
 
-    `find_axes(feature_axes, shape)` raises for axes that the layer cannot have. It comes before the
-    leaves, which do not fit then either.
+    `find_axes(feature_axes, shape)` raises an error for axes that the layer does not support. It
+    runs before the check of the leaves, which would fail with a less useful error.
     """
     _checks.static_train(function, train)
     x = _checks.activations(function, x, name)
@@ -87,7 +87,7 @@ def check_spec(
     scale_offset: float = 0.0,
     **static: Any,
 ) -> Any:
-    """Checks numbers and the names of mapped axes; returns the static arguments of the step."""
+    """Checks numbers and names of mapped axes, and returns the static arguments of the step."""
     epsilon = _checks.number(function, "epsilon", epsilon, 0.0, math.inf)
     devices = device_group(function, axis_name, axis_index_groups)
     return make_spec(
@@ -104,14 +104,14 @@ def check_spec(
 def one_feature_axis(
     function: str, feature_axes: tuple[int, ...], shape: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Returns the feature axes; refuses more or less than one."""
+    """Returns the feature axis; raises an error unless there is exactly one."""
     if len(feature_axes) != 1:
         _checks.raise_error(
             function,
-            "there must be one feature axis",
-            expected="an int, or one of them",
+            "there is not exactly one feature axis",
+            expected="an int, or a sequence of one int",
             got=f"feature_axes={feature_axes} for x.shape={shape}",
-            fix="Name the axis of the channels, as in -1",
+            fix="Pass the channel axis, such as feature_axes=-1",
         )
     return feature_axes
 
@@ -122,9 +122,9 @@ def axes_within_examples(
     feature_axes: tuple[int, ...],
     shape: tuple[int, ...],
 ) -> tuple[int, ...]:
-    """Returns the axes to reduce, by default all but the first and the features.
+    """Returns the axes to reduce; by default all but axis 0 and the feature axes.
 
-    Raises for the axis of the examples.
+    Raises an error for axis 0, which holds the examples.
     """
     kept = feature_axes
     if reduction_axes is None:
@@ -135,7 +135,7 @@ def axes_within_examples(
     if 0 in axes or 0 in kept:
         _checks.raise_error(
             function,
-            "axis 0 holds the examples, and the statistics are of each by itself",
+            "axis 0 holds the examples, and statistics are computed for each example by itself",
             expected="reduction_axes and feature_axes without axis 0",
             got=got,
             fix="Move the examples to axis 0, or use batch_norm to reduce over them",
@@ -144,7 +144,7 @@ def axes_within_examples(
         _checks.raise_error(
             function,
             "an axis is both reduced and a feature",
-            expected="reduction_axes and feature_axes that have no axis in common",
+            expected="reduction_axes and feature_axes without a common axis",
             got=got,
             fix="Use layer_norm to reduce over features",
         )
@@ -152,14 +152,13 @@ def axes_within_examples(
 
 
 def more_than_one_value(function: str, x: Array, spec: Spec) -> None:
-    """Raises for statistics over one value: its variance is 0, and y would be the bias."""
+    """Raises an error for statistics over a single value, whose variance is 0."""
     count = spec.count(x)
     if isinstance(count, float) and count == 1:
         members = 1 if spec.groups is None else spec.groups[1]
         _checks.raise_error(
             function,
-            "each statistic is over one value: its variance is 0, and y would be the bias "
-            "whatever x is",
+            "each statistic is over one value: the variance is 0, so y is the bias for every x",
             expected="at least 2 values for each mean and variance in training",
             got=f"1 for x.shape={x.shape}, reduced over axes {spec.axes}, {members} channel(s) "
             f"and {spec.devices.size} device(s)",

@@ -1,4 +1,4 @@
-"""Chooses what a network stores for its backward pass, and what it recomputes."""
+"""A policy of what a network stores for its backward pass, and what it recomputes."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def remat_policy(
 ) -> Callable[..., bool]:
     """Returns a policy for `jax.checkpoint` that recomputes normalizations and activations.
 
-    It stores the outputs of linear layers (convolutions, and products without batch dimensions),
-    the inputs of normalizations, and their statistics. Normalizations and activations are
-    bandwidth-bound, so cheap to recompute in the backward pass. Linear layers and statistics are
-    not recomputed, so `axis_name` adds no collectives. Checkpoint the network as a whole:
-    `jax.checkpoint(network, policy=...)`, `flax.linen.remat`, `flax.nnx.remat`. Do not set
-    `prevent_cse=False`: XLA would then find that the recomputed values are already known, and store
-    them after all.
+    The policy stores the outputs of linear layers (convolutions, and matrix products without batch
+    dimensions), and the inputs and statistics of normalizations. Normalizations and activations are
+    bandwidth-bound, so they are cheap to recompute in the backward pass. Linear layers and
+    statistics are not recomputed, so recomputation adds no collectives for `axis_name`. Apply the
+    checkpoint to the network as a whole: `jax.checkpoint(network, policy=...)`, `flax.linen.remat`,
+    `flax.nnx.remat`. Do not set `prevent_cse=False`: XLA would then find that the recomputed values
+    are already known, and store them after all.
 
     Args:
-      recompute: a function of the shape and dtype of an array that would be stored, which returns
-        whether to recompute it instead. This is worth it for a large output of a small input, such
-        as the output of the first convolution. For a ResNet on images of 224 x 224:
+      recompute: a function that receives the shape and dtype of an array that would be stored, and
+        returns whether to recompute it instead. Recompute a large output of a small input, such as
+        the output of the first convolution. For a ResNet on images of 224 x 224:
         `nj.remat_policy(recompute=lambda x: x.shape[1:3] == (112, 112))`. It is not called for the
         network's inputs, which are stored anyway.
 
@@ -37,7 +37,7 @@ def remat_policy(
       The policy.
 
     Raises:
-      TypeError: for a `recompute` that is not a function.
+      TypeError: if `recompute` is not a function.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj

@@ -50,12 +50,12 @@ def rms_norm_init(
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
         order of the axes of x.
-      use_scale: whether there is a scale.
-      use_bias: whether there is a bias; the paper has none.
-      scale_init: makes the scale.
-      scale_offset: what the layer adds to the scale. `ones`, the default of `scale_init`, then
-        makes `1 - scale_offset`.
-      bias_init: makes the bias.
+      use_scale: whether to use a learnable scale.
+      use_bias: whether to use a learnable bias; the paper has none.
+      scale_init: initializer of the scale.
+      scale_offset: the constant that the layer adds to the stored scale. The default `scale_init`
+        then stores `1 - scale_offset`, so that the effective scale starts at 1.
+      bias_init: initializer of the bias.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of scale and bias.
 
@@ -64,8 +64,8 @@ def rms_norm_init(
         `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
-        random initializer without a key.
+      ValueError: if a size is not positive. TypeError: if `param_dtype` is an integer type, or a
+        random initializer has no key.
 
     Example:
       >>> import normjax as nj
@@ -100,40 +100,41 @@ def rms_norm(
 
     .. math:: y = (o + \gamma) \frac{x}{\sqrt{\frac1n \sum_i |x_i|^2 + \epsilon}} + \beta
 
-    It is layer norm without the mean: there is one reduction instead of two, and nothing is
-    subtracted. Use it in large language models. Its output does not depend on the scale of x, but
-    does on an offset.
+    It is layer norm without the mean, so it has one reduction instead of two. Use it in large
+    language models. The output does not depend on the scale of x, but it does depend on an offset
+    of x.
 
     Args:
-      params: dict of `scale` and maybe `bias`, each `(*features)`, or `(*leading, *features)` for
-        one of each example. Leading sizes must match the first non-feature axes of x. Missing
-        leaves are left out.
+      params: dict of `scale` and maybe `bias`, each `(*features)`, or `(*leading, *features)` for a
+        scale and bias per example. Leading dimensions must match the first non-feature axes of x.
+        Missing leaves are skipped.
       batch_stats: `{}`.
       x: floating-point or complex, any rank >= 1, such as `(batch, time, features)`.
-      train: Python bool.
-      scale_offset: o, added to the scale in at least float32: 1.0 for checkpoints that store `scale
-        - 1` (Gemma), which keeps digits near 1 that bfloat16 would lose, and lets weight decay pull
-        the scale towards 1. Without a scale it is left out too.
-      reduction_axes: the axes that the mean square is taken over.
-      feature_axes: the axes that scale and bias run along; leaves have their sizes in ascending
-        order.
+      train: Python bool. Training and inference compute the same values.
+      scale_offset: o, added to the scale in at least float32. Use 1.0 for checkpoints that store
+        `scale - 1` (Gemma). This form keeps digits that bfloat16 would lose near 1, and lets weight
+        decay pull the scale towards 1. The offset has no effect without a scale.
+      reduction_axes: the axes over which the mean square is computed.
+      feature_axes: the axes along which scale and bias vary. A leaf has the sizes of these axes in
+        ascending order.
       epsilon: added to the mean square.
-      mask: bool, broadcastable to x: True where an element counts; or real and not negative: the
-        weight of each element. Elements that do not count do not affect the statistics; if one is
-        NaN or infinite, y is the bias (or 0) there, a constant. If nothing counts, the mean square
-        is 1.
-      axis_name: mapped axis or axes that `reduction_axes` are sharded over: statistics are shared
-        over them.
-      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
+      mask: bool, broadcastable to x, True for elements that count; or non-negative weights, one per
+        element. Elements that do not count do not affect the statistics. If one of them is NaN or
+        infinite, its y is the bias (or 0), a constant for derivatives. If no element counts, the
+        mean square is 1.
+      axis_name: mapped axis or axes over which `reduction_axes` are sharded. Statistics are
+        all-reduced over them.
+      axis_index_groups: groups of indices of that axis; each group shares statistics, as in
+        `jax.lax.psum`.
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, of x's shape, and `{}`. Computed in at least float32 and rounded once. y and its
-      gradients are right for x up to 1e25.
+      `y`, with the shape of x, and `{}`. It is computed in at least float32 and rounded once. y and
+      its gradients are accurate for x up to 1e25.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: axes, leaves,
-        dtypes, a mask, an axis name that is not in scope, a traced `train`.
+      ValueError, TypeError, NameError: at trace time, for an invalid argument: wrong axes, leaves,
+        dtypes or masks, an axis name that is not in scope, or a traced `train`.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj

@@ -1,4 +1,4 @@
-"""Normalization by the statistics of all elements ever seen, as in reinforcement learning."""
+"""Normalization by the statistics of all elements seen so far, as in reinforcement learning."""
 
 from __future__ import annotations
 
@@ -48,25 +48,25 @@ def running_norm_init(
     param_dtype: DTypeLike = jnp.float32,
     **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
-    """Returns `{}`, since nothing is learned, and the statistics that `running_norm` starts from.
+    """Returns `{}` (there are no parameters) and the statistics that `running_norm` starts from.
 
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
-        order of the axes of x; `()` for scalars, such as rewards.
-      initial_count: as how many elements the initial mean 0 and variance 1 count: 0 in Brax and
-        Acme, 1e-4 in Stable-Baselines3 and Gymnasium.
-      key: without effect, as in every layer without random initializers.
-      param_dtype: dtype of the statistics if it is float32 or wider; narrower ones would stop
-        moving.
+        order of the axes of x. Pass `()` for scalars, such as rewards.
+      initial_count: the number of elements that the initial mean 0 and variance 1 count for: 0 in
+        Brax and Acme, 1e-4 in Stable-Baselines3 and Gymnasium.
+      key: has no effect, since nothing is initialized at random.
+      param_dtype: dtype of the statistics if it is float32 or wider. Otherwise they are float32,
+        since narrower ones would stop changing.
 
     Returns:
       An empty dict, and `batch_stats`: a dict of `mean` (zeros) and `var` (ones), each
-        `(*num_features)`, and of `count`, a scalar. Each has a second leaf, `mean_rest`, `var_rest`
-        and `count_rest` (zeros), with what the first one lost to rounding.
+      `(*num_features)`, and of `count`, a scalar. Each has a companion, `mean_rest`, `var_rest` and
+      `count_rest` (zeros), which holds its rounding error.
 
     Raises:
-      ValueError: for a size that is not positive, or a negative count. TypeError: for an integer
-        `param_dtype`.
+      ValueError: if a size is not positive, or the count is negative. TypeError: if `param_dtype`
+        is an integer type.
 
     Example:
       >>> import normjax as nj
@@ -89,8 +89,8 @@ class RunningSpec(Spec):
 
     Attributes:
       center: whether the mean is subtracted.
-      clip: the bound of |y|; None without one.
-      skip_nonfinite: whether a batch that is not finite leaves the statistics as they were.
+      clip: the bound of |y|; None for no bound.
+      skip_nonfinite: whether to keep the statistics unchanged if the batch is not finite.
     """
 
     center: bool = True
@@ -117,52 +117,56 @@ def running_norm(
     dtype: DTypeLike | None = None,
     **_foreign: Never,
 ) -> tuple[Activations, BatchStats]:
-    r"""Normalizes each feature by mean and variance of all elements seen so far.
+    r"""Normalizes each feature by the mean and variance of all elements seen so far.
 
     .. math:: y = \mathrm{clip}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}, -c, c\right)
 
-    In training the statistics are first merged with the batch's, in which each element counts as
-    much as each one before, and y uses the new ones. At inference they are used, and returned
-    unchanged. Use it for observations, and with `center=False` for rewards (statistics of the
-    returns) in reinforcement learning: see the page "Reinforcement learning".
+    In training, the statistics are first merged with those of the batch, with equal weight for
+    every element seen so far, and y uses the merged statistics. At inference, the statistics are
+    used and returned unchanged. In reinforcement learning, use it for observations, and with
+    `center=False` for rewards (with the statistics of the returns): see the page "Reinforcement
+    learning".
 
-    It does what `VecNormalize` of Stable-Baselines3, `NormalizeObservation` of Gymnasium and
-    `running_statistics` of Brax and Acme do. The first two update and then normalize in one call,
-    as here; Brax and Acme have a function for each.
+    It corresponds to `VecNormalize` of Stable-Baselines3, `NormalizeObservation` of Gymnasium and
+    `running_statistics` of Brax and Acme. The first two update and then normalize in one call, as
+    this function does; Brax and Acme have one function for each.
 
     Args:
-      params: `{}`: nothing is learned.
+      params: `{}`; there are no parameters.
       batch_stats: as `running_norm_init` returns it.
-      x: real, floating-point, such as `(batch, features)` or `(environments, steps, features)`. One
-        value of each feature is enough.
+      x: real, floating-point, such as `(batch, features)` or `(environments, steps, features)`. A
+        single value per feature is enough.
       train: Python bool: whether to update the statistics.
-      feature_axes: the axes that statistics run along; `()` for one mean and variance of all.
+      feature_axes: the axes along which statistics vary; `()` for a single mean and variance of all
+        elements.
       epsilon: added to the variance, as in Stable-Baselines3 and Gymnasium (1e-8). Brax also adds
-        its `std_eps` (0) to the variance, and Brax and Acme bound the deviation from below by 1e-6:
-        for that choose 1e-12.
+        its `std_eps` (0) to the variance. Brax and Acme bound the standard deviation from below by
+        1e-6; to match them, choose 1e-12.
       center: whether the mean is subtracted. The variance is around the mean in both cases.
       clip: c, the bound of :math:`|y|` (10 in Stable-Baselines3; `max_abs_value` in Brax). None: no
         bound.
-      mask: bool: True where an element counts; or real and not negative: its weight, which counts
-        as that many elements. It is one for all features: it broadcasts to x, and has size 1 along
-        `feature_axes`. If one that does not count is NaN or infinite, y is 0 there.
-      axis_name: mapped axis or axes (pmap, shard_map, vmap) over which batches are merged, in
+      mask: bool, True for elements that count; or non-negative weights, one per element (a weight
+        of 2 counts as two elements). It broadcasts to x, and has size 1 along `feature_axes`, since
+        all features share it. If an element that does not count is NaN or infinite, its y is 0.
+      axis_name: mapped axis or axes (pmap, shard_map, vmap) over which batches are merged in
         training. All devices then have the same statistics.
-      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
-      skip_nonfinite: whether a batch with a NaN or an infinity leaves all statistics as they were.
-        By default they become NaN for good.
+      axis_index_groups: groups of indices of that axis; each group shares statistics, as in
+        `jax.lax.psum`.
+      skip_nonfinite: whether to keep all statistics unchanged if the batch has a NaN or an
+        infinity. By default, the statistics become NaN and stay so.
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, of x's shape, and `batch_stats`, of the old structure, shapes and dtypes. Statistics and
-      y are computed in at least float32. `count + count_rest` is the exact number of elements up to
-      :math:`2^{48}`, and mean and variance move however little a batch adds. For derivatives, all
-      statistics are constants: :math:`dy / dx = 1 / \sqrt{\sigma^2 + \epsilon}`.
+      `y`, with the shape of x, and the new `batch_stats`, with the structure, shapes and dtypes of
+      the old ones. Statistics and y are computed in at least float32. `count + count_rest` is the
+      exact number of elements up to :math:`2^{48}`, and even the smallest batch changes mean and
+      variance. Derivatives treat all statistics as constants: :math:`dy / dx = 1 / \sqrt{\sigma^2 +
+      \epsilon}`.
 
     Raises:
-      ValueError, TypeError, NameError: at trace time, for arguments that do not fit: axes, leaves,
-        dtypes, a mask with a feature axis, an axis name that is not in scope, complex x, statistics
-        in less than float32 in training.
+      ValueError, TypeError, NameError: at trace time, for an invalid argument: wrong axes, leaves
+        or dtypes, a mask with a feature axis, an axis name that is not in scope, complex x, or
+        statistics narrower than float32 in training.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -207,7 +211,7 @@ def running_norm(
 def _train_step(
     batch_stats: BatchStats, x: Array, mask: Array | None, spec: RunningSpec
 ) -> tuple[Array, BatchStats]:
-    """Adds the batch to the statistics, and normalizes it by the new ones."""
+    """Merges the batch into the statistics, and normalizes it by the new statistics."""
     inputs = read(x, mask)
     constants, weights = jax.tree.map(lax.stop_gradient, (inputs, mask))
     batch = batch_moments(spec, constants, weights)
@@ -226,7 +230,7 @@ def _normalized(batch_stats: BatchStats, x: Input, spec: RunningSpec) -> Array:
     mean, var = (lax.stop_gradient(spec.expand(batch_stats[leaf])) for leaf in ("mean", "var"))
     y = normalize(x, mean if spec.center else None, var, {}, spec.epsilon)
     if spec.clip is not None:
-        bound = jnp.full_like(y, spec.clip)  # jet's rule takes no scalar
+        bound = jnp.full_like(y, spec.clip)  # jet's rule does not accept a scalar
         y = jnp.maximum(jnp.minimum(y, bound), -bound)
     return y.astype(spec.dtype)
 
@@ -238,7 +242,7 @@ def _must_be_real(x: Array) -> None:
             "x is complex",
             expected="a real x",
             got=f"x.dtype={x.dtype} for x.shape={x.shape}",
-            fix="Normalize real and imaginary parts as features of their own",
+            fix="Pass the real and imaginary parts as separate features",
             kind=TypeError,
         )
 
@@ -246,7 +250,7 @@ def _must_be_real(x: Array) -> None:
 def _check_statistics(
     batch_stats: BatchStats, features: tuple[int, ...], x: Array, train: bool
 ) -> None:
-    """Raises for leaves that are missing or do not fit, or are too coarse to be updated."""
+    """Raises an error for leaves that are missing, do not fit, or are too imprecise to update."""
     known = (*LEAVES, *RESTS)
     _leaves.leaves(
         FUNCTION, "batch_stats", batch_stats, shape=features, dtype=x.dtype, required=known
@@ -256,20 +260,20 @@ def _check_statistics(
         if train and kind not in WIDE:
             _checks.raise_error(
                 FUNCTION,
-                f"batch_stats[{leaf!r}] is too coarse to train with: it would stop moving",
+                f"batch_stats[{leaf!r}] is too imprecise to train with: it would stop changing",
                 expected="float32 or wider in training; any float at inference",
                 got=f"dtype {kind}",
-                fix="Leave batch_stats in the dtype that running_norm_init gave it",
+                fix="Keep batch_stats in the dtype that running_norm_init gave it",
                 kind=TypeError,
             )
 
 
 def _must_not_hold_features(mask: Array | None, kept: tuple[int, ...], x: Array) -> None:
-    """Raises for a mask that differs from feature to feature: there is one count for all."""
+    """Raises an error for a mask that differs between features, since they share one count."""
     if mask is not None and any(mask.shape[axis] != 1 for axis in kept):
         _checks.raise_error(
             FUNCTION,
-            "the mask has a feature axis, and there is one count for all features",
+            "the mask has a feature axis, but all features share one count",
             expected=f"size 1 along feature_axes={kept}",
             got=f"mask.shape={mask.shape} for x.shape={x.shape}",
             fix="Give each element one weight, as in mask[..., None], or normalize the features "

@@ -1,4 +1,4 @@
-"""Standardizes each example for layer, group and instance norm."""
+"""Standardizes each example: the arithmetic of layer, group and instance norm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StandardizeSpec(ExampleSpec):
 
     Attributes:
       gain: a constant factor of the scale.
-      epsilon_to: what epsilon is added to.
+      epsilon_to: "variance" or "deviation", to which epsilon is added.
     """
 
     gain: float = 1.0
@@ -34,29 +34,29 @@ class StandardizeSpec(ExampleSpec):
 
     @property
     def least_variance(self) -> float:
-        """What is added to the variance at least."""
+        """Returns a lower bound of what is added to the variance."""
         return self.epsilon if self.epsilon_to == "variance" else self.epsilon**2
 
 
 class KernelSpec(StandardizeSpec):
     """The static arguments of a step on a kernel.
 
-    Kernels are small and many: to trace a phrasing for each platform, and compile a branch, takes
-    a network more time than to read its kernels twice.
+    A network has many small kernels. Tracing a program for each platform and compiling a branch
+    would take longer than reading the kernels twice.
     """
 
     @property
     def in_two_passes(self) -> bool:
-        """Returns that there are two passes."""
+        """Returns True: kernels always take two passes."""
         return True
 
 
 @dataclass(frozen=True)
 class CumulativeSpec(StandardizeSpec):
-    """The static arguments of a step whose statistics grow along an axis.
+    """The static arguments of a step whose statistics are cumulative along an axis.
 
     Attributes:
-      cumulative_axis: that axis, which is not among `axes`.
+      cumulative_axis: the cumulative axis, which is not in `axes`.
     """
 
     cumulative_axis: int = 0
@@ -66,7 +66,10 @@ class CumulativeSpec(StandardizeSpec):
 def standardize_cumulatively(
     params: Params, x: Array, mask: Array | None, spec: CumulativeSpec
 ) -> Array:
-    """Normalizes x by its moments up to each position; mean 0 and variance 1 before any counts."""
+    """Normalizes x by its moments up to each position.
+
+    Before the first element that counts, the mean is 0 and the variance is 1.
+    """
     shape = x.shape
     params = lay_out(params, x.ndim, spec)
     params, x, mask, spec = _into_groups(params, x, mask, spec)
@@ -81,13 +84,13 @@ def standardize_cumulatively(
 def _into_groups(
     params: Params, x: Array, mask: Array | None, spec: CumulativeSpec
 ) -> tuple[Params, Array, Array | None, CumulativeSpec]:
-    """Splits the channels into groups and their members, along a new axis that is reduced.
+    """Splits the channel axis into groups and members; the members are a new, reduced axis.
 
-    Otherwise the statistics, which have a position each, would be as large as x.
+    Otherwise the statistics of each position would be as large as x.
     """
     assert spec.groups is not None
     channel, size = spec.groups
-    if x.shape[channel] == size:  # for one group, without an axis of size 1, slow on CPUs
+    if x.shape[channel] == size:  # one group: avoids an axis of size 1, which is slow on CPUs
         axes = tuple(sorted((*spec.axes, channel)))
         return params, x, mask, replace(spec, axes=axes, groups=None)
 
@@ -106,7 +109,7 @@ def _into_groups(
 
 @jit_step_within_examples
 def standardize(params: Params, x: Array, mask: Array | None, spec: StandardizeSpec) -> Array:
-    """Normalizes x by its own moments. If nothing counts, the mean is 0 and the variance 1."""
+    """Normalizes x by its own moments. If no element counts, the mean is 0 and the variance 1."""
     inputs = read(x, mask)
     params = _with_gain(params, spec)
     if spec.epsilon_to == "variance" and has_one_derivative(spec, mask):
@@ -122,7 +125,7 @@ def standardize(params: Params, x: Array, mask: Array | None, spec: StandardizeS
 
 
 def _with_gain(params: Params, spec: StandardizeSpec) -> Params:
-    """Returns the params with the factor of the scale."""
+    """Returns the params with the scale multiplied by the gain."""
     if spec.gain == 1:
         return params
     scale = params["scale"] if "scale" in params else jnp.ones(())
@@ -130,5 +133,5 @@ def _with_gain(params: Params, spec: StandardizeSpec) -> Params:
 
 
 def _root(var: Array) -> Array:
-    """The square root; near 0, where its derivative is infinite, that of a constant."""
+    """Returns the square root; near 0, its infinite derivative is replaced by 0."""
     return jnp.sqrt(jnp.maximum(var, jnp.finfo(var.dtype).tiny))

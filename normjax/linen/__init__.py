@@ -1,8 +1,8 @@
-"""Adapters for `flax.linen`: Flax's arguments, names and variables; normjax's arithmetic.
+"""Adapters for `flax.linen`: Flax's arguments, names and variables, computed by normjax.
 
-A scale and bias that the network computes for each example (FiLM, adaLN, AdaIN) are not variables,
-so they need no adapter. In the module, call
-`normjax.layer_norm({"scale": scale, "bias": bias}, {}, x, train=False)`.
+If the network computes a scale and bias for each example (FiLM, adaLN, AdaIN), they are not
+variables, and no adapter is needed. Call this function in the module: `normjax.layer_norm({"scale":
+scale, "bias": bias}, {}, x, train=False)`.
 """
 
 from normjax._foreign import explain_constructor

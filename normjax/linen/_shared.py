@@ -1,7 +1,7 @@
-"""What the linen adapters share: their variables, Flax's promotion of dtypes, common arguments.
+"""Code that the linen adapters share: variables, Flax's dtype promotion, common arguments.
 
-These are plain functions that take the module: Flax's summaries would list a method of the module
-in a line of its own.
+These are plain functions of the module, because Flax's summaries list each method of a module on a
+line of its own.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def sizes(module: Any, x: jax.Array, name: str = "feature_axes") -> tuple[int, .
 def declare(
     module: Any, features: tuple[int, ...], scale_init: Initializer | None = None, **used: bool
 ) -> Params:
-    """Declares the parameters that are used, each by its own initializer, in the order given.
+    """Declares the parameters that are used, in the given order, each with its own initializer.
 
-    `scale_init` makes the scale as stored; by default, the scale with its offset is 1.
+    `scale_init` initializes the stored scale; by default, scale plus offset is 1.
     """
     makers = {leaf: getattr(module, f"{leaf}_init") for leaf in used}
     if "scale" in used:
@@ -44,9 +44,9 @@ def declare(
 
 
 def promoted(module: Any, x: jax.Array, *values: jax.Array) -> tuple[jax.Array, Any]:
-    """Returns x in a dtype that the functions take, and the dtype of y.
+    """Returns x in a dtype that the functions accept, and the dtype of y.
 
-    The latter is what Flax promotes x and the parameters to.
+    The dtype of y is what Flax promotes x and the parameters to.
     """
     try:
         dtype = canonicalize_dtype(x, *values, dtype=module.dtype)
@@ -56,9 +56,9 @@ def promoted(module: Any, x: jax.Array, *values: jax.Array) -> tuple[jax.Array, 
 
 
 def common(module: Any, mask: Any) -> dict[str, Any]:
-    """Returns the arguments of all layers with statistics.
+    """Returns the arguments that all layers with statistics share.
 
-    Initialization gets no mapped axis, since it may run outside of `shard_map`.
+    During initialization, there is no mapped axis, since it may run outside of `shard_map`.
     """
     mapped = not module.is_initializing()
     return {

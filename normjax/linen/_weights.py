@@ -1,4 +1,4 @@
-"""What the linen wrappers share: a call of the wrapped layer with other weights."""
+"""Code that the linen wrappers share: calls of the wrapped layer with other weights."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def with_weights(
 ) -> Any:
     """Calls the wrapped layer with `normalized(path, value)` in place of each of its parameters.
 
-    The parameters are initialized by the layer itself. With `initialize_normalized` the normalized
-    values are stored then, as Flax does.
+    The layer initializes its parameters itself. With `initialize_normalized`, the normalized values
+    are stored at initialization, as Flax does.
     """
     if module.is_initializing() and not initialize_normalized:
         _initialize(module, *args, **kwargs)
@@ -42,22 +42,22 @@ def with_weights(
 
 
 def _initialize(module: Any, *args: Any, **kwargs: Any) -> None:
-    """Makes the layer's variables, by the random keys that it would have without the wrapper."""
+    """Initializes the layer's variables with the keys that it would have without the wrapper."""
     outer, inner = module.scope, module.layer_instance.scope
     if inner.parent is outer:
-        # Flax derives keys from paths, and a layer that the wrapper owns has a longer path. The
-        # counters of keys are shared, too, or a random gain would get the key of the kernel.
+        # Flax derives keys from paths, and a layer inside the wrapper has a longer path. The key
+        # counters are also shared; otherwise a random gain would get the key of the kernel.
         inner.rngs, inner.rng_counters = outer.rngs, outer.rng_counters
     module.layer_instance(*args, **kwargs)
 
 
 def chosen(module: Any, path: str) -> bool:
-    """Returns whether the filter of the module lets this parameter through."""
+    """Returns whether the filter of the module selects this parameter."""
     return not module.variable_filter or any(name in path for name in module.variable_filter)
 
 
 def scales(module: Any, path: str, kernel: jax.Array) -> tuple[tuple[int, ...], Params]:
-    """Returns the feature axes of a kernel, and its scale as a variable."""
+    """Returns the feature axes of a kernel, and the variable of its scale."""
     axes = () if module.feature_axes is None else module.feature_axes
     kept = _checks.axes(type(module).__name__, "feature_axes", axes, kernel.shape)
     if not module.use_scale:

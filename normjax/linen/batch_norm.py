@@ -26,51 +26,55 @@ from normjax.statistics.population import POPULATION, is_replaced
 class BatchNorm(nn.BatchNorm):
     """Batch normalization: `flax.linen.BatchNorm` with a safe variance.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the
-    variables have the same names (`params`: `scale`, `bias`; `batch_stats`: `mean`, `var`), shapes
-    and dtypes, so checkpoints load both ways. See `normjax.batch_norm` for the mathematics.
+    Drop-in replacement: the constructor and the call take the same arguments, and the variables
+    have the same names (`params`: `scale`, `bias`; `batch_stats`: `mean`, `var`), shapes and
+    dtypes, so checkpoints can be exchanged in both directions. See `normjax.batch_norm` for the
+    equations.
 
-    Beyond Flax:
-      - The variance is safe and the statistics are float32 (or wider) in every mode.
-        `use_fast_variance` has no effect; `force_float32_reductions` only sets the dtype of the
-        running statistics.
-      - Masked elements may be NaN. A feature of which nothing counts keeps its running statistics.
-      - Axes out of range or repeated raise an error.
-      - `momentum=None` is the mean over all batches, with a variable `count` in `batch_stats`.
+    Differences from Flax:
+      - The variance is safe (it does not suffer from cancellation), and statistics are in float32
+        or wider in every mode. `use_fast_variance` has no effect; `force_float32_reductions` only
+        sets the dtype of the running statistics.
+      - Masked elements may be NaN. A feature without any element that counts keeps its running
+        statistics.
+      - Axes that are repeated or out of range raise an error.
+      - `momentum=None` stores the mean over all batches, with a variable `count` in `batch_stats`.
 
     Args:
       use_running_average: whether to normalize by the running statistics (at inference) instead of
         the batch's (in training). Set it here or in the call, not in both.
-      axis: the feature axis. Mean and variance are taken over all other axes.
-      momentum: weight of the old running value; the batch's value has the weight `1 - momentum`.
-        None: the mean over all batches.
-      epsilon: added to the variance, which may be 0.
-      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      axis: the feature axis. The mean and variance are computed over all other axes.
+      momentum: weight of the old running value; the value of the batch has the weight `1 -
+        momentum`. With None, the running statistics are the mean over all batches.
+      epsilon: added to the variance. It may be 0.
+      dtype: dtype of y. None means the dtype that x, scale and bias promote to.
       param_dtype: dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale. A linear layer that follows, also after a ReLU, can do
-        without it.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale. It is redundant if a linear layer follows,
+        directly or after a ReLU.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale. Zeros suit the last norm of a residual branch (Goyal et
         al. 2017, section 5.1).
-      axis_name: mapped axis of `shard_map`, `pmap` or `vmap` that statistics are shared over, in
-        training. Plain `jit` needs none: it sees the whole batch.
+      axis_name: mapped axis of `shard_map`, `pmap` or `vmap` over which statistics are all-reduced
+        in training. Plain `jit` does not need it, since it sees the whole batch.
       axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
-        statistics. None: one group of all.
-      use_fast_variance: accepted for compatibility, without effect: the variance is fast and safe.
-      force_float32_reductions: whether running statistics are stored in float32. False stores them
-        in `param_dtype`, as Flax does, which must be float32 or wider to train with.
-      running_var: which variance is stored: "biased" (divided by n, as in Flax) or "unbiased"
-        (divided by n - 1, as in PyTorch).
-      virtual_batch_size: in training, each slice of this many examples along axis 0 is normalized
-        by its own statistics (ghost batches), and `axis_name` only shares the running statistics.
-        None: the whole batch is.
-      skip_nonfinite: whether a batch with a mean or variance that is NaN or infinite leaves the
-        running statistics as they were, on all devices alike: for dynamic loss scaling.
-      frozen: whether to use the running statistics and leave them alone, whatever
-        `use_running_average` says. Scale and bias still have gradients.
-      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`; the default of `scale_init` then makes zeros.
+        statistics. None means a single group.
+      use_fast_variance: has no effect, since the variance is always fast and safe; accepted for
+        compatibility.
+      force_float32_reductions: whether running statistics are stored in float32. With False, they
+        are stored in `param_dtype`, as in Flax; training then requires a `param_dtype` of float32
+        or wider.
+      running_var: the estimate of the variance that is stored: "biased" (divided by n, as in Flax)
+        or "unbiased" (divided by n - 1, as in PyTorch).
+      virtual_batch_size: number of examples in a ghost batch: in training, each slice of this many
+        examples along axis 0 is normalized by its own statistics, and only the running statistics
+        are all-reduced over `axis_name`. None normalizes the batch as a whole.
+      skip_nonfinite: whether to keep the running statistics unchanged, on all devices, if the mean
+        or variance of the batch is NaN or infinite. Use it with dynamic loss scaling.
+      frozen: whether to always use the running statistics and never update them, whatever
+        `use_running_average` is. Scale and bias still have gradients.
+      scale_offset: constant added to the stored scale, in float32 or wider. Use 1.0 for checkpoints
+        that store `scale - 1`; the default `scale_init` then stores zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -102,12 +106,14 @@ class BatchNorm(nn.BatchNorm):
         """Normalizes x.
 
         Args:
-          x: the input, features along `axis`.
-          use_running_average: whether to use the running statistics; here or in the constructor.
-          mask: broadcastable to x: True where an element counts, or the weight of each.
+          x: the input, with features along `axis`.
+          use_running_average: whether to use the running statistics. Set it here or in the
+            constructor.
+          mask: broadcastable to x, True for elements that count; or non-negative weights.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
+          y, with the shape of x. Its dtype is `dtype`, or the one that x, scale and bias promote
+          to.
         """
         if _foreign:
             raise_for_foreign(BatchNorm.__call__, _foreign)
@@ -126,7 +132,7 @@ def normalize(
     use_running_average: bool | None,
     mask: Any,
 ) -> jax.Array:
-    """Declares the variables of a batch norm, or renorm, and takes its step."""
+    """Declares the variables of a batch norm or batch renorm, and takes its step."""
     given = nn.merge_param("use_running_average", norm.use_running_average, use_running_average)
     infer = norm.frozen or given
     x = _checks.array(type(norm).__name__, x)
@@ -161,7 +167,7 @@ def normalize(
 def _declare_running(
     norm: BatchNorm, features: tuple[int, ...], *, count: bool
 ) -> dict[str, nn.Variable]:
-    """Declares them in Flax's dtypes; with complex x the mean turns complex in training."""
+    """Declares running statistics in Flax's dtypes; the mean is complex if x is, in training."""
     dtype = jnp.float32 if norm.force_float32_reductions else norm.param_dtype
     running = {
         "mean": norm.variable("batch_stats", "mean", jnp.zeros, features, dtype),

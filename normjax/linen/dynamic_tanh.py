@@ -17,23 +17,23 @@ from normjax.linen._shared import declare, promoted, sizes
 
 
 class DynamicTanh(nn.Module):
-    """Dynamic tanh, in place of `flax.linen.LayerNorm`.
+    """Dynamic tanh, which replaces `flax.linen.LayerNorm`.
 
-    The variables (`params`: `alpha`, `scale`, `bias`) are the leaves of `normjax.dynamic_tanh`; see
-    there for the mathematics.
+    The variables (`params`: `alpha`, `scale`, `bias`) are the leaves of `normjax.dynamic_tanh`,
+    whose docstring has the equations.
 
     Args:
-      dtype: dtype of y. None: the dtype that x and the parameters promote to.
+      dtype: dtype of y. None means the dtype that x and the parameters promote to.
       param_dtype: dtype of the parameters.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
-      alpha_init: initializer of the slope alpha, a scalar. The default of 0.5 suits all but large
-        language models, which need less.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale.
+      alpha_init: initializer of the slope alpha, a scalar. The default of 0.5 suits all models
+        except large language models, which need smaller values.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      feature_axes: the axes that scale and bias run along.
-      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`; the default of `scale_init` then makes zeros.
+      feature_axes: the axes along which scale and bias vary.
+      scale_offset: constant added to the stored scale, in float32 or wider. Use 1.0 for checkpoints
+        that store `scale - 1`; the default `scale_init` then stores zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -66,7 +66,8 @@ class DynamicTanh(nn.Module):
           x: the input.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or the one that x and the parameters promote to.
+          y, with the shape of x. Its dtype is `dtype`, or the one that x and the parameters promote
+          to.
         """
         if _foreign:
             raise_for_foreign(DynamicTanh.__call__, _foreign)

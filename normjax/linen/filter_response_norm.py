@@ -19,29 +19,31 @@ from normjax.linen._shared import common, declare, promoted, sizes
 class FilterResponseNorm(nn.Module):
     """Filter response normalization and its thresholded linear unit.
 
-    It stands in place of a normalization such as `flax.linen.InstanceNorm` and the activation after
-    it. The variables (`params`: `scale`, `bias`, `threshold` and maybe `epsilon`) are the leaves of
-    `normjax.filter_response_norm`; see there for the mathematics.
+    It replaces a normalization such as `flax.linen.InstanceNorm` and the activation after it. The
+    variables (`params`: `scale`, `bias`, `threshold` and maybe `epsilon`) are the leaves of
+    `normjax.filter_response_norm`, whose docstring has the equations.
 
     Args:
       epsilon: added to the mean square.
-      dtype: dtype of y. None: the dtype that x and the parameters promote to.
+      dtype: dtype of y. None means the dtype that x and the parameters promote to.
       param_dtype: dtype of the parameters.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
-      use_threshold: whether there is a threshold. Without it, y is not cut off from below.
-      learn_epsilon: whether each feature also learns an epsilon, which 1x1 feature maps need.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale.
+      use_threshold: whether to use a learnable threshold, a lower bound of y.
+      learn_epsilon: whether each feature also learns an epsilon. It is recommended for 1x1 feature
+        maps.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       threshold_init: initializer of the threshold.
       epsilon_init: initializer of the learned epsilon.
-      feature_axes: the axes that statistics and parameters run along. All other axes but axis 0 are
-        reduced.
-      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      feature_axes: the axes along which statistics and parameters vary. All other axes except axis
+        0 are reduced.
+      axis_name: mapped axis over which the reduction axes are sharded. Statistics are all-reduced
+        over it.
       axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
-        statistics. None: one group of all.
-      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`; the default of `scale_init` then makes zeros.
+        statistics. None means a single group.
+      scale_offset: constant added to the stored scale, in float32 or wider. Use 1.0 for checkpoints
+        that store `scale - 1`; the default `scale_init` then stores zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -79,11 +81,12 @@ class FilterResponseNorm(nn.Module):
         """Normalizes x.
 
         Args:
-          x: the input, examples along axis 0.
-          mask: broadcastable to x: True where an element counts, or the weight of each.
+          x: the input, with examples along axis 0.
+          mask: broadcastable to x, True for elements that count; or non-negative weights.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or the one that x and the parameters promote to.
+          y, with the shape of x. Its dtype is `dtype`, or the one that x and the parameters promote
+          to.
         """
         if _foreign:
             raise_for_foreign(FilterResponseNorm.__call__, _foreign)

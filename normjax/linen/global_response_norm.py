@@ -18,26 +18,27 @@ from normjax.linen._shared import common, declare, promoted, sizes
 
 
 class GlobalResponseNorm(nn.Module):
-    """Global response normalization, of ConvNeXt V2.
+    """Global response normalization, as in ConvNeXt V2.
 
-    The variables (`params`: `scale`, `bias`) are the leaves of `normjax.global_response_norm`; see
-    there for the mathematics. Both start at zeros, so y is x at first.
+    The variables (`params`: `scale`, `bias`) are the leaves of `normjax.global_response_norm`,
+    whose docstring has the equations. Both start at zero, so y starts equal to x.
 
     Args:
       epsilon: added to the mean of the norms.
-      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      dtype: dtype of y. None means the dtype that x, scale and bias promote to.
       param_dtype: dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale. Without it, the scale is 1.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale. Without it, the scale is 1.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      feature_axes: the axes of the channels, which parameters run along. All other axes but axis 0
-        are reduced.
-      axis_name: mapped axis that the reduced axes are sharded over: norms are shared over it.
+      feature_axes: the axes of the channels, along which parameters vary. All other axes except
+        axis 0 are reduced.
+      axis_name: mapped axis over which the reduction axes are sharded. Norms are all-reduced over
+        it.
       axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
-        norms. None: one group of all.
-      scale_offset: added to the scale, in float32 or wider. The default of `scale_init` then makes
-        `-scale_offset`.
+        norms. None means a single group.
+      scale_offset: constant added to the stored scale, in float32 or wider. The default
+        `scale_init` then stores `-scale_offset`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -71,11 +72,12 @@ class GlobalResponseNorm(nn.Module):
         """Normalizes x.
 
         Args:
-          x: the input, examples along axis 0.
-          mask: broadcastable to x: True where an element counts, or the weight of each.
+          x: the input, with examples along axis 0.
+          mask: broadcastable to x, True for elements that count; or non-negative weights.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
+          y, with the shape of x. Its dtype is `dtype`, or the one that x, scale and bias promote
+          to.
         """
         if _foreign:
             raise_for_foreign(GlobalResponseNorm.__call__, _foreign)

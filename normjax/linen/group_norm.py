@@ -16,43 +16,45 @@ from normjax.linen._shared import common, declare, promoted
 class GroupNorm(nn.GroupNorm):
     """Group normalization: `flax.linen.GroupNorm` with a safe variance.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the
-    variables have the same names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints
-    load both ways. See `normjax.group_norm` for the mathematics.
+    Drop-in replacement: the constructor and the call take the same arguments, and the variables
+    have the same names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints can be
+    exchanged in both directions. See `normjax.group_norm` for the equations.
 
-    Beyond Flax:
-      - The variance is safe and the statistics are float32 (or wider) in every mode.
-        `use_fast_variance` has no effect; `force_float32_reductions` only sets the dtype of the
-        parameters.
-      - Masks need not have the size of the channels, and masked elements may be NaN. If nothing
-        counts, the mean is 0 and the variance 1.
-      - Axes out of range or repeated raise an error, and no mapped axis has to exist at
-        initialization.
+    Differences from Flax:
+      - The variance is safe (it does not suffer from cancellation), and statistics are in float32
+        or wider in every mode. `use_fast_variance` has no effect; `force_float32_reductions` only
+        sets the dtype of the parameters.
+      - Masks need not have the size of the channels, and masked elements may be NaN. If no element
+        counts, the mean is 0 and the variance is 1.
+      - Axes that are repeated or out of range raise an error, and initialization works without the
+        mapped axis.
 
     Args:
-      num_groups: number of groups, a divisor of the number of channels. None if `group_size` is
-        given.
-      group_size: number of channels in a group. It needs `num_groups=None`, since that is 32 by
-        default.
-      epsilon: added to the variance, which may be 0.
-      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      num_groups: number of groups, a divisor of the number of channels. Pass None if you pass
+        `group_size`.
+      group_size: number of channels in a group. It requires `num_groups=None`, since the default of
+        `num_groups` is 32.
+      epsilon: added to the variance. It may be 0.
+      dtype: dtype of y. None means the dtype that x, scale and bias promote to.
       param_dtype: dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      reduction_axes: the axes that mean and variance are taken over, the last among them. None: all
-        but the first.
-      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      reduction_axes: the axes over which the mean and variance are computed. They must include the
+        last axis. None means all but the first.
+      axis_name: mapped axis over which the reduction axes are sharded. Statistics are all-reduced
+        over it.
       axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
-        statistics. None: one group of all.
-      use_fast_variance: accepted for compatibility, without effect.
-      force_float32_reductions: whether scale and bias keep their dtype. False casts them to
-        `param_dtype`, as Flax does; statistics are float32 or wider in both cases.
-      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`; the default of `scale_init` then makes zeros.
-      cumulative_axis: axis that the statistics grow along, such as 1 for `(batch, time, channels)`:
-        y at t depends on positions up to t alone. None: each statistic is over all positions.
+        statistics. None means a single group.
+      use_fast_variance: has no effect; accepted for compatibility.
+      force_float32_reductions: whether scale and bias keep their dtype. With False, they are cast
+        to `param_dtype`, as in Flax. Statistics are in float32 or wider in both cases.
+      scale_offset: constant added to the stored scale, in float32 or wider. Use 1.0 for checkpoints
+        that store `scale - 1`; the default `scale_init` then stores zeros.
+      cumulative_axis: axis along which the statistics are cumulative, such as 1 for `(batch, time,
+        channels)`: y at t depends only on positions up to t. None computes each statistic over all
+        positions.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -77,11 +79,12 @@ class GroupNorm(nn.GroupNorm):
         """Normalizes x.
 
         Args:
-          x: the input, channels along the last axis.
-          mask: broadcastable to x: True where an element counts, or the weight of each.
+          x: the input, with channels along the last axis.
+          mask: broadcastable to x, True for elements that count; or non-negative weights.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
+          y, with the shape of x. Its dtype is `dtype`, or the one that x, scale and bias promote
+          to.
         """
         if _foreign:
             raise_for_foreign(GroupNorm.__call__, _foreign)
@@ -108,8 +111,8 @@ def _one_of_two(norm: GroupNorm) -> None:
     if (norm.num_groups is None) == (norm.group_size is None):
         _checks.raise_error(
             "GroupNorm",
-            "the groups are to be given by their number or by their size",
-            expected="one of num_groups and group_size, and None for the other",
+            "not exactly one of num_groups and group_size is given",
+            expected="a value for one of num_groups and group_size, and None for the other",
             got=f"num_groups={norm.num_groups!r} and group_size={norm.group_size!r}",
-            fix="Pass num_groups=None with group_size: it is 32 by default",
+            fix="Pass num_groups=None with group_size; its default is 32",
         )

@@ -16,36 +16,37 @@ from normjax.linen._shared import common, declare, promoted, sizes
 class LayerNorm(nn.LayerNorm):
     """Layer normalization: `flax.linen.LayerNorm` with a safe variance.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the
-    variables have the same names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints
-    load both ways. See `normjax.layer_norm` for the mathematics.
+    Drop-in replacement: the constructor and the call take the same arguments, and the variables
+    have the same names (`params`: `scale`, `bias`), shapes and dtypes, so checkpoints can be
+    exchanged in both directions. See `normjax.layer_norm` for the equations.
 
-    Beyond Flax:
-      - The variance is safe and the statistics are float32 (or wider) in every mode.
-        `use_fast_variance` has no effect; `force_float32_reductions` only sets the dtype of the
-        parameters.
-      - Masked elements may be NaN. If nothing counts, the mean is 0 and the variance 1.
-      - Axes out of range or repeated raise an error, and no mapped axis has to exist at
-        initialization.
+    Differences from Flax:
+      - The variance is safe (it does not suffer from cancellation), and statistics are in float32
+        or wider in every mode. `use_fast_variance` has no effect; `force_float32_reductions` only
+        sets the dtype of the parameters.
+      - Masked elements may be NaN. If no element counts, the mean is 0 and the variance is 1.
+      - Axes that are repeated or out of range raise an error, and initialization works without the
+        mapped axis.
 
     Args:
-      epsilon: added to the variance, which may be 0.
-      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      epsilon: added to the variance. It may be 0.
+      dtype: dtype of y. None means the dtype that x, scale and bias promote to.
       param_dtype: dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      reduction_axes: the axes that mean and variance are taken over.
-      feature_axes: the axes that scale and bias run along.
-      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      reduction_axes: the axes over which the mean and variance are computed.
+      feature_axes: the axes along which scale and bias vary.
+      axis_name: mapped axis over which the reduction axes are sharded. Statistics are all-reduced
+        over it.
       axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
-        statistics. None: one group of all.
-      use_fast_variance: accepted for compatibility, without effect.
-      force_float32_reductions: whether scale and bias keep their dtype. False casts them to
-        `param_dtype`, as Flax does; statistics are float32 or wider in both cases.
-      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`; the default of `scale_init` then makes zeros.
+        statistics. None means a single group.
+      use_fast_variance: has no effect; accepted for compatibility.
+      force_float32_reductions: whether scale and bias keep their dtype. With False, they are cast
+        to `param_dtype`, as in Flax. Statistics are in float32 or wider in both cases.
+      scale_offset: constant added to the stored scale, in float32 or wider. Use 1.0 for checkpoints
+        that store `scale - 1`; the default `scale_init` then stores zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -71,10 +72,11 @@ class LayerNorm(nn.LayerNorm):
 
         Args:
           x: the input.
-          mask: broadcastable to x: True where an element counts, or the weight of each.
+          mask: broadcastable to x, True for elements that count; or non-negative weights.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or the one that x, scale and bias promote to.
+          y, with the shape of x. Its dtype is `dtype`, or the one that x, scale and bias promote
+          to.
         """
         if _foreign:
             raise_for_foreign(LayerNorm.__call__, _foreign)

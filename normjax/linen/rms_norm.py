@@ -16,33 +16,34 @@ from normjax.linen._shared import common, declare, promoted, sizes
 class RMSNorm(nn.RMSNorm):
     """Root mean square normalization: `flax.linen.RMSNorm`, rounded once.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the
-    variables have the same names (`params`: `scale`), shapes and dtypes, so checkpoints load both
-    ways. See `normjax.rms_norm` for the mathematics.
+    Drop-in replacement: the constructor and the call take the same arguments, and the variables
+    have the same names (`params`: `scale`), shapes and dtypes, so checkpoints can be exchanged in
+    both directions. See `normjax.rms_norm` for the equations.
 
-    Beyond Flax:
-      - The mean square is float32 (or wider) in every mode. `use_fast_variance` has no effect;
+    Differences from Flax:
+      - The mean square is in float32 or wider in every mode. `use_fast_variance` has no effect;
         `force_float32_reductions` only sets the dtype of the scale.
-      - Masked elements may be NaN. If nothing counts, the mean square is 1.
-      - Axes out of range or repeated raise an error, and no mapped axis has to exist at
-        initialization.
+      - Masked elements may be NaN. If no element counts, the mean square is 1.
+      - Axes that are repeated or out of range raise an error, and initialization works without the
+        mapped axis.
 
     Args:
       epsilon: added to the mean square.
-      dtype: dtype of y. None: the dtype that x and the scale promote to.
+      dtype: dtype of y. None means the dtype that x and the scale promote to.
       param_dtype: dtype of the scale.
-      use_scale: whether there is a scale.
+      use_scale: whether to use a learnable scale.
       scale_init: initializer of the scale.
-      reduction_axes: the axes that the mean square is taken over.
-      feature_axes: the axes that the scale runs along.
-      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      reduction_axes: the axes over which the mean square is computed.
+      feature_axes: the axes along which the scale varies.
+      axis_name: mapped axis over which the reduction axes are sharded. Statistics are all-reduced
+        over it.
       axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
-        statistics. None: one group of all.
-      use_fast_variance: accepted for compatibility, without effect.
-      force_float32_reductions: whether the scale keeps its dtype. False casts it to `param_dtype`,
-        as Flax does; the mean square is float32 or wider in both cases.
-      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`; the default of `scale_init` then makes zeros.
+        statistics. None means a single group.
+      use_fast_variance: has no effect; accepted for compatibility.
+      force_float32_reductions: whether the scale keeps its dtype. With False, it is cast to
+        `param_dtype`, as in Flax. The mean square is in float32 or wider in both cases.
+      scale_offset: constant added to the stored scale, in float32 or wider. Use 1.0 for checkpoints
+        that store `scale - 1`; the default `scale_init` then stores zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -67,10 +68,10 @@ class RMSNorm(nn.RMSNorm):
 
         Args:
           x: the input.
-          mask: broadcastable to x: True where an element counts, or the weight of each.
+          mask: broadcastable to x, True for elements that count; or non-negative weights.
 
         Returns:
-          y, of x's shape; its dtype is `dtype`, or the one that x and the scale promote to.
+          y, with the shape of x. Its dtype is `dtype`, or the one that x and the scale promote to.
         """
         if _foreign:
             raise_for_foreign(RMSNorm.__call__, _foreign)

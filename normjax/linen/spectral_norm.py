@@ -15,32 +15,33 @@ from normjax.weights.spectral_norm import forget_kernels_of_zeros, spectral_norm
 
 
 class SpectralNorm(nn.SpectralNorm):
-    """Spectral normalization of the layer that it wraps: `flax.linen.SpectralNorm` in float32.
+    """Wraps a layer with spectral normalization: `flax.linen.SpectralNorm` in float32.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the
-    variables have the same names (`batch_stats`: `Dense_0/kernel/u`, `Dense_0/kernel/sigma` and so
-    on), shapes and dtypes, so checkpoints load both ways. See `normjax.weights.spectral_norm` for
-    the mathematics.
+    Drop-in replacement: the constructor and the call take the same arguments, and the variables
+    have the same names (`batch_stats`: `Dense_0/kernel/u`, `Dense_0/kernel/sigma` and so on),
+    shapes and dtypes, so checkpoints can be exchanged in both directions. See
+    `normjax.weights.spectral_norm` for the equations.
 
-    Beyond Flax:
-      - Power iteration is in float32 (or wider), on accelerators too, and its state keeps its
+    Differences from Flax:
+      - Power iteration runs in float32 or wider, on accelerators too, and the state keeps its
         dtype.
       - Only parameters are normalized. Flax also normalizes running statistics of two or more axes.
-      - `apply` never overwrites the weights of the layer, whatever is mutable. (With `mutable=True`
-        Flax returns the normalized ones among the updates.)
+      - `apply` never overwrites the weights of the layer. (With `mutable=True`, Flax returns the
+        normalized weights among the updates.)
 
     Args:
       layer_instance: the layer to wrap.
-      n_steps: steps of power iteration at each call. One is enough in training, where weights
-        change little between two steps; with 0 they are not divided.
+      n_steps: power iteration steps in each call. One step is enough in training, since weights
+        change little from step to step. With 0, weights are not divided.
       epsilon: added to the squared norms.
-      dtype: dtype of the weights in use. None: the dtype that weights and statistics promote to.
+      dtype: dtype of the normalized weights. None means the dtype that weights and statistics
+        promote to.
       param_dtype: dtype of the statistics `u` and `sigma`.
       error_on_non_matrix: whether weights of more than two axes raise an error. Otherwise their
         leading axes are flattened.
       collection_name: collection of the variables `u` and `sigma`.
-      bound: the largest singular value that weights may have: larger ones alone are divided, by
-        `sigma / bound` (SNGP). None: all are divided by sigma.
+      bound: upper bound of the largest singular value of a weight: only weights above it are
+        divided, by `sigma / bound` (SNGP). With None, all weights are divided by sigma.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -76,7 +77,7 @@ def _spectral_normed(
     if kernel.ndim < 2 or module.n_steps < 1:
         return kernel
     if kernel.ndim > 2 and module.error_on_non_matrix:
-        # in Flax's words
+        # the wording of Flax's error
         raise ValueError(f"Input is {kernel.ndim}D but error_on_non_matrix is True")
     shape, dtype = (1, kernel.shape[-1]), module.param_dtype
     u = module.variable(

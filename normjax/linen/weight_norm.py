@@ -14,30 +14,32 @@ from normjax.weights import weight_norm
 
 
 class WeightNorm(nn.WeightNorm):
-    """Weight normalization of the layer that it wraps: `flax.linen.WeightNorm` in float32.
+    """Wraps a layer with weight normalization: `flax.linen.WeightNorm` in float32.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the
-    variables have the same names (`params`: `Dense_0/kernel/scale` and so on), shapes and dtypes,
-    so checkpoints load both ways. See `normjax.weights.weight_norm` for the mathematics. As in
-    Flax, the weights of the layer start with norm 1.
+    Drop-in replacement: the constructor and the call take the same arguments, and the variables
+    have the same names (`params`: `Dense_0/kernel/scale` and so on), shapes and dtypes, so
+    checkpoints can be exchanged in both directions. See `normjax.weights.weight_norm` for the
+    equations. As in Flax, the weights of the layer start with norm 1.
 
-    Beyond Flax:
-      - Norms and products are taken in float32 (or wider) and rounded once.
+    Differences from Flax:
+      - Norms and products are computed in float32 or wider, and rounded once.
       - Only parameters are normalized, so running statistics of the layer are updated as usual.
-        (Flax also normalizes them if the filter lets them pass, and cannot update them.)
-      - Axes out of range or repeated raise an error.
+        (Flax also normalizes running statistics that the filter selects, and then cannot update
+        them.)
+      - Axes that are repeated or out of range raise an error.
 
     Args:
       layer_instance: the layer to wrap.
       epsilon: added to the squared norm.
-      dtype: dtype of the weights in use. None: the dtype that weights and scales promote to.
+      dtype: dtype of the normalized weights. None means the dtype that weights and scales promote
+        to.
       param_dtype: dtype of the scales.
-      use_scale: whether the norms are learned. Otherwise they are 1.
+      use_scale: whether the norms are learnable. Otherwise they are 1.
       scale_init: initializer of the scales, which are the norms.
-      feature_axes: the axes along which each slice of a weight has its own norm. None: one norm of
-        the whole weight.
+      feature_axes: the axes along which each slice of a weight has its own norm. None means one
+        norm for the whole weight.
       variable_filter: strings; a parameter is normalized if its path ("Dense_0/kernel") contains
-        one of them. None: all are.
+        one of them. None normalizes all parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp

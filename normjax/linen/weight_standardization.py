@@ -20,26 +20,29 @@ from normjax.weights import weight_standardization
 
 
 class WeightStandardization(nn.Module):
-    """Weight standardization of the layer that it wraps.
+    """Wraps a layer with weight standardization.
 
-    It works as `normjax.linen.WeightNorm` does. The layer's parameters start as they do without the
-    wrapper, and are stored as they are. With `use_scale`, the gains are variables
-    (`params`: `Dense_0/kernel/scale` and so on). See `normjax.weights.weight_standardization` for
-    the mathematics. Scalars and vectors stay as they are.
+    It is used like `normjax.linen.WeightNorm`. The parameters of the layer are initialized and
+    stored as without the wrapper. With `use_scale`, the gains are variables (`params`:
+    `Dense_0/kernel/scale` and so on). See `normjax.weights.weight_standardization` for the
+    equations. Scalars and vectors are not standardized.
 
     Args:
       layer_instance: the layer to wrap.
-      epsilon: added to the variance, or to the deviation.
-      dtype: dtype of the weights in use. None: the dtype that weights and scales promote to.
+      epsilon: added to the variance, or to the standard deviation; see `epsilon_to`.
+      dtype: dtype of the normalized weights. None means the dtype that weights and scales promote
+        to.
       param_dtype: dtype of the scales.
-      use_scale: whether there is a learned gain.
+      use_scale: whether to use a learnable gain.
       scale_init: initializer of the gain.
-      feature_axes: the axes along which each slice of a weight has its own statistics. None: the
-        statistics of the whole weight.
-      scaled: whether the variance is `1 / fan_in` instead of 1, for networks without normalization.
+      feature_axes: the axes along which each slice of a weight has its own statistics. None means
+        one mean and variance for the whole weight.
+      scaled: whether the variance is `1 / fan_in` instead of 1, for networks without activation
+        normalization.
       variable_filter: strings; a parameter is standardized if its path ("Dense_0/kernel") contains
-        one of them. None: all are.
-      epsilon_to: "variance", or "deviation" as in the code of BiT and ViT (big_vision's `StdConv`).
+        one of them. None standardizes all parameters.
+      epsilon_to: what epsilon is added to: "variance", or "deviation" as in the code of BiT and ViT
+        (`StdConv` of big_vision).
 
     Example:
       >>> import jax, jax.numpy as jnp

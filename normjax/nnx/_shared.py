@@ -1,4 +1,4 @@
-"""What the nnx adapters share: their variables, Flax's promotion of dtypes, common arguments."""
+"""Code that the nnx adapters share: variables, Flax's dtype promotion, common arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def declare(
     rngs: nnx.Rngs,
     metadata: Mapping[str, Any],
 ) -> None:
-    """Gives the module a parameter, or None if it is not used, as Flax does."""
+    """Adds a parameter to the module, or None if it is not used, as Flax does."""
     setattr(
         norm,
         leaf,
@@ -35,7 +35,7 @@ def declare(
 
 
 def read(norm: Any, *leaves: str) -> Leaves:
-    """Returns the values of the named parameters, None for those that are not used."""
+    """Returns the values of the named parameters; None for a parameter that is not used."""
     variables = {leaf: getattr(norm, leaf) for leaf in leaves}
     return {
         leaf: None if variable is None else variable[...] for leaf, variable in variables.items()
@@ -45,7 +45,7 @@ def read(norm: Any, *leaves: str) -> Leaves:
 def present(leaves: Leaves, norm: Any, x: jax.Array, feature_axes: Axes = -1) -> Params:
     """Returns the parameters that are used, in the shape of the feature axes.
 
-    Flax's are flat if there are several feature axes.
+    Flax stores them flat if there are several feature axes.
     """
     kept = _checks.axes(type(norm).__name__, "feature_axes", feature_axes, x.shape)
     features = tuple(x.shape[axis] for axis in kept)
@@ -59,10 +59,10 @@ def present(leaves: Leaves, norm: Any, x: jax.Array, feature_axes: Axes = -1) ->
 def promoted(
     norm: Any, x: jax.Array, leaves: Leaves, statistics: tuple[jax.Array, ...] = ()
 ) -> tuple[jax.Array, Any]:
-    """Returns x in a dtype that the functions take, and the dtype of y.
+    """Returns x in a dtype that the functions accept, and the dtype of y.
 
     `promote_dtype` gets `(x, *statistics, *leaves)`; the dtype of y is what Flax then promotes x
-    and the leaves to. Nothing is computed to find it.
+    and the leaves to. It is found by abstract evaluation, without computing anything.
     """
 
     def output(arrays: tuple) -> jax.Array:
@@ -78,7 +78,7 @@ def promoted(
 
 
 def common(norm: Any, mask: Any) -> dict[str, Any]:
-    """Returns the arguments of all layers with statistics."""
+    """Returns the arguments that all layers with statistics share."""
     return {
         "scale_offset": norm.scale_offset,
         "epsilon": norm.epsilon,

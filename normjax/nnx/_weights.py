@@ -1,4 +1,4 @@
-"""What the nnx wrappers share: a call of the wrapped layer with other weights."""
+"""Code that the nnx wrappers share: calls of the wrapped layer with other weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def with_weights(
 ) -> Any:
     """Calls a copy of the layer with `normalized(path, weight)` in place of each parameter.
 
-    A parameter for which that is None stays as it is. The copy shares all other variables with the
-    layer, so running statistics are updated in both.
+    If `normalized` returns None, the parameter stays as it is. The copy shares all other variables
+    with the layer, so running statistics are updated in both.
     """
 
     def replaced(path: Path, variable: Any) -> Any:
@@ -41,7 +41,7 @@ def features(norm: Any, kernel: jax.Array) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def scaled(norm: Any, path: Path, kernel: jax.Array) -> tuple[Params, jax.Array, Any]:
-    """Returns the scale, the kernel in a dtype that the functions take, and the dtype of w."""
+    """Returns the scale, the kernel in a dtype that the functions accept, and the dtype of w."""
     params = {"scale": known(norm, norm.scales, path)[...]} if norm.use_scale else {}
     dtype = canonicalize_dtype(kernel, *params.values(), dtype=norm.dtype)
     return params, admissible(kernel, dtype), dtype

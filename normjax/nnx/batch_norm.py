@@ -31,53 +31,57 @@ from normjax.statistics.population import POPULATION
 class BatchNorm(nnx.BatchNorm):
     """Batch normalization: `flax.nnx.BatchNorm` with a safe variance.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the
-    variables have the same names (`scale`, `bias`: `nnx.Param`; `mean`, `var`: `nnx.BatchStat`),
-    shapes and dtypes, so checkpoints load both ways. See `normjax.batch_norm` for the mathematics.
+    Drop-in replacement: the constructor and the call take the same arguments, and the variables
+    have the same names (`scale`, `bias`: `nnx.Param`; `mean`, `var`: `nnx.BatchStat`), shapes and
+    dtypes, so checkpoints can be exchanged in both directions. See `normjax.batch_norm` for the
+    equations.
 
-    Beyond Flax:
-      - The variance is safe; `use_fast_variance` has no effect.
+    Differences from Flax:
+      - The variance is safe (it does not suffer from cancellation); `use_fast_variance` has no
+        effect.
       - Input and running statistics keep their precision: `promote_dtype` and `dtype` only decide
-        the dtype of y. (With `dtype=bfloat16`, Flax rounds first and subtracts then: 1003 - 1000
-        gives 4.)
-      - Masked elements may be NaN. A feature of which nothing counts keeps its running statistics.
+        the dtype of y. (With `dtype=bfloat16`, Flax rounds x and the mean before it subtracts them:
+        1003 - 1000 gives 4.)
+      - Masked elements may be NaN. A feature without any element that counts keeps its running
+        statistics.
       - Axes out of range raise an error.
-      - `momentum=None` is the mean over all batches, with a `nnx.BatchStat` named `count`.
+      - `momentum=None` stores the mean over all batches, with an `nnx.BatchStat` named `count`.
 
     Args:
       num_features: size of the feature axis.
       use_running_average: whether to normalize by the running statistics (at inference) instead of
         the batch's (in training). `model.train()`, `model.eval()` and the call override it.
-      axis: the feature axis. Mean and variance are taken over all other axes.
-      momentum: weight of the old running value; the batch's value has the weight `1 - momentum`.
-        None: the mean over all batches.
-      epsilon: added to the variance, which may be 0.
-      dtype: dtype of y. None: the dtype that x, statistics, scale and bias promote to.
+      axis: the feature axis. The mean and variance are computed over all other axes.
+      momentum: weight of the old running value; the value of the batch has the weight `1 -
+        momentum`. With None, the running statistics are the mean over all batches.
+      epsilon: added to the variance. It may be 0.
+      dtype: dtype of y. None means the dtype that x, statistics, scale and bias promote to.
       param_dtype: dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale. A linear layer that follows, also after a ReLU, can do
-        without it.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale. It is redundant if a linear layer follows,
+        directly or after a ReLU.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale. Zeros suit the last norm of a residual branch (Goyal et
         al. 2017, section 5.1).
-      axis_name: mapped axis of `shard_map`, `pmap` or `vmap` that statistics are shared over, in
-        training. Plain `jit` needs none: it sees the whole batch.
+      axis_name: mapped axis of `shard_map`, `pmap` or `vmap` over which statistics are all-reduced
+        in training. Plain `jit` does not need it, since it sees the whole batch.
       axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
-        statistics. None: one group of all.
-      use_fast_variance: accepted for compatibility, without effect: the variance is fast and safe.
+        statistics. None means a single group.
+      use_fast_variance: has no effect, since the variance is always fast and safe; accepted for
+        compatibility.
       promote_dtype: function of `(x, mean, var, scale, bias)` and `dtype` that returns the arrays
         promoted. Only the dtype of y follows from it.
-      running_var: which variance is stored: "biased" (divided by n, as in Flax) or "unbiased"
-        (divided by n - 1, as in PyTorch).
-      virtual_batch_size: in training, each slice of this many examples along axis 0 is normalized
-        by its own statistics (ghost batches), and `axis_name` only shares the running statistics.
-        None: the whole batch is.
-      skip_nonfinite: whether a batch with a mean or variance that is NaN or infinite leaves the
-        running statistics as they were, on all devices alike: for dynamic loss scaling.
-      frozen: whether to use the running statistics and leave them alone, also after
+      running_var: the estimate of the variance that is stored: "biased" (divided by n, as in Flax)
+        or "unbiased" (divided by n - 1, as in PyTorch).
+      virtual_batch_size: number of examples in a ghost batch: in training, each slice of this many
+        examples along axis 0 is normalized by its own statistics, and only the running statistics
+        are all-reduced over `axis_name`. None normalizes the batch as a whole.
+      skip_nonfinite: whether to keep the running statistics unchanged, on all devices, if the mean
+        or variance of the batch is NaN or infinite. Use it with dynamic loss scaling.
+      frozen: whether to always use the running statistics and never update them, even after
         `model.train()`. Scale and bias still have gradients.
-      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`; the default of `scale_init` then makes zeros.
+      scale_offset: constant added to the stored scale, in float32 or wider. Use 1.0 for checkpoints
+        that store `scale - 1`; the default `scale_init` then stores zeros.
       rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
@@ -92,7 +96,7 @@ class BatchNorm(nnx.BatchNorm):
       [-1.  1.] [1.]
     """
 
-    _function = "batch_norm"  # the name that errors begin with
+    _function = "batch_norm"  # errors begin with this name
 
     def __init__(
         self,
@@ -161,12 +165,12 @@ class BatchNorm(nnx.BatchNorm):
         """Normalizes x.
 
         Args:
-          x: the input, features along `axis`.
+          x: the input, with features along `axis`.
           use_running_average: overrides the constructor, `model.train()` and `model.eval()`.
-          mask: broadcastable to x: True where an element counts, or the weight of each.
+          mask: broadcastable to x, True for elements that count; or non-negative weights.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         if _foreign:
             raise_for_foreign(BatchNorm.__call__, _foreign)

@@ -15,19 +15,20 @@ from normjax.nnx.batch_norm import BatchNorm
 
 
 class BatchRenorm(BatchNorm):
-    """Batch renormalization, in the manner of `flax.nnx.BatchNorm`.
+    """Batch renormalization, with the arguments of `flax.nnx.BatchNorm`.
 
     It has the arguments and variables of `normjax.nnx.BatchNorm`, and a `count` of batches
-    (`nnx.BatchStat`), which schedules go by. See `normjax.batch_renorm` for the mathematics.
+    (`nnx.BatchStat`), which is the argument of schedules. See `normjax.batch_renorm` for the
+    equations.
 
     Args:
       num_features: size of the feature axis.
-      r_max: limit of r, the ratio of the batch's standard deviation to the running one: r stays
-        between `1 / r_max` and `r_max`. At least 1; a number, or a schedule: a function of the
-        count of batches.
-      d_max: limit of d, the difference of the batch's mean from the running one, in running
-        standard deviations: d stays between `-d_max` and `d_max`. At least 0; a number or a
-        schedule.
+      r_max: limit of r, the ratio of the batch standard deviation to the running one: r is clipped
+        to the range from `1 / r_max` to `r_max`. At least 1; a number or a schedule, which is a
+        function of the number of batches so far.
+      d_max: limit of d, the difference between the batch mean and the running mean, in running
+        standard deviations: d is clipped to the range from `-d_max` to `d_max`. At least 0; a
+        number or a schedule.
       **arguments: all other arguments of `normjax.nnx.BatchNorm`.
 
     Example:

@@ -22,26 +22,26 @@ from normjax.nnx._shared import declare, present, promoted, read
 
 
 class DynamicTanh(nnx.Module):
-    """Dynamic tanh, in place of `flax.nnx.LayerNorm`.
+    """Dynamic tanh, which replaces `flax.nnx.LayerNorm`.
 
-    The variables (`alpha`, `scale`, `bias`: `nnx.Param`) are the leaves of `normjax.dynamic_tanh`;
-    see there for the mathematics.
+    The variables (`alpha`, `scale`, `bias`: `nnx.Param`) are the leaves of `normjax.dynamic_tanh`,
+    whose docstring has the equations.
 
     Args:
       num_features: size of the feature axis; with several feature axes, the product of their sizes.
-      dtype: dtype of y. None: the dtype that x and the parameters promote to.
+      dtype: dtype of y. None means the dtype that x and the parameters promote to.
       param_dtype: dtype of the parameters.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
-      alpha_init: initializer of the slope alpha, a scalar. The default of 0.5 suits all but large
-        language models, which need less.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale.
+      alpha_init: initializer of the slope alpha, a scalar. The default of 0.5 suits all models
+        except large language models, which need smaller values.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      feature_axes: the axes that scale and bias run along.
+      feature_axes: the axes along which scale and bias vary.
       promote_dtype: function of `(x, alpha, scale, bias)` and `dtype` that returns the arrays
         promoted. Only the dtype of y follows from it.
-      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`; the default of `scale_init` then makes zeros.
+      scale_offset: constant added to the stored scale, in float32 or wider. Use 1.0 for checkpoints
+        that store `scale - 1`; the default `scale_init` then stores zeros.
       rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
@@ -99,7 +99,7 @@ class DynamicTanh(nnx.Module):
           x: the input.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         if _foreign:
             raise_for_foreign(DynamicTanh.__call__, _foreign)

@@ -24,46 +24,49 @@ from normjax.nnx._shared import common, present, promoted, read
 class GroupNorm(nnx.GroupNorm):
     """Group normalization: `flax.nnx.GroupNorm` with a safe variance.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the
-    variables have the same names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints
-    load both ways. See `normjax.group_norm` for the mathematics.
+    Drop-in replacement: the constructor and the call take the same arguments, and the variables
+    have the same names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints can be
+    exchanged in both directions. See `normjax.group_norm` for the equations.
 
-    Beyond Flax:
-      - The variance is safe; `use_fast_variance` has no effect.
+    Differences from Flax:
+      - The variance is safe (it does not suffer from cancellation); `use_fast_variance` has no
+        effect.
       - Input and parameters keep their precision: `promote_dtype` and `dtype` only decide the dtype
         of y.
       - Each group is normalized by its own statistics, whatever `reduction_axes` are. (`flax.nnx`
-        repeats the statistics along axis 1, which mixes up the groups if `reduction_axes` leaves
-        out more than one axis.)
+        repeats the statistics along axis 1, which assigns channels to wrong groups if
+        `reduction_axes` leaves out more than one axis.)
       - Masks may be integers or real weights, and need not have the size of the channels. Masked
-        elements may be NaN. If nothing counts, the mean is 0 and the variance 1.
-      - Axes out of range or repeated raise an error.
+        elements may be NaN. If no element counts, the mean is 0 and the variance is 1.
+      - Axes that are repeated or out of range raise an error.
 
     Args:
       num_features: number of channels, the size of the last axis.
-      num_groups: number of groups, a divisor of the number of channels. None if `group_size` is
-        given.
-      group_size: number of channels in a group. It needs `num_groups=None`, since that is 32 by
-        default.
-      epsilon: added to the variance, which may be 0.
-      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      num_groups: number of groups, a divisor of the number of channels. Pass None if you pass
+        `group_size`.
+      group_size: number of channels in a group. It requires `num_groups=None`, since the default of
+        `num_groups` is 32.
+      epsilon: added to the variance. It may be 0.
+      dtype: dtype of y. None means the dtype that x, scale and bias promote to.
       param_dtype: dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      reduction_axes: the axes that mean and variance are taken over, the last among them. None: all
-        but the first.
-      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      reduction_axes: the axes over which the mean and variance are computed. They must include the
+        last axis. None means all but the first.
+      axis_name: mapped axis over which the reduction axes are sharded. Statistics are all-reduced
+        over it.
       axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
-        statistics. None: one group of all.
-      use_fast_variance: accepted for compatibility, without effect.
+        statistics. None means a single group.
+      use_fast_variance: has no effect; accepted for compatibility.
       promote_dtype: function of `(x, scale, bias)` and `dtype` that returns the arrays promoted.
         Only the dtype of y follows from it.
-      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`; the default of `scale_init` then makes zeros.
-      cumulative_axis: axis that the statistics grow along, such as 1 for `(batch, time, channels)`:
-        y at t depends on positions up to t alone. None: each statistic is over all positions.
+      scale_offset: constant added to the stored scale, in float32 or wider. Use 1.0 for checkpoints
+        that store `scale - 1`; the default `scale_init` then stores zeros.
+      cumulative_axis: axis along which the statistics are cumulative, such as 1 for `(batch, time,
+        channels)`: y at t depends only on positions up to t. None computes each statistic over all
+        positions.
       rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
@@ -135,11 +138,11 @@ class GroupNorm(nnx.GroupNorm):
         """Normalizes x.
 
         Args:
-          x: the input, channels along the last axis.
-          mask: broadcastable to x: True where an element counts, or the weight of each.
+          x: the input, with channels along the last axis.
+          mask: broadcastable to x, True for elements that count; or non-negative weights.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         if _foreign:
             raise_for_foreign(GroupNorm.__call__, _foreign)

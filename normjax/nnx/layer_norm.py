@@ -24,37 +24,39 @@ from normjax.nnx._shared import common, present, promoted, read
 class LayerNorm(nnx.LayerNorm):
     """Layer normalization: `flax.nnx.LayerNorm` with a safe variance.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the
-    variables have the same names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints
-    load both ways. See `normjax.layer_norm` for the mathematics.
+    Drop-in replacement: the constructor and the call take the same arguments, and the variables
+    have the same names (`scale`, `bias`: `nnx.Param`), shapes and dtypes, so checkpoints can be
+    exchanged in both directions. See `normjax.layer_norm` for the equations.
 
-    Beyond Flax:
-      - The variance is safe; `use_fast_variance` has no effect.
+    Differences from Flax:
+      - The variance is safe (it does not suffer from cancellation); `use_fast_variance` has no
+        effect.
       - Input and parameters keep their precision: `promote_dtype` and `dtype` only decide the dtype
         of y.
-      - Masks may be integers or real weights, and masked elements may be NaN. If nothing counts,
-        the mean is 0 and the variance 1.
-      - Axes out of range or repeated raise an error.
+      - Masks may be integers or real weights, and masked elements may be NaN. If no element counts,
+        the mean is 0 and the variance is 1.
+      - Axes that are repeated or out of range raise an error.
 
     Args:
       num_features: size of the feature axis; with several feature axes, the product of their sizes.
-      epsilon: added to the variance, which may be 0.
-      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      epsilon: added to the variance. It may be 0.
+      dtype: dtype of y. None means the dtype that x, scale and bias promote to.
       param_dtype: dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      reduction_axes: the axes that mean and variance are taken over.
-      feature_axes: the axes that scale and bias run along.
-      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      reduction_axes: the axes over which the mean and variance are computed.
+      feature_axes: the axes along which scale and bias vary.
+      axis_name: mapped axis over which the reduction axes are sharded. Statistics are all-reduced
+        over it.
       axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
-        statistics. None: one group of all.
-      use_fast_variance: accepted for compatibility, without effect.
+        statistics. None means a single group.
+      use_fast_variance: has no effect; accepted for compatibility.
       promote_dtype: function of `(x, scale, bias)` and `dtype` that returns the arrays promoted.
         Only the dtype of y follows from it.
-      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`; the default of `scale_init` then makes zeros.
+      scale_offset: constant added to the stored scale, in float32 or wider. Use 1.0 for checkpoints
+        that store `scale - 1`; the default `scale_init` then stores zeros.
       rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
@@ -123,10 +125,10 @@ class LayerNorm(nnx.LayerNorm):
 
         Args:
           x: the input.
-          mask: broadcastable to x: True where an element counts, or the weight of each.
+          mask: broadcastable to x, True for elements that count; or non-negative weights.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         if _foreign:
             raise_for_foreign(LayerNorm.__call__, _foreign)

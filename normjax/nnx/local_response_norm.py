@@ -22,29 +22,29 @@ from normjax.nnx._shared import declare, present, promoted, read
 
 
 class LocalResponseNorm(nnx.Module):
-    """Local response normalization, in the manner of Flax's layers.
+    """Local response normalization, with the arguments of Flax's layers.
 
-    See `normjax.local_response_norm` for the mathematics. There are no variables by default:
+    See `normjax.local_response_norm` for the equations. By default there are no variables;
     `use_scale` and `use_bias` add them.
 
     Args:
       num_features: number of channels.
-      size: number of neighbouring channels that are averaged, the channel itself among them.
-      alpha: weight of their mean square, as in PyTorch. The paper and TensorFlow weigh the sum:
-        their alpha is `alpha / size`.
+      size: number of neighbouring channels in the mean, including the channel itself.
+      alpha: factor of the mean square, as in PyTorch. In the paper and TensorFlow, alpha is the
+        factor of the sum, that is `alpha / size` here.
       beta: exponent of the divisor.
-      k: added to the weighted mean square; above 0.
-      dtype: dtype of y. None: the dtype that x, scale and bias promote to.
+      k: added to alpha times the mean square; must be positive.
+      dtype: dtype of y. None means the dtype that x, scale and bias promote to.
       param_dtype: dtype of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
+      use_bias: whether to use a learnable bias.
+      use_scale: whether to use a learnable scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       feature_axes: the axis of the channels.
       promote_dtype: function of `(x, scale, bias)` and `dtype` that returns the arrays promoted.
         Only the dtype of y follows from it.
-      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`; the default of `scale_init` then makes zeros.
+      scale_offset: constant added to the stored scale, in float32 or wider. Use 1.0 for checkpoints
+        that store `scale - 1`; the default `scale_init` then stores zeros.
       rngs: random keys for the initializers.
       bias_metadata: metadata of the bias variable.
       scale_metadata: metadata of the scale variable.
@@ -106,10 +106,10 @@ class LocalResponseNorm(nnx.Module):
         """Normalizes x.
 
         Args:
-          x: the input, channels along `feature_axes`.
+          x: the input, with channels along `feature_axes`.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         if _foreign:
             raise_for_foreign(LocalResponseNorm.__call__, _foreign)

@@ -24,34 +24,35 @@ from normjax.nnx._shared import common, present, promoted, read
 class RMSNorm(nnx.RMSNorm):
     """Root mean square normalization: `flax.nnx.RMSNorm`, rounded once.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the
-    variables have the same names (`scale`: `nnx.Param`), shapes and dtypes, so checkpoints load
-    both ways. See `normjax.rms_norm` for the mathematics.
+    Drop-in replacement: the constructor and the call take the same arguments, and the variables
+    have the same names (`scale`: `nnx.Param`), shapes and dtypes, so checkpoints can be exchanged
+    in both directions. See `normjax.rms_norm` for the equations.
 
-    Beyond Flax:
+    Differences from Flax:
       - Input and scale keep their precision: `promote_dtype` and `dtype` only decide the dtype of
         y.
-      - Masks may be integers or real weights, and masked elements may be NaN. If nothing counts,
+      - Masks may be integers or real weights, and masked elements may be NaN. If no element counts,
         the mean square is 1.
-      - Axes out of range or repeated raise an error.
+      - Axes that are repeated or out of range raise an error.
 
     Args:
       num_features: size of the feature axis; with several feature axes, the product of their sizes.
       epsilon: added to the mean square.
-      dtype: dtype of y. None: the dtype that x and the scale promote to.
+      dtype: dtype of y. None means the dtype that x and the scale promote to.
       param_dtype: dtype of the scale.
-      use_scale: whether there is a scale.
+      use_scale: whether to use a learnable scale.
       scale_init: initializer of the scale.
-      reduction_axes: the axes that the mean square is taken over.
-      feature_axes: the axes that the scale runs along.
-      axis_name: mapped axis that the reduced axes are sharded over: statistics are shared over it.
+      reduction_axes: the axes over which the mean square is computed.
+      feature_axes: the axes along which the scale varies.
+      axis_name: mapped axis over which the reduction axes are sharded. Statistics are all-reduced
+        over it.
       axis_index_groups: groups of indices of that axis, as in `jax.lax.psum`; each group shares its
-        statistics. None: one group of all.
-      use_fast_variance: accepted for compatibility, without effect.
+        statistics. None means a single group.
+      use_fast_variance: has no effect; accepted for compatibility.
       promote_dtype: function of `(x, scale)` and `dtype` that returns the arrays promoted. Only the
         dtype of y follows from it.
-      scale_offset: added to the scale, in float32 or wider. 1.0 suits checkpoints that store `scale
-        - 1`; the default of `scale_init` then makes zeros.
+      scale_offset: constant added to the stored scale, in float32 or wider. Use 1.0 for checkpoints
+        that store `scale - 1`; the default `scale_init` then stores zeros.
       rngs: random keys for the initializers.
       scale_metadata: metadata of the scale variable.
 
@@ -111,10 +112,10 @@ class RMSNorm(nnx.RMSNorm):
 
         Args:
           x: the input.
-          mask: broadcastable to x: True where an element counts, or the weight of each.
+          mask: broadcastable to x, True for elements that count; or non-negative weights.
 
         Returns:
-          y, of x's shape.
+          y, with the shape of x.
         """
         if _foreign:
             raise_for_foreign(RMSNorm.__call__, _foreign)

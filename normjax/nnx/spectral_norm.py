@@ -16,32 +16,33 @@ from normjax.weights.spectral_norm import forget_kernels_of_zeros, spectral_norm
 
 
 class SpectralNorm(nnx.SpectralNorm):
-    """Spectral normalization of the layer that it wraps: `flax.nnx.SpectralNorm` in float32.
+    """Wraps a layer with spectral normalization: `flax.nnx.SpectralNorm` in float32.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the
-    variables have the same names (`batch_stats`: `nnx.BatchStat`), shapes and dtypes, so
-    checkpoints load both ways. See `normjax.weights.spectral_norm` for the mathematics.
+    Drop-in replacement: the constructor and the call take the same arguments, and the variables
+    have the same names (`batch_stats`: `nnx.BatchStat`), shapes and dtypes, so checkpoints can be
+    exchanged in both directions. See `normjax.weights.spectral_norm` for the equations.
 
-    Beyond Flax:
+    Differences from Flax:
       - The weights of the layer are never overwritten (google/flax#5576): the unnormalized weights
         are trained, and with `update_stats=False` a call under a transformation of JAX may close
-        over the module. The call goes to a copy of the layer that shares all other variables; what
-        it adds to the layer, as `sow` does outside `nnx.capture`, is lost.
-      - Power iteration is in float32 (or wider), on accelerators too.
+        over the module. The call goes to a copy of the layer, which shares all other variables.
+        Attributes that the call adds to the layer, as `sow` does outside `nnx.capture`, are lost.
+      - Power iteration runs in float32 or wider, on accelerators too.
 
     Args:
       layer_instance: the layer to wrap.
-      n_steps: steps of power iteration at each call. One is enough in training, where weights
-        change little between two steps; with 0 they are not divided.
+      n_steps: power iteration steps in each call. One step is enough in training, since weights
+        change little from step to step. With 0, weights are not divided.
       epsilon: added to the squared norms.
-      dtype: dtype of the weights in use. None: the dtype that weights and statistics promote to.
+      dtype: dtype of the normalized weights. None means the dtype that weights and statistics
+        promote to.
       param_dtype: dtype of the statistics `u` and `sigma`.
       error_on_non_matrix: whether weights of more than two axes raise an error. Otherwise their
         leading axes are flattened.
       update_stats: whether to store the new singular vectors and values. `model.train()`,
         `model.eval()` and the call override it.
-      bound: the largest singular value that weights may have: larger ones alone are divided, by
-        `sigma / bound` (SNGP). None: all are divided by sigma.
+      bound: upper bound of the largest singular value of a weight: only weights above it are
+        divided, by `sigma / bound` (SNGP). With None, all weights are divided by sigma.
       rngs: random keys for the first singular vectors.
 
     Example:
@@ -105,7 +106,7 @@ def _spectral_normed(
     if weight.ndim < 2 or norm.n_steps < 1:
         return None
     if weight.ndim > 2 and norm.error_on_non_matrix:
-        # Flax's words
+        # the wording of Flax's error
         raise ValueError(
             f"Layer instance parameter is {weight.ndim}D but error_on_non_matrix is True"
         )

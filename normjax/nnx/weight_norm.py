@@ -18,33 +18,34 @@ from normjax.weights import weight_norm
 
 
 class WeightNorm(nnx.WeightNorm):
-    """Weight normalization of the layer that it wraps: `flax.nnx.WeightNorm` in float32.
+    """Wraps a layer with weight normalization: `flax.nnx.WeightNorm` in float32.
 
-    Change the import and nothing else: constructor and call take the same arguments, and the
-    variables have the same names, shapes and dtypes, so checkpoints load both ways. See
-    `normjax.weights.weight_norm` for the mathematics.
+    Drop-in replacement: the constructor and the call take the same arguments, and the variables
+    have the same names, shapes and dtypes, so checkpoints can be exchanged in both directions. See
+    `normjax.weights.weight_norm` for the equations.
 
-    Beyond Flax:
+    Differences from Flax:
       - The weights of the layer are never overwritten (google/flax#5576): the unnormalized weights
         are trained, and a call under a transformation of JAX may close over the module. The call
-        goes to a copy of the layer that shares all other variables; what it adds to the layer, as
-        `sow` does outside `nnx.capture`, is lost.
-      - The scales are `nnx.Param`, so that they are trained (google/flax#5577); before
-        Flax 0.12.12 they are plain arrays there.
-      - Norms and products are taken in float32 (or wider) and rounded once.
-      - Axes out of range or repeated raise an error.
+        goes to a copy of the layer, which shares all other variables. Attributes that the call adds
+        to the layer, as `sow` does outside `nnx.capture`, are lost.
+      - The scales are `nnx.Param`, so they are trained (google/flax#5577). In Flax before 0.12.12,
+        they are plain arrays.
+      - Norms and products are computed in float32 or wider, and rounded once.
+      - Axes that are repeated or out of range raise an error.
 
     Args:
       layer_instance: the layer to wrap.
-      feature_axes: the axes along which each slice of a weight has its own norm. None: one norm of
-        the whole weight.
-      use_scale: whether the norms are learned. Otherwise they are 1.
+      feature_axes: the axes along which each slice of a weight has its own norm. None means one
+        norm for the whole weight.
+      use_scale: whether the norms are learnable. Otherwise they are 1.
       scale_init: initializer of the scales, which are float32.
       epsilon: added to the squared norm.
-      dtype: dtype of the weights in use. None: the dtype that weights and scales promote to.
-      param_dtype: accepted for compatibility, without effect.
+      dtype: dtype of the normalized weights. None means the dtype that weights and scales promote
+        to.
+      param_dtype: has no effect; accepted for compatibility.
       variable_filter: which parameters to normalize, as a filter of `nnx.state`.
-      promote_dtype: accepted for compatibility, without effect.
+      promote_dtype: has no effect; accepted for compatibility.
       rngs: random keys for the initializer.
 
     Example:
@@ -84,7 +85,7 @@ class WeightNorm(nnx.WeightNorm):
             rngs=rngs,
         )
         if self.scales is not None:
-            # Flax made them plain arrays before 0.12.12.
+            # Before 0.12.12, Flax stored them as plain arrays.
             scales = {path: nnx.Param(jnp.asarray(scale)) for path, scale in self.scales.items()}
             self.scales = nnx.data(scales)
 

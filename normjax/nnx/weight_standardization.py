@@ -17,24 +17,27 @@ from normjax.weights import weight_standardization
 
 
 class WeightStandardization(nnx.Module):
-    """Weight standardization of the layer that it wraps.
+    """Wraps a layer with weight standardization.
 
-    It works as `normjax.nnx.WeightNorm` does. See `normjax.weights.weight_standardization` for the
-    mathematics. The weights of the layer are never overwritten. Scalars and vectors are used as
-    they are.
+    It is used like `normjax.nnx.WeightNorm`. See `normjax.weights.weight_standardization` for the
+    equations. The weights of the layer are never overwritten. Scalars and vectors are not
+    standardized.
 
     Args:
       layer_instance: the layer to wrap.
-      feature_axes: the axes along which each slice of a weight has its own statistics. None: the
-        statistics of the whole weight.
-      scaled: whether the variance is `1 / fan_in` instead of 1, for networks without normalization.
-      use_scale: whether there is a learned gain (`scales`: `nnx.Param`).
+      feature_axes: the axes along which each slice of a weight has its own statistics. None means
+        one mean and variance for the whole weight.
+      scaled: whether the variance is `1 / fan_in` instead of 1, for networks without activation
+        normalization.
+      use_scale: whether to use a learnable gain (`scales`: `nnx.Param`).
       scale_init: initializer of the gain.
-      epsilon: added to the variance, or to the deviation.
-      dtype: dtype of the weights in use. None: the dtype that weights and scales promote to.
+      epsilon: added to the variance, or to the standard deviation; see `epsilon_to`.
+      dtype: dtype of the normalized weights. None means the dtype that weights and scales promote
+        to.
       param_dtype: dtype of the scales.
       variable_filter: which parameters to standardize, as a filter of `nnx.state`.
-      epsilon_to: "variance", or "deviation" as in the code of BiT and ViT (big_vision's `StdConv`).
+      epsilon_to: what epsilon is added to: "variance", or "deviation" as in the code of BiT and ViT
+        (`StdConv` of big_vision).
       rngs: random keys for the initializer.
 
     Example:

@@ -1,6 +1,6 @@
-"""Optimizers that know which parameters are kernels, and which networks only use their direction.
+"""Optax transformations for networks with normalization, and masks for them.
 
-The package has pure optax transformations, and the functions that make masks for them.
+They distinguish kernels from other parameters, and use the scale invariance of kernels.
 """
 
 from normjax.optim.accumulate import accumulate

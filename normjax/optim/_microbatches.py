@@ -1,4 +1,4 @@
-"""Reads for `accumulate` what a model returned for a microbatch, layer by layer."""
+"""Reads the statistics of a microbatch from the output of a model, for `accumulate`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Momentum = float | None | Literal["layers"]
 
 
 def steps_of(state: optax.OptState) -> tuple[Array, Array]:
-    """Returns copies of mini_step and gradient_step of the one `MultiSteps` in the state."""
+    """Returns copies of mini_step and gradient_step of the only `MultiSteps` in the state."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, optax.MultiStepsState))
     found = [node for node in nodes if isinstance(node, optax.MultiStepsState)]
     if len(found) != 1:
@@ -46,14 +46,14 @@ def steps_of(state: optax.OptState) -> tuple[Array, Array]:
             got=f"{type(state).__name__} with {len(found)} MultiStepsState",
             fix="Wrap the optimizer: optax.MultiSteps(optimizer, every_k_schedule=k)",
         )
-    # Copies: a train step that donates both states would donate a shared array twice.
+    # Copies, since a train step that donates both states would donate a shared array twice.
     steps = found[0].mini_step, found[0].gradient_step
     mini_step, gradient_step = (jnp.array(plain(step), copy=True) for step in steps)
     return mini_step, gradient_step
 
 
 def with_questions(variables: Any) -> Any:
-    """Returns variables with one more leaf in each layer, in which it tells its microbatch."""
+    """Returns variables with a leaf in each layer that collects its microbatch statistics."""
     if is_nnx(variables):
         from flax import nnx
 
@@ -65,7 +65,7 @@ def with_questions(variables: Any) -> Any:
     if is_nnx(variables, "State"):
         _checks.raise_error(
             FUNCTION,
-            "an nnx.State has no layers that could collect",
+            "an nnx.State has no layers that could collect statistics",
             expected="the nnx.Module, which is changed in place",
             got=f"an nnx.State with {sorted(map(str, variables))}",
             fix="Call statistics.collecting(model) once, before the training",
@@ -75,14 +75,14 @@ def with_questions(variables: Any) -> Any:
     def asked(node: Any) -> Any:
         if not is_layer(node):
             return node
-        kind: Any = type(node)  # Flax's FrozenDict, too
+        kind: Any = type(node)  # also Flax's FrozenDict
         return kind({**node, POPULATION: no_microbatch(node)})
 
     return jax.tree.map(asked, variables, is_leaf=is_layer)
 
 
 def nodes_of(name: str, tree: PyTree) -> tuple[dict[KeyPath, Any], Any]:
-    """Returns layers' dicts (or Moments) and other leaves, by their paths.
+    """Returns the dicts (or Moments) of layers, and other leaves, by path.
 
     Raises an error for a mean or variance outside of a layer's dict.
     """
@@ -104,7 +104,7 @@ def nodes_of(name: str, tree: PyTree) -> tuple[dict[KeyPath, Any], Any]:
 
 
 def check_numbers(name: str, tree: PyTree) -> None:
-    """Raises an error for statistics or moments that are not finite, by their path."""
+    """Raises an error, with the path, for statistics or moments that are not finite."""
 
     def told(node: Any) -> Any:
         if not is_layer(node) or POPULATION not in node:
@@ -153,17 +153,17 @@ def of_layer(
     momentum: Momentum,
     running_var: RunningVar,
 ) -> Microbatch:
-    """Returns a layer's microbatch, as it told it, or by a given momentum."""
+    """Returns the microbatch of a layer: the stored one, or recovered by a given momentum."""
     told = new[POPULATION] if is_layer(new) and POPULATION in new else None
     if momentum == LAYERS:
         return _own_words(path, new, old, told, running_var)
     if told is not None:
         _checks.raise_error(
             FUNCTION,
-            "a momentum is given, and the layers tell their own",
+            "a momentum is given, but the layers report their own momentum",
             expected="only one of them",
             got=f"momentum={momentum}, and moments that {show('new', path)} collected",
-            fix="Leave the momentum out: nj.optim.accumulate()",
+            fix="Drop the momentum: nj.optim.accumulate()",
         )
     if not isinstance(new, Moments):
         new = _recovered(path, new, old, count, momentum, running_var)
@@ -179,7 +179,7 @@ def _own_words(
     told: Microbatch | None,
     running_var: RunningVar,
 ) -> Microbatch:
-    """Returns what a layer told; NaN if it only turns out at run time that it told nothing."""
+    """Returns what a layer has reported, or NaN if it reported nothing at run time."""
     if told is None and isinstance(new, Moments):
         _raise_silent(path, "Moments alone")
     if told is None:
@@ -187,10 +187,10 @@ def _own_words(
         _raise_silent(path, f"only {sorted(new)}")
     momentum = told.rule.momentum
     same = [new[leaf] is old[leaf] for leaf in STATISTICS]
-    if all(same):  # a frozen layer, or one that was not called
+    if all(same):  # a frozen layer, or a layer that was not called
         return told
     if not isinstance(momentum, Tracer) and (np.asarray(momentum) == UNTOLD).all():
-        _raise_silent(path, "running statistics that moved by an unknown momentum")
+        _raise_silent(path, "running statistics that were updated by an unknown momentum")
     moved = [jnp.any(new[leaf] != old[leaf].astype(new[leaf].dtype)) for leaf in STATISTICS]
     wrong = (momentum == UNTOLD) & (moved[0] | moved[1])
     nan: Any = jnp.nan
@@ -201,7 +201,7 @@ def _own_words(
 def _raise_silent(path: KeyPath, got: str) -> NoReturn:
     _checks.raise_error(
         FUNCTION,
-        "a layer did not tell its momentum",
+        "a layer did not report its momentum",
         expected="the moments that layers of normjax collect in training mode",
         got=f"{got} at {show('new', path)}",
         fix="Call the model with statistics.collecting(batch_stats), an nnx module after "
@@ -229,12 +229,12 @@ def _recovered(
     var = old["var"] + (new["var"] - old["var"]) / jnp.asarray(rate, old["var"].dtype)
     lowest = -16 * jnp.finfo(var.dtype).eps / rate * old["var"]
     _check_momentum(path, var, lowest, momentum)
-    # A compiled program cannot raise the error: NaN instead of numbers that look right.
+    # A compiled program cannot raise an error, so the result is NaN, not a plausible number.
     return Moments(counts, mean, jnp.where(var < lowest, jnp.nan, jnp.maximum(var, 0)))
 
 
 def _check_momentum(path: KeyPath, var: Array, rounding: Array, momentum: float | None) -> None:
-    """Raises an error if another momentum was used, as far as values show it."""
+    """Raises an error if the values show that the model used another momentum."""
     if not isinstance(var, Tracer) and bool((var < rounding).any()):
         _checks.raise_error(
             FUNCTION,
@@ -254,17 +254,17 @@ def _check_tells(
     momentum: float | None,
     running_var: RunningVar,
 ) -> None:
-    """Raises an error if a microbatch's statistics do not follow from the running ones."""
+    """Raises an error if microbatch statistics cannot be recovered from running statistics."""
     where = show("new", path)
     dtype = promote(old["mean"].dtype, old["var"].dtype)
     if running_var == "unbiased":
-        problem = "an unbiased variance does not say how many values it has"
+        problem = "an unbiased variance does not determine the number of values"
         got = f"running_var='unbiased', {where}"
     elif promote(dtype, jnp.float32) != dtype:
-        problem = "running statistics are too coarse to recover those of a microbatch"
+        problem = "running statistics are too imprecise to recover the statistics of a microbatch"
         got = f"dtype {dtype} at {where}"
     elif not set(new) == set(old) or (momentum is None and "count" not in old):
-        problem = "a count of batches is missing"
+        problem = "the count of batches is missing"
         got = f"{where} with {sorted(new)}, momentum={momentum}"
     else:
         return

@@ -1,4 +1,4 @@
-"""Checks the optimizer that a transformation wraps, and the arguments of its update."""
+"""Checks the optimizer that a transformation wraps, and the arguments of `update`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_params(function: str, updates: PyTree, params: PyTree | None) -> None:
     if params is None:
         _checks.raise_error(
             function,
-            "params are missing, and only a parameter has a direction",
+            "params are missing, but the directions of the kernels are needed",
             expected="update(updates, state, params)",
             got="params=None",
             fix="Pass params to optimizer.update",

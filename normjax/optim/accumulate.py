@@ -35,10 +35,10 @@ class AccumulateState(NamedTuple):
     """State of `accumulate`.
 
     Attributes:
-      moments: the moments of the microbatches since the last step, for each layer in turn.
+      moments: for each layer, the moments of the microbatches since the last step.
       mini_step: the last value of `optax.MultiStepsState.mini_step`.
       gradient_step: the last value of `optax.MultiStepsState.gradient_step`.
-      rules: the momentum of each layer, and which variance it stores, as it told them last.
+      rules: the momentum and the kind of variance of each layer, as it last reported them.
     """
 
     moments: tuple[Moments, ...]
@@ -48,20 +48,20 @@ class AccumulateState(NamedTuple):
 
 
 class StatisticsAccumulator(NamedTuple):
-    """A pair of functions, like a transformation of optax; see `accumulate`."""
+    """A pair of functions like an optax transformation; see `accumulate`."""
 
     init: Callable[..., AccumulateState]
     update: Callable[..., tuple[PyTree, AccumulateState]]
 
     def collecting(self, variables: Any) -> Any:
-        """Returns variables for the model, whose layers then tell their moments and momentum.
+        """Returns variables with which layers report their moments and momentum.
 
         Args:
           variables: `batch_stats`, all collections of linen, a tuple of trees, or an `nnx.Module`.
 
         Returns:
-          The variables with one more leaf in each layer that has running statistics; a module is
-          changed in place, once for the whole training, and returned.
+          The variables with an additional leaf in each layer that has running statistics. A module
+          is changed in place and returned; do this once before training.
         """
         return with_questions(variables)
 
@@ -71,21 +71,22 @@ def accumulate(
     momentum: float | None | Literal["layers"] = LAYERS,
     running_var: RunningVar = "biased",
 ) -> StatisticsAccumulator:
-    r"""Merges the statistics of microbatches, and updates the running ones once per optimizer step.
+    r"""Merges microbatch statistics, and updates running statistics once per optimizer step.
 
     .. math:: (n, \mu, \sigma^2) = \text{merge\_moments}_{i=1}^k (n_i, \mu_i, \sigma_i^2), \qquad
               \text{batch\_stats}' = \text{update\_batch\_stats}(\text{batch\_stats}, (n, \mu,
               \sigma^2))
 
-    It goes with `optax.MultiSteps`, and has the effect of one batch of all examples. Updates after
-    each microbatch would multiply the old statistics by `momentum ** k` at each step, and would
-    leave out the variance between the means of microbatches. Normalization itself still uses each
-    microbatch's own statistics: its outputs are needed before the next microbatch is seen.
+    Use it with `optax.MultiSteps`. The running statistics are updated as if all microbatches were
+    one batch. Updates after each microbatch would instead multiply the old statistics by `momentum
+    ** k` in each step, and would leave out the variance between the means of microbatches. The
+    normalization still uses the statistics of each microbatch, since its output is needed before
+    the next microbatch is seen.
 
-    The layers' own momentum is the only one, and each layer may have another. The model gets
-    `statistics.collecting(batch_stats)`: then each layer tells its microbatch's moments, its
-    momentum and which variance it stores, instead of moving its running statistics. The model does
-    not change, and each microbatch starts from the same `batch_stats`:
+    Each layer's own momentum is used, and layers may differ. Call the model with
+    `statistics.collecting(batch_stats)`: each layer then reports the moments of its microbatch, its
+    momentum and the kind of variance it stores, instead of updating its running statistics. The
+    model does not have to change, and each microbatch starts from the same `batch_stats`:
 
         optimizer = optax.MultiSteps(optax.sgd(0.1), every_k_schedule=4)
         statistics = nj.optim.accumulate()
@@ -100,42 +101,43 @@ def accumulate(
             batch_stats, seen = statistics.update(new, seen, batch_stats, state)
 
     - `init(batch_stats, state)` returns the accumulator's state. `state` is the optimizer's state,
-      which may have `MultiSteps` anywhere in it.
-    - `collecting(batch_stats)` returns what the model is called with. For an nnx module, call
-      `statistics.collecting(model)` once, before the training.
+      which contains `MultiSteps` at any depth.
+    - `collecting(batch_stats)` returns the `batch_stats` to call the model with. For an nnx module,
+      call `statistics.collecting(model)` once before training.
     - `update(new, seen, batch_stats, state, *, count=1)` returns the running statistics, which only
       change after the last microbatch, and the accumulator's new state. It reads from `state` which
-      microbatch is the last, and which ones were skipped (`should_skip_update_fn`), to skip them
-      too. So pass the *new* state of the optimizer.
+      microbatch is the last, and which ones were skipped (`should_skip_update_fn`), so that it
+      skips them too. Therefore pass the *new* state of the optimizer.
 
-    `new` is what the model returned. Masks, microbatches of different sizes and schedules of the
-    momentum need nothing more. All other leaves, such as `u` and `sigma` of spectral norm, are
-    taken from the last microbatch.
+    `new` is the `batch_stats` that the model returned. Masks, microbatches of different sizes and
+    momentum schedules work without further arguments. Other leaves, such as `u` and `sigma` of
+    spectral norm, are taken from the last microbatch.
 
-    Layers of other libraries, such as Flax's, do not tell anything. For these, give their momentum,
-    and call the model with `batch_stats` as they are. A microbatch's own statistics then follow
-    from the new ones, as :math:`\mu_i = (\mu'_{\mathrm{new}} - m \mu') / (1 - m)`. `new` may then
-    also have `Moments` in place of a layer's dict, with a count for each feature (masks).
+    Layers of other libraries, such as Flax's, do not report anything. For these, pass their
+    momentum, and call the model with unchanged `batch_stats`. The statistics of a microbatch are
+    then recovered from the new running statistics, as :math:`\mu_i = (\mu'_{\mathrm{new}} - m \mu')
+    / (1 - m)`. In this case, `new` may also have `Moments` in place of a layer's dict, with a count
+    for each feature (masks).
 
     Args:
-      momentum: "layers" for the layers' own. A number below 1, or None for statistics with a
-        `count`, is for layers that do not tell theirs: it must be that of all of them. If it cannot
-        be, since a microbatch would have a negative variance, that is an error, or NaN under
-        `jax.jit`; a wrong one may also go unnoticed.
-      running_var: with a given momentum, which variance these layers store. "unbiased" needs true
-        counts, and so `Moments`.
+      momentum: "layers" to use the momentum that each layer reports. For layers that do not report
+        theirs, pass the momentum of all these layers: a number below 1, or None for statistics with
+        a `count`. If a microbatch would have a negative variance with it, this is an error, or NaN
+        under `jax.jit`; but a wrong momentum may also go unnoticed.
+      running_var: the kind of variance that these layers store, if you pass a momentum. "unbiased"
+        requires exact counts, and therefore `Moments`.
 
     Returns:
-      The pair `(init, update)`, with the method `collecting`; all may run in `jax.jit`, `lax.scan`,
-      `pmap` and `shard_map`. `count` is the number of examples in the microbatch, needed with a
-      given momentum if it varies or may be 0.
+      The pair `(init, update)`, with the method `collecting`; all of them work under `jax.jit`,
+      `lax.scan`, `pmap` and `shard_map`. `count` is the number of examples in the microbatch. Pass
+      it together with a momentum if it varies or may be 0.
 
     Raises:
-      ValueError, TypeError: for layers that did not tell their momentum; for trees that do not
-        match, by the leaf's path; for a state without `MultiSteps`, or with several; with a given
-        momentum for statistics in bfloat16, which are too coarse. Outside of `jax.jit`: for
-        statistics that are not finite, or that a step with a given momentum cannot give. A layer of
-        which only a compiled program sees that it moved without telling gets NaN.
+      ValueError, TypeError: if a layer did not report its momentum; if trees do not match, with the
+        path of the leaf; if the state has no `MultiSteps`, or several; with a given momentum, if
+        statistics are in bfloat16, which is too imprecise. Outside of `jax.jit`: if statistics are
+        not finite, or impossible with the given momentum. If a layer changed its statistics without
+        reporting, and this shows only in a compiled program, its statistics become NaN.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj, optax
@@ -215,7 +217,7 @@ def _update(
 def _layer(
     old: Any, before: Microbatch, own: Microbatch, taken: Array, stepped: Array
 ) -> tuple[Any, Microbatch]:
-    """Returns a layer's statistics after a microbatch, and what is kept for the next one."""
+    """Returns the statistics of a layer after a microbatch, and its accumulated microbatches."""
     running = {leaf: old[leaf] for leaf in old if leaf != POPULATION}
     empty = no_microbatch(running)
     merged = select(taken, before.merged(own), before)
@@ -226,7 +228,7 @@ def _layer(
 
 
 def _state(layers: list[Microbatch], mini_step: Array, gradient_step: Array) -> AccumulateState:
-    # In arrays of JAX, which a carry of lax.scan and a donated argument have to be.
+    # Converted to JAX arrays, as a lax.scan carry and a donated argument require.
     layers = jax.tree.map(jnp.asarray, layers)
     moments, rules = (tuple(parts) for parts in zip(*layers, strict=True)) if layers else ((), ())
     return AccumulateState(moments, mini_step, gradient_step, rules)

@@ -1,4 +1,4 @@
-"""Computes lengths and directions of kernels, whole or by feature, in at least float32."""
+"""Computes norms and directions of kernels, or of their features, in at least float32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from normjax.statistics.elements import abs2, real_product
 def reduced_axes(
     function: str, feature_axes: Axes, kernel: Array, path: KeyPath
 ) -> tuple[int, ...]:
-    """Returns the axes that a norm is taken over.
+    """Returns the axes over which a norm is computed.
 
     Raises an error with the path of a kernel that lacks one of the feature axes.
     """
@@ -24,7 +24,7 @@ def reduced_axes(
 
 
 def norm(kernel: Array, axes: tuple[int, ...]) -> Array:
-    """Returns the Euclidean norm, with `axes` of size 1; safe from overflow and underflow."""
+    """Returns the Euclidean norm, without overflow or underflow; `axes` get size 1."""
     wide = widen(kernel)
     largest = jnp.max(jnp.abs(wide), axes, keepdims=True, initial=0)
     unit = jnp.where(largest > 0, largest, 1)
@@ -43,6 +43,6 @@ def unit(kernel: Array, axes: tuple[int, ...]) -> Array:
 
 
 def tangent(update: Array, kernel: Array, axes: tuple[int, ...]) -> Array:
-    """Returns the update without its part along the kernel."""
+    """Returns the update without its component along the kernel."""
     direction = unit(kernel, axes)
     return widen(update) - inner(direction, update, axes) * direction

@@ -1,4 +1,4 @@
-"""Computes how fast directions turn: effective learning rates, and the rotation in equilibrium."""
+"""Computes effective learning rates, and the rotation of kernels in equilibrium."""
 
 from __future__ import annotations
 
@@ -31,25 +31,26 @@ def effective_learning_rate(
               \eta_{\mathrm{adam}} = \frac{\eta}{\lVert w \rVert}
 
     If a network is invariant to the scale of w, its gradient shrinks as w grows, `grad f(c w) =
-    grad f(w) / c`, and the angle by which a step turns w is the step divided by the length of w.
-    So the direction of w is trained as a kernel of norm 1 would be at this rate. Steps of Adam,
-    RMSprop and Lion do not depend on the size of the gradient, so only the second effect remains.
-    The rate says nothing about parameters that are not in `scale_invariant`.
+    grad f(w) / c`, and a step rotates w by an angle of the step length divided by the norm of w. So
+    the direction of w is trained as if w had norm 1 and this learning rate. Steps of Adam, RMSprop
+    and Lion do not depend on the size of the gradient, so only the second effect remains. The rate
+    is meaningful only for parameters that `scale_invariant` finds.
 
     Args:
       params: any tree of arrays, or an nnx module.
       learning_rate: a number or a scalar array.
       feature_axes: the axes along which each slice has its own norm, such as -1 for output channels
         before batch norm; `()` for one norm of the whole array.
-      optimizer: "sgd" (with or without momentum) or "adam" (or any that normalizes its steps).
+      optimizer: "sgd" (with or without momentum), or "adam" (also for other optimizers that
+        normalize their steps).
 
     Returns:
-      A tree of the structure of `params` (nnx's variables opened): for each leaf the rates
-      `(*features)`, in at least float32; infinite for zeros.
+      A tree with the structure of `params` (and arrays instead of nnx variables): for each leaf the
+      rates `(*features)`, in at least float32; infinite for a norm of 0.
 
     Raises:
-      ValueError: for feature axes that a leaf does not have, by its path; for an unknown
-        `optimizer`.
+      ValueError: if a leaf does not have the feature axes, with its path; if `optimizer` is
+        unknown.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -80,19 +81,19 @@ def rotational_equilibrium(
     momentum: ArrayLike = 0.0,
     optimizer: Optimizer = "sgd",
 ) -> ArrayLike:
-    r"""Returns the angle by which kernels turn at each step, once weight decay is in equilibrium.
+    r"""Returns the angle by which kernels rotate in each step, in equilibrium with weight decay.
 
     .. math:: \hat\eta_{\mathrm{sgd}} = \sqrt{\frac{2 \eta \lambda}{1 + \alpha}}, \qquad
               \hat\eta_{\mathrm{adam}} = \sqrt{2 \eta \lambda \frac{1 - \beta_1}{1 + \beta_1}}
 
-    Gradients are orthogonal to the kernel, so they lengthen it, and decay shortens it. Once the two
-    balance, the angle depends on neither gradients nor architecture. It is the `rotation` for
-    `renormalize`.
+    Gradients are orthogonal to a scale-invariant kernel, so they increase its norm, and weight
+    decay decreases it. Once both balance, the angle depends neither on the gradients nor on the
+    architecture. Pass it as the `rotation` of `renormalize`.
 
     Args:
       learning_rate: the learning rate, a number or an array.
-      weight_decay: the weight decay; for "sgd", the factor of the kernel that is added to the
-        gradient; for "adam", decoupled (AdamW).
+      weight_decay: the weight decay; for "sgd" it is added to the gradient, times the kernel; for
+        "adam" it is decoupled (AdamW).
       momentum: alpha of SGD as in `optax.sgd`, or beta1 of Adam.
       optimizer: "sgd" or "adam".
 
@@ -100,7 +101,7 @@ def rotational_equilibrium(
       The root mean square angle per step, in radians.
 
     Raises:
-      ValueError: for an unknown `optimizer`.
+      ValueError: if `optimizer` is unknown.
 
     Example:
       >>> import normjax as nj

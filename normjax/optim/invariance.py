@@ -1,4 +1,4 @@
-"""Finds the kernels that a network is invariant to the scale of."""
+"""Finds the kernels to whose scale a network is invariant."""
 
 from __future__ import annotations
 
@@ -23,52 +23,52 @@ def scale_invariant(
     tolerance: float = 1e-2,
     dtype: DTypeLike | None = jnp.float64,
 ) -> PyTree[bool]:
-    r"""Finds parameters whose scale does not matter, such as kernels before normalization.
+    r"""Finds parameters whose scale does not affect the network, as of kernels before batch norm.
 
     .. math:: f(c w) = f(w) \text{ for all } c > 0 \quad\Longrightarrow\quad
               \langle w, \nabla_w f \rangle = 0, \qquad \nabla f(c w) = \frac1c \nabla f(w)
 
-    Each leaf is tested by itself, in two ways, both of which compare a change of length with a
-    random change of the same size, v with the norm of w:
+    Each leaf is tested separately, in two ways. Both compare a change of its norm with a random
+    change of the same size; v is random and has the norm of w:
 
     .. math:: \frac{|\langle w, g \rangle|}{\lVert w \rVert \lVert g \rVert / \sqrt{\dim w}}
               \le \text{tolerance}, \qquad
               \frac{\lVert f(c w) - f(w) \rVert}{\lVert f(w + |c - 1| v) - f(w) \rVert} \le
               \text{tolerance}
 
-    with gradients g of random combinations of the outputs (root mean squares over them), and every
-    c of `scales`. For other parameters both ratios are near 1 or larger, at any width and depth.
-    The test adds noise to `params`: at the start of training, when biases are zeros, more
-    parameters are invariant than later.
+    with gradients g of random combinations of the outputs (root mean squares over them), for each c
+    of `scales`. For parameters that are not invariant, both ratios are near 1 or larger, at any
+    width and depth. The test adds noise to `params`, because at the start of training, when biases
+    are zero, more parameters are invariant than later.
 
-    The epsilon of a normalization makes invariance approximate: the ratios are about `epsilon /
-    variance` of what is normalized (3 times that for c = 0.5), usually some 1e-5. If the variance
-    is below 1000 epsilon, the kernel is not reported as invariant.
+    The epsilon of a normalization makes the invariance approximate: the ratios are about `epsilon /
+    variance`, with the variance of its input (3 times that for c = 0.5), usually about 1e-5. If the
+    variance is below 1000 epsilon, the kernel is not reported as invariant.
 
-    A leaf that the function does not depend on, such as a bias that batch norm cancels, is not
-    reported either: it has no direction to learn. Neither are integers, and leaves with a single
-    number for each feature.
+    A leaf on which the function does not depend, such as a bias before batch norm, is not reported
+    either, since it has no direction to learn. Integers, and leaves with a single number per
+    feature, are not reported.
 
     Args:
       params: any tree of arrays, or an nnx module: its `nnx.Param`s.
-      function: maps parameters (or the module) to what should be invariant: a loss or outputs, any
-        tree of arrays, on a few examples of the usual scale, in *training* mode. With running
-        statistics nothing is invariant. Leave out new statistics, which do depend on the scale. The
+      function: maps parameters (or the module) to what should be invariant: a loss or outputs (any
+        tree of arrays) for a few typical examples, in *training* mode. With running statistics,
+        nothing is invariant. Do not return new running statistics, which depend on the scale. The
         function is compiled.
       feature_axes: the axes along which each feature has its own scale, such as -1 for the output
-        channels before batch norm; `()` for one scale of the whole kernel, which is all that layer
-        norm allows.
-      scales: the values of c. Along `feature_axes` they alternate from feature to feature.
-      tolerance: the largest ratio of an invariant parameter.
-      dtype: the dtype to compute in; None for the dtypes of `params`, if the function needs them.
-        If it rounds to bfloat16 inside, the ratios are some 0.01, and need a `tolerance` of 0.1.
+        channels before batch norm; `()` for one scale of the whole kernel, as before layer norm.
+      scales: the values of c. They alternate between the features along `feature_axes`.
+      tolerance: the largest ratio for which a parameter is invariant.
+      dtype: the dtype to compute in; None for the dtypes of `params`, if the function requires
+        them. If the function rounds to bfloat16, the ratios are about 0.01, which requires a
+        `tolerance` of 0.1.
 
     Returns:
-      Python bools in a tree of the structure of `params` (nnx's variables opened): a mask for
+      A tree of Python bools with the structure of `params` (without nnx variables): a mask for
       `project_scale_invariant` and `renormalize`.
 
     Raises:
-      ValueError: for parameters or outputs that are not finite, by their path; scales that are not
+      ValueError: if parameters or outputs are not finite, with their path; if a scale is not
         positive.
 
     Example:

@@ -1,4 +1,4 @@
-"""Finds what each parameter is by the names on its path, and which of them should decay."""
+"""Finds the kind of each parameter by its name, and which parameters should decay."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ _ABBREVIATED = ("bn", "ln", "gn")
 
 
 def kind_of(params: PyTree, *, names: Mapping[str, Kind] | None = None) -> PyTree[str]:
-    """Returns what each parameter is, found by its name.
+    """Returns the kind of each parameter, found by its name.
 
-    Ranks would mislead: a kernel may have rank 1, and the bias of attention heads, `(heads, size)`,
-    or a conditional scale, `(classes, features)`, is not a kernel. The rules, in their order:
+    The rank of an array does not determine its kind: a kernel may have rank 1, and the bias of
+    attention heads, `(heads, size)`, or a conditional scale, `(classes, features)`, is not a
+    kernel. These rules are applied in order:
 
-    1. `names` decides first.
-    2. A leaf below `batch_stats` is a "statistic", and so are `u` and `sigma` side by side. A leaf
+    1. An entry of `names` applies first. 2. A leaf below `batch_stats` is a "statistic", and so are
+    `u` and `sigma` side by side. A leaf
        below `scales` (of `nnx.WeightNorm`) is a "scale".
-    3. The last name is split at underscores, without digits and capitals. If the words in this
-       table that it has agree, they are its kind:
+    3. The last name is split at underscores, without digits, in lower case. If all of its words
+    that are in this table have the same kind, this is its kind:
 
        | kind | words | layers |
        |---|---|---|
@@ -61,15 +62,15 @@ def kind_of(params: PyTree, *, names: Mapping[str, Kind] | None = None) -> PyTre
     Args:
       params: the parameters of a linen or Haiku model, an nnx module or its state, or any tree of
         named arrays.
-      names: kinds by a leaf's last name, or by the end of its path: `{"cls": "bias", "head/table":
-        "kernel"}`.
+      names: kinds by the last name of a leaf, or by the end of its path: `{"cls": "bias",
+        "head/table": "kernel"}`.
 
     Returns:
-      A tree of the structure of `params` (nnx's variables opened) with the kinds as strings.
+      A tree with the structure of `params` (without nnx variables), with the kinds as strings.
 
     Raises:
-      ValueError: for leaves whose names do not say what they are, all listed by their paths; for an
-        unknown kind.
+      ValueError: if the names of leaves do not determine their kinds (the error lists their paths);
+        if a kind is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -101,8 +102,8 @@ def decay_mask(
 ) -> PyTree[bool]:
     """Returns which parameters should decay: kernels and embeddings, but not scales and biases.
 
-    Pass it as the mask of an optax transformation, as it is or with `functools.partial`. It only
-    looks at names and shapes, so it may be called inside `jax.jit`.
+    Pass it as the mask of an optax transformation, directly or with `functools.partial`. It only
+    reads names and shapes, so it can be called inside `jax.jit`.
 
     Args:
       params: as in `kind_of`.
@@ -110,10 +111,10 @@ def decay_mask(
       names: as in `kind_of`.
 
     Returns:
-      A tree of the structure of `params` (nnx's variables opened) with Python bools.
+      A tree with the structure of `params` (without nnx variables), of Python bools.
 
     Raises:
-      ValueError: as `kind_of` does.
+      ValueError: as in `kind_of`.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj, optax
@@ -162,7 +163,7 @@ def _words(name: str) -> list[str]:
 
 
 def _normalizes(above: list[str]) -> bool:
-    """Returns whether the nearest module with a name normalizes activations."""
+    """Returns whether the nearest named module normalizes activations."""
     words = next((words for words in map(_words, reversed(above)) if words), [])
     of_kernels = any(word.startswith(("weight", "spectral")) for word in words)
     return not of_kernels and any(word.endswith("norm") or word in _ABBREVIATED for word in words)
@@ -175,7 +176,7 @@ def _raise_unknown(unknown: list[tuple[KeyPath, Any]]) -> None:
     last = (path_names(unknown[0][0]) or ("",))[-1]
     _checks.raise_error(
         "kind_of",
-        "names do not say what parameters are",
+        "names do not determine the kinds of parameters",
         expected="names such as 'kernel', 'w', 'embedding', 'scale', 'bias'",
         got=f"{listed}{more}",
         fix=f"Pass names={{{last!r}: 'kernel'}}, or another of {', '.join(map(repr, KINDS))}",

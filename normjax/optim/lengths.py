@@ -1,4 +1,4 @@
-"""Tests how a function changes with the lengths of its parameters."""
+"""Tests how a function depends on the norms of its parameters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Settings(NamedTuple):
 def invariance_test(
     name: str, params: PyTree, function: Callable[[Any], PyTree], settings: Settings
 ) -> Iterator[InvarianceTest]:
-    """Yields the test, to be used within the context; `name` is the function that errors name."""
+    """Yields the test, for use within the context; errors begin with `name`."""
     for c in settings.scales:
         _checks.between(name, "scales", c, sys.float_info.min, math.inf)
     _checks.between(name, "tolerance", settings.tolerance, 0.0, 1.0)
@@ -57,10 +57,10 @@ def invariance_test(
 
 
 class InvarianceTest:
-    """A function at a point near the parameters, and how it changes with the length of each leaf.
+    """A function at a point near the parameters, and how it depends on the norm of each leaf.
 
-    Leaves are named by their number. Only those in `tested` have a length: integers have none, nor
-    have leaves with a single number for each feature.
+    Leaves are identified by their index. Only leaves in `tested` have a norm that can vary:
+    integers and leaves with a single number per feature are excluded.
     """
 
     def __init__(
@@ -87,36 +87,36 @@ class InvarianceTest:
 
     @property
     def tested(self) -> list[int]:
-        """Returns the leaves that have a length."""
+        """Returns the leaves that are tested."""
         return list(self._axes)
 
     def finds(self, i: int) -> bool:
-        """Returns whether the function depends on the i-th leaf, but only on its direction."""
+        """Returns whether the function depends on the i-th leaf only through its direction."""
         if i not in self._axes:
             return False
         ratios = itertools.chain([self.radial(i)], self.changes(i))
         return self.passes(i, ratios)
 
     def passes(self, i: int, ratios: Iterable[float]) -> bool:
-        """Returns whether the i-th leaf has an influence and all its ratios are small.
+        """Returns whether the i-th leaf has an influence and all of its ratios are small.
 
-        Ratios after the first large one are not computed.
+        It stops at the first large ratio.
         """
         if self.influence(i) <= _NO_INFLUENCE:
             return False
         return all(ratio <= self._settings.tolerance for ratio in ratios)
 
     def influence(self, i: int) -> float:
-        """Returns the derivative along random steps of the i-th leaf's length.
+        """Returns the derivative along random steps that are as long as the i-th leaf.
 
-        It is relative to the largest of all leaves.
+        The result is relative to the largest one of all leaves.
         """
         return float(self._slopes[i].by_chance.max() / (self._largest or 1.0))
 
     def radial(self, i: int) -> float:
-        """Returns the derivative along the i-th leaf, relative to that along random steps.
+        """Returns the derivative along the i-th leaf, relative to the one along random steps.
 
-        It is the largest of all features.
+        The result is the maximum over features.
         """
         along, by_chance = self._slopes[i]
         counts = by_chance > _NO_INFLUENCE * self._largest
@@ -135,9 +135,9 @@ class InvarianceTest:
         return 1 / math.sqrt(math.prod(sizes))
 
     def changes(self, i: int) -> Iterator[float]:
-        """Yields for each scale how far outputs move if the i-th leaf is scaled.
+        """Yields, for each scale, how much the outputs change if the i-th leaf is scaled.
 
-        It is relative to how far they move with a random change of the same size.
+        The change is relative to that of a random change of the leaf of the same size.
         """
         w, axes = self._point[i], self._axes[i]
         features = tuple(1 if axis in axes else size for axis, size in enumerate(w.shape))
@@ -147,7 +147,7 @@ class InvarianceTest:
             yield _ratio(self._change(i, w * c), self._change(i, w + np.abs(c - 1) * other))
 
     def _change(self, i: int, w: Array) -> float:
-        """Returns how far the outputs move if w replaces the i-th leaf."""
+        """Returns how much the outputs change if w replaces the i-th leaf."""
         point = list(self._point)
         point[i] = w.astype(point[i].dtype)
         outputs, _ = self._evaluate(point)
@@ -168,7 +168,7 @@ class InvarianceTest:
         return slopes
 
     def _near(self, leaf: Array, dtype: DTypeLike | None) -> Array:
-        """Returns the leaf with noise, in the precision of the test; integers, keys unchanged."""
+        """Returns the leaf with noise, in the dtype of the test; integers and keys unchanged."""
         if not _inexact(leaf):
             return leaf
         leaf = jnp.asarray(leaf, leaf.dtype if dtype is None else promote(dtype, leaf.dtype))
@@ -180,7 +180,7 @@ class InvarianceTest:
 
 
 class _Slope(NamedTuple):
-    """Derivatives along a leaf, and along random steps of its length.
+    """Derivatives along a leaf, and along random steps of the same norm.
 
     They are root mean squares over the draws, for each feature.
     """
@@ -196,14 +196,14 @@ def _slope(w: Array, gradients: list[Array], axes: tuple[int, ...]) -> _Slope:
 
 
 def _ratio(change: float, other: float) -> float:
-    """Returns the quotient, which is 0 if nothing moves at all."""
+    """Returns the quotient, or 0 if nothing changes at all."""
     if other:
         return change / other
     return math.inf if change else 0.0
 
 
 def _reduced(leaf: Any, feature_axes: Axes) -> tuple[int, ...] | None:
-    """Returns the axes over which weights have one scale, None if that is a single weight."""
+    """Returns the axes over which weights share one scale; None if each weight has its own."""
     features = tuple(feature_axes) if isinstance(feature_axes, Sequence) else (feature_axes,)
     if not _inexact(leaf) or any(not -leaf.ndim <= axis < leaf.ndim for axis in features):
         return None
@@ -221,10 +221,10 @@ def _real_vector(name: str, outputs: PyTree) -> Array:
     if not leaves:
         _checks.raise_error(
             name,
-            "the function returns nothing that could change",
-            expected="floating-point outputs, or a loss",
+            "the function returns no floating-point output",
+            expected="floating-point outputs or a loss",
             got=f"{jax.tree.map(jnp.result_type, outputs)}",
-            fix="Return what should be invariant",
+            fix="Return the outputs that should be invariant",
         )
     parts = []
     for leaf in leaves:
@@ -234,7 +234,7 @@ def _real_vector(name: str, outputs: PyTree) -> Array:
 
 @contextlib.contextmanager
 def _precision(dtype: DTypeLike | None) -> Iterator[None]:
-    """Enables float64, and functions whose constants have a lower precision."""
+    """Enables float64, and dtype promotion for functions with constants of lower precision."""
     wide = contextlib.nullcontext() if dtype is None else jax.enable_x64(True)
     with wide, jax.numpy_dtype_promotion("standard"):
         yield

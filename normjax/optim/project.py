@@ -1,4 +1,4 @@
-"""Removes the radial part of updates: SGDP and AdamP (Heo et al., 2021)."""
+"""Removes the radial component of updates: SGDP and AdamP (Heo et al., 2021)."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def project_scale_invariant(
     wd_ratio: ArrayLike = 0.1,
     weight_decay_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Removes the radial part of updates, which lengthens kernels before a normalization.
+    r"""Removes the radial component of updates of scale-invariant kernels.
 
     .. math:: u \leftarrow u - \frac{\langle w, u \rangle}{\lVert w \rVert^2} w
 
-    If only the direction of a kernel counts, its gradients are orthogonal to it. Momentum, a sum of
-    past gradients, is not: it lengthens the kernel, which lowers its effective learning rate sooner
-    than intended.
+    If only the direction of a kernel matters, as before a normalization, its gradients are
+    orthogonal to it. Momentum, a sum of past gradients, is not: it increases the norm of the
+    kernel, so the effective learning rate decreases sooner than intended.
 
-    A mask says which updates are projected. Without one, they are found at each step as in the
-    paper, by the condition on the gradient g
+    A mask selects the updates to project. Without a mask, they are selected in each step as in the
+    paper, by this condition on the gradient g:
 
     .. math:: \max_c \frac{|\langle w_c, g_c \rangle|}{\lVert w_c \rVert \lVert g_c \rVert}
               < \frac{\delta}{\sqrt{\dim w_c}}
 
-    first with a w_c for each output channel (the last axis), then with one for the whole kernel.
-    Updates of rank 1 are never projected. SGDP and AdamP are:
+    first with a w_c for each output channel (the last axis), then with a single w_c for the whole
+    kernel. Updates of rank 1 are never projected. SGDP and AdamP are:
 
         sgdp = optax.chain(
             nj.optim.project_scale_invariant(inner=optax.trace(0.9), weight_decay=1e-4),
@@ -53,37 +53,37 @@ def project_scale_invariant(
             optax.scale_by_learning_rate(1e-3),
         )
 
-    This is the paper's algorithm, and the authors' AdamP. Their SGDP differs: it divides
-    `weight_decay` by `1 - momentum`, and without Nesterov's momentum it stores the projected
-    momentum. With Nesterov's momentum their AdamP differs from optax's
-    `scale_by_adam(nesterov=True)`: its first step is 29% larger, see the page "Optimizers".
+    This is the algorithm of the paper, and equals the authors' AdamP. Their SGDP differs: it
+    divides `weight_decay` by `1 - momentum`, and without Nesterov momentum it stores the projected
+    momentum. With Nesterov momentum, their AdamP differs from optax's
+    `scale_by_adam(nesterov=True)`: its first step is 29% larger; see the page "Optimizers".
 
-    With a mask no gradients are needed, so the transformation can also be a separate link:
+    With a mask, no gradients are needed, so the transformation can also be an element of a chain:
     `optax.chain(optax.scale_by_adam(), project_scale_invariant(mask), ...)`. Weight decay is
-    radial: in a link before this one it would be removed.
+    radial, so put it after this transformation, which would remove it otherwise.
 
     Args:
-      mask: bools in a tree of the structure of the parameters or a prefix of it, or a function from
-        parameters to it; see `scale_invariant`. None for the test above.
-      inner: makes the updates from the gradients, which are tested; None if updates are the
-        gradients.
+      mask: a tree of bools with the structure of the parameters or a prefix of it, or a function
+        from parameters to such a tree; see `scale_invariant`. None for the test above.
+      inner: the transformation from the gradients, which are tested, to the updates; None if the
+        updates are the gradients.
       feature_axes: for the kernels of the mask, the axes along which each slice has its own
         direction: `()` for one direction of the whole kernel; -1 for each output channel before
         batch norm.
       delta: the delta of the test. The paper uses 0.1 for all networks.
       weight_decay: lambda; `lambda * w` is added to the updates.
-      wd_ratio: the part of `weight_decay` that projected kernels get: they grow more slowly, so
-        they need less of it.
-      weight_decay_mask: which parameters decay, such as `nj.optim.decay_mask`; None for all, as in
-        the paper.
+      wd_ratio: the fraction of `weight_decay` for projected kernels, which grow more slowly, so
+        they need less decay.
+      weight_decay_mask: a mask of the parameters to decay, such as `nj.optim.decay_mask`; None for
+        all, as in the paper.
 
     Returns:
       An optax transformation with the state of `inner`. Inner products and norms are computed in at
       least float32; updates keep their dtype. Under `jax.jit`, sums over sharded axes are sharded.
 
     Raises:
-      ValueError: from `update`, for missing params, trees that do not match, or feature axes that a
-        kernel lacks.
+      ValueError: from `update`, if params are missing, if trees do not match, or if a kernel lacks
+        feature axes.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -136,12 +136,12 @@ def project_scale_invariant(
 def _tested(
     w: Array, gradient: Array, u: Array, delta: ArrayLike, wd_ratio: ArrayLike
 ) -> tuple[Array, Array]:
-    """Returns the update and the part of decay, both as the test of the gradient decides."""
+    """Returns the update and the fraction of decay that the test of the gradient selects."""
     new, part = widen(u), jnp.ones(())
     if w.ndim < 2:
         return new, part
     channels, whole = tuple(range(w.ndim - 1)), tuple(range(w.ndim))
-    for axes in (whole, channels):  # the last test that passes decides
+    for axes in (whole, channels):  # the last test that passes applies
         passes = _orthogonal(gradient, w, axes, delta)
         new = jnp.where(passes, tangent(u, w, axes), new)
         part = jnp.where(passes, wd_ratio, part)

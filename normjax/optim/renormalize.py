@@ -1,4 +1,4 @@
-"""Keeps kernels on the unit sphere; angular updates replace learning rate and weight decay."""
+"""Keeps kernels on the unit sphere, with updates of their direction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from normjax._typing import Axes, widen
 from normjax.optim._transformations import check_params, transformation
 from normjax.optim.directions import norm, reduced_axes, tangent, unit
 
-_BETA = 0.9  # the decay of the mean of squared lengths
+_BETA = 0.9  # the decay of the moving average of squared norms
 Rotation = ArrayLike | Callable[[Array], ArrayLike]
 
 
@@ -28,8 +28,8 @@ class RenormalizeState(NamedTuple):
     Attributes:
       count: the number of steps.
       inner_state: the state of the inner transformation.
-      radius: for each chosen kernel, the norm that it would have without `renormalize`, in at least
-        float32. With a `rotation`: the moving mean of the squared length of its steps.
+      radius: for each selected kernel, the norm that it would have without `renormalize`, in at
+        least float32. With a `rotation`, the moving average of the squared norm of its steps.
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -44,47 +44,48 @@ def renormalize(
     feature_axes: Axes = (),
     rotation: Rotation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps kernels before a normalization on the unit sphere, and turns them as `inner` would.
+    r"""Keeps scale-invariant kernels on the unit sphere, and rotates them as `inner` would.
 
-    If only the direction of a kernel counts, a step of SGD with weight decay splits into a step of
-    its direction and one of its radius, :math:`w = r \theta`:
+    If only the direction of a kernel matters, as before a normalization, a step of SGD with weight
+    decay splits into a step of its direction and a step of its radius, :math:`w = r \theta`:
 
     .. math:: \tilde\theta = (1 - \eta \lambda) \theta - \frac{\eta}{r^2} \nabla f(\theta), \qquad
               \theta' = \frac{\tilde\theta}{\lVert \tilde\theta \rVert}, \qquad
               r' = r \lVert \tilde\theta \rVert
 
     since :math:`\nabla f(r \theta) = \nabla f(\theta) / r`. The parameters have norm 1, and r is
-    stored in the state. `inner` (momentum, Adam, ...) gets the kernel :math:`r \theta` and its
-    gradient, so theta and the *function* of the network change as they would without `renormalize`.
+    stored in the state. `inner` (momentum, Adam, ...) receives the kernel :math:`r \theta` and its
+    gradient, so theta and the *function* of the network are the same as without `renormalize`.
 
-    With `rotation`, kernels turn from the first step by the angle that learning rate and weight
-    decay lead to in the long run (Kosson et al.'s rotational variants):
+    With `rotation`, kernels rotate from the first step by the angle that learning rate and weight
+    decay reach in equilibrium (the rotational variants of Kosson et al.):
 
     .. math:: t = u - \langle \theta, u \rangle \theta, \qquad
               \nu' = \beta \nu + (1 - \beta) \lVert t \rVert^2, \qquad
               \theta' \propto \theta + \hat\eta \frac{t}{\sqrt{\nu' / (1 - \beta^k)}}
 
-    with the direction of the update u of `inner`, and beta = 0.9. All kernels turn at the same
-    rate, without warm-up. Parameters that are not in the mask get the updates of `inner` unchanged.
+    where u is the update of `inner`, and beta = 0.9. All kernels rotate at the same rate, without
+    warm-up. Parameters outside of the mask get the updates of `inner` unchanged.
 
     Args:
-      mask: the kernels to normalize: bools in a tree of the structure of the parameters or a prefix
-        of it, or a function from parameters to it; see `scale_invariant`.
-      inner: a whole optimizer, with its learning rate (and sign), such as `optax.adamw(1e-3)`.
+      mask: the kernels to normalize: a tree of bools with the structure of the parameters or a
+        prefix of it, or a function from parameters to such a tree; see `scale_invariant`.
+      inner: a complete optimizer, including the learning rate and sign, such as
+        `optax.adamw(1e-3)`.
       feature_axes: the axes along which each slice has its own direction: `()` for one direction of
         the whole kernel; -1 for each output channel before batch norm.
       rotation: root mean square angle per step, in radians, or a schedule of it; see
-        `rotational_equilibrium`. None for the angle of `inner`.
+        `rotational_equilibrium`. None uses the angle of `inner`.
 
     Returns:
-      An optax transformation, the last of a chain. Its first update puts the kernels on the sphere;
-      r starts at their norms. A kernel of zeros has no direction, and gets the updates of `inner`
-      until it has one. Updates are computed in at least float32 and have the dtype of the
-      gradients. Under `jax.jit`, sums over sharded axes are sharded.
+      An optax transformation, which must be the last one of a chain. Its first update moves the
+      kernels to the sphere; r starts at their norms. A kernel of zeros has no direction, so it gets
+      the updates of `inner` until it is nonzero. Updates are computed in at least float32 and have
+      the dtype of the gradients. Under `jax.jit`, sums over sharded axes are sharded.
 
     Raises:
-      ValueError: from `init` and `update`, for missing params, trees that do not match, or feature
-        axes that a kernel lacks.
+      ValueError: from `init` and `update`, if params are missing, if trees do not match, or if a
+        kernel lacks feature axes.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj, optax
@@ -181,7 +182,7 @@ def _is_turned(node: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Axes:
-    """The axes that a kernel's norm is taken over, None for a parameter outside of the mask."""
+    """The axes over which a kernel's norm is computed; None for a parameter outside of the mask."""
 
     reduced: tuple[int, ...] | None
 
@@ -211,7 +212,7 @@ def _rotated(
     angle: ArrayLike,
     count: Array,
 ) -> tuple[Array, Array]:
-    """Returns theta after a step of the angle, and the moving mean of squared lengths."""
+    """Returns theta after a rotation, and the moving average of squared norms."""
     step = tangent(u, theta, axes)
     mean_square = _BETA * mean_square + (1 - _BETA) * norm(step, axes) ** 2
     length = jnp.sqrt(mean_square / (1 - _BETA ** count.astype(mean_square.dtype)))

@@ -1,8 +1,8 @@
-"""Phrases primitives for one compiler, where XLA needs more than the formula.
+"""Platform-specific forms of operations, which XLA compiles to faster programs.
 
-Mathematically, everything here is the identity. The phrasing depends on the platform that a program
-is lowered for, not on the one that traces it, so exported and ahead-of-time compiled programs get
-the phrasing of the platform that they run on.
+Mathematically, every function here is the identity. The form depends on the platform for which a
+program is lowered, not on the one that traces it. So exported and ahead-of-time compiled programs
+get the form of the platform that they run on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def by_platform(
 ) -> Any:
     """Returns `cpu(*operands)` or `gpu(*operands)` (CUDA, ROCm) in programs for these platforms.
 
-    In all others, and where no phrasing is given, it returns `elsewhere(*operands)`.
+    On all other platforms, or if a function is missing, it returns `elsewhere(*operands)`.
     """
     if PLAIN.value:
         return elsewhere(*operands)
@@ -39,7 +39,7 @@ def by_platform(
 
 
 def rounded(x: Array) -> Array:
-    """Returns x, rounded to the precision that it has: XLA moves no arithmetic across that."""
+    """Rounds x to its own precision. This does nothing, but XLA moves no arithmetic across it."""
     if jnp.iscomplexobj(x):
         return lax.complex(rounded(x.real), rounded(x.imag))
     kind = jnp.finfo(x.dtype)
@@ -47,19 +47,19 @@ def rounded(x: Array) -> Array:
 
 
 def one_device() -> bool:
-    """Returns whether JAX has a single device, so that no array is sharded.
+    """Returns whether JAX has a single device, so that no array can be sharded.
 
-    Only then is a branch free of communication: its predicate reads values of all examples, which
-    over sharded examples is an all-reduce.
+    Otherwise a branch may need communication: its predicate reads values of all examples, which is
+    an all-reduce if examples are sharded.
     """
     return jax.device_count() == 1
 
 
 @custom_vmap
 def all_true(values: Array) -> Array:
-    """Returns whether all are True; under vmap, all of all examples, as a single answer.
+    """Returns whether all are True; under vmap, a single result for all examples together.
 
-    With an answer for each example, `lax.cond` becomes a `select`, which runs both branches.
+    With a predicate per example, `lax.cond` would become a `select`, which runs both branches.
     """
     return jnp.all(values)
 
@@ -71,7 +71,7 @@ def _all_true_of_all(axis_size: int, in_batched: list[bool], values: Array) -> t
 
 
 def unless_mapped(function: Phrasing, mapped: Phrasing) -> Phrasing:
-    """Returns a function that vmap replaces by its vmap of `mapped`, which computes the same."""
+    """Returns `function`, but under vmap the vmap of `mapped`, which computes the same values."""
     chosen = custom_vmap(function)
 
     @chosen.def_vmap
@@ -84,9 +84,9 @@ def unless_mapped(function: Phrasing, mapped: Phrasing) -> Phrasing:
 
 
 def is_small(x: Array) -> bool:
-    """Returns whether a branch takes more time than the pass that it saves, on a single device.
+    """Returns whether a branch costs more time than the pass it saves, on a single device.
 
-    It takes half of the time to compile a batch norm.
+    Branches also take half of the compilation time of a batch norm.
     """
     size = x.size
     return one_device() and is_wide(x) and isinstance(size, int) and size <= SMALL

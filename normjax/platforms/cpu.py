@@ -1,4 +1,4 @@
-"""Phrases primitives for XLA's CPU backend. Programs for other platforms do not change.
+"""Forms of operations for XLA's CPU backend. Programs for other platforms do not change.
 
 Measured by `python benchmarks/layers.py`; see "Programs for CPUs" in docs/pages/design.md.
 """
@@ -17,11 +17,12 @@ from normjax.platforms import by_platform, rounded
 
 
 def separate_operands(x: Array, copies: int) -> tuple[Array, ...]:
-    """Returns copies of x behind an optimization barrier, so that reductions do not share them.
+    """Returns copies of x behind an optimization barrier, one for each reduction.
 
-    XLA's CPU reductions cast, subtract and multiply as they read, but only if nothing else uses the
-    result: a float32 view that two reductions share is written to memory first. With a copy for
-    each, batch norm reads bfloat16 directly, and its forward pass is 2 to 4 times as fast.
+    XLA's CPU backend fuses casts, subtractions and products into a reduction, but only if nothing
+    else uses the result: a float32 view that two reductions share is written to memory first. With
+    a copy for each reduction, batch norm reads bfloat16 directly, and its forward pass is 2 to 4
+    times as fast.
     """
 
     def barriers(x: Array) -> tuple[Array, ...]:
@@ -35,18 +36,18 @@ def separate_operands(x: Array, copies: int) -> tuple[Array, ...]:
 
 
 def separate_if_narrow(x: Array, copies: int) -> tuple[Array, ...]:
-    """Returns x several times, as `separate_operands` if a reduction has to cast it first."""
+    """Returns x several times; as separate copies if a reduction has to cast it first."""
     if is_wide(x):
         return (x,) * copies
     return separate_operands(x, copies)
 
 
 def materialize(*arrays: Array) -> tuple[Array, ...]:
-    """Stores small arrays, and their gradients, before they are broadcast to x's size.
+    """Materializes small arrays and their gradients before they are broadcast to x's size.
 
-    Otherwise XLA recomputes them for each element of x, or makes one slow fusion of the reductions
-    of x and their uses: instance norm's backward pass took twice as long. XLA does not fuse through
-    a rounding.
+    Otherwise, XLA recomputes them for each element of x, or fuses the reductions of x with their
+    uses into one slow loop: the backward pass of instance norm took twice as long. XLA does not
+    fuse through the rounding used here.
     """
 
     def stored(*arrays: Array) -> tuple[Array, ...]:
@@ -56,10 +57,10 @@ def materialize(*arrays: Array) -> tuple[Array, ...]:
 
 
 def without_unit_axes(step: Callable[..., Array]) -> Callable[..., Array]:
-    """Returns a step `(params, x, mask, spec)` that works on x without axes of size 1.
+    """Returns a step `(params, x, mask, spec)` that removes axes of size 1 from x.
 
-    XLA takes `(1, time, features)` for a batch of matrices, and turns the derivative's sums over
-    features into matrix products, which took 6 times as long. Other platforms do not.
+    XLA treats `(1, time, features)` as a batch of matrices, and converts the sums over features in
+    the derivative to matrix products, which took 6 times as long. Other platforms do not do so.
     """
 
     def squeezed(params: Any, x: Array, mask: Array | None, spec: Any) -> Array:

@@ -1,7 +1,7 @@
-"""Phrases primitives for XLA's GPU backend, of CUDA and ROCm.
+"""Forms of operations for XLA's GPU backends, CUDA and ROCm.
 
-Read off compiled programs by `python benchmarks/gpu_static.py`; see "Programs for GPUs" in
-docs/pages/design.md.
+They were derived from compiled programs by `python benchmarks/gpu_static.py`; see "What a GPU
+wants" in docs/pages/design.md.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import math
 from jax import lax
 from jaxtyping import Array
 
-SAMPLED = 32  # at least one element in so many
+SAMPLED = 32  # at least one of this many elements is sampled
 
 
 def sample(x: Array, axes: tuple[int, ...]) -> Array:
-    """Returns a part of x: at least one element in 32 along the reduced axes, the first ones.
+    """Returns the first part of x along the reduced axes, at least one element of 32.
 
-    They lie together in memory. The first reduced axis is cut only if there is no other: examples
-    may be sharded, and devices would have to exchange the sample. Where sizes are unknown, it is x.
+    The elements are contiguous in memory. The first reduced axis is sliced only if there is no
+    other one, since examples may be sharded, and devices would have to exchange the sample. If
+    sizes are symbolic, the sample is x.
     """
     left, sizes = SAMPLED, list(x.shape)
     for axis in axes[1:] or axes:
@@ -31,5 +32,5 @@ def sample(x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def reduces_rows(x: Array, axes: tuple[int, ...]) -> bool:
-    """Returns whether the last axes are reduced, and no others: XLA has kernels for these alone."""
+    """Returns whether exactly the last axes are reduced, for which XLA has special kernels."""
     return axes == tuple(range(x.ndim - len(axes), x.ndim))

@@ -1,4 +1,4 @@
-"""The phrasing that any reader of jaxprs can take, for exporters and other interpreters."""
+"""The form of the layers that exporters and other interpreters of jaxprs understand."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import jax
 
 JET = "jax.experimental.jet"
 
-# Whether to trace to elementary operations alone. Part of the key by which `jax.jit` keeps what it
-# traced: a function is traced anew under it.
+# Whether to trace to elementary operations only. It is part of the cache key of `jax.jit`, so a
+# function is traced again if it changes.
 PLAIN = jax.make_user_context(False)
 
 
 def plain_phrasing() -> AbstractContextManager[None]:
-    """Returns a context in which the layers are traced to elementary operations alone.
+    """Returns a context in which the layers are traced to elementary operations only.
 
-    Use it to hand a network to a program that reads jaxprs and knows the usual primitives only: an
-    exporter (`jax2onnx`), an interpreter (`jax.experimental.jet`), a compiler of your own. Under it
-    no layer makes a branch, a loop, a checkpoint, a name, an optimization barrier, a choice of the
-    platform or a rule for its derivative. The values are the same up to rounding. Training is right
-    too, but made for no compiler: variances take two passes over x, and gradients are derived from
-    the formula, which keeps more arrays of x's size for the backward pass and underflows earlier
-    (deviations beyond 1e12 in float32).
+    Use it to pass a network to a program that reads jaxprs and supports only common primitives: an
+    exporter (`jax2onnx`), an interpreter (`jax.experimental.jet`) or your own compiler. In this
+    context, layers use no branches, loops, checkpoints, names, optimization barriers,
+    platform-dependent code or custom derivative rules. The values are the same up to rounding.
+    Training also works, but is not optimized: variances take two passes over x, and gradients are
+    derived from the formula, which stores more arrays of x's size for the backward pass and
+    underflows earlier (standard deviations beyond 1e12 in float32).
 
-    It acts where a function is traced, in this thread. `jax.jit` traces a function again under it,
-    so a function that was compiled before is not mixed up with the plain one.
+    It takes effect when a function is traced, in this thread. `jax.jit` traces a function again in
+    this context, and caches both versions separately.
 
     Returns:
       A context manager.
@@ -50,7 +50,7 @@ def plain_phrasing() -> AbstractContextManager[None]:
 
 
 def is_plain_for(operands: Any) -> bool:
-    """Whether to trace so: on request, or for jet, whose tracers leak from rules of derivatives."""
+    """Returns whether to trace so: on request, or under jet, which cannot run derivative rules."""
     if PLAIN.value:
         return True
     if JET not in sys.modules:
@@ -59,7 +59,7 @@ def is_plain_for(operands: Any) -> bool:
 
 
 def custom_jvp(function: Callable[..., Any], nondiff_argnums: tuple[int, ...] = ()) -> Any:
-    """`jax.custom_jvp`, but for the plain phrasing, where the function has no rule of its own."""
+    """Like `jax.custom_jvp`, but in the plain form the function has no custom rule."""
     with_rule = jax.custom_jvp(function, nondiff_argnums=nondiff_argnums)
 
     @wraps(function)

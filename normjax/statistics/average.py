@@ -1,4 +1,4 @@
-"""Averages of running statistics: those of an average of models, or of checkpoints of one."""
+"""Averages running statistics of several models, checkpoints or clients."""
 
 from __future__ import annotations
 
@@ -24,36 +24,37 @@ FUNCTION = "average_batch_stats"
 def average_batch_stats(
     states: Sequence[PyTree[Array]], weights: ArrayLike | Sequence[ArrayLike] | None = None
 ) -> PyTree[Array]:
-    r"""Returns the running statistics of a mixture of populations, in proportion to weights.
+    r"""Averages running statistics, including the variance between their means.
 
     .. math:: \mu = \sum_i w_i \mu_i, \qquad
               \sigma^2 = \sum_i w_i \left(\sigma_i^2 + |\mu_i - \mu|^2\right), \qquad \sum_i w_i = 1
 
-    The variance also counts how far the means lie apart (the law of total variance). The mean of
-    the variances alone, which `optax.incremental_update` and a mean over the tree give, leaves that
-    out, and is too small.
+    The variance includes the differences between the means (the law of total variance).
+    `optax.incremental_update` or a mean over the tree only averages the variances, which is too
+    small.
 
-    Use it to average what several runs, checkpoints or clients have seen, or step by step for a
-    moving average (EMA): `average_batch_stats([average, batch_stats], [0.99, 0.01])`. If the
-    weights of the network are averaged too, no batch was ever normalized by that network:
-    `recalibrate` measures its statistics, and is the better choice if there are data for it.
+    Use it to average the statistics of several runs, checkpoints or clients, or at each step for a
+    moving average (EMA): `average_batch_stats([average, batch_stats], [0.99, 0.01])`. If you also
+    average the weights of the network, no batch has ever passed through the averaged network.
+    Prefer `recalibrate` then, which measures its statistics, if you have data.
 
     Args:
-      states: the `batch_stats` of one layer, or of a whole model, several times: dicts of dicts of
-        one structure, as in Flax's `batch_stats` collection.
-      weights: one for each state, not negative; they are divided by their sum. None: all count
-        alike. A state of weight 0 leaves no trace, also if it holds NaN.
+      states: a list of the `batch_stats` of one layer or of a whole model: nested dicts of the same
+        structure, as in Flax's `batch_stats` collection.
+      weights: a non-negative weight for each state; they are divided by their sum. None means equal
+        weights. A state of weight 0 has no effect, even if it contains NaN.
 
     Returns:
-      A tree of the structure, shapes and dtypes of the first state, in arrays of its own. All
-      leaves other than `var` take the weighted mean. That of ints is rounded: so `count` says at
-      which batch of a run the average stands, which is what the schedules of batch renorm go by. If
-      the states come from separate data with `momentum=None`, pass their counts as weights; then
-      mean and variance are those of all batches together, and their count is the sum.
+      A tree of new arrays, with the structure, shapes and dtypes of the first state. All leaves
+      other than `var` are the weighted mean, which is rounded for ints. So `count` is the average
+      number of batches, as the schedules of batch renorm need it. If the states come from separate
+      data with `momentum=None`, pass their counts as weights. Mean and variance are then exact for
+      all batches together, whose count is the sum of the counts.
 
     Raises:
-      ValueError, TypeError: for no states, states that differ in structure or shape, a `var`
-        without a `mean` beside it, and weights that are negative, all zero, or of another number.
+      ValueError, TypeError: if there are no states, if states differ in structure or shape, if
+        there is a `var` without a `mean` beside it, or if weights are negative, all zero, or not
+        one per state.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -82,9 +83,9 @@ def average_batch_stats(
 
 
 def _mean(given: list[Array], shares: Array) -> Array:
-    """The weighted mean, as that of the distances from the state that counts most.
+    """Returns the weighted mean, summed as differences from the state with the largest weight.
 
-    So equal values give that value, and counts are exact beyond float32's 2^24.
+    So the mean of equal values is exact, and counts are exact beyond float32's 2^24.
     """
     stacked = jnp.stack([leaf.astype(given[0].dtype) for leaf in given])
     center = stacked[jnp.argmax(shares)][None]
@@ -95,7 +96,7 @@ def _mean(given: list[Array], shares: Array) -> Array:
 
 
 def _var(variances: list[Array], means: list[Array], shares: Array) -> Array:
-    """The weighted mean of the variances and of the squared distances of the means from theirs."""
+    """Returns the weighted mean of the variances plus squared deviations of the means."""
     dtype = _wide(variances[0].dtype)
     stacked = jnp.stack([mean.astype(_wide(mean.dtype)) for mean in means])
     center = stacked[jnp.argmax(shares)][None]
@@ -106,7 +107,7 @@ def _var(variances: list[Array], means: list[Array], shares: Array) -> Array:
 
 
 def _weighted(stacked: Array, shares: Array) -> Array:
-    """The weighted sum over the first axis; 0 times NaN is 0."""
+    """Returns the weighted sum over the first axis, in which 0 times NaN is 0."""
     real = jnp.finfo(stacked.dtype).dtype
     column = shares.astype(real).reshape(-1, *(1,) * (stacked.ndim - 1))
     return jnp.sum(jnp.where(column > 0, column.astype(stacked.dtype) * stacked, 0), 0)
@@ -142,10 +143,10 @@ def _check_weights(weights: Any, states: int) -> Array:
     if given.shape != (states,) or (known and not _are_weights(np.asarray(given))):
         _checks.raise_error(
             FUNCTION,
-            "weights cannot be shares",
+            "weights are not valid",
             expected=f"{states} finite numbers, not negative, with a sum above 0",
             got=f"weights={weights!r}",
-            fix="Pass one for each state, or None for equal ones",
+            fix="Pass one weight for each state, or None for equal weights",
         )
     return given / jnp.sum(given)
 

@@ -1,4 +1,4 @@
-"""Shares statistics over devices, by one packed collective forward and one backward."""
+"""Shares statistics over devices, with one packed collective forward and one backward."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from jaxtyping import Array, Inexact, Int
 from normjax import _checks
 from normjax._typing import AxisIndexGroups, AxisName, promote
 
-# Up to so many devices of a group gather what they sum, in one collective whose bytes grow with
-# them; more take two that do not.
+# Groups of up to this many devices all-gather and sum, in one collective whose bytes grow with the
+# group. Larger groups use two collectives whose bytes do not.
 FEW_MEMBERS = 16
 
 
@@ -30,7 +30,7 @@ class DeviceGroup:
 
     Attributes:
       axis_name: the mapped axes that statistics are shared over; empty if they are not shared.
-      groups: groups of indices of the one mapped axis that share statistics; None: all share.
+      groups: groups of indices of the one mapped axis that share statistics; None if all share.
     """
 
     axis_name: tuple[Hashable, ...] = ()
@@ -57,14 +57,15 @@ class DeviceGroup:
         (name,) = self.axis_name
         by_vmap = name not in jax.sharding.get_abstract_mesh().manual_axes
         if by_vmap or _tracks_variation(name):
-            # psum has no groups under vmap and check_vma=True; a gather within a group is small.
+            # psum supports no groups under vmap or check_vma=True; a gather within a group is
+            # small.
             if by_vmap or self.size <= FEW_MEMBERS:
                 return self._gather(flat).sum(0)
             return self._sum_of_parts(flat, name)
         return lax.psum(flat, name, axis_index_groups=self.groups)
 
     def _sum_of_parts(self, flat: Inexact[Array, " n"], name: Hashable) -> Inexact[Array, " n"]:
-        """Has each device of a group sum a part of it: bytes do not grow with the group."""
+        """Sums by reduce-scatter and all-gather, so that bytes do not grow with the group."""
         groups = cast(Any, self.groups)  # JAX asks for lists
         padded = jnp.pad(flat, (0, -flat.size % self.size))
         own = lax.psum_scatter(padded, name, axis_index_groups=groups, tiled=True)
@@ -76,7 +77,8 @@ class DeviceGroup:
             return lax.all_gather(flat, self.axis_name, to=alike)
         (name,) = self.axis_name
         if name not in jax.sharding.get_abstract_mesh().manual_axes:
-            # vmap has no groups. Its "devices" are rows of one array, so a gather costs nothing.
+            # vmap does not support groups. Its "devices" are rows of one array, so a gather is
+            # free.
             return lax.all_gather(flat, name)[self._peers()]
         return lax.all_gather(flat, name, axis_index_groups=self.groups)
 
@@ -95,7 +97,7 @@ ALONE = DeviceGroup()
 def device_group(
     function: str, axis_name: AxisName | None, axis_index_groups: AxisIndexGroups | None
 ) -> DeviceGroup:
-    """Returns the devices to share with; raises for names out of scope and for uneven groups."""
+    """Returns the devices that share statistics; raises an error for bad axes or groups."""
     if axis_name is None and axis_index_groups is None:
         return ALONE
     names = _bound_axes(function, axis_name)
@@ -103,7 +105,7 @@ def device_group(
 
 
 def varying_axes(value: Any) -> frozenset[Hashable]:
-    """Returns the mapped axes that `value` is known to vary over, none if JAX does not track it."""
+    """Returns the mapped axes over which `value` varies; none if JAX does not track them."""
     kind = jax.typeof(value)
     return getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", frozenset())
 
@@ -113,10 +115,10 @@ def _tracks_variation(name: Hashable) -> bool:
 
 
 def pcast_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, "..."], ...]:
-    """Casts parts to vary over the mapped axes that `x` varies over, all in one cast.
+    """Casts parts to vary over the mapped axes over which `x` varies, all in one cast.
 
-    The transpose of that cast is a sum over devices. JAX would cast part by part, and the backward
-    pass would have an all-reduce for each of mean, scale and bias. Packed, it has one.
+    The transpose of this cast is a sum over devices. If JAX cast each part by itself, the backward
+    pass would have an all-reduce for each of mean, scale and bias. Packed, there is only one.
     """
     over = varying_axes(x)
     missing = over and over - frozenset().union(*map(varying_axes, parts))
@@ -128,16 +130,16 @@ def pcast_like(x: Array, *parts: Inexact[Array, "..."]) -> tuple[Inexact[Array, 
 def laid_out_by_the_compiler(
     step: Callable[..., Any], mesh: AbstractMesh, results: Any
 ) -> Callable[..., Any]:
-    """Returns a step that is compiled as on Auto axes, and whose results have the specs `results`.
+    """Returns a step that is compiled as on Auto axes, with results of the specs `results`.
 
-    On Explicit axes JAX asks of each operation what its result is sharded like. It has no answer
-    for a branch under vmap, for ghost batches, groups or columns that span devices, or for parts of
-    different kinds end to end. The compiler needs none.
+    On Explicit axes, JAX derives the sharding of each operation's result. It cannot do so for a
+    branch under vmap, for ghost batches, groups or columns that span devices, or for the
+    concatenation of differently sharded parts. The compiler can.
     """
 
     def on_the_mesh(leaf: Array) -> Array:
-        # The gradient of an array without a mesh would be put back onto none, which vmap over a
-        # sharded axis cannot do. A product with one stays on the mesh both ways, and is dropped.
+        # The gradient of an array without a mesh would lose the mesh, which fails under vmap over a
+        # sharded axis. A product with 1 keeps the mesh in both directions, and XLA removes it.
         has_gradient = isinstance(leaf, Tracer) and jnp.issubdtype(leaf.dtype, jnp.inexact)
         if not (has_gradient and jax.typeof(leaf).sharding.mesh.empty):
             return leaf
@@ -154,7 +156,7 @@ def laid_out_by_the_compiler(
 
 
 def explicit_mesh(*operands: Any) -> AbstractMesh | None:
-    """Returns the mesh whose Explicit axes the operands lie on; None if there is none."""
+    """Returns the mesh with Explicit axes on which the operands lie, or None."""
     for leaf in jax.tree.leaves(operands):
         mesh = jax.typeof(leaf).sharding.mesh
         if mesh.explicit_axes:
@@ -163,12 +165,12 @@ def explicit_mesh(*operands: Any) -> AbstractMesh | None:
 
 
 def spec_of(value: Any) -> PartitionSpec:
-    """Returns what each axis of a value is sharded over, as far as JAX's types say."""
+    """Returns the PartitionSpec of a value, as far as its JAX type tells."""
     return jax.typeof(value).sharding.spec
 
 
 def _packed(collective: Callable[[Array], Array], parts: Sequence[Array]) -> tuple[Array, ...]:
-    """Applies a collective to all parts end to end; it may put axes in front."""
+    """Applies a collective to the concatenated parts; it may add leading axes."""
     dtype = promote(*(part.dtype for part in parts))
     result = collective(jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts]))
     cuts = list(accumulate((part.size for part in parts), initial=0))
@@ -181,7 +183,7 @@ def _packed(collective: Callable[[Array], Array], parts: Sequence[Array]) -> tup
 
 
 def _bound_axes(function: str, axis_name: AxisName | None) -> tuple[Hashable, ...]:
-    """Returns the mapped axis names as a tuple; raises an error for one that is not in scope."""
+    """Returns the mapped axis names as a tuple; raises an error if one is not in scope."""
     if axis_name is None:
         return ()
     names = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
@@ -189,7 +191,7 @@ def _bound_axes(function: str, axis_name: AxisName | None) -> tuple[Hashable, ..
         try:
             lax.axis_size(name)
         except NameError:
-            # Here, since it takes as long to import as half of normjax.
+            # Imported here, since this import takes as long as half of normjax.
             from jax.extend.core import unsafe_get_axis_names_DO_NOT_USE as axis_names_in_scope  # pyright: ignore
 
             scope = [str(axis) for axis in axis_names_in_scope()]
@@ -208,7 +210,7 @@ def _bound_axes(function: str, axis_name: AxisName | None) -> tuple[Hashable, ..
 def _index_groups(
     function: str, groups: Sequence[Sequence[int]] | None, names: tuple[Hashable, ...]
 ) -> tuple[tuple[int, ...], ...] | None:
-    """Returns groups as tuples; raises if they do not partition the one mapped axis evenly."""
+    """Returns groups as tuples; raises an error unless they partition the mapped axis evenly."""
     if groups is None:
         return None
     got = f"axis_index_groups={groups!r} for axis_name={names!r}"
@@ -218,7 +220,7 @@ def _index_groups(
             "axis_index_groups needs exactly one axis_name",
             expected="one mapped axis",
             got=got,
-            fix="Name the axis that the groups divide",
+            fix="Pass the single axis name that the groups divide",
         )
     size = lax.axis_size(names[0])
     canonical = tuple(tuple(int(index) for index in group) for group in groups)
@@ -227,7 +229,7 @@ def _index_groups(
         _checks.raise_error(
             function,
             "axis_index_groups does not partition the axis evenly",
-            expected=f"groups of one size that hold each of 0..{size - 1} once",
+            expected=f"groups of equal size that contain each of 0..{size - 1} once",
             got=got,
             fix="For groups of k: numpy.arange(size).reshape(-1, k).tolist()",
         )

@@ -1,4 +1,4 @@
-"""The elements of x that statistics are made of: as read, masked, weighted, named and squared."""
+"""Reads, masks, weights, names and squares the elements of x for statistics."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Inexact
 from normjax._typing import Activations, Mask, is_weight, widen
 from normjax.platforms.plain import PLAIN
 
-# The names under which `jax.checkpoint` can store a layer's statistics, its input, and an output
-# that replaces the input.
+# The checkpoint names of a layer's statistics, of its input, and of an output that replaces the
+# input in the backward pass.
 STATISTICS = "normjax_statistics"
 INPUT = "normjax_input"
 OUTPUT = "normjax_output"
@@ -23,12 +23,12 @@ OUTPUT = "normjax_output"
 class Input(NamedTuple):
     """The input of a layer, in its own dtype and in at least float32.
 
-    Gradients flow through `x32`, so that they are summed before they are rounded to the dtype of
-    `x`. Reductions read and store `x`, which is smaller.
+    Gradients flow through `x32`, so they are summed before they are rounded to the dtype of `x`.
+    Reductions read and store `x`, which is smaller.
 
     Attributes:
       x: the input, with zeros where the mask hides a NaN or an infinity.
-      x32: the same in at least float32.
+      x32: the same values in at least float32.
       sound: False where the mask hid a NaN or an infinity; None without a mask.
     """
 
@@ -38,9 +38,9 @@ class Input(NamedTuple):
 
 
 def read(x: Activations, mask: Mask | None = None) -> Input:
-    """Returns x, named for checkpoint policies, and widened.
+    """Returns x, named for checkpoint policies, and x in at least float32.
 
-    A NaN times a gradient of zero is NaN. So a masked NaN must not reach the derivative.
+    A masked NaN is replaced by 0, since a NaN times a gradient of 0 would be NaN.
     """
     sound = None
     if mask is not None:
@@ -51,22 +51,22 @@ def read(x: Activations, mask: Mask | None = None) -> Input:
 
 
 def masked(x: Array, mask: Mask | None) -> Array:
-    """Returns x with zeros where it does not count."""
+    """Returns x, with zeros for elements that do not count."""
     return x if mask is None else jnp.where(counts(mask), x, _zero(x))
 
 
 def _zero(x: Array) -> np.ndarray:
-    """Returns a zero of x's dtype: of a Python number, jax2onnx makes float64 of the result."""
+    """Returns a zero of x's dtype. With a Python number, jax2onnx would return float64."""
     return np.zeros((), x.dtype)
 
 
 def weighted(x: Array, mask: Mask | None) -> Array:
-    """Returns x times the weights, where the mask is one of weights."""
+    """Returns x times the weights, if the mask holds weights."""
     return x * mask.astype(x.dtype) if is_weight(mask) else x
 
 
 def counts(mask: Mask) -> Array:
-    """Where elements count: a bool."""
+    """Returns a bool mask of the elements that count."""
     return mask > 0 if is_weight(mask) else mask
 
 
@@ -80,7 +80,7 @@ def named(value: Array, name: str = STATISTICS) -> Array:
 
 
 def times(x: Array, factor: float) -> Array:
-    """Returns x times a constant, which is often 1."""
+    """Returns x times a constant; returns x itself if the constant is 1."""
     return x if factor == 1 else x * factor
 
 

@@ -1,4 +1,4 @@
-"""Says what to do about Flax's errors for models that were called in another way than they need."""
+"""Explains errors of Flax for models that were called with wrong collections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from normjax import _checks
 
 
 def explained(caller: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function, whose calls explain Flax's errors about collections.
+    """Returns the function with Flax's errors about collections explained.
 
     Args:
       caller: the name that errors begin with.
@@ -30,7 +30,7 @@ def explained(caller: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _raise_for(caller: str, error: Exception) -> None:
-    """Raises an error about a collection that is missing, or that may not change."""
+    """Raises an error about a collection that is missing or immutable."""
     errors = sys.modules.get("flax.errors")
     if errors is None:
         return
@@ -38,7 +38,7 @@ def _raise_for(caller: str, error: Exception) -> None:
     if isinstance(error, errors.ModifyScopeVariableError):
         _checks.raise_error(
             caller,
-            "the model updates a collection that may not change",
+            "the model updates a collection that is not mutable",
             expected="a linen module, or its apply with mutable=['batch_stats']",
             got=got,
             fix="Pass the module itself, or functools.partial(model.apply, train=True, "
@@ -48,7 +48,7 @@ def _raise_for(caller: str, error: Exception) -> None:
         _checks.raise_error(
             caller,
             "a collection of the model is missing",
-            expected="all that model.init returned: {'params': ..., 'batch_stats': ...}",
+            expected="everything that model.init returned: {'params': ..., 'batch_stats': ...}",
             got=got,
             fix="Pass all collections; a TrainState needs a field batch_stats for them",
         )

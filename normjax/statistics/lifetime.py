@@ -1,4 +1,4 @@
-"""Statistics of all elements ever seen, in pairs of numbers, which lose nothing to rounding."""
+"""Statistics of all elements seen so far, with compensation of rounding errors."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def init_lifetime(
 
 
 def add_batch(batch_stats: BatchStats, batch: Moments) -> BatchStats:
-    r"""Returns the statistics of what was seen before and of the batch.
+    r"""Returns the statistics of all earlier elements and the batch.
 
-    This is `merge_moments`, but that what a sum loses to rounding is kept and added to the next
-    one. In float32 alone a count would stop at :math:`2^{24}`, and the mean once a batch is less
-    than 6e-8 of the whole.
+    This is `merge_moments` with compensated sums: the rounding error of each sum is stored and
+    added to the next sum. In plain float32, the count would stop increasing at :math:`2^{24}`, and
+    the mean would stop changing once a batch is less than 6e-8 of the whole.
 
     Args:
-      batch_stats: `mean`, `var` and `count`, and what each lost: `mean_rest` and so on.
+      batch_stats: `mean`, `var` and `count`, and their rounding errors `mean_rest` and so on.
       batch: moments of the batch, with one count for all features.
     """
     mean, var, seen = (batch_stats[leaf] for leaf in LEAVES)
@@ -46,7 +46,7 @@ def add_batch(batch_stats: BatchStats, batch: Moments) -> BatchStats:
     mean_apart = batch_mean - mean - mean_rest
     var_apart = batch_var - var - var_rest
 
-    # The bigger set moves by what the smaller one adds, as in `merge_moments`.
+    # The moments of the larger set are updated by the smaller one, as in `merge_moments`.
     is_bigger = seen >= count
     sign = jnp.where(is_bigger, 1.0, -1.0).astype(mean.dtype)
     share = (jnp.minimum(seen, count) / or_one(seen + count)).astype(mean.dtype)
@@ -68,7 +68,7 @@ def add_batch(batch_stats: BatchStats, batch: Moments) -> BatchStats:
 
 
 def _add(value: Array, rest: Array, amount: Array) -> tuple[Array, Array]:
-    """Adds an amount to the pair `value + rest`; rounds to a value, and returns the new rest.
+    """Adds an amount to the pair `value + rest`, and returns the new value and rest.
 
     Knuth's TwoSum.
     """

@@ -1,4 +1,4 @@
-"""Merges the moments of several sets: of microbatches, ghost batches and devices."""
+"""Merges the moments of several sets, such as microbatches, ghost batches or devices."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from normjax.statistics.devices import ALONE, DeviceGroup
 from normjax.statistics.elements import abs2
 from normjax.statistics.spec import Moments, or_one
 
-# Up to this many devices send each other their moments, in one collective whose bytes grow with
-# their number. More of them add up sums, in two.
+# Up to this many devices all-gather their moments, in one collective whose bytes grow with their
+# number. More devices add up sums, with two collectives.
 FEW_DEVICES = 64
 
 
@@ -24,24 +24,24 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     .. math:: n = n_a + n_b, \qquad \mu = \frac{n_a \mu_a + n_b \mu_b}{n}, \qquad
               \sigma^2 = \frac1n \sum_{k \in a, b} n_k \left(\sigma_k^2 + |\mu_k - \mu|^2\right)
 
-    Merging is exact, commutative, and associative up to rounding: microbatches, devices and
-    calibration batches can be merged in any order. An empty set (count 0) changes nothing, whatever
+    Merging is exact and commutative, and associative up to rounding, so microbatches, devices and
+    calibration batches can be merged in any order. An empty set (count 0) has no effect, whatever
     its mean and variance are.
 
-    Counts keep their dtype. The float32 of `moments` is exact up to 2^24 elements. Beyond, sums are
-    rounded, and a set of less than 6e-8 of the whole does not add to the count any more. If you
-    merge many small sets, make the counts ints, which are exact up to 2^31 - 1 and stop there:
-    `a._replace(count=a.count.astype(jnp.int32))`, for both.
+    Counts keep their dtype. The float32 counts of `moments` are exact up to 2^24 elements. Beyond
+    that, sums are rounded, and a set of less than 6e-8 of the whole no longer increases the count.
+    If you merge many small sets, convert both counts to ints, which are exact up to 2^31 - 1 and
+    saturate there: `a._replace(count=a.count.astype(jnp.int32))`.
 
     Args:
       a: moments of one set, of any shape.
       b: moments of the other set, broadcastable to it.
 
     Returns:
-      `Moments` in the precision of the inputs.
+      `Moments` in the dtype of the inputs.
 
     Raises:
-      ValueError, TypeError: for arguments that are not moments, or whose shapes do not broadcast.
+      ValueError, TypeError: if an argument is not `Moments`, or if the shapes do not broadcast.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -60,11 +60,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     count = _added(big.count, small.count)
     share = small.count.astype(big.var.dtype) / or_one(count).astype(big.var.dtype)
     apart = small.mean - big.mean
-    # By what the smaller set adds: two rounded weights add up to 1 but for a rounding error, which
-    # would move the mean by as much with each of millions of sets.
+    # The larger set is updated by the smaller one. With two rounded weights, whose sum is not
+    # exactly 1, each of millions of merges would shift the mean by a rounding error.
     mean = big.mean + share.astype(apart.dtype) * apart
     var = big.var + share * (small.var - big.var)
-    # Of equal sets, neither is the bigger one: this does not depend on their order.
+    # If both sets are equally large, the result must not depend on their order.
     equal = one.count == other.count
     mean = jnp.where(equal, big.mean / 2 + small.mean / 2, mean)
     var = jnp.where(equal, big.var / 2 + small.var / 2, var)
@@ -81,7 +81,7 @@ class _Set(NamedTuple):
 
 
 def _of_shape(moments: Moments, shape: tuple[int, ...]) -> _Set:
-    """Returns moments of that shape; those of an empty set are zeros."""
+    """Broadcasts moments to a shape; the moments of an empty set are zeros."""
     count, mean, var = (jnp.broadcast_to(part, shape) for part in moments)
     return _Set(count, jnp.where(count > 0, mean, 0), jnp.where(count > 0, var, 0))
 
@@ -92,14 +92,14 @@ def _choose(condition: Array, yes: _Set, no: _Set) -> _Set:
 
 
 def _added(a: Array, b: Array) -> Array:
-    """The sum of two counts. Ints stop at the largest one instead of wrapping around."""
+    """Returns the sum of two counts. Ints saturate instead of wrapping around."""
     if not jnp.issubdtype(a.dtype, jnp.integer):
         return a + b
     return a + jnp.minimum(b, jnp.iinfo(a.dtype).max - a)
 
 
 def merge_stacked(moments: Moments) -> Moments:
-    """Merges moments along the first axis: of ghost batches, or of devices."""
+    """Merges moments along the first axis, which stacks ghost batches or devices."""
     counts = jnp.broadcast_to(moments.count, moments.var.shape)
     counted = counts > 0
     count = jnp.sum(counts, 0)
@@ -110,9 +110,9 @@ def merge_stacked(moments: Moments) -> Moments:
 
 
 def merge_over(devices: DeviceGroup, own: Moments) -> Moments:
-    """Merges the moments that each device has of its own.
+    """Merges the moments of all devices.
 
-    Sums around zero would do in one collective, and would cancel if the means are far from it.
+    Sums around zero would need only one collective, but cancel if the means are far from zero.
     """
     if devices == ALONE:
         return own

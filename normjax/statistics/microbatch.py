@@ -1,7 +1,7 @@
-"""What a layer tells about one microbatch: its moments, and how it moves its running statistics.
+"""The moments of a microbatch in a layer, and how the layer updates its running statistics.
 
-`optim.accumulate` asks for it by one more leaf of a layer's `batch_stats`. The layer then answers
-in that leaf, and does not change its running mean and variance.
+`optim.accumulate` adds a leaf to a layer's `batch_stats`. The layer then stores this information in
+the leaf, and does not change its running mean and variance.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ UNTOLD = -1.0
 
 
 class Rule(NamedTuple):
-    """How a layer moves its running statistics; each `(*features)`.
+    """How a layer updates its running statistics; each `(*features)`.
 
     Attributes:
-      momentum: the weight of the old value; UNTOLD until the layer has told it.
-      rate: the weight of the batch, 1 - momentum, which is rounded by itself.
-      freedom: subtracted from the count in variances: 1 if the layer stores unbiased ones, or 0.
+      momentum: the weight of the old value; UNTOLD until the layer has stored it.
+      rate: the weight of the batch, 1 - momentum, stored separately to avoid a rounding error.
+      freedom: 1 if the layer stores unbiased variances, else 0; subtracted from the count.
     """
 
     momentum: Float[Array, "*features"]
@@ -45,7 +45,7 @@ class Microbatch(NamedTuple):
 
     @property
     def layer_by_layer(self) -> bool:
-        """Returns False: the layer normalizes as it always does in training."""
+        """Returns False: the layer normalizes by batch statistics, as in training."""
         return False
 
     def collected(
@@ -55,18 +55,18 @@ class Microbatch(NamedTuple):
         momentum: float | ArrayLike | None,
         running_var: RunningVar,
     ) -> BatchStats:
-        """Returns the statistics with one more call of the layer in this leaf."""
+        """Returns the statistics with one more call of the layer added to this leaf."""
         rule = rule_of(batch_stats, momentum, running_var)
         told: Any = self.merged(like(self, Microbatch(batch, rule)))
         return batch_stats | {POPULATION: told}
 
     def merged(self, other: Self) -> Microbatch:
-        """Returns the moments of both, and the rule that was told last."""
+        """Returns the moments of both, and the rule that was stored last."""
         rule = select(other.rule.momentum != UNTOLD, other.rule, self.rule)
         return Microbatch(merge_moments(self.moments, other.moments), rule)
 
     def applied(self, batch_stats: Mapping[str, Array]) -> dict[str, Array]:
-        """Returns running statistics that were moved once, by the layer's own rule."""
+        """Returns the running statistics after one update by the layer's own rule."""
         rule = self.rule
         count, mean, var = map(jnp.asarray, self.moments)
         enough, enough_for_var = count > 0, count > rule.freedom
@@ -85,7 +85,7 @@ def rule_of(
     momentum: float | ArrayLike | None,
     running_var: RunningVar,
 ) -> Any:
-    """Returns the rule of a layer with these arguments, in scalars."""
+    """Returns the rule of a layer with these arguments, as scalars."""
     if momentum is None:
         real = promote(jnp.result_type(batch_stats["var"]), jnp.float32)
         momentum = 1 - 1 / (whole(batch_stats["count"]) + 1).astype(real)
@@ -95,7 +95,7 @@ def rule_of(
 
 
 def _moved(old: Array, batch: Array, rule: Rule, enough: Array) -> Array:
-    """Returns the weighted mean, rounded as by `running.update`; a weight of 0 leaves no trace."""
+    """Returns the weighted mean, rounded as in `running.update`; a weight of 0 has no effect."""
     keep, rate = rule.momentum.astype(batch.dtype), rule.rate.astype(batch.dtype)
     kept = jnp.where(keep == 0, 0, keep * old.astype(batch.dtype))
     new = kept + jnp.where(rate == 0, 0, rate * batch)
@@ -103,18 +103,18 @@ def _moved(old: Array, batch: Array, rule: Rule, enough: Array) -> Array:
 
 
 def no_microbatch(layer: Mapping[str, Array]) -> Microbatch:
-    """Returns what a layer of these statistics tells before it has seen anything."""
+    """Returns the initial leaf of a layer with these statistics."""
     mean, var = jnp.asarray(layer["mean"]), jnp.asarray(layer["var"])
     mean = jnp.zeros_like(mean, promote(mean.dtype, jnp.float32))
     var = jnp.zeros_like(var, promote(var.dtype, jnp.float32))
-    # NumPy's arrays, whose values are known under jit: a layer that told nothing can be named.
+    # NumPy arrays have known values under jit, so an error can name a layer that stored nothing.
     untold: Any = np.full(var.shape, UNTOLD, var.dtype)
     rule = Rule(untold, untold.copy(), np.zeros_like(untold))
     return Microbatch(Moments(jnp.zeros_like(var), mean, var), rule)
 
 
 def like(template: Any, given: Any) -> Any:
-    """Returns numbers and arrays in the shapes and dtypes of a template's."""
+    """Returns numbers and arrays with the shapes and dtypes of a template."""
 
     def one(wanted: Array, part: ArrayLike) -> Array:
         is_complex = jnp.iscomplexobj(part) and not jnp.iscomplexobj(wanted)

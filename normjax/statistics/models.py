@@ -27,7 +27,7 @@ ApplyFn = Callable[[Any, Any], Any]
 
 
 class Model(Protocol):
-    """A model whose layers can be read and replaced, and can each add to a population.
+    """A model whose layers can be read and replaced, and can collect calibration statistics.
 
     Attributes:
       layers: its running statistics.
@@ -54,7 +54,7 @@ def open_model(variables: Any) -> Model:
     if is_nnx(_batch_stats_of(variables), "State"):
         _checks.raise_error(
             FUNCTION,
-            "there is an nnx.State and no module for it",
+            "an nnx.State was passed without its module",
             expected="the nnx.Module",
             got=_contents(variables),
             fix="Pass nnx.merge(graphdef, state), and apply_fn as a function of the module",
@@ -74,7 +74,7 @@ def open_model(variables: Any) -> Model:
 
 
 class Tree:
-    """Variables that are a tree: Flax linen's, `(params, batch_stats)`, or batch_stats alone."""
+    """Variables in a tree: linen variables, `(params, batch_stats)`, or batch_stats alone."""
 
     static = None
 
@@ -97,7 +97,7 @@ class Tree:
                 expected="(anything, batch_stats), or what linen's apply(..., "
                 "mutable=['batch_stats']) returns",
                 got=_contents(result),
-                fix="Return the new statistics behind the output",
+                fix="Return the output first, then the new statistics",
                 kind=TypeError,
             )
         returned = _layers_in(_trees.new_batch_stats(result[1]))
@@ -107,7 +107,7 @@ class Tree:
         return {path: returned[path] for path in layers}
 
     def finish(self, layers: Layers) -> Any:
-        """Returns a copy with these statistics; the argument is not changed."""
+        """Returns a copy of the variables with these statistics."""
         return _replaced(self.arrays, layers)
 
 
@@ -164,7 +164,7 @@ def _replaced(variables: Any, layers: Layers) -> Any:
     def replaced(path: KeyPath, node: Any) -> Any:
         if not is_layer(node):
             return node
-        kind: Any = type(node)  # Flax's FrozenDict, too
+        kind: Any = type(node)  # also Flax's FrozenDict
         return kind({**node, **layers[_name(path)]})
 
     found, pack = _collections(variables)
@@ -173,7 +173,7 @@ def _replaced(variables: Any, layers: Layers) -> Any:
 
 
 def _layers_in(batch_stats: Any) -> Layers:
-    """Returns the layers of a tree by path; raises if one has only a mean or a variance."""
+    """Returns the layers of a tree by path; raises an error for a mean or variance alone."""
     nodes, _ = jax.tree.flatten_with_path(batch_stats, is_leaf=is_layer)
     layers = {}
     for path, node in nodes:

@@ -1,4 +1,4 @@
-"""Opens modules of Flax and training states as a function of variables and inputs."""
+"""Converts Flax modules and training states to functions of variables and inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from normjax import _checks
 from normjax._trees import is_nnx
 from normjax.statistics.flax_errors import explained
 
-# Arguments by which modules are told what they are called for.
+# Arguments that tell a module's call whether it is in training or at inference.
 TRAIN = ("train", "training", "is_training", "is_train")
 INFER = ("deterministic", "use_running_average", "inference", "evaluate", "eval")
 
@@ -23,8 +23,9 @@ class Opened(NamedTuple):
     """A model that can be called.
 
     Attributes:
-      function: `(variables, *inputs) -> outputs`; of a linen module in training `(outputs, new)`.
-      variables: its variables; in training an nnx module.
+      function: `(variables, *inputs) -> outputs`; for a linen module in training, it returns
+        `(outputs, new)`.
+      variables: its variables; for an nnx module in training, the module.
       inputs: its inputs.
       optimizer: the optimizer of a training state, or None.
     """
@@ -41,9 +42,10 @@ def open_model(caller: str, model: Any, given: tuple[Any, ...], *, train: bool) 
     Args:
       caller: the name that errors begin with.
       model: a function, a linen module or its `apply`, an nnx module, or a `TrainState`.
-      given: the variables and the inputs; a state, an nnx module and a bound linen module also hold
-        the variables. In training a linen module without variables is initialized.
-      train: whether to call it as in training, instead of at inference.
+      given: the variables and the inputs. A state, an nnx module and a bound linen module hold the
+        variables themselves, so only the inputs are given. In training, a linen module without
+        variables is initialized.
+      train: whether to call the model as in training instead of as at inference.
     """
     first, *others = given if given else (None,)
     if is_state(model):
@@ -67,7 +69,7 @@ def open_model(caller: str, model: Any, given: tuple[Any, ...], *, train: bool) 
 
 
 def _as_taken(function: Callable[..., Any], variables: Any, inputs: list[Any]) -> Any:
-    """Returns a training state, or its collections if the function takes these."""
+    """Returns a training state, or its collections if the function expects those."""
     collections = collections_of(variables)
     if collections is variables or _runs(function, variables, inputs):
         return variables
@@ -77,7 +79,7 @@ def _as_taken(function: Callable[..., Any], variables: Any, inputs: list[Any]) -
 def _runs(function: Callable[..., Any], variables: Any, inputs: list[Any]) -> bool:
     try:
         jax.eval_shape(function, variables, *inputs)
-    except Exception:  # of whatever the function does to a state that it does not know
+    except Exception:  # the function can fail in any way on a state that it does not expect
         return False
     return True
 
@@ -104,7 +106,7 @@ def _are_collections(value: Any) -> bool:
 
 
 def linen_module(model: Any) -> Any:
-    """Returns a linen module, given itself or its bound `apply`; None for other functions."""
+    """Returns the linen module, given the module or its bound `apply`; None for other functions."""
     linen = sys.modules.get("flax.linen")
     if linen is None:
         return None
@@ -115,7 +117,7 @@ def linen_module(model: Any) -> Any:
 
 
 def _with_variables(module: Any, given: tuple[Any, ...], train: bool) -> tuple[Any, ...]:
-    """Returns the variables and the inputs, given inputs alone; unchanged if there are none."""
+    """Returns the variables and the inputs, given only the inputs."""
     if isinstance(given[0], Mapping) or is_state(given[0]):
         return given
     if module.scope is not None:
@@ -168,7 +170,7 @@ def mode_of(module: Any, train: bool) -> dict[str, bool]:
     """Returns the arguments that tell a module's call whether it is in training."""
     parameters = inspect.signature(type(module).__call__).parameters
     known = dict.fromkeys(TRAIN, train) | dict.fromkeys(INFER, not train)
-    # A module that was told by its constructor refuses to be told twice.
+    # A module whose constructor has set the mode raises an error if the call sets it again.
     return {
         name: value
         for name, value in known.items()

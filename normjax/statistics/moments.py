@@ -1,4 +1,4 @@
-"""Computes count, mean and variance of arrays."""
+"""Computes the count, mean and variance of arrays."""
 
 from __future__ import annotations
 
@@ -34,30 +34,33 @@ def moments(
     axis_index_groups: AxisIndexGroups | None = None,
     **_foreign: Never,
 ) -> Moments:
-    r"""Returns count, mean and biased variance of `x` over some of its axes, and over devices.
+    r"""Computes the count, mean and biased variance of `x` over some of its axes, and over devices.
 
     .. math:: \mu = \frac1n \sum_i x_i, \qquad \sigma^2 = \frac1n \sum_i |x_i - \mu|^2
 
-    The variance is safe: not the difference of two large numbers. One pass over `x` is enough if
-    the data lie near zero. A second pass, around the mean of the first one, is taken if the mean of
-    some feature is more than 8 standard deviations away from zero.
+    The variance is safe: it is not the difference of two large numbers. One pass over `x` suffices
+    if the data are near zero. If the mean of any feature is more than 8 standard deviations away
+    from zero, a second pass is made, around the mean of the first pass.
 
     Args:
       x: floating-point or complex array of any rank >= 1.
       reduction_axes: the axes to reduce; the features are those that remain, in their order.
-      mask: bool, broadcastable to `x`; True where an element counts. Other elements may be NaN. Or
-        real: the weight w of each element, not negative, with :math:`n = \sum_i w_i`,
-        :math:`\mu = \frac1n \sum_i w_i x_i`, :math:`\sigma^2 = \frac1n \sum_i w_i |x_i - \mu|^2`;
-        weights have gradients.
-      axis_name: mapped axis or axes (pmap, shard_map, vmap) to take the statistics over as well.
-      axis_index_groups: groups of indices of that axis that share statistics, as in `jax.lax.psum`.
+      mask: bool, broadcastable to `x`, True for elements that count; other elements may be NaN. Or
+        a non-negative weight w for each element, with :math:`n = \sum_i w_i`, :math:`\mu = \frac1n
+        \sum_i w_i x_i`, :math:`\sigma^2 = \frac1n \sum_i w_i |x_i - \mu|^2`; weights have
+        gradients.
+      axis_name: mapped axis or axes (pmap, shard_map, vmap) over which the statistics are
+        all-reduced.
+      axis_index_groups: groups of indices of that axis; each group shares statistics, as in
+        `jax.lax.psum`.
 
     Returns:
-      `Moments` of shape `(*features)`, in at least float32. If nothing counts, count, mean and var
-      are 0.
+      `Moments` of shape `(*features)`, in at least float32. If no element counts, count, mean and
+      var are 0.
 
     Raises:
-      ValueError, TypeError, NameError: for axes, a mask or an axis name that do not fit `x`.
+      ValueError, TypeError, NameError: if axes or mask do not fit `x`, or an axis name is not in
+        scope.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -80,7 +83,7 @@ def moments(
 
 
 def compiled_moments(spec: Spec, x: Array, mask: Array | None) -> Moments:
-    """Returns the moments of x; compiled, so that eager calls compile the branch once."""
+    """Returns the moments of x. It is compiled, so that eager calls compile the branch once."""
     mesh = explicit_mesh(x, mask)
     if mesh is None:
         return _compiled_moments(spec, x, mask)

@@ -1,4 +1,4 @@
-"""Passes over batches in which layers collect statistics; errors name the batch and the layer."""
+"""Forward passes over batches in which layers collect statistics."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ Step = Callable[[Any, PyTree[Array], Layers, Any], tuple[Layers, "Report"]]
 
 
 def compile_step(apply_fn: ApplyFn, model: Model) -> Step:
-    """Returns `step(static, arrays, layers, batch)`, which calls the model and reports.
+    """Returns `step(static, arrays, layers, batch)`, which calls the model and returns a `Report`.
 
-    It is compiled once for each function.
+    The step is compiled once for each function.
     """
     try:
         hash(apply_fn)
-    except TypeError:  # a bound method of some modules
+    except TypeError:  # such as a bound method of some modules
         apply_fn = partial(apply_fn)
     return _compiled(apply_fn, type(model))
 
 
 class Report(NamedTuple):
-    """What a pass over one batch reports for each layer, in the order of their paths.
+    """The report of a pass over one batch, with an entry for each layer, ordered by path.
 
     Attributes:
-      collected: whether any element was collected.
-      foreign: whether the running statistics moved, as in layers that are not normjax's.
+      collected: whether the layer collected any element.
+      foreign: whether the running statistics changed, as in layers of other libraries.
       finite: whether means and variances are finite, `(layers, 2)`.
     """
 
@@ -70,7 +70,7 @@ def _report_of(old: Layer, new: Layer) -> Report:
 
 
 def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -> Layers:
-    """Returns the layers after all batches; raises an error for a batch with a bad report."""
+    """Returns the layers after all batches; raises an error if a batch has a bad report."""
     report, index = None, -1
     for index, batch in enumerate(batches):
         previous = report
@@ -79,7 +79,8 @@ def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -
         except Exception:
             raise_if_a_part_fits(step, model, layers, batch, index)
             raise
-        # Checks one batch late: the device is never idle, and has at most two batches waiting.
+        # Checks the report one batch late, so that the device is never idle, with two batches
+        # queued.
         if previous is not None:
             _check(previous, index - 1, sorted(layers))
     if report is None:
@@ -87,7 +88,7 @@ def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -
             FUNCTION,
             "there are no batches",
             expected="at least one",
-            got="an iterable that ended at once",
+            got="an empty iterable",
             fix="Pass a list, or a new generator: one that was used before is empty",
         )
     _check(report, index, sorted(layers))
@@ -104,9 +105,9 @@ def one_pass(step: Step, model: Model, layers: Layers, batches: Iterable[Any]) -
 
 
 def raise_if_a_part_fits(step: Any, model: Model, layers: Layers, batch: Any, index: int) -> None:
-    """Raises an error that says which part of a batch `apply_fn` takes, if it takes one.
+    """Raises an error that names the part of a batch that `apply_fn` accepts, if there is one.
 
-    It is called after the whole batch, such as (images, labels), raised an error.
+    It is called after `apply_fn` failed on a whole batch, such as (images, labels).
     """
     if isinstance(batch, Mapping):
         parts = {f"batch[{key!r}]": part for key, part in batch.items()}
@@ -118,12 +119,12 @@ def raise_if_a_part_fits(step: Any, model: Model, layers: Layers, batch: Any, in
     for name, part in parts.items():
         try:
             step.eval_shape(model.static, model.arrays, layers, part)
-        except Exception:  # of any kind: the part is no input of this model
+        except Exception:  # of any kind: this part is not an input of the model
             continue
         _checks.raise_error(
             FUNCTION,
-            f"apply_fn does not take batch {index}, but a part of it, {name}",
-            expected="batches as apply_fn takes them: images without labels",
+            f"apply_fn does not accept batch {index} as a whole, but its part {name}",
+            expected="batches that apply_fn accepts, such as images without labels",
             got=f"a {type(batch).__name__} of {len(parts)}: {kinds}",
             fix=f"Pass ({name} for batch in batches), as a list for layer_by_layer, or take "
             f"{name} in apply_fn",
@@ -136,7 +137,7 @@ def _kind_of(part: Any) -> str:
 
 
 def _check(report: Report, index: int, paths: list[str]) -> None:
-    """Raises an error for a batch that went wrong in a layer."""
+    """Raises an error if a layer did not collect, or collected NaN or infinity."""
     report = jax.tree.map(np.asarray, report)
     if not report.finite.all():
         layer, leaf = (int(position) for position in np.argwhere(~report.finite)[0])
@@ -153,7 +154,7 @@ def _check(report: Report, index: int, paths: list[str]) -> None:
     if report.foreign.any():
         _checks.raise_error(
             FUNCTION,
-            "a layer updated its running statistics instead of collecting those of the population",
+            "a layer updated its running statistics instead of collecting statistics",
             expected="layers of normjax",
             got=f"{paths[int(report.foreign.argmax())]}, which another library's layer keeps, or "
             f"which lost its {POPULATION!r} leaf on the way",

@@ -1,8 +1,8 @@
-"""Computes statistics of each example, without communication between devices.
+"""Computes per-example statistics, without communication between devices.
 
-`batch_moments` decides for all features at once whether to take a second pass. For statistics of
-examples, that decision would be a collective in layers that need none, and one example far from
-zero would cost all examples the second pass.
+`batch_moments` makes one decision for all features whether to take a second pass. For per-example
+statistics, this decision would require a collective in layers that need none, and a single example
+far from zero would cause a second pass for all examples.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from normjax.statistics.spec import Moments, Spec, or_one
 
 
 class ExampleSpec(Spec):
-    """A spec whose variances are in the unit of squares: nothing stores them."""
+    """A spec with variances in the unit of squares, since they are not stored."""
 
     def unit(self, x: Array) -> float:
         """Returns the unit of squares."""
@@ -43,14 +43,14 @@ class ExampleSpec(Spec):
 
     @property
     def in_two_passes(self) -> bool:
-        """Whether to take the mean first and then the squares around it, on every platform."""
+        """Whether to compute the mean first and then the squares around it, on every platform."""
         return False
 
 
 def example_moments(spec: ExampleSpec, x: Input, mask: Mask | None) -> Moments:
-    """Returns the moments of x, which are 0 for an empty set; the variance in the unit of `spec`.
+    """Returns the moments of x, with the variance in the unit of `spec`; 0 for an empty set.
 
-    Devices share the statistics of each of the two passes.
+    On several devices, each of the two passes has a collective.
     """
     return moments_by(_moments, spec, x, mask)
 
@@ -66,7 +66,7 @@ def _phrased(
     mask: Mask | None,
     gpu: Callable[[Spec, Array, Mask | None], Moments],
 ) -> Moments:
-    """Takes one pass around a sample; on a CPU two passes, as a row is cached after the first."""
+    """Takes one pass around a sample, or two passes on CPUs, where the first pass caches a row."""
     if PLAIN.value or spec.devices != ALONE or spec.in_two_passes:
         return two_passes(spec, x, mask)
     cpu = one_pass_if_safe if one_device() else two_passes
@@ -75,9 +75,9 @@ def _phrased(
 
 
 def kept_moments(spec: ExampleSpec, x: Input, mask: None) -> Moments:
-    """Returns the moments of x, as `example_moments` does, to be kept for a derivative.
+    """Returns the moments of x, like `example_moments`, to be stored for the backward pass.
 
-    A GPU's kernel that computes y cannot return them too: so they get one of their own.
+    On GPUs they get their own kernel, since the kernel that computes y cannot return them.
     """
     return moments_by(_kept_moments, spec, x, mask)
 
@@ -87,9 +87,9 @@ def _kept_moments(spec: ExampleSpec, x: Array, mask: None) -> Moments:
 
 
 def mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array, Array]:
-    r"""Returns how many elements count, and their mean square :math:`\frac1n \sum_i |u x_i|^2`.
+    r"""Returns the number of elements and their mean square :math:`\frac1n \sum_i |u x_i|^2`.
 
-    u is the unit of `spec`. If none counts, the mean is 0.
+    u is the unit of `spec`. If no element counts, the mean square is 0.
     """
     count, square = _mean_square(spec, x, mask)
     return (spec.count(x.x) if mask is None else count), square
@@ -107,13 +107,13 @@ def _mean_square(spec: Spec, x: Input, mask: Mask | None) -> tuple[Array | None,
 def _mean_square_in(
     spec: Spec, unit: float, x: Array, mask: Mask | None
 ) -> tuple[Array | None, Array]:
-    """Returns count and mean square of x times the unit."""
+    """Returns the count, and the mean square of x times the unit."""
     value = masked(widen(x), mask)
     return total_over_count(spec, abs2(value if unit == 1 else value * unit), mask)
 
 
 def _mean_square_if_finite(spec: Spec, x: Array, mask: Mask | None) -> tuple[Array | None, Array]:
-    """Squares x in its own unit if nothing overflows: then XLA needs no float32 copy of x."""
+    """Squares x itself unless that overflows, since XLA then needs no float32 copy of x."""
     count, square = _mean_square_in(spec, 1.0, x, mask)
     unit = spec.unit(x)
 

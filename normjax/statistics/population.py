@@ -1,8 +1,8 @@
-"""Statistics of a population, which layers add up over its batches.
+"""Calibration statistics, which layers accumulate over batches for `recalibrate`.
 
-A layer's `batch_stats` may have one more leaf, `population` (`normjax.recalibrate` adds it). The
-layer then adds the moments of each batch to it, and does not change its running mean and variance.
-As a variable, it passes through every transformation of JAX and Flax.
+`normjax.recalibrate` adds a leaf named `population` to a layer's `batch_stats`. The layer then adds
+the moments of each batch to this leaf, and does not change its running mean and variance. Since the
+leaf is an ordinary variable, it works under every transformation of JAX and Flax.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Estimate = Literal["merged", "averaged"]
 
 
 class Sums(NamedTuple):
-    """Sums of weighted means and variances, and of their weights; each `(*features)`."""
+    """Sums of weighted means and variances, and of the weights; each `(*features)`."""
 
     mean_weight: Array
     mean: Array
@@ -40,16 +40,16 @@ class Sums(NamedTuple):
 )
 @dataclass(frozen=True)
 class Population:
-    """The statistics of all batches so far, in memory that does not depend on their number.
+    """The calibration statistics of all batches so far, in constant memory.
 
     Attributes:
-      shift: the first batch's mean, which is subtracted from the others, `(*features)`.
+      shift: the mean of the first batch, which is subtracted from all means, `(*features)`.
       sums: the sums, rounded.
-      lost: what was lost in rounding them.
+      lost: the rounding errors of the sums.
       estimate: "merged" for the moments of all elements; "averaged" for the mean of the batches'
         means and unbiased variances.
-      layer_by_layer: whether the layer normalizes by its running statistics meanwhile, instead of
-        the batch's.
+      layer_by_layer: whether the layer normalizes by its running statistics while it collects,
+        instead of by batch statistics.
     """
 
     shift: Inexact[Array, "*features"]
@@ -59,7 +59,7 @@ class Population:
     layer_by_layer: bool
 
     def add(self, moments: Moments, *, unbiased: bool) -> Population:
-        """Adds a batch; `unbiased` chooses the variance that "merged" gives in the end."""
+        """Adds a batch; `unbiased` selects the final variance of the "merged" estimate."""
         dtype, real = self._dtypes(moments)
         n, mean, var = moments.count, moments.mean.astype(dtype), moments.var.astype(real)
         n = jnp.broadcast_to(jnp.asarray(n).astype(real), var.shape)
@@ -85,7 +85,7 @@ class Population:
         momentum: float | ArrayLike | None,
         running_var: RunningVar,
     ) -> BatchStats:
-        """Returns the statistics with the batch added here; counted if their mean is cumulative."""
+        """Returns the statistics with the batch added to this leaf, and to a cumulative count."""
         new: dict[str, Any] = {POPULATION: self.add(batch, unbiased=running_var == "unbiased")}
         if momentum is None:
             so_far = jnp.where(jnp.any(self.seen[0]), batch_stats["count"], 0)
@@ -93,7 +93,7 @@ class Population:
         return batch_stats | new
 
     def statistics(self) -> tuple[Array, Array]:
-        """Returns the population's mean and variance, arbitrary for features without elements."""
+        """Returns the mean and variance, which are arbitrary for features without elements."""
         weight, mean, freedom, var = map(jnp.add, self.sums, self.lost)
         offset = mean / or_one(weight).astype(mean.dtype)
         if self.estimate == "merged":
@@ -106,7 +106,7 @@ class Population:
         return self.sums.mean_weight > 0, self.sums.var_weight > 0
 
     def _dtypes(self, moments: Moments) -> tuple[Any, Any]:
-        """Returns the dtypes of the sums, which turn complex with x."""
+        """Returns the dtypes of the sums, which are complex if x is."""
         dtype = self.shift.dtype
         if jnp.iscomplexobj(moments.mean):
             dtype = promote(dtype, jnp.complex64)
@@ -116,7 +116,7 @@ class Population:
 def empty_population(
     batch_stats: Mapping[str, Array], estimate: Estimate, layer_by_layer: bool
 ) -> Population:
-    """Returns an empty population, in at least float32, sharded like `batch_stats`."""
+    """Returns empty calibration statistics in at least float32, sharded like `batch_stats`."""
     mean = jnp.zeros_like(
         batch_stats["mean"], promote(jnp.asarray(batch_stats["mean"]).dtype, jnp.float32)
     )
@@ -126,7 +126,7 @@ def empty_population(
 
 
 def is_replaced(batch_stats: Mapping[str, Any]) -> bool:
-    """Returns whether a layer's running statistics will be replaced by those of a population."""
+    """Returns whether a layer's running statistics are being recalibrated."""
     return isinstance(batch_stats.get(POPULATION), Population)
 
 

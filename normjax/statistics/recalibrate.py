@@ -1,4 +1,4 @@
-"""Replaces running statistics by statistics of a population, over a stream of batches."""
+"""Recomputes running statistics over a stream of batches."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from normjax.statistics.population import POPULATION, Estimate, empty_population
 Variables = TypeVar("Variables")
 Batch = TypeVar("Batch")
 
-# Passes move means, in deviations, and variances, relative to themselves. Below SETTLED they have
-# converged: that is as precise as variances are. Devices that add up in varying order may never get
-# there, but stay far below ADRIFT. Above ADRIFT there is no fixed point.
+# How much a pass may change the means, in standard deviations, and the variances, relatively. Below
+# SETTLED, the statistics have converged within the precision of variances. Devices that sum in
+# varying order may not reach that, but stay far below ADRIFT. Above ADRIFT, there is no fixed
+# point.
 SETTLED, ADRIFT = 1e-5, 1e-2
 EPSILON = 1e-5
 
@@ -37,13 +38,14 @@ def recalibrate(
     layer_by_layer: bool = False,
     progress: bool = False,
 ) -> Variables:
-    r"""Replaces running statistics by those of a population, computed batch by batch.
+    r"""Recomputes the running statistics of a model over batches, with fixed weights.
 
-    Running statistics lag behind the weights. Call it when weights or data at inference differ from
-    training: after averaging weights (EMA, SWA, schedule-free), for data from another domain, after
-    training with small batches or too much momentum. With `n_b` elements, mean `\mu_b` and biased
-    variance `\sigma_b^2` of a feature in batch b, "merged" computes the moments of all elements
-    together, and "averaged" is the paper's Algorithm 2:
+    During training, running statistics lag behind the weights. Call this function when weights or
+    data at inference differ from training: after averaging weights (EMA, SWA, schedule-free), for
+    data from another domain, or after training with small batches or too much momentum. If a
+    feature has `n_b` elements in batch b, with mean `\mu_b` and biased variance `\sigma_b^2`, then
+    "merged" computes the moments of all elements together, and "averaged" is Algorithm 2 of the
+    paper:
 
     .. math:: \mu = \frac{\sum_b n_b \mu_b}{\sum_b n_b}, \qquad
               \sigma^2 = \frac{\sum_b n_b (\sigma_b^2 + |\mu_b - \mu|^2)}{\sum_b n_b}
@@ -51,40 +53,39 @@ def recalibrate(
     .. math:: \mu = \operatorname{mean}_b \mu_b, \qquad
               \sigma^2 = \operatorname{mean}_b \frac{n_b}{n_b - 1} \sigma_b^2
 
-    By default, the layers before a layer normalize a batch *by that batch's statistics*, as in
-    training. This takes one pass over the batches. Layer by layer, they normalize by the new
-    statistics, as at inference. This takes one pass more than there are layers in sequence. If
-    batches are large, the two hardly differ.
+    By default, every layer normalizes each batch *by its batch statistics*, as in training, and one
+    pass over the batches suffices. With `layer_by_layer`, the inputs of a layer are normalized by
+    the new statistics of the layers before it, as at inference. This takes one more pass than there
+    are layers in sequence. If batches are large, the results hardly differ.
 
     Args:
-      apply_fn: a linen module, or `apply_fn(variables, batch)`, which does a forward pass in
-        training mode. It returns `(anything, batch_stats)`, as a functional model does, or what
-        linen's `apply(..., mutable=["batch_stats"])` returns; for an nnx module, it may return
-        anything. It is compiled
-        once for each function: arrays that it closes over are constants.
-      variables: `{"params": ..., "batch_stats": ...}` (all collections of linen), the pair
-        `(params, batch_stats)`, batch_stats alone, or a `flax.nnx.Module` in training mode.
-      batches: arrays, or trees of them, as `apply_fn` takes them; the last may be smaller. A
-        sharded array is one batch.
+      apply_fn: a linen module, or a function `apply_fn(variables, batch)` that runs a forward pass
+        in training mode. It returns `(anything, batch_stats)`, or the result of linen's `apply(...,
+        mutable=["batch_stats"])`; for an nnx module, it may return anything. Each function is
+        compiled once, with arrays that it closes over as constants.
+      variables: `{"params": ..., "batch_stats": ...}` (all linen collections), the pair `(params,
+        batch_stats)`, `batch_stats` alone, or a `flax.nnx.Module` in training mode.
+      batches: an iterable of batches, which are arrays or trees of arrays that `apply_fn` accepts.
+        The last batch may be smaller. A sharded array is one batch.
       estimate: "merged" or "averaged". The variance of "merged" is biased or unbiased, according to
         the layers' `running_var`.
-      layer_by_layer: see above. It iterates over `batches` several times: pass a list, not a
+      layer_by_layer: see above. It iterates over `batches` several times, so pass a list, not a
         generator. `apply_fn` may then also run in inference mode, without dropout.
-      progress: whether to show a bar; it needs `rich`.
+      progress: whether to show a progress bar, which requires the package `rich`.
 
     Returns:
-      The variables with new statistics, in the dtypes of the old ones. An nnx module is updated in
-      place at the end, and returned. Sums are in float32 or wider, with compensation of rounding
-      errors, so that the number of batches costs neither memory nor digits. A cumulative layer's
-      `count` becomes the number of batches. The statistics of layers that do not train (`frozen`),
-      or that no element reaches, do not change. Batch renorm runs as batch norm, since its
-      correction depends on the statistics that are replaced.
+      The variables with new running statistics, in the dtypes of the old ones. An nnx module is
+      updated in place at the end, and returned. Sums are in float32 or wider, with compensation of
+      rounding errors, so neither memory nor precision depends on the number of batches. The `count`
+      of a cumulative layer becomes the number of batches. The statistics of `frozen` layers, and of
+      layers without any element that counts, do not change. Batch renorm runs as batch norm, since
+      its correction depends on the statistics that are being recomputed.
 
     Raises:
-      ValueError, TypeError: for a model without batch statistics, or whose layers do not update or
-        are not normjax's; for no batches, or a generator with `layer_by_layer`; for batches of
-        several arrays (images and labels) if `apply_fn` takes one of them; for statistics that are
-        not finite, with their path and batch.
+      ValueError, TypeError: if the model has no running statistics, or its layers do not update or
+        are not from normjax; if there are no batches, or a generator with `layer_by_layer`; if
+        batches have several arrays (images and labels) and `apply_fn` accepts only one; if
+        statistics are not finite. The error names the path and the batch.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -115,9 +116,9 @@ def recalibrate(
 def _fixed_point(
     step: Step, model: Model, batches: Iterable[Any], estimate: Estimate, bar: Callable
 ) -> Layers:
-    """Repeats passes, each with the statistics of the last, until the statistics converge."""
+    """Repeats passes, each with the statistics of the previous one, until they converge."""
     layers = model.layers
-    # After pass k, the first k layers in sequence are right, also the stacked layers of a scan.
+    # After pass k, the first k layers in sequence are exact, counting each layer of a scan.
     passes = 2 + sum(math.prod(jnp.shape(layer["var"])[:-1]) for layer in layers.values())
     movement: dict[str, float] = {}
     for index in range(passes):
@@ -131,16 +132,18 @@ def _fixed_point(
     if movement[worst] > ADRIFT:
         _checks.raise_error(
             FUNCTION,
-            "the statistics do not settle",
+            "the statistics do not converge",
             expected=f"no change after {passes} passes for {len(layers)} layer(s)",
             got=f"{worst}, which still changes by {movement[worst]:.1%}",
-            fix="Where a layer's input depends on its own output, or batches differ from pass to "
-            "pass, there may be no such statistics: use layer_by_layer=False",
+            fix="Use layer_by_layer=False: there may be no fixed point if a layer's input depends "
+            "on its own output, or if batches differ from pass to pass",
         )
     return layers
 
 
-@partial(jax.jit, static_argnames=("estimate", "layer_by_layer"))  # sharded as in a step
+@partial(
+    jax.jit, static_argnames=("estimate", "layer_by_layer")
+)  # under jit, so that leaves are sharded as in a step
 def _with_empty_populations(layers: Layers, estimate: Estimate, *, layer_by_layer: bool) -> Layers:
     return {
         path: layer | {POPULATION: empty_population(layer, estimate, layer_by_layer)}
@@ -150,7 +153,7 @@ def _with_empty_populations(layers: Layers, estimate: Estimate, *, layer_by_laye
 
 @jax.jit
 def _settle(layers: Layers) -> Layers:
-    """Returns the layers with their populations' statistics, old ones for missing features."""
+    """Returns the layers with the collected statistics; features without elements keep the old."""
     settled = {}
     for path, layer in layers.items():
         found = zip(STATISTICS, layer[POPULATION].statistics(), layer[POPULATION].seen, strict=True)
@@ -164,7 +167,7 @@ def _settle(layers: Layers) -> Layers:
 
 @jax.jit
 def _movement(old: Layer, new: Layer) -> Float[Array, ""]:
-    """Returns how far statistics moved: means in deviations, variances relative to themselves."""
+    """Returns the largest change, of means in standard deviations and of variances relatively."""
     var = new["var"] + EPSILON
     mean_moved = jnp.sqrt(abs2(new["mean"] - old["mean"].astype(new["mean"].dtype)) / var)
     return jnp.maximum(jnp.max(mean_moved), jnp.max(jnp.abs(new["var"] - old["var"]) / var))
@@ -177,9 +180,9 @@ def _refuse_non_finite_start(layers: Layers) -> None:
                 _checks.raise_error(
                     FUNCTION,
                     "the running statistics to start from are not finite",
-                    expected="finite ones, which features that no element reaches keep",
+                    expected="finite running statistics, since features without elements keep them",
                     got=f"NaN or infinity in {path}[{leaf!r}]",
-                    fix="Start from new ones: mean 0, variance 1",
+                    fix="Start from mean 0 and variance 1",
                 )
 
 
@@ -190,14 +193,14 @@ def _check_batches(batches: Any, layer_by_layer: bool) -> None:
             "batches is not an iterable of batches",
             expected="a list, a generator or a data loader",
             got=f"{type(batches).__name__}",
-            fix="Pass [batch] for a single one, list(batches) for stacked ones",
+            fix="Pass [batch] for a single batch, list(batches) for stacked batches",
             kind=TypeError,
         )
     if layer_by_layer and isinstance(batches, Iterator):
         _checks.raise_error(
             FUNCTION,
-            "layer by layer goes through the batches several times, and these can be had once",
-            expected="an iterable that starts anew each time, such as a list or a data loader",
+            "layer_by_layer needs the batches several times, but an iterator gives them once",
+            expected="an iterable that restarts each time, such as a list or a data loader",
             got=f"a {type(batches).__name__}",
             fix="Pass list(batches) if they fit into memory, or an object whose __iter__ makes a "
             "new generator",
@@ -206,7 +209,7 @@ def _check_batches(batches: Any, layer_by_layer: bool) -> None:
 
 
 class _Bar:
-    """An optional progress bar: `bar(batches)` iterates over the batches and shows their number."""
+    """An optional progress bar: `bar(batches)` iterates over the batches and shows progress."""
 
     def __init__(self, shown: bool):
         self.progress = _progress() if shown else None

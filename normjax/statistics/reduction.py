@@ -1,4 +1,4 @@
-"""Reduces arrays to moments: the basis of every statistic."""
+"""Reduces arrays to moments, from which all statistics are computed."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from normjax.statistics.elements import (
 from normjax.statistics.merge import merge_over
 from normjax.statistics.spec import Moments, Spec, or_one
 
-# A variance v that is computed around zero has an error of about (v + mean^2) rounding errors.
-# Up to mean^2 = 64 v, over a hundred thousand elements, 2e-5 of v was measured in float32.
+# A variance v that is computed around zero has an error of about (v + mean^2) rounding errors. For
+# mean^2 = 64 v and a hundred thousand elements in float32, the measured error is 2e-5 v.
 TOLERATED_MEAN_SQUARE = 64.0
 
 
 def batch_moments(spec: Spec, x: Input, mask: Mask | None) -> Moments:
-    """Returns the moments of x: one pass around zero, and a second one if the first one cancelled.
+    """Returns the moments of x in one pass around zero, or in two if the first pass cancelled.
 
-    On several devices the second pass is another collective, so one decision is made for all
-    features. GPUs have no branch, nor have small arrays on one device: they take one pass around
-    the mean of a sample. See `example_moments` for statistics of each example.
+    On several devices, the second pass needs another collective, so one decision is made for all
+    features. On GPUs, and for small arrays on one device, there is no branch, but one pass around
+    the mean of a sample. See `example_moments` for per-example statistics.
     """
     return moments_by(_of_batch, spec, x, mask)
 
@@ -50,21 +50,20 @@ def _of_batch(spec: Spec, x: Array, mask: Mask | None) -> Moments:
     sampled = partial(around_sample, spec)
     if not is_small(x):
         return _of_large(spec, x, mask)
-    if spec.devices != ALONE:  # a rule of vmap does not know the names of mapped axes
+    if spec.devices != ALONE:  # a vmap rule does not know the names of mapped axes
         return sampled(x, mask)
-    return unless_mapped(sampled, partial(_of_large, spec))(
-        x, mask
-    )  # many small ones are a large one
+    # Under vmap, many small arrays are one large array.
+    return unless_mapped(sampled, partial(_of_large, spec))(x, mask)
 
 
 def _of_large(spec: Spec, x: Array, mask: Mask | None) -> Moments:
-    """Returns the moments of an array that is large, or of many small ones."""
+    """Returns the moments of a large array, or of many small ones under vmap."""
     guarded, sampled = partial(one_pass_if_safe, spec), partial(around_sample, spec)
     return by_platform(guarded, x, mask, gpu=sampled)
 
 
 def moments_by(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask | None) -> Moments:
-    """Returns the moments by `forward(spec, x, mask)`, with the derivative of the formula."""
+    """Returns the moments from `forward(spec, x, mask)`, with the derivative of the formula."""
     moments = _moments(forward, spec, x, mask)
     return moments._replace(count=spec.count(x.x)) if mask is None else moments
 
@@ -78,7 +77,7 @@ def _moments(forward: Callable[..., Moments], spec: Spec, x: Input, mask: Mask |
 def _moments_jvp(
     forward: Callable[..., Moments], spec: Spec, primals: tuple, tangents: tuple
 ) -> tuple[Moments, Moments]:
-    """Returns the derivative of the formula, which does not depend on passes and branches."""
+    """Returns the derivative of the formula, independent of passes and branches."""
     x, mask = primals
     moments = jax.tree.map(named, _moments(forward, spec, x, mask))
     dot = moments_dot(spec, moments, x.x, mask, tangents[0].x32)
@@ -101,8 +100,8 @@ def moments_dot(spec: Spec, moments: Moments, x: Array, mask: Mask | None, x_dot
     centered = widen(x) - spec.expand(moments.mean)
     factor: Any = 2.0
     if spec.unit(x) != 1:
-        # In deviations here, and without them in the end: XLA would move a constant unit from the
-        # elements to the sum, where it underflows.
+        # Divides by the deviation here and multiplies by it at the end. XLA would move a constant
+        # factor from the elements to the sum, where it underflows.
         deviation = spec.deviation(moments.var)
         centered *= spec.expand((1 / deviation).astype(centered.dtype))
         factor = deviation * (2 * spec.unit(x) ** 2)
@@ -132,18 +131,18 @@ def _moments_dot_by_weights(
 
 
 def one_pass_if_safe(spec: Spec, x: Array, mask: Mask | None) -> Moments:
-    r"""Takes the moments around zero, and again around their mean if it is far from zero.
+    r"""Computes the moments around zero, and again around their mean if it is far from zero.
 
     .. math:: \mu = \frac1n \sum_i x_i, \qquad \sigma^2 = \frac1n \sum_i |x_i|^2 - |\mu|^2
 
-    The predicate only depends on sums over the devices, so all devices take the same branch, and
-    with it the same collective.
+    The predicate depends only on sums over the devices, so all devices take the same branch and run
+    the same collectives.
     """
     count, mean, square = means(spec, x, mask)
     mean_squared = abs2(mean)
     var = square - mean_squared
     scale = TOLERATED_MEAN_SQUARE
-    # The second pass has a unit for squares whose sum overflows.
+    # The second pass scales squares, so that their sum does not overflow.
     near = mean_squared <= scale * var + scale * spec.least_variance
     safe = all_true(near & (var < jnp.inf))
 
@@ -159,11 +158,12 @@ def one_pass_if_safe(spec: Spec, x: Array, mask: Mask | None) -> Moments:
 
 
 def around_sample(spec: Spec, x: Array, mask: Mask | None) -> Moments:
-    r"""Takes the moments in one pass around the mean s of a sample of x, on each device.
+    r"""Computes the moments in one pass around the mean s of a sample of x, on each device.
 
-    The sampled elements alone contribute :math:`\frac kn |\mu - s|^2` to the variance, where k of n
-    are sampled: so it loses at most 1 + n / k rounding errors, whatever x is. That of a mask may
-    count nothing: then the sample is all of x. Devices merge what each has found.
+    If k of n elements are sampled, they alone contribute :math:`\frac kn |\mu - s|^2` to the
+    variance. So the variance has an error of at most 1 + n / k rounding errors, whatever x is. With
+    a mask, no sampled element may count, so the sample is all of x. Devices then merge their
+    moments.
     """
     own = replace(spec, devices=ALONE)
     sampled = sample(x, spec.axes) if mask is None else masked(x, mask)
@@ -179,20 +179,21 @@ def around_sample(spec: Spec, x: Array, mask: Mask | None) -> Moments:
 
 
 def two_passes(spec: Spec, x: Array, mask: Mask | None) -> Moments:
-    """Takes the mean, then the moments around it."""
+    """Computes the mean, then the moments around it."""
     (x,) = separate_operands(x, 1)
     count, mean = total_over_count(spec, masked(widen(x), mask), mask)
     return around(spec, x, mask, mean, count)
 
 
 def in_a_row(spec: Spec, x: Array, mask: Mask | None = None) -> Moments:
-    r"""Takes the mean, corrects it, and takes the squares around it, all without a mask.
+    r"""Computes the mean, corrects it, and computes the squares around it, without a mask.
 
     .. math:: m = \frac1n \sum_i x_i, \qquad \mu = m + \frac1n \sum_i (x_i - m), \qquad
               \sigma^2 = \frac1n \sum_i |x_i - \mu|^2
 
-    XLA's GPU backend makes one kernel of it, with what follows, if the last axes are reduced: the
-    kernel reads x once. In `around`, two sums have one operand, and it makes three kernels.
+    If the last axes are reduced, XLA's GPU backend fuses this and the normalization into one
+    kernel, which reads x once. In `around`, two sums share an operand, which results in three
+    kernels.
     """
     n = or_one(spec.count(x))
     wide = widen(x)
@@ -212,13 +213,13 @@ def around(
     *,
     near: bool = True,
 ) -> Moments:
-    r"""Takes the moments around a reference r, which is near the mean or not; the count is known.
+    r"""Computes the moments around a reference r, near the mean or not; the count is known.
 
     .. math:: \delta = \frac1n \sum_i (x_i - r), \qquad \mu = r + \delta, \qquad
               \sigma^2 = \frac1n \sum_i |x_i - r|^2 - |\delta|^2
 
-    The mean of many numbers far from zero has an error of more than its last digit: so r is not
-    the mean, even if it was computed as one.
+    The computed mean of many numbers far from zero differs from the true mean by more than its last
+    digit. So r is corrected by delta, even if it was computed as the mean.
     """
     _, offset, square = means(spec, x, mask, reference, count)
     unit = spec.unit(x)
@@ -226,8 +227,10 @@ def around(
     if near:
         correction = abs2(shift)
     else:
-        # Rounded: XLA would square the sum before it divides by n, and the square may overflow.
-        correction = jnp.minimum(abs2(rounded(shift)), jnp.finfo(square.dtype).max)  # or inf - inf
+        # Rounded, since XLA would square the sum before it divides by n, which may overflow.
+        correction = jnp.minimum(
+            abs2(rounded(shift)), jnp.finfo(square.dtype).max
+        )  # avoids inf - inf
     var = square - correction
     found: Any = count, reference + offset, jnp.maximum(var, 0.0)
     return Moments(*found)
@@ -240,16 +243,16 @@ def means(
     reference: Array | None = None,
     count: Array | None = None,
 ) -> tuple[Any, Array, Array]:
-    """Returns the count (None: all), the mean, and the mean square of x in one pass.
+    """Returns the count (None if all count), the mean and the mean square of x in one pass.
 
-    If a reference is given, the count is known, x is centered around the reference, and the squares
-    are taken in their own unit; the mean square is in the unit of variances. For an empty set all
-    are 0.
+    With a reference, the count is given as well, x is centered around the reference, and squares
+    are computed in their own unit; the mean square is in the unit of variances. For an empty set,
+    all results are 0.
     """
     unit = 1.0 if reference is None else spec.unit_of_squares(x)
     own, other = separate_if_narrow(x, 2)
     shared = other is own
-    # Also separate: a shared one would be broadcast to the size of x, and written to memory.
+    # Also separate, since a shared reference would be broadcast to x's size in memory.
     references = [reference] * 2 if shared or reference is None else separate_operands(reference, 2)
     values = _centered(spec, own, mask, references[0])
     squared = values if shared else _centered(spec, other, mask, references[1])
@@ -267,20 +270,20 @@ def means(
         total, square = spec.devices.sum(*sums)
         n = count
     n = or_one(n)
-    # One division: XLA would turn one by a power of two into a factor of the elements, and the
-    # squares would overflow.
+    # A single division, since XLA would turn a division by a power of two into a factor of the
+    # elements, whose squares would overflow.
     divisor = n if reference is None else n * (unit / spec.unit(x)) ** 2
     return count, ratio(total, n), square / divisor
 
 
 def _centered(spec: Spec, x: Array, mask: Mask | None, reference: Array | None) -> Array:
-    """Returns the terms of a sum: x without the reference, 0 where nothing counts."""
+    """Returns x minus the reference, with 0 for elements that do not count."""
     centered = widen(x) if reference is None else widen(x) - spec.expand(reference)
     return centered if mask is None else masked(centered, mask)
 
 
 def total_over_count(spec: Spec, values: Array, mask: Mask | None) -> tuple[Array | None, Array]:
-    """Returns how many elements count (None: all), and their mean; the others are 0 in x."""
+    """Returns the count (None if all count), and the mean of elements; masked ones are 0 in x."""
     if mask is None:
         (total,) = spec.devices.sum(spec.local_sum(values))
         return None, ratio(total, or_one(spec.count(values)))
@@ -290,5 +293,5 @@ def total_over_count(spec: Spec, values: Array, mask: Mask | None) -> tuple[Arra
 
 
 def ratio(total: Array, n: Any) -> Array:
-    """Returns a total over a count, which may be a float or an array."""
+    """Divides a total by a count, which may be a float or an array."""
     return total / (n if isinstance(n, float) else n.astype(total.dtype))

@@ -41,29 +41,30 @@ def update_batch_stats(
 
     .. math:: \mu' = m \mu' + (1 - m) \mu, \qquad \sigma'^2 = m \sigma'^2 + (1 - m) s \sigma^2
 
-    with `s = 1` (biased) or `s = n / (n - 1)` (unbiased). With `momentum=None` the m of the k-th
-    batch is `(k - 1) / k`: the mean over all batches, each counted once.
+    where `s = 1` (biased) or `s = n / (n - 1)` (unbiased). With `momentum=None`, the m of the k-th
+    batch is `(k - 1) / k`, which gives the mean over all batches.
 
     Args:
       batch_stats: `mean` and `var`, each `(*features)`, and `count`, an int32 scalar, if
-        `momentum=None`. The count may be a float32, as averages of states make it: it is rounded to
-        a whole number, and stays a float32.
-      moments: moments of the batch, or merged from several (devices, microbatches).
+        `momentum=None`. The count may be a float32, as averages of states return it; it is rounded
+        to a whole number, and stays a float32.
+      moments: moments of the batch, or merged moments of several devices or microbatches.
       momentum: weight of the old value, from 0 to 1; a number or a scalar array. PyTorch's momentum
         is 1 minus this one.
       running_var: "biased" (Flax, Keras) or "unbiased" (PyTorch, Ioffe & Szegedy 2015, Algorithm
         2).
-      skip_nonfinite: whether a batch with a NaN or an infinity in the mean or variance of any
-        feature leaves all of `batch_stats` as they were. By default it enters them, as in Flax.
+      skip_nonfinite: whether to keep all of `batch_stats` unchanged if the mean or variance of any
+        feature is NaN or infinite. By default, such values enter the running statistics, as in
+        Flax.
 
     Returns:
-      A dict of the same structure, shapes and dtypes. Features without elements keep their values
-      (the unbiased variance needs two elements), and a batch in which nothing counts is not
-      counted.
+      A dict with the same structure, shapes and dtypes. Features without elements keep their values
+      (the unbiased variance requires two elements), and a batch without any element that counts
+      does not increase the count.
 
     Raises:
       ValueError: for `momentum=None` without a count, an unknown `running_var`, or leaves that do
-        not fit. TypeError: for running statistics in less than float32, which stop moving.
+        not fit. TypeError: for running statistics narrower than float32, which would stop changing.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -92,9 +93,9 @@ def update(
     momentum: float | ArrayLike | None,
     running_var: RunningVar,
 ) -> BatchStats:
-    """Updates as `update_batch_stats` does, with checked arguments.
+    """Updates like `update_batch_stats`, with arguments that are already checked.
 
-    If the count is a float, it is static, and `count > 0` needs no operation.
+    A count that is a Python float is static, so `count > 0` needs no operation.
     """
     count: Any = batch.count
     mean, var = batch.mean, batch.var
@@ -115,7 +116,7 @@ def update(
 
 
 def unless_nonfinite(batch: Moments) -> Moments:
-    """Returns the moments of a batch, or of none if a mean or variance is not finite."""
+    """Returns the moments of a batch, or empty moments if a mean or variance is not finite."""
     finite = jnp.isfinite(batch.mean).all() & jnp.isfinite(batch.var).all()
     return Moments(*(jnp.where(finite, part, 0) for part in batch))
 
@@ -126,20 +127,20 @@ def collect(
     momentum: float | ArrayLike | None,
     running_var: RunningVar,
 ) -> BatchStats:
-    """Adds the batch to what is collected in its place; mean and variance do not change."""
+    """Adds the batch to the collecting leaf; mean and variance do not change."""
     collector: Any = batch_stats[POPULATION]
     return collector.collected(batch_stats, batch, momentum, running_var)
 
 
 def whole(count: ArrayLike) -> Array:
-    """Returns a count of batches as an int: averages of state, such as optax's, make it a float."""
+    """Returns a count of batches as an int, since averaging states (optax) makes it a float."""
     count = jnp.asarray(count)
     is_int = jnp.issubdtype(count.dtype, jnp.integer)
     return count if is_int else jnp.round(count).astype(jnp.int32)
 
 
 def next_count(old: Array, enough: Any) -> Array:
-    """Counts a batch in which any element counts, in the dtype of the old count."""
+    """Increases the count if any element of the batch counts, in the dtype of the old count."""
     count = whole(old)
     one_more = jnp.any(enough) & (count < jnp.iinfo(count.dtype).max)
     return (count + one_more.astype(count.dtype)).astype(old.dtype)
@@ -178,19 +179,19 @@ def _check(
 
 
 def check_precision(function: str, batch_stats: BatchStats) -> None:
-    """Raises for running statistics that a training step could not move by a hundredth."""
-    if is_replaced(batch_stats):  # later, and not moved
+    """Raises an error for running statistics that are too imprecise for small updates."""
+    if is_replaced(batch_stats):  # checked later, and not updated
         return
     for leaf in ("mean", "var"):
         dtype = jax.typeof(batch_stats[leaf]).dtype
         if dtype not in WIDE:
             _checks.raise_error(
                 function,
-                f"batch_stats[{leaf!r}] is too coarse to train with: it would stop moving, or "
+                f"batch_stats[{leaf!r}] is too imprecise to train with: it would stop changing, or "
                 "overflow",
                 expected="float32 or wider in training; any float at inference",
                 got=f"dtype {dtype}",
-                fix="Cast params alone, and leave batch_stats in float32",
+                fix="Cast only params, and keep batch_stats in float32",
                 kind=TypeError,
             )
 
@@ -202,7 +203,7 @@ def check_batch_stats(
     dtype: DTypeLike,
     momentum: object,
 ) -> None:
-    """Raises for running statistics that do not fit the features, the dtype or the momentum."""
+    """Raises an error for running statistics that do not fit features, dtype or momentum."""
     if momentum is not None:
         _checks.between(function, "momentum", momentum, 0.0, 1.0)
     tree = batch_stats
@@ -220,7 +221,7 @@ def check_batch_stats(
     if momentum is None and "count" not in batch_stats:
         _checks.raise_error(
             function,
-            "momentum=None counts batches, and batch_stats has no count",
+            "momentum=None needs a count of batches, but batch_stats has no count",
             expected="batch_stats with 'mean', 'var' and 'count'",
             got=f"batch_stats with {sorted(batch_stats)}",
             fix="Make them with batch_norm_init(..., count=True)",
@@ -228,7 +229,7 @@ def check_batch_stats(
     if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(batch_stats["mean"]):
         _checks.raise_error(
             function,
-            "the running mean of complex x is complex",
+            "x is complex, but the running mean is real",
             expected="a complex batch_stats['mean']",
             got=f"batch_stats['mean'].dtype={jnp.asarray(batch_stats['mean']).dtype} for dtype "
             f"{dtype}",

@@ -22,36 +22,36 @@ def sync_batch_stats(
     axis_index_groups: AxisIndexGroups | None = None,
     momentum: float | None = None,
 ) -> PyTree[Array]:
-    r"""Merges the running statistics of all devices, with the same result on each of them.
+    r"""Merges the running statistics of all devices; every device gets the same result.
 
     .. math:: \mu = \frac1D \sum_d \mu_d, \qquad
               \sigma^2 = \frac1D \sum_d \left(\sigma_d^2 + |\mu_d - \mu|^2\right)
 
-    If you train without `axis_name`, each device has its own statistics: call this function before
-    evaluation or a checkpoint. The mean of the variances alone would leave out the variance between
-    the devices' means. All devices have the same weight.
+    If you train without `axis_name`, each device has its own running statistics. Call this function
+    before you evaluate or save a checkpoint. Averaging only the variances would leave out the
+    variance between the devices' means. All devices have the same weight.
 
     If you share statistics within groups of devices, and want them replicated after each step, call
-    it after each step with the `momentum` m of that step. Means that started equal have moved by a
-    fraction `1 - m` towards those of their batches. With `|\mu_d - \mu|^2 / (1 - m)` in the
-    formula, the result is what one step on the whole batch gives.
+    it after each step with the `momentum` m of that step. Means that were equal before the step
+    have moved by a fraction `1 - m` towards the batch means. With `|\mu_d - \mu|^2 / (1 - m)` in
+    the formula, the result equals that of one step on the whole batch.
 
     Args:
-      batch_stats: statistics of one layer, or of a whole model: dicts of dicts, as in Flax's
+      batch_stats: running statistics of one layer or of a whole model: nested dicts, as in Flax's
         `batch_stats` collection.
       axis_name: mapped axis or axes (pmap, shard_map, vmap) to merge over.
-      axis_index_groups: groups of indices of that axis that merge, as in `jax.lax.psum`.
-      momentum: None, or the momentum of the one step since the devices' statistics were equal: from
-        0 to below 1.
+      axis_index_groups: groups of indices of that axis; each group merges, as in `jax.lax.psum`.
+      momentum: None, or the momentum of the single step since the devices had equal statistics: at
+        least 0 and below 1.
 
     Returns:
-      A tree of the same structure, shapes and dtypes. Leaves other than `mean` and `var` (such as
-      `count`) take the devices' mean, rounded for ints. There are two collectives for any number of
-      layers.
+      A tree with the same structure, shapes and dtypes. Other leaves than `mean` and `var`, such as
+      `count`, are averaged over the devices, and rounded if they are ints. There are two
+      collectives for any number of layers.
 
     Raises:
-      NameError: for an axis that is not in scope. ValueError: for a `var` without a `mean` beside
-        it, or a momentum out of its range.
+      NameError: if an axis is not in scope. ValueError: if there is a `var` without a `mean` beside
+        it, or if the momentum is out of range.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -81,17 +81,17 @@ def _below_one(momentum: float) -> float:
     if momentum == 1:
         _checks.raise_error(
             "sync_batch_stats",
-            "with momentum 1 statistics take no step",
+            "a momentum of 1 leaves the statistics unchanged",
             expected="a momentum below 1",
             got=f"momentum={momentum!r}",
-            fix="There is nothing to merge: leave the statistics as they were",
+            fix="Do not call it: with momentum 1 there is nothing to merge",
         )
     return momentum
 
 
 def _averaged(leaves: dict[Any, Array], devices: DeviceGroup) -> dict[Any, Array]:
-    """Returns the devices' mean of each leaf, in the leaf's dtype, by one collective."""
-    if not leaves:  # of layers without statistics, there is nothing to send
+    """Returns the mean of each leaf over the devices, in its dtype, by one collective."""
+    if not leaves:  # without statistics, there is nothing to send
         return {}
     means = (total / devices.size for total in devices.sum(*map(_wide, leaves.values())))
     return {
@@ -103,7 +103,7 @@ def _averaged(leaves: dict[Any, Array], devices: DeviceGroup) -> dict[Any, Array
 
 
 def means_beside(function: str, paths: list[KeyPath]) -> dict[KeyPath, KeyPath]:
-    """Returns the path of the mean that lies beside each variance."""
+    """Returns, for each variance, the path of the mean beside it."""
     named = {path_names(path): path for path in paths}
     variances = {names: path for names, path in named.items() if names[-1:] == ("var",)}
     return {path: _mean_beside(function, names, named) for names, path in variances.items()}

@@ -1,4 +1,4 @@
-"""Normalizes kernels instead of activations, with `(params, batch_stats, kernel, train)`."""
+"""Functions `(params, batch_stats, kernel, train)` that normalize kernels, not activations."""
 
 from normjax.weights.spectral_norm import spectral_norm, spectral_norm_init
 from normjax.weights.weight_norm import weight_norm, weight_norm_init, weight_norm_init_from_data

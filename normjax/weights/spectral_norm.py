@@ -28,16 +28,16 @@ def spectral_norm_init(
     feature_axes: Axes = -1,
     **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
-    """Returns `{}` and the state that `spectral_norm` starts its power iteration from.
+    """Returns `{}` and the initial state of the power iteration of `spectral_norm`.
 
     Args:
       kernel: of any rank >= 1.
-      key: random key for the direction.
-      feature_axes: the axes that make the columns of the matrix.
+      key: random key for the initial vector u.
+      feature_axes: the axes that form the columns of the matrix.
 
     Returns:
-      An empty `params`; and `batch_stats`: a dict of `u`, a random direction, `(1, features)`, and
-      `sigma`, 1. In at least float32.
+      An empty `params`; and `batch_stats`: a dict of `u` (a random unit vector, `(1, features)`)
+      and `sigma` (1). Both are in at least float32.
 
     Raises:
       ValueError, TypeError: for axes or a dtype that do not fit.
@@ -73,16 +73,16 @@ def spectral_norm(
     dtype: DTypeLike | None = None,
     **_foreign: Never,
 ) -> tuple[Kernel, BatchStats]:
-    r"""Divides a kernel by its largest singular value, found by power iteration in training.
+    r"""Divides a kernel by its largest singular value, which power iteration estimates.
 
     .. math:: v = \frac{u W^\top}{\lVert u W^\top \rVert}, \quad
               u = \frac{v W}{\lVert v W \rVert}, \quad
               \sigma = v W u^\top, \quad w = \frac{W}{\sigma}
 
-    with the kernel as a matrix W of one column for each feature. It bounds how much a layer can
-    stretch its input: use it in the discriminators of GANs, and for networks that must be
-    Lipschitz. Gradients treat u and v as constants. With a bound c, larger kernels alone are
-    divided, and smaller ones are not raised:
+    where W is the kernel as a matrix with one column per feature. It bounds the Lipschitz constant
+    of a layer: use it in the discriminators of GANs, and in networks that must be Lipschitz.
+    Gradients treat u and v as constants. With a bound c, only kernels with a larger singular value
+    are divided, and smaller ones stay as they are:
 
     .. math:: w = \frac{W}{\max(1, \sigma / c)}
 
@@ -90,21 +90,22 @@ def spectral_norm(
       params: `{}`.
       batch_stats: dict of `u`, `(1, features)`, and `sigma`, a scalar.
       kernel: W, real, of any rank >= 1. It is not changed.
-      train: Python bool: whether to return the new u and sigma. Inference also starts from the
-        stored u, so it is deterministic.
-      feature_axes: the axes that make the columns of the matrix; all others make its rows.
-      n_steps: number of steps of power iteration in each call.
-      bound: c, the largest singular value that w may have, such as 0.95 in SNGP; above 0. None:
-        it is 1 for every kernel.
-      epsilon: added to the squared norms, of vectors whose largest element is 1.
+      train: Python bool. Training returns the new u and sigma. Inference iterates from the stored
+        u, too, but does not store the result, so it is deterministic.
+      feature_axes: the axes that form the columns of the matrix; all others form its rows.
+      n_steps: number of power iteration steps in each call.
+      bound: c, the upper bound of the largest singular value of w, such as 0.95 in SNGP; must be
+        positive. With None, every kernel is scaled to a largest singular value of 1.
+      epsilon: added to the squared norms. Before, vectors are scaled to a largest element of 1.
       dtype: dtype of w; None for the dtype of the kernel.
 
     Returns:
-      `w`, of the kernel's shape, and the `batch_stats`, new in training. A kernel whose sigma is 0
-      is returned unchanged. Computed in at least float32 and rounded once.
+      `w`, with the shape of the kernel, and the `batch_stats`, which are updated in training. A
+      kernel whose sigma is 0 is returned unchanged. w is computed in at least float32 and rounded
+      once.
 
     Raises:
-      ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit, `n_steps`
+      ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit, an `n_steps`
         below 1, or a bound that is not positive.
 
     Example:
@@ -142,7 +143,7 @@ def spectral_norm(
     if steps is None:
         _checks.raise_error(
             function,
-            "n_steps is not a number of steps",
+            "n_steps is not a positive int",
             expected="1 or more",
             got=f"n_steps={n_steps!r}",
             fix="Use 1",
@@ -159,7 +160,7 @@ def spectral_norm(
 
 
 def forget_kernels_of_zeros(batch_stats: BatchStats) -> BatchStats:
-    """Returns the state that Flax stores, which has u = 0 for weights of zeros."""
+    """Returns the state as Flax stores it, with u = 0 for kernels of zeros."""
     return batch_stats | {"u": jnp.where(batch_stats["sigma"] == 0, 0, batch_stats["u"])}
 
 
@@ -187,7 +188,7 @@ def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, 
         return v, _direction(_dot(v, fixed), u, plan.epsilon)
 
     u, v = lax.stop_gradient(u).astype(wide.dtype), jnp.zeros((1, matrix.shape[0]), wide.dtype)
-    # Under shard_map a loop has to start with values that vary over the axes that its results do.
+    # Under shard_map, the carry of a loop must vary over the same mapped axes before and after.
     (u,) = pcast_like(fixed, u)
     (v,) = pcast_like(u, v)
     start = v, u
@@ -201,16 +202,16 @@ def _spectral_norm(u: Array, kernel: Array, plan: _Plan) -> tuple[Array, Array, 
 
 
 def _divided(kernel: Array, sigma: Array, bound: float | None) -> Array:
-    """Returns the kernel with the largest singular value 1, or at most the bound."""
+    """Returns the kernel with a largest singular value of 1, or of at most the bound."""
     if bound is not None:
         return kernel / jnp.where(sigma > bound, sigma / bound, 1)
-    # The derivative of a quotient has 1 / sigma^2 in it, which overflows from 1e-20 down.
+    # The derivative of a quotient contains 1 / sigma^2, which overflows for sigma below 1e-20.
     unit = _to_invert(sigma)
     return kernel * unit / (jnp.where(sigma == 0, 1, sigma) * unit)
 
 
 def _to_invert(sigma: Array) -> Array:
-    """Returns a power of two that takes sigma to where it can be inverted and squared."""
+    """Returns a power of two that brings sigma into the range where 1 / sigma^2 is finite."""
     size = jnp.abs(lax.stop_gradient(sigma))
     return jnp.where(size < 1e-12, 2.0**80, jnp.where(size > 1e12, 2.0**-80, 1.0)).astype(
         size.dtype
@@ -218,12 +219,12 @@ def _to_invert(sigma: Array) -> Array:
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """Multiplies in full float32 also on accelerators, where matrix products default to less."""
+    """Multiplies matrices in full float32; accelerators use a lower precision by default."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _direction(vector: Array, otherwise: Array, epsilon: float) -> Array:
-    """Returns the unit vector, safe from overflow and underflow; `otherwise` for zeros."""
+    """Returns the vector with norm 1, without overflow or underflow; `otherwise` for zeros."""
     if not vector.size:
         return otherwise
     largest = jnp.max(jnp.abs(vector))
@@ -237,7 +238,7 @@ def _columns(kernel: Array, feature_axes: tuple[int, ...]) -> int:
 
 
 def _check_bound(function: str, bound: float | None) -> float | None:
-    """Returns the bound; raises for one that is not above 0."""
+    """Returns the bound; raises an error unless it is positive."""
     if bound is None:
         return None
     bound = _checks.number(function, "bound", bound, 0.0, math.inf)
@@ -260,7 +261,7 @@ def _real(function: str, kernel: Kernel) -> Array:
             "the kernel is complex",
             expected="a real kernel",
             got=f"kernel.dtype={kernel.dtype} for kernel.shape={kernel.shape}",
-            fix="Normalize its real form, [[a, -b], [b, a]]",
+            fix="Normalize its real form [[a, -b], [b, a]]",
             kind=TypeError,
         )
     return kernel

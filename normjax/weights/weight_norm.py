@@ -32,17 +32,17 @@ def weight_norm_init(
     param_dtype: DTypeLike | None = None,
     **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
-    r"""Returns the scale with which `weight_norm` returns the same kernel, and `{}`.
+    r"""Returns the scale for which `weight_norm` returns the kernel unchanged, and `{}`.
 
     .. math:: \gamma = \sqrt{\lVert v \rVert^2 + \epsilon}
 
-    With epsilon in the scale, kernels that are smaller than 1e-3 come back, too.
+    Since the scale includes epsilon, kernels with norms below 1e-3 are also unchanged.
 
     Args:
       kernel: of any rank >= 1, such as `(inputs, features)` or `(height, width, inputs, features)`.
       feature_axes: the axes along which each slice has its own norm; `()` for one norm of the whole
         kernel.
-      epsilon: epsilon of `weight_norm`.
+      epsilon: the epsilon to be passed to `weight_norm`.
       param_dtype: dtype of the scale; None for the dtype of the kernel.
 
     Returns:
@@ -81,26 +81,27 @@ def weight_norm(
     dtype: DTypeLike | None = None,
     **_foreign: Never,
 ) -> tuple[Kernel, BatchStats]:
-    r"""Gives a kernel the norms in `scale`, whatever its own are.
+    r"""Rescales a kernel so that the norms of its features are `scale`.
 
     .. math:: w = \gamma \frac{v}{\sqrt{\lVert v \rVert^2 + \epsilon}}
 
-    with the norm over all axes but the features. The length and direction of each feature's weights
-    are then learned separately, without statistics of activations: use it in recurrent and
-    generative networks, and in reinforcement learning.
+    with the norm over all axes except the feature axes. The length and the direction of each
+    feature's weights are then learned separately, without statistics of activations. Use it in
+    recurrent and generative networks, and in reinforcement learning.
 
     Args:
-      params: dict of `scale`, `(*features)`; without it all norms are 1.
+      params: dict of `scale`, `(*features)`. If it is missing, all norms are 1.
       batch_stats: `{}`.
       kernel: v, floating-point or complex, of any rank >= 1. It is not changed.
-      train: Python bool.
+      train: Python bool. Training and inference compute the same values.
       feature_axes: the axes along which each slice has its own norm; `()` for one norm of the whole
         kernel.
       epsilon: added to the squared norm.
       dtype: dtype of w; None for the dtype of the kernel.
 
     Returns:
-      `w`, of the kernel's shape, and `{}`. Computed in at least float32 and rounded once.
+      `w`, with the shape of the kernel, and `{}`. It is computed in at least float32 and rounded
+      once.
 
     Raises:
       ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit.
@@ -154,14 +155,14 @@ def weight_norm_init_from_data(
     epsilon: float = 1e-5,
     **_foreign: Never,
 ) -> tuple[Params, BatchStats, Array]:
-    r"""Returns a scale and a bias that give a first batch mean 0 and variance 1.
+    r"""Returns a scale and a bias that normalize a first batch to mean 0 and variance 1.
 
     .. math:: t = \mathrm{linear}\left(\frac{v}{\lVert v \rVert}\right), \qquad
               \gamma = \frac{1}{\sqrt{\sigma^2[t] + \epsilon}}, \qquad \beta = - \gamma \mu[t]
 
     Args:
-      linear: maps a kernel to the pre-activations of a batch, such as `lambda kernel: x @ kernel`;
-        without a bias.
+      linear: a function from a kernel to the pre-activations of a batch, without bias, such as
+        `lambda kernel: x @ kernel`.
       kernel: v.
       feature_axes: the feature axes of the kernel.
       output_axes: the axes of these features in the result of `linear`.

@@ -27,12 +27,12 @@ def weight_standardization_init(
     param_dtype: DTypeLike = jnp.float32,
     **_foreign: Never,
 ) -> tuple[Params, BatchStats]:
-    """Returns a learned gain for `weight_standardization`, which also works without one: with `{}`.
+    """Returns a learnable gain for `weight_standardization`; without a gain, pass `{}` instead.
 
     Args:
-      num_features: the size of the kernel's feature axis; with several, their sizes in the order of
-        its axes.
-      scale_init: makes the gain.
+      num_features: the size of the kernel's feature axis; with several feature axes, their sizes in
+        the order of the axes.
+      scale_init: initializer of the gain.
       key: random key, only needed for a random initializer.
       param_dtype: dtype of the gain.
 
@@ -40,8 +40,8 @@ def weight_standardization_init(
       `params`: a dict of `scale` (ones), `(*num_features)`; and an empty `batch_stats`.
 
     Raises:
-      ValueError: for a size that is not positive. TypeError: for an integer `param_dtype`, or a
-        random initializer without a key.
+      ValueError: if a size is not positive. TypeError: if `param_dtype` is an integer type, or a
+        random initializer has no key.
 
     Example:
       >>> import normjax as nj
@@ -69,33 +69,34 @@ def weight_standardization(
     dtype: DTypeLike | None = None,
     **_foreign: Never,
 ) -> tuple[Kernel, BatchStats]:
-    r"""Gives the weights of each feature mean 0, and variance 1 or 1 / fan-in.
+    r"""Standardizes the weights of each feature to mean 0 and variance 1, or 1 / fan-in.
 
     .. math:: w = \gamma \frac{v - \mu}{\sqrt{N \sigma^2 + \epsilon}}
 
-    with mean and biased variance over all axes but the features, and N = 1, or the fan-in with
-    `scaled=True`. The plain form goes with group norm and small batches. The scaled form preserves
-    the variance of activations, and so replaces normalization in networks without it (NF-ResNets).
-    It needs a gain for the activation, such as `sqrt(2 / (1 - 1 / pi))` for ReLU, in `scale_init`
-    or after the activation.
+    with the mean and the biased variance over all axes except the feature axes. N is 1, or the
+    fan-in with `scaled=True`. Use the plain form together with group norm for small batches. The
+    scaled form preserves the variance of activations; use it in networks without activation
+    normalization (NF-ResNets). It needs a gain for the activation, such as `sqrt(2 / (1 - 1 / pi))`
+    for ReLU, in `scale_init` or after the activation.
 
     Args:
       params: `{}`, or a dict of `scale`, `(*features)`.
       batch_stats: `{}`.
       kernel: v, floating-point or complex, of any rank >= 2, such as `(height, width, inputs,
         features)`. It is not changed.
-      train: Python bool.
+      train: Python bool. Training and inference compute the same values.
       feature_axes: the axes along which each slice has its own statistics.
-      scaled: whether the result has the variance 1 / fan-in.
-      epsilon: added to the variance, or to the variance times the fan-in, which is near 1 for usual
-        initializers.
-      epsilon_to: "variance" as in the papers, or "deviation": added to the root of it, as in the
-        code of BiT and ViT, whose kernels of small variance then come out as there:
-        :math:`w = \gamma (v - \mu) / (\sqrt{N} \sigma + \epsilon)`.
+      scaled: whether the variance of the result is 1 / fan-in instead of 1.
+      epsilon: added to the variance; with `scaled=True`, added to the variance times the fan-in,
+        which is near 1 for common initializers.
+      epsilon_to: what epsilon is added to: "variance" as in the papers, or "deviation" as in the
+        code of BiT and ViT. Use "deviation" to reproduce their kernels of small variance: :math:`w
+        = \gamma (v - \mu) / (\sqrt{N} \sigma + \epsilon)`.
       dtype: dtype of w; None for the dtype of the kernel.
 
     Returns:
-      `w`, of the kernel's shape, and `{}`. Computed in at least float32 and rounded once.
+      `w`, with the shape of the kernel, and `{}`. It is computed in at least float32 and rounded
+      once.
 
     Raises:
       ValueError, TypeError: at trace time, for axes, leaves or dtypes that do not fit, and for
@@ -138,12 +139,12 @@ def weight_standardization(
     if not isinstance(fan_in, int):
         _checks.raise_error(
             function,
-            "a scaled kernel has a symbolic size, and 1 / sqrt(fan_in) is a constant",
+            "scaled=True needs a constant fan-in, and the kernel has a symbolic size",
             expected="sizes that are ints",
             got=f"kernel.shape={shape} and scaled=True",
             fix="Export the function for a kernel of one size",
         )
-    fan_in = max(fan_in, 1)  # of an empty kernel
+    fan_in = max(fan_in, 1)  # an empty kernel has 0
     # (v - mu) / sqrt(N var + epsilon) equals (v - mu) / sqrt(var + epsilon / N) / sqrt(N).
     share = fan_in if epsilon_to == "variance" else math.sqrt(fan_in)
     spec = check_spec(

@@ -112,7 +112,7 @@ def test_several_feature_axes_are_named_before_leaves_that_do_not_fit_either(nam
         lambda: getattr(nj, name)(
             params, batch_stats, jnp.ones((6, 3, 4)), True, feature_axes=(1, 2)
         ),
-        "there must be one feature axis",
+        "there is not exactly one feature axis",
         "feature_axes=(1, 2)",
     )
 
@@ -225,7 +225,7 @@ def test_arrays_in_the_hosts_memory_are_named(case, rng):
                 lambda run=run, moved=moved: run(*moved.values()),
                 case.layer.name,
                 f"{named}",
-                "in the host's memory",
+                "in host memory",
                 "<host>",
             )
 

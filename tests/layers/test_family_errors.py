@@ -284,7 +284,7 @@ def test_one_value_a_statistic_is_several_where_devices_share(name):
         ({"num_groups": None, "group_size": 6}, ["group_size=6"]),
         ({"num_groups": 1, "group_size": 3}, ["num_groups=1", "group_size=3"]),
         ({"num_groups": None}, ["32"]),
-        ({"reduction_axes": 1}, ["reduction_axes=(1,)", "axis, 2", "x.shape=(4, 2, 3)"]),
+        ({"reduction_axes": 1}, ["reduction_axes=(1,)", "feature axis 2", "x.shape=(4, 2, 3)"]),
         ({"reduction_axes": ()}, ["reduction_axes=()"]),
     ],
     ids=str,

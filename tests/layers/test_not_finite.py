@@ -1,4 +1,4 @@
-"""Batches that are not finite, and running statistics too coarse to train with."""
+"""Batches that are not finite, and running statistics too imprecise to train with."""
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,7 @@ def test_the_switch_is_a_bool(rng, name):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @each_layer
 def test_coarse_running_statistics_are_named_in_training(rng, promotion_as_in_flax, name, dtype):
-    with pytest.raises(TypeError, match=f"too coarse to train with.*got dtype {dtype.__name__}"):
+    with pytest.raises(TypeError, match=f"too imprecise to train with.*got dtype {dtype.__name__}"):
         LAYERS[name](start(dtype), batch(rng))
 
 

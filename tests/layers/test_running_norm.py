@@ -212,8 +212,8 @@ WRONG = {
     "x is complex": {"x": X.astype(jnp.complex64)},
     "params has the wrong leaves": {"params": {"scale": jnp.ones(FEATURES)}},
     "batch_stats has the wrong leaves": {"batch_stats": {"mean": X[0], "var": X[0]}},
-    "'var'. is too coarse": {"batch_stats": fresh() | {"var": jnp.ones(FEATURES, jnp.float16)}},
-    "'count'. is too coarse": {"batch_stats": fresh() | {"count": jnp.int32(3)}},
+    "'var'. is too imprecise": {"batch_stats": fresh() | {"var": jnp.ones(FEATURES, jnp.float16)}},
+    "'count'. is too imprecise": {"batch_stats": fresh() | {"count": jnp.int32(3)}},
 }
 
 

@@ -153,7 +153,7 @@ def test_a_weight_that_is_none_is_named(x, wrong):
     weights = np.ones(SHAPE, np.float32)
     weights[0, 0, 0] = wrong
     with pytest.raises(
-        ValueError, match=f"batch_norm: mask holds weights.*the first of them {wrong}"
+        ValueError, match=f"batch_norm: mask contains weights.*the first of them {wrong}"
     ):
         nj.batch_norm(PARAMS, STATE, x, True, mask=weights)
 

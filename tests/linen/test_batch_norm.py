@@ -151,7 +151,7 @@ def test_without_float32_reductions_the_running_statistics_are_too_coarse_to_tra
     y, flax_y = (module.apply(variables, x) for module in modules)
     half = rounding(jnp.bfloat16)
     assert_close(y, flax_y, rtol=half, atol=half, dtype=flax_y.dtype)
-    with pytest.raises(TypeError, match="too coarse to train with.*got dtype bfloat16"):
+    with pytest.raises(TypeError, match="too imprecise to train with.*got dtype bfloat16"):
         BatchNorm(**arguments, use_running_average=False).apply(variables, x, mutable="batch_stats")
 
 

@@ -387,7 +387,7 @@ NAN = {"norm": start()[1] | {"var": jnp.full(5, jnp.nan)}}
         (
             {"running_var": "unbiased"},
             {"norm": start()[1]},
-            r"does not say how many values.*new\['norm'\].*Moments",
+            r"does not determine the number of values.*new\['norm'\].*Moments",
         ),
         ({"momentum": None}, {"norm": start()[1]}, r"count of batches is missing.*new\['norm'\]"),
     ],
@@ -432,7 +432,7 @@ def test_coarse_statistics_are_refused():
     batch_stats, state = setting()
     coarse = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), batch_stats)
     statistics = accumulate()
-    with pytest.raises(ValueError, match=r"too coarse.*bfloat16 at new\['norm'\].*Moments"):
+    with pytest.raises(ValueError, match=r"too imprecise.*bfloat16 at new\['norm'\].*Moments"):
         statistics.update(coarse, statistics.init(coarse, state), coarse, state)
 
 

@@ -140,12 +140,14 @@ def test_layers_that_do_not_tell_are_an_error_when_the_program_is_traced():
     statistics, optimizer = nj.optim.accumulate(), optax.MultiSteps(optax.sgd(0.0), K)
     foreign, own = Net(nn.BatchNorm), Net()
     variables = foreign.init(jax.random.key(0), x[0])
-    with pytest.raises(ValueError, match=r"did not tell.*unknown momentum at new\['b'\].*give the"):
+    with pytest.raises(
+        ValueError, match=r"did not report.*unknown momentum at new\['b'\].*give the"
+    ):
         train_linen(foreign, optimizer, statistics, variables, x, statistics.collecting)
-    with pytest.raises(ValueError, match=r"did not tell.*\['mean', 'var'\].*collecting\(batch_s"):
+    with pytest.raises(ValueError, match=r"did not report.*\['mean', 'var'\].*collecting\(batch_s"):
         train_linen(own, optimizer, statistics, variables, x, lambda batch_stats: batch_stats)
     given = nj.optim.accumulate(momentum=0.9)
-    with pytest.raises(ValueError, match=r"layers tell their own.*momentum=0.9.*accumulate\(\)"):
+    with pytest.raises(ValueError, match=r"layers report their own.*momentum=0.9.*accumulate\(\)"):
         train_linen(own, optimizer, given, variables, x, given.collecting)
 
 

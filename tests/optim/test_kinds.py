@@ -207,7 +207,9 @@ def test_haiku():
     ],
 )
 def test_a_name_that_says_nothing_is_refused_by_its_path(params, path):
-    with pytest.raises(ValueError, match="kind_of: names do not say what parameters are") as error:
+    with pytest.raises(
+        ValueError, match="kind_of: names do not determine the kinds of parameters"
+    ) as error:
         kind_of(zeros(params))
     assert path in str(error.value) and "names={" in str(error.value)
 

@@ -268,7 +268,7 @@ MATRIX = {"w": jnp.ones((3, 2))}
             MATRIX,
             r"mask does not fit.*nothing for params\['w'\] of shape \(3, 2\)",
         ),
-        ({"w": "yes"}, MATRIX, MATRIX, r"mask is not made of bools.*mask\['w'\]='yes'"),
+        ({"w": "yes"}, MATRIX, MATRIX, r"mask has leaves that are not bools.*mask\['w'\]='yes'"),
     ],
 )
 def test_bad_input_is_refused(mask, updates, params, message):

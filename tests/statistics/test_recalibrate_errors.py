@@ -25,7 +25,7 @@ def one_layer(variables, x):
 
 @pytest.mark.slow
 def test_no_batches(rng):
-    with refused(ValueError, "there are no batches", "an iterable that ended at once"):
+    with refused(ValueError, "there are no batches", "an empty iterable"):
         nj.recalibrate(network, init(rng), [])
     used = iter(make(rng))
     nj.recalibrate(network, init(rng), used)
@@ -247,7 +247,7 @@ def test_statistics_that_do_not_settle(rng):
 
     with refused(
         ValueError,
-        "do not settle",
+        "do not converge",
         "after",
         "3 passes for 1 layer(s)",
         "batch_stats",

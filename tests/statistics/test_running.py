@@ -150,7 +150,7 @@ def test_the_dtypes_of_the_running_statistics_are_those_of_the_old(dtype):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_coarse_running_statistics_are_named(dtype):
     batch_stats = jax.tree.map(lambda leaf: leaf.astype(dtype), start())
-    with pytest.raises(TypeError, match=f"too coarse to train with.*{dtype.__name__}"):
+    with pytest.raises(TypeError, match=f"too imprecise to train with.*{dtype.__name__}"):
         nj.update_batch_stats(batch_stats, nj.moments(jnp.ones((2, 3)), 0), momentum=0.5)
 
 
