@@ -65,6 +65,10 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "affine": ("use_scale", "use_bias"),
     "elementwise_affine": ("use_scale", "use_bias"),
 }
+ABSENT = {
+    "track_running_stats": "Drop it: to normalize by the batch at inference too, pass train=True "
+    "(use_running_average=False in Flax modules) and discard the new batch_stats",
+}
 MODES = ("train", "training", "is_training", "use_running_average", "deterministic", "inference")
 
 
@@ -118,11 +122,16 @@ def raise_for_foreign(function: Callable[..., Any], foreign: Mapping[str, object
         problem = f"{name}= has another name here"
         expected = " or ".join(map(_described, names))
         fix = "Write " + " or ".join(_written(other, value) for other in names)
-    elif (owner := _sister_with(function, name)) is not None:
+    elif (owner := _sister_with(function, [name])) is not None:
         problem, fix = f"{name}= is an argument of {owner}", "Pass it there"
+    elif (owner := _sister_with(function, ARGUMENTS.get(name, ()))) is not None:
+        written = " or ".join(_written(other, value) for other in ARGUMENTS[name])
+        problem, fix = f"{name}= is an argument of {owner}", f"Pass {written} there"
     elif name in MODES:
         problem = f"{name}= has no meaning here"
         fix = "Drop it: this layer computes the same in training and at inference"
+    elif name in ABSENT:
+        problem, fix = f"{name}= has no counterpart here", ABSENT[name]
     else:
         problem, fix = f"{name}= is unknown", "Check the spelling"
         if nearest := difflib.get_close_matches(name, known, n=1):
@@ -163,7 +172,7 @@ def _title_of(function: Callable[..., Any]) -> str:
     return name.removesuffix(".__init__").removesuffix(".__call__")
 
 
-def _sister_with(function: Callable[..., Any], name: str) -> str | None:
+def _sister_with(function: Callable[..., Any], names: Collection[str]) -> str | None:
     """Returns the function that has the argument: a layer, its init function, or a call."""
     module, title = sys.modules[function.__module__], _title_of(function)
     sisters = {
@@ -173,7 +182,7 @@ def _sister_with(function: Callable[..., Any], name: str) -> str | None:
     }
     for text, sister in sisters.items():
         if inspect.isroutine(sister) or isinstance(sister, type):
-            if name in inspect.signature(sister).parameters:
+            if any(name in inspect.signature(sister).parameters for name in names):
                 return text
     return None
 
@@ -218,6 +227,13 @@ CLASSES = {
 }
 FLAX = ("linen", "nnx")
 PACKAGES = ("weights", "convert", "deploy", "diagnostics", "optim")
+
+
+def where_is_class(name: str, package: str, here: Collection[str]) -> str:
+    """Returns the message for a name that `normjax.linen` or `normjax.nnx` does not have."""
+    message = f"module 'normjax.{package}' has no attribute {name!r}"
+    nearest = difflib.get_close_matches(CLASSES.get(name, name), here, n=1, cutoff=0.8)
+    return f"{message}. Did you mean normjax.{package}.{nearest[0]}?" if nearest else message
 
 
 def where_is(name: str, load: Callable[[str], Any], here: Collection[str]) -> str:

@@ -65,6 +65,18 @@ FOREIGN = {
         lambda: batch_norm(train=True, use_scale=False),
         "use_scale= is an argument of batch_norm_init",
     ),
+    "affine of a layer": (
+        lambda: batch_norm(train=True, affine=False),
+        "affine= is an argument of batch_norm_init.*Pass use_scale=False or use_bias=False there",
+    ),
+    "track_running_stats": (
+        lambda: batch_norm(train=False, track_running_stats=False),
+        "track_running_stats= has no counterpart.*pass train=True",
+    ),
+    "nnx: track_running_stats": (
+        lambda: of_nnx("BatchNorm", track_running_stats=False),
+        "BatchNorm: track_running_stats=.*use_running_average=False",
+    ),
     "a typing error": (lambda: batch_norm(train=True, epsilom=1), "Did you mean epsilon=1"),
     "an unknown name": (lambda: batch_norm(train=True, zzz=X), r"zzz= is unknown.*got zzz=\.\.\."),
     "no train": (lambda: batch_norm(), "batch_norm: `train` is not a bool.*got train=nothing"),
@@ -77,14 +89,14 @@ FOREIGN = {
         lambda: of_nnx("BatchNorm")(X, training=True),
         r"BatchNorm: training=.*the opposite.*Write use_running_average=False\.",
     ),
-    "nnx: no mode": (lambda: of_nnx("LayerNorm")(X, train=True), "LayerNorm: train=.*Leave it out"),
+    "nnx: no mode": (lambda: of_nnx("LayerNorm")(X, train=True), "LayerNorm: train=.*Drop it"),
     "linen: eps": (lambda: nj.linen.LayerNorm(eps=1e-3), "LayerNorm: eps=.*epsilon=0.001"),
     "linen: axis": (lambda: nj.linen.RMSNorm(axis=1), "feature_axes=1 or reduction_axes=1"),
     "linen: training": (
         lambda: of_linen("BatchNorm", training=False),
         r"BatchNorm: training=.*Write use_running_average=True\.",
     ),
-    "linen: no mode": (lambda: of_linen("RMSNorm", train=True), "RMSNorm: train=.*Leave it out"),
+    "linen: no mode": (lambda: of_linen("RMSNorm", train=True), "RMSNorm: train=.*Drop it"),
 }
 
 
@@ -161,6 +173,17 @@ PLACES = {
 def test_the_top_level_says_where_a_name_is(name):
     with pytest.raises(AttributeError, match=f"module 'normjax' has no attribute.*{PLACES[name]}"):
         getattr(nj, name)
+
+
+@pytest.mark.parametrize("package", [nj.linen, nj.nnx], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    ("name", "here"), [("BatchNorm2d", "BatchNorm"), ("Groupnorm", "GroupNorm")]
+)
+def test_the_packages_of_flax_know_the_classes_of_other_libraries(package, name, here):
+    message = f"module '{package.__name__}' has no attribute '{name}'. Did you mean .*{here}?"
+    with pytest.raises(AttributeError, match=message):
+        getattr(package, name)
+    assert not hasattr(package, "zzz")
 
 
 IMAGES, LABELS = np.ones((8, 3), np.float32), np.arange(8)

@@ -5,7 +5,9 @@ variables, and no adapter is needed. Call this function in the module: `normjax.
 scale, "bias": bias}, {}, x, train=False)`.
 """
 
-from normjax._foreign import explain_constructor
+from typing import Never
+
+from normjax._foreign import explain_constructor, where_is_class
 from normjax.linen.batch_norm import BatchNorm
 from normjax.linen.batch_renorm import BatchRenorm
 from normjax.linen.dynamic_tanh import DynamicTanh
@@ -38,3 +40,8 @@ __all__ = [
 
 for _name in __all__:
     explain_constructor(globals()[_name])
+
+
+def __getattr__(name: str) -> Never:
+    """Raises the error for names of other libraries, such as `BatchNorm2d`."""
+    raise AttributeError(where_is_class(name, "linen", __all__))

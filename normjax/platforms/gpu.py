@@ -1,7 +1,7 @@
 """Forms of operations for XLA's GPU backends, CUDA and ROCm.
 
-They were derived from compiled programs by `python benchmarks/gpu_static.py`; see "What a GPU
-wants" in docs/pages/design.md.
+They were derived from compiled programs by `python benchmarks/gpu_static.py`; see "Programs
+for GPUs" in docs/pages/design.md.
 """
 
 from __future__ import annotations
