@@ -79,8 +79,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from normjax.diagnostics._checkpoints import UnreadableError, read_checkpoint
     from normjax.diagnostics.report import report
+    from normjax.diagnostics.report.checkpoints import UnreadableError, read_checkpoint
 
     try:
         found = report(read_checkpoint(options.checkpoint), epsilon=options.epsilon)
@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _write(found: Report, options: argparse.Namespace) -> None:
     if options.html is not None:
-        from normjax.diagnostics._html import page
+        from normjax.diagnostics.report.page import page
 
         options.html.write_text(page(found, options.checkpoint.absolute().name), encoding="utf-8")
     if options.json == "-":

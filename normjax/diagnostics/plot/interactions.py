@@ -13,7 +13,7 @@ from normjax.diagnostics.plot._panels import panel
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from normjax.diagnostics.interactions import Interactions
+    from normjax.diagnostics.instruments.interactions import Interactions
 
 _DECADES = 4  # the range below the largest entry; smaller entries are left blank
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from normjax.diagnostics.landscape import Landscape
+from normjax.diagnostics.instruments.landscape import Landscape
 from normjax.diagnostics.plot._panels import panels, raise_single, steps_of
 
 _TITLES = ("loss", "distance of gradients", "effective smoothness")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from normjax import _checks
 from normjax._trees import path_names
-from normjax.diagnostics.percentiles import Percentiles
+from normjax.diagnostics.instruments.percentiles import Percentiles
 from normjax.diagnostics.plot._panels import panels, raise_single, steps_of
 
 

@@ -8,9 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from normjax.diagnostics._reported import LayerReport
 from normjax.diagnostics.plot._panels import panels
-from normjax.diagnostics.report import Report
+from normjax.diagnostics.report import LayerReport, Report
 
 COLORS = {"error": "#c62f2f", "warning": "#d98c0a", "note": "#2f7f9e", None: "#7d8894"}
 PANELS = {

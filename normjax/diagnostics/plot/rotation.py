@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from normjax.diagnostics.equilibrium import Equilibrium
+from normjax.diagnostics.instruments.equilibrium import Equilibrium
+from normjax.diagnostics.instruments.rotation import Rotation
 from normjax.diagnostics.plot._panels import panels, raise_single, steps_of
-from normjax.diagnostics.rotation import Rotation
 
 _POINTS = 200  # the most points of a line; more steps are averaged in blocks
 _PANELS = {

@@ -8,8 +8,8 @@ import matplotlib.axes
 import numpy as np
 from matplotlib.figure import Figure
 
+from normjax.diagnostics.instruments.scale_invariance import ScaleInvariance
 from normjax.diagnostics.plot._panels import panel
-from normjax.diagnostics.scale_invariance import ScaleInvariance
 
 _LEAST = 1e-8  # drawn in place of 0
 

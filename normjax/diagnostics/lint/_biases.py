@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
-from normjax.diagnostics._findings import Finding
-from normjax.diagnostics._lint import flow
-from normjax.diagnostics._lint.axes import LAYERS, NOWHERE, POOLING, Axes, reduced, spread
-from normjax.diagnostics._lint.graph import Kind, Node, Unknown
-from normjax.diagnostics._lint.network import Network
-from normjax.diagnostics._lint.norms import VIEWS, Norm
+from normjax.diagnostics.findings import Finding
+from normjax.diagnostics.lint import _flow
+from normjax.diagnostics.lint._axes import LAYERS, NOWHERE, POOLING, Axes, reduced, spread
+from normjax.diagnostics.lint._graph import Kind, Node, Unknown
+from normjax.diagnostics.lint._network import Network
+from normjax.diagnostics.lint._norms import VIEWS, Norm
 
 # Operations with f(x + c) = f(x) + c, or plus a multiple of c.
 SUMS = ("add", "sub")
@@ -48,7 +48,7 @@ class _Search:
     def __init__(self, network: Network):
         self.passed_layers = False
         self.graph = network.graph
-        self.varying = flow.varying(network.graph)
+        self.varying = _flow.varying(network.graph)
         self.norms: dict[int, list[Norm]] = {}
         for norm in network.norms:
             self.norms.setdefault(norm.h, []).append(norm)

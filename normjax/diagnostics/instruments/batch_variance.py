@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from normjax import _checks
 from normjax._trees import check_finite
 from normjax._typing import PRNGKey, widen
-from normjax.diagnostics._batches import check_examples, check_rows, compiled
+from normjax.diagnostics.instruments._batches import check_examples, check_rows, compiled
 
 
 class BatchVariance(NamedTuple):

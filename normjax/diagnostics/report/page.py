@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normjax.diagnostics._findings import Finding, grouped
-from normjax.diagnostics._text import span, summary
+from normjax.diagnostics.findings import Finding, grouped
+from normjax.diagnostics.report._text import span, summary
 
 if TYPE_CHECKING:
-    from normjax.diagnostics._reported import LayerReport
-    from normjax.diagnostics.report import Report
+    from normjax.diagnostics.report import LayerReport, Report
 
 BINS, WIDTH, HEIGHT = 24, 168, 34
 SHOWN = 6  # findings of a kind that are shown; a click shows the others

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from normjax.diagnostics._lint.axes import NOWHERE, Axes, spread
-from normjax.diagnostics._lint.graph import Graph, Kind, Node, collective_axes
+from normjax.diagnostics.lint._axes import NOWHERE, Axes, spread
+from normjax.diagnostics.lint._graph import Graph, Kind, Node, collective_axes
 
 SUMMING = ("psum", "all_gather", "pmean", "pmax", "pmin")
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from normjax import _checks
 from normjax._trees import STATISTICS, is_nnx
-from normjax.diagnostics._findings import Finding, Severity
-from normjax.diagnostics._layers import Layer, Values
-from normjax.diagnostics._rules import at_the_start, channels
+from normjax.diagnostics.findings import Finding, Severity
+from normjax.diagnostics.report._layers import Layer, Values
+from normjax.diagnostics.report._rules import at_the_start, channels
 from normjax.statistics.models import Layers, Model, open_model
 from normjax.statistics.passes import Step, compile_step, raise_if_a_part_fits
 from normjax.statistics.population import POPULATION, empty_population

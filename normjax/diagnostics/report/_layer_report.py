@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from normjax.diagnostics._findings import Severity
+from normjax.diagnostics.findings import Severity
 
 
 class Range(NamedTuple):

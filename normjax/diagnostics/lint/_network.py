@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from normjax.diagnostics._lint import flow
-from normjax.diagnostics._lint.graph import ROOT, Unknown
-from normjax.diagnostics._lint.model import Leaf, Model, names_in
-from normjax.diagnostics._lint.norms import Norm, find_norms
-from normjax.diagnostics._lint.trace import trace
+from normjax.diagnostics.lint import _flow
+from normjax.diagnostics.lint._graph import ROOT, Unknown
+from normjax.diagnostics.lint._model import Leaf, Model, names_in
+from normjax.diagnostics.lint._norms import Norm, find_norms
+from normjax.diagnostics.lint._trace import trace
 
 
 class Network:
@@ -37,8 +37,8 @@ class Network:
         self.graph = trace(model.function, variables, x, axes=axes, statistics=statistics)
         self.leaves = dict(zip(self.graph.leaves, model.names, strict=True))
         self.norms = find_norms(self.graph, self.sizes)
-        self.examples = flow.examples(self.graph)
-        self.devices = flow.devices(self.graph, frozenset(sizes))
+        self.examples = _flow.examples(self.graph)
+        self.devices = _flow.devices(self.graph, frozenset(sizes))
         self._values: dict[int, Any] = {}
         for leaf, value in zip(self.graph.leaves, jax.tree.leaves(variables), strict=True):
             if not isinstance(value, jax.ShapeDtypeStruct):

@@ -10,13 +10,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from normjax import _checks
-from normjax.diagnostics import _gap, _text
-from normjax.diagnostics._dead import merge_dead
-from normjax.diagnostics._findings import SEVERITIES, Finding, Severity
-from normjax.diagnostics._layers import NAMES, Layer, Leaves, classes_of, find_layers, leaves_of
-from normjax.diagnostics._replicas import count_replicas, diverged, replica
-from normjax.diagnostics._reported import LayerReport, Range
-from normjax.diagnostics._rules import findings
+from normjax.diagnostics.findings import SEVERITIES, Finding, Severity
+from normjax.diagnostics.report import _gap, _text
+from normjax.diagnostics.report._dead import merge_dead
+from normjax.diagnostics.report._layer_report import LayerReport, Range
+from normjax.diagnostics.report._layers import (
+    NAMES,
+    Layer,
+    Leaves,
+    classes_of,
+    find_layers,
+    leaves_of,
+)
+from normjax.diagnostics.report._replicas import count_replicas, diverged, replica
+from normjax.diagnostics.report._rules import findings
 
 
 class Report(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from jax.lax import GatherScatterMode
 
-from normjax.diagnostics._lint.graph import Node
+from normjax.diagnostics.lint._graph import Node
 
 Axes = frozenset[int]
 NOWHERE: Axes = frozenset()

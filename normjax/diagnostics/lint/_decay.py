@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from normjax import _checks
-from normjax.diagnostics._findings import Finding
-from normjax.diagnostics._lint.graph import Unknown
-from normjax.diagnostics._lint.model import FUNCTION
-from normjax.diagnostics._lint.network import Network
-from normjax.diagnostics._lint.norms import Norm
+from normjax.diagnostics.findings import Finding
+from normjax.diagnostics.lint._graph import Unknown
+from normjax.diagnostics.lint._model import FUNCTION
+from normjax.diagnostics.lint._network import Network
+from normjax.diagnostics.lint._norms import Norm
 
 STEPS = 100  # the most that are tried: some start at a rate of 0, some collect gradients first
 NOTHING = 1e-13  # smaller changes of a parameter of 1, in float64, are rounding

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from normjax import _jaxpr
 from normjax._jaxpr import Writer
-from normjax.diagnostics._lint.graph import Graph
+from normjax.diagnostics.lint._graph import Graph
 
 # Operations that apply a jaxpr to elements, which is not a call of it.
 NOT_CALLS = ("reduce", "scatter", "pallas", "select_and")

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from normjax import _checks
 from normjax._typing import PRNGKey
-from normjax.diagnostics._losses import Loss, Scalar, checked, inner, norm, total
+from normjax.diagnostics.instruments._losses import Loss, Scalar, checked, inner, norm, total
 
 _FUNCTION = "hessian_eigenvalue"
 Product = Callable[[Any], Any]  # multiplies a vector by the Hessian

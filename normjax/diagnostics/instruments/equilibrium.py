@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import ArrayLike, Float
 
 from normjax import _checks
-from normjax.diagnostics.rotation import Rotation
+from normjax.diagnostics.instruments.rotation import Rotation
 from normjax.optim import rotational_equilibrium
 from normjax.optim.effective import OPTIMIZERS, Optimizer
 

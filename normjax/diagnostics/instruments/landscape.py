@@ -15,7 +15,14 @@ from jaxtyping import Array, Float, PyTree
 
 from normjax import _checks
 from normjax._trees import check_alike
-from normjax.diagnostics._losses import Loss, checked, difference, differentiable, moved, norm
+from normjax.diagnostics.instruments._losses import (
+    Loss,
+    checked,
+    difference,
+    differentiable,
+    moved,
+    norm,
+)
 
 
 class Landscape(NamedTuple):

@@ -6,8 +6,8 @@ import math
 from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
-from normjax.diagnostics._lint.axes import REDUCING, Axes, reduced, spread
-from normjax.diagnostics._lint.graph import ROOT, Graph, Kind, collective_axes
+from normjax.diagnostics.lint._axes import REDUCING, Axes, reduced, spread
+from normjax.diagnostics.lint._graph import ROOT, Graph, Kind, collective_axes
 
 ROOTS = {"rsqrt", "sqrt", "pow"}
 VIEWS = {

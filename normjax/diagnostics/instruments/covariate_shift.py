@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, PyTree
 
 from normjax import _checks
 from normjax._trees import check_alike, open_module, path_names
-from normjax.diagnostics._losses import Loss, checked, difference, differentiable, inner, norm
+from normjax.diagnostics.instruments._losses import (
+    Loss,
+    checked,
+    difference,
+    differentiable,
+    inner,
+    norm,
+)
 
 _FUNCTION = "internal_covariate_shift"
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from normjax.diagnostics._findings import Finding, Severity
-from normjax.diagnostics._layers import Layer, Values
+from normjax.diagnostics.findings import Finding, Severity
+from normjax.diagnostics.report._layers import Layer, Values
 
 # If var is this part of epsilon, the output varies by a tenth of the scale.
 DEAD = 1e-2

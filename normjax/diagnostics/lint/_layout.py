@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from normjax.diagnostics._findings import Finding
-from normjax.diagnostics._lint.axes import LAYERS, NOWHERE, Axes
-from normjax.diagnostics._lint.flow import followed
-from normjax.diagnostics._lint.graph import Graph, Kind, Node
-from normjax.diagnostics._lint.network import Network
-from normjax.diagnostics._lint.norms import Norm
+from normjax.diagnostics.findings import Finding
+from normjax.diagnostics.lint._axes import LAYERS, NOWHERE, Axes
+from normjax.diagnostics.lint._flow import followed
+from normjax.diagnostics.lint._graph import Graph, Kind, Node
+from normjax.diagnostics.lint._network import Network
+from normjax.diagnostics.lint._norms import Norm
 
 CHANNELS = (1, 2, 3, 4)  # of images as they are stored
 SQUARE = 8  # the smallest width of a square image; below it an axis may be anything

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
-from normjax.diagnostics._findings import Finding
-from normjax.diagnostics._lint import flow
-from normjax.diagnostics._lint.axes import LAYERS
-from normjax.diagnostics._lint.graph import ROOT, Graph, Unknown
-from normjax.diagnostics._lint.network import Network
-from normjax.diagnostics._lint.norms import VIEWS, Norm
+from normjax.diagnostics.findings import Finding
+from normjax.diagnostics.lint import _flow
+from normjax.diagnostics.lint._axes import LAYERS
+from normjax.diagnostics.lint._graph import ROOT, Graph, Unknown
+from normjax.diagnostics.lint._network import Network
+from normjax.diagnostics.lint._norms import VIEWS, Norm
 
 FEWEST = 16  # the fewest values in a statistic without a warning
 HALF = 0.5  # smaller momenta forget more with each batch than they keep
@@ -21,7 +21,7 @@ REMAINDER = 0.01  # the largest part of the initial statistics after training wi
 
 def dropout_before(network: Network) -> Iterator[Finding]:
     """Yields batch norms after dropout, with at most one linear layer between."""
-    dropped = flow.dropouts(network.graph, network.examples)
+    dropped = _flow.dropouts(network.graph, network.examples)
     ends = {norm.y for norm in network.norms}
     for norm in network.norms:
         between = _layers_back_to(network.graph, norm.h, dropped, ends)

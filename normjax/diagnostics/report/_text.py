@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from normjax.diagnostics._findings import Finding, counted, grouped, lines_of
-from normjax.diagnostics._reported import LayerReport, Range
+from normjax.diagnostics.findings import Finding, counted, grouped, lines_of
+from normjax.diagnostics.report._layer_report import LayerReport, Range
 
 HEADINGS = ("", "layer", "kind", "features", "mean", "var", "scale", "gap")
 MARKS = {"error": "x", "warning": "!", "note": "-", None: ""}

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax import _checks
-from normjax.diagnostics._findings import Finding
-from normjax.diagnostics._layers import Layer, Leaves, of_models, to_numpy
+from normjax.diagnostics.findings import Finding
+from normjax.diagnostics.report._layers import Layer, Leaves, of_models, to_numpy
 
 # Sums in another order differ by less in float32, in deviations or relative to the value.
 ROUNDING = 1e-6

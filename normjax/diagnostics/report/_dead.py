@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from normjax.diagnostics._findings import Finding
-from normjax.diagnostics._layers import Layer
-from normjax.diagnostics._rules import dead_channels
+from normjax.diagnostics.findings import Finding
+from normjax.diagnostics.report._layers import Layer
+from normjax.diagnostics.report._rules import dead_channels
 
 SHOWN = 3  # the paths that a merged finding lists
 

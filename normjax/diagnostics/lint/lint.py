@@ -10,11 +10,14 @@ from jaxtyping import PyTree
 
 from normjax import _checks
 from normjax._typing import AxisName
-from normjax.diagnostics._findings import SEVERITIES, Finding, show_findings
-from normjax.diagnostics._lint import biases, decay, layout, rules
-from normjax.diagnostics._lint.graph import Kind
-from normjax.diagnostics._lint.model import FUNCTION, Model, open_model
-from normjax.diagnostics._lint.network import Network
+from normjax.diagnostics.findings import SEVERITIES, Finding, show_findings
+from normjax.diagnostics.lint import _rules
+from normjax.diagnostics.lint._biases import cancelled_biases
+from normjax.diagnostics.lint._decay import decayed_scales
+from normjax.diagnostics.lint._graph import Kind
+from normjax.diagnostics.lint._layout import channels_first
+from normjax.diagnostics.lint._model import FUNCTION, Model, open_model
+from normjax.diagnostics.lint._network import Network
 from normjax.statistics import modules
 
 if TYPE_CHECKING:
@@ -163,16 +166,16 @@ def lint(
         _check_count("steps", steps)
     network = Network(model, x, _mapped(axis_name, axis_size))
     _check_training(network)
-    found = [*biases.cancelled_biases(network), *layout.channels_first(network)]
+    found = [*cancelled_biases(network), *channels_first(network)]
     if optimizer is not None:
-        found += decay.decayed_scales(network, optimizer, _params(model))
-    found += [*rules.dropout_before(network), *rules.few_values(network)]
+        found += decayed_scales(network, optimizer, _params(model))
+    found += [*_rules.dropout_before(network), *_rules.few_values(network)]
     if steps is not None:
-        found += rules.slow_momentum(network, steps)
+        found += _rules.slow_momentum(network, steps)
     found += [
-        *rules.torch_momentum(network),
-        *rules.unsynced(network),
-        *rules.residual_scales(network),
+        *_rules.torch_momentum(network),
+        *_rules.unsynced(network),
+        *_rules.residual_scales(network),
     ]
     found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     left_out = {
