@@ -1,4 +1,4 @@
-"""What `report` and `lint` find about a layer, and how it is printed."""
+"""Findings of `lint` and `report` about layers, and how they are printed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def lines_of(group: Sequence[Finding]) -> list[str]:
 
 
 def counted(findings: Collection[Finding]) -> str:
-    """Returns how many findings of each severity there are; an empty string if none."""
+    """Returns how many findings of each severity there are; an empty string without any."""
     counts = {severity: 0 for severity in SEVERITIES}
     for finding in findings:
         counts[finding.severity] += 1

@@ -12,7 +12,7 @@ from normjax.diagnostics.lint._graph import Node
 Axes = frozenset[int]
 NOWHERE: Axes = frozenset()
 
-# Layers of kernels.
+# Operations that multiply activations by a kernel.
 LAYERS = ("dot_general", "conv_general_dilated")
 REDUCING = {
     "reduce_sum",
@@ -31,10 +31,10 @@ def spread(node: Node, operand: int, shape: tuple[int, ...], axes: Collection[in
     """Returns the axes along which an operation's result varies; None if they are unknown.
 
     Args:
-      node: the result.
-      operand: the number of the input.
-      shape: the shape of the input.
-      axes: the axes along which the input varies, while the other inputs are constant.
+      node: the operation, as the node of its result.
+      operand: which of its inputs varies, counted from 0; the others are constant.
+      shape: the shape of that input.
+      axes: the axes along which that input varies.
     """
     params, op = node.params, node.op
     if not shape:
@@ -54,23 +54,29 @@ def spread(node: Node, operand: int, shape: tuple[int, ...], axes: Collection[in
         return _convolved(node, operand, axes)
     if op == "gather":
         return _gathered(node, operand, axes)
-    if op in POOLING:
-        padded = [axis for axis, sides in enumerate(params["padding"]) if any(sides)]
-        return frozenset(axes).union(padded if op == "reduce_window_sum" else ())
-    if op == "concatenate":
-        return frozenset(axes) | {params["dimension"]}
-    if op == "pad":
-        padded = [axis for axis, sides in enumerate(params["padding_config"]) if any(sides)]
-        return frozenset(axes).union(padded)
     if op == "take":
         return frozenset(axis - 1 for axis in axes if axis > 0)
     if op == "stack":
         return frozenset(axis + 1 for axis in axes)
+    if op in POOLING or op in ("concatenate", "pad"):
+        return frozenset(axes) | _joined(node)
     return frozenset(axes) if len(shape) == len(node.shape) else None
 
 
+def _joined(node: Node) -> Axes:
+    """Returns the axes along which an operation joins its operand to zeros or other values."""
+    params = node.params
+    if node.op == "concatenate":
+        return frozenset([params["dimension"]])
+    if node.op == "pad":
+        return frozenset(axis for axis, sides in enumerate(params["padding_config"]) if any(sides))
+    if node.op == "reduce_window_sum":
+        return frozenset(axis for axis, sides in enumerate(params["padding"]) if any(sides))
+    return NOWHERE  # the padding of a maximum or a minimum is never the result
+
+
 def reduced(node: Node, operand: int) -> Axes:
-    """Returns the axes of an operand that an operation reduces."""
+    """Returns the axes of an operand that an operation sums over, or reduces otherwise."""
     if node.op in REDUCING:
         return frozenset(node.params["axes"])
     if node.op == "dot_general":
@@ -79,9 +85,10 @@ def reduced(node: Node, operand: int) -> Axes:
 
 
 def _gathered(node: Node, operand: int, axes: Collection[int]) -> Axes | None:
-    """Returns the axes of what is read at indices, as in a resize to the nearest; None if filled.
+    """Returns the axes of values read at indices, as a resize to the nearest reads them.
 
-    Where the value does not vary along the indexed axes, any index reads the same.
+    Along the axes where the operand is constant, every index reads the same. None means that it is
+    unknown, as if indices out of bounds read a fill value.
     """
     params = node.params
     numbers = params["dimension_numbers"]
@@ -96,7 +103,7 @@ def _gathered(node: Node, operand: int, axes: Collection[int]) -> Axes | None:
 
 
 def _reshaped(before: tuple[int, ...], after: tuple[int, ...], axes: Collection[int]) -> Axes:
-    """Returns the axes after a reshape: axes that are split or merged vary in all parts."""
+    """Returns the axes after a reshape; of axes that are split or merged, all parts vary."""
     if 0 in before:
         return frozenset(range(len(after)))
     found, i, j = set(), 0, 0
@@ -117,7 +124,7 @@ def _reshaped(before: tuple[int, ...], after: tuple[int, ...], axes: Collection[
 
 
 def _multiplied(node: Node, operand: int, shape: tuple[int, ...], axes: Collection[int]) -> Axes:
-    """Returns the axes of a product; the other operand is taken to vary along its free axes."""
+    """Returns the axes of a matrix product; the other operand may vary along its free axes."""
     contracted, batch = node.params["dimension_numbers"]
     taken = (*contracted[operand], *batch[operand])
     free = [axis for axis in range(len(shape)) if axis not in taken]
@@ -137,6 +144,6 @@ def _convolved(node: Node, operand: int, axes: Collection[int]) -> Axes | None:
     moved = {numbers.out_spec[place] for place in placed if place != 1}
     window = zip(numbers.out_spec[2:], params["padding"], params["lhs_dilation"], strict=True)
     for axis, sides, dilation in window:
-        if any(sides) or dilation > 1:  # zeros make the borders differ
+        if any(sides) or dilation > 1:  # padded zeros make the borders differ
             moved.add(axis)
     return frozenset(moved | {numbers.out_spec[1]})

@@ -13,7 +13,7 @@ from normjax.diagnostics.lint._graph import Kind, Node, Unknown
 from normjax.diagnostics.lint._network import Network
 from normjax.diagnostics.lint._norms import VIEWS, Norm
 
-# Operations with f(x + c) = f(x) + c, or plus a multiple of c.
+# Operations f with f(x + c) = f(x) + a c, for a number a.
 SUMS = ("add", "sub")
 MULTIPLES = ("mul", "div")
 PASSING = VIEWS | POOLING | {
@@ -23,13 +23,13 @@ PASSING = VIEWS | POOLING | {
 
 
 def cancelled_biases(network: Network) -> Iterator[Finding]:
-    """Yields biases that only reach normalizations, which subtract them."""
+    """Yields the biases that mean subtraction removes on every path to the outputs."""
     graph = network.graph
     search = _Search(network)
     own = frozenset().union(*(norm.leaves for norm in network.norms))
     for leaf, name in network.leaves.items():
         norms = [] if name.collection == "batch_stats" else search.cancelling(leaf)
-        # A normalization keeps its bias: one before a linear bottleneck is no mistake of a user.
+        # The bias of a normalization before a linear bottleneck is not a mistake of the user.
         if norms and not (leaf in own and search.passed_layers):
             norm, shape = network.path(norms[0]), graph.nodes[leaf].shape
             way = ", which reaches it through linear layers" if search.passed_layers else ""
@@ -43,7 +43,7 @@ def cancelled_biases(network: Network) -> Iterator[Finding]:
 
 
 class _Search:
-    """Follows a leaf that is added to activations."""
+    """Follows a leaf that shifts activations to the normalizations that remove the shift."""
 
     def __init__(self, network: Network):
         self.passed_layers = False
@@ -54,7 +54,7 @@ class _Search:
             self.norms.setdefault(norm.h, []).append(norm)
 
     def cancelling(self, leaf: int) -> list[Norm]:
-        """Returns the normalizations that cancel a leaf; none unless they remove all of it."""
+        """Returns the normalizations that cancel a leaf; none if some of it reaches an output."""
         self.passed_layers = False
         found: list[Norm] = []
         waiting = [(leaf, self.varying[leaf])]
@@ -104,7 +104,7 @@ class _Search:
         return spread(node, operand, given.shape, axes)
 
     def _after_layer(self, node: Node, operand: int, number: int, axes: Axes) -> Axes | None:
-        """Returns the axes of the shift after a kernel, a resize or a reading at indices."""
+        """Returns the axes of the shift after a layer with a kernel, a resize or indexing."""
         given = self.graph.nodes[number]
         kernels = [each for each in node.inputs if each != number]
         if given.kind != Kind.DATA or len(kernels) != 1:
@@ -126,7 +126,7 @@ class _Search:
     def _uneven(self, kernel: int, node: Node, operand: int) -> Axes | None:
         """Returns the axes along which a constant kernel's sums differ; None if it is trained.
 
-        The weights of a resize add up to 1 everywhere, so that it hands a constant through.
+        The weights of a resize add up to 1 everywhere, so a constant stays constant.
         """
         if self.graph.nodes[kernel].kind != Kind.CONSTANT:
             return None

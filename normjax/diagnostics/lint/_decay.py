@@ -1,4 +1,4 @@
-"""Finds the parameters that an optimizer decays: those that it changes without a gradient."""
+"""Finds the parameters that an optimizer decays: it changes them although gradients are 0."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from normjax.diagnostics.lint._model import FUNCTION
 from normjax.diagnostics.lint._network import Network
 from normjax.diagnostics.lint._norms import Norm
 
-STEPS = 100  # the most that are tried: some start at a rate of 0, some collect gradients first
-NOTHING = 1e-13  # smaller changes of a parameter of 1, in float64, are rounding
+# The most steps that are tried: some schedules start at a learning rate of 0, and some optimizers
+# collect gradients first.
+STEPS = 100
+NOTHING = 1e-13  # a smaller change of a parameter of 1, in float64, is a rounding error
 
 
 def decayed_scales(network: Network, optimizer: Any, params: PyTree) -> Iterator[Finding]:
@@ -41,7 +43,7 @@ def decayed_scales(network: Network, optimizer: Any, params: PyTree) -> Iterator
 
 
 def _is_offset(network: Network, norm: Norm) -> bool:
-    """Returns whether y is still multiplied by something if the variables are 0."""
+    """Returns whether the scale is stored as an offset, so that variables of 0 do not make y 0."""
     try:
         factors = network.factors(norm, zeros=True)
     except Unknown:
@@ -50,16 +52,8 @@ def _is_offset(network: Network, norm: Norm) -> bool:
 
 
 def decays(optimizer: Any, params: PyTree) -> PyTree[bool]:
-    """Returns which parameters change without a gradient, by more the larger they are."""
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        _checks.raise_error(
-            FUNCTION,
-            "optimizer is not an optax transformation",
-            expected="a pair of init and update, such as optax.adamw(1e-3)",
-            got=f"optimizer of type {type(optimizer).__name__}",
-            fix="Pass optimizer=optax.adamw(...), or leave it out",
-            kind=TypeError,
-        )
+    """Returns which parameters change with gradients of 0, by different amounts from 1 and 2."""
+    _check_optimizer(optimizer)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         ones = jax.tree.map(lambda leaf: _filled(leaf, 1.0), params)
         twos = jax.tree.map(lambda leaf: _filled(leaf, 2.0), params)
@@ -79,8 +73,20 @@ def decays(optimizer: Any, params: PyTree) -> PyTree[bool]:
         return found
 
 
+def _check_optimizer(optimizer: Any) -> None:
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        _checks.raise_error(
+            FUNCTION,
+            "optimizer is not an optax transformation",
+            expected="a pair of init and update, such as optax.adamw(1e-3)",
+            got=f"optimizer of type {type(optimizer).__name__}",
+            fix="Pass optimizer=optax.adamw(...), or leave it out",
+            kind=TypeError,
+        )
+
+
 def _filled(leaf: Any, value: float) -> Any:
-    """Returns a leaf with a single number; it has the same rank, since masks may look at it."""
+    """Returns an array of one number, in the rank of the leaf, which masks may depend on."""
     dtype = jnp.result_type(leaf)
     wide = jnp.promote_types(dtype, jnp.float64) if jnp.issubdtype(dtype, jnp.inexact) else dtype
     return jnp.full((1,) * jnp.ndim(leaf), value, wide)

@@ -1,4 +1,4 @@
-"""Follows examples, devices and dropout through the values of a graph."""
+"""Follows examples, mapped axes and dropout through the values of a graph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SUMMING = ("psum", "all_gather", "pmean", "pmax", "pmin")
 
 
 def examples(graph: Graph) -> list[Axes]:
-    """Returns the axes of the examples, which are along axis 0 of x, for each value."""
+    """Returns for each value the axes along which the examples lie: axis 0 of x, at first."""
     found: list[Axes] = []
     for node in graph.nodes:
         axes = frozenset([0]) if node.op == "input" and node.shape else NOWHERE
@@ -25,7 +25,10 @@ def examples(graph: Graph) -> list[Axes]:
 
 
 def followed(graph: Graph, node: Node, operand: int, axes: Axes) -> Axes:
-    """Returns where axes of an operand are in a result; an unknown axis 0 may stay axis 0."""
+    """Returns where axes of an operand are in a result.
+
+    If the operation is unknown, axis 0 is taken to stay axis 0 as long as it keeps its size.
+    """
     shape = graph.nodes[node.inputs[operand]].shape
     if not axes:
         return NOWHERE
@@ -37,7 +40,7 @@ def followed(graph: Graph, node: Node, operand: int, axes: Axes) -> Axes:
 
 
 def devices(graph: Graph, names: frozenset[Hashable]) -> list[frozenset[Hashable]]:
-    """Returns the mapped axes over which each value may differ, since x is split over them."""
+    """Returns for each value the mapped axes over which it may differ from device to device."""
     found: list[frozenset[Hashable]] = []
     for node in graph.nodes:
         own = names if node.op == "input" else frozenset()
@@ -57,7 +60,7 @@ def _names(spec: Any) -> list[Hashable]:
 
 
 def dropouts(graph: Graph, along: list[Axes]) -> set[int]:
-    """Returns the activations that a random mask sets to 0 in places, not by whole examples."""
+    """Returns the activations that a random mask sets to 0 element by element."""
     # The axes along which random numbers differ; None for a value that is not random.
     drawn: list[Axes | None] = []
     masks: set[int] = set()
@@ -92,7 +95,10 @@ def _drawn(graph: Graph, node: Node, drawn: list[Axes | None]) -> Axes | None:
 
 
 def varying(graph: Graph) -> list[Axes]:
-    """Returns the axes along which each value that does not depend on activations may vary."""
+    """Returns for each value the axes along which it may vary.
+
+    It is followed through operations only if it does not depend on activations.
+    """
     found: list[Axes] = []
     for node in graph.nodes:
         shape = getattr(node.aval, "shape", ())

@@ -1,4 +1,4 @@
-"""A traced function as one graph of values, with what they depend on and their dominators."""
+"""A traced function as one graph of values, their dependencies and their dominators."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from normjax._jaxpr import Op, Program, makers
 
 MIXING = {"dot_general", "conv_general_dilated", "gather"}
 COLLECTIVE = ("psum", "pmax", "pmin", "ppermute", "all_gather", "all_to_all", "reduce_scatter")
-# Operations that apply to each of their operands separately.
+# Operations whose i-th output depends on their i-th operand only.
 ONE_BY_ONE = {"psum", "psum_invariant", "pmax", "pmin", "optimization_barrier", "pvary", "pcast"}
 ROOT = -1
 
 
 class Kind(IntEnum):
-    """What a value depends on; the last of several in this list counts."""
+    """What a value depends on. Of several kinds, the last in this list counts."""
 
     CONSTANT = 0
     PARAM = 1  # variables
-    MASK = 2  # also integers, bools or random bits: labels, masks, counters, noise
+    MASK = 2  # integers, bools or random bits, such as labels, masks, counters and noise
     DATA = 3  # activations
 
 
@@ -34,9 +34,9 @@ class Node(NamedTuple):
     """A value, and the operation that makes it.
 
     Attributes:
-      op: the primitive, or one of: leaf, input, constant; carry, take, stack, branch (for loops and
-        conditions).
-      inputs: the values that it is made from.
+      op: the name of the primitive; or "leaf", "input" or "constant" for a value that nothing
+        makes; or "carry", "take", "stack" or "branch" for loops and conditions.
+      inputs: the numbers of the values that it is made from.
       aval: its shape and dtype.
       params: the parameters of the primitive.
       eqn: the equation, or None.
@@ -70,7 +70,7 @@ class Graph:
 
     Attributes:
       statistics: the leaves that are running statistics.
-      nodes: all values; the others are numbers of values.
+      nodes: all values; the other attributes hold positions in this list.
       leaves: the leaves of the variables.
       inputs: the leaves of x.
       outputs: the outputs of the network.
@@ -85,7 +85,7 @@ class Graph:
         self.inputs = list(program.inputs)
         self.users: list[list[int]] = [[] for _ in program.types]
         self._constants = program.constants
-        self._above: list[int] = []  # the immediate dominator among activations
+        self._above: list[int] = []  # the immediate dominators among activations
         self._depth: list[int] = []
         given = dict.fromkeys(self.leaves, "leaf") | dict.fromkeys(self.inputs, "input")
         made_by = makers(program)
@@ -108,7 +108,7 @@ class Graph:
         self._depth.append(0 if above == ROOT else self._depth[above] + 1)
 
     def _forget_users(self, needed: set[int]) -> None:
-        """Removes the users that do not contribute to what is returned."""
+        """Removes the users that the needed values do not depend on."""
         for number in range(len(self.nodes) - 1, -1, -1):
             if number in needed:
                 needed.update(self.nodes[number].inputs)
@@ -123,11 +123,11 @@ class Graph:
         return self.nodes[number].kind in (Kind.PARAM, Kind.MASK) and bool(self.sources(number))
 
     def above(self, number: int) -> int:
-        """Returns the last activation that all data passes on its way to this one, or ROOT."""
+        """Returns the last activation on every path from the inputs to this one, or ROOT."""
         return self._above[number]
 
     def common(self, a: int, b: int) -> int:
-        """Returns the last activation that all data passes on its way to either, or ROOT."""
+        """Returns the last activation on every path from the inputs to either, or ROOT."""
         while a != b:
             if a == ROOT or b == ROOT:
                 return ROOT
@@ -148,7 +148,7 @@ class Graph:
         return found
 
     def sources(self, number: int) -> frozenset[int]:
-        """Returns the leaves that a value is made from, but not by way of activations."""
+        """Returns the leaves that a value is made from, on paths without activations."""
         found, waiting = set(), [number]
         while waiting:
             number = waiting.pop()
@@ -158,7 +158,7 @@ class Graph:
         return frozenset(found.intersection(self.leaves))
 
     def value(self, number: int, given: dict[int, Any]) -> Any:
-        """Computes a value and adds all that it had to compute to `given`; or raises Unknown."""
+        """Computes a value, and adds what it computed to `given`; raises Unknown if it cannot."""
         if number not in given:
             given[number] = self._computed(number, given)
         return given[number]
@@ -167,25 +167,17 @@ class Graph:
         node = self.nodes[number]
         if number in self._constants:
             return self._constants[number]
-        if node.op == "carry":
+        if node.op in ("branch", "select_n"):
+            return self._chosen(node, given)
+        if node.op == "carry" or node.op in ONE_BY_ONE:  # one device takes part in a collective
             return self.value(node.inputs[0], given)
         if node.op == "take":
             return self.value(node.inputs[0], given)[0]
-        if node.op in ("branch", "select_n"):
-            condition, *cases = node.inputs
-            try:
-                index = self.value(condition, given)
-            except Unknown:
-                return self.value(cases[-1], given)  # such as "the mask has counted something"
-            return lax.select_n(index, *(self.value(case, given) for case in cases))
         if node.op == "stack":
             return self.value(node.inputs[0], given)[None]
-        if node.op in ONE_BY_ONE:  # a collective is that of one device
-            return self.value(node.inputs[0], given)
-        if node.op.startswith("all_gather") and not node.params["tiled"]:  # of devices that agree
-            own = jnp.expand_dims(
-                self.value(node.inputs[0], given), node.params["all_gather_dimension"]
-            )
+        if node.op.startswith("all_gather") and not node.params["tiled"]:  # all devices agree
+            own = self.value(node.inputs[0], given)
+            own = jnp.expand_dims(own, node.params["all_gather_dimension"])
             return jnp.broadcast_to(own, node.shape)
         expensive = node.op in MIXING and node.kind == Kind.DATA
         if node.eqn is None or expensive or collective_axes(node):
@@ -194,6 +186,18 @@ class Graph:
             raise Unknown
         values = [self.value(each, given) for each in node.inputs]
         return node.eqn.primitive.bind(*values, **node.params)
+
+    def _chosen(self, node: Node, given: dict[int, Any]) -> Any:
+        """Computes the case that a condition chooses; the last one if the condition is unknown.
+
+        The last case is the usual one, as of the condition that a mask leaves something to count.
+        """
+        condition, *cases = node.inputs
+        try:
+            index = self.value(condition, given)
+        except Unknown:
+            return self.value(cases[-1], given)
+        return lax.select_n(index, *(self.value(case, given) for case in cases))
 
     def _kind(self, op: str, inputs: Sequence[int], aval: Any) -> Kind:
         inexact = hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.inexact)
@@ -214,21 +218,21 @@ class Graph:
         return kind
 
     def _is_old(self, number: int) -> bool:
-        """Returns whether a value is a multiple of old running statistics."""
+        """Returns whether a value is a multiple of the running statistics before the step."""
         node = self.nodes[number]
         is_multiple = node.op == "mul" and node.kind == Kind.PARAM
         return is_multiple and self.sources(number) <= self.statistics
 
 
 def _inputs(op: Op, number: int) -> tuple[int, ...]:
-    """Returns what one of the outputs of an operation is made from."""
+    """Returns the values that an output of an operation is made from."""
     if op.name in ONE_BY_ONE and len(op.inputs) == len(op.outputs):
         return (op.inputs[op.outputs.index(number)],)
     return op.inputs
 
 
 def collective_axes(node: Node) -> tuple[Hashable, ...]:
-    """Returns the mapped axes that an operation communicates over, without axes of arrays."""
+    """Returns the names of the mapped axes that an operation communicates over."""
     if not node.op.startswith(COLLECTIVE):
         return ()
     names = node.params.get("axis_name", node.params.get("axes", ()))

@@ -1,4 +1,4 @@
-"""Finds images with channels first in layers that take the last axis for the features."""
+"""Finds layers that take positions for features, as for images with their channels first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from normjax.diagnostics.lint._graph import Graph, Kind, Node
 from normjax.diagnostics.lint._network import Network
 from normjax.diagnostics.lint._norms import Norm
 
-CHANNELS = (1, 2, 3, 4)  # of images as they are stored
-SQUARE = 8  # the smallest width of a square image; below it an axis may be anything
+CHANNELS = (1, 2, 3, 4)  # the numbers of channels that stored images have
+SQUARE = 8  # the smallest side of a square image; shorter axes may be anything
 OBLONG = 32  # the smallest side of a color image that is not square
 
 ADVICE = (
@@ -23,7 +23,7 @@ ADVICE = (
 
 
 class Layout(NamedTuple):
-    """The axes of an image that are channels, and those that are positions; none if unknown."""
+    """The axes of channels and the axes of positions of an image; empty if they are unknown."""
 
     channels: Axes = NOWHERE
     positions: Axes = NOWHERE
@@ -46,25 +46,25 @@ def channels_first(network: Network) -> Iterator[Finding]:
 
 
 def _misread(network: Network, norm: Norm, layout: Layout) -> int | None:
-    """Returns an axis of positions that a normalization takes for features."""
+    """Returns an axis of positions that a normalization takes for features, None without one."""
     sizes = network.graph.nodes[norm.h].shape
     long = frozenset(axis for axis in layout.positions if sizes[axis] > 1)
     kept = long - norm.axes
     if not layout.channels or not kept:
         return None
     mixes_channels = network.over_examples(norm) and layout.channels <= norm.axes
-    # An instance norm reads all positions; a layer norm of the last axis reads some of them.
+    # An instance norm is over all positions, a layer norm of the last axis over one of their axes.
     reads_a_row = bool(norm.axes) and norm.axes < long
     return max(kept if mixes_channels else norm.axes) if mixes_channels or reads_a_row else None
 
 
 def _layouts(graph: Graph) -> list[Layout]:
-    """Returns the layout of each value, as the input or the last convolution says."""
+    """Returns the layout of each value, from the input or the last convolution before it."""
     found: list[Layout] = []
     for node in graph.nodes:
         if node.op == "input":
             layout = _of_input(node.shape)
-        elif node.kind < Kind.MASK:  # an image of integers is one of the masks
+        elif node.kind < Kind.MASK:  # an image of integers is of the kind MASK
             layout = Layout()
         elif node.op == "conv_general_dilated":
             numbers = node.params["dimension_numbers"]

@@ -1,9 +1,9 @@
-"""Opens any kind of model as one function of a tree of variables with named leaves."""
+"""Makes a model of any kind one function of variables whose leaves have names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jaxtyping import PyTree
@@ -19,7 +19,7 @@ class Leaf(NamedTuple):
 
     Attributes:
       collection: "params", "batch_stats", or another collection of linen.
-      layer: the names on the path to the leaf.
+      layer: the names on the path to its layer.
       name: the name of the leaf.
     """
 
@@ -39,12 +39,12 @@ class Leaf(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model.
+    """A model as one function.
 
     Attributes:
-      function: maps variables and x to outputs and new statistics.
-      variables: collections by their names.
-      names: the leaves of the variables, in their order.
+      function: maps variables and x to outputs and updated statistics.
+      variables: the collections of variables by name.
+      names: the names of the variables' leaves, in their order.
     """
 
     function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -74,18 +74,21 @@ def open_model(apply_fn: Callable[[Any, Any], Any], variables: Any) -> Model:
         if is_pair and (has_statistics or _is_updates(result[1])):
             return result[0], _trees.new_batch_stats(result[1])
         if has_statistics:
-            _checks.raise_error(
-                FUNCTION,
-                "apply_fn returns no new statistics, which training needs",
-                expected="(y, batch_stats), or what linen's apply(..., mutable=['batch_stats']) "
-                "returns",
-                got=f"a {type(result).__name__}",
-                fix="Call the model in training mode, and return its new statistics after y",
-                kind=TypeError,
-            )
+            _raise_without_updates(result)
         return result, {}
 
     return Model(function, found, names)
+
+
+def _raise_without_updates(result: Any) -> NoReturn:
+    _checks.raise_error(
+        FUNCTION,
+        "apply_fn returns no new statistics, which training needs",
+        expected="(y, batch_stats), or what linen's apply(..., mutable=['batch_stats']) returns",
+        got=f"a {type(result).__name__}",
+        fix="Call the model in training mode, and return its new statistics after y",
+        kind=TypeError,
+    )
 
 
 def _of_nnx(apply_fn: Callable[[Any, Any], Any], module: Any) -> Model:
@@ -103,7 +106,7 @@ def _of_nnx(apply_fn: Callable[[Any, Any], Any], module: Any) -> Model:
 
 
 def _is_updates(updates: Any) -> bool:
-    """Returns whether this is a tree of statistics, maybe an empty one."""
+    """Returns whether this is a tree of running statistics, which may be empty."""
     if not isinstance(updates, Mapping):
         return False
     names = [leaf.name for leaf in names_in("batch_stats", updates)]
@@ -115,6 +118,6 @@ def _names(collections: Mapping[str, PyTree]) -> list[Leaf]:
 
 
 def names_in(collection: str, tree: PyTree) -> list[Leaf]:
-    """Returns the names of a collection's leaves, in their order."""
+    """Returns the names of the leaves of a collection, in their order."""
     paths = [_trees.path_names(path) or ("",) for path, _ in jax.tree.leaves_with_path(tree)]
     return [Leaf(collection, path[:-1], path[-1]) for path in paths]

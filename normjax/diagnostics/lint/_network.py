@@ -1,4 +1,4 @@
-"""A traced network, and what rules need to know about it."""
+"""A traced network, and the facts about it that the rules need."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class Network:
 
     Attributes:
       graph: its values.
-      leaves: the names of the variables, by their values in the graph.
+      leaves: the names of the variables, by their positions in the graph.
       norms: its normalizations.
       examples: for each value, the axes of the examples.
       devices: for each value, the mapped axes over which it may differ.
       sizes: the sizes of the mapped axes.
+      updates: the positions of the updated statistics in the graph, by their names.
     """
 
     def __init__(self, model: Model, x: Any, sizes: Mapping[Hashable, int]):
@@ -49,7 +50,7 @@ class Network:
         self._running = self._find_running()
 
     def path(self, norm: Norm) -> str:
-        """Returns the path of a normalization's scale, bias or statistics, or of its call."""
+        """Returns the path of a normalization's variables, or of its call if it has none."""
         own = [self.leaves[leaf] for leaf in sorted(norm.leaves)]
         layers = [leaf for leaf in own if leaf.collection == "params"] or self.running(norm) or own
         if layers:
@@ -66,7 +67,7 @@ class Network:
         return bool(self.examples[norm.h] & norm.axes or norm.shared or self.running(norm))
 
     def factors(self, norm: Norm, *, zeros: bool = False) -> list[Array]:
-        """Returns what y is multiplied by, or would be if variables were 0; or raises Unknown."""
+        """Returns what y is multiplied by, with variables of 0 on demand; may raise Unknown."""
         given: dict[int, Any] = dict(self._values)
         if zeros:
             given |= {leaf: jnp.zeros_like(self.graph.nodes[leaf].aval) for leaf in norm.leaves}
@@ -74,7 +75,7 @@ class Network:
 
     @cached_property
     def momenta(self) -> dict[int, float]:
-        """Returns the known momenta, by the y of their normalization."""
+        """Returns the momenta that are known, by the y of their normalization."""
         norms = [norm for norm in self.norms if self.running(norm)]
         found = jax.jit(lambda: {norm.y: self._momentum(norm) for norm in norms})()
         return {y: float(momentum) for y, momentum in found.items() if not jnp.isnan(momentum)}
@@ -97,21 +98,24 @@ class Network:
         return layer, leaf
 
     def _momentum(self, norm: Norm) -> Array:
-        """Returns how much new statistics change with old ones and constant activations, or NaN."""
+        """Returns how far updated statistics move with old ones, NaN if it is unknown.
+
+        Activations are constant meanwhile, so the difference is the momentum.
+        """
         layer, leaf = self._first_running(norm)
         given = dict(self._values)
         for number in (norm.h, *norm.inside):
             given[number] = jnp.full_like(self.graph.nodes[number].aval, 2)
-        new, old = self.updates[layer], self.graph.nodes[leaf].aval
+        updated, old = self.updates[layer], self.graph.nodes[leaf].aval
         try:
-            from_zero = self.graph.value(new, given | {leaf: jnp.zeros_like(old)})
-            from_one = self.graph.value(new, given | {leaf: jnp.ones_like(old)})
+            from_zero = self.graph.value(updated, given | {leaf: jnp.zeros_like(old)})
+            from_one = self.graph.value(updated, given | {leaf: jnp.ones_like(old)})
         except Unknown:
             return jnp.array(jnp.nan)
         return jnp.max(from_one - from_zero)
 
     def _find_running(self) -> dict[int, list[Leaf]]:
-        """Finds the layers of running statistics, by the normalization that measures them."""
+        """Returns the running statistics that each normalization measures, by its y."""
         found: dict[int, list[Leaf]] = {}
         by_name = sorted(self.leaves.items(), key=lambda each: each[1].name)  # "mean" before "var"
         for leaf, layer in by_name:
@@ -124,10 +128,10 @@ class Network:
         return found
 
     def _meetings(self, leaf: int, update: int) -> list[int]:
-        """Returns the first values that are made from both a leaf and activations.
+        """Returns the values at which a leaf and activations are first combined.
 
-        A layer that is called twice updates its statistics twice. So the search goes on after the
-        first meeting, along the path to the update.
+        A layer that is called twice updates its statistics twice, so the search goes on from the
+        first such value to the update.
         """
         on_the_way = self._sources(update)
         size = self.graph.nodes[leaf].size
@@ -143,7 +147,7 @@ class Network:
         return sorted(user for user in found if self.graph.data(user))
 
     def _sources(self, number: int) -> set[int]:
-        """Returns a value and all that it is made from."""
+        """Returns a value and all values that it is made from."""
         found, waiting = {number}, [number]
         while waiting:
             new = set(self.graph.nodes[waiting.pop()].inputs) - found
@@ -152,7 +156,7 @@ class Network:
         return found
 
     def _measuring(self, number: int) -> int | None:
-        """Returns the normalization that measured what a value is made from, as its y."""
+        """Returns the y of the last normalization that a value is computed in or after."""
         while number != ROOT:
             for norm in self.norms:
                 if number == norm.h or number in norm.inside:

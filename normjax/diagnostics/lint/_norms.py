@@ -1,4 +1,4 @@
-"""Finds the normalizations of a graph: values that are divided by a root of their statistics."""
+"""Finds the normalizations in a graph: values divided by the root of their own statistic."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ VIEWS = {
     "optimization_barrier", "pcast", "pvary", "reduce_precision", "reshape", "shard",
     "sharding_constraint", "squeeze", "stop_gradient", "take", "transpose",
 }  # fmt: skip
-# Operations that give another statistic of the same values, up to a factor.
+# Operations that combine a statistic over devices, up to a factor.
 SHARED = {"psum", "psum_invariant", "all_gather"}
-# A part of the values, too: layers may sum around the mean of a sample.
+# Linear operations, and slices: some layers sum around the mean of a sample of the values.
 LINEAR = VIEWS | SHARED | {
     "add", "sub", "neg", "mul", "div", "select_n", "branch", "dot_general", "slice",
 }  # fmt: skip
@@ -32,13 +32,13 @@ class Norm(NamedTuple):
       variance: the value that the root is taken of.
       y: the normalized value.
       end: y after scale and bias.
-      axes: the axes of h that statistics are taken over, at least in parts.
+      axes: the axes of h that statistics are over, in whole or in part.
       values: the number of values in a statistic, over all devices that share it.
       shared: the mapped axes that the statistics are shared over.
       centered: whether the mean is subtracted.
-      factors: the factors of y that only depend on variables.
+      factors: the factors of y that depend on variables alone.
       leaves: the variables that it uses.
-      inside: the activations between h and y.
+      inside: the activations after h, up to y.
     """
 
     h: int
@@ -55,7 +55,12 @@ class Norm(NamedTuple):
 
 
 def find_norms(graph: Graph, sizes: dict[Hashable, int]) -> list[Norm]:
-    """Returns the normalizations in the order of the graph, for these sizes of mapped axes."""
+    """Returns the normalizations in the order of the graph.
+
+    Args:
+      graph: the graph.
+      sizes: the sizes of the mapped axes by name.
+    """
     found: dict[int, Norm] = {}
     for number, node in enumerate(graph.nodes):
         if node.op in ROOTS and node.kind == Kind.DATA:
@@ -106,7 +111,7 @@ def _norm(
     scales: tuple[int, ...],
     sizes: dict[Hashable, int],
 ) -> Norm | None:
-    """Returns the normalization that makes y of a centered value and its variance, if it is one."""
+    """Returns the normalization of a centered value by the root of a variance, if it is one."""
     h = graph.common(variance, centered)
     if h == ROOT or h == variance or graph.nodes[h].size != graph.nodes[centered].size:
         return None
@@ -145,7 +150,7 @@ def _has_reduction(graph: Graph, region: set[int]) -> bool:
 
 
 def _uncentered(graph: Graph, h: int) -> int:
-    """Returns the value before the mean was subtracted, if the variance is measured after that."""
+    """Returns the value before its mean was subtracted, if the variance is measured later."""
     above = graph.above(h)
     is_difference = graph.nodes[h].op in ("add", "sub") and len(graph.data(h)) == 2
     if not is_difference or above == ROOT or graph.nodes[above].size != graph.nodes[h].size:
@@ -156,7 +161,7 @@ def _uncentered(graph: Graph, h: int) -> int:
 
 
 def _shifted(graph: Graph, h: int, y: int) -> int:
-    """Returns the value after a multiple of the mean is subtracted from y, if it is."""
+    """Returns the value after a multiple of the mean is subtracted from y; y if none is."""
     if len(users := graph.users[y]) != 1 or graph.nodes[users[0]].op not in ("add", "sub"):
         return y
     others = [number for number in graph.data(users[0]) if number != y]
@@ -167,13 +172,13 @@ def _shifted(graph: Graph, h: int, y: int) -> int:
 
 
 def _measures(graph: Graph, region: set[int]) -> bool:
-    """Returns whether a region only has operations that make statistics."""
+    """Returns whether all operations of a region are of kinds that compute statistics."""
     ops = {graph.nodes[number].op for number in region}
     return ops <= ARITHMETIC | REDUCING | ROOTS | SHARED | {"square"}
 
 
 def _means(graph: Graph, h: int, region: set[int]) -> set[int]:
-    """Returns the sums of h, and their multiples, in any layout."""
+    """Returns the values of a region that are sums of h, or multiples of sums, in any layout."""
     linear, means = {h}, set()
     for number in sorted(region):
         node, data = graph.nodes[number], graph.data(number)
@@ -222,7 +227,7 @@ def _measured_axes(graph: Graph, h: int, region: set[int]) -> Axes:
 def _sharing(
     graph: Graph, region: set[int], sizes: dict[Hashable, int]
 ) -> tuple[frozenset[Hashable], int]:
-    """Returns the mapped axes that statistics are shared over, and the number of devices."""
+    """Returns the mapped axes that devices share statistics over, and how many share them."""
     shared: dict[Hashable, int] = {}
     for number in region:
         node = graph.nodes[number]
@@ -233,7 +238,7 @@ def _sharing(
 
 
 def _affine(graph: Graph, y: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Follows scale and bias after a normalized value; returns their end, factors and biases."""
+    """Returns the value after scale and bias of y, the factors and the biases."""
     scales, biases = [], []
     while len(users := graph.users[y]) == 1 and y not in graph.outputs:
         (user,) = users

@@ -1,4 +1,4 @@
-"""The rules about normalizations; each yields its findings."""
+"""The rules about single normalizations; each yields its findings."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from normjax.diagnostics.lint._network import Network
 from normjax.diagnostics.lint._norms import VIEWS, Norm
 
 FEWEST = 16  # the fewest values in a statistic without a warning
-HALF = 0.5  # smaller momenta forget more with each batch than they keep
-REMAINDER = 0.01  # the largest part of the initial statistics after training without a warning
+HALF = 0.5  # with a smaller momentum, the last batch outweighs all batches before it
+REMAINDER = 0.01  # the largest weight of the initial statistics after training without a warning
 
 
 def dropout_before(network: Network) -> Iterator[Finding]:
-    """Yields batch norms after dropout, with at most one linear layer between."""
+    """Yields batch norms after dropout with at most one linear layer between them."""
     dropped = _flow.dropouts(network.graph, network.examples)
     ends = {norm.y for norm in network.norms}
     for norm in network.norms:
@@ -38,7 +38,7 @@ def dropout_before(network: Network) -> Iterator[Finding]:
 
 
 def _layers_back_to(graph: Graph, start: int, wanted: set[int], ends: set[int]) -> int | None:
-    """Returns the number of linear layers back to a wanted value, None if more than one."""
+    """Returns the number of linear layers back to a wanted value; None if it is above 1."""
     waiting, seen = [(start, 0)], set()
     while waiting:
         number, layers = min(waiting, key=lambda each: each[1])
@@ -56,7 +56,7 @@ def _layers_back_to(graph: Graph, start: int, wanted: set[int], ends: set[int]) 
 
 
 def few_values(network: Network) -> Iterator[Finding]:
-    """Yields batch norms whose statistics are over few values."""
+    """Yields batch norms whose statistics are each over few values."""
     for norm in network.norms:
         values, shape = norm.values, network.graph.nodes[norm.h].shape
         if values < FEWEST and network.over_examples(norm):
@@ -79,7 +79,7 @@ def _devices(norm: Norm) -> str:
 
 
 def slow_momentum(network: Network, steps: int) -> Iterator[Finding]:
-    """Yields running statistics that training does not move far enough from their start."""
+    """Yields batch norms whose running statistics training leaves too near their initial values."""
     for norm in network.norms:
         momentum = network.momenta.get(norm.y, 0.0)
         if momentum < 1 and momentum**steps > REMAINDER:
@@ -96,24 +96,24 @@ def slow_momentum(network: Network, steps: int) -> Iterator[Finding]:
 
 
 def torch_momentum(network: Network) -> Iterator[Finding]:
-    """Yields running statistics that are mostly the last batch's, as by PyTorch's momentum."""
+    """Yields batch norms whose momentum gives the last batch most weight, as PyTorch's would."""
     for norm in network.norms:
         momentum = network.momenta.get(norm.y, 0.0)
-        # With 0 they are the batch's own on purpose, as for microbatches.
+        # A momentum of 0 stores the statistics of the batch on purpose, as for microbatches.
         if 0 < momentum < HALF and not network.is_scheduled(norm):
             yield Finding(
                 network.path(norm),
                 "torch-momentum",
                 "warning",
-                f"its momentum {momentum:.4g} is the weight of the old value, so its running "
-                f"statistics are {1 - momentum:.0%} those of the last batch",
+                f"its momentum {momentum:.4g} is the weight of the old value, so "
+                f"{1 - momentum:.0%} of its running statistics come from the last batch",
                 f"write {1 - momentum:.4g} if {momentum:.4g} is from PyTorch, whose momentum is "
                 "the weight of the batch",
             )
 
 
 def unsynced(network: Network) -> Iterator[Finding]:
-    """Yields batch norms with statistics of one device, if examples are split over several."""
+    """Yields batch norms with statistics of one device whose examples are on several."""
     for norm in network.norms:
         names = network.devices[norm.h] - norm.shared
         updates = [network.updates[layer] for layer in network.running(norm)]
@@ -131,7 +131,7 @@ def unsynced(network: Network) -> Iterator[Finding]:
 
 
 def residual_scales(network: Network) -> Iterator[Finding]:
-    """Yields normalizations that end a residual branch, and start with a scale of 1."""
+    """Yields normalizations that end a residual branch and start with a scale of 1."""
     for norm in network.norms:
         if _ends_a_branch(network.graph, norm) and _is_one(network, norm):
             yield Finding(
@@ -153,7 +153,7 @@ def _is_one(network: Network, norm: Norm) -> bool:
 
 
 def _ends_a_branch(graph: Graph, norm: Norm) -> bool:
-    """Returns whether its output is directly added to a shortcut from the branch's input."""
+    """Returns whether its output is added directly to a shortcut from the branch's input."""
     end = norm.end
     while len(users := graph.users[end]) == 1 and graph.nodes[users[0]].op in VIEWS:
         end = users[0]

@@ -13,7 +13,7 @@ from normjax import _jaxpr
 from normjax._jaxpr import Writer
 from normjax.diagnostics.lint._graph import Graph
 
-# Operations that apply a jaxpr to elements, which is not a call of it.
+# Operations that apply a jaxpr to pairs of elements, so they do not call it on their operands.
 NOT_CALLS = ("reduce", "scatter", "pallas", "select_and")
 
 
@@ -45,7 +45,7 @@ def trace(
 
 
 def _inline(writer: Writer, eqn: Any, inputs: list[int]) -> Sequence[int] | None:
-    """Inlines every equation that has a body: calls, derivatives, branches and loops."""
+    """Inlines an equation that has a body, such as a call, a derivative, a branch or a loop."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         return _scan(writer, params, inputs)
@@ -64,7 +64,7 @@ def _inline(writer: Writer, eqn: Any, inputs: list[int]) -> Sequence[int] | None
 
 
 def _scan(writer: Writer, params: Mapping[str, Any], inputs: list[int]) -> list[int]:
-    """Adds the body once: a carry is unknown, or the variable that it starts from."""
+    """Adds the body of a scan once; a carry is unknown, or the variable that it starts from."""
     consts, first = params["num_consts"], params["num_consts"] + params["num_carry"]
     body, carries = params["jaxpr"], params["num_carry"]
     carried = [_add(writer, "carry", (number,)) for number in inputs[consts:first]]
@@ -92,14 +92,14 @@ def _add(
     aval: Any = None,
     params: Mapping[str, Any] = {},
 ) -> int:
-    """Adds a value, of the type of the last of its inputs if no other is given."""
+    """Adds a value; its type is that of its last input unless another is given."""
     aval = writer.types[inputs[-1]] if aval is None else aval
     (number,) = writer.add(name, inputs, [aval], params)
     return number
 
 
 def _body(eqn: Any) -> Any:
-    """Returns the jaxpr of an equation that only calls it, such as jit, remat, derivatives."""
+    """Returns the jaxpr of an equation that only calls it, such as jit, remat or a derivative."""
     kinds = (core.Jaxpr, core.ClosedJaxpr)
     bodies = [param for param in eqn.params.values() if isinstance(param, kinds)]
     if len(bodies) != 1 or eqn.primitive.name.startswith(NOT_CALLS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
@@ -75,55 +75,59 @@ def lint(
     activations by the inverse root of their own statistic. So normjax's layers, Flax's and your own
     are found. It is a batch norm if its statistics combine several examples.
 
-    - `cancelled-bias` (note): a bias that mean subtraction removes on every path; between the two
-      are only sums, multiples, reshapes, casts, pooling, resizes and linear layers without padding.
-      Batch norm removes what is constant over examples and positions, instance norm what is
-      constant over positions, layer and group norm also what is constant over features. Root mean
-      square norms remove nothing. Biases of normalizations are not reported behind linear layers.
-    - `channels-first` (warning): a convolution or a normalization takes positions for features. The
-      channels are along another axis: that of the convolution before it, or axis 1 of x, if x holds
-      images with at most 4 channels there, square ones or large ones in color.
-    - `decayed-scale` (warning; needs `optimizer`): a scale or bias of a normalization changes
-      without a gradient, by more the larger it is. Scales stored as an offset from 1 may be
-      decayed.
+    - `cancelled-bias` (note): a bias that mean subtraction removes on every path. Only sums,
+      multiples, reshapes, casts, pooling, resizes and linear layers without padding may lie
+      between the two. Batch norm removes what is constant over examples and positions, instance
+      norm what is constant over positions, layer and group norm also what is constant over
+      features. Root mean square norms remove nothing. A normalization's own bias is not reported if
+      it passes linear layers first.
+    - `channels-first` (warning): a convolution or a normalization takes positions for features,
+      and the channels lie along another axis. The convolution before it tells which axis; without
+      one, it is axis 1 of x, if x looks like images with at most 4 channels there: square, or in
+      color with sides of at least 32 pixels.
+    - `decayed-scale` (warning; needs `optimizer`): the optimizer changes a scale or bias of a
+      normalization although its gradient is 0, and changes a larger one by more. Scales stored as
+      an offset from 1 may be decayed.
     - `dropout-before` (warning): dropout was applied to the input of a batch norm, directly or
-      before the last linear layer. The variance is then larger in training than at inference, by
-      about :math:`1 / \text{keep}`. Masks of whole examples (stochastic depth) and noise are not
-      reported.
-    - `few-values` (warning; error for 1): a batch norm's statistics are over fewer than 16 values,
-      with ghost batches and shared devices counted. (If groups of devices share, normjax's layers
-      count as if all did.) The variance of n normal values is off by
-      :math:`\sqrt{2 / (n - 1)}`, 37% at 16.
-    - `slow-momentum` (warning; needs `steps`): :math:`\text{momentum}^\text{steps} > 0.01`. That
-      part of the running statistics is still their initial value at the end.
-    - `torch-momentum` (warning): a momentum between 0 and 0.5, which weighs the old value here, and
-      the batch in PyTorch. PyTorch's 0.1 is 0.9 here. Schedules by a count are not reported.
+      before the last linear layer. The variance is then larger in training than at inference, by a
+      factor of about :math:`1 / \text{keep}`. Masks of whole examples (stochastic depth) and noise
+      are not reported.
+    - `few-values` (warning; error for 1): each statistic of a batch norm is over fewer than 16
+      values. Ghost batches and devices that share statistics are taken into account; if groups of
+      devices share, normjax's layers count as if all devices did. The variance of n normally
+      distributed values has a relative error of about :math:`\sqrt{2 / (n - 1)}`, 37% at 16.
+    - `slow-momentum` (warning; needs `steps`): :math:`\text{momentum}^\text{steps} > 0.01`. At the
+      end of training, that part of the running statistics is still their initial value.
+    - `torch-momentum` (warning): a momentum between 0 and 0.5. Here it is the weight of the old
+      value, in PyTorch the weight of the batch: PyTorch's 0.1 is 0.9 here. A momentum that depends
+      on a count of batches is not reported.
     - `unsynced` (warning; under a mapped axis): a batch norm's examples are split over the axis,
-      but each device has its own statistics, and stores its own running ones.
+      but each device computes and stores statistics of its own.
     - `residual-scale` (note): the output of a normalization is added to a shortcut, and its scale
-      is 1 everywhere, as before training. At 0, blocks would start as the identity.
+      is 1 everywhere, as before training. With a scale of 0, the block would start as the identity.
 
     Weight decay in the loss is not found, nor are normalizations inside of Pallas kernels.
 
     Args:
       apply_fn: `apply_fn(variables, x)` is a forward pass in training mode, as in `nj.recalibrate`.
         It returns `(y, batch_stats)`, or what linen's `apply(..., mutable=["batch_stats"])`
-        returns; anything for an nnx module or a model without batch statistics. Close over keys for
-        dropout. Or a model as it is: a linen or an nnx module, or a `TrainState`. It is then called
-        in training mode, also by an argument such as `train` or `deterministic`. A linen module
-        without variables, `lint(model, x)`, is initialized.
+        returns; it may return anything for an nnx module or a model without batch statistics. Close
+        over keys for dropout. Instead of a function, it may be a linen or an nnx module, or a
+        `TrainState`: this is called in training mode, with an argument such as `train=True` or
+        `deterministic=False` if it takes one. A linen module without variables, `lint(model, x)`,
+        is initialized.
       variables: `{"params": ..., "batch_stats": ...}` (all collections of linen), the pair
         `(params, batch_stats)`, a tree of parameters, or a `flax.nnx.Module` in training mode.
-        Shapes are enough for all rules but `residual-scale`. Left out for an nnx module or a
-        `TrainState` as the first argument, which have their own: `lint(state, x)`.
+        Shapes are enough for all rules but `residual-scale`. Leave it out if the first argument is
+        an nnx module or a `TrainState`, which have their own variables: `lint(state, x)`.
       x: one training batch (one device's under `axis_name`): an array, or a tree of arrays, with
         examples along axis 0. Shapes are enough: `jax.ShapeDtypeStruct`.
-      optimizer: the optimizer of the training; None for that of a `TrainState`, if there is one.
-        It is called with gradients of zero.
-      steps: the number of steps that are planned.
+      optimizer: the optimizer that will train the network; None for the optimizer of a
+        `TrainState`, if one is passed. It is called with gradients of 0.
+      steps: the number of training steps that are planned.
       axis_name: the mapped axis, or axes, of pmap, shard_map or vmap that `apply_fn` is called
-        under. It is not needed for a pmap or shard_map inside of `apply_fn`, but for a vmap. Plain
-        jit over sharded batches shares statistics anyway.
+        under. It is not needed for a pmap or shard_map inside of `apply_fn`, but it is for a vmap
+        there. Under plain jit, statistics are over the whole sharded batch anyway.
       axis_size: the size of the axis; None for the number of devices.
 
     Returns:
@@ -169,14 +173,7 @@ def lint(
     found = [*cancelled_biases(network), *channels_first(network)]
     if optimizer is not None:
         found += decayed_scales(network, optimizer, _params(model))
-    found += [*_rules.dropout_before(network), *_rules.few_values(network)]
-    if steps is not None:
-        found += _rules.slow_momentum(network, steps)
-    found += [
-        *_rules.torch_momentum(network),
-        *_rules.unsynced(network),
-        *_rules.residual_scales(network),
-    ]
+    found += _by_rules(network, steps)
     found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     left_out = {
         "decayed-scale (needs optimizer)": optimizer is None,
@@ -186,15 +183,26 @@ def lint(
     return Lint(found, _examined(network, [rule for rule, missing in left_out.items() if missing]))
 
 
+def _by_rules(network: Network, steps: int | None) -> Iterator[Finding]:
+    """Yields what the rules about single normalizations find."""
+    yield from _rules.dropout_before(network)
+    yield from _rules.few_values(network)
+    if steps is not None:
+        yield from _rules.slow_momentum(network, steps)
+    yield from _rules.torch_momentum(network)
+    yield from _rules.unsynced(network)
+    yield from _rules.residual_scales(network)
+
+
 def _examined(network: Network, left_out: list[str]) -> str:
-    """Returns how many normalizations there are, or why there are none, and rules not applied."""
+    """Describes how many normalizations passed, or that there are none, and what was left out."""
     count = len(network.norms)
     leaves = f"{len(network.leaves)} {'leaf' if len(network.leaves) == 1 else 'leaves'}"
     if not count:
         return (
             f"there is no normalization among {len(network.graph.nodes)} values made from "
-            f"{leaves}. One multiplies activations by the inverse root (rsqrt, sqrt or pow) of "
-            "their own statistic; those inside of Pallas kernels, or at inference, are not seen"
+            f"{leaves}. A normalization multiplies activations by the inverse root (rsqrt, sqrt or "
+            "pow) of their own statistic; it is not seen inside of a Pallas kernel or at inference"
         )
     passed = f"{count} normalization{'s' * (count > 1)} of a network with {leaves} passed"
     return passed + (f"; not applied: {', '.join(left_out)}" if left_out else "")
@@ -242,7 +250,7 @@ def _params(model: Model) -> PyTree:
 
 
 def _check_training(network: Network) -> None:
-    """Raises an error if the network changes none of its running statistics."""
+    """Raises an error if the network updates none of its running statistics."""
     kinds = {leaf: network.graph.nodes[number].kind for leaf, number in network.updates.items()}
     unchanged = [leaf for leaf, kind in kinds.items() if kind < Kind.MASK]
     if unchanged and len(unchanged) == len(network.updates):
@@ -250,7 +258,7 @@ def _check_training(network: Network) -> None:
         _checks.raise_error(
             FUNCTION,
             "apply_fn runs in inference mode",
-            expected="a forward pass of training, which moves running statistics",
+            expected="a forward pass in training mode, which updates running statistics",
             got=f"{len(unchanged)} running statistics that do not change, such as "
             f"{first.path}/{first.name}",
             fix="Pass train=True or use_running_average=False; for an nnx module, call train()",
