@@ -1,4 +1,4 @@
-"""Merges findings about the same dead channels in several layers."""
+"""Merges the findings of layers that have the same dead channels."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from normjax.diagnostics.findings import Finding
 from normjax.diagnostics.report._layers import Layer
 from normjax.diagnostics.report._rules import dead_channels
 
-SHOWN = 3  # the paths that a merged finding lists
+SHOWN = 3  # how many paths a merged finding lists
 
 
 def merge_dead(
     layers: Iterable[Layer], found: Iterable[Finding], epsilon: float
 ) -> tuple[Finding, ...]:
-    """Returns findings with one for all layers whose dead channels are the same.
+    """Returns the findings, with one for all layers whose dead channels are the same.
 
-    A depthwise convolution hands a constant channel on as a constant channel, so that the batch
-    norms before and after it have the same dead ones.
+    A depthwise convolution makes a constant channel of a constant channel, so the batch norms
+    before and after it have the same dead channels.
     """
     keys = {layer.path: _key(layer, epsilon) for layer in layers}
     merged: dict[object, list[Finding]] = {}

@@ -1,4 +1,4 @@
-"""Compares a layer's running statistics with a batch's: how far inference is from training."""
+"""Measures how far inference differs from training: running against batch statistics."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from normjax.statistics.models import Layers, Model, open_model
 from normjax.statistics.passes import Step, compile_step, raise_if_a_part_fits
 from normjax.statistics.population import POPULATION, empty_population
 
-WARNING = 0.25  # deviations; below it, healthy networks vary from batch to batch
-ERROR = 1.0  # deviations; inference differs from training as much as two examples do
-CHANCE = 3.0  # a warning needs this many times the gap that a random batch makes on average
+WARNING = 0.25  # in deviations; healthy networks have smaller gaps, from batch to batch
+ERROR = 1.0  # in deviations; here inference differs from training as much as two examples differ
+CHANCE = 3.0  # a warning needs this multiple of the average gap of a random batch
 
 
 def with_batch_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, batch: Any) -> Any:
-    """Returns the variables with a batch's statistics; NaN if there are none, inf if not finite."""
+    """Returns the variables with a batch's statistics: NaN if unknown, infinity if not finite."""
     if is_nnx(variables):
         from flax import nnx
 
-        variables = nnx.clone(variables)  # which is updated itself
+        variables = nnx.clone(variables)  # the module itself would be updated
     try:
         model = open_model(variables)
         step = compile_step(apply_fn, model)
@@ -40,7 +40,7 @@ def with_batch_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, b
             raise
     except (TypeError, ValueError) as error:
         said = str(error)
-        if said.startswith("recalibrate: "):  # its functions are used here
+        if said.startswith("recalibrate: "):  # the functions used here are those of recalibrate
             raise type(error)(said.replace("recalibrate", "report", 1)) from None
         raise
     return model.finish(layers)
@@ -49,8 +49,8 @@ def with_batch_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, b
 def _collect(step: Step, model: Model, batch: Any) -> Layers:
     """Returns each layer's statistics of the batch.
 
-    normjax's layers collect them. Layers of other libraries return m old + (1 - m) batch: from 0
-    they return (1-m) b, from 1 (1-m) b + m; the difference is m.
+    normjax's layers collect them. Layers of other libraries return m * old + (1 - m) * b for
+    batch statistics b: (1 - m) * b from 0, and (1 - m) * b + m from 1, so the difference is m.
     """
     low, _ = step(model.static, model.arrays, _started(model.layers, 0), batch)
     high, _ = step(model.static, model.arrays, _started(model.layers, 1), batch)
@@ -86,16 +86,16 @@ def _started(layers: Layers, value: float) -> Layers:
 
 
 def examples_in(batch: Any) -> int:
-    """Returns how many examples a batch has: the longest of the first axes of its arrays."""
+    """Returns the number of examples: the size of the longest first axis in the batch."""
     return max((leaf.shape[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)), default=1)
 
 
 def gap_of(running: Values, batch: Values, epsilon: float) -> np.ndarray:
     r"""Returns the distance between outputs by running and by batch statistics, `(*features)`.
 
-    It is the root mean square difference of the two normalizations of an input with the batch's
-    moments. The means differ by an offset and the deviations by a factor, both in deviations of the
-    output.
+    It is the root mean square difference between an input normalized by either, if the input has
+    the moments of the batch. The difference of the means is an offset, that of the deviations a
+    factor; both are in deviations of the output.
     """
     mean, var = running["mean"], running["var"]
     own_mean, own_var = batch["mean"], batch["var"]
@@ -108,30 +108,42 @@ def gap_of(running: Values, batch: Values, epsilon: float) -> np.ndarray:
 def finding(
     layer: Layer, running: Values, batch: Values, gaps: np.ndarray, examples: float
 ) -> Finding | None:
-    """Returns the finding about a layer's gap, None if chance may explain it."""
+    """Returns the finding about a layer's gap; None if chance may explain it."""
     if np.isinf(batch["var"]).any() or np.isinf(batch["mean"]).any():
-        bad = ~np.isfinite(batch["var"])
-        message = f"the batch's statistics of {bad.sum()} of {bad.size} channels are not finite"
-        message += channels(bad)
-        advice = "Look for NaN in the batch and before the first such layer; mask padding"
-        return Finding(layer.path, "non-finite", "error", message, advice)
+        return _not_finite(layer, ~np.isfinite(batch["var"]))
     gap = rms(gaps)
-    # The mean of n examples has the variance 1 / n, their deviation 1 / 2n.
+    # In units of the variance, the mean of n examples has a variance of 1 / n, and their standard
+    # deviation one of 1 / 2n.
     limit = max(WARNING, CHANCE * math.sqrt(1.5 / examples))
     if gap is None or gap < limit:
         return None
     worst = np.unravel_index(int(np.nanargmax(gaps)), gaps.shape)
     channel = ", ".join(str(int(i)) for i in worst)
-    message = f"outputs at inference are {gap:.2g} standard deviations from outputs by the batch's "
-    message += f"statistics; worst in channel {channel}: {_moments(running, worst)} stored, "
-    message += f"{_moments(batch, worst)} in the batch"
+    message = (
+        f"outputs at inference are {gap:.2g} standard deviations from outputs by the batch's "
+        f"statistics; worst in channel {channel}: {_moments(running, worst)} stored, "
+        f"{_moments(batch, worst)} in the batch"
+    )
     if at_the_start(running):
         advice = "Statistics are as initialized: train, or call nj.recalibrate, before inference"
         return Finding(layer.path, "train-eval-gap", "note", message, advice)
-    advice = "Call nj.recalibrate before inference; in training, use larger batches, less momentum "
-    advice += "or more steps"
+    advice = (
+        "Call nj.recalibrate before inference; in training, use larger batches, less momentum or "
+        "more steps"
+    )
     severity: Severity = "error" if gap >= max(ERROR, 2 * limit) else "warning"
     return Finding(layer.path, "train-eval-gap", severity, message, advice)
+
+
+def _not_finite(layer: Layer, bad: np.ndarray) -> Finding:
+    return Finding(
+        layer.path,
+        "non-finite",
+        "error",
+        f"the batch's statistics of {bad.sum()} of {bad.size} channels are not finite"
+        f"{channels(bad)}",
+        "Look for NaN in the batch and before the first such layer; mask padding",
+    )
 
 
 def _moments(values: Values, channel: tuple[Any, ...]) -> str:
@@ -139,6 +151,6 @@ def _moments(values: Values, channel: tuple[Any, ...]) -> str:
 
 
 def rms(gaps: np.ndarray) -> float | None:
-    """Returns the layer's gap: the root mean square over channels with one, None without any."""
+    """Returns the root mean square of the channels' gaps that are finite; None without any."""
     gaps = gaps[np.isfinite(gaps)]
     return float(np.sqrt(np.mean(gaps**2))) if gaps.size else None

@@ -1,4 +1,4 @@
-"""The numbers of a layer in a report."""
+"""What a report says about a single layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from normjax.diagnostics.findings import Severity
 
 
 class Range(NamedTuple):
-    """The smallest, median and largest finite value of a leaf; magnitudes of complex ones."""
+    """The smallest, median and largest finite value of a leaf; for complex values, magnitudes."""
 
     low: float
     median: float
@@ -23,14 +23,14 @@ class LayerReport(NamedTuple):
     Attributes:
       path: its path, joined by slashes, without the names of collections; `"/"` if the variables
         are a single layer.
-      kind: the kind of layer, from its leaves and names: `"batch norm"`, or `"norm"` if they do not
-        say more.
+      kind: the kind of layer, as its leaves and names tell it, such as `"batch norm"`; `"norm"` if
+        they do not tell more.
       shape: the shape of its features.
-      mean: the range of the running means; None for a layer without.
-      var: the range of the running variances; None for a layer without.
-      scale: the range of the scales; None for a layer without.
-      gap: the gap between training and inference, in standard deviations of the output; None
-        without statistics of a batch.
+      mean: the range of its running means; None for a layer without running means.
+      var: the range of its running variances; None for a layer without running variances.
+      scale: the range of its scales; None for a layer without scales.
+      gap: the gap between training and inference, in standard deviations of the output; None if
+        `report` had no batch statistics to compare with.
       severity: the severity of its worst finding; None without findings.
       leaves: all its leaves, in float64.
     """

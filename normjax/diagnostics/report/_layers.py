@@ -1,4 +1,4 @@
-"""Finds the normalization layers among variables of any kind, by the names of their leaves."""
+"""Finds the normalization layers in variables of any kind, by the names of their leaves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ Values = dict[str, np.ndarray]
 
 COLLECTIONS = {"params", "batch_stats"}
 _COPY = re.compile(r"(\w+)_(?:params|batch_stats)")  # such as ema_params
-# The moments of optimizers have the names of parameters.
+# Their moments have the names of parameters, but belong to no layer.
 _OPTIMIZERS = {"opt_state", "optimizer", "optimizer_state"}
 _ALIASES = {
     **dict.fromkeys(("gamma", "gain"), "scale"),
@@ -31,7 +31,7 @@ _ALIASES = {
     "num_batches_tracked": "count",
 }
 _KNOWN = ("mean", "var", "count", "scale", "bias", "threshold", "epsilon", "alpha", "u", "sigma")
-# What a layer is found by, as an error says it.
+# The names by which layers are found, as an error message lists them.
 NAMES = (
     "'mean' beside 'var' (also running_mean, moving_mean, running_var, moving_variance), 'scale' "
     "(gamma, gain), 'threshold', 'u' beside 'sigma', or 'weight', 'bias' or 'alpha' of a layer "
@@ -55,7 +55,7 @@ _NAMED = {
 
 
 class Layer(NamedTuple):
-    """A normalization layer: its path, its kind, and its leaves as they were found."""
+    """A normalization layer: its path, its kind, and its leaves by Flax's names."""
 
     path: str
     kind: str
@@ -68,7 +68,7 @@ class Layer(NamedTuple):
 
 
 def leaves_of(variables: Any) -> Leaves:
-    """Returns the arrays of variables by their paths; opens nnx's variables and Flax's boxes."""
+    """Returns the arrays of variables by path, without the boxes of nnx and linen around them."""
     if is_nnx(variables):
         from flax import nnx
 
@@ -81,21 +81,30 @@ def leaves_of(variables: Any) -> Leaves:
             leaf = leaf.numpy(force=True)
         names = _single(path_names(path))
         if isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
-            _checks.raise_error(
-                "report",
-                "a leaf has no values",
-                expected="arrays, outside of jax.jit and other transformations",
-                got=f"{'/'.join(names)} of type {type(leaf).__name__}",
-                fix="Pass the variables themselves",
-                kind=TypeError,
-            )
+            _raise_without_values(names, leaf)
         if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             leaves[names] = leaf
     return leaves
 
 
+def _raise_without_values(names: Path, leaf: Any) -> NoReturn:
+    _checks.raise_error(
+        "report",
+        "a leaf has no values",
+        expected="arrays, outside of jax.jit and other transformations",
+        got=f"{'/'.join(names)} of type {type(leaf).__name__}",
+        fix="Pass the variables themselves",
+        kind=TypeError,
+    )
+
+
 def find_layers(leaves: Leaves, classes: Mapping[Path, str] | None = None) -> list[Layer]:
-    """Returns the normalization layers in natural order; `classes` has known class names."""
+    """Returns the normalization layers in natural order.
+
+    Args:
+      leaves: the arrays by path.
+      classes: the class names of modules by path, as far as they are known.
+    """
     nodes: dict[Path, dict[str, Any]] = {}
     for path in of_models(leaves):
         above, name = _place(path)
@@ -111,21 +120,21 @@ def find_layers(leaves: Leaves, classes: Mapping[Path, str] | None = None) -> li
 
 
 def _labels(path: Path, classes: Mapping[Path, str]) -> list[str]:
-    """Returns the names of a module and those around it, the innermost first."""
+    """Returns the names of a module and of the modules around it, the innermost first."""
     labels = [classes.get((), "")]
     labels += [classes.get(path[: i + 1], name) for i, name in enumerate(path)]
     return [label for label in reversed(labels) if re.search("[a-zA-Z]", label)]
 
 
 def to_numpy(leaf: Any) -> np.ndarray:
-    """Returns an array in float64 or complex128; if several hosts share it, this one's part."""
+    """Returns an array in float64 or complex128; of an array on several hosts, this host's part."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = leaf.addressable_data(0)
     return np.asarray(leaf).astype(np.complex128 if jnp.iscomplexobj(leaf) else np.float64)
 
 
 def classes_of(variables: Any) -> dict[Path, str]:
-    """Returns the class names of an nnx module's modules by path; of other variables, nothing."""
+    """Returns the class names in an nnx module by path; an empty dict for other variables."""
     if not is_nnx(variables):
         return {}
     from flax import nnx
@@ -136,9 +145,9 @@ def classes_of(variables: Any) -> dict[Path, str]:
 
 
 def of_models(leaves: Iterable[Path]) -> list[Path]:
-    """Returns the paths that do not belong to an optimizer.
+    """Returns the paths that belong to models, not to optimizers.
 
-    Of a training state, only collections such as `params`, and copies of them, are left.
+    In a training state, these are in collections such as `params` and in copies of them.
     """
     paths = [path for path in leaves if set(path) - COLLECTIONS]
     paths = [path for path in paths if not set(_outside(path)) & _OPTIMIZERS]
@@ -148,15 +157,15 @@ def of_models(leaves: Iterable[Path]) -> list[Path]:
 
 
 def _outside(path: Path) -> Path:
-    """Returns the part of a path above a collection; the names below it belong to the model."""
+    """Returns the part of a path above a collection, since names below it are the model's."""
     return tuple(itertools.takewhile(lambda name: name not in COLLECTIONS, path))
 
 
 def _place(path: Path) -> tuple[Path, str]:
-    """Returns the path of the layer, without collections, and the name of the leaf."""
+    """Returns the path of the layer, without the names of collections, and the leaf's name."""
     if copy := _COPY.fullmatch(path[0]):
         path = (copy[1], *path[1:])  # "ema_params" becomes "ema", so copies stay apart
-    # nnx's wrappers have a dict of scales by kernel.
+    # nnx.WeightNorm has a dict of scales by kernel.
     if "scales" in path[:-1] and path[-1] not in (*_KNOWN, *_ALIASES):
         path = (*(part for part in path if part != "scales"), "scale")
     *above, name = (part for part in path if part not in COLLECTIONS)
@@ -164,9 +173,9 @@ def _place(path: Path) -> tuple[Path, str]:
 
 
 def _as_in_flax(node: dict[str, Any], labels: list[str]) -> dict[str, Any]:
-    """Returns the node with `scale` for PyTorch's `weight`.
+    """Returns the node, with PyTorch's `weight` of a normalization renamed to `scale`.
 
-    The `weight` of other layers has several axes, or no bias of its shape beside it.
+    The `weight` of other layers has several axes, or a bias of another shape.
     """
     if "weight" in node and np.ndim(node["weight"]) == 1:
         beside = node.get("mean", node.get("bias", np.ones(())))
@@ -176,7 +185,7 @@ def _as_in_flax(node: dict[str, Any], labels: list[str]) -> dict[str, Any]:
 
 
 def _kind(path: Path, node: Mapping[str, Any], labels: list[str]) -> str | None:
-    """Returns which layer a node is, by its leaves and then its names; None if it is none."""
+    """Returns the kind of layer by its leaves, then its names; None if it does not normalize."""
     said = _said(labels[:1])
     if {"mean", "var"} <= set(node):
         return "batch renorm" if said == "batch renorm" else "batch norm"
@@ -195,7 +204,7 @@ def _kind(path: Path, node: Mapping[str, Any], labels: list[str]) -> str | None:
 
 
 def _said(labels: list[str]) -> str | None:
-    """Returns the kind of layer that the first telling name says."""
+    """Returns the kind of layer after the first name that tells one; None without any."""
     for label in labels:
         for kind, name in _NAMED.items():
             if re.search(name, label.lower()):
@@ -204,9 +213,9 @@ def _said(labels: list[str]) -> str | None:
 
 
 def _single(names: Iterable[str]) -> Path:
-    """Returns the names one by one, without a final "value", which is a box of Flax.
+    """Returns the names of a path one by one, without the "value" that a box of Flax adds.
 
-    Orbax writes keys that are tuples as strings, PyTorch joins names by dots: these are split.
+    Orbax stores tuples as strings, and PyTorch joins names with dots; both are split.
     """
     parts: list[str] = []
     for name in names:

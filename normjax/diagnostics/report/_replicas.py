@@ -1,4 +1,4 @@
-"""Finds the copies of variables on several devices, and layers whose copies differ."""
+"""Finds copies of variables on several devices, and layers whose copies differ."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from normjax import _checks
 from normjax.diagnostics.findings import Finding
 from normjax.diagnostics.report._layers import Layer, Leaves, of_models, to_numpy
 
-# Sums in another order differ by less in float32, in deviations or relative to the value.
+# In deviations, or relative to the value. Sums in another order differ by less in float32.
 ROUNDING = 1e-6
-_ALIKE = 0.5  # copies of a kernel have a larger cosine; two layers, or two seeds, have about 0
+# Copies of a kernel have a larger cosine; for two layers, or two seeds, it is about 0.
+_ALIKE = 0.5
 _STATISTICS = {"mean", "var", "count", "u", "sigma"}
 
 
 def count_replicas(leaves: Leaves, layers: Iterable[Layer], replicated: bool | None) -> int:
-    """Returns how many copies the leaves have along a leading axis, as with pmap, or 0."""
+    """Returns how many copies of each leaf lie along a leading axis, as with pmap; 0 for none."""
     model = {path: leaves[path] for path in of_models(leaves)}
     sizes = {np.shape(leaf)[:1] for leaf in model.values()}
     size = sizes.pop()[0] if len(sizes) == 1 and () not in sizes else 0
@@ -32,7 +33,7 @@ def count_replicas(leaves: Leaves, layers: Iterable[Layer], replicated: bool | N
             "the variables are not replicated along a leading axis",
             expected="one size of the first axis, the number of devices, for all leaves",
             got=f"first axes {sorted(sizes | ({(size,)} if size else set()))}",
-            fix="Drop replicated=True: copies that JAX itself lays out on devices are found anyway",
+            fix="Leave replicated=True out: copies that jax.sharding makes are always compared",
         )
     if replicated is not None:
         return size if replicated else 0
@@ -51,7 +52,7 @@ def replica(tree: Any, index: int = 0) -> Any:
 
 
 def diverged(layer: Layer, copies: int, epsilon: float) -> Finding | None:
-    """Returns the finding about the copies of a layer, None if they agree."""
+    """Returns the finding about a layer whose copies differ; None if they agree."""
     stacks, var = layer.values, layer.values.get("var", np.ones(()))
     if copies:
         var = _median(var)
@@ -66,14 +67,22 @@ def diverged(layer: Layer, copies: int, epsilon: float) -> Finding | None:
             apart[name] = distances
     if not apart:
         return None
-    message = _difference(apart)
     if set(apart) <= _STATISTICS:
-        advice = "Call nj.sync_batch_stats before evaluation and checkpoints, or train with "
-        advice += "axis_name"
-        return Finding(layer.path, "diverged-replicas", "warning", message, advice)
-    advice = "Start all devices from one replica's parameters, and average gradients over them "
-    advice += "(lax.pmean)"
-    return Finding(layer.path, "diverged-replicas", "error", message, advice)
+        return Finding(
+            layer.path,
+            "diverged-replicas",
+            "warning",
+            _difference(apart),
+            "Call nj.sync_batch_stats before evaluation and checkpoints, or train with axis_name",
+        )
+    return Finding(
+        layer.path,
+        "diverged-replicas",
+        "error",
+        _difference(apart),
+        "Start all devices from one replica's parameters, and average gradients over the devices "
+        "(lax.pmean)",
+    )
 
 
 def _difference(apart: dict[str, np.ndarray]) -> str:
@@ -101,14 +110,14 @@ def _one_a_device(leaves: Iterable[Any]) -> bool:
 
 
 def _are_copies(leaves: list[Any], kernels: list[Any]) -> bool:
-    """Returns whether rows are copies, rather than layers of a scan or members of an ensemble."""
+    """Returns whether rows are copies, not layers of a scan or members of an ensemble."""
     if kernels:
         return all(_cosine(*map(to_numpy, kernel[:2])) > _ALIKE for kernel in kernels)
     stacks = [to_numpy(leaf) for leaf in leaves]
     pairs = list(combinations(range(len(stacks[0])), 2))
     if any(all(_same(stack[i], stack[j]) for stack in stacks) for i, j in pairs):
         return True
-    # Zeros and ones say nothing: layers that are not copies start from them, too.
+    # Leaves of one value, such as 0 or 1, prove nothing: all layers start from them.
     telling = [stack for stack in stacks if not (stack[0] == stack[0].flat[0]).all()]
     equal = [all(_same(stack[i], stack[j]) for i, j in pairs) for stack in telling]
     return bool(equal) and bool(np.mean(equal) >= 0.5)
@@ -124,7 +133,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _on_devices(leaf: Any) -> np.ndarray | None:
-    """Returns the copies of an array on devices, stacked; None if there is a single one."""
+    """Returns the copies of an array on devices, stacked; None if there is only one."""
     if not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1:
         return None
     copies: dict[int, list[Any]] = {}
@@ -143,7 +152,7 @@ def _on_devices(leaf: Any) -> np.ndarray | None:
 def _distances(stack: np.ndarray, unit: np.ndarray | None) -> np.ndarray:
     """Returns the largest distance of each copy from the median.
 
-    Without a unit it is relative to the median's largest value.
+    It is in multiples of the unit; without one, relative to the largest value of the median.
     """
     middle = _median(stack)
     if unit is None:
@@ -156,8 +165,11 @@ def _distances(stack: np.ndarray, unit: np.ndarray | None) -> np.ndarray:
 
 
 def _median(stack: np.ndarray) -> np.ndarray:
-    """Returns the median of the copies, by real and imaginary parts; NaN only if all are."""
+    """Returns the median of the copies, for complex ones by real and imaginary parts.
+
+    It is NaN only where all copies are NaN.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # for medians of only NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # the median of only NaN is NaN
         real = np.nanmedian(np.real(stack), 0)
         return real + 1j * np.nanmedian(np.imag(stack), 0) if np.iscomplexobj(stack) else real

@@ -1,4 +1,4 @@
-"""Writes a report as text: a plain table, and one for rich."""
+"""Writes a report as text: plain, or in color with rich."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def plain(layers: Sequence[LayerReport], findings: Sequence[Finding]) -> str:
 
 
 def colored(layers: Sequence[LayerReport], findings: Sequence[Finding]) -> Any:
-    """Returns the same for a terminal, made with rich."""
+    """Returns the same as `plain` in color, for a terminal, as an object that rich prints."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -47,7 +47,7 @@ def colored(layers: Sequence[LayerReport], findings: Sequence[Finding]) -> Any:
 
 
 def cells(layer: LayerReport) -> tuple[str, ...]:
-    """Returns the layer's row of the table, without the mark."""
+    """Returns a layer's row of the table, without the mark of its severity."""
     features = "x".join(map(str, layer.shape)) or "1"
     mean, var, scale = map(span, (layer.mean, layer.var, layer.scale))
     gap = "" if layer.gap is None else f"{layer.gap:.2g}"
@@ -55,7 +55,7 @@ def cells(layer: LayerReport) -> tuple[str, ...]:
 
 
 def span(found: Range | None) -> str:
-    """Returns the ends of a range."""
+    """Returns the ends of a range, as "0.5 to 1.5"; an empty string without a range."""
     if found is None:
         return ""
     if math.isnan(found.median):
@@ -65,6 +65,6 @@ def span(found: Range | None) -> str:
 
 
 def summary(layers: Sequence[LayerReport], findings: Sequence[Finding]) -> str:
-    """Returns the number of layers, and of findings of each severity."""
+    """Returns a line with the numbers of layers and of findings of each severity."""
     count = f"{len(layers)} normalization layer{'s' * (len(layers) > 1)}"
     return f"{count}: {counted(findings) or 'nothing wrong'}"

@@ -1,4 +1,4 @@
-"""Reads checkpoints, whose format it finds from their content; problems are described in a line."""
+"""Reads checkpoints; their content tells the format, and an error describes a problem in a line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
-_OPTIMIZER = "opt_state"  # not read: it may be twice as large as all else
-_LEFT_BEHIND = 0.3  # seconds to wait for reads that fail after the first failure
+_OPTIMIZER = "opt_state"  # it is not read, since it may be twice as large as the parameters
+_LEFT_BEHIND = 0.3  # seconds to wait for other reads of Orbax, which fail after the first failure
 _FOREIGN = {b"PK\x03\x04": "a zip archive, as of PyTorch or NumPy", b"\x89HDF": "HDF5, as of Keras"}
 
 
 class UnreadableError(Exception):
-    """Why a checkpoint cannot be read, in one line."""
+    """The reason why a checkpoint cannot be read, in one line."""
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -35,7 +35,7 @@ def read_checkpoint(path: Path) -> Any:
         raise
     except ImportError as error:
         extra = "pip install 'normjax[diagnostics]'"
-        raise UnreadableError(f"reading it takes the package {error.name}: {extra}") from error
+        raise UnreadableError(f"reading it needs the package {error.name}: {extra}") from error
     except Exception as error:  # damaged files raise errors of many kinds
         problem = f"{type(error).__name__}: {_first_line(error)}"
         raise UnreadableError(f"it is cut off or damaged ({problem})") from error
@@ -63,7 +63,7 @@ def _read_msgpack(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[tuple[str, ...], np.ndarray]:
-    """Returns arrays by their paths: names are split at slashes, bars or dots."""
+    """Returns the arrays by path; names are split at slashes, bars or dots."""
     from safetensors.numpy import load_file
 
     arrays = load_file(path)
@@ -72,7 +72,7 @@ def _read_safetensors(path: Path) -> dict[tuple[str, ...], np.ndarray]:
 
 
 def _item(folder: Path) -> dict[str, Path]:
-    """Returns the folders with a checkpoint's trees; of several steps, the newest's."""
+    """Returns the folders of a checkpoint's trees by name; of several steps, the newest's."""
     if (folder / "_METADATA").exists():
         return {"": folder}
     inside = [child for child in folder.iterdir() if child.is_dir()]
@@ -96,10 +96,10 @@ def _read_orbax(items: dict[str, Path]) -> Any:
 
 
 def _restore(folder: Path) -> Any:
-    """Returns the arrays of a tree as NumPy arrays; the optimizer's are not read."""
+    """Returns the NumPy arrays of a tree, without the optimizer's."""
     import orbax.checkpoint as ocp
 
-    json.loads((folder / "_METADATA").read_text())  # its error says more than Orbax's
+    json.loads((folder / "_METADATA").read_text())  # if it is damaged, this error says more
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata: Any = checkpointer.metadata(folder.absolute())
         if metadata.item_metadata is None:
@@ -121,7 +121,7 @@ def _restore(folder: Path) -> Any:
 def _quiet() -> Iterator[None]:
     """Keeps Orbax's messages off the terminal.
 
-    It warns about devices, and after a failure about other reads that are still running.
+    Orbax warns about devices, and after a failure about other reads that are still running.
     """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level

@@ -1,4 +1,9 @@
-"""Writes a report as one self-contained page: findings on top, then a picture of every layer."""
+"""Writes a report as one self-contained page: the findings, and then a picture of every layer.
+
+The page is written by hand, since `rich.console.Console.export_html` only exports the text of the
+terminal: it has none of the histograms, links from findings to layers, folded lists and colors for
+dark screens.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ if TYPE_CHECKING:
     from normjax.diagnostics.report import LayerReport, Report
 
 BINS, WIDTH, HEIGHT = 24, 168, 34
-SHOWN = 6  # findings of a kind that are shown; a click shows the others
+SHOWN = 6  # how many findings of a kind are shown; a click shows the others
 FLOOR = 1e-8  # smaller values are drawn as 0
 
 _STYLE = """
@@ -54,7 +59,12 @@ line { stroke: var(--line) } svg text { fill: var(--soft); font-size: 9px }
 
 
 def page(report: Report, title: str) -> str:
-    """Returns the page."""
+    """Returns the page as HTML.
+
+    Args:
+      report: what to show.
+      title: what the report is about, such as the name of a checkpoint.
+    """
     worst = next((finding.severity for finding in report.findings), "none")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -66,7 +76,7 @@ def page(report: Report, title: str) -> str:
 {"".join(_findings(report))}
 <h2>Layers</h2>
 <p class="soft">Histograms count channels. Each column has one logarithmic axis, to compare layers.
-Red: channels at 0, or below {FLOOR:g}.</p>
+Channels at 0, or below {FLOOR:g}, are red.</p>
 <div class="wide">{_table(report)}</div>
 </body></html>
 """
@@ -150,27 +160,30 @@ def _ticks(axis: tuple[float, float]) -> str:
 
 def _histogram(layer: LayerReport, name: str, axis: tuple[float, float]) -> str:
     """Returns a histogram of a layer's channels by the size of a leaf, and its range."""
-    values, (low, high) = _sizes(layer, name), axis
+    values = _sizes(layer, name)
     if not values.size:
         return ""
-    counts, _ = np.histogram(np.log10(np.clip(values, FLOOR, None)), BINS, (low, high))
-    gone = int((values < FLOOR).sum())
-    step = WIDTH / BINS
-    bars = []
+    counts, _ = np.histogram(np.log10(np.clip(values, FLOOR, None)), BINS, axis)
+    zeros = int((values < FLOOR).sum())
+    text = f"{name}: {span(getattr(layer, name))}"
+    if zeros:
+        text += f", {zeros} of {values.size} at 0"
+    ground = f'<line x1="0" x2="{WIDTH}" y1="{HEIGHT}" y2="{HEIGHT}"/>'
+    return (
+        f'<svg width="{WIDTH}" height="{HEIGHT + 1}" role="img" aria-label="{text}">'
+        f"<title>{text}</title>{ground}{_bars(counts, zeros > 0)}</svg>"
+        f"<small>{span(getattr(layer, name))}</small>"
+    )
+
+
+def _bars(counts: np.ndarray, first_is_red: bool) -> str:
+    step, bars = WIDTH / BINS, ""
     for i, count in enumerate(counts):
         if count:
             height = max(2.0, (HEIGHT - 2) * count / counts.max())
-            kind = "out" if i == 0 and gone else "bar"
-            bars.append(
+            kind = "out" if i == 0 and first_is_red else "bar"
+            bars += (
                 f'<rect class="{kind}" x="{i * step:.1f}" y="{HEIGHT - height:.1f}" '
                 f'width="{step - 1:.1f}" height="{height:.1f}"/>'
             )
-    said = f"{name}: {span(getattr(layer, name))}"
-    if gone:
-        said += f", {gone} of {values.size} at 0"
-    ground = f'<line x1="0" x2="{WIDTH}" y1="{HEIGHT}" y2="{HEIGHT}"/>'
-    return (
-        f'<svg width="{WIDTH}" height="{HEIGHT + 1}" role="img" aria-label="{said}">'
-        f"<title>{said}</title>{ground}{''.join(bars)}</svg>"
-        f"<small>{span(getattr(layer, name))}</small>"
-    )
+    return bars

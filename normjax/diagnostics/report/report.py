@@ -1,4 +1,4 @@
-"""Reports on the health of every normalization layer of a network, from its variables."""
+"""Reports on the health of every normalization layer of a network, as its variables show it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from normjax.diagnostics.report._rules import findings
 
 
 class Report(NamedTuple):
-    """The result of `report`. It prints as a table, and in color with `rich.print`.
+    """The result of `report`, which `print` shows as a table, and `rich.print` in color.
 
     Attributes:
       layers: all normalization layers, in natural order.
@@ -81,19 +81,21 @@ def report(
 ) -> Report:
     r"""Examines every normalization layer: ranges, unhealthy channels, and what to do about them.
 
-    Layers are found by the names of their leaves, whatever their modules are called. With a batch,
-    or statistics measured beforehand, running statistics (M, V) are compared with the batch's (m,
-    v) layer by layer. The gap is the root mean square difference, over channels and inputs, between
-    a layer's outputs in training and at inference, before scale and bias:
+    Layers are found by the names of their leaves, whatever their modules are called. If you pass a
+    batch, or statistics that you measured, the running statistics (M, V) of each layer are compared
+    with the statistics of the batch (m, v). The gap is the root mean square difference, over
+    channels and inputs, between a layer's outputs in training and at inference, before scale and
+    bias:
 
     .. math:: \text{gap}^2 = \operatorname{mean}_c \left[ \frac{(m - M)^2}{V + \epsilon} +
               v \left(\frac1{\sqrt{v + \epsilon}} - \frac1{\sqrt{V + \epsilon}}\right)^2 \right]
 
-    These are the rules. "The median" is that of the layer's channels, for each layer of a scan:
+    These are the rules. "The median" is the median over the channels of the layer; layers of a scan
+    have one each.
 
     - `non-finite` (error): NaN or infinity in a leaf, or in the batch's statistics.
-    - `infinite-variance` (error): var is infinite, as after one batch beyond 1e19, whose squares
-      overflow. At inference y is the bias from then on.
+    - `infinite-variance` (error): var is infinite, as after one batch with values beyond 1e19,
+      whose squares overflow. From then on, y is the bias at inference.
     - `negative-variance` (error): var < 0.
     - `dead-channels` (note for fewer than 5% of the channels, else warning; error if all are): var
       is at most epsilon / 100, so that the output varies by a tenth of its scale, or at most 1e-6
@@ -107,30 +109,31 @@ def report(
       numbers differ by a tenth of a deviation.
     - `near-zero-scale` (warning): a scale is at most 1e-3 of the median. It is a note for fewer
       than 1% of the channels, or if 10% of the scales are negative: then scales cross 0, and some
-      are near it by chance.
+      are near 0 by chance.
     - `zero-scale` (note): no scale of the layer is above 1e-3, as in the last norm of a residual
       branch at initialization.
-    - `statistics-not-stored` (warning): mean 0 and var 1 as initialized, but a scale or bias has
-      been trained.
-    - `train-eval-gap` (warning from 0.25, error from 1; a note at the start of training): the gap.
-      With a batch of n examples the warning starts at 3 √(1.5 / n) if that is more, 3 times the gap
-      that chance makes, and the error at twice that.
+    - `statistics-not-stored` (warning): mean is 0 and var is 1, as initialized, but a scale or bias
+      has been trained.
+    - `train-eval-gap` (warning from 0.25, error from 1; a note at the start of training): the gap
+      is large. A batch of n examples makes a gap of about √(1.5 / n) by chance. If 3 times that is
+      more than 0.25, the warning starts there, and the error at twice as much (at 1 or more).
     - `diverged-replicas` (warning for statistics, error for parameters): copies differ by more than
-      1e-6; means in deviations, others relative to the largest value.
+      1e-6. For means this is in deviations, for other leaves relative to the largest value.
 
     Args:
       variables: Flax linen's variables, the pair `(params, batch_stats)`, an nnx module, or any
-        tree of arrays with such leaves: a training state (without its optimizer), only batch_stats,
-        a state_dict with PyTorch's names.
+        tree of arrays with such leaves: a training state (its optimizer is left out), batch_stats
+        alone, or a state_dict with PyTorch's names.
       apply_fn: a linen module, or `apply_fn(variables, batch)`, a forward pass in training mode, as
-        in `recalibrate`. It may have layers of other libraries with running means, such as Flax's.
-        It is compiled, and needs `batch`.
+        in `recalibrate`. Layers of other libraries with running means, such as Flax's, are compared
+        too. It is compiled, and needs `batch`.
       batch: a batch for `apply_fn`; with 100 examples or more, smaller gaps can be found.
-      measured: instead of both, variables with measured statistics, such as `recalibrate` returns
-        them (for an nnx module, measure a copy, since `recalibrate` updates the module).
-      replicated: whether leaves have a leading axis of devices, as with pmap. None: this is found
-        from their devices and their similarity. The first replica is reported. Copies that
-        `jax.sharding` makes are always compared.
+      measured: instead of `apply_fn` and `batch`, the variables with measured statistics, as
+        `recalibrate` returns them (for an nnx module, measure a copy, since `recalibrate` updates
+        the module).
+      replicated: whether leaves have a leading axis of devices, as with pmap. With None, their
+        devices and their similarity tell. The first replica is reported. Copies that `jax.sharding`
+        makes are always compared.
       epsilon: the epsilon of the layers.
 
     Returns:
@@ -183,7 +186,7 @@ def report(
 def _compare(
     layers: list[Layer], measured: list[Layer], examples: float, epsilon: float
 ) -> tuple[dict[str, np.ndarray], list[Finding]]:
-    """Returns the gaps by path, and the findings about them."""
+    """Returns the gaps of each layer's channels by path, and the findings about them."""
     gaps, found = {}, []
     batches = {layer.path: layer.values for layer in measured}
     for layer in layers:
@@ -233,7 +236,7 @@ def _check_arguments(apply_fn: Any, batch: Any, measured: Any, epsilon: float) -
         given = {"apply_fn": apply_fn, "batch": batch, "measured": measured}
         _checks.raise_error(
             "report",
-            "a batch's statistics are given in part, or twice",
+            "the statistics of a batch are given in part, or twice",
             expected="apply_fn and batch together, or only measured, or none of them",
             got=" and ".join(name for name, value in given.items() if value is not None),
             fix="Pass report(variables, apply_fn=apply_fn, batch=batch)",
