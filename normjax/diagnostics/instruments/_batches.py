@@ -1,4 +1,4 @@
-"""Compiles and checks functions that return a row for each example of a batch."""
+"""Compiles functions that return a row for each example of a batch, and checks their arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from normjax._trees import check_finite, is_nnx, split_module
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the compiled function; it copies an nnx module, so that it does not change."""
+    """Returns the compiled function; an nnx module is copied at each call and does not change."""
     if is_nnx(function):
         states, merge = split_module(function)
         return jax.jit(lambda *batches: merge(*states)(*batches))

@@ -1,4 +1,4 @@
-"""Checks the arguments of instruments of the loss; computes with trees as vectors."""
+"""Checks losses and their parameters, and computes with trees of parameters as vectors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Scalar = Float[Array, ""]
 
 
 def checked(function: str, loss: Loss, params: PyTree) -> tuple[Loss, PyTree[Array]]:
-    """Returns a loss, and its parameters in at least float32.
+    """Returns a loss and its parameters in at least float32, or raises an error.
 
-    In bfloat16, rounding would dominate steps and differences. For an nnx module, it is the loss of
-    its state. Parameters without a real derivative raise an error.
+    In bfloat16, rounding errors would dominate steps and differences. For an nnx module, the loss
+    returned is a function of the module's state.
     """
     _checks.must_be_callable(
         function,
@@ -49,7 +49,7 @@ def checked(function: str, loss: Loss, params: PyTree) -> tuple[Loss, PyTree[Arr
 
 
 def differentiable(function: str, name: str, tree: PyTree) -> PyTree[Array]:
-    """Returns the tree in at least float32; raises an error unless all is real and finite."""
+    """Returns the tree in at least float32; raises an error unless leaves are real and finite."""
     check_arrays(function, name, tree)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
@@ -58,7 +58,7 @@ def differentiable(function: str, name: str, tree: PyTree) -> PyTree[Array]:
                 f"{name} has a leaf without a real derivative",
                 expected="floating-point arrays",
                 got=f"dtype {jnp.result_type(leaf)} for {show(name, path)}",
-                fix="Close over integers and keys in loss; pass real and imaginary parts apart",
+                fix="Close over integers and keys in loss; split complex parameters",
                 kind=TypeError,
             )
     if not jax.tree.leaves(tree):
@@ -80,7 +80,7 @@ def inner(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
 
 
 def norm(a: PyTree[Array]) -> Scalar:
-    """Returns the Euclidean length of a tree as a vector; safe from overflow and underflow."""
+    """Returns the Euclidean length of a tree as a vector, without overflow or underflow."""
     leaves = jax.tree.leaves(a)
     sizes = [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]
     largest = reduce(jnp.maximum, _alike(sizes))
@@ -90,7 +90,7 @@ def norm(a: PyTree[Array]) -> Scalar:
 
 
 def total(values: list[Array]) -> Array:
-    """Returns the sum of arrays, whose precisions may differ."""
+    """Returns the sum of arrays that may differ in precision."""
     return reduce(add, _alike(values))
 
 

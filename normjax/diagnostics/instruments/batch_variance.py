@@ -1,4 +1,4 @@
-"""Measures how much an example's output depends on the batch that it is drawn into."""
+"""Measures how far an example's output varies with the batch that it is in."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ class BatchVariance(NamedTuple):
     """Variances of outputs, averaged over features.
 
     Attributes:
-      noise: `(examples,)`, the variance of each example's output over random batches with it.
-      signal: the variance over examples of the output's mean over batches. It is an unbiased
+      noise: `(examples,)`, the variance of each example's output over random batches that contain
+        the example.
+      signal: the variance, over examples, of the mean output over batches. It is an unbiased
         estimate, so it may be below 0 if the true variance is near 0.
-      ratio: the mean noise divided by the signal; 0 if the batch does not matter.
+      ratio: the mean noise divided by the signal; 0 if outputs do not depend on the batch.
     """
 
     noise: Float[Array, " examples"]
@@ -45,26 +46,26 @@ def batch_variance(
               \text{noise}_e = \mathrm{Var}_B[y_{eb}], \qquad
               \text{signal} = \mathrm{Var}_e[\mathbb{E}_B[y_{eb}]]
 
-    The batches B are `batch_size - 1` other examples, drawn from the pool without repetition, anew
-    for each example. With one batch norm and batches of n, the noise of a feature is about
-    :math:`(1 + \hat x^2 / 2) / n` of its variance (in a pool without outliers), from the standard
-    errors of the statistics. It falls with 1/n, and so does its regularization: compare
-    `batch_size`s before you change yours.
+    Each batch B has `batch_size - 1` other examples, which are drawn from the pool without
+    repetition, anew for each example. With one batch norm and batches of n, the noise of a feature
+    is about :math:`(1 + \hat x^2 / 2) / n` of its variance (in a pool without outliers), because
+    of the standard errors of the statistics. The noise falls with 1/n, and so does the
+    regularization by it: compare several `batch_size`s before you change yours.
 
     The estimates are unbiased: the signal is the variance of the means minus the noise that is left
     in them, as in a one-way analysis of variance. The noise of an example has a relative standard
-    error of about :math:`\sqrt{2 / (\text{draws} - 1)}` for a single feature; features and
-    examples average it.
+    error of about :math:`\sqrt{2 / (\text{draws} - 1)}` for a single feature; the mean over
+    features and examples has a smaller one.
 
     Args:
       function: maps a batch to outputs, a row for each example, in *training* mode; see
         `interactions`.
-      x: the examples to look at, 2 or more, floating-point.
-      pool: the examples that the rest of their batches is drawn from, without x. It should be large
-        relative to the batch: if each batch has a share s of the pool, the noise is too low by the
-        factor 1 - s.
-      key: the key of the draws.
-      batch_size: the number of examples in a batch, including the one that is looked at.
+      x: the examples whose outputs are measured, 2 or more, floating-point.
+      pool: other examples, from which the rest of each batch is drawn. It should be large relative
+        to the batch: if each batch has a share s of the pool, the noise is too low by the factor
+        1 - s.
+      key: the random key of the draws.
+      batch_size: the number of examples in a batch, including the one that is measured.
       draws: the number of batches for each example.
 
     Returns:
@@ -120,22 +121,13 @@ def _summary(y: Array) -> BatchVariance:
 
 
 def _variance(y: Array) -> Array:
-    """Returns the unbiased variance along the first axis; exactly 0 for equal values."""
+    """Returns the unbiased variance along the first axis, which is exactly 0 for equal values."""
     deviations = y - y[:1]
     return deviations.var(0, ddof=1)
 
 
 def _check_batches(x: Array, pool: Array, batch_size: int, draws: int) -> None:
-    for name, given in (("batch_size", batch_size), ("draws", draws)):
-        if (_checks.positive_int(given) or 0) < 2:
-            of_training = "Pass the batch_size of your training"
-            _checks.raise_error(
-                "batch_variance",
-                f"{name} is too small for a variance",
-                expected="an int of 2 or more",
-                got=f"{name}={given!r}",
-                fix=of_training if name == "batch_size" else "Leave draws out for 32",
-            )
+    _check_counts(batch_size, draws)
     if len(x) < 2:
         _checks.raise_error(
             "batch_variance",
@@ -152,3 +144,16 @@ def _check_batches(x: Array, pool: Array, batch_size: int, draws: int) -> None:
             got=f"pool.shape={pool.shape}, pool.dtype={pool.dtype}",
             fix="Pass a smaller batch_size, or more examples like x",
         )
+
+
+def _check_counts(batch_size: int, draws: int) -> None:
+    for name, given in (("batch_size", batch_size), ("draws", draws)):
+        if (_checks.positive_int(given) or 0) < 2:
+            of_training = "Pass the batch_size of your training"
+            _checks.raise_error(
+                "batch_variance",
+                f"{name} is too small for a variance",
+                expected="an int of 2 or more",
+                got=f"{name}={given!r}",
+                fix=of_training if name == "batch_size" else "Leave draws out for 32",
+            )

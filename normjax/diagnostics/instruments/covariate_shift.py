@@ -1,4 +1,4 @@
-"""Measures internal covariate shift: how updates of earlier layers change a layer's gradient."""
+"""Measures how updates of earlier layers change a layer's gradient: internal covariate shift."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class CovariateShift(NamedTuple):
     """How much the gradient of each layer changes; stacked histories have leading axes of steps.
 
     Attributes:
-      distance: the Euclidean distance between the two gradients, `(*steps, layers)`, in the order
-        of `layers`; 0, up to rounding, for the first layer.
-      cosine: the cosine of the angle between them, `(*steps, layers)`; 1 without a shift.
-      gradient_norm: the length of the gradient before, `(*steps, layers)`; `distance /
-        gradient_norm` compares networks.
+      distance: the Euclidean distance between the gradients before and after the update of earlier
+        layers, `(*steps, layers)`, in the order of `layers`; 0, up to rounding, for the first.
+      cosine: the cosine of the angle between the two, `(*steps, layers)`; 1 without a shift.
+      gradient_norm: the length of the gradient before the update, `(*steps, layers)`. To compare
+        networks, use `distance / gradient_norm`.
     """
 
     distance: Float[Array, "*steps layers"]
@@ -57,26 +57,26 @@ def internal_covariate_shift(
               \text{cosine}_i = \frac{\langle G_i, G'_i \rangle}{\lVert G_i \rVert_2 \lVert G'_i
               \rVert_2}
 
-    It costs a gradient for each layer, and one more. It compiles at each call; in a training loop,
-    call it inside of `jax.jit`.
+    It computes a gradient for each layer, and one more. It compiles at each call; in a training
+    loop, call it inside of `jax.jit`.
 
     Args:
       loss: maps parameters (or the module) to the loss, a scalar, on the batch of this step, with
-        its random numbers, in training mode and without new statistics.
+        the random numbers of this step, in training mode and without new statistics.
       params: the parameters of step t, any tree of arrays, or an nnx module. They are read in at
         least float32.
-      updated: the parameters of step t + 1, in a tree like `params`, or a module like it.
-      layers: the paths of the layers in the order that data passes them, as `"encoder/Dense_0"`; a
-        tuple of paths is one layer, such as `("Dense_0", "BatchNorm_0")`. Each leaf of `params`
-        belongs to one layer.
+      updated: the parameters of step t + 1, a tree or a module like `params`.
+      layers: the paths of the layers in the order in which data passes them, such as
+        `"encoder/Dense_0"`. A tuple of paths is one layer, such as `("Dense_0", "BatchNorm_0")`.
+        Each leaf of `params` belongs to exactly one layer.
 
     Returns:
       A `CovariateShift` of `len(layers)` layers, in at least float32. The cosine is 1 if both
-      gradients are zero, and 0 if one is.
+      gradients are zero, and 0 if only one is.
 
     Raises:
       ValueError: for a leaf in no layer or in two, a layer without leaves, or trees that do not
-        fit.
+        match.
       TypeError: for parameters that are not real floating-point, or a loss that is not a scalar.
 
     Example:
@@ -126,7 +126,7 @@ def _compare(before: PyTree, after: PyTree) -> CovariateShift:
 
 
 def _layers(params: PyTree, layers: Sequence[str | Sequence[str]]) -> PyTree[int]:
-    """Returns the number of each leaf's layer; raises an error unless each is in one layer."""
+    """Returns each leaf's layer by number; raises an error unless each leaf is in one layer."""
     groups = [(group,) if isinstance(group, str) else tuple(group) for group in layers]
     paths = [path for group in groups for path in group]
     layer_of = {path: i for i, group in enumerate(groups) for path in group}

@@ -1,4 +1,4 @@
-"""Compares rotation in training with the equilibrium of learning rate and weight decay."""
+"""Compares how kernels turn with the equilibrium of learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Compared(NamedTuple):
     Attributes:
       predicted: the prediction from learning rate and weight decay.
       observed: the mean over the history.
-      ratio: observed / predicted; infinite if zero is predicted, as without gradients.
+      ratio: observed / predicted; infinite if the prediction is 0, as without gradients.
     """
 
     predicted: Float[np.ndarray, "..."]
@@ -39,9 +39,9 @@ class Equilibrium(NamedTuple):
       angle: the root mean square angle of a step, in radians.
       norm: the norm of the kernel: the fourth root of its mean fourth power for SGD, the root mean
         square for Adam.
-      time_constant: the number of steps in which the distance from the equilibrium (of that power
-        of the norm) falls to 1/e. A history should start a few time constants after a change of
-        learning rate or decay.
+      time_constant: the number of steps in which the distance from the equilibrium, measured by the
+        4th power of the norm for SGD and by its square for Adam, falls to 1/e. A history should
+        start a few time constants after a change of learning rate or weight decay.
     """
 
     angle: Compared
@@ -66,24 +66,24 @@ def equilibrium(
               \hat\eta_{\mathrm{adam}} = \sqrt{2 \eta \lambda \frac{1 - \beta_1}{1 + \beta_1}},
               \quad \lVert w \rVert^2_{\mathrm{adam}} = \frac{\eta \dim w}{2 \lambda}
 
-    Gradients are orthogonal to the kernel: they lengthen it, and turn it less the longer it is.
-    Decay shortens it. In equilibrium the angle depends on neither gradients nor architecture, and
-    only the product :math:`\eta \lambda` acts as a learning rate. Distances from the equilibrium
-    decay as exp(-t / tau), with tau = (1 - alpha) / (4 eta lambda) for SGD and 1 / (2 eta lambda)
-    for AdamW.
+    Gradients are orthogonal to the kernel, so they lengthen it, and they turn it less the longer it
+    is. Weight decay shortens it. In equilibrium the angle depends on neither the gradients nor the
+    architecture, and only the product :math:`\eta \lambda` acts as a learning rate. Distances from
+    the equilibrium decay as exp(-t / tau), with tau = (1 - alpha) / (4 eta lambda) for SGD and
+    1 / (2 eta lambda) for AdamW.
 
-    A ratio far from 1, after several tau, has one of these reasons: the kernel is not invariant to
-    its scale (`scale_invariance`); gradients shrink or grow within tau; or, with momentum,
-    gradients of successive steps are similar, although the prediction takes them for random: they
-    add up to longer steps and longer kernels.
+    If a ratio is far from 1 after several tau, there are three possible reasons: the kernel is not
+    invariant to its scale (see `scale_invariance`); gradients shrink or grow within tau; or, with
+    momentum, gradients of successive steps are similar. The prediction assumes that they are
+    independent; similar ones add up to longer steps and longer kernels.
 
     Args:
-      history: the results of `rotation`, stacked over steps of one learning rate: each field
-        `(steps, *features)`, as from `lax.scan`. Leave out the first steps: `jax.tree.map(lambda
+      history: the results of `rotation`, stacked over steps with one learning rate: each field
+        is `(steps, *features)`, as from `lax.scan`. Leave out the first steps: `jax.tree.map(lambda
         field: field[1000:], history)`.
       learning_rate: eta.
-      weight_decay: lambda; for "sgd", the factor of the kernel that is added to the gradient; for
-        "adam", decoupled (AdamW, where the learning rate multiplies it).
+      weight_decay: lambda. For "sgd", lambda times the kernel is added to the gradient; for "adam",
+        the decay is decoupled (AdamW, where the learning rate multiplies it).
       momentum: alpha of SGD as in `optax.sgd`, or beta1 of Adam.
       optimizer: "sgd" or "adam".
 
@@ -150,7 +150,7 @@ def _adam(history: Any, rate: float, decay: float, momentum: float) -> Equilibri
 
 
 def _mean(values: np.ndarray, power: int) -> np.ndarray:
-    """Returns the root of the mean power over steps."""
+    """Returns the root of the mean power over steps, such as the root mean square for 2."""
     return np.asarray(np.mean(values**power, 0) ** (1 / power))
 
 

@@ -1,4 +1,13 @@
-"""Finds the sharpest direction of the loss."""
+"""Finds the sharpest direction of the loss by Lanczos' iteration.
+
+The iteration is written out, since each library that we tried falls short of what the docstring
+promises, and all three return NaN for a Hessian of zeros. `matfree.eig.eigh_partial` makes one
+vector of the parameters, which gathers sharded ones on every device, and takes all `iterations`
+even if fewer suffice. `jax.experimental.sparse.linalg.lobpcg_standard` takes one vector, too, needs
+at least 6 parameters and converges more slowly: on the eigenvalues `linspace(0, 1, 200) ** 2` its
+error is 4e-4 after 50 iterations, and 2e-6 here after 27. `optax.power_iteration` finds the
+eigenvalue of the largest magnitude, whatever its sign.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +24,7 @@ from normjax._typing import PRNGKey
 from normjax.diagnostics.instruments._losses import Loss, Scalar, checked, inner, norm, total
 
 _FUNCTION = "hessian_eigenvalue"
-Product = Callable[[Any], Any]  # multiplies a vector by the Hessian
+Product = Callable[[Any], Any]  # maps a vector to the Hessian times the vector
 
 
 class Eigenvalue(NamedTuple):
@@ -48,19 +57,21 @@ def hessian_eigenvalue(
 ) -> Eigenvalue:
     r"""Finds the largest eigenvalue of the loss's Hessian, which bounds the learning rate.
 
-    Lanczos' iteration projects the Hessian H on the Krylov space of a random vector. The result is
-    an eigenvalue of the small tridiagonal matrix T:
+    Lanczos' iteration projects the Hessian H onto the Krylov space of a random vector. The result
+    is an eigenvalue of the small tridiagonal matrix T:
 
     .. math:: Q^\top H Q = T, \qquad T s = \theta s, \qquad
               \lVert H Q s - \theta Q s \rVert = \beta_k \lvert s_k \rvert
 
-    H is never stored: its product with a vector is the derivative of the gradient along it
-    (Pearlmutter 1994). On a quadratic, gradient descent with rate lr is stable if `lr < 2 / value`.
+    H is never stored: its product with a vector is the derivative of the gradient along the vector
+    (Pearlmutter 1994). On a quadratic loss, gradient descent with learning rate lr is stable if
+    `lr < 2 / value`.
 
-    *Largest* is algebraic: `"smallest"` finds the most negative curvature, and the larger magnitude
-    of the two is the norm of H. Each new vector is made orthogonal to all earlier ones, twice, so
-    that rounding does not duplicate eigenvalues. That needs memory for `iterations` copies of the
-    parameters. It compiles at each call; in a loop, compile it once, as in the example.
+    *Largest* is meant with the sign: `"smallest"` finds the most negative curvature, and the larger
+    magnitude of the two is the norm of H. Each new vector is made orthogonal to all earlier ones,
+    twice, so that rounding errors do not duplicate eigenvalues. That needs memory for `iterations`
+    copies of the parameters. It compiles at each call; in a loop, compile it once, as in the
+    example.
 
     Args:
       loss: maps parameters (or the module) to the loss, a scalar, twice differentiable. ReLUs are
@@ -68,12 +79,12 @@ def hessian_eigenvalue(
         without new statistics.
       params: any tree of arrays, or an nnx module: its `nnx.Param`s. They are read in at least
         float32.
-      which: the end of the spectrum.
-      iterations: the most products with H; never more than there are parameters.
-      tolerance: the largest residual, relative to the largest |eigenvalue| found. The error of the
-        value is at most the residual, and usually about its square divided by the distance to the
-        next eigenvalue.
-      key: the key of the random vector to start from; None for `jax.random.key(0)`.
+      which: which end of the spectrum to find.
+      iterations: the largest number of products with H; there are never more than parameters.
+      tolerance: the residual to stop at, relative to the largest |eigenvalue| found. The error of
+        the value is at most the residual, and usually about its square divided by the distance to
+        the next eigenvalue.
+      key: the random key of the vector to start from; None for `jax.random.key(0)`.
 
     Returns:
       An `Eigenvalue`, in at least float32. Check `converged`: if it is False, the value is only a
@@ -99,16 +110,7 @@ def hessian_eigenvalue(
       (1980), chapter 13. Pearlmutter, "Fast Exact Multiplication by the Hessian" (Neural
       Computation 1994).
     """
-    _checks.choice(_FUNCTION, "which", which, ("largest", "smallest"))
-    _checks.between(_FUNCTION, "tolerance", tolerance, 0.0, 1.0)
-    if _checks.positive_int(iterations) is None:
-        _checks.raise_error(
-            _FUNCTION,
-            "iterations is not a number of products",
-            expected="a positive int",
-            got=f"iterations={iterations!r}",
-            fix="Pass some 50",
-        )
+    _check_settings(which, iterations, tolerance)
     loss, params = checked(_FUNCTION, loss, params)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -128,12 +130,25 @@ def hessian_eigenvalue(
     return find(params, jax.random.key(0) if key is None else key)
 
 
+def _check_settings(which: str, iterations: int, tolerance: float) -> None:
+    _checks.choice(_FUNCTION, "which", which, ("largest", "smallest"))
+    _checks.between(_FUNCTION, "tolerance", tolerance, 0.0, 1.0)
+    if _checks.positive_int(iterations) is None:
+        _checks.raise_error(
+            _FUNCTION,
+            "iterations is not a count",
+            expected="a positive int",
+            got=f"iterations={iterations!r}",
+            fix="Pass about 50",
+        )
+
+
 class _Krylov(NamedTuple):
-    """An orthonormal basis, row by row, and T: its diagonal, and the elements beside it."""
+    """An orthonormal basis, row by row, and T as its diagonal and the elements beside it."""
 
     basis: PyTree[Float[Array, "rows ..."]]
     diagonal: Float[Array, " rows"]
-    beside: Float[Array, " rows"]  # at k: the element of rows k and k + 1
+    beside: Float[Array, " rows"]  # at k: the element between rows k and k + 1
     used: Int[Array, ""]
 
 
@@ -149,7 +164,8 @@ def _lanczos(
     product: Product, start: PyTree, rows: int, tolerance: float, which: str
 ) -> tuple[_Krylov, _Ritz]:
     def further(state: tuple[_Krylov, _Ritz]) -> Array:
-        # Half the tolerance: rounding may make the residual that is measured last a little larger.
+        # Half the tolerance, since the residual that is measured last may be a little larger by
+        # rounding errors.
         krylov, ritz = state
         return (krylov.used < rows) & ~(ritz.residual <= _bound(tolerance / 2, ritz.largest))
 
@@ -167,12 +183,12 @@ def _lanczos(
 
 
 def _extended(product: Product, krylov: _Krylov) -> _Krylov:
-    """Multiplies the last row by the Hessian, and adds the result as the next row."""
+    """Multiplies the last row by the Hessian, and adds the new direction as the next row."""
     basis, diagonal, beside, k = krylov
     last = jax.tree.map(lambda rows: rows[k], basis)
     image = product(last)
     diagonal = diagonal.at[k].set(inner(last, image))
-    for _ in range(2):  # later rows are zeros
+    for _ in range(2):  # rows that are not used yet are zeros, which change nothing
         along = _products(basis, image)
         image = jax.tree.map(jnp.subtract, image, _combined(along, basis))
     length = norm(image)
@@ -182,7 +198,7 @@ def _extended(product: Product, krylov: _Krylov) -> _Krylov:
 
 
 def _ritz(krylov: _Krylov, which: str) -> _Ritz:
-    """Returns an eigenvalue of T; unused rows get eigenvalues below all others."""
+    """Returns an eigenvalue of T; unused rows get eigenvalues below those of T."""
     _, diagonal, beside, used = krylov
     rows = len(diagonal)
     index = jnp.arange(rows, dtype=jnp.int32)

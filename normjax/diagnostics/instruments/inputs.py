@@ -1,4 +1,9 @@
-"""Records the inputs of the layers of a Flax model."""
+"""Records the inputs of the layers of a Flax model.
+
+Flax's own `capture_intermediates` and `nnx.capture` record what layers return, which is not the
+input of the next layer if a function such as `jnp.tanh` is between them. So linen modules are
+watched with `nn.intercept_methods`; nnx has no such hook.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +28,12 @@ def layer_inputs(
 ) -> tuple[Any, dict[str, Array]]:
     """Calls a Flax model, and returns its outputs and the inputs of its layers.
 
-    It works for linen and nnx, also inside `jax.jit` and `jax.grad`: the inputs are arrays like the
-    outputs. A model of pure functions does not need it: let the model return its layers' inputs.
+    It works for linen and nnx, and also when it is called inside `jax.jit` and `jax.grad`: the
+    inputs are arrays like the outputs. A model of pure functions does not need it, since the model
+    can return its layers' inputs itself.
 
-    Inputs of layers inside `jax.jit`, `nn.scan`, `nn.remat` and other transformations cannot be
-    captured.
+    If the model has layers inside `jax.jit`, `nn.scan`, `nn.remat` or another transformation, the
+    inputs of these layers cannot be captured.
 
     Args:
       model: `model.apply` of a linen module, or any function that calls it; or an nnx module.
@@ -78,7 +84,7 @@ def layer_inputs(
 
 
 class _Record:
-    """Inputs by path, of calls in the trace that it was created in: others cannot leave theirs."""
+    """Inputs by path, of calls in the trace of its creation: inputs in others cannot leave them."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, Array] = {}
@@ -87,7 +93,7 @@ class _Record:
         self._trace = get_opaque_trace_state(convention="flax")
 
     def call(self, path: tuple, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Calls the module at a path and records its input, once if it calls its parent class."""
+        """Calls the module at a path, and records its input unless a subclass has recorded it."""
         name = "/".join(map(str, path))
         if name in self._open or not self._sees(args):
             return call(*args, **kwargs)
@@ -107,7 +113,7 @@ class _Record:
 
 
 def _linen_watched(record: _Record) -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which linen's modules record their inputs."""
+    """Returns a context in which linen modules record their inputs."""
     from flax import linen as nn
 
     def interceptor(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
@@ -122,7 +128,7 @@ def _linen_watched(record: _Record) -> contextlib.AbstractContextManager[None]:
 def _nnx_watched(model: Any, record: _Record) -> Iterator[None]:
     """Returns a context in which the modules of an nnx model record their inputs.
 
-    nnx has no hook for that, so the `__call__` of their classes is replaced.
+    nnx has no hook for calls, so the `__call__` of the modules' classes is replaced meanwhile.
     """
     from flax import nnx
 

@@ -1,4 +1,4 @@
-"""Measures how far an example's output depends on the other examples of its batch."""
+"""Measures how far an example's output depends on the other examples in its batch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class Interactions(NamedTuple):
     """How strongly each example's output depends on each example of the batch.
 
     Attributes:
-      matrix: `(batch, batch)`, the mass of each block of the Jacobian: row i has the examples that
+      matrix: `(batch, batch)`, the mass of each block of the Jacobian. Row i shows which examples
         the i-th output depends on.
       per_example: `(batch,)`, the share of each row that is off the diagonal.
-      off_diagonal: that share of the whole matrix: 0 if examples do not interact.
+      off_diagonal: the share of the whole matrix that is off the diagonal: 0 if examples do not
+        interact.
       standard_error: the standard error of `off_diagonal`; 0 if it is exact.
     """
 
@@ -45,28 +46,29 @@ def interactions(
     .. math:: M_{ij} = \left\lVert \frac{\partial y_i}{\partial x_j} \right\rVert_F^2, \qquad
               \text{off-diagonal} = \frac{\sum_{i \ne j} M_{ij}}{\sum_{ij} M_{ij}}
 
-    It is exactly 0 for a network without batch statistics. For one batch norm after a linear map it
-    is about 2/n, since the Jacobian of each feature is :math:`(\delta_{ij} - \frac1n - \frac1n
-    \hat x_i \hat x_j) / \sigma`: very little between two of n examples, but not in sum. The effects
-    of layers add up.
+    The share is exactly 0 for a network without batch statistics. For one batch norm after a linear
+    map it is about 2/n, since the Jacobian of each feature is :math:`(\delta_{ij} - \frac1n -
+    \frac1n \hat x_i \hat x_j) / \sigma`: very little between two of n examples, but not in sum. The
+    effects of layers add up.
 
-    It takes `batch * min(features of y_i, features of x_j)` derivatives. With `probes` it is an
-    unbiased estimate from `batch * probes` derivatives, with random signs v (Hutchinson's
-    estimator):
+    The exact matrix takes `batch * min(features of y_i, features of x_j)` derivatives. With
+    `probes`, it is estimated without bias from `batch * probes` derivatives, with random signs v
+    (Hutchinson's estimator):
 
     .. math:: M_{ij} = \mathbb{E}_v
               \left\lVert v^\top \frac{\partial y_i}{\partial x_j} \right\rVert^2
 
-    A block of the matrix has a relative standard error of at most :math:`\sqrt{2 / \text{probes}}`.
-    The share averages the errors of all blocks; its standard error is returned.
+    Each entry of the matrix then has a relative standard error of at most
+    :math:`\sqrt{2 / \text{probes}}`. The share averages the errors of all entries; its standard
+    error is returned.
 
     Args:
       function: maps a batch to outputs, a row for each example, in *training* mode and without new
         statistics: `lambda x: apply(variables, x, True)[0]`. It is compiled. An nnx module is
         called in its current mode; its statistics do not change.
       x: the batch, floating-point; pass embeddings instead of tokens.
-      probes: the number of random signs for each row; None for the exact matrix.
-      key: the key of the random signs.
+      probes: the number of random sign vectors for each row; None for the exact matrix.
+      key: the random key of the signs.
 
     Returns:
       `Interactions`, in float32, or float64 for such x.
@@ -106,14 +108,14 @@ def interactions(
 
 
 def _by_outputs(apply: Callable[[Array], Array], x: Array, y: jax.ShapeDtypeStruct) -> Array:
-    """Returns the matrix, by a pullback for each feature of an output."""
+    """Returns the matrix from a pullback for each feature of an output."""
     signs = jnp.eye(math.prod(y.shape[1:]), dtype=y.dtype)
     pull = _pull(apply, x, y)
     return jnp.stack([pull(i, signs).sum(0) for i in range(len(x))])
 
 
 def _by_inputs(apply: Callable[[Array], Array], x: Array) -> Array:
-    """Returns the matrix, by a pushforward for each feature of an example."""
+    """Returns the matrix from a pushforward for each feature of an example."""
 
     @jax.jit
     def push(j: int, directions: Array) -> Array:
@@ -139,9 +141,9 @@ def _sampled(
 def _pull(
     apply: Callable[[Array], Array], x: Array, y: jax.ShapeDtypeStruct
 ) -> Callable[[int, Array], Array]:
-    """Returns a function from an example and cotangents of its output to masses in x.
+    """Returns a function that maps an example's number and cotangents of its output to masses.
 
-    They have the shape `(cotangents, batch)`.
+    The masses, of the shape `(cotangents, batch)`, are of the derivatives in each example of x.
     """
 
     @jax.jit
@@ -167,7 +169,7 @@ def _summary(samples: Array) -> Interactions:
     others = jnp.where(jnp.eye(samples.shape[-1], dtype=bool), 0, samples)
     matrix, rows = samples.mean(0), samples.sum(-1).mean(0)
     share = _share(others.sum(), samples.sum())
-    # The standard error of a ratio of means, to first order.
+    # This is the standard error of a ratio of means, to first order.
     count, totals = len(samples), samples.sum((1, 2))
     squares = (others.sum((1, 2)) - share * totals) ** 2
     variance = squares.sum() / max(count - 1, 1) / count

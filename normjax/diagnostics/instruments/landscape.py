@@ -31,9 +31,9 @@ class Landscape(NamedTuple):
     Attributes:
       loss: L(w), at the parameters, `(*steps,)`.
       losses: L(w + s d) for each step size s, `(*steps, points)`.
-      gradient_distances: the Euclidean distance of the gradient there from the gradient at w,
+      gradient_distances: the Euclidean distance between the gradients at w + s d and at w,
         `(*steps, points)`.
-      distances: the distance of the points from w, |s| times the length of d, `(*steps, points)`.
+      distances: the distance between w + s d and w, |s| times the length of d, `(*steps, points)`.
     """
 
     loss: Float[Array, "*steps"]
@@ -55,12 +55,12 @@ class Landscape(NamedTuple):
 
     @property
     def gradient_range(self) -> tuple[Float[Array, "*steps"], Float[Array, "*steps"]]:
-        """Returns the smallest and largest distance of gradients, the predictiveness of w's."""
+        """Returns the smallest and largest distance of gradients: the gradient predictiveness."""
         return self.gradient_distances.min(-1), self.gradient_distances.max(-1)
 
     @property
     def smoothness(self) -> Float[Array, "*steps"]:
-        """Returns the effective beta-smoothness: the largest distance of gradients by distance."""
+        """Returns the effective beta-smoothness: the largest `gradient_distances / distances`."""
         # At a stationary point all distances are 0.
         moved = jnp.where(self.distances > 0, self.distances, 1)
         return (self.gradient_distances / moved).max(-1)
@@ -73,9 +73,9 @@ def landscape(
     step_sizes: Sequence[float] | Array,
     direction: PyTree | None = None,
 ) -> Landscape:
-    r"""Measures how the loss and the gradient change along the gradient's direction.
+    r"""Measures how the loss and the gradient change along the direction of the gradient.
 
-    From the parameters w, with the gradient g, in the direction d = -g, for each step size s:
+    At the parameters w, with the gradient g and the direction d = -g, for each step size s:
 
     .. math:: L(w + s d), \qquad
               \lVert \nabla L(w + s d) - g \rVert_2, \qquad
@@ -85,9 +85,9 @@ def landscape(
     predictiveness*. Beta is the *effective smoothness*, at most the largest |eigenvalue| of the
     Hessian along the line.
 
-    It costs a gradient for each step size, and one more. It compiles at each call; in a training
-    loop, compile it once, as in the example. `normjax.diagnostics.plot.landscape` draws results
-    that are stacked, as by `lax.scan` or `jax.tree.map(lambda *x: jnp.stack(x), *history)`.
+    It computes a gradient for each step size, and one more. It compiles at each call; in a training
+    loop, compile it once, as in the example. `normjax.diagnostics.plot.landscape` draws stacked
+    results, as `lax.scan` or `jax.tree.map(lambda *x: jnp.stack(x), *history)` makes them.
 
     Args:
       loss: maps parameters (or the module) to the loss, a scalar, on *one* batch, in training mode
@@ -103,7 +103,7 @@ def landscape(
       A `Landscape` of `len(step_sizes)` points, in at least float32.
 
     Raises:
-      ValueError: for step sizes of 0, or a direction that does not fit `params`.
+      ValueError: for step sizes of 0, or a direction that does not match `params`.
       TypeError: for parameters that are not real floating-point, or a loss that is not a scalar.
 
     Example:

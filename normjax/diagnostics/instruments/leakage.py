@@ -1,4 +1,4 @@
-"""Measures how far a device's statistics reveal the key of a query in contrastive training."""
+"""Measures how far a device's statistics give away the key of a query in contrastive training."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Leakage(NamedTuple):
     """How well queries find their keys, with the keys on the same device or on others.
 
     Attributes:
-      leak: `together - apart`: the share that is found by the statistics. 0 for a network that does
-        not use them.
+      leak: `together - apart`, the share of keys that is found by means of the statistics. It is 0
+        for a network without batch statistics.
       standard_error: the standard error of `leak`, over queries.
       together: the share of queries whose most similar key is their own, with each key on its
         query's device.
-      apart: that share with the keys assigned to devices at random.
-      same_device: with keys together, the share of queries whose most similar *other* key is on
-        their device.
-      chance: that share if devices leave no trace: `(n - 1) / (batch - 1)` for n queries per
-        device.
+      apart: the same share, with the keys assigned to devices at random.
+      same_device: with each key on its query's device, the share of queries whose most similar
+        *other* key is on their device.
+      chance: what `same_device` is if devices leave no trace: `(n - 1) / (batch - 1)` for n queries
+        per device.
     """
 
     leak: Float[Array, ""]
@@ -53,34 +53,35 @@ def leakage(
 ) -> Leakage:
     r"""Measures what batch norm leaks in contrastive training with queries and keys on one device.
 
-    The task is to find an image's second view by its first among all keys of the batch. If each
-    device normalizes by its own statistics, and both views are on one device, the statistics are a
-    signature: the network finds the key without looking at the image. So MoCo shuffles the keys
-    over devices, and SimCLR shares the statistics of all. This function does both, with unchanged
-    weights:
+    The task is to find the second view of an image, given the first, among all keys of the batch.
+    If each device normalizes by its own statistics, and both views are on one device, the
+    statistics are a signature: the network finds the key without looking at the image. So MoCo
+    shuffles the keys over devices, and SimCLR shares statistics among all devices. This function
+    measures the accuracy with and without a shuffle, with the same weights:
 
     .. math:: \text{leak} = \Pr\Bigl[\arg\max_j \cos(q_i, k_j) = i \Bigr]_\text{together}
                           - \Pr\Bigl[\arg\max_j \cos(q_i, k_j) = i \Bigr]_\text{keys shuffled over
                             devices}
 
-    It is positive if statistics help. In small batches they may help without training, since a
-    query and its key are distorted alike; accuracy suffers from what training adds, so compare
-    before and after. It is negative if statistics hide more than they reveal. `same_device` shows
-    whether devices leave a trace at all: it is above `chance` if a device's examples share a shift,
-    and below if subtracting their mean pushes them apart.
+    The leak is positive if statistics help to find the key. In small batches they may help an
+    untrained network, too, since a query and its key are distorted alike; what costs accuracy is
+    the leak that training adds, so compare before and after. The leak is negative if statistics
+    hide more than they give away. `same_device` shows whether devices leave a trace at all: it is
+    above `chance` if a device's examples share a shift, and below if the subtraction of their mean
+    moves them apart.
 
     Args:
       function: `function(queries, keys) -> (q, k)` maps the views on one device to embeddings `(n,
-        features)`, in *training* mode and without new statistics: one batch of both views as in
-        SimCLR, or two encoders as in MoCo. It runs under `jax.vmap` over the devices, and may share
-        statistics over `axis_name`.
+        features)`, in *training* mode and without new statistics, with both views in one batch as
+        in SimCLR, or two encoders as in MoCo. It runs under `jax.vmap` over the devices, and may
+        share statistics over `axis_name`.
       queries: the first views, floating-point; each device gets `batch / devices` of them, in
         order.
       keys: the second views, of the same images in the same order.
-      devices: the number of devices, which are simulated.
-      key: the key of the shuffles.
+      devices: the number of devices to simulate.
+      key: the random key of the shuffles.
       shuffles: the number of shuffles that `apart` is averaged over.
-      axis_name: the name of the axis of devices.
+      axis_name: the name of the mapped axis of the devices.
 
     Returns:
       `Leakage`, shares from 0 to 1 in float32.
@@ -88,6 +89,7 @@ def leakage(
     Raises:
       ValueError: for a batch that cannot be split evenly over the devices, and for embeddings that
         are not rows or not finite.
+      TypeError: for a function that does not return a pair.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -131,7 +133,7 @@ def leakage(
 
 @partial(jax.jit, static_argnames="n")
 def _summary(q: Array, k: Array, orders: Array, n: int) -> Leakage:
-    """Returns the result for embeddings `(orders, devices, n, ...)`, with keys in these orders."""
+    """Returns the result for embeddings `(orders, devices, n, ...)` of keys in these orders."""
     _, batch = orders.shape
 
     def cosines_of(q: Array, k: Array, order: Array) -> Array:
@@ -179,13 +181,13 @@ def _check_embeddings(embedded: object, n: int) -> None:
 def _check_devices(queries: Array, keys: Array, devices: int, shuffles: int) -> None:
     for name, given, least in (("devices", devices, 2), ("shuffles", shuffles, 1)):
         if (_checks.positive_int(given) or 0) < least:
-            of_training = "Pass the devices of your training"
+            as_in_training = "Pass the number of devices that you train on"
             _checks.raise_error(
                 "leakage",
                 f"too few {name}",
                 expected=f"an int of {least} or more",
                 got=f"{name}={given!r}",
-                fix=of_training if name == "devices" else "Leave shuffles out for 4",
+                fix=as_in_training if name == "devices" else "Leave shuffles out for 4",
             )
     if queries.shape != keys.shape or len(queries) % devices:
         _checks.raise_error(

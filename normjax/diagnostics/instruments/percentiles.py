@@ -29,20 +29,19 @@ class Percentiles(NamedTuple):
 def percentiles(
     inputs: PyTree, q: Sequence[float] = (15, 50, 85), *, feature_axes: Axes = ()
 ) -> Percentiles:
-    r"""Returns a few percentiles of each layer's inputs: little enough to store at every step.
+    r"""Returns a few percentiles of each layer's inputs, which are small enough to store each step.
 
-    Percentile q is the value that q percent of the elements are below, interpolated linearly. 15,
-    50 and 85 are from figure 1 of the 2015 paper: for a normal distribution the mean, and about one
-    standard deviation below and above it.
+    Percentile q is the value that q percent of the elements are below, interpolated linearly. The
+    percentiles 15, 50 and 85 are from figure 1 of the 2015 paper: for a normal distribution, these
+    are the mean and about one standard deviation below and above it.
 
     In a training loop, jit it along with the step, stack the results, as `lax.scan` or
     `jax.tree.map(lambda *x: jnp.stack(x), *history)` does, and draw them with
-    `normjax.diagnostics.plot.percentiles`. `layer_inputs` gets the inputs from Flax models; let a
-    functional model return them.
+    `normjax.diagnostics.plot.percentiles`. `layer_inputs` returns the inputs in a Flax model; a
+    model of pure functions can return them itself.
 
     Args:
-      inputs: an array, or any tree of arrays, one for each layer; `(batch, ..., features)`,
-        floating-point.
+      inputs: any tree of arrays, one for each layer, `(batch, ..., features)`, floating-point.
       q: the percentiles, from 0 to 100.
       feature_axes: the axes along which each feature has its own percentiles, such as -1 for
         channels; `()` for one distribution of the whole layer.
@@ -69,9 +68,23 @@ def percentiles(
       Covariate Shift" (2015), figure 1 (b, c).
     """
     wanted = list(q) if isinstance(q, Sequence) else [q]
-    for one in wanted:
+    _check_percentiles(wanted)
+    check_arrays("percentiles", "inputs", inputs)
+
+    def of_layer(path: KeyPath, x: Any) -> Array:
+        name = f"percentiles at {show('inputs', path)}"
+        x = widen(_real(name, x))
+        features = _checks.axes(name, "feature_axes", feature_axes, x.shape)
+        return jnp.percentile(x, jnp.asarray(wanted, x.dtype), _checks.other_axes(features, x.ndim))
+
+    values = jax.tree_util.tree_map_with_path(of_layer, inputs)
+    return Percentiles(jnp.asarray(wanted, jnp.float32), values)
+
+
+def _check_percentiles(q: Sequence[float]) -> None:
+    for one in q:
         _checks.between("percentiles", "q", one, 0.0, 100.0)
-    if not wanted:
+    if not q:
         _checks.raise_error(
             "percentiles",
             "q is empty",
@@ -80,23 +93,17 @@ def percentiles(
             fix="Pass (15, 50, 85)",
         )
 
-    check_arrays("percentiles", "inputs", inputs)
 
-    def of_layer(path: KeyPath, x: Any) -> Array:
-        name = f"percentiles at {show('inputs', path)}"
-        x = _checks.activations(name, x)
-        if jnp.iscomplexobj(x):
-            _checks.raise_error(
-                name,
-                "complex numbers have no order",
-                expected="real inputs",
-                got=f"x.dtype={x.dtype} for x.shape={x.shape}",
-                fix="Pass x.real, or jnp.abs(x)",
-                kind=TypeError,
-            )
-        features = _checks.axes(name, "feature_axes", feature_axes, x.shape)
-        x = widen(x)
-        return jnp.percentile(x, jnp.asarray(wanted, x.dtype), _checks.other_axes(features, x.ndim))
-
-    values = jax.tree_util.tree_map_with_path(of_layer, inputs)
-    return Percentiles(jnp.asarray(wanted, jnp.float32), values)
+def _real(name: str, x: Any) -> Array:
+    """Returns the inputs of a layer; raises an error if they are not real floating-point."""
+    x = _checks.activations(name, x)
+    if jnp.iscomplexobj(x):
+        _checks.raise_error(
+            name,
+            "complex numbers have no order",
+            expected="real inputs",
+            got=f"x.dtype={x.dtype} for x.shape={x.shape}",
+            fix="Pass x.real, or jnp.abs(x)",
+            kind=TypeError,
+        )
+    return x

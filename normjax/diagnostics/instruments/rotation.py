@@ -20,7 +20,7 @@ FUNCTION = "rotation"
 
 
 class Rotation(NamedTuple):
-    """A step of a kernel. Each field has the shape of its features, in at least float32.
+    """A training step of a kernel. Each field has the shape of its features, in at least float32.
 
     Attributes:
       norm: the norm of the kernel before the step.
@@ -29,7 +29,7 @@ class Rotation(NamedTuple):
         the kernel's scale.
       chance: 1 / sqrt(dim), the root mean square cosine between random directions.
       angle: the angle by which the step turns the kernel, in radians.
-      effective_learning_rate: the learning rate of its direction, see
+      effective_learning_rate: the learning rate of the kernel's direction; see
         `normjax.optim.effective_learning_rate`.
     """
 
@@ -57,20 +57,21 @@ def rotation(
               \rVert}, \qquad
               \text{cosine} = \frac{\langle w, g \rangle}{\lVert w \rVert \lVert g \rVert}
 
-    Only the direction of a kernel before normalization counts, so the angle is all that a step
-    changes in the network. Without weight decay such kernels grow, since each gradient is
-    orthogonal to them, and turn less and less: an unintended schedule of the learning rate. With
-    weight decay the angle settles; see `equilibrium`.
+    Of a kernel before normalization only the direction counts, so the angle is all that a step
+    changes in the network. Without weight decay, such kernels grow, since each gradient is
+    orthogonal to them, and so they turn less and less, as if the learning rate had a schedule that
+    nobody chose. With weight decay, the angle settles; see `equilibrium`.
 
-    Call it in the training step, under `jax.jit`, and stack the results, as `lax.scan` does. That
-    is the history for `equilibrium` and `plot.rotation`.
+    Call it in the training step, under `jax.jit`, and stack the results, as `lax.scan` does. The
+    stacked results are the history for `equilibrium` and `plot.rotation`.
 
     Args:
       params: the parameters before the step: any tree of arrays, an nnx module or its state.
-      gradients: the gradients of the step, in a tree of that structure.
-      updated: the parameters after the step.
+      gradients: the gradients of the step, a tree like `params`.
+      updated: the parameters after the step, a tree like `params`.
       learning_rate: the learning rate of the step, a number or a scalar array.
-      optimizer: "sgd" (with or without momentum) or "adam" (or any that normalizes its steps).
+      optimizer: "sgd" (with or without momentum), or "adam" for all optimizers that normalize their
+        steps.
       feature_axes: the axes along which each slice has its own direction, such as -1 for the output
         channels before batch norm; `()` for one direction of the whole kernel.
       mask: the leaves to measure: bools in a tree of the structure of `params` or a prefix of it,
@@ -78,13 +79,13 @@ def rotation(
         for all.
 
     Returns:
-      A `Rotation` for each leaf by its path, `"block/conv/kernel"`. Angles are computed in at least
-      float32, in a way that keeps small ones accurate. A kernel of zeros has no direction: its
-      angle and cosine are 0.
+      A `Rotation` for each leaf by its path, such as `"block/conv/kernel"`. Angles are computed in
+      at least float32, with a formula that is accurate for small angles. A kernel of zeros has no
+      direction: its angle and cosine are 0.
 
     Raises:
-      ValueError: for trees that do not match, feature axes that a leaf does not have, by its path,
-        and an unknown optimizer.
+      ValueError: for trees that do not match, for feature axes that a leaf does not have (with its
+        path), and for an unknown optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj

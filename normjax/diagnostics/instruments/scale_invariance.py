@@ -1,4 +1,4 @@
-"""Measures how invariant a network is to the scale of each parameter."""
+"""Measures how far a network is invariant to the scale of each parameter."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ class ScaleInvariance(NamedTuple):
     """The effect of a parameter's scale, compared with a random change.
 
     Attributes:
-      invariant: whether only its direction counts: `change` and `cosine / chance` are at most the
-        tolerance, and it has an influence.
-      change: how far outputs move when it is scaled, relative to how far they move with a random
-        change of that size: the largest over `scales`. It is near 0 for a kernel before
-        normalization, near 1 for others.
-      cosine: the cosine of the angle between it and its gradient, root mean square over random
-        combinations of the outputs; the largest of all features. 0 if they are orthogonal.
-      chance: the cosine of a random direction, 1 / sqrt(dim).
-      influence: the effect of a random change of its size on the outputs, relative to the most
-        influential leaf. Below 1e-6, as for a bias that batch norm cancels, it has no direction to
-        learn.
+      invariant: whether only the parameter's direction counts: `change` and `cosine / chance` are
+        at most the tolerance, and the parameter has an influence.
+      change: how far outputs move when the parameter is scaled, relative to how far they move with
+        a random change of the same size: the largest value over `scales`. It is near 0 for a kernel
+        before normalization, and near 1 for others.
+      cosine: the cosine of the angle between the parameter and its gradient: the root mean square
+        over random combinations of the outputs, and of all features the largest. It is 0 if they
+        are orthogonal.
+      chance: the root mean square cosine between random directions, 1 / sqrt(dim).
+      influence: the effect of a random change of the parameter's size on the outputs, relative to
+        the effect of the most influential leaf. Below 1e-6, as for a bias that batch norm cancels,
+        the parameter has no direction to learn.
     """
 
     invariant: bool
@@ -54,11 +55,11 @@ def scale_invariance(
               f(w) \rVert}, \qquad \text{cosine} = \frac{|\langle w, g \rangle|}{\lVert w \rVert
               \lVert g \rVert}
 
-    with random v of the norm of w. `normjax.optim.scale_invariant` makes a mask for an optimizer
-    from the same test, at a point near `params`, in float64. The numbers say how close a kernel is
-    to passing or failing: a `change` of 1e-5 is the effect of a normalization's epsilon, `epsilon /
-    variance`; a change of 1e-2 is an epsilon that is large relative to the variance, as after
-    weight decay.
+    with a random v that is as long as w. `normjax.optim.scale_invariant` makes a mask for an
+    optimizer from the same test, at a point near `params`, in float64. The numbers say how close a
+    kernel is to passing or failing. A `change` of 1e-5 is the effect of a normalization's epsilon,
+    `epsilon / variance`. A `change` of 1e-2 shows an epsilon that is large relative to the
+    variance, as after weight decay.
 
     Args:
       params: any tree of arrays, or an nnx module: its `nnx.Param`s.
@@ -71,12 +72,13 @@ def scale_invariance(
       dtype: the dtype to compute in; None for the dtypes of `params`.
 
     Returns:
-      A `ScaleInvariance` for each leaf by its path, `"block/conv/kernel"`, of Python numbers.
-      Integers are left out, and leaves with a single number for each feature.
+      A `ScaleInvariance` of Python numbers for each leaf by its path, such as
+      `"block/conv/kernel"`. Leaves of integers, and leaves with one number for each feature, are
+      left out.
 
     Raises:
-      ValueError: for parameters or outputs that are not finite, by their path; scales that are not
-        positive.
+      ValueError: for parameters or outputs that are not finite (with their path), and for scales
+        that are not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
