@@ -33,8 +33,8 @@ from normjax.diagnostics.instruments import (
     scale_invariance,
 )
 
-# `lint` and `report` are packages, too. These imports come last for each: a package that is
-# imported binds its own name here, and the function has to replace it.
+# `lint` and `report` are packages, too. Python binds a package's name here when it is first
+# imported, and the function replaces it; with an import on first use, a later one would undo that.
 from normjax.diagnostics.lint import Lint, lint
 from normjax.diagnostics.report import LayerReport, Range, Report, report
 
