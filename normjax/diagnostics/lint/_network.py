@@ -67,7 +67,10 @@ class Network:
         return bool(self.examples[norm.h] & norm.axes or norm.shared or self.running(norm))
 
     def factors(self, norm: Norm, *, zeros: bool = False) -> list[Array]:
-        """Returns what y is multiplied by, with variables of 0 on demand; may raise Unknown."""
+        """Returns what y is multiplied by, or with `zeros` what it would be if variables were 0.
+
+        Raises Unknown if that depends on activations.
+        """
         given: dict[int, Any] = dict(self._values)
         if zeros:
             given |= {leaf: jnp.zeros_like(self.graph.nodes[leaf].aval) for leaf in norm.leaves}
