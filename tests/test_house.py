@@ -24,6 +24,15 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FRAMEWORKS = {"flax": {"linen", "nnx"}, "optax": {"optim"}}
 
 
+# The packages of diagnostics, and which of the others each of them may import.
+DIAGNOSTICS = {
+    "lint": set(),
+    "report": set(),
+    "instruments": set(),
+    "plot": {"report", "instruments"},
+}
+
+
 def package_of(file):
     return file.relative_to(ROOT / "normjax").parts[0].removesuffix(".py")
 
@@ -58,6 +67,22 @@ def problems(package, source):
             found.append(f"imports {name}, which is above {package}")
         if any(part.startswith("_") for part in parts[1:]):
             found.append(f"imports {name}, which is private to {parts[0]}")
+    return found
+
+
+def problems_in_diagnostics(package, source):
+    """Returns what is wrong with the imports of a file of a package of diagnostics."""
+    found = []
+    for name, _ in imports(ast.parse(source)):
+        if not name.startswith("normjax.diagnostics."):
+            continue
+        other, *parts = name.split(".")[2:]
+        if other == package:
+            continue
+        if other in DIAGNOSTICS and other not in DIAGNOSTICS[package]:
+            found.append(f"imports {name}, which is apart from {package}")
+        if any(part.startswith("_") for part in (other, *parts)):
+            found.append(f"imports {name}, which is private to {other}")
     return found
 
 
@@ -104,3 +129,27 @@ def test_what_points_up_or_looks_into_a_neighbour_is_found(package, source, prob
 )
 def test_what_is_in_order_is_not(package, source):
     assert problems(package, source) == []
+
+
+@pytest.mark.parametrize("package", DIAGNOSTICS)
+def test_the_packages_of_diagnostics_are_told_apart(package):
+    files = sorted((ROOT / "normjax" / "diagnostics" / package).glob("*.py"))
+    assert len(files) > 5
+    assert [problems_in_diagnostics(package, file.read_text()) for file in files] == [[]] * len(
+        files
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("from normjax.diagnostics.lint import Lint", "apart from plot"),
+        ("from normjax.diagnostics import lint", "apart from plot"),
+        ("def f():\n    from normjax.diagnostics.report._text import span", "private to report"),
+        ("from normjax.diagnostics.report import _text", "private to report"),
+        ("from normjax.diagnostics import _findings", "private to _findings"),
+    ],
+)
+def test_what_a_package_of_diagnostics_may_not_import_is_found(source, problem):
+    (found,) = problems_in_diagnostics("plot", source)
+    assert problem in found

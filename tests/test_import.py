@@ -56,3 +56,24 @@ def test_every_public_name_is_there_and_listed():
         "print(*names, sorted(names) == dir(normjax), all(hasattr(normjax, n) for n in names))"
     )
     assert "batch_norm" in names and (same, there) == ("True", "True")
+
+
+def test_lint_and_report_are_functions_whatever_is_imported_first():
+    """They have the names of packages, which Python binds in `diagnostics` when it imports them."""
+    found = run("""
+import sys, jax.numpy as jnp
+for first in (
+    "import normjax.diagnostics.lint",
+    "import normjax.diagnostics.report.page, normjax.diagnostics.lint._graph",
+    "from normjax.diagnostics.plot import report",
+):
+    for name in [name for name in sys.modules if name.split(".")[0] == "normjax"]:
+        del sys.modules[name]
+    exec(first)
+    import normjax as nj
+    variables, x = nj.batch_norm_init(3), jnp.ones((32, 3))
+    apply_fn = lambda variables, x: nj.batch_norm(*variables, x, train=True)
+    print(len(nj.diagnostics.lint(apply_fn, variables, x)))
+    print(len(nj.diagnostics.report(variables).layers))
+""")
+    assert found == ["0", "1"] * 3

@@ -1,26 +1,42 @@
 """Shows what normalization does in your network: its health, and the measurements of papers.
 
-All are pure functions that return NamedTuples; `normjax.diagnostics.plot` draws these.
+`lint` and `report` are for every user, the functions of `instruments` for those who study networks.
+All are pure functions that return tuples with named fields, which `plot` draws.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from normjax.diagnostics._findings import Finding
-from normjax.diagnostics._reported import LayerReport, Range
-from normjax.diagnostics.batch_variance import BatchVariance, batch_variance
-from normjax.diagnostics.covariate_shift import CovariateShift, internal_covariate_shift
-from normjax.diagnostics.equilibrium import Compared, Equilibrium, equilibrium
-from normjax.diagnostics.hessian import Eigenvalue, hessian_eigenvalue
-from normjax.diagnostics.inputs import layer_inputs
-from normjax.diagnostics.interactions import Interactions, interactions
-from normjax.diagnostics.landscape import Landscape, landscape
-from normjax.diagnostics.leakage import Leakage, leakage
+from normjax.diagnostics.findings import Finding
+from normjax.diagnostics.instruments import (
+    BatchVariance,
+    Compared,
+    CovariateShift,
+    Eigenvalue,
+    Equilibrium,
+    Interactions,
+    Landscape,
+    Leakage,
+    Percentiles,
+    Rotation,
+    ScaleInvariance,
+    batch_variance,
+    equilibrium,
+    hessian_eigenvalue,
+    interactions,
+    internal_covariate_shift,
+    landscape,
+    layer_inputs,
+    leakage,
+    percentiles,
+    rotation,
+    scale_invariance,
+)
+
+# `lint` and `report` are packages, too. Python binds a package's name here when it is first
+# imported, and the function replaces it; with an import on first use, a later one would undo that.
 from normjax.diagnostics.lint import Lint, lint
-from normjax.diagnostics.percentiles import Percentiles, percentiles
-from normjax.diagnostics.report import Report, report
-from normjax.diagnostics.rotation import Rotation, rotation
-from normjax.diagnostics.scale_invariance import ScaleInvariance, scale_invariance
+from normjax.diagnostics.report import LayerReport, Range, Report, report
 
 if TYPE_CHECKING:
     from normjax.diagnostics import plot as plot

@@ -37,6 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.checkpoint is None and options.json not in (None, "-"):  # `--json CHECKPOINT`
+        options.checkpoint, options.json = Path(options.json), "-"
+    if options.checkpoint is None:
+        parser.error("CHECKPOINT is missing")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}",
         usage="%(prog)s [-h] CHECKPOINT [--json [FILE]] [--html FILE] [--epsilon E]",
@@ -50,15 +60,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="CHECKPOINT",
         nargs="?",
-        help="a folder of Orbax (of several steps, the newest is read), or a file of Flax's "
-        "msgpack or safetensors",
+        help="a folder that Orbax wrote (the newest step is read), or a file in Flax's msgpack or "
+        "safetensors",
     )
     parser.add_argument(
         "--json",
         nargs="?",
         const="-",
         metavar="FILE",
-        help="write JSON, to standard output unless FILE",
+        help="write JSON to FILE, or to standard output without one",
     )
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write a page with pictures of every layer"
@@ -70,17 +80,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="E",
         help="the epsilon of the layers (default: %(default)s)",
     )
-    options = parser.parse_args(arguments)
-    if options.checkpoint is None and options.json not in (None, "-"):  # `--json CHECKPOINT`
-        options.checkpoint, options.json = Path(options.json), "-"
-    if options.checkpoint is None:
-        parser.error("CHECKPOINT is missing")
-    return options
+    return parser
 
 
 def _run(options: argparse.Namespace) -> int:
-    from normjax.diagnostics._checkpoints import UnreadableError, read_checkpoint
     from normjax.diagnostics.report import report
+    from normjax.diagnostics.report.checkpoints import UnreadableError, read_checkpoint
 
     try:
         found = report(read_checkpoint(options.checkpoint), epsilon=options.epsilon)
@@ -97,7 +102,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _write(found: Report, options: argparse.Namespace) -> None:
     if options.html is not None:
-        from normjax.diagnostics._html import page
+        from normjax.diagnostics.report.page import page
 
         options.html.write_text(page(found, options.checkpoint.absolute().name), encoding="utf-8")
     if options.json == "-":
@@ -109,7 +114,7 @@ def _write(found: Report, options: argparse.Namespace) -> None:
 
 
 def _print(found: Report) -> None:
-    """Prints in color on a terminal that has rich, otherwise as plain text with unbroken lines."""
+    """Prints in color on a terminal if rich is installed, else as text with unbroken lines."""
     try:
         from rich.console import Console
     except ImportError:
@@ -125,6 +130,6 @@ def _fail(path: object, problem: object) -> int:
 
 
 if __name__ == "__main__":
-    # A KeyboardInterrupt may be lost in a callback of C, so end at once.
+    # A KeyboardInterrupt may get lost in a callback from C, so Ctrl-C ends the process at once.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     sys.exit(main())

@@ -301,7 +301,7 @@ class TestTorchMomentum:
         finding = only(lint(network, network.variables, ROWS), "torch-momentum")
         assert (finding.path, finding.severity) == ("norm_0", "warning")
         assert "momentum 0.1 is the weight of the old value" in finding.message
-        assert "90% those of the last batch" in finding.message
+        assert "90% of its running statistics come from the last batch" in finding.message
         assert finding.advice.startswith("write 0.9 if 0.1 is from PyTorch")
 
     def test_in_linen_and_of_shapes(self, promotion_as_in_flax):

@@ -13,7 +13,7 @@ from flax.training import train_state
 
 import normjax as nj
 from normjax.diagnostics import plot, report
-from normjax.diagnostics._html import page
+from normjax.diagnostics.report.page import page
 from tests.diagnostics.networks import CLASSES, NNX, Residual, healthy, init, trained
 
 FAMILY = {

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from normjax.diagnostics import report
 from normjax.diagnostics.__main__ import main
-from normjax.diagnostics._html import page
+from normjax.diagnostics.report.page import page
 from tests.checkpoints.write import HERE as CHECKPOINTS
 from tests.diagnostics.networks import NNX, Residual, healthy, init
 

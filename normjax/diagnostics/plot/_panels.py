@@ -1,4 +1,4 @@
-"""Returns the axes to draw on: the caller's, or a new figure's."""
+"""Provides the axes to draw on, the caller's or a new figure's, and checks histories."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from normjax import _checks
 
 
 def panels(function: str, axes: Any, count: int, columns: int = 4) -> tuple[Figure, list[Axes]]:
-    """Returns a figure and `count` of its axes; raises an error for another number of axes."""
+    """Returns a figure and `count` axes; raises an error if the caller's axes are not as many."""
     if axes is None:
         rows, columns = -(-count // columns), min(count, columns)
         figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
@@ -33,7 +33,7 @@ def panels(function: str, axes: Any, count: int, columns: int = 4) -> tuple[Figu
 
 
 def panel(axes: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """Returns the axes and their figure; for None a new figure's, of this size in inches."""
+    """Returns the axes and their figure; None makes a new figure of this size in inches."""
     if axes is None:
         axes = Figure(figsize=size, layout="constrained").add_subplot()
     figure = axes.get_figure(root=True)
@@ -42,7 +42,7 @@ def panel(axes: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def raise_single(function: str, got: str, fix: str) -> NoReturn:
-    """Raises an error for what was recorded at one step only."""
+    """Raises an error for a history of a single step."""
     _checks.raise_error(
         f"plot.{function}",
         "there are no steps to draw over",
@@ -53,7 +53,7 @@ def raise_single(function: str, got: str, fix: str) -> NoReturn:
 
 
 def steps_of(function: str, steps: Any, count: int) -> np.ndarray:
-    """Returns the steps to draw over, from 0 unless given; raises an error for a wrong number."""
+    """Returns the steps to draw over, from 0 if None; raises an error if their number is wrong."""
     found = np.arange(count) if steps is None else np.asarray(steps)
     if found.shape != (count,):
         _checks.raise_error(

@@ -1,4 +1,4 @@
-"""Draws which examples of a batch depend on which."""
+"""Draws which examples of a batch depend on which others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from normjax.diagnostics.plot._panels import panel
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from normjax.diagnostics.interactions import Interactions
+    from normjax.diagnostics.instruments.interactions import Interactions
 
 _DECADES = 4  # the range below the largest entry; smaller entries are left blank
 
@@ -22,8 +22,8 @@ def interactions(result: Interactions, axes: Axes | None = None) -> Figure:
     """Draws the matrix of `interactions` as a heat map, on a logarithmic scale of four decades.
 
     What to look for: a network without batch statistics has only a diagonal. Batch norm fills the
-    whole matrix. Ghost batches and unsynced devices are blocks along the diagonal. The share off
-    the diagonal is in the title.
+    whole matrix. Ghost batches, and devices that do not share statistics, are blocks along the
+    diagonal. The title has the share off the diagonal.
 
     Args:
       result: the result of `interactions`.

@@ -1,4 +1,4 @@
-"""Draws the loss and its gradient along the direction of training, over its steps."""
+"""Draws the loss and its gradient along the direction of each step, over the steps of training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from normjax.diagnostics.landscape import Landscape
+from normjax.diagnostics.instruments.landscape import Landscape
 from normjax.diagnostics.plot._panels import panels, raise_single, steps_of
 
 _TITLES = ("loss", "distance of gradients", "effective smoothness")
@@ -32,7 +32,8 @@ def landscape(
     The axes are logarithmic.
 
     Args:
-      histories: a `landscape` of each step, stacked, or several by name, to compare.
+      histories: the `landscape` of each step, stacked; or several such histories by name, to
+        compare them.
       steps: the steps at which they were recorded; None for 0, 1, 2, ...
       axes: three matplotlib axes; None for a new figure.
 
@@ -40,7 +41,7 @@ def landscape(
       The figure.
 
     Raises:
-      ValueError: for a history of a single step, or steps or axes that do not fit it.
+      ValueError: for a history of a single step, and for steps or axes that do not match it.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj

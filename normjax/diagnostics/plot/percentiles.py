@@ -1,4 +1,4 @@
-"""Draws distributions over training."""
+"""Draws how the distributions of layers' inputs change over training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from normjax import _checks
 from normjax._trees import path_names
-from normjax.diagnostics.percentiles import Percentiles
+from normjax.diagnostics.instruments.percentiles import Percentiles
 from normjax.diagnostics.plot._panels import panels, raise_single, steps_of
 
 
@@ -25,10 +25,10 @@ def percentiles(
 ) -> Figure:
     """Draws percentiles over the steps of training, as lines and a band in a panel for each layer.
 
-    What to look for: if a band moves, widens or narrows, the layer has to follow that distribution.
+    What to look for: if a band moves, widens or narrows, the layer has to follow its input.
 
     Args:
-      history: `percentiles` of each step, stacked: values of `(steps, q, *features)`.
+      history: the `percentiles` of each step, stacked: values are `(steps, q, *features)`.
       steps: the steps at which they were recorded; None for 0, 1, 2, ...
       feature: the number of the feature, counted over all feature axes; None for a typical one,
         whose middle percentile moves by the median amount.
@@ -38,7 +38,8 @@ def percentiles(
       The figure.
 
     Raises:
-      ValueError: for a history of a single step, or a feature, steps or axes that do not fit it.
+      ValueError: for a history of a single step, and for a feature, steps or axes that do not match
+        it.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -66,7 +67,7 @@ def percentiles(
 
 
 def _feature(feature: int, count: int) -> int:
-    """Returns the feature, 0 for a layer with one distribution; raises an error out of range."""
+    """Returns the feature, or 0 for a layer with one distribution; raises an error out of range."""
     if count == 1:
         return 0
     if not -count <= feature < count:
@@ -88,7 +89,7 @@ def _typical(values: np.ndarray) -> int:
 
 
 def _draw(panel: Axes, steps: np.ndarray, q: np.ndarray, values: np.ndarray) -> None:
-    """Draws values `(steps, q)`."""
+    """Draws the percentiles `(steps, q)` of one feature."""
     (first,) = panel.plot(steps, values[:, 0], linewidth=0.8, label=f"{q[0]:g}%")
     color = first.get_color()  # the next color of the axes
     panel.fill_between(steps, values.min(1), values.max(1), color=color, alpha=0.2, linewidth=0)

@@ -1,4 +1,4 @@
-"""Draws a report."""
+"""Draws the layers of a report."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from normjax.diagnostics._reported import LayerReport
 from normjax.diagnostics.plot._panels import panels
-from normjax.diagnostics.report import Report
+from normjax.diagnostics.report import LayerReport, Report
 
 COLORS = {"error": "#c62f2f", "warning": "#d98c0a", "note": "#2f7f9e", None: "#7d8894"}
 PANELS = {
@@ -24,13 +23,13 @@ FLOOR = 1e-8  # drawn in place of 0 on logarithmic axes
 def report(report: Report, axes: Sequence[Axes] | None = None) -> Figure:
     """Draws a row for each layer: a mark for each channel, in the color of the worst finding.
 
-    The panels are the running variance, the size of scale, and the gap between training and
+    The panels show the running variance, the size of scale, and the gap between training and
     inference; panels without values are left out. An unhealthy channel is far from the others in
-    its row, an unhealthy layer far from other rows. 0 is at the left edge.
+    its row, and an unhealthy layer is far from the other rows. 0 is at the left edge.
 
     Args:
       report: the result of `normjax.diagnostics.report`.
-      axes: the axes to draw on, one for each panel with values; None for a new figure.
+      axes: matplotlib axes, one for each panel with values; None for a new figure.
 
     Returns:
       The figure.
@@ -62,7 +61,7 @@ def _new_figure(columns: int, layers: int) -> tuple[Figure, list[Axes]]:
 
 
 def _values(layer: LayerReport, name: str) -> np.ndarray:
-    """Returns the finite values in a layer's row of a panel; 1e-8 in place of 0."""
+    """Returns the finite values in a layer's row of a panel, with 1e-8 in place of 0."""
     if name == "gap":
         gaps = np.array([] if layer.gap is None else [layer.gap])
         return gaps[np.isfinite(gaps)]

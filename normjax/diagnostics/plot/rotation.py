@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from normjax.diagnostics.equilibrium import Equilibrium
+from normjax.diagnostics.instruments.equilibrium import Equilibrium
+from normjax.diagnostics.instruments.rotation import Rotation
 from normjax.diagnostics.plot._panels import panels, raise_single, steps_of
-from normjax.diagnostics.rotation import Rotation
 
-_POINTS = 200  # the most points of a line; more steps are averaged in blocks
+_POINTS = 200  # the largest number of points in a line; more steps are averaged in blocks
 _PANELS = {
     "norm": "norm",
     "effective_learning_rate": "effective learning rate",
@@ -30,12 +30,13 @@ def rotation(
     """Draws the norms of kernels, their effective learning rates, and the angles of their steps.
 
     What to look for: without weight decay, kernels before normalization grow, and turn less and
-    less. With it, all of them reach the dashed line, the rotational equilibrium, whatever their
-    gradients are. The axes are logarithmic.
+    less. With weight decay, all of them reach the dashed line, the rotational equilibrium, whatever
+    their gradients are. The axes are logarithmic.
 
     Args:
-      history: the results of `rotation`, stacked over steps: each field `(steps, *features)`. Lines
-        are root mean squares over features, and over blocks of steps if there are more than 200.
+      history: the results of `rotation`, stacked over steps: each field is `(steps, *features)`.
+        Lines are root mean squares over features, and over blocks of steps if there are more than
+        200.
       equilibria: the result of `equilibrium`; its predicted angles are the dashed lines.
       steps: the steps at which the history was recorded; None for 0, 1, 2, ...
       axes: three matplotlib axes; None for a new figure.
@@ -44,7 +45,7 @@ def rotation(
       The figure.
 
     Raises:
-      ValueError: for a history of a single step, or steps or axes that do not fit it.
+      ValueError: for a history of a single step, and for steps or axes that do not match it.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -82,7 +83,7 @@ def rotation(
 
 
 def _blocks(values: np.ndarray) -> np.ndarray:
-    """Returns the means over features and over blocks of steps; the last may be smaller."""
+    """Returns the means over features and over blocks of steps; the last block may be smaller."""
     flat = values.reshape(len(values), -1).mean(1)
     starts = np.arange(0, len(flat), max(1, -(-len(flat) // _POINTS)))
     return np.add.reduceat(flat, starts) / np.diff(np.append(starts, len(flat)))

@@ -1,4 +1,4 @@
-"""Draws which parameters the network only uses the direction of."""
+"""Draws how far the network is invariant to the scale of each parameter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import matplotlib.axes
 import numpy as np
 from matplotlib.figure import Figure
 
+from normjax.diagnostics.instruments.scale_invariance import ScaleInvariance
 from normjax.diagnostics.plot._panels import panel
-from normjax.diagnostics.scale_invariance import ScaleInvariance
 
 _LEAST = 1e-8  # drawn in place of 0
 
@@ -19,9 +19,9 @@ def scale_invariance(
 ) -> Figure:
     """Draws the effect of each parameter's scale, relative to a random change.
 
-    What to look for: parameters form two groups, some five orders of magnitude apart on the
-    logarithmic axis. A parameter between them has a normalization after it whose epsilon is no
-    longer small. Hollow marks are parameters without influence.
+    What to look for: parameters form two groups, about five orders of magnitude apart on the
+    logarithmic axis. If a parameter is between them, the epsilon of the normalization after it is
+    large relative to the variance. Hollow marks are parameters without influence.
 
     Args:
       found: the result of `scale_invariance`.
