@@ -123,7 +123,7 @@ def test_a_conversion_under_jit():
 
 
 def test_a_source_that_holds_no_arrays():
-    with pytest.raises(TypeError, match="from_torch: the source holds no arrays.*got list"):
+    with pytest.raises(TypeError, match="from_torch: the source contains no arrays.*got list"):
         nj.convert.from_torch([ONES])
     with pytest.raises(
         ValueError,

@@ -335,7 +335,7 @@ def test_without_like_to_torch_reads_a_table_backwards():
     assert_trees_close(prefixed, tree_of("backbone/bn"), rtol=0, atol=0)
     for rename, message in (
         (str.upper, "rename is a function, which cannot be inverted without like="),
-        ({"a": "c", "b": "c"}, "rename has two entries with one new name"),
+        ({"a": "c", "b": "c"}, "rename has two entries with the same new name"),
     ):
         with pytest.raises(ValueError, match=f"to_torch: {message}"):
             nj.convert.to_torch(*trees, rename=rename)
