@@ -41,11 +41,11 @@ def kind_of(params: PyTree, *, names: Mapping[str, Kind] | None = None) -> PyTre
     attention heads, `(heads, size)`, or a conditional scale, `(classes, features)`, is not a
     kernel. These rules are applied in order:
 
-    1. An entry of `names` applies first. 2. A leaf below `batch_stats` is a "statistic", and so are
-    `u` and `sigma` side by side. A leaf
+    1. An entry of `names` applies first.
+    2. A leaf below `batch_stats` is a "statistic", and so are `u` and `sigma` side by side. A leaf
        below `scales` (of `nnx.WeightNorm`) is a "scale".
     3. The last name is split at underscores, without digits, in lower case. If all of its words
-    that are in this table have the same kind, this is its kind:
+       that are in this table have the same kind, this is its kind:
 
        | kind | words | layers |
        |---|---|---|
