@@ -1,4 +1,4 @@
-"""The flags of the command line; options.py says which data sets have which defaults."""
+"""The flags of the command line; options.py has the defaults of each data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connects processes and devices, and turns what goes wrong into one line and an exit status."""
+"""Connects processes and devices, and reports errors as one line and an exit status."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ APART = (
     "of their own"
 )
 AGAIN = "Start all processes again with the same command to go on from the last checkpoint"
-START = 60  # seconds that processes wait for each other at the start
-GLOO = 30  # seconds that gloo waits in a collective between CPUs; it takes no other number
+START = 60  # seconds for which processes wait for each other at the start
+GLOO = 30  # seconds after which gloo's collectives between CPUs time out; not configurable
 
 
 def guard(options: Options, stop: Stop) -> int:
-    """Trains and returns the exit status; what goes wrong gets one line."""
+    """Trains, and returns the exit status; prints one line for an error."""
     progress.watch(options.stall)
     sys.unraisablehook = _unraisable
     connect(options)
@@ -56,7 +56,7 @@ def guard(options: Options, stop: Stop) -> int:
     try:
         return run(options, stop)
     except (SetupError, DivergedError) as error:
-        # All processes come here together, so that they can say good-bye to each other.
+        # All processes arrive here together, so they can disconnect from each other.
         if jax.process_index() == 0:
             complain(str(error))
         return MISTAKE if isinstance(error, SetupError) else DIVERGED
@@ -78,19 +78,19 @@ def guard(options: Options, stop: Stop) -> int:
 
 
 def _unraisable(error: Any) -> None:
-    """Prints an error that nobody can catch, unless it is TensorStore's, after a failed write.
+    """Prints an unraisable error, unless TensorStore raised it after a failed write.
 
-    It then calls back into an event loop that Orbax has closed, once for each array.
+    TensorStore then calls an event loop that Orbax has closed, once for each array.
     """
     if str(error.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(error)
 
 
 def connect(options: Options) -> None:
-    """Joins the other processes, where there are any."""
-    # Orbax and grain log errors with their tracebacks, and raise them too.
+    """Connects to the other processes, if there are any."""
+    # Orbax and grain log errors with tracebacks, in addition to raising them.
     logging.set_verbosity(logging.FATAL)
-    # The program counts votes itself, see loop.py; JAX's service would have SIGTERM for itself.
+    # The program counts votes itself, see loop.py; JAX's service would handle SIGTERM itself.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if options.devices is not None:
@@ -108,7 +108,7 @@ def connect(options: Options) -> None:
         try:
             join()
         except ValueError as error:
-            # No cluster that JAX knows: one process with all devices of this machine.
+            # JAX detects no cluster, so this is one process with all devices of this machine.
             if "coordinator_address" not in str(error):
                 problem = f"a cluster that is not described in full: {first_line(error)}"
                 leave(MISTAKE, f"{problem} (or --no-distributed)")
@@ -121,7 +121,7 @@ def connect(options: Options) -> None:
 
 
 def _meet(options: Options, join: partial[None]) -> None:
-    """Joins the others at `--coordinator`, where process 0 listens."""
+    """Connects to the other processes at `--coordinator`, where process 0 listens."""
     assert options.coordinator is not None
     process = f"process {options.process_index} of {options.process_count}"
     where = f"{process} meets the others at {options.coordinator}"
@@ -139,7 +139,7 @@ def _meet(options: Options, join: partial[None]) -> None:
 
 
 def _check_port(address: str) -> None:
-    """Leaves if the port is in use: JAX's service would be a segmentation fault."""
+    """Exits if the port is in use, which would be a segmentation fault in JAX's service."""
     port = address.rpartition(":")[2]
     if not port.isdigit():
         leave(MISTAKE, f"--coordinator {address}: expected HOST:PORT")
@@ -152,7 +152,7 @@ def _check_port(address: str) -> None:
 
 
 def mesh() -> Mesh:
-    """Returns all devices by process; raises SetupError if some processes have more than others."""
+    """Returns all devices by process; raises SetupError if their numbers differ."""
     counts = [len(jax.local_devices(process_index=index)) for index in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise SetupError(
