@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Draws the pictures that explain: `python docs/pictures.py`, half a minute.
+"""Draws the explanatory pictures: `python docs/pictures.py`, half a minute.
 
-They go to docs/pages/images/. The pictures of findings are those of docs/gallery.py.
+They are written to docs/pages/images/. docs/gallery.py draws the pictures of results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OURS, THEIRS = "tab:blue", "tab:orange"
 
 
 def far_from_zero() -> plt.Figure:
-    """Batch norm of 10,000 + noise: what comes out of Flax, and of normjax."""
+    """Plots batch norm of 10,000 + noise in Flax and in normjax."""
     x = 1e4 + jax.random.normal(jax.random.key(0), (1024, 64))
     figure, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout="constrained")
     axes[0].hist(np.ravel(x), 60, color="0.5")
@@ -44,7 +44,7 @@ def far_from_zero() -> plt.Figure:
 
 
 def averaged_over() -> plt.Figure:
-    """Which elements of a batch share a mean and a variance, for each layer."""
+    """Plots which elements of a batch share a mean and a variance, for each layer."""
     sizes = {"examples": 4, "positions": 5, "channels": 6}
     example, position, channel = np.indices(tuple(sizes.values()))
     shared = {
@@ -66,7 +66,7 @@ def averaged_over() -> plt.Figure:
 
 
 def running_lag() -> plt.Figure:
-    """How fast the running variance reaches the batches' variance, for each momentum."""
+    """Plots how fast the running variance approaches the batch variance, for each momentum."""
     steps = 600
     batches = 3 * jax.random.normal(jax.random.key(0), (steps, 256, 1))
     figure, axis = plt.subplots(figsize=(7, 2.8), layout="constrained")
@@ -86,7 +86,7 @@ def running_lag() -> plt.Figure:
 
 
 def main() -> None:
-    """Draws all of them."""
+    """Draws all pictures."""
     plt.rcParams["svg.hashsalt"] = "normjax"
     for draw in (far_from_zero, averaged_over, running_lag):
         path = IMAGES / f"{draw.__name__}.svg"

@@ -77,14 +77,14 @@ FOREIGN = {
         lambda: of_nnx("BatchNorm")(X, training=True),
         r"BatchNorm: training=.*the opposite.*Write use_running_average=False\.",
     ),
-    "nnx: no mode": (lambda: of_nnx("LayerNorm")(X, train=True), "LayerNorm: train=.*Leave it out"),
+    "nnx: no mode": (lambda: of_nnx("LayerNorm")(X, train=True), "LayerNorm: train=.*Drop it"),
     "linen: eps": (lambda: nj.linen.LayerNorm(eps=1e-3), "LayerNorm: eps=.*epsilon=0.001"),
     "linen: axis": (lambda: nj.linen.RMSNorm(axis=1), "feature_axes=1 or reduction_axes=1"),
     "linen: training": (
         lambda: of_linen("BatchNorm", training=False),
         r"BatchNorm: training=.*Write use_running_average=True\.",
     ),
-    "linen: no mode": (lambda: of_linen("RMSNorm", train=True), "RMSNorm: train=.*Leave it out"),
+    "linen: no mode": (lambda: of_linen("RMSNorm", train=True), "RMSNorm: train=.*Drop it"),
 }
 
 
@@ -200,7 +200,7 @@ EXTRAS = {
     ),
     "safetensors.numpy": (
         lambda: nj.convert.from_torch("net.safetensors"),
-        "from_torch: reading 'net.safetensors' takes the package safetensors",
+        "from_torch: reading 'net.safetensors' requires the package safetensors",
         r'pip install "normjax\[diagnostics\]"',
     ),
 }

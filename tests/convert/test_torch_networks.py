@@ -215,7 +215,9 @@ def test_integers_that_like_does_not_have_are_left_out_and_come_back():
 def test_integers_are_kept_exactly_or_refused():
     _, batch_stats = nj.convert.from_torch({"seed": np.array([2**31 - 1])})
     assert batch_stats["seed"] == 2**31 - 1
-    with pytest.raises(ValueError, match="'seed' has integers that int32.*2147483648"):
+    with pytest.raises(
+        ValueError, match="'seed' has integers that do not fit into int32.*2147483648"
+    ):
         nj.convert.from_torch({"seed": np.array([2**31])})
 
 
