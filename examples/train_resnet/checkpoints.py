@@ -76,7 +76,7 @@ class Checkpoints:
             aside.append((step, name, problem))
         self._clean_up(aside)
         if aside and start is None and jax.process_index() == 0:
-            say("warning: no checkpoint is left to go on from: the run starts at step 0")
+            say("warning: no usable checkpoint is left: the run starts at step 0")
         self.step = None if start is None else start.step
         self._open()
         return start or Start(self.program.init(), 0, 0)
@@ -157,7 +157,7 @@ class Checkpoints:
                 f"{folder} has no {checksums.NAME}: an earlier version of this program wrote it"
             )
             return found | {
-                "misfit": f"{earlier}. Go on with that version, or choose another --out"
+                "misfit": f"{earlier}. Continue with that version, or choose another --out"
             }
         if wrong := checksums.wrong_files(folder):
             of = "its arrays" if wrong[0].startswith("state") else "it"
@@ -200,7 +200,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             for step, name, problem in aside:
                 path = self.folder / str(step)
-                say(f"warning: {path}: skipped for the checkpoint before it: {problem}")
+                say(f"warning: {path}: skipped, using the previous checkpoint: {problem}")
                 path.rename(_free(self.folder / f"{name}-{step}"))
             for path in (*self.folder.glob(f"*{TEMPORARY}*"), *self.folder.glob(f"*{UNSEALED}")):
                 say(f"warning: {path}: skipped: it was cut off while it was written")

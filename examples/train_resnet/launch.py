@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from train_resnet.ending import say
 from train_resnet.signals import LAUNCHER, NAMES
 
-AGAIN = "start again with the same command to go on from the last checkpoint"
+AGAIN = "start again with the same command to continue from the last checkpoint"
 PATIENCE = 60  # seconds for processes to exit after another one has failed
 
 
@@ -67,7 +67,7 @@ def _wait(children: Sequence[subprocess.Popen]) -> int:
                 status = status or (128 - code if code < 0 else code)
                 deadline = deadline or time.monotonic() + PATIENCE
         if deadline is not None and time.monotonic() > deadline:
-            say(f"ending the processes that are left {PATIENCE} seconds after the first failed")
+            say(f"ending the remaining processes {PATIENCE} seconds after the first one failed")
             break
         time.sleep(0.1)
     return status

@@ -47,7 +47,7 @@ def run(options: Options, stop: Stop) -> int:
         finished = run.train()
     finally:
         run.metrics.close()
-    progress.now("saying good-bye to the other processes")
+    progress.now("disconnecting from the other processes")
     if jax.process_count() > 1:
         jax.distributed.shutdown()
     return 0 if finished else stop.status
@@ -98,7 +98,7 @@ class _Dispatched:
 
     def values(self) -> dict[str, float]:
         """Waits for the results and returns them."""
-        progress.now(f"waiting for the results of step {self.step}, to which all processes add")
+        progress.now(f"waiting for the results of step {self.step}, which needs all processes")
         jax.block_until_ready(self._sums)
         self.look(time.perf_counter())
         return {name: float(value) for name, value in self._sums.items()}
@@ -122,7 +122,7 @@ class Run:
         self.checkpoints = Checkpoints(options, program, facts)
         self.state, self.start, self.position = self.checkpoints.restore()
         if self.start:
-            progress.saved = f"a checkpoint of step {self.start} is there"
+            progress.saved = f"the last checkpoint is of step {self.start}"
         preflight.room(options, program.abstract_state())
         self.rate = learning_rate(options, steps)
         first = jax.process_index() == 0
@@ -165,7 +165,7 @@ class Run:
         progress.trains = True
         progress.now("compiling the training step", COMPILING)
         self.program.compile(state, batch)
-        progress.now("waiting for the other processes, which still compile", COMPILING)
+        progress.now("waiting for the other processes to compile", COMPILING)
         preflight.meet(self.options, "compiled")
 
     def _votes(self) -> np.ndarray:

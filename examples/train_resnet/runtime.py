@@ -30,15 +30,13 @@ from train_resnet.signals import Stop
 from train_resnet.steps import AXIS, SetupError
 from train_resnet.watchdog import progress
 
-ENDED = (
-    "was ended, by JAX's runtime as another process is gone (then it says so above), or by a signal"
-)
-UNANSWERED = "stopped, as devices of another process do not answer, which may have died"
+ENDED = "was ended by a signal, or by JAX's runtime because another process is gone (see above)"
+UNANSWERED = "stopped, because devices of another process do not respond; it may have died"
 APART = (
-    "not so; all processes need the same --coordinator and --process-count, and a --process-index "
-    "of their own"
+    "failed; all processes need the same --coordinator and --process-count, and each its own "
+    "--process-index"
 )
-AGAIN = "Start all processes again with the same command to go on from the last checkpoint"
+AGAIN = "Start all processes again with the same command to continue from the last checkpoint"
 START = 60  # seconds for which processes wait for each other at the start
 GLOO = 30  # seconds after which gloo's collectives between CPUs time out; not configurable
 
@@ -104,19 +102,20 @@ def connect(options: Options) -> None:
     if options.coordinator is not None:
         _meet(options, join)
     elif options.distributed and options.devices is None:
-        progress.now("asking for a cluster, and waiting for its other processes", START)
+        progress.now("detecting a cluster, and waiting for its other processes", START)
         try:
             join()
         except ValueError as error:
             # JAX detects no cluster, so this is one process with all devices of this machine.
             if "coordinator_address" not in str(error):
-                problem = f"a cluster that is not described in full: {first_line(error)}"
+                problem = f"the description of the cluster is incomplete: {first_line(error)}"
                 leave(MISTAKE, f"{problem} (or --no-distributed)")
     progress.now("starting the devices")
     if jax.process_count() > 1 and jax.default_backend() == "cpu" and options.heartbeat > GLOO:
         if jax.process_index() == 0:
             say(
-                f"note: between CPUs gloo waits {GLOO} seconds, not --heartbeat {options.heartbeat}"
+                f"note: on CPUs, gloo times out after {GLOO} seconds, "
+                f"not --heartbeat {options.heartbeat}"
             )
 
 
@@ -124,7 +123,7 @@ def _meet(options: Options, join: partial[None]) -> None:
     """Connects to the other processes at `--coordinator`, where process 0 listens."""
     assert options.coordinator is not None
     process = f"process {options.process_index} of {options.process_count}"
-    where = f"{process} meets the others at {options.coordinator}"
+    where = f"{process} connects to the others at {options.coordinator}"
     if options.process_index == 0:
         _check_port(options.coordinator)
     say(f"{where} within {START} seconds")
@@ -156,7 +155,7 @@ def mesh() -> Mesh:
     counts = [len(jax.local_devices(process_index=index)) for index in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise SetupError(
-            f"the processes have unequal numbers of devices: {', '.join(map(str, counts))}"
+            f"the processes have different numbers of devices: {', '.join(map(str, counts))}"
         )
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices), (AXIS,))

@@ -42,7 +42,7 @@ class Progress:
                 leave(
                     LOST,
                     f"no progress for {patient} seconds (--stall): {stage}; {self.saved}. "
-                    "Start again with the same command to go on from there",
+                    "Start again with the same command to continue",
                 )
 
 
