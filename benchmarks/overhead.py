@@ -8,25 +8,25 @@
 All figures are for one layer in training mode, on a float32 array of 16x8x8x4.
 
 These are counted while `jax.make_jaxpr` traces the layer, with empty caches of JAX and the library:
-  calls        calls of Python functions (`sys.setprofile`) of the layer's own files: of normjax the
-               package, of Flax the one file that its normalization layers are in. A generator
-               expression counts each time that it goes on, so the figure grows with the rank of x.
-  first sum    those of them that come before the first sum over x.
-  functions    the distinct functions that were called: pairs of a file and a name.
+  calls        calls of Python functions (`sys.setprofile`) in the layer's own files: the package
+               normjax, or Flax's file of normalization layers. A generator expression counts each
+               time that it is resumed, so the count grows with the rank of x.
+  first sum    the calls before the first sum over x.
+  functions    the distinct functions that were called, as pairs of file and name.
   files        the distinct files.
-  climbs       how often a call at a higher level comes right after one at a lower level. The levels
-               are adapters; layers and weights; platforms and kernels; statistics. What serves all
-               of them, such as checks, is left out.
-  around       calls into the rest of Flax: what its modules do before and after the layer.
+  climbs       calls at a higher level right after a call at a lower level. The levels are
+               adapters; layers and weights; platforms and kernels; statistics. Modules that all
+               of them use, such as checks, are excluded.
+  around       calls in the rest of Flax, which its modules make before and after the layer.
   again        calls for a second layer of the same shape in the same function.
-  equations    of the jaxpr, with those of jaxprs inside it (jit, cond, custom derivatives), and its
-               own alone in brackets: forward, and with the gradients of scale, bias and x.
+  equations    equations of the jaxpr, including nested jaxprs (jit, cond, custom derivatives), and
+               without them in brackets: forward, and with the gradients of scale, bias and x.
 
-Timed, in turns:
-  eager        microseconds of a call outside jit, CPU time of all threads and wall clock: medians
-               over the rounds, of which each waits for its results once, at the end.
+These are timed, with all programs interleaved:
+  eager        microseconds of a call outside jit, as CPU time of all threads and wall time. These
+               are medians over rounds; each round waits for its results once, at the end.
   compilation  seconds of CPU time to trace, lower and compile a training step of 50 layers of
-               Dense, BatchNorm and ReLU (benchmarks/small.py): the least of the rounds.
+               Dense, BatchNorm and ReLU (benchmarks/small.py), as the minimum over rounds.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python benchmarks/plot.py benchmarks/results/gpu-static-h100.json \
         docs/pages/images/gpu-static.svg --peers normjax flax.linen formula
 
-Each mode and dtype has a panel, each row a group of bars, in multiples of the row's floor (the
-dashed line). Bars longer than --limit are cut off and labelled with their length.
+Each mode and dtype has a panel, and each row a group of bars, in multiples of the row's memory
+floor (the dashed line). Bars longer than --limit are cut off and labelled with their length.
 
 For a result of gpu_static.py, the left panel shows the bytes that move, in units of x, and the
 right panel the estimated time, as a multiple of flax.linen's. Branches of conditionals are drawn

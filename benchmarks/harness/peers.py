@@ -22,7 +22,7 @@ AXIS = "data"  # the mapped axis of cases on several devices
 
 
 class Unable(Exception):
-    """The peer cannot run the case, for the reason given."""
+    """Raised if the peer cannot run the case; the message is the reason."""
 
 
 def normjax(case: Case) -> Apply:
@@ -239,7 +239,7 @@ def tokamax(case: Case) -> Apply:
     """Returns Tokamax's layer or RMS norm."""
     if case.layer not in ("layer", "rms"):
         raise Unable(f"has no {case.layer} norm")
-    import tokamax  # pyright: ignore[reportMissingImports]: it needs not be there
+    import tokamax  # pyright: ignore[reportMissingImports]: optional
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

@@ -1,4 +1,4 @@
-"""Times programs in turns, so that the machine's drift affects all of them equally."""
+"""Times programs interleaved, so that drift of the machine affects all of them equally."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class Layer(Op):
         return _padded(value, edge, config), op._replace(params={**op.params, **none})
 
     def finished(self, made: Array, bias: Array) -> Array:
-        """Returns the layer's output with its bias."""
+        """Returns the layer's output plus its bias."""
         graph, dtype = self.params["graph"], self.params["dtype"]
         spread = spread_bias(graph, self.params["sink"], bias)
         return made.astype(dtype) + spread.astype(dtype)

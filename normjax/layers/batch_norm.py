@@ -139,7 +139,7 @@ def batch_norm(
       train: Python bool. It selects training or inference at trace time.
       scale_offset: o, added to the scale in at least float32; see `layer_norm`.
       feature_axes: the axes along which statistics, scale and bias vary. A leaf has the sizes of
-        these axes in ascending order, in whatever order you list them.
+        these axes in ascending order, in any order that you list them.
       momentum: weight of the old running value. With None, the running statistics are the mean over
         all batches so far; this needs `count`.
       epsilon: added to the variance.
