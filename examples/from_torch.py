@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     difference = compare_training(network, model, variables, images(8, 64))
     print(
-        f"running statistics after one more batch: differ by at most {difference:.1e} of the largest"
+        f"running statistics after one more batch differ by {difference:.1e} of the largest"
     )
 
 
