@@ -1,4 +1,4 @@
-# Everything runs in .venv, made on first use from pyproject.toml's extras.
+# Everything runs in .venv, which is created on first use from the extras of pyproject.toml.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,18 +19,18 @@ gallery: $(VENV)/.examples ## the pictures of docs/pages/gallery.md: its ten exa
 test: $(VENV)/.test ## the whole suite, 15 minutes on two cores; installs 2.3 GB
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-fast: $(VENV)/.test ## what is quick, marked by measurement, 3 minutes; installs what `test` does
+test-fast: $(VENV)/.test ## the fast tests, 3 minutes; installs what `test` does
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-flax: $(VENV)/.test ## Flax's own tests of these layers, with normjax's in their place: FLAX=a checkout; 5 minutes; installs what `test` does
+test-flax: $(VENV)/.test ## Flax's tests of these layers, run on normjax's layers, 5 minutes; needs FLAX=a checkout, and what `test` installs
 	$(BIN)/python tests/flax_suite.py $(FLAX)
 
-test-tpu: ## what TPU pods would run, compiled for them on this machine, half a minute; installs 1.3 GB apart, since JAX starts any libtpu that it finds
+test-tpu: ## programs for TPU pods, compiled on this machine, half a minute; 1.3 GB in its own environment, since JAX starts any libtpu that it finds
 	$(PYTHON) -m venv $(VENV)-tpu
 	$(VENV)-tpu/bin/python -m pip install --quiet --editable ".[tpu-aot]"
 	$(VENV)-tpu/bin/python -m pytest tests/tpu_aot
 
-test-onnx: ## inference as ONNX files, compared with onnxruntime, 3 minutes; installs 1.1 GB apart, since jax2onnx wants an older orbax-checkpoint
+test-onnx: ## inference as ONNX files, compared with onnxruntime, 3 minutes; 1.1 GB in its own environment, since jax2onnx requires an older orbax-checkpoint
 	$(PYTHON) -m venv $(VENV)-onnx
 	$(VENV)-onnx/bin/python -m pip install --quiet --editable ".[onnx]"
 	$(VENV)-onnx/bin/python -m pytest tests/onnx
@@ -58,7 +58,7 @@ format: $(VENV)/.dev
 docs: $(VENV)/.docs ## the site, in site/, a minute; installs 1 GB
 	$(BIN)/python -m sphinx -W -q -c docs -b html docs/pages site
 
-bench: $(VENV)/.bench ## layers and training steps against their peers, on this backend, in half an hour
+bench: $(VENV)/.bench ## times layers and training steps and their peers on this backend, in half an hour
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/layers.py --suite sync
 	$(BIN)/python benchmarks/layers.py --suite drawn
@@ -67,22 +67,22 @@ bench: $(VENV)/.bench ## layers and training steps against their peers, on this 
 	$(BIN)/python benchmarks/overhead.py --json benchmarks/results/overhead-cpu.json
 	$(BIN)/python benchmarks/plot.py benchmarks/results/layers-cpu.json docs/pages/images/layers-cpu.svg
 
-bench-gpu: ## the whole table on a GPU, in one call under 8 minutes, by whatever $(PYTHON) has; installs nothing
+bench-gpu: ## all GPU benchmarks, in under 8 minutes, with the packages of $(PYTHON); installs nothing
 	$(PYTHON) benchmarks/gpu.py
 
-bench-gpu-static: ## what GPU programs move and need, compiled here for an H100; no GPU, no noise; apart, since it needs CUDA
+bench-gpu-static: ## bytes and estimated times of GPU programs, compiled for an H100; needs no GPU; in its own environment, since it needs CUDA
 	@echo "The first call downloads about 5 GB, into $(VENV)-gpu; all programs then take about 10 minutes on two cores"
 	$(PYTHON) -m venv $(VENV)-gpu
 	$(VENV)-gpu/bin/python -m pip install --quiet --editable ".[gpu-static]"
 	$(VENV)-gpu/bin/python benchmarks/gpu_static.py
 	$(VENV)-gpu/bin/python benchmarks/plot.py benchmarks/results/gpu-static-h100.json docs/pages/images/gpu-static.svg --peers normjax flax.linen formula
 
-bench-tpu: $(VENV)/.bench ## what TPU programs move and need, compiled here; no TPU, no noise, half an hour
+bench-tpu: $(VENV)/.bench ## bytes and estimated cycles of TPU programs; needs no TPU; half an hour
 	$(BIN)/python benchmarks/formulations.py --tpu v5e:2x2 --batch 64
 	$(BIN)/python benchmarks/static.py
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory-v5e-1.json
 
-clean: ## removes what these targets made
+clean: ## removes everything that these targets created
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-tpu $(VENV)-onnx $(VENV)-gpu .jax_cache site
 
 $(VENV)/.%: pyproject.toml

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Shows what changed between two results of the same benchmark.
+"""Shows the changes between two results of the same benchmark.
 
     python benchmarks/compare.py benchmarks/results/layers-cpu.json /tmp/layers-cpu.json
     python benchmarks/compare.py A B --peer flax.linen --all
 
-For each row and figure of normjax's (or another peer's): A, B and their ratio, where it is beyond
-the noise. A time is beyond it if its quartiles lie outside the other file's; bytes, cycles and
-counts if they differ. Rows that only one of the files has are named. Exits with 1 if something got
+For each row and figure of normjax (or of another peer), it prints A, B and their ratio if they
+differ by more than the noise: times if their quartiles do not overlap; bytes, cycles and counts if
+they differ at all. It also lists rows that only one file has. It exits with 1 if something got
 worse by more than --tolerance.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from harness import records
 
-COUNTED = (  # the same in every run, so that any difference is one
+COUNTED = (  # the same in every run, so any difference counts
     *("temporary_bytes", "peak_bytes", "kept_bytes", "bytes_accessed", "collectives"),
     *("estimated_cycles", "estimated_cycles_untaken"),  # static.py
     *("bytes_moved", "bytes_in_branches", "estimated_us", "estimated_us_in_branches"),
@@ -40,12 +40,12 @@ class Change(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """After to before."""
+        """Returns the ratio of after to before."""
         return self.after / self.before if self.before else float("inf") if self.after else 1.0
 
 
 def changes(a: dict[str, Any], b: dict[str, Any], peer: str) -> Iterator[Change]:
-    """Yields every figure that both results have of the peer."""
+    """Yields every figure of the peer that both results have."""
     before, after = (
         {row["name"]: row["peers"].get(peer, {}) for row in each["rows"]} for each in (a, b)
     )
@@ -60,7 +60,7 @@ def changes(a: dict[str, Any], b: dict[str, Any], peer: str) -> Iterator[Change]
 
 
 def missing(a: dict[str, Any], b: dict[str, Any], peer: str) -> Iterator[str]:
-    """Says which rows one of the results does not have, of the peer, and why if that is known."""
+    """Lists the rows of the peer that only one result has, with the reason if it is known."""
     found = [
         {row["name"]: row["peers"].get(peer, {}).get("skipped") for row in each["rows"]}
         for each in (a, b)

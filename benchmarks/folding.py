@@ -1,15 +1,16 @@
-"""Times a ResNet's inference before and after folding batch norm, in turns.
+"""Times the inference of a ResNet before and after folding batch norm.
 
     python benchmarks/folding.py                  # ResNet-18, images of 32x32 pixels, on the CPU
     python benchmarks/folding.py --network resnet50 --pixels 224 --repeats 10
 
 The two programs are `model.apply` and `normjax.deploy.fold(...).apply`. Each is compiled for each
-batch size with its variables as arguments, and as constants that XLA can fold. They run in turns,
-one after the other, in every repeat.
+batch size, with its variables as arguments and as constants that XLA can fold. In every repeat, all
+programs run in turn.
 
 The results are medians over the repeats, printed and written to benchmarks/results/: milliseconds
-of wall time, milliseconds of work on all cores (with threads that wait by spinning, but without
-other work on the machine), and the ratio of the source's time to that of the same repeat.
+of wall time, milliseconds of CPU time on all cores (including threads that spin while they wait,
+but excluding other processes), and the ratio of the source's time to the program's time in the same
+repeat.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ WARM_UP = 2
 
 
 class Times(NamedTuple):
-    """Seconds that a run took by the clock, and of work on all cores."""
+    """Wall time and CPU time of a run, in seconds."""
 
     clock: float
     work: float
 
 
 def random_statistics(path: Any, leaf: jax.Array) -> jax.Array:
-    """Statistics, scales and biases as after training: no layer is the identity."""
+    """Draws statistics, scales and biases as after training, so that no layer is the identity."""
     key = jax.random.fold_in(jax.random.key(1), zlib.crc32(jax.tree_util.keystr(path).encode()))
     name = path[-1].key
     if name in ("var", "scale"):

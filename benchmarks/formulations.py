@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Compares ways to write batch normalization's variance and its derivative.
+"""Compares ways to write the variance of batch normalization and its derivative.
 
     python benchmarks/formulations.py                 times on this machine's CPU
     python benchmarks/formulations.py --tpu v5e:2x2   bytes and collectives; needs no TPU
     python benchmarks/formulations.py --tpu v5e:16x16 --chips 256
 
 The program has two conv-BN-ReLU layers and their mean (CPU times are for the layer alone). It is
-compiled for a TPU and not run, so the figures have no noise. `bytes` counts the branch of a
-conditional as taken every time. The row `guard, branch emptied` is the same program with an empty
-branch, which is the cost of a step that does not take it.
-It writes a JSON file to benchmarks/results/ and prints the table.
+compiled for a TPU but not run, so the figures have no noise. `bytes` counts branches of
+conditionals as always taken. The row `guard, branch emptied` is the same program with an empty
+branch, which shows the cost of a step that does not take the branch. It writes a JSON file to
+benchmarks/results/ and prints the table.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Layer = Callable[..., tuple[jax.Array, Any]]
 
 
 def unsafe(x, shift):
-    """E[x^2] - E[x]^2, as Flax has it."""
+    """E[x^2] - E[x]^2, as in Flax."""
     del shift
     x = x.astype(jnp.float32)
     mean = x.mean(AXES)
@@ -64,7 +64,7 @@ def shifted(x, shift):
 
 
 def shifted_by_first(x, shift):
-    """One pass around the first element: a shift that depends on the data."""
+    """One pass around the first element, a shift that depends on the data."""
     del shift
     return shifted(x, lax.stop_gradient(x[0, 0, 0].astype(jnp.float32)))
 
@@ -77,12 +77,12 @@ def guard(x, shift, second_pass):
 
 
 def guarded(x, shift):
-    """The guard, as it is."""
+    """The guard, unchanged."""
     return guard(x, shift, lambda x, first: shifted(x, first[0]))
 
 
 def emptied(x, shift):
-    """The guard, with a branch that reads one element."""
+    """The guard, with a branch that only reads one element."""
     return guard(x, shift, lambda x, first: (first[0] + x[0, 0, 0, 0], first[1]))
 
 
@@ -101,7 +101,7 @@ def with_moments(moments) -> Layer:
 
 
 def jvp_of_moments(moments) -> Callable:
-    """Moments whose derivative rule knows nothing of shifts and branches."""
+    """Moments with a derivative rule that does not depend on shifts and branches."""
     rule = jax.custom_jvp(moments)
 
     @rule.defjvp
@@ -115,7 +115,7 @@ def jvp_of_moments(moments) -> Callable:
 
 
 def vjp_of_layer(moments) -> Layer:
-    """The whole layer's backward pass by hand, without forward mode or second order."""
+    """The layer with a hand-written backward pass, without forward mode or second order."""
 
     @jax.custom_vjp
     def layer(x, shift, scale, bias):
@@ -218,7 +218,7 @@ def compiled_figures(args: argparse.Namespace, dtype) -> list[dict]:
 
 
 def timed_figures(args: argparse.Namespace, dtype) -> list[dict]:
-    """Medians of interleaved runs of the layer alone: the machine's drift falls on all alike."""
+    """Medians of interleaved runs of the layer alone, so that drift affects all alike."""
     shape = (args.batch, args.size, args.size, args.channels)
     x, g = (jax.random.normal(jax.random.key(seed), shape, dtype) for seed in (0, 1))
     features = jnp.ones(args.channels)

@@ -2,11 +2,11 @@
 """Measures layers, their peers and floors, and whole steps on a GPU, in at most 8 minutes.
 
     python benchmarks/gpu.py                 # on the GPU
-    python benchmarks/gpu.py --dry-run       # tiny shapes on the CPU: whether all of it works
+    python benchmarks/gpu.py --dry-run       # a test of the script: tiny shapes on the CPU
 
-It needs this repository (not installed), JAX with CUDA, and what normjax depends on, but no
-network. Missing peers are named. Results are checked before they are timed. JSON is written after
-each half, so that an interrupted call leaves the first one; the tables are printed last.
+It needs this repository (not installed), JAX with CUDA, and the dependencies of normjax, but no
+network. Missing peers are listed. Results are checked before they are timed. JSON is written after
+each half, so that an interrupted call keeps the first half; the tables are printed last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import time
 
 START = time.monotonic()
-# PyTorch needs some of the memory, too
+# PyTorch also needs memory
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 if "--dry-run" in sys.argv:
@@ -30,7 +30,7 @@ from harness import networks, records, rows, timing, training  # noqa: E402
 from harness.cases import suite  # noqa: E402
 
 LAYERS_SHARE = 0.7  # of the time
-# a ResNet-50 takes half a minute to compile, for each
+# a ResNet-50 takes half a minute to compile for each peer
 STEP_PEERS = ("normjax", "flax.linen", "none")
 
 

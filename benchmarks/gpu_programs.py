@@ -1,18 +1,18 @@
-"""Reads off a compiled GPU program what the GPU is given to do: kernels, bytes and estimates.
+"""Counts kernels and bytes of a compiled GPU program, and reads XLA's time estimates.
 
-A step is what the host launches: a kernel, a call of a library (cuDNN, cuBLAS), a copy or a
-collective. How its bytes and its time are counted:
+A step is something that the host launches: a kernel, a library call (cuDNN, cuBLAS), a copy or a
+collective. Its bytes and time are counted as follows:
 
 - Each operand counts as read once, and each result as written once. A kernel may read an operand
-  several times, from the cache or from memory; the program's text does not say how often.
-- A fusion that only slices an operand counts the elements of the slices. Memory moves in sectors of
-  32 bytes, of which a slice with a stride uses a part.
-- A fusion that updates a part of an array in place counts that part.
-- Inside calls of libraries and Pallas kernels slices cannot be seen: the whole of their operands
-  and results counts, but not the workspaces of cuBLAS and cuDNN. XLA does not estimate their time.
-- Fusions with a matrix product or a convolution get no estimate here: XLA's model has no tensor
-  cores, and expects 90 times what they need at best (7 ms for 77 GFLOP in bfloat16).
-- A loop counts as often as its known trip count, or once if that is not known.
+  several times, from cache or memory, but the program's text does not show how often.
+- For a fusion that only slices an operand, the elements of the slices count. Memory moves in
+  sectors of 32 bytes, so a strided slice moves more.
+- For a fusion that updates a part of an array in place, this part counts.
+- Library calls and Pallas kernels do not show slices, so all of their operands and results count,
+  but not the workspaces of cuBLAS and cuDNN. XLA does not estimate their time.
+- Fusions with a matrix product or a convolution have no estimate here, since XLA's model has no
+  tensor cores, and its estimate is 90 times the best possible time (7 ms for 77 GFLOP in bfloat16).
+- A loop counts as many times as its trip count, or once if that is unknown.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import hlo
 
 INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(.*)$", re.MULTILINE)
-# An estimate of a fusion, and the model that made it. XLA chooses the tiles of a Triton fusion by
-# "indexing-cost-model"; "sol" is the time that memory alone needs.
+# The time estimate of a fusion, and the model that made it. XLA chooses the tiles of a Triton
+# fusion by "indexing-cost-model"; "sol" is the time that memory alone needs.
 ESTIMATE = re.compile(r'"exec_time_us":([\d.e+\-]+)[^}]*?"name":"([^"]*)"')
 TILES, LIMIT = "indexing-cost-model", "sol"
 
@@ -44,7 +44,7 @@ VIEWS = {"bitcast", "convert", "copy", "reshape", "transpose"}  # one element fo
 
 
 class Step(NamedTuple):
-    """What is launched: its kind in HLO, bytes, and XLA's estimate, if it makes one."""
+    """Something that is launched: its HLO opcode, bytes, and XLA's time estimate, if any."""
 
     name: str
     kind: str
@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The steps of a run, apart from those in branches of conditionals, of which one is taken."""
+    """The steps of a run, and separately those in branches of conditionals."""
 
     steps: list[Step]
     in_branches: list[Step]
@@ -68,12 +68,12 @@ class Instruction(NamedTuple):
     name: str
     shape: str
     kind: str
-    given: str  # between the parentheses: operands, or a parameter's number
+    given: str  # the text in parentheses: operands, or the number of a parameter
     rest: str
 
     @property
     def operands(self) -> list[str]:
-        """The names of the instructions whose results it takes."""
+        """Returns the names of the instructions that compute its operands."""
         return re.findall(r"%([\w.\-]+)", self.given)
 
 
@@ -81,7 +81,7 @@ Body = dict[str, Instruction]
 
 
 def program(text: str) -> Program:
-    """Reads a program's text, `compiled.as_text()`."""
+    """Parses the text of a program, `compiled.as_text()`."""
     bodies = {name: instructions(body) for name, body in hlo.computations(text).items()}
     return _program(hlo.entry(text), bodies)
 
@@ -108,7 +108,7 @@ def moved(steps: Sequence[Step]) -> int:
 
 
 def estimated(steps: Sequence[Step]) -> float:
-    """Returns the microseconds of those steps that have an estimate."""
+    """Returns the sum of the estimates of steps that have one, in microseconds."""
     return round(sum(step.microseconds or 0.0 for step in steps), 3)
 
 
@@ -120,7 +120,7 @@ def instructions(body: str) -> Body:
 
 
 def _program(name: str, bodies: Mapping[str, Body]) -> Program:
-    """Reads a computation, with the loops, calls and conditionals in it."""
+    """Counts a computation, including its loops, calls and conditionals."""
     steps, waiting, conditionals = [], [], 0
     for instruction in bodies[name].values():
         if instruction.kind == "conditional":
@@ -141,7 +141,7 @@ def _program(name: str, bodies: Mapping[str, Body]) -> Program:
 
 
 def _ends(kind: str) -> bool:
-    """Whether an instruction only waits for what another one has started."""
+    """Returns whether an instruction only waits for one that was started earlier."""
     return kind.endswith(("-done", "-update"))
 
 
@@ -161,7 +161,8 @@ def _step(instruction: Instruction, body: Body, bodies: Mapping[str, Body]) -> S
     elif kind == "custom-call" and LIBRARY in instruction.rest:
         written = _bytes(WORKSPACE.sub("", instruction.shape))
     elif kind.endswith("-start"):
-        # Its shape also has the operands; the instruction that waits for it has only the results.
+        # Its shape also includes operands; the shape of the instruction that waits only has
+        # results.
         ends = [each for each in body.values() if _ends(each.kind) and name in each.operands]
         written = sum(_bytes(each.shape) for each in ends)
     multiplies = called and _multiplies(called[1], bodies)
@@ -170,7 +171,7 @@ def _step(instruction: Instruction, body: Body, bodies: Mapping[str, Body]) -> S
 
 
 def _multiplies(name: str, bodies: Mapping[str, Body]) -> bool:
-    """Whether there is a matrix product or a convolution in a computation, or in what it calls."""
+    """Returns whether a computation, or one that it calls, has a matrix product or convolution."""
     return any(
         each.kind in PRODUCTS
         or any(_multiplies(called, bodies) for called in hlo.CALLED.findall(each.rest))
@@ -179,13 +180,13 @@ def _multiplies(name: str, bodies: Mapping[str, Body]) -> bool:
 
 
 def _estimate(text: str) -> float | None:
-    """The microseconds of the model that XLA goes by, or of the first."""
+    """Returns the microseconds of the model that XLA uses, or of the first model."""
     found = {model: float(us) for us, model in ESTIMATE.findall(text) if model != LIMIT}
     return found.get(TILES, next(iter(found.values()), None))
 
 
 def _reads(fused: Body, sizes: Sequence[int]) -> list[int]:
-    """The bytes that a fusion reads of each of its operands."""
+    """Returns the bytes that a fusion reads of each operand."""
     found = list(sizes)
     for each in fused.values():
         if each.kind == "parameter":
@@ -195,7 +196,7 @@ def _reads(fused: Body, sizes: Sequence[int]) -> list[int]:
 
 
 def _elements_read(array: Instruction, fused: Body) -> float:
-    """How many elements a fusion reads of an array: those of its slices, or infinity for all."""
+    """Returns how many elements a fusion reads of an array by slices; infinity for all."""
     if array.root:
         return math.inf
     total = 0.0
@@ -213,7 +214,7 @@ def _elements_read(array: Instruction, fused: Body) -> float:
 
 
 def _writes(fused: Body) -> int:
-    """The bytes that a fusion writes."""
+    """Returns the bytes that a fusion writes."""
     return sum(
         _bytes(fused[each.operands[1]].shape if _in_place(each, fused) else each.shape)
         for each in _results(fused)
@@ -221,14 +222,14 @@ def _writes(fused: Body) -> int:
 
 
 def _results(fused: Body) -> list[Instruction]:
-    """What a fusion returns, without the bitcasts around it."""
+    """Returns the results of a fusion, without bitcasts around them."""
     (root,) = [each for each in fused.values() if each.root]
     found = [fused[name] for name in root.operands] if root.kind == "tuple" else [root]
     return [_behind_bitcasts(each, fused) for each in found]
 
 
 def _in_place(instruction: Instruction, fused: Body) -> bool:
-    """Whether an instruction updates a part of an operand of the fusion, which returns it."""
+    """Returns whether an instruction updates part of an operand that the fusion returns."""
     return (
         instruction.kind == UPDATE
         and instruction in _results(fused)
@@ -247,5 +248,5 @@ def _bytes(shape: str) -> int:
 
 
 def _width(shape: str) -> int:
-    """The bytes of an element."""
+    """Returns the bytes of an element."""
     return max(size for _, size in hlo.parts(shape))

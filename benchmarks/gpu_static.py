@@ -1,23 +1,24 @@
 #!/usr/bin/env python3
-"""Compiles layers and training steps for an H100, and reads their costs off the programs; no GPU.
+"""Compiles layers and training steps for an H100, and reads their costs; needs no GPU.
 
     make bench-gpu-static                                   # installs 5 GB in .venv-gpu, then runs
     .venv-gpu/bin/python benchmarks/gpu_static.py --only "layer norm" --peers normjax flax.linen
 
-XLA's GPU compiler works from a description of the device (`h100.py`). A cell of the first table
-has the bytes that a program moves, in units of the bytes of x (in MB for a training step), and the
-microseconds that XLA's cost model expects. A cell of the second table has kernels / conditionals /
-collectives / temporary MB. What all branches of conditionals have together follows after a plus.
+XLA's GPU compiler only needs a description of the device (`h100.py`). A cell of the first table has
+the bytes that a program moves, in units of the bytes of x (in MB for a training step), and the
+microseconds that XLA's cost model predicts. A cell of the second table has kernels / conditionals /
+collectives / temporary MB. The sum over all branches of conditionals follows after a plus.
 
 Bytes, kernels, conditionals and collectives are facts of the program (`gpu_programs.py` says how
-they are counted). The microseconds are a model's, and no times: it counts an input of a fusion once
-for each of its reductions, and does not know libraries and tensor cores, so that steps have the
-estimate of what is not a product of matrices or a convolution. They are good to compare programs.
+they are counted). The microseconds are predictions of a model, not measurements. The model counts
+an input of a fusion once for each of its reductions, and does not include libraries and tensor
+cores, so the estimate of a training step excludes matrix products and convolutions. Use them only
+to compare programs.
 
-The backward pass alone is a program of its own. It reads what JAX keeps of the forward pass, and so
-shows arrays in float32 that XLA may not store where it compiles both passes as one program.
+The backward pass alone is a separate program. It reads the residuals that JAX stores in the forward
+pass, so it has float32 arrays that XLA may not store if it compiles both passes as one program.
 
-Rows on 8 devices show the program of one of them.
+Rows on 8 devices show the program of one device.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
-    """Returns a cell: bytes moved and estimated time, and those in branches after a plus."""
+    """Returns a cell with bytes moved and estimated time; branches follow after a plus."""
     unit, title = (row["x_bytes"], "") if "x_bytes" in row else (1e6, " MB")
     moved, estimated = f"{got['bytes_moved'] / unit:,.2f}", f"{got['estimated_us']:,.1f}"
     if got["kernels_in_branches"]:
@@ -70,7 +71,7 @@ def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
 
 
 def cell_of_counts(row: dict[str, Any], got: dict[str, Any]) -> str:
-    """Returns a cell: kernels, conditionals, collectives, and temporary MB."""
+    """Returns a cell with kernels, conditionals, collectives and temporary MB."""
     apart = got["collectives_in_branches"]
     counts = [
         plus(got["kernels"], got["kernels_in_branches"]),
@@ -81,7 +82,7 @@ def cell_of_counts(row: dict[str, Any], got: dict[str, Any]) -> str:
 
 
 def plus(count: int, in_branches: int) -> str:
-    """Says a count, and that of branches after a plus."""
+    """Returns a count as text, with the count in branches after a plus."""
     return f"{count} + {in_branches}" if in_branches else str(count)
 
 

@@ -1,4 +1,4 @@
-"""Compiles for H100 GPUs without one: XLA's compiler works from a description of the device."""
+"""Compiles for H100 GPUs without a GPU, from XLA's description of the device."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jax.experimental import topologies
 
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "-1",
-    # JAX's plugin for CUDA otherwise refuses to load without a driver.
+    # Otherwise, JAX's CUDA plugin does not load without a driver.
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
 FLAGS = (
-    "--xla_gpu_autotune_level=0",  # nothing can be timed
-    "--xla_gpu_collect_cost_model_stats=true",  # the estimates that gpu_programs.py reads
-    # Products of matrices are cuBLAS's. Without a timing to choose by, XLA takes its own kernel for
-    # them, and fails where it finds no tiles: in a ViT with 197 tokens (jax 0.10.2).
+    "--xla_gpu_autotune_level=0",  # autotuning would need a GPU
+    "--xla_gpu_collect_cost_model_stats=true",  # writes the estimates that gpu_programs.py reads
+    # Uses cuBLAS for matrix products. Without autotuning, XLA would use its own kernels, and fail
+    # if it finds no tiling, as in a ViT with 197 tokens (jax 0.10.2).
     "--xla_gpu_enable_triton_gemm=false",
 )
 DESCRIPTION = """
@@ -50,17 +50,17 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def devices(count: int = 1) -> Sequence[Any]:
-    """Returns so many H100s of one host, to compile for.
+    """Returns several H100s of one host, to compile for.
 
-    Call it before anything asks JAX for its devices: XLA reads its flags when JAX's backends start.
+    Call it before JAX is asked for devices, since XLA reads its flags when backends start.
 
     Raises:
-      RuntimeError: where `jax[cuda13]` is not installed.
+      RuntimeError: if `jax[cuda13]` is not installed.
     """
     os.environ.update(ENVIRONMENT)
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([given, *(flag for flag in FLAGS if flag not in given)])
-    jax.config.update("jax_platforms", "cpu")  # or JAX would warn that it finds no GPU
+    jax.config.update("jax_platforms", "cpu")  # otherwise JAX would warn that it finds no GPU
     return topologies.get_topology_desc(
         platform="cuda", target_config=DESCRIPTION, topology=f"1x1x{count}"
     ).devices

@@ -1,4 +1,4 @@
-"""Reads collectives, bytes and estimated cycles off a compiled program's text."""
+"""Reads collectives, bytes and estimated cycles from the text of a compiled program."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ CALLED = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)")
 
 
 class Collective(NamedTuple):
-    """A collective instruction: what devices send each other, all operands together."""
+    """A collective instruction with the bytes of all of its operands."""
 
     kind: str
     elements: int
     bytes: int
-    in_branch: bool  # of a conditional: sent only where that branch is taken
+    in_branch: bool  # in a branch of a conditional, so only sent if the branch is taken
 
 
 class Cycles(NamedTuple):
-    """A compiler's estimate for a program: cycles of a run, and of branches not taken in it."""
+    """A compiler's cycle estimates of a run, and of branches that are not taken in it."""
 
     taken: int
     untaken: int
@@ -47,17 +47,17 @@ def collectives(compiled: Any) -> list[Collective]:
 
 
 def estimated_cycles(text: str) -> Cycles | None:
-    """Sums the cycles that libtpu's compiler writes into the instructions of a program.
+    """Sums the cycle estimates that libtpu's compiler writes into a program.
 
-    They stand in the backend_config of fusions, convolutions among them, and include the time that
-    the memory needs. Transfers that run beside them (copy-start, slice-start) and a few small
-    instructions carry no estimate. A loop counts as often as its known trip count, or once.
+    They are in the backend_config of fusions, including convolutions, and include memory time.
+    Concurrent transfers (copy-start, slice-start) and a few small instructions have no estimate. A
+    loop counts as many times as its trip count, or once if that is unknown.
 
-    The cheapest branch of each conditional counts as taken: for a guard that is the branch that
-    returns what there is. All other branches are counted apart.
+    The cheapest branch of each conditional counts as taken; for a guard, that is the branch that
+    returns its operands. All other branches are counted separately.
 
     Args:
-      text: the compiled program's, `compiled.as_text()`.
+      text: the text of the compiled program, `compiled.as_text()`.
 
     Returns:
       The cycles; None if no instruction has an estimate, as on CPUs and GPUs.
@@ -68,7 +68,7 @@ def estimated_cycles(text: str) -> Cycles | None:
 
 
 def entry(text: str) -> str:
-    """Returns the name of the computation that a program begins with."""
+    """Returns the name of the entry computation of a program."""
     found = re.search(r"^ENTRY %?([\w.\-]+)", text, flags=re.MULTILINE)
     if found is None:
         raise ValueError("The program's text has no ENTRY computation.")
@@ -82,12 +82,12 @@ def computations(text: str) -> dict[str, str]:
 
 
 def branches(bodies: Mapping[str, str]) -> set[str]:
-    """Returns the computations that conditionals choose from."""
+    """Returns the branch computations of all conditionals."""
     return {name for body in bodies.values() for name in branches_of(body)}
 
 
 def in_branches(bodies: Mapping[str, str]) -> set[str]:
-    """Returns the computations that only run in branches of conditionals, or are called there."""
+    """Returns the computations that only run in branches of conditionals."""
     waiting, reached = branches(bodies), set()
     while waiting:
         name = waiting.pop()
@@ -97,13 +97,13 @@ def in_branches(bodies: Mapping[str, str]) -> set[str]:
 
 
 def bytes_in_branches(compiled: Any) -> int:
-    """Returns the bytes that branches of conditionals read and write; all count as taken."""
+    """Returns the bytes that all branches of conditionals read and write."""
     bodies = computations(compiled.as_text())
     return sum(_bytes_accessed(bodies[name]) for name in branches(bodies))
 
 
 def _bytes_accessed(body: str) -> int:
-    """The bytes of each instruction's results and operands."""
+    """Returns the bytes of the results and operands of each instruction."""
     found = re.findall(r"%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)", body)
     sizes = {name: sum(n * size for n, size in parts(shapes)) for name, shapes, _, _ in found}
     free = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant"}
@@ -115,11 +115,11 @@ def _bytes_accessed(body: str) -> int:
 
 
 def _cycles_of(name: str, bodies: Mapping[str, str]) -> Cycles:
-    """The cycles of a computation and of all that it calls."""
+    """Returns the cycles of a computation and of all computations that it calls."""
     taken = untaken = 0
     for line in bodies[name].splitlines():
         own = ESTIMATE.search(line)
-        if own:  # the estimate of a fusion is for all that is in it
+        if own:  # the estimate of a fusion includes its instructions
             taken += int(own[1])
             continue
         trips = TRIPS.search(line)
@@ -136,7 +136,7 @@ def _cycles_of(name: str, bodies: Mapping[str, str]) -> Cycles:
 
 
 def branches_of(text: str) -> list[str]:
-    """Returns the computations that the conditionals in a piece of a program choose from."""
+    """Returns the branch computations of the conditionals in a part of a program."""
     found = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", text)
     for names in re.findall(r"branch_computations=\{([^}]*)\}", text):
         found += _names(names)
@@ -148,7 +148,7 @@ def _names(text: str) -> list[str]:
 
 
 def parts(shapes: str) -> Iterator[tuple[int, int]]:
-    """Yields the number of elements of each array, and the bytes of one of them."""
+    """Yields, for each array, the number of elements and the bytes of an element."""
     for kind, bits, dims in SHAPE.findall(shapes):
         yield (
             math.prod(map(int, filter(None, dims.split(",")))),

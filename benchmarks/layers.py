@@ -3,18 +3,18 @@
 
     python benchmarks/layers.py                    # the suite of this backend: minutes on a CPU
     python benchmarks/layers.py --suite sync       # synced batch norm, on 8 CPU devices
-    python benchmarks/layers.py --suite drawn --seed 7 --count 40   # shapes that nobody tuned for
+    python benchmarks/layers.py --suite drawn --seed 7 --count 40   # random shapes
     python benchmarks/layers.py --suite tiny --only "batch norm" --peers normjax flax.linen
 
-A row is a layer in a mode, at a shape and dtype of a real network. Each peer's y and gradients are
-compared with normjax's before it is timed; peers that are absent, unable or wrong are named at the
-end. The floor is the bytes that must move (harness/cases.py) at the bandwidth of a copy of x's
-bytes, which takes its turn with the peers. Medians, quartiles and bytes go to benchmarks/results/;
-the table is in milliseconds, with the ratio to normjax's.
+A row is a layer in a mode, with a shape and dtype of a real network. Before a peer is timed, its y
+and gradients are compared with normjax's; peers that are absent, unable or incorrect are listed at
+the end. The memory floor is the bytes that must move (harness/cases.py) divided by the bandwidth of
+a copy of x, which is timed together with the peers. Medians, quartiles and bytes are written to
+benchmarks/results/; the table has milliseconds, and ratios to normjax's.
 
-The suite `drawn` draws its shapes (harness/drawn.py says how), times the libraries on JAX, and ends
-with geometric means and the rows on which normjax is behind. Three shapes at which group norm was
-reported to be behind come first; they are not in the means.
+The suite `drawn` draws random shapes (see harness/drawn.py), times the libraries on JAX, and ends
+with geometric means and the rows on which normjax is slower. Three shapes for which group norm was
+reported to be slower come first; they are not included in the means.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Measures the memory of training: a ResNet-50 step compiled for a TPU chip, and single layers.
 
-Nothing runs, so no TPU is needed. For the step, the compiled program has the temporary bytes and
-the bytes accessed; for layers, JAX has the bytes that a `jax.vjp` of convolution, norm, activation
-and convolution stores. One compilation takes minutes.
+Nothing runs, so no TPU is needed. For the step, the temporary bytes and the bytes accessed are
+those of the compiled program. For layers, they are the bytes that a `jax.vjp` of convolution, norm,
+activation and convolution stores. One compilation takes minutes.
 
     pip install -e '.[bench]'
     python benchmarks/memory.py --out benchmarks/results/memory-v5e-1.json
@@ -78,7 +78,7 @@ def training_step(
 def costs_of_step(
     batch_norm: Any, policy: Callable[..., bool] | None, device: Any
 ) -> dict[str, Any]:
-    """Compiles the step for the device and reads off what it costs."""
+    """Compiles the step for the device, and returns its costs."""
     step, arguments = training_step(batch_norm, policy)
     start = time.perf_counter()
     compiled: Any = (
@@ -99,7 +99,7 @@ def convolution(kernel: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def two_layers(name: str) -> Callable[..., jax.Array]:
-    """Returns (convolution, batch norm, leaky ReLU), and a convolution, in one of three ways."""
+    """Returns (convolution, batch norm, leaky ReLU) and a convolution, in one of three variants."""
 
     def norm(scale: jax.Array, bias: jax.Array, x: jax.Array) -> jax.Array:
         if name == "flax":
@@ -122,7 +122,7 @@ def two_layers(name: str) -> Callable[..., jax.Array]:
 
 
 def kept_bytes(network: Callable[..., jax.Array], shape: tuple[int, ...], dtype: Any) -> int:
-    """Returns the bytes that a network's backward pass gets besides the network's arguments."""
+    """Returns the bytes stored for a network's backward pass, without the network's arguments."""
     features = shape[-1]
     kernel, vector = (
         jax.ShapeDtypeStruct((features, features), dtype),
@@ -168,7 +168,7 @@ def main() -> None:
     for name in options.only:
         results["steps"][name] = costs_of_step(*STEPS[name], device)
         print(name, json.dumps(results["steps"][name]), flush=True)
-        if options.out:  # row by row: the next one takes minutes
+        if options.out:  # after each row, since the next row takes minutes
             options.out.write_text(json.dumps(results, indent=2) + "\n")
 
 

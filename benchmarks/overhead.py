@@ -1,32 +1,32 @@
 #!/usr/bin/env python3
-"""Overhead of a batch norm: the Python that traces it, its equations, eager calls, compilation.
+"""Measures the overhead of a batch norm: tracing, equations, eager calls and compilation.
 
     python benchmarks/overhead.py                       # a minute
     python benchmarks/overhead.py --counts              # seconds: counts only, always the same
-    python benchmarks/overhead.py --json FILE           # benchmarks/compare.py reads two of these
+    python benchmarks/overhead.py --json FILE           # for benchmarks/compare.py
 
-Everything is of one layer in training mode, on a float32 array of 16x8x8x4.
+All figures are for one layer in training mode, on a float32 array of 16x8x8x4.
 
-Counted while `jax.make_jaxpr` traces the layer, with all caches empty, JAX's and the library's:
-  calls        calls of Python functions (`sys.setprofile`) of the layer's own files: of normjax the
-               package, of Flax the one file that its normalization layers are in. A generator
-               expression counts each time that it goes on, so the figure grows with the rank of x.
-  first sum    those of them that come before the first sum over x.
-  functions    the distinct functions that were called: pairs of a file and a name.
+These are counted while `jax.make_jaxpr` traces the layer, with empty caches of JAX and the library:
+  calls        calls of Python functions (`sys.setprofile`) in the layer's own files: the package
+               normjax, or Flax's file of normalization layers. A generator expression counts each
+               time that it is resumed, so the count grows with the rank of x.
+  first sum    the calls before the first sum over x.
+  functions    the distinct functions that were called, as pairs of file and name.
   files        the distinct files.
-  climbs       how often a call at a higher level comes right after one at a lower level. The levels
-               are adapters; layers and weights; platforms and kernels; statistics. What serves all
-               of them, such as checks, is left out.
-  around       calls into the rest of Flax: what its modules do before and after the layer.
+  climbs       calls at a higher level right after a call at a lower level. The levels are
+               adapters; layers and weights; platforms and kernels; statistics. Modules that all
+               of them use, such as checks, are excluded.
+  around       calls in the rest of Flax, which its modules make before and after the layer.
   again        calls for a second layer of the same shape in the same function.
-  equations    of the jaxpr, with those of jaxprs inside it (jit, cond, custom derivatives), and its
-               own alone in brackets: forward, and with the gradients of scale, bias and x.
+  equations    equations of the jaxpr, including nested jaxprs (jit, cond, custom derivatives), and
+               without them in brackets: forward, and with the gradients of scale, bias and x.
 
-Timed, in turns:
-  eager        microseconds of a call outside jit, CPU time of all threads and wall clock: medians
-               over the rounds, of which each waits for its results once, at the end.
+These are timed, with all programs interleaved:
+  eager        microseconds of a call outside jit, as CPU time of all threads and wall time. These
+               are medians over rounds; each round waits for its results once, at the end.
   compilation  seconds of CPU time to trace, lower and compile a training step of 50 layers of
-               Dense, BatchNorm and ReLU (benchmarks/small.py): the least of the rounds.
+               Dense, BatchNorm and ReLU (benchmarks/small.py), as the minimum over rounds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ Apply = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
 
 
 class Subject(NamedTuple):
-    """A layer: as a pure function, as its users call it outside jit, and where its code is."""
+    """A layer: a pure function, an eager call, and the location of its code."""
 
     own: pathlib.Path
     function: Apply
@@ -148,7 +148,7 @@ def first_walk(subject: Subject) -> tracing.Walk:
 
 
 def second_walk(subject: Subject) -> tracing.Walk:
-    """Traces a layer twice in one function, and watches the second time."""
+    """Traces a layer twice in one function, and records the second trace."""
     walks = []
 
     def network(params: Any, batch_stats: Any, x: jax.Array) -> jax.Array:
@@ -173,9 +173,9 @@ def _with_gradients(function: Apply) -> Callable[..., Any]:
 
 
 def eager(found: dict[str, Subject], rounds: int, calls: int) -> dict[str, dict[str, float]]:
-    """Returns the microseconds of a call outside jit: medians over rounds, taken in turns."""
+    """Returns the microseconds of a call outside jit, as medians over interleaved rounds."""
     for each in found.values():
-        _of_a_call(each.eager, 1)  # compiles what a call needs
+        _of_a_call(each.eager, 1)  # compiles the operations of a call
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
     orders = random.Random(0)
     for _ in range(rounds):
@@ -199,7 +199,7 @@ def _of_a_call(call: Callable[[], Any], calls: int) -> tuple[float, float]:
 
 
 def compilation(rounds: int) -> dict[str, dict[str, float]]:
-    """Returns the seconds of CPU time that 50 layers take to compile, in turns."""
+    """Returns the seconds of CPU time to compile 50 layers, interleaved."""
     turns = [
         {peer: small.seconds(small.dense50, peer) for peer in small.NORMS} for _ in range(rounds)
     ]
@@ -236,7 +236,7 @@ def _cells(name: str, got: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Counts, measures, prints, and writes JSON if asked."""
+    """Counts, measures and prints; writes JSON if requested."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -5,12 +5,12 @@
     python benchmarks/plot.py benchmarks/results/gpu-static-h100.json \
         docs/pages/images/gpu-static.svg --peers normjax flax.linen formula
 
-Each mode and dtype has a panel, each row a group of bars, in multiples of the row's floor (the
-dashed line). Bars longer than --limit are cut off and labelled with their length.
+Each mode and dtype has a panel, and each row a group of bars, in multiples of the row's memory
+floor (the dashed line). Bars longer than --limit are cut off and labelled with their length.
 
-Of a result of gpu_static.py, the panel on the left shows the bytes that move, in units of x, and
-the one on the right the estimated time, as a multiple of flax.linen's. What branches of
-conditionals add is pale.
+For a result of gpu_static.py, the left panel shows the bytes that move, in units of x, and the
+right panel the estimated time, as a multiple of flax.linen's. Branches of conditionals are drawn
+pale.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
         dict.fromkeys(name for row in rows for name in row["peers"] if measured(row, name))
     )
     names = [name for name in names if name in (options.peers or names)]
-    plt.rcParams["svg.hashsalt"] = "normjax"  # the same picture for the same figures
+    plt.rcParams["svg.hashsalt"] = "normjax"  # makes the picture reproducible
     drawn(rows, names, options.limit, title(results)).savefig(
         options.picture, metadata={"Date": None} if svg(options) else {}
     )
@@ -57,12 +57,12 @@ def main() -> None:
 
 
 def svg(options: argparse.Namespace) -> bool:
-    """Whether the picture is one that would have today's date in it."""
+    """Returns whether the picture is an SVG, which would contain the date."""
     return options.picture.suffix == ".svg"
 
 
 def title(results: dict[str, Any]) -> str:
-    """Names the machine, or what the programs are for, and JAX's version."""
+    """Returns a title with the machine or target, and the version of JAX."""
     if "target" in results:
         return f"programs for {results['target']}, not run; jax {results['versions']['jax']}"
     machine = results["machine"]
@@ -72,12 +72,12 @@ def title(results: dict[str, Any]) -> str:
 
 
 def measured(row: dict[str, Any], name: str) -> bool:
-    """Whether a row has figures of a peer."""
+    """Returns whether a row has figures of a peer."""
     return bool({"ms", "bytes_moved"} & row["peers"].get(name, {}).keys())
 
 
 def draw_programs(rows: list[dict[str, Any]], names: list[str], limit: float, heading: str) -> Any:
-    """Returns the figure of programs that are not run."""
+    """Returns the plot of programs that are not run."""
     size = (14, 1.5 + 0.07 * (len(names) + 2) * len(rows))
     figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
     titles = ("bytes moved, in units of x", "estimated time, as a multiple of flax.linen's")
@@ -108,7 +108,7 @@ def panel_of_programs(
     units: list[float | None],
     limit: float,
 ) -> None:
-    """Draws the bars of one figure of the programs, and of what branches add to it."""
+    """Draws the bars of one figure of the programs, including branches."""
     step = 1 / (len(names) + 1)
     for i, name in enumerate(names):
         found = [
@@ -127,7 +127,7 @@ def panel_of_programs(
 
 
 def draw(rows: list[dict[str, Any]], names: list[str], limit: float, heading: str) -> Any:
-    """Returns the figure of times."""
+    """Returns the plot of times."""
     panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         panels.setdefault((row["case"]["mode"], row["case"]["dtype"]), []).append(row)

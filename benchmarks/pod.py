@@ -1,8 +1,8 @@
-"""Compiles a ResNet-50 training step for a TPU pod slice, and reads bytes and collectives off it.
+"""Compiles a ResNet-50 training step for a TPU pod slice; reads its bytes and collectives.
 
-JAX compiles ahead of time for 256 chips, with synced batch norm in groups of 128 examples:
-normjax's, and Flax's. Nothing runs, so no TPU is needed, and there are no times and no noise.
-Compiling takes minutes.
+JAX compiles ahead of time for 256 chips, with the synced batch norms of normjax and Flax in groups
+of 128 examples. Nothing runs, so no TPU is needed, and there are neither times nor noise. Compiling
+takes minutes.
 
     pip install -e '.[bench]'
     python benchmarks/pod.py --out benchmarks/results/pod-v5e-256.json
@@ -57,7 +57,7 @@ class ResNet50(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """From images to logits, in training mode."""
+        """Maps images to logits, in training mode."""
         conv = partial(nn.Conv, use_bias=False, dtype=jnp.bfloat16)
         norm = partial(
             self.batch_norm,
@@ -76,7 +76,7 @@ class ResNet50(nn.Module):
 
 
 def training_step(model: nn.Module) -> Any:
-    """One step of SGD with momentum, on each device's share of the batch."""
+    """One step of SGD with momentum, on each device's part of the batch."""
     optimizer = optax.sgd(0.1, momentum=0.9)
 
     def step(
@@ -98,7 +98,7 @@ def training_step(model: nn.Module) -> Any:
 
 
 def compile_step(batch_norm: Any, mesh: Mesh, per_chip: int, group: int) -> dict[str, Any]:
-    """Compiles the step and reads off what it costs."""
+    """Compiles the step, and returns its costs."""
     chips = mesh.devices.size
     groups = np.arange(chips).reshape(-1, max(group // per_chip, 1)).tolist()
     model = ResNet50(batch_norm, groups)
@@ -127,7 +127,7 @@ def compile_step(batch_norm: Any, mesh: Mesh, per_chip: int, group: int) -> dict
 
 
 def costs(compiled: Any) -> dict[str, Any]:
-    """Collectives (in branches separately), bytes accessed and memory, of one chip."""
+    """Returns collectives (separately in branches), bytes accessed and memory of one chip."""
     found = hlo.collectives(compiled)
     usual = [collective for collective in found if not collective.in_branch]
     memory = compiled.memory_analysis()

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Measures the import, the compilation of networks, and batch norms over seeds, against Flax.
+"""Measures import, compilation of networks, and batch norms over seeds, against Flax.
 
     python benchmarks/small.py
     python benchmarks/small.py --only bit26 seeds
 
-Import: milliseconds of `import normjax` in a fresh process that has imported JAX. Compilation:
+Import: milliseconds of `import normjax` in a new process that has imported JAX. Compilation:
 seconds of CPU time to trace, lower and compile a training step of 50 layers of Dense, BatchNorm and
 ReLU, of a ResNet-50, a ResNet-18, and a BiT of 26 layers with group norm and weight
-standardization, in turns; and the characters and operations of its StableHLO. Each is the least of
-some repetitions, since other work on the machine only adds to it. Seeds: milliseconds of a batch
+standardization, in turns; and the characters and operations of its StableHLO. Each is the minimum
+over repetitions, since other work on the machine only increases it. Seeds: milliseconds of a batch
 norm under `jax.vmap` over 16 seeds, as in benchmarks/layers.py: medians, and the median ratio.
 """
 
@@ -56,7 +56,7 @@ class Dense50(nn.Module):
 
 
 def dense50(peer: str) -> tuple[Callable, tuple]:
-    """Returns a function that gives gradients, and the shapes of its arguments."""
+    """Returns a function that returns gradients, and the shapes of its arguments."""
     model, x = Dense50(NORMS[peer]), jnp.ones((128, 64))
 
     def gradients(variables: Any, x: jax.Array) -> Any:
@@ -70,7 +70,7 @@ def dense50(peer: str) -> tuple[Callable, tuple]:
 
 def resnet(name: str, peer: str) -> tuple[Callable, tuple]:
     """Returns the step of one of the benchmark's ResNets, and its arguments."""
-    del peer  # which the context that this runs in has put in its place
+    del peer  # replaced by the context in which this runs
     (network,) = [network for network in networks.suite("cpu") if network.name == name]
     inputs, labels = networks.batch(network)
     return networks.step(network), (
@@ -81,7 +81,7 @@ def resnet(name: str, peer: str) -> tuple[Callable, tuple]:
 
 
 def bit26(peer: str) -> tuple[Callable, tuple]:
-    """Returns a function that gives gradients of a BiT, and its arguments."""
+    """Returns a function that returns gradients of a BiT, and its arguments."""
     model, x = bit.BiT26(peer, networks.CLASSES), jnp.ones((4, 64, 64, 3))
     labels = jnp.zeros(4, jnp.int32)
 
@@ -125,7 +125,7 @@ def seconds(made: Callable[[str], tuple[Callable, tuple]], peer: str) -> dict[st
 
 
 def least(found: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Returns the least of each figure."""
+    """Returns the minimum of each figure."""
     found = list(found)
     return {name: round(min(one[name] for one in found), 3) for name in found[0]}
 
@@ -188,9 +188,9 @@ def imported(rounds: int) -> float:
 
 
 def shown(row: dict[str, Any]) -> str:
-    """Returns a line: normjax's figures, and each as a multiple of Flax's."""
+    """Returns a line with normjax's figures, and their ratios to Flax's."""
     own, base = (row["peers"][peer] for peer in NORMS)
-    if "ratio" in own:  # of times that were taken in turns
+    if "ratio" in own:  # for interleaved times
         return f"{row['name']}: {own['ms']:.3g}, {own['ratio']:.2f}x of Flax's"
     figures = [f"{name} {own[name]:.5g} ({own[name] / base[name]:.2f}x)" for name in own]
     return f"{row['name']}: {', '.join(figures)} of Flax's"

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Compiles layers and training steps for a TPU, and reads their costs off the programs.
+"""Compiles layers and training steps for a TPU, and reads their costs from the programs.
 
     pip install -e '.[bench]'
     python benchmarks/static.py                                       # minutes; one chip
     python benchmarks/static.py --only resnet50 --peers normjax flax.linen
 
-JAX compiles ahead of time by libtpu's compiler, on any x86-64 machine. The first table shows bytes
-accessed / temporary bytes in MB, collectives, and seconds to compile. Bytes accessed are XLA's
-count, which takes every branch as taken: the second pass of normjax's batch norm, which runs only
-where the first one cancelled, is in them.
+JAX compiles ahead of time with libtpu's compiler, on any x86-64 machine. The first table shows
+bytes accessed / temporary bytes in MB, collectives, and seconds to compile. XLA's count of bytes
+accessed includes every branch, so it includes the second pass of normjax's batch norm, which only
+runs if the first pass cancelled.
 
-The second table shows the cycles, in thousands, that the compiler expects of a run, and their ratio
-to normjax's. It writes an estimate into each fusion, with the time that memory needs. Branches that
-are not taken are counted apart, as untaken (`hlo.estimated_cycles`). It is the compiler's own cost
-model, and no clock: good for one program beside another.
+The second table shows the thousands of cycles that the compiler predicts for a run, and their ratio
+to normjax's. The compiler writes an estimate into each fusion, including memory time. Branches that
+are not taken are counted separately, as untaken (`hlo.estimated_cycles`). These are predictions of
+the compiler's cost model, not measurements; use them only to compare programs.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ LAYERS = ("256x56x56x256", "8x2048x4096", "256x197x768", "64x56x56x256")
 
 
 class Row(NamedTuple):
-    """A row of the table: a program of each peer, and what else the JSON says of it."""
+    """A row of the table: a program of each peer, and other entries in the JSON."""
 
     name: str
-    lowered: Callable[[str], Any]  # by the name of a peer
+    lowered: Callable[[str], Any]  # by peer name
     about: dict[str, Any]
 
 
@@ -69,7 +69,7 @@ def main() -> None:
 def arguments(
     text: str | None, suites: Sequence[str], suite: str, names: Sequence[str]
 ) -> argparse.ArgumentParser:
-    """Returns a parser with the options of all scripts that read programs."""
+    """Returns a parser with the options of all scripts that read compiled programs."""
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,7 +81,7 @@ def arguments(
 
 
 def cases(name: str) -> list[Case]:
-    """Returns the layers' rows: the GPU suite's, at one shape of each network."""
+    """Returns the rows of layers: the GPU suite, at one shape of each network."""
     found = suite("tiny" if name == "tiny" else "gpu")
     return (
         found
@@ -113,7 +113,7 @@ def run(
     results: dict[str, Any],
     out: pathlib.Path,
 ) -> None:
-    """Adds the rows to results, and writes them at once: a network takes minutes to compile."""
+    """Adds rows to results, and writes each immediately, since compilation takes minutes."""
     results["rows"] = []
     for row in rows:
         found = {peer: costs(row.lowered, peer, read) for peer in names}
@@ -122,7 +122,7 @@ def run(
 
 
 def layer(case: Case, devices: Sequence[Any], peer: str) -> Any:
-    """Returns the lowered program of a layer, as it is timed elsewhere."""
+    """Returns the lowered program of a layer, the same one that is timed elsewhere."""
     if peer == "none":
         raise peers.Unable("no layer, no row")
     abstract = {
@@ -135,7 +135,7 @@ def layer(case: Case, devices: Sequence[Any], peer: str) -> Any:
     }
     traced, operands = programs.traceable(peer, case, abstract)
     if case.devices == 1:
-        operands = on(devices[0], operands)  # also what a backward pass is given
+        operands = on(devices[0], operands)  # also the arguments of a backward pass
     return jax.jit(traced).lower(*operands)
 
 
@@ -161,7 +161,7 @@ def on(device: Any, tree: Any) -> Any:
 def costs(
     lowered: Callable[[str], Any], peer: str, read: Callable[[Any], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Compiles a peer's program and returns its costs: those of every program, and what is read."""
+    """Compiles a peer's program, and returns its costs."""
     try:
         program = lowered(peer)
         start = time.perf_counter()
@@ -170,7 +170,7 @@ def costs(
         return {"skipped": f"not installed: {records.first_line(error)}"}
     except peers.Unable as error:
         return {"skipped": f"unable: {records.first_line(error)}"}
-    # of any kind: a peer that fails must not end the run, and is named
+    # any error: a peer that fails must not end the run
     except Exception as error:
         return {"skipped": f"failed: {type(error).__name__}: {records.first_line(error)}"}
     return {
@@ -182,7 +182,7 @@ def costs(
 
 
 def figures(compiled: Any) -> dict[str, Any]:
-    """Returns what libtpu's compiler says of a program."""
+    """Returns the figures that libtpu's compiler reports for a program."""
     cycles = hlo.estimated_cycles(compiled.as_text())
     estimate = {"": cycles.taken, "_untaken": cycles.untaken} if cycles else {}
     return {
@@ -192,7 +192,7 @@ def figures(compiled: Any) -> dict[str, Any]:
 
 
 def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
-    """Says in a cell what a program costs."""
+    """Returns a cell with the costs of a program."""
     moved, temporary = got["bytes_accessed"] / 1e6, got["temporary_bytes"] / 1e6
     return (
         f"{moved:,.5g} / {temporary:,.4g} MB, {got['collectives']}, {got['compile_seconds']:.3g} s"
@@ -200,7 +200,7 @@ def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
 
 
 def cell_of_cycles(row: dict[str, Any], got: dict[str, Any]) -> str:
-    """Returns a cell: a program's estimated cycles, in thousands, and their ratio to normjax's."""
+    """Returns a cell with a program's estimated kilocycles, and their ratio to normjax's."""
     if "estimated_cycles" not in got:
         return "-"
     taken, untaken = got["estimated_cycles"], got["estimated_cycles_untaken"]
@@ -211,7 +211,7 @@ def cell_of_cycles(row: dict[str, Any], got: dict[str, Any]) -> str:
 
 
 def means(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
-    """Says for each peer the geometric mean of the ratios of its cycles to normjax's."""
+    """Returns, for each peer, the geometric mean of the ratios of its cycles to normjax's."""
     lines = []
     for name in names:
         pairs = [

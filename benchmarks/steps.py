@@ -5,9 +5,9 @@
     python benchmarks/steps.py --only transformer --peers normjax flax.linen none
 
 The networks are the Inception and ResNets of the examples, ResNet-50, and a small transformer.
-`none` has no normalization, so it shows the cost of the rest. The losses of the first three steps
-are compared before anything is timed. The table has milliseconds, the ratio to normjax's, and
-megabytes of the compiled program's temporary memory / stored for the backward pass.
+`none` has no normalization, so it shows the cost of everything else. The losses of the first three
+steps are compared before anything is timed. The table has milliseconds, the ratio to normjax's, and
+megabytes: temporary memory of the compiled program / arrays stored for the backward pass.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Converts a network of each family of timm to Flax's trees and back, and counts what is accepted.
+"""Converts a network of each timm family to Flax trees and back, and counts successes.
 
     pip install timm          # and torchvision
     python benchmarks/timm_families.py
     python benchmarks/timm_families.py resnet vgg     # these families alone
 
-A family is a module of timm.models; its smallest network among at most 12 is taken, with random
-weights. It is accepted if `from_torch(network)` and `to_torch(..., like=network)` give back each
-array. Flax has one bias where an LSTM has two, so of these the sums are compared.
+A family is a module of timm.models; the smallest of at most 12 of its networks is used, with random
+weights. It is accepted if `from_torch(network)` and `to_torch(..., like=network)` return each array
+unchanged. Since Flax has one bias where an LSTM has two, their sums are compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TRIED = 12
 
 
 def main() -> None:
-    """Converts each family, and prints what was refused, warned of, and the counts."""
+    """Converts each family, and prints errors, warnings and counts."""
     parser = argparse.ArgumentParser(description="Converts a network of each family of timm.")
     parser.add_argument("families", nargs="*", help="all, if none is named")
     chosen = parser.parse_args().families
@@ -75,7 +75,7 @@ def smallest(names: set[str]) -> str:
 
 
 def attempt(convert: Any) -> str | None:
-    """Returns what was wrong: an error, a warning, or None."""
+    """Returns an error, a warning, or None."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -86,7 +86,7 @@ def attempt(convert: Any) -> str | None:
 
 
 def there_and_back(network: torch.nn.Module) -> None:
-    """Raises an error if an array comes back with other values."""
+    """Raises an error if an array changes in a round trip."""
     state = nj.convert.to_torch(*nj.convert.from_torch(network), like=network)
     expected = network.state_dict()
     for key, value in expected.items():

@@ -1,4 +1,4 @@
-"""Compiles for TPUs without one: libtpu's compiler runs on any x86-64 machine."""
+"""Compiles for TPUs without a TPU: libtpu's compiler runs on any x86-64 machine."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ ENVIRONMENT = {
 def devices(topology: str) -> Sequence[Any]:
     """Returns the devices of a topology such as "v5e:16x16", to compile for.
 
-    Call it before anything asks JAX for its devices: libtpu is told where it runs when JAX's
-    backends start.
+    Call it before JAX is asked for devices, since libtpu is configured when JAX's backends start.
     """
     os.environ.update(ENVIRONMENT)
-    jax.config.update("jax_platforms", "cpu")  # or JAX would look for the TPU that libtpu is for
+    jax.config.update("jax_platforms", "cpu")  # otherwise JAX would search for a TPU
     return topologies.get_topology_desc(topology, platform="tpu").devices

@@ -1,4 +1,4 @@
-"""How Sphinx builds the site: `make docs`."""
+"""Configures Sphinx for the site: `make docs`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ autodoc_typehints_format = "short"
 maximum_signature_line_length = 60
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-napoleon_attr_annotations = False  # it evaluates types, and jaxtyping refuses some alone
+napoleon_attr_annotations = False  # it evaluates types, which jaxtyping does not support for some
 napoleon_custom_sections = ["Returns"]
 
 html_theme = "furo"

@@ -1,4 +1,4 @@
-"""Readies docstrings and signatures for Sphinx."""
+"""Prepares docstrings and signatures for Sphinx."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-HIDDEN = {"self", "parent", "name", "_foreign"}  # of every linen module, and for wrong names
+HIDDEN = {
+    "self",
+    "parent",
+    "name",
+    "_foreign",
+}  # arguments of every linen module, and for wrong names
 ERROR = r"(?<=[.;] )(?=(?:\w+Error|KeyboardInterrupt)(?:, \w+Error)*: )"
 
 
@@ -19,9 +24,9 @@ def setup(app: Any) -> dict[str, bool]:
 
 
 def signature(app: Any, what: str, name: str, obj: Any, options: Any, *_: Any) -> Any:
-    """Returns the parameters and the type of the result, as the source has them.
+    """Returns the parameters and the return type as written in the source.
 
-    autodoc evaluates types: `Mask` would become half a line of jaxtyping.
+    autodoc would evaluate types, and expand `Mask` to half a line of jaxtyping.
     """
     if what not in ("function", "class", "method"):
         return None
@@ -63,7 +68,7 @@ def _type(annotation: Any) -> str | None:
 
 
 class _AsWritten(str):
-    """A string that stands in a signature without quotes."""
+    """A string that a signature shows without quotes."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -78,7 +83,7 @@ def process(app: Any, what: str, name: str, obj: object, options: Any, lines: li
 
 
 def _inline(line: str) -> str:
-    """Escapes what would be markup: `x`s, and |x|."""
+    """Escapes text that would be markup, such as `x`s and |x|."""
     if line.lstrip().startswith((">>>", "...", "|", ".. math", ":math")) or "\\" in line:
         return line
     line = re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", line)
@@ -96,7 +101,7 @@ def _code(lines: list[str]) -> list[str]:
 
 
 def _sections(lines: list[str]) -> list[tuple[str, list[str]]]:
-    """Cuts a docstring where a line is the title of a section, such as `Returns:`."""
+    """Splits a docstring at section titles, such as `Returns:`."""
     found: list[tuple[str, list[str]]] = [("", [])]
     for line in lines:
         title = re.fullmatch(r"([A-Z][a-z]+):", line)
@@ -107,7 +112,7 @@ def _sections(lines: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def _returns(section: list[str]) -> list[str]:
-    """Makes a list of several results, each of which begins with its name in backticks."""
+    """Formats several results as a list; each begins with its name in backticks."""
     body = [line for line in section[1:] if line.strip()]
     own = _indent(body)
     named = [line for line in body if re.match(rf" {{{own}}}`[^`]+`(, of [^:]+)?: ", line)]
@@ -121,14 +126,14 @@ def _returns(section: list[str]) -> list[str]:
 
 
 def _raises(section: list[str]) -> list[str]:
-    """Gives each error a line of its own."""
+    """Puts each error on its own line."""
     text = " ".join(line.strip() for line in section[1:])
     own = " " * _indent(section[1:])
     return [section[0], *(own + error.strip() for error in re.split(ERROR, text)), ""]
 
 
 def _tables(section: list[str]) -> list[str]:
-    """Writes tables of Markdown as those of reStructuredText."""
+    """Converts Markdown tables to reStructuredText."""
     done: list[str] = []
     for line in _whole_rows(section):
         row = line.strip()
@@ -147,7 +152,7 @@ def _tables(section: list[str]) -> list[str]:
 
 
 def _whole_rows(section: list[str]) -> list[str]:
-    """Joins the lines of a row, which ends with a bar."""
+    """Joins the lines of a table row, which ends with a bar."""
     done: list[str] = []
     for line in section:
         row = done[-1].strip() if done else ""
@@ -159,5 +164,5 @@ def _whole_rows(section: list[str]) -> list[str]:
 
 
 def _indent(lines: list[str]) -> int:
-    """Returns how far the lines are indented at least."""
+    """Returns the smallest indentation of the lines."""
     return min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)

@@ -2,7 +2,7 @@
 
     python docs/gallery.py                        # all, each about 2 minutes on two idle cores
     python docs/gallery.py recurrent landscape    # only these
-    python docs/gallery.py --finished recurrent   # runs nothing: the plot is in results/recurrent
+    python docs/gallery.py --finished recurrent   # uses the existing plot in results/recurrent
 
 An example writes its files to results/NAME; pictures are in docs/pages/images.
 """
@@ -30,18 +30,18 @@ EXAMPLES = (
     "recurrent",
     "adversarial_pairs",
 )
-COLOURS = (256, 128, 64, 32)  # tried in turn; lines and their antialiasing need no more
-LIMIT = 100_000  # bytes of a picture
+COLOURS = (256, 128, 64, 32)  # tried in order; lines with antialiasing need no more
+LIMIT = 100_000  # the largest size of a picture in bytes
 WIDTH = 1200  # pixels
 
 
 def shrink(plot: Path, picture: Path) -> None:
-    """Writes the plot as a picture of as few colours as it takes to stay within the limit."""
+    """Writes the plot with as few colours as needed to stay within the size limit."""
     with Image.open(plot) as image:
         height = round(image.height * WIDTH / image.width)
         small = image.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS)
     for colours in COLOURS:
-        # Not by the median cut, which turns the thin line of an orange curve into another's red.
+        # Not median cut, which replaces the orange of a thin curve by the red of another curve.
         few = small.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         few.save(picture, optimize=True)
         if picture.stat().st_size <= LIMIT:
@@ -49,7 +49,7 @@ def shrink(plot: Path, picture: Path) -> None:
 
 
 def main() -> int:
-    """Runs the examples that are asked for and returns the exit status of the first that fails."""
+    """Runs the requested examples; returns the exit status of the first one that fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,14 +1,14 @@
 """Loads a PyTorch ResNet-18, a state_dict in torchvision's style, into a linen network.
 
-Both networks are below, with the same module names, so that no key has to be renamed. The program
-changes the PyTorch network's weights and running statistics from their initial values, moves them
-with `nj.convert.from_torch`, and compares logits. Then both networks take one more batch in
-training, and the program compares their running statistics.
+Both networks are defined below with the same module names, so that no key has to be renamed. The
+program changes the weights and running statistics of the PyTorch network from their initial values,
+converts them with `nj.convert.from_torch`, and compares logits. Then it runs one more batch through
+both networks in training, and compares their running statistics.
 
     python examples/from_torch.py                                 # half a minute, no download
     python examples/from_torch.py --weights resnet18.safetensors  # or .pth: such as torchvision's
 
-For equal instead of nearly equal results, note that:
+Note these differences, which otherwise make results only nearly equal:
   - PyTorch pads both sides alike. Flax's "SAME" pads a convolution of stride 2 more at the end than
     at the beginning.
   - PyTorch's momentum is 1 minus normjax's (0.1 is normjax's 0.9), and its running variance is
@@ -60,7 +60,7 @@ class Block(nn.Module):
         """Returns the block's output."""
         y = self.norm(name="bn1")(conv(self.features, 3, self.stride, "conv1")(x))
         y = conv(self.features, 3, 1, "conv2")(nn.relu(y))
-        # for training from the start
+        # only used for training from scratch
         y = self.norm(name="bn2", scale_init=nn.initializers.zeros)(y)
         if x.shape != y.shape:
             x = Downsample(self.features, self.stride, self.norm, name="downsample")(x)
@@ -182,7 +182,7 @@ def trained(classes: int = 1000, seed: int = 0) -> TorchResNet18:
 
 
 def images(batch: int, size: int, seed: int = 0) -> np.ndarray:
-    """Returns noise of the mean and spread of normalized images, in PyTorch's layout."""
+    """Returns noise with the mean and deviation of normalized images, in PyTorch's layout."""
     return np.random.default_rng(seed).normal(0.2, 1.2, (batch, 3, size, size)).astype(np.float32)
 
 
@@ -214,7 +214,7 @@ def compare_training(
 
 
 def read(weights: Path | None) -> TorchResNet18:
-    """Returns a PyTorch network with the weights of a file, or made-up ones."""
+    """Returns a PyTorch network with the weights of a file, or with random ones."""
     network = trained()
     if weights is not None and weights.suffix == ".safetensors":
         params, batch_stats = nj.convert.from_torch(weights)
@@ -225,7 +225,7 @@ def read(weights: Path | None) -> TorchResNet18:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Moves the weights and prints how far apart the two networks are."""
+    """Converts the weights, and prints the differences between the two networks."""
     parser = Parser(__doc__)
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="a .safetensors or .pth file of a ResNet-18"
@@ -241,17 +241,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, variables = load(network)
     print(
         f"{sum(leaf.size for leaf in jax.tree.leaves(variables)):,} numbers of "
-        f"{len(network.state_dict())} keys moved"
+        f"{len(network.state_dict())} keys converted"
     )
     for size in options.sizes:
         difference, largest = compare_logits(network, model, variables, images(4, size))
         print(
             f"{size:3d} x {size:<3d} pixels: logits up to {largest:.2f}, "
-            f"apart by at most {difference:.1e}"
+            f"which differ by at most {difference:.1e}"
         )
     difference = compare_training(network, model, variables, images(8, 64))
     print(
-        f"running statistics after one more batch: apart by at most {difference:.1e} of the largest"
+        f"running statistics after one more batch differ by {difference:.1e} of the largest"
     )
 
 

@@ -223,7 +223,7 @@ EXTRAS = {
     ),
     "safetensors.numpy": (
         lambda: nj.convert.from_torch("net.safetensors"),
-        "from_torch: reading 'net.safetensors' takes the package safetensors",
+        "from_torch: reading 'net.safetensors' requires the package safetensors",
         r'pip install "normjax\[diagnostics\]"',
     ),
 }

@@ -1,1 +1,1 @@
-"""What the benchmarks share: rows to run, peers to run them with, a clock, and records."""
+"""Code that the benchmarks share: cases, peers, timing and records."""

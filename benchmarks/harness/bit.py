@@ -1,4 +1,4 @@
-"""A small BiT (Kolesnikov et al., 2020): group norm, and kernels that are standardized."""
+"""A small BiT (Kolesnikov et al., 2020), with group norm and standardized kernels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from flax import linen as nn
 import normjax as nj
 
 NORMS = {"normjax": nj.linen.GroupNorm, "flax.linen": nn.GroupNorm}
-EPSILON = 1e-10  # added to the deviation of a kernel, as in the published code
+EPSILON = 1e-10  # added to the standard deviation of a kernel, as in the published code
 
 
 class StdConv(nn.Conv):
-    """A convolution with the plain formula of weight standardization, as BiT's code has it."""
+    """A convolution with the plain formula of weight standardization, as in BiT's code."""
 
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Returns a parameter; a kernel standardized."""
+        """Returns a parameter; kernels are standardized."""
         value = super().param(name, *args, **kwargs)
         if name == "kernel":
             value = value - value.mean((0, 1, 2))
@@ -26,7 +26,7 @@ class StdConv(nn.Conv):
 
 
 def convolution(peer: str, features: int, size: int, strides: int = 1) -> nn.Module:
-    """Returns a convolution whose kernel is standardized by normjax, or by the formula."""
+    """Returns a convolution with a kernel that normjax or the formula standardizes."""
     settings = {"strides": strides, "use_bias": False}
     if peer != "normjax":
         return StdConv(features, (size, size), **settings)
@@ -36,7 +36,7 @@ def convolution(peer: str, features: int, size: int, strides: int = 1) -> nn.Mod
 
 
 class Unit(nn.Module):
-    """A bottleneck whose norms come before its convolutions."""
+    """A bottleneck with norms before its convolutions."""
 
     peer: str
     width: int
@@ -56,7 +56,7 @@ class Unit(nn.Module):
 
 
 class BiT26(nn.Module):
-    """26 layers: a stem, 8 bottlenecks, a dense layer."""
+    """26 layers: a stem, 8 bottlenecks and a dense layer."""
 
     peer: str
     classes: int

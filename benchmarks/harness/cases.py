@@ -1,4 +1,4 @@
-"""The rows of the benchmark: the layer, its mode and its array, and the bytes that must move."""
+"""The rows of the benchmark: layer, mode and array, and the bytes that must move."""
 
 from __future__ import annotations
 
@@ -21,39 +21,41 @@ TRAINED: tuple[Mode, ...] = ("forward", "backward", "forward+backward")
 
 
 class Case(NamedTuple):
-    """One row: a layer, channels last, in one of its modes, and what follows it in the network."""
+    """One row: a layer with channels last in one of its modes, and the layers after it."""
 
     layer: Layer
     mode: Mode
     shape: tuple[int, ...]
     dtype: str
     then: Then = ""
-    devices: int = 1  # that share the batch, and the statistics of a batch norm
-    masked: bool = False  # some examples are padding, on each device another number of them
+    devices: int = (
+        1  # the number of devices that share the batch and the statistics of a batch norm
+    )
+    masked: bool = False  # some examples are padding, a different number on each device
 
     @property
     def train(self) -> bool:
-        """Whether the layer is in training mode."""
+        """Returns whether the layer is in training mode."""
         return self.mode != "evaluation"
 
     @property
     def differentiated(self) -> bool:
-        """Whether there is a backward pass."""
+        """Returns whether there is a backward pass."""
         return self.mode in ("backward", "forward+backward")
 
     @property
     def features(self) -> int:
-        """The size of the last axis."""
+        """Returns the size of the last axis."""
         return self.shape[-1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of x."""
+        """Returns the bytes of x."""
         return math.prod(self.shape) * np.dtype(storage(self.dtype)).itemsize
 
     @property
     def name(self) -> str:
-        """What the row is called in tables and when results are compared."""
+        """Returns the name of the row in tables and comparisons."""
         kind = " + ".join([f"{self.layer} norm", *filter(None, [self.then.replace("+", ", ")])])
         sync = f", {self.devices} devices" if self.devices > 1 else ""
         mask = ", masked" if self.masked else ""
@@ -61,17 +63,18 @@ class Case(NamedTuple):
 
 
 def storage(dtype: str) -> type:
-    """Returns NumPy's dtype of that name."""
+    """Returns the NumPy dtype with this name."""
     return {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[dtype]
 
 
 def arrays_moved(case: Case) -> int:
-    """Returns how many arrays of x's size go between memory and the processor, at the least.
+    """Returns the minimal number of arrays of x's size that must move to or from memory.
 
-    A batch norm must have seen all of x before it can normalize any of it, so that it reads x
-    twice; the other layers reduce over little enough to keep. The backward pass is alike: x and the
-    gradient of y, and again to get that of x. A ReLU moves nothing. A residual is read; backward it
-    needs y, for the ReLU's sign, and its gradient is written once and read in the place of y's.
+    A batch norm must read all of x before it can normalize any element, so it reads x twice; the
+    other layers reduce over parts that fit into caches. The backward pass reads x and the gradient
+    of y, and reads both again for the gradient of x. A ReLU moves nothing. A residual is read; its
+    backward pass reads y for the sign of the ReLU, and its gradient is written once and read in
+    place of the gradient of y.
     """
     residual = case.then == "add+relu"
     reads = 2 if case.layer == "batch" and case.train else 1
@@ -84,7 +87,7 @@ def arrays_moved(case: Case) -> int:
 def shapes(case: Case) -> dict[str, tuple[Shape, Any]]:
     """Returns the shapes and dtypes of a case's operands.
 
-    They are x, the cotangent of y, the residual and the mask, the layer's leaves, and running
+    They are x, the cotangent of y, the residual, the mask, the leaves of the layer, and running
     statistics.
     """
     leaf, array = ((case.features,), np.float32), (case.shape, storage(case.dtype))
@@ -101,10 +104,10 @@ def shapes(case: Case) -> dict[str, tuple[Shape, Any]]:
 
 
 def operands(case: Case) -> dict[str, np.ndarray]:
-    """Returns the operands of a case, by the names and of the shapes of `shapes`.
+    """Returns the operands of a case, with the names and shapes of `shapes`.
 
-    All values are exact in bfloat16: which dtype a peer keeps its parameters in makes no difference
-      to them.
+    All values are exact in bfloat16, so they do not depend on the dtype in which a peer stores its
+    parameters.
     """
     rng = np.random.default_rng(0)
 
@@ -191,10 +194,10 @@ def _sync() -> Iterator[Case]:
 
 
 def _gpu_static() -> Iterator[Case]:
-    """Yields rows whose programs are read and not run.
+    """Yields rows whose programs are read but not run.
 
-    Only batch norm has another program in evaluation. Each of the 8 devices of a synced row has as
-    many examples as the device of the row that is not synced.
+    Only batch norm has a different program in evaluation. Each of the 8 devices of a synced row has
+    as many examples as the single device of the row without sync.
     """
     image, main = (64, 28, 28, 512), (128, 28, 28, 512)
     rows: list[tuple[Layer, Shape]] = [
@@ -219,7 +222,7 @@ def _gpu_static() -> Iterator[Case]:
 
 
 def _resnet50(shapes: list[Shape], dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:
-    """Yields batch norm at the outputs of ResNet-50's stages."""
+    """Yields batch norms at the outputs of the stages of ResNet-50."""
     modes: tuple[Mode, ...] = ("forward+backward", "forward", "evaluation")
     yield from (
         Case("batch", mode, shape, dtype) for shape, mode, dtype in product(shapes, modes, dtypes)

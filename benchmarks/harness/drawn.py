@@ -1,7 +1,7 @@
-"""Draws rows at random shapes that nobody has tuned for, and summarizes their results.
+"""Draws rows with random shapes that no library was tuned for, and summarizes results.
 
-Layers and dtypes take turns; all rows are forward and backward. One generator of the seed draws for
-each row:
+Layers and dtypes alternate; all rows are forward and backward. For each row, a generator with the
+seed draws:
 
 - the rank, uniformly: 2 to 5 for batch norm, 2 or 3 for layer and RMS norm, 3 to 5 for group and
   instance norm;
@@ -10,8 +10,8 @@ each row:
   which has 32 groups);
 - the examples, log-uniformly from 1 to 64; at rank 2 the remaining elements.
 
-The other axes have the remaining elements, all of one size of at least 4. A larger count begins
-with the rows of a smaller one.
+The other axes share the remaining elements; all have the same size, at least 4. A larger count
+starts with the rows of a smaller count.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ RANKS: dict[Layer, tuple[int, ...]] = {
 }
 ELEMENTS, FEATURES, EXAMPLES = (2**17, 2**23), (32, 2048), (1, 64)
 
-# shapes at which group norm was reported to be slower than Flax's: timed with the drawn rows, but
-# not in their means
+# shapes for which group norm was reported to be slower than Flax's; timed with the drawn rows, but
+# not included in their means
 REPORTED = tuple(
     Case("group", "forward+backward", shape, "bfloat16")
     for shape in ((16, 28, 28, 256), (8, 56, 56, 128), (64, 8, 8, 512))
@@ -44,12 +44,12 @@ NAMES = frozenset(case.name for case in REPORTED)
 
 
 def draw(seed: int, count: int) -> list[Case]:
-    """Returns so many different rows."""
+    """Returns `count` different rows."""
     return list(islice(dict.fromkeys(_endless(random.Random(seed), count)), count))
 
 
 def _endless(rng: random.Random, count: int) -> Iterator[Case]:
-    tries = 10 * count + 100  # far more than rows that are drawn twice
+    tries = 10 * count + 100  # more than enough, since few rows are drawn twice
     for layer, dtype in islice(cycle(product(RANKS, DTYPES)), tries):
         yield Case(layer, "forward+backward", _shape(rng, layer), dtype)
 
@@ -71,7 +71,7 @@ def _log_uniform(rng: random.Random, bounds: tuple[int, int]) -> float:
 
 
 def fastest(row: dict[str, Any]) -> tuple[str, float]:
-    """Returns the fastest other library on JAX, and its time as a multiple of normjax's."""
+    """Returns the fastest other library on JAX, and the ratio of its time to normjax's."""
     ratios = {
         name: got["ratio"]
         for name, got in row["peers"].items()
@@ -82,7 +82,7 @@ def fastest(row: dict[str, Any]) -> tuple[str, float]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Reports normjax's lead over the drawn rows by layer, and the rows where it is slower."""
+    """Reports the ratios over the drawn rows by layer, and the rows on which normjax is slower."""
     measured = [row for row in rows if not math.isnan(fastest(row)[1])]
     drawn = [row for row in measured if row["name"] not in NAMES]
     lines = ["Times as multiples of normjax's, geometric means (above 1: normjax is ahead):"]

@@ -1,4 +1,4 @@
-"""Whole networks in training, with the normalization layer as the only difference."""
+"""Training steps of whole networks that only differ in the normalization layer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .records import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 
-from common import networks as examples  # noqa: E402 (once the examples can be found)
+from common import networks as examples  # noqa: E402 (after the examples are on the path)
 from studies.speedup import inception as of_speedup  # noqa: E402
 from train_resnet import resnet  # noqa: E402
 
 RATE, CLASSES, DISCOUNT = 0.01, 1000, 0.99
-# those that take features last
+# the peers that take features last
 PEERS = ("normjax", "flax.linen", "flax.nnx", "haiku", "keras", "formula", "none")
 State = tuple[Any, Any]  # params, batch_stats
 
@@ -42,7 +42,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 class Network(NamedTuple):
-    """A network, the shape of its inputs, and what computes its loss."""
+    """A network, the shape of its inputs, and its loss."""
 
     name: str
     shape: tuple[int, ...]  # of the inputs: images, or token ids
@@ -53,7 +53,7 @@ class Network(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What the row is called."""
+        """Returns the name of the row."""
         return f"{self.name} {'x'.join(map(str, self.shape))} {self.dtype}"
 
 
@@ -90,7 +90,7 @@ def batch(network: Network) -> tuple[np.ndarray, np.ndarray]:
 
 @contextmanager
 def normalized_by(peer: str) -> Iterator[None]:
-    """While it lasts, networks are traced with the peer's layers in them."""
+    """Within this context, networks are traced with the peer's layers."""
     with (
         mock.patch.object(resnet, "BatchNorm", partial(_Norm, peer)),
         mock.patch.object(
@@ -148,7 +148,7 @@ def _batch_norm(
 
 
 class _Norm(nn.Module):
-    """A peer's batch norm where the ResNets expect Flax's, with Flax's variables."""
+    """A peer's batch norm in place of Flax's in the ResNets, with Flax's variables."""
 
     peer: str
     use_running_average: bool
@@ -202,7 +202,7 @@ _CHOSEN = {"peer": "normjax"}
 
 
 def _layer(kind: Any, params: Any, x: jax.Array) -> jax.Array:
-    """The chosen peer's layer or RMS norm."""
+    """Returns the layer or RMS norm of the selected peer."""
     peer = _CHOSEN["peer"]
     if peer == "none":
         return x
@@ -222,8 +222,8 @@ def _vit(shape: tuple[int, ...], dtype: str, width: int, depth: int) -> Network:
 def _critic(shape: tuple[int, ...], width: int = 256, depth: int = 3) -> Network:
     """CrossQ's critic (Bhatt et al., 2024): batch norm before each layer, no target network.
 
-    The batch norms see pairs of an observation with its action, and of what came next with the
-    action there, in one batch.
+    A batch contains the pairs of observation and action, and the pairs of next observation and next
+    action.
     """
     normal = jax.nn.initializers.lecun_normal()
     sizes = (shape[-1], *[width] * depth, 1)
@@ -253,6 +253,6 @@ def _critic(shape: tuple[int, ...], width: int = 256, depth: int = 3) -> Network
 
 
 def _temporal_difference(values: jax.Array, rewards: jax.Array) -> jax.Array:
-    """The squared error of the values now, by the reward and the values next."""
+    """Returns the squared temporal difference error."""
     target = jax.lax.stop_gradient(rewards + DISCOUNT * values[:, 1])
     return jnp.square(values[:, 0] - target).mean()

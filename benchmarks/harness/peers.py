@@ -1,7 +1,7 @@
-"""The peers on JAX, as functions `(params, stats, x) -> (y, stats)` of trees in Flax's names.
+"""The peers on JAX, as functions `(params, stats, x) -> (y, stats)` with Flax's names.
 
-A peer is imported when it is asked for. One that is absent, or has no such layer, raises `Unable`,
-which says why.
+A peer is imported when it is used. If it is not installed, or has no such layer, it raises an error
+with the reason.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ AXIS = "data"  # the mapped axis of cases on several devices
 
 
 class Unable(Exception):
-    """The peer cannot run the case, for the reason given."""
+    """Raised if the peer cannot run the case; the message is the reason."""
 
 
 def normjax(case: Case) -> Apply:
-    """The layer of this library."""
+    """Returns the layer of this library."""
     options = {
         "batch": {"momentum": MOMENTUM, "axis_name": _axis(case)},
         "group": {"num_groups": GROUPS},
@@ -37,12 +37,12 @@ def normjax(case: Case) -> Apply:
 
 
 def formula(case: Case) -> Apply:
-    """Returns the textbook's formula, in float32: the mean, and the mean of squares around it."""
+    """Returns the textbook formula in float32: the mean, and the mean of squares around it."""
     inner = range(1, len(case.shape) - 1)
     axes = {
         "batch": (0, *inner),
         "instance": (*inner,),
-        "group": (*inner, len(case.shape)),  # the features are split into groups, on one more axis
+        "group": (*inner, len(case.shape)),  # the features are split into groups along a new axis
     }.get(case.layer, -1)
 
     def average(values: jax.Array) -> jax.Array:
@@ -142,7 +142,7 @@ def haiku(case: Case) -> Apply:
 
     def average(value: jax.Array) -> dict[str, jax.Array]:
         value = value.reshape(*one, -1)
-        # long past the correction for zeros
+        # after many steps, when the bias correction has no effect
         return {"hidden": value, "average": value, "counter": jnp.int32(2**20)}
 
     def apply(params: dict, stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
@@ -161,7 +161,7 @@ def haiku(case: Case) -> Apply:
 
 
 def equinox(case: Case) -> Apply:
-    """Returns `equinox`'s layer, which takes one example, under vmap; images are features first."""
+    """Returns `equinox`'s layer, which takes one example, under vmap, with features first."""
     import equinox as eqx
 
     c = case.features
@@ -239,11 +239,11 @@ def tokamax(case: Case) -> Apply:
     """Returns Tokamax's layer or RMS norm."""
     if case.layer not in ("layer", "rms"):
         raise Unable(f"has no {case.layer} norm")
-    import tokamax  # pyright: ignore[reportMissingImports]: it needs not be there
+    import tokamax  # pyright: ignore[reportMissingImports]: optional
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # or Tokamax would read the benchmark's command line
+        flags.FLAGS.mark_as_parsed()  # otherwise Tokamax would read the benchmark's command line
 
     def apply(params: dict, stats: dict, x: jax.Array) -> tuple[jax.Array, dict]:
         layer = case.layer == "layer"
@@ -270,7 +270,7 @@ LIBRARIES = tuple(name for name in PEERS if name != "formula")
 
 
 def features_first(peer: str, case: Case) -> bool:
-    """Returns whether the peer takes (examples, features, ...) for (examples, ..., features)."""
+    """Returns whether the peer takes (examples, features, ...), not (examples, ..., features)."""
     return peer == "equinox" and case.layer in ("batch", "group", "instance")
 
 

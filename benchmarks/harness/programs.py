@@ -17,11 +17,11 @@ from .cases import Case, Shape, operands
 from .peers import AXIS, MASKED, PEERS, Unable, features_first
 from .timing import Program
 
-CHECKED = 2**16  # values of y and of each gradient of its size
+CHECKED = 2**16  # the number of checked values of y, and of each gradient of its size
 
 
 class Built(NamedTuple):
-    """A program, what it computes (for the check), and what its memory needs are."""
+    """A program, its results (for the check), and its memory use."""
 
     program: Program
     outputs: Callable[[], dict[str, np.ndarray]]
@@ -29,7 +29,7 @@ class Built(NamedTuple):
 
 
 class Operands:
-    """The operands of a case, on the devices once for each layout."""
+    """The operands of a case, placed on the devices once for each layout."""
 
     def __init__(self, case: Case):
         self.case, self.host = case, operands(case)
@@ -76,8 +76,8 @@ def traceable(
 ) -> tuple[Callable[..., dict[str, Any]], tuple]:
     """Returns the function to compile for a case, and its arguments: arrays, or shapes of them.
 
-    They are params, batch_stats and the arrays; of the backward pass alone, what the forward pass
-    keeps for it and the cotangent of y.
+    The arguments are params, batch_stats and the arrays. For the backward pass alone, they are the
+    residuals of the forward pass and the cotangent of y.
     """
     if case.masked and peer not in MASKED:
         raise Unable("takes no mask")
@@ -95,19 +95,19 @@ def traceable(
 
 
 def arranged(shape: Shape, features_first: bool) -> Shape:
-    """Returns the shape of an operand as a program wants it."""
+    """Returns the shape of an operand in the layout of a program."""
     leaf = len(shape) == 1
     return shape if leaf or not features_first else (shape[0], shape[-1], *shape[1:-1])
 
 
 def sharding(case: Case, devices: Sequence[Any], leaf: bool) -> NamedSharding:
-    """Returns where an operand lies that the devices of a case share: a leaf is whole on each."""
+    """Returns the sharding of an operand over the devices of a case; leaves are replicated."""
     mesh = Mesh(np.array(devices[: case.devices]), (AXIS,))
     return NamedSharding(mesh, PartitionSpec() if leaf else PartitionSpec(AXIS))
 
 
 def checked(value: np.ndarray, features_first: bool) -> np.ndarray:
-    """Returns the first examples of an array, features last; a leaf or statistic as it is."""
+    """Returns the first examples of an array, with features last; leaves are unchanged."""
     if value.ndim == 1:
         return value
     value = value[: math.ceil(CHECKED / value[0].size)]
@@ -126,7 +126,7 @@ def relative_errors(
 
 
 def compiled_memory(compiled: Any) -> dict[str, int]:
-    """Returns a program's temporary bytes, besides arguments and results, and its peak."""
+    """Returns a program's temporary bytes, without arguments and results, and its peak."""
     memory = compiled.memory_analysis()
     if memory is None:
         return {}
@@ -165,7 +165,7 @@ def _forward(
 def _run(
     apply: Callable, case: Case, params: dict, stats: dict, arrays: dict[str, Any]
 ) -> dict[str, Any]:
-    """What is timed: y and new statistics, and the gradients of all that there is."""
+    """The function to time: returns y, new statistics, and all gradients."""
     forward = partial(_forward, apply, case, mask=arrays.get("mask"))
     x, residual = arrays["x"], arrays.get("residual")
     if not case.differentiated:
@@ -188,7 +188,7 @@ def _gradients(d_params: dict, d_x: Any, d_residual: Any) -> dict[str, Any]:
 def _transposed(
     forward: Callable, params: dict, stats: dict, arrays: dict[str, Any]
 ) -> tuple[Callable[..., dict[str, Any]], tuple]:
-    """The backward pass as a program of its own, and what the forward pass keeps for it."""
+    """Returns the backward pass as a separate program, and the residuals of the forward pass."""
 
     def kept(params: dict, stats: dict, x: Any, residual: Any, mask: Any) -> Any:
         one = lambda p, x, r: forward(p, stats, x, r, mask)  # noqa: E731
@@ -204,7 +204,7 @@ def _transposed(
 
 
 def _shared(run: Callable, params: dict, stats: dict, arrays: dict[str, Any]) -> Callable:
-    """Runs on all devices, each with its share of the examples."""
+    """Runs on all devices, each with its part of the examples."""
     split, whole = PartitionSpec(AXIS), PartitionSpec()
 
     def specs(tree: dict[str, Any]) -> dict[str, PartitionSpec]:
@@ -227,7 +227,7 @@ def _shared(run: Callable, params: dict, stats: dict, arrays: dict[str, Any]) ->
 
 
 def _placed(value: np.ndarray, case: Case, features_first: bool) -> jax.Array:
-    """Puts an operand where the program wants it."""
+    """Places an operand in the layout and sharding of a program."""
     leaf = value.ndim == 1
     if features_first and not leaf:
         value = np.ascontiguousarray(np.moveaxis(value, -1, 1))

@@ -1,4 +1,4 @@
-"""Results: JSON with the machine and versions they come from, and tables."""
+"""Results as JSON, with machine and versions, and as tables."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def write(results: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def read(path: pathlib.Path | str) -> dict[str, Any]:
-    """Reads what `write` has written."""
+    """Reads results that `write` has written."""
     return json.loads(pathlib.Path(path).read_text())
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """Returns a Markdown table: the first column is text, the others are figures."""
+    """Returns a Markdown table with text in the first column and figures in the others."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -78,7 +78,7 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 def peer_table(
     rows: list[dict[str, Any]], cell: Callable[[dict[str, Any], dict[str, Any]], str]
 ) -> str:
-    """Returns a table with a column for each peer; `cell` makes the text of a row and peer."""
+    """Returns a table with a column for each peer; `cell` returns the text of a cell."""
     names = list(
         dict.fromkeys(
             name for row in rows for name, got in row["peers"].items() if "skipped" not in got
@@ -99,7 +99,7 @@ def peer_table(
 
 
 def skipped(rows: list[dict[str, Any]]) -> str:
-    """Says which peers were left out where, and why: a line for each peer and reason."""
+    """Lists the peers that were skipped, with a line for each peer and reason."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for name, got in row["peers"].items():
@@ -112,7 +112,7 @@ def skipped(rows: list[dict[str, Any]]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Returns the beginning of an error's message, for a peer that is left out because of it."""
+    """Returns the first line of an error that caused a peer to be skipped."""
     return (str(error).splitlines() or [""])[0][:160]
 
 

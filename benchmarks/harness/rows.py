@@ -1,4 +1,4 @@
-"""Runs a case: builds every peer's program, checks what it computes, times those that are right."""
+"""Runs a case: builds every peer's program, checks its results, and times correct programs."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ PEERS = (*peers.PEERS, *torch_peers.PEERS)
 TOLERANCE = {
     "float32": 1e-3,
     "bfloat16": 3e-2,
-}  # of the largest value: orders of summation differ, mistakes are of order 1
+}  # relative to the largest value: orders of summation differ slightly, mistakes are of order 1
 COPY = "copy"
 
 
 class Building:
-    """Builds programs; a peer whose programs took more than the limit is left out from then on.
+    """Builds programs; a peer whose programs exceed the time limit is skipped from then on.
 
-    PyTorch's compiler takes seconds for a layer, others a fraction of a second.
+    PyTorch's compiler takes seconds per layer, other compilers a fraction of a second.
     """
 
     def __init__(self, limit: float):
         self.limit, self.spent = limit, dict.fromkeys(PEERS, 0.0)
 
     def make(self, name: str, case: Case, given: Operands) -> Built:
-        """Returns a peer's program; raises Unable if its time is used up."""
+        """Returns a peer's program; raises Unable if its time limit is exceeded."""
         if self.spent[name] > self.limit:
             raise peers.Unable(
                 f"its programs took more than {self.limit:.0f} s to make: a sixth of the time"
@@ -49,7 +49,7 @@ class Building:
 def run(
     cases: Sequence[Case], names: Iterable[str], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Returns the rows of cases; those that do not start in time are named and left out."""
+    """Returns the rows of cases; prints and skips those that do not start in time."""
     end, rows = time.monotonic() + seconds, []
     building = Building(seconds / 6)
     for i, case in enumerate(cases):
@@ -65,7 +65,7 @@ def run(
 
 
 def row(case: Case, names: list[str], rounds: int, building: Building) -> dict[str, Any]:
-    """Returns each peer's milliseconds, bytes and error for a case, or why it is left out."""
+    """Returns each peer's milliseconds, bytes and error for a case, or why it was skipped."""
     built, found = _checked(case, names, building)
     timed = {name: each.program for name, each in built.items()}
     times = interleaved(timed | {COPY: _copy(case)}, rounds)
@@ -84,7 +84,7 @@ def row(case: Case, names: list[str], rounds: int, building: Building) -> dict[s
 
 
 def line(row: dict[str, Any]) -> str:
-    """Says in a line how a row came out."""
+    """Returns the results of a row as a line."""
     own = row["peers"]["normjax"]
     ratios = [
         f"{name} {got['ratio']:.2f}x"
@@ -95,7 +95,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
-    """Says in a cell of a table what a peer took, and how that compares with normjax."""
+    """Returns a cell with a peer's time and its ratio to normjax's."""
     ratio = "" if got is row["peers"]["normjax"] else f" ({got['ratio']:.2f}x)"
     return f"{got['ms']:.3g}{ratio}"
 
@@ -103,7 +103,7 @@ def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
 def _checked(
     case: Case, names: list[str], building: Building
 ) -> tuple[dict[str, Built], dict[str, Any]]:
-    """Builds the programs; those that are absent, unable or wrong only get a reason."""
+    """Builds the programs; absent, unable or incorrect peers only get a reason."""
     given = Operands(case)
     built = {"normjax": programs.build("normjax", case, given)}
     reference = built["normjax"].outputs()
@@ -120,7 +120,7 @@ def _checked(
             found[name] = {"skipped": f"not installed: {first_line(error)}"}
         except peers.Unable as error:
             found[name] = {"skipped": f"unable: {first_line(error)}"}
-        # of any kind: a peer that fails must not end the run, and is named
+        # any error: a peer that fails must not end the run
         except Exception as error:
             found[name] = {"skipped": f"failed: {type(error).__name__}: {first_line(error)}"}
         else:
@@ -135,7 +135,7 @@ def _checked(
 
 
 def _copy(case: Case) -> Program:
-    """Copies as many bytes as x has: reads them once, writes them once."""
+    """Copies as many bytes as x has, by reading and writing them once."""
     source = jnp.arange(case.nbytes // 4, dtype=jnp.uint32)
     copy = jax.jit(lambda bits: bits + jnp.uint32(1))
     return Program(lambda: copy(source), jax.block_until_ready, jax.default_backend() != "cpu")

@@ -1,4 +1,4 @@
-"""Times programs in turns, so that the machine's drift affects all of them equally."""
+"""Times programs interleaved, so that drift of the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from typing import Any, NamedTuple
 
 
 class Program(NamedTuple):
-    """Something to time: `call` starts it, `wait` returns when what it returned is there."""
+    """Something to time: `call` starts it, `wait` returns when its results are ready."""
 
     call: Callable[[], Any]
     wait: Callable[[Any], Any]
-    # whether calls run one after the other on the device, however early they are started
+    # whether the device runs calls one after the other, however early they start
     queues: bool = False
 
 
 def keep_memory() -> None:
-    """Has the C library keep freed memory instead of giving it back to the system.
+    """Makes the C library keep freed memory instead of returning it to the system.
 
-    Where the arrays are large it would hand out new pages in every call, and 9 tenths of the time
-    of a copy of 64 MB be the system's, clearing them. Programs that train do not pay that for each
-    layer.
+    Otherwise, large arrays would get new pages in every call, and the system would spend 90% of the
+    time of a 64 MB copy on clearing them. Training programs do not have this cost for each layer.
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
@@ -39,9 +38,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Returns the milliseconds of a call in each round, by program.
 
-    In a round every program runs once, as often as fills `sample_seconds`, in an order drawn anew.
-    A call that is not
-    timed comes first: else a program would find in the caches what the one before it left there.
+    In each round, every program runs repeatedly for `sample_seconds`, in a new random order. An
+    untimed call comes first, since caches would otherwise contain data of the previous program.
     """
     calls = {name: _calls(program, sample_seconds) for name, program in programs.items()}
     seen: dict[str, list[float]] = {name: [] for name in programs}
@@ -63,7 +61,7 @@ def summary(own: list[float], base: list[float]) -> dict[str, float | int]:
 
 
 def _calls(program: Program, sample_seconds: float) -> int:
-    """Returns how many calls fill a sample; the first ones warm up."""
+    """Returns the number of calls in a sample; the first calls are a warm-up."""
     _seconds(program, 1)
     once = min(_seconds(program, 1) for _ in range(2))
     return max(1, min(1000, round(sample_seconds / once)))

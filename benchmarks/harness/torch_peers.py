@@ -1,4 +1,4 @@
-"""PyTorch: eager and compiled, features first (its default) and last in memory."""
+"""PyTorch, eager and compiled, with features first (its default) and last in memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from .peers import Unable
 from .programs import Built, Operands, checked
 from .timing import Program
 
-# Or PyTorch's threads would go on spinning while the next program has its turn, and keep the cores
-# from it.
+# Otherwise, PyTorch's threads would keep spinning on the cores while the next program runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Whether it is compiled, and whether the features of images are last in memory.
+# Whether it is compiled, and whether images have features last in memory.
 PEERS = {
     "torch": (False, False),
     "torch channels-last": (False, True),
@@ -26,7 +25,7 @@ PEERS = {
 
 
 def build(peer: str, case: Case, operands: Operands) -> Built:
-    """Makes a case's program for PyTorch; raises Unable or ImportError."""
+    """Builds a case's program for PyTorch; raises Unable or ImportError if that is impossible."""
     import jax
     import torch
 
@@ -79,7 +78,7 @@ def build(peer: str, case: Case, operands: Operands) -> Built:
 
 
 def _layer(torch: Any, case: Case) -> Any:
-    """Returns the layer; leaves are float32 for batch norm, x's dtype for others, as CUDA needs."""
+    """Returns the layer; leaves are float32 for batch norm, else have x's dtype, as CUDA needs."""
     nn, c = torch.nn, case.features
     if case.layer == "batch":
         return nn.BatchNorm2d(c, EPSILON, 1 - MOMENTUM).train(case.train)
@@ -114,7 +113,7 @@ def _call(torch: Any, case: Case, layer: Any, tensors: dict[str, Any], compiled:
         return torch.relu(y) if case.then else y
 
     if compiled:
-        torch.compiler.reset()  # what was compiled for other cases
+        torch.compiler.reset()  # removes functions that were compiled for other cases
         forward = torch.compile(forward, dynamic=False)
 
     def call() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
 import normjax as nj
 
 NORMJAX, FLAX = (pathlib.Path(package.__path__[0]) for package in (nj, flax))
-# the order of the packages: a file imports from its own level and lower ones only
+# the levels of packages: a file only imports from its own level and lower levels
 LEVELS = {
     **dict.fromkeys(("linen", "nnx", "deploy", "convert", "optim", "diagnostics"), 4),
     **dict.fromkeys(("layers", "weights"), 3),
@@ -27,7 +27,7 @@ SUMS = {"reduce_sum", "dot_general", "psum", "reduce"}
 
 
 class Walk(NamedTuple):
-    """The calls of one trace, in order: of the layer's own files, and how many beside them."""
+    """The calls of one trace in order: in the layer's own files, and a count of others."""
 
     own: list[CodeType]
     before_first_sum: int
@@ -35,7 +35,7 @@ class Walk(NamedTuple):
 
 
 def watched(own: pathlib.Path, run: Callable[[], Any]) -> Walk:
-    """Runs and notes the calls of Python functions whose files are `own`, a file or a folder."""
+    """Runs a function and records calls of Python functions in `own`, a file or folder."""
     kept: list[CodeType] = []
     first_sum: list[int] = []
     around = 0
@@ -53,7 +53,7 @@ def watched(own: pathlib.Path, run: Callable[[], Any]) -> Walk:
             first_sum.append(len(kept))
 
     gc_was_on = gc.isenabled()
-    gc.disable()  # or the finalizers of what it collects would be among the calls
+    gc.disable()  # otherwise finalizers of collected objects would be among the calls
     sys.setprofile(note)
     try:
         run()
@@ -65,7 +65,7 @@ def watched(own: pathlib.Path, run: Callable[[], Any]) -> Walk:
 
 
 def climbs(files: Iterable[pathlib.Path]) -> int:
-    """Counts the steps from a file of a lower level to one of a higher level."""
+    """Counts the calls from a file of a lower level to one of a higher level."""
     levels = [level for path in files if (level := _level(path))]
     return sum(after > before for before, after in zip(levels, levels[1:], strict=False))
 
@@ -81,18 +81,18 @@ def empty_caches() -> None:
 
 
 def traced(function: Callable[..., Any], *operands: Any) -> ClosedJaxpr:
-    """Returns the jaxpr of a function, traced anew."""
-    # a new function each time: make_jaxpr remembers what it has traced
+    """Returns the jaxpr of a function, always traced again."""
+    # a new function each time, since make_jaxpr caches traces
     return jax.make_jaxpr(lambda *given: function(*given))(*operands)
 
 
 def equations(jaxpr: Jaxpr) -> tuple[int, int]:
-    """Returns how many equations a jaxpr has: with those inside it, and alone."""
+    """Returns the number of equations of a jaxpr, with and without nested jaxprs."""
     return sum(len(each.eqns) for each in _with_inner(jaxpr)), len(jaxpr.eqns)
 
 
 def _with_inner(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
-    """Yields a jaxpr and those in the parameters of its equations."""
+    """Yields a jaxpr and the jaxprs in the parameters of its equations."""
     yield jaxpr
     for equation in jaxpr.eqns:
         for value in jax.tree.leaves(list(equation.params.values())):

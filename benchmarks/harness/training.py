@@ -1,4 +1,4 @@
-"""Runs a network's training step with each peer's layers: checks, memory, times in turns."""
+"""Runs a network's training step with each peer's layers: checks, memory and times."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .networks import Network
 from .programs import compiled_memory, kept_bytes
 from .timing import Program, interleaved, summary
 
-# How far the loss may be from that with normjax's layers after some steps, relative to it.
+# The largest relative difference of the loss from that with normjax's layers, after some steps.
 STEPS, TOLERANCE = 3, {"float32": 1e-3, "bfloat16": 2e-2}
 
 
 class Trained(NamedTuple):
-    """A compiled step, the losses of the first ones, and the memory that it needs."""
+    """A compiled step, the losses of the first steps, and its memory use."""
 
     program: Program
     losses: np.ndarray
@@ -30,7 +30,7 @@ class Trained(NamedTuple):
 def run(
     rows: Sequence[Network], names: Iterable[str], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Returns the rows of networks; those that do not start in time are named and left out."""
+    """Returns the rows of networks; prints and skips those that do not start in time."""
     end, found = time.monotonic() + seconds, []
     for i, network in enumerate(rows):
         if time.monotonic() > end:
@@ -45,7 +45,7 @@ def run(
 
 
 def row(network: Network, names: list[str], rounds: int) -> dict[str, Any]:
-    """Returns a step's milliseconds, bytes and seconds to compile with each peer's layers."""
+    """Returns a step's milliseconds, bytes and compile seconds with each peer's layers."""
     own = train(network, "normjax")
     programs: dict[str, Program] = {"normjax": own.program}
     found: dict[str, dict[str, Any]] = {"normjax": dict(own.memory)}
@@ -72,7 +72,7 @@ def row(network: Network, names: list[str], rounds: int) -> dict[str, Any]:
 
 
 def train(network: Network, peer: str) -> Trained:
-    """Compiles a network's step with a peer's layers and takes the first ones."""
+    """Compiles a network's step with a peer's layers, and runs the first steps."""
     inputs, labels = (jnp.asarray(value) for value in networks.batch(network))
     with networks.normalized_by(peer):
         state = jax.jit(network.init)(jax.random.key(0), inputs)
@@ -102,7 +102,7 @@ def train(network: Network, peer: str) -> Trained:
 
 
 def cell(row: dict[str, Any], got: dict[str, Any]) -> str:
-    """Returns a cell: a step's time, and its bytes, temporary and stored for the backward pass."""
+    """Returns a cell with a step's time, temporary bytes, and bytes stored for backward."""
     ratio = "" if got is row["peers"]["normjax"] else f" ({got['ratio']:.2f}x)"
     sizes = "/".join(f"{got.get(name, 0) / 1e6:.4g}" for name in ("temporary_bytes", "kept_bytes"))
     return f"{got['ms']:.4g}{ratio} {sizes} MB"

@@ -1,4 +1,4 @@
-"""Transformers in training: pre-norm blocks of attention and a wide perceptron, without biases."""
+"""Transformers with pre-norm blocks of attention and an MLP, without biases."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NORMAL = jax.nn.initializers.normal(0.02)
 
 @dataclass(frozen=True)
 class Transformer:
-    """What all transformers have in common."""
+    """The common base of all transformers."""
 
-    kind: str  # of normalization: layer or rms
+    kind: str  # the kind of normalization: layer or rms
     width: int
     depth: int
     classes: int
@@ -26,22 +26,22 @@ class Transformer:
 
 
 class Decoder(Transformer):
-    """A causal language model; the embedding is the last matrix, too."""
+    """A causal language model with tied embeddings."""
 
     def init(self, key: jax.Array, tokens: Any) -> tuple[Any, Any]:
-        """Returns params, and no statistics."""
+        """Returns params and empty statistics."""
         key, own = jax.random.split(key)
         embedding = NORMAL(own, (self.classes, self.width))
         return {"embedding": embedding, **_init_blocks(self, key)}, {}
 
     def logits(self, params: Any, batch_stats: Any, tokens: Any) -> tuple[jax.Array, Any]:
-        """Returns the logits of the next token at each place."""
+        """Returns the logits of the next token at each position."""
         embedding = params["embedding"].astype(self.dtype)
         return _blocks(self, params, embedding[tokens], causal=True) @ embedding.T, batch_stats
 
 
 class ViT(Transformer):
-    """A vision transformer: patches and a class token, whose last state is classified."""
+    """A vision transformer with patches and a class token."""
 
     def init(self, key: jax.Array, images: Any) -> tuple[Any, Any]:
         """Returns params, and no statistics."""
@@ -68,7 +68,7 @@ class ViT(Transformer):
 
 
 def _patches(images: jax.Array) -> jax.Array:
-    """Cuts images into squares: (batch, patches, values of a patch)."""
+    """Splits images into square patches: (batch, patches, values of a patch)."""
     count, height, width, channels = images.shape
     cut = images.reshape(count, height // PATCH, PATCH, width // PATCH, PATCH, channels)
     return jnp.moveaxis(cut, 3, 2).reshape(count, -1, PATCH * PATCH * channels)

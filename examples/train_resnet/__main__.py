@@ -1,12 +1,12 @@
 """Trains a ResNet with synced batch normalization on a laptop, a GPU machine or a TPU pod.
 
-    python examples/train_resnet                      # synthetic images, whatever devices there are
+    python examples/train_resnet                      # synthetic images, on all local devices
     python examples/train_resnet --data cifar10 --data-dir DIR
     python examples/train_resnet --devices 8          # 8 simulated CPU devices
     python examples/train_resnet --processes 2        # 2 processes here, over loopback
 
-The same command on every host of a TPU pod or of a Slurm job trains on all of them. To continue a
-run, give its command again.
+Run the same command on every host of a TPU pod or Slurm job to train on all of them. To continue a
+run, run its command again.
 """
 
 import sys
@@ -25,7 +25,7 @@ def main() -> int:
         return launch.run(asked.processes, sys.argv)
     stop = signals.Stop()
     stop.listen()  # before NumPy and JAX start threads
-    # Here, so that a launcher and a mistake on the command line need not wait for JAX.
+    # Imported here, so that the launcher and errors of the command line do not wait for JAX.
     from train_resnet import runtime
 
     return runtime.guard(asked, stop)

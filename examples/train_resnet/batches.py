@@ -1,8 +1,8 @@
-"""Each process loads its part of every global batch, with grain.
+"""Loads each process's part of every global batch, with grain.
 
-All order and all randomness is a function of the seed and of an example's position in the run, the
-number of examples before it. So the batches are the same ones however many processes load them, and
-to continue a run is to start at a position.
+Order and randomness only depend on the seed and on an example's position in the run, which is the
+number of examples before it. So the batches do not depend on the number of processes that load
+them, and a run can be continued from any position.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     stop_without(error)
 
-LOADER_DIED = "Worker process was terminated"  # in grain's error
+LOADER_DIED = "Worker process was terminated"  # part of grain's error
 
 # image (batch, height, width, 3) uint8, label (batch,) int32, weight (batch,) float32
 Batch = dict[str, np.ndarray]
@@ -32,7 +32,7 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of a global batch that a process loads: the `index`th of `count` equal parts."""
+    """The rows of a global batch that a process loads: part `index` of `count` equal parts."""
 
     batch_size: int
     index: int
@@ -40,17 +40,17 @@ class Part:
 
     @property
     def rows(self) -> int:
-        """The number of rows that a process loads."""
+        """Returns the number of rows that a process loads."""
         return self.batch_size // self.count
 
     def position(self, element: int) -> int:
-        """Returns the position in the run of the `element`th example that this process loads."""
+        """Returns the position in the run of example number `element` of this process."""
         batch, row = divmod(element, self.rows)
         return batch * self.batch_size + self.index * self.rows + row
 
 
 class _Load(grain.transforms.Map):
-    """Loads the example of a position."""
+    """Loads the example at a position."""
 
     def __init__(self, source: Source, part: Part, seed: int | None, start: int):
         self.source, self.part, self.seed, self.start = source, part, seed, start
@@ -59,7 +59,7 @@ class _Load(grain.transforms.Map):
         """Returns the example."""
         position, size = self.start + self.part.position(int(element)), len(self.source)
         if self.seed is None:
-            # Evaluation: in order; the last batch is filled up with examples that do not count.
+            # Evaluation is in order; the last batch is padded with examples that do not count.
             image, label = self.source.load(min(position, size - 1), None)
             return _example(image, label, float(position < size))
         epoch, place = divmod(position, size)
@@ -84,12 +84,12 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
 def training(
     source: Source, part: Part, seed: int, start: int, stop: int, workers: int
 ) -> Generator[Batch, None, None]:
-    """Yields this process's parts of the batches from one position in the run to another."""
+    """Yields this process's parts of the batches between two positions in the run."""
     return _iterate(_Load(source, part, seed, start), (stop - start) // part.batch_size, workers)
 
 
 def evaluation(source: Source, part: Part, workers: int) -> Generator[Batch, None, None]:
-    """Yields this process's parts of batches of every example once."""
+    """Yields this process's parts of batches with every example once."""
     return _iterate(_Load(source, part, None, 0), -(-len(source) // part.batch_size), workers)
 
 
@@ -98,7 +98,7 @@ def _iterate(load: _Load, batches: int, workers: int) -> Generator[Batch, None, 
     examples = grain.MapDataset.range(batches * rows).map(load).batch(rows)
     dataset = examples.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     if workers:
-        flags.FLAGS.mark_as_parsed()  # grain's own; with the values they have
+        flags.FLAGS.mark_as_parsed()  # grain's own flags, with their current values
         loader.prepare()
         options = grain.multiprocessing.MultiprocessingOptions(workers)
         dataset = dataset.mp_prefetch(options, worker_init_fn=loader.start)

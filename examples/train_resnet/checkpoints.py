@@ -1,11 +1,11 @@
-"""Checkpoints with Orbax: written in the background, complete or absent, verified before use.
+"""Orbax checkpoints that are written in the background, atomically, and verified before use.
 
 A checkpoint is a folder named by its step, with `state` (params, batch_stats, the optimizer's
 state), `meta` (see `Checkpoints.save`) and checksums of all files, which are written last (see
 sealed.py). It is written under another name and renamed at the end, so that a process that dies
-leaves no half of a checkpoint under the step's name; the checksums are for files that disks or
-people have changed since. A checkpoint whose files are as they were written and that does not fit
-is of another program: that is an error, and it stays where it is.
+does not leave an incomplete checkpoint under the step's name. The checksums detect files that were
+changed later by disk errors or by people. If the files of a checkpoint are unchanged, but it does
+not fit, it belongs to another program. This is an error, and the checkpoint is kept.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 class SaveError(Exception):
-    """A checkpoint cannot be written; the message is one line."""
+    """Raised if a checkpoint cannot be written; the message is one line."""
 
 
 class Start(NamedTuple):
-    """Where a run begins: its first step is the one after `step`."""
+    """The start of a run: its first step is the one after `step`."""
 
     state: State
     step: int
@@ -55,9 +55,9 @@ class Checkpoints:
         )
 
     def restore(self) -> Start:
-        """Returns the newest checkpoint that is as it was written, or the start of the run.
+        """Returns the newest intact checkpoint, or the start of the run.
 
-        Raises SetupError, and has touched nothing, if it is of another program or run.
+        Raises SetupError, without changing any file, if it belongs to another program or run.
         """
         aside: list[tuple[int, str, str]] = []
         start = None
@@ -76,13 +76,13 @@ class Checkpoints:
             aside.append((step, name, problem))
         self._clean_up(aside)
         if aside and start is None and jax.process_index() == 0:
-            say("warning: no checkpoint is left to go on from: the run starts at step 0")
+            say("warning: no usable checkpoint is left: the run starts at step 0")
         self.step = None if start is None else start.step
         self._open()
         return start or Start(self.program.init(), 0, 0)
 
     def save(self, state: State, step: int, position: int) -> bool:
-        """Starts to write a checkpoint, unless there is one; returns False for one with NaNs."""
+        """Starts to write a checkpoint unless it exists; returns False if the state has NaNs."""
         self.check()
         if step == self.step:
             return True
@@ -106,17 +106,17 @@ class Checkpoints:
         return True
 
     def check(self) -> None:
-        """Raises SaveError if the last checkpoint could not be written; does not wait for it."""
+        """Raises SaveError if the last checkpoint could not be written, without waiting for it."""
         self._attempt(self.manager.check_for_errors)
 
     def close(self) -> None:
-        """Waits until all is written."""
+        """Waits until everything is written."""
         progress.now("writing the last checkpoint")
         self._attempt(self.manager.wait_until_finished)
         self.manager.close()
 
     def newest(self) -> str:
-        """Returns what there is to go on from, in words."""
+        """Describes the newest checkpoint in words."""
         steps = self._steps()
         return f"the last checkpoint is of step {steps[0]}" if steps else "no checkpoint is written"
 
@@ -124,15 +124,15 @@ class Checkpoints:
         try:
             write()
         except jax.errors.JaxRuntimeError:
-            raise  # of another process
-        except Exception as error:  # of many kinds: whatever a disk may have
+            raise  # written by another process
+        except Exception as error:  # any error that a disk may cause
             raise SaveError(
                 f"{self.folder}: a checkpoint cannot be written: {first_line(error)}; "
                 f"{self.newest()}"
             ) from error
 
     def _open(self) -> None:
-        """Has Orbax look at the folder, after it has been cleaned up."""
+        """Opens the folder with Orbax, after it has been cleaned up."""
         kept = ocp.CheckpointManagerOptions(
             preservation_policy=_Kept(self.options.keep, self.not_finite),
             async_options=ocp.AsyncOptions(timeout_secs=self.options.stall),
@@ -149,7 +149,7 @@ class Checkpoints:
         return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
     def _look(self, step: int) -> dict[str, Any]:
-        """Returns what process 0 sees without reading the arrays."""
+        """Returns what process 0 finds in the folder, without reading arrays."""
         folder = self.folder / str(step)
         found = {"problem": None, "misfit": None, "name": "corrupt"}
         if not any(self.folder.glob(f"*/{checksums.NAME}")):
@@ -157,7 +157,7 @@ class Checkpoints:
                 f"{folder} has no {checksums.NAME}: an earlier version of this program wrote it"
             )
             return found | {
-                "misfit": f"{earlier}. Go on with that version, or choose another --out"
+                "misfit": f"{earlier}. Continue with that version, or choose another --out"
             }
         if wrong := checksums.wrong_files(folder):
             of = "its arrays" if wrong[0].startswith("state") else "it"
@@ -174,12 +174,12 @@ class Checkpoints:
         return found | {"misfit": misfit, "meta": meta}
 
     def _read(self, step: int, meta: dict[str, Any]) -> tuple[State | None, str | None, str]:
-        """Returns the state on all devices, or what is wrong and what to call the folder then."""
+        """Returns the state on all devices, or the problem and a new name for the folder."""
         folder, state, problem, misfit = self.folder / str(step), None, None, None
         try:
             state = stored.read_state(folder, self.program.abstract_state())
             problem = stored.wrong_arrays(state, meta["checksums"])
-        except Exception as error:  # the files are right, so it is of another Orbax, or not there
+        except Exception as error:  # intact: missing, or of another version of Orbax
             misfit = f"{folder} cannot be read, and its files are right: {first_line(error)}"
         for index, other in enumerate(self._tell({"problem": problem, "misfit": misfit})):
             if other["misfit"] is not None:
@@ -195,17 +195,17 @@ class Checkpoints:
         )
 
     def _clean_up(self, aside: list[tuple[int, str, str]]) -> None:
-        """Renames what cannot be used, and removes what was never complete."""
+        """Renames checkpoints that cannot be used, and removes incomplete ones."""
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for step, name, problem in aside:
                 path = self.folder / str(step)
-                say(f"warning: {path}: skipped for the checkpoint before it: {problem}")
+                say(f"warning: {path}: skipped, using the previous checkpoint: {problem}")
                 path.rename(_free(self.folder / f"{name}-{step}"))
             for path in (*self.folder.glob(f"*{TEMPORARY}*"), *self.folder.glob(f"*{UNSEALED}")):
                 say(f"warning: {path}: skipped: it was cut off while it was written")
                 shutil.rmtree(path)
-        self._tell({})  # no process looks at the folder before that
+        self._tell({})  # no process reads the folder before this
 
     def _tell(self, content: Any) -> list[Any]:
         return preflight.tell(self.options, content)
@@ -218,7 +218,7 @@ class _Kept:
         self.number, self.not_finite = number, not_finite
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        """Returns which checkpoints Orbax is not to delete."""
+        """Returns the checkpoints that Orbax must not delete."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         finite = [step for step in steps if step not in self.not_finite]
         kept = {*steps[-self.number :], *finite[-1:]}
@@ -231,7 +231,7 @@ def _finite(state: State) -> jax.Array:
 
 
 def _free(path: Path) -> Path:
-    """Returns the path, with a number if there is such a folder."""
+    """Returns the path, with a number appended if the folder exists."""
     number = 1
     free = path
     while free.exists():

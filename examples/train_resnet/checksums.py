@@ -1,7 +1,7 @@
-"""A file of checksums that covers every file of a folder, itself included.
+"""A file of checksums that covers every file of a folder, including itself.
 
-`SHA256SUMS` is what `sha256sum --check` reads; its last line, a comment there, is a checksum of the
-lines above it.
+`SHA256SUMS` has the format of `sha256sum --check`. Its last line, a comment in this format, is a
+checksum of the lines above it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def write(folder: Path) -> None:
 
 
 def wrong_files(folder: Path) -> list[str]:
-    """Returns the files that are not as they were when the checksums were written."""
+    """Returns the files that have changed since the checksums were written."""
     try:
         content = (folder / NAME).read_bytes()
     except OSError:
@@ -41,7 +41,7 @@ def _sealed(body: bytes) -> bytes:
 
 
 def _file(path: Path) -> str | None:
-    """Returns the checksum of a file; None for one that cannot be read."""
+    """Returns the checksum of a file, or None if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

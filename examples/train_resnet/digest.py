@@ -1,4 +1,4 @@
-"""What there is to know of the data before a run: on all hosts the same, and when it goes on."""
+"""Facts about the data, which must agree on all hosts and when a run continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from train_resnet.sources import Folder, InMemory, Source, Sources
 
 Facts = dict[str, Any]
-LONGEST = 200  # characters of the names of classes in a message
+LONGEST = 200  # the number of characters of class names in a message
 
 
 def facts(data: Sources) -> Facts:
@@ -39,7 +39,7 @@ def difference(seen: Facts, expected: Facts) -> str | None:
 
 
 def _checksum(source: Source) -> str | None:
-    """Returns a checksum: of files their classes, names and sizes, of arrays the content."""
+    """Returns a checksum of the contents of arrays, or of the classes, names and sizes of files."""
     checksum = hashlib.sha256()
     if isinstance(source, InMemory):
         for array in (source.images, source.labels):
@@ -48,7 +48,7 @@ def _checksum(source: Source) -> str | None:
         for path, label in source.files:
             checksum.update(json.dumps([path.name, label, path.stat().st_size]).encode())
     else:
-        return None  # made from the options
+        return None  # generated from the options
     return checksum.hexdigest()[:16]
 
 

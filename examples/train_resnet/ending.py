@@ -1,4 +1,4 @@
-"""How a process ends: exit statuses, last lines, and an end at once where an orderly one hangs."""
+"""How a process ends: exit statuses, last lines, and an immediate exit if others would hang."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ exit statuses:
 
 
 def say(message: str) -> None:
-    """Prints a line about the run to standard error, which a terminal may have closed."""
+    """Prints a line about the run to standard error, even if a terminal has closed it."""
     try:
         print(f"train_resnet: {message}", file=sys.stderr, flush=True)
     except OSError:
@@ -28,14 +28,14 @@ def say(message: str) -> None:
 
 
 def complain(message: str) -> None:
-    """Prints the line that says why the run ends."""
+    """Prints the line with the reason why the run ends."""
     say(f"error: {message}")
 
 
 def first_line(error: BaseException) -> str:
-    """Returns what an error says, in one line; of a chain of causes the operating system's."""
+    """Returns the first line of an error, or of its cause from the operating system."""
     text = str(error).strip()
-    # TensorStore puts it after a paragraph about where it was.
+    # TensorStore puts it after a paragraph about its location.
     if found := re.search(r"OS error (?:code )?\d+: ([^\]'\"]+)", text):
         return found[1].strip()
     if isinstance(error, OSError) and error.strerror:
@@ -44,10 +44,10 @@ def first_line(error: BaseException) -> str:
 
 
 class LastWords:
-    """A line that is printed if this process ends without taking it back.
+    """A line that is printed when this process ends, unless it is taken back.
 
-    JAX's runtime ends a process by itself, from C++, when another one is gone, and SIGKILL ends one
-    without a word. So a shell waits for the end of a pipe that ends with this process.
+    JAX's runtime ends a process from C++ when another process is gone, and SIGKILL ends a process
+    without any output. So a shell waits for the end of a pipe that closes with this process.
     """
 
     standing: list[LastWords] = []
@@ -62,14 +62,14 @@ class LastWords:
         self.standing.append(self)
 
     def take_back(self) -> None:
-        """Has nothing printed."""
+        """Prevents the line from being printed."""
         if self in self.standing:
             self.standing.remove(self)
             self._shell.communicate(b"end\n")
 
 
 def leave(status: int, message: str) -> NoReturn:
-    """Ends this process at once: an orderly end would wait for processes that are gone."""
+    """Exits immediately, since a normal exit would wait for processes that are gone."""
     complain(message)
     for words in tuple(LastWords.standing):
         words.take_back()

@@ -1,4 +1,4 @@
-"""The flags of the command line; options.py says which data sets have which defaults."""
+"""The flags of the command line; options.py has the defaults of each data set."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ def _add_network(parser: Parser) -> None:
         "--image-size",
         type=count,
         metavar="N",
-        help="of synthetic images (32) and of images in folders (224)",
+        help="height and width (default: 32 for synthetic images, 224 for images in folders)",
     )
     add(
         "--classes",
         type=count,
         default=10,
         metavar="N",
-        help="of synthetic images (default: %(default)s)",
+        help="number of classes of synthetic images (default: %(default)s)",
     )
     add(
         "--train-examples",
         type=count,
         metavar="N",
-        help="use only the first N; synthetic: how many (2,048)",
+        help="use only the first N training images; how many synthetic images (default: 2,048)",
     )
     add(
         "--test-examples",
         type=count,
         metavar="N",
-        help="use only the first N; synthetic: how many (512)",
+        help="use only the first N test images; how many synthetic images (default: 512)",
     )
 
 
@@ -72,29 +72,29 @@ def _add_training(parser: Parser) -> None:
         type=count,
         default=128,
         metavar="N",
-        help="of all devices together (default: %(default)s)",
+        help="examples per step on all devices together (default: %(default)s)",
     )
     add("--epochs", type=rate, metavar="N", help="(default: 30; 90 for images in folders)")
-    add("--steps", type=count, metavar="N", help="instead of --epochs")
+    add("--steps", type=count, metavar="N", help="number of steps, instead of --epochs")
     add(
         "--learning-rate",
         type=rate,
         metavar="RATE",
-        help="after warm-up (default: 0.1 for each 256 of the batch)",
+        help="learning rate after warm-up (default: 0.1 * batch size / 256)",
     )
     add(
         "--warmup",
         type=_from_zero(positive),
         default=0.05,
         metavar="PART",
-        help="of the steps (default: %(default)s)",
+        help="warm-up as a fraction of all steps (default: %(default)s)",
     )
     add(
         "--weight-decay",
         type=_from_zero(positive),
         default=5e-4,
         metavar="RATE",
-        help="of kernels only (%(default)s)",
+        help="weight decay of kernels; other parameters do not decay (default: %(default)s)",
     )
     add(
         "--label-smoothing",
@@ -107,20 +107,20 @@ def _add_training(parser: Parser) -> None:
         "--norm-group",
         type=count,
         metavar="N",
-        help="examples that share statistics (default: the whole batch)",
+        help="number of examples that share statistics (default: the whole batch)",
     )
     add(
         "--momentum",
         type=rate,
         default=0.9,
         metavar="WEIGHT",
-        help="of running statistics (default: %(default)s)",
+        help="momentum of running statistics (default: %(default)s)",
     )
     add(
         "--dtype",
         choices=("bfloat16", "float32"),
         default="bfloat16",
-        help="of activations (default: %(default)s)",
+        help="dtype of activations (default: %(default)s)",
     )
     add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
 
@@ -143,16 +143,22 @@ def _add_output(parser: Parser) -> None:
         metavar="STEPS",
         help="(default: %(default)s)",
     )
-    add("--keep", type=count, default=3, metavar="N", help="checkpoints (default: %(default)s)")
+    add(
+        "--keep",
+        type=count,
+        default=3,
+        metavar="N",
+        help="number of checkpoints to keep (default: %(default)s)",
+    )
     add(
         "--allow-nan",
         action="store_true",
-        help="go on when losses or statistics are not finite; the last finite checkpoint is kept",
+        help="continue if losses or statistics are not finite; the last finite checkpoint is kept",
     )
     add(
         "--allow-other-data",
         action="store_true",
-        help="go on although the data have changed since the checkpoint",
+        help="continue even if the data have changed since the checkpoint",
     )
 
 
@@ -163,34 +169,34 @@ def _add_devices(parser: Parser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="processes that load data; 0: threads (default)",
+        help="number of processes that load data; 0 uses threads (default)",
     )
-    add("--devices", type=count, metavar="N", help="simulate N CPU devices, in each process")
+    add("--devices", type=count, metavar="N", help="simulate N CPU devices in each process")
     add(
         "--processes",
         type=count,
         metavar="N",
-        help="start N processes on this machine, to try it out",
+        help="start N processes on this machine, to test a cluster run",
     )
     add(
         "--coordinator",
         metavar="HOST:PORT",
-        help="where process 0 listens; a pod or Slurm job needs none of these 3",
+        help="where process 0 listens; TPU pods and Slurm jobs do not need these 3 flags",
     )
-    add("--process-count", type=count, metavar="N", help="of all processes")
-    add("--process-index", type=int, metavar="I", help="of this process, from 0")
+    add("--process-count", type=count, metavar="N", help="number of processes")
+    add("--process-index", type=int, metavar="I", help="index of this process, from 0")
     add(
         "--no-distributed",
         dest="distributed",
         action="store_false",
-        help="do not ask whether there is a cluster",
+        help="do not detect a cluster",
     )
     add(
         "--heartbeat",
         type=number(int, "an integer of at least 10", 10),
         default=30,
         metavar="SECONDS",
-        help="without a sign of life, until a process is given up; 30 at most between CPUs "
+        help="time without a sign of life after which a process counts as gone; at most 30 on CPUs "
         "(default: %(default)s)",
     )
     add(
@@ -198,7 +204,7 @@ def _add_devices(parser: Parser) -> None:
         type=count,
         default=600,
         metavar="SECONDS",
-        help="without progress, until the run ends; 10 times as long while compiling "
+        help="time without progress after which the run ends; 10 times as long while compiling "
         "(default: %(default)s)",
     )
 

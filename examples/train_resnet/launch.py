@@ -1,4 +1,4 @@
-"""Starts several processes of one run on this machine, over loopback, to try out a cluster."""
+"""Starts several processes of one run on this machine, over loopback, to test cluster runs."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from collections.abc import Sequence
 from train_resnet.ending import say
 from train_resnet.signals import LAUNCHER, NAMES
 
-AGAIN = "start again with the same command to go on from the last checkpoint"
-PATIENCE = 60  # seconds that processes have to end by themselves after one of them has failed
+AGAIN = "start again with the same command to continue from the last checkpoint"
+PATIENCE = 60  # seconds for processes to exit after another one has failed
 
 
 def run(processes: int, command: Sequence[str]) -> int:
-    """Runs the command in that many processes and returns the first exit status that is not 0."""
+    """Runs the command in several processes, and returns the first nonzero exit status."""
     address = f"127.0.0.1:{_free_port()}"
     arguments = without_processes(command)
     children: list[subprocess.Popen] = []
     for number in NAMES:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda number, _: _send(children, number))
-    # Nobody writes into this pipe. It ends with this process, and so children learn of its death.
+    # Nothing is written to this pipe. It closes with this process, which tells children to stop.
     end, _own = os.pipe()
     for index in range(processes):
         place = ["--process-count", str(processes), "--process-index", str(index)]
         child = subprocess.Popen(
             [sys.executable, *arguments, "--coordinator", address, *place],
-            process_group=0,  # Ctrl-C in a terminal comes here only, and is passed on once
+            process_group=0,  # Ctrl-C only reaches this process, which passes it on once
             pass_fds=(end,),
             env=os.environ | {LAUNCHER: str(end)},
         )
@@ -54,7 +54,7 @@ def without_processes(command: Sequence[str]) -> list[str]:
 
 
 def _wait(children: Sequence[subprocess.Popen]) -> int:
-    """Waits for all; after a first failure only so long."""
+    """Waits for all processes; after a first failure, only for a limited time."""
     status, deadline, ended = 0, None, set()
     while len(ended) < len(children):
         for index, child in enumerate(children):
@@ -62,12 +62,12 @@ def _wait(children: Sequence[subprocess.Popen]) -> int:
                 continue
             ended.add(index)
             if code:
-                if code < 0:  # otherwise it has said itself what was wrong
+                if code < 0:  # otherwise, the process has printed the problem
                     say(f"process {index} was ended by {signal.Signals(-code).name}; {AGAIN}")
                 status = status or (128 - code if code < 0 else code)
                 deadline = deadline or time.monotonic() + PATIENCE
         if deadline is not None and time.monotonic() > deadline:
-            say(f"ending the processes that are left {PATIENCE} seconds after the first failed")
+            say(f"ending the remaining processes {PATIENCE} seconds after the first one failed")
             break
         time.sleep(0.1)
     return status

@@ -1,6 +1,6 @@
-"""What a process that loads data does first, so that it ends with its program, and not before it.
+"""Setup of a process that loads data, so that it ends with its program, and not earlier.
 
-It has SIGTERM, SIGHUP and Ctrl-C blocked, as the program has (see signals.py): the program ends it.
+It blocks SIGTERM, SIGHUP and Ctrl-C, like the program (see signals.py), which ends it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from multiprocessing.connection import wait
 
 
 def prepare() -> None:
-    """Starts Python's own process that frees shared memory, before a loader would.
+    """Starts Python's resource tracker for shared memory before a loader would start it.
 
-    It is to do so without a warning after the program's last line. And Python 3.11 unblocks signals
-    after it has started it, also those that were blocked before: loaders would inherit that.
+    This avoids a warning after the program's last line. Python 3.11 also unblocks all signals after
+    it has started the tracker, which loaders would inherit.
     """
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -26,7 +26,7 @@ def prepare() -> None:
 
 
 def start(index: int, count: int) -> None:
-    """Watches the program; grain's own loop would go on for ever if the program was killed."""
+    """Watches the program, since grain's loop would run forever if the program was killed."""
     del index, count
     threading.Thread(target=_follow, daemon=True).start()
 

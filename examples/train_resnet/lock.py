@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock that the operating system drops with its process."""
+"""A lock that allows one run at a time in a folder; the operating system releases it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import time
 from pathlib import Path
 
 NAME = "lock"
-SECONDS = 5  # in which other hosts have to see the file: network file systems cache folders
+SECONDS = 5  # seconds until other hosts must see the file, since network file systems cache folders
 
 
 class LockedError(Exception):
-    """Another run has the folder; the message is one line that names it."""
+    """Raised if another run has locked the folder; the message is one line that names it."""
 
 
 def take(folder: Path) -> str:
-    """Locks the folder until this process ends; returns a token, which is in the file.
+    """Locks the folder until this process ends; returns the token in the lock file.
 
     Raises:
-      LockedError: if another process has it.
+      LockedError: if another process has locked it.
       OSError: if the folder cannot be written.
     """
     path = folder / NAME
@@ -36,7 +36,7 @@ def take(folder: Path) -> str:
                 f"{folder} is in use by {_holder(path)}; choose another --out"
             ) from None
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
-            raise  # otherwise a file system without locks: runs without
+            raise  # otherwise the file system has no locks, so the run continues without
     token = secrets.token_hex(8)
     holder = {"token": token, "host": socket.gethostname(), "process": os.getpid()}
     os.ftruncate(file, 0)
@@ -46,7 +46,7 @@ def take(folder: Path) -> str:
 
 
 def sees(folder: Path, token: str) -> bool:
-    """Returns whether the folder, seen from this host, has the token of process 0."""
+    """Returns whether this host sees the token of process 0 in the folder."""
     deadline = time.monotonic() + SECONDS
     while True:
         if _read(folder / NAME).get("token") == token:

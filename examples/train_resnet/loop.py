@@ -1,4 +1,4 @@
-"""The loop: batches in, steps dispatched, metrics out, evaluations and checkpoints in between."""
+"""The training loop, with metrics, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from train_resnet.sources import Sources
 from train_resnet.steps import Program, State, learning_rate
 from train_resnet.watchdog import COMPILING, progress
 
-# steps that are dispatched before the results of one are read: the devices do not wait for Python
+# the number of steps in flight before results are read, so that devices do not wait for Python
 LAG = 2
 Item = TypeVar("Item")
 
 
 class DivergedError(Exception):
-    """A loss or a statistic is not finite."""
+    """Raised if a loss or a statistic is not finite."""
 
 
 def run(options: Options, stop: Stop) -> int:
-    """Trains to the end, or until a signal, and returns the exit status."""
+    """Trains to the end or until a signal, and returns the exit status."""
     mesh = runtime.mesh()
     data, facts = _prepare(options)
     progress.now("preparing the network and its first state", COMPILING)
@@ -47,14 +47,14 @@ def run(options: Options, stop: Stop) -> int:
         finished = run.train()
     finally:
         run.metrics.close()
-    progress.now("saying good-bye to the other processes")
+    progress.now("disconnecting from the other processes")
     if jax.process_count() > 1:
         jax.distributed.shutdown()
     return 0 if finished else stop.status
 
 
 def _prepare(options: Options) -> tuple[Sources, Facts]:
-    """Returns the data, on which all processes agree, and locks `--out`."""
+    """Returns the data, after all processes agree on it, and locks `--out`."""
     progress.now("reading the data")
     data, facts, token, problem = None, {}, None, None
     try:
@@ -74,7 +74,7 @@ def _prepare(options: Options) -> tuple[Sources, Facts]:
 
 
 def _noted(items: Iterable[Item], stage: str) -> Iterator[Item]:
-    """Yields items; the watchdog knows what is waited for."""
+    """Yields items, and tells the watchdog what the loop is waiting for."""
     iterator = iter(items)
     while True:
         progress.now(stage)
@@ -86,26 +86,26 @@ def _noted(items: Iterable[Item], stage: str) -> Iterator[Item]:
 
 
 class _Dispatched:
-    """A step that devices are running, its results, and the time when they were ready."""
+    """A step in flight, its results, and the time when they were ready."""
 
     def __init__(self, step: int, sums: dict[str, jax.Array]):
         self.step, self._sums, self.finished = step, sums, math.inf
 
     def look(self, now: float) -> None:
-        """Stores the time when results are ready, which may be long before they are read."""
+        """Records the time when results are ready, which may be long before they are read."""
         if self.finished == math.inf and all(value.is_ready() for value in self._sums.values()):  # pyright: ignore
             self.finished = now
 
     def values(self) -> dict[str, float]:
         """Waits for the results and returns them."""
-        progress.now(f"waiting for the results of step {self.step}, to which all processes add")
+        progress.now(f"waiting for the results of step {self.step}, which needs all processes")
         jax.block_until_ready(self._sums)
         self.look(time.perf_counter())
         return {name: float(value) for name, value in self._sums.items()}
 
 
 class Run:
-    """One run, from its newest checkpoint on."""
+    """A run, starting from its newest checkpoint."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class Run:
         self.checkpoints = Checkpoints(options, program, facts)
         self.state, self.start, self.position = self.checkpoints.restore()
         if self.start:
-            progress.saved = f"a checkpoint of step {self.start} is there"
+            progress.saved = f"the last checkpoint is of step {self.start}"
         preflight.room(options, program.abstract_state())
         self.rate = learning_rate(options, steps)
         first = jax.process_index() == 0
@@ -131,9 +131,9 @@ class Run:
         self.stopped = self.warned = False
 
     def train(self) -> bool:
-        """Trains; returns False if a signal ended it before its end."""
+        """Trains; returns False if a signal stopped it early."""
         state, position, step = self.state, self.position, self.start
-        del self.state  # its memory is given to the next one
+        del self.state  # donated to the next step
         self._greet()
         size = self.options.batch_size
         stop = position + (self.steps - step) * size
@@ -161,18 +161,18 @@ class Run:
         return step == self.steps
 
     def _compile(self, state: State, batch: batches.Batch) -> None:
-        """Compiles, and waits for the others: from then on they wait for each other's steps."""
+        """Compiles, and waits for the other processes, since later steps depend on all of them."""
         progress.trains = True
         progress.now("compiling the training step", COMPILING)
         self.program.compile(state, batch)
-        progress.now("waiting for the other processes, which still compile", COMPILING)
+        progress.now("waiting for the other processes to compile", COMPILING)
         preflight.meet(self.options, "compiled")
 
     def _votes(self) -> np.ndarray:
         """Returns this process's vote to stop, which the step sums over processes.
 
-        So all processes learn of a signal to one of them from the results of the same step, and
-        stop after the same step.
+        So all processes see a signal to one of them in the results of the same step, and stop after
+        the same step.
         """
         votes = np.zeros(jax.local_device_count(), np.int32)
         votes[0] = self.stop.number is not None
@@ -199,7 +199,7 @@ class Run:
                 self._diverged(f"{bad:.0f} running statistics are not finite after step {step}")
 
     def _diverged(self, how: str) -> None:
-        """Raises DivergedError, in all processes at the same step, or warns once."""
+        """Raises DivergedError in all processes at the same step, or warns once."""
         if not self.options.allow_nan:
             self.checkpoints.close()
             raise DivergedError(
@@ -211,7 +211,7 @@ class Run:
         self.warned = True
 
     def _between(self, state: State, step: int, position: int) -> None:
-        """What is to do after some steps: an evaluation, a checkpoint."""
+        """Evaluates or saves a checkpoint, if it is due after this step."""
         if step % self.options.eval_every == 0 or step == self.steps:
             self._read(0)
             values = self._evaluate(state, step)
@@ -225,7 +225,7 @@ class Run:
 
     def _save(self, state: State, step: int, position: int) -> None:
         if not self.checkpoints.save(state, step, position):
-            self._read(0)  # whose loss may say more
+            self._read(0)  # its loss may be more informative
             self._diverged(f"the state is not finite after step {step}")
         progress.saved = f"a checkpoint of step {self.checkpoints.step} is written or being written"
 

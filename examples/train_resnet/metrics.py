@@ -18,18 +18,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-DROPPED = "metrics.dropped.jsonl"  # lines of steps that are taken again, see `forget`
+DROPPED = "metrics.dropped.jsonl"  # lines of steps that are repeated, see `forget`
 
 
 class Metrics:
-    """Where process 0 reports; in the others all of it does nothing."""
+    """The reports of process 0; in other processes, all methods do nothing."""
 
     def __init__(self, folder: Path, steps: int, start: int, batch_size: int, active: bool):
         self.active, self.steps, self.batch_size = active, steps, batch_size
         self.console = Console(quiet=not active)
         if not active:
             return
-        # here, because this takes a second that no other process needs
+        # imported here, since this takes a second, which only process 0 needs
         from tensorboardX import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
@@ -54,10 +54,10 @@ class Metrics:
         self.last: tuple[int, float] | None = None
 
     def trained(self, step: int, values: dict[str, float], finished: float) -> None:
-        """Reports a finished step of training, and the images per second since the last one."""
+        """Reports a finished training step, and the images per second since the previous one."""
         if not self.active:
             return
-        # Two steps that were seen to be finished at once have the rate of both together.
+        # If two steps were found to be finished at the same time, they share their rate.
         if self.last is not None and finished > self.last[1]:
             self.before = self.last
         self.last = step, finished
@@ -75,19 +75,19 @@ class Metrics:
         """Reports an evaluation."""
         if not self.active:
             return
-        self.before = self.last = None  # its time is not training
+        self.before = self.last = None  # evaluation time does not count as training time
         self._write(step, "test", values)
         self.say(f"step {step}: test accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f}")
 
     def say(self, message: str) -> None:
-        """Prints a line; a run goes on when nobody reads them any more."""
+        """Prints a line; a run continues even if standard output is closed."""
         try:
             self.console.print(message, soft_wrap=True, highlight=False)
         except OSError:
             self.console.quiet = True
 
     def close(self) -> None:
-        """Writes what is left to write."""
+        """Writes remaining output."""
         if self.active:
             self.progress.stop()
             self.file.close()
@@ -106,9 +106,9 @@ class Metrics:
 
 
 def forget(path: Path, start: int) -> None:
-    """Moves lines after the step that a run goes on from to another file: they come once more.
+    """Moves the lines of steps that will be repeated to another file.
 
-    So do lines that are damaged, such as one that a dying process left unfinished.
+    Damaged lines are moved, too, such as an unfinished line of a process that died.
     """
     if not path.exists():
         return
@@ -129,7 +129,7 @@ def forget(path: Path, start: int) -> None:
 
 
 def _line(text: str) -> dict[str, Any] | None:
-    """Returns the content of a line; None for one that is damaged."""
+    """Returns the content of a line, or None if it is damaged."""
     try:
         read = json.loads(text)
     except ValueError:
@@ -139,5 +139,5 @@ def _line(text: str) -> dict[str, Any] | None:
 
 
 def _plain(value: float) -> float | None:
-    """Returns a number as JSON has it, which knows neither NaN nor infinity."""
+    """Returns a number for JSON, which has neither NaN nor infinity."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The command line: defaults for each data set, and the checks that need no devices."""
+"""The command line: defaults for each data set, and checks that do not need devices."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from common.arguments import Parser
 
 from train_resnet import flags
 
-# Of a process or a machine, not of the run: they may differ between processes, and from a run to
-# its continuation.
+# Options of a process or machine, not of the run: they may differ between processes, and may change
+# when a run is continued.
 LOCAL = (
     "data_dir",
     "devices",
@@ -40,7 +40,7 @@ CHANGEABLE = (
 
 @dataclass(frozen=True)
 class Options:
-    """What to run; the flags of the same names say what each means."""
+    """The options of a run; see the help of the flags with the same names."""
 
     network: str
     width: int
@@ -79,7 +79,7 @@ class Options:
     allow_other_data: bool
 
     def shared(self) -> dict[str, Any]:
-        """Returns what has to be the same in all processes, as JSON has it."""
+        """Returns the options that must be the same in all processes, as JSON values."""
         return {name: _plain(value) for name, value in asdict(self).items() if name not in LOCAL}
 
     def course(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _plain(value: Any) -> Any:
 
 
 def parse(arguments: Sequence[str], description: str | None) -> Options:
-    """Returns the options of the command line, or exits with a line that says what is wrong."""
+    """Returns the options of the command line, or exits with a line about the problem."""
     parser = Parser(description)
     parser.prog = "train_resnet"
     flags.add(parser)

@@ -1,8 +1,8 @@
-"""What all processes agree on before the first step: one that differs is named, and none trains.
+"""Checks before the first step that all processes agree; none trains if one differs.
 
-Each waits for the others at JAX's coordination service before devices exchange anything: gloo,
-which carries collectives between CPUs, gives up after 30 seconds, and a host may take longer to
-list its images or to compile.
+Processes wait for each other at JAX's coordination service before devices communicate. gloo, which
+runs collectives between CPUs, times out after 30 seconds, and a host may take longer to list its
+images or to compile.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _meetings = itertools.count()
 
 
 def agree(options: Options, problem: str | None, facts: Facts, token: str | None) -> None:
-    """Raises SetupError in all processes if one has a problem, or sees something else.
+    """Raises SetupError in all processes if one has a problem or differs from the others.
 
     Args:
-      options: of this process.
-      problem: what is wrong in this process, such as a missing file.
-      facts: of the data, see digest.py.
-      token: in process 0 that of the lock in `--out`, which all have to see there.
+      options: the options of this process.
+      problem: a problem of this process, such as a missing file.
+      facts: facts about the data, see digest.py.
+      token: in process 0, the token of the lock in `--out`, which all processes must see there.
     """
     packages = (jax, flax, optax, normjax)
     versions = {package.__name__: package.__version__ for package in packages}
@@ -62,7 +62,7 @@ def _compare(index: int, other: dict, told: list[dict]) -> None:
 
 
 def _same_folder(options: Options, token: str) -> None:
-    """Raises SetupError unless all processes see one and the same `--out`."""
+    """Raises SetupError unless all processes see the same `--out`."""
     seen = [told["seen"] for told in tell(options, {"seen": lock.sees(options.out, token)})]
     if not all(seen):
         raise SetupError(
@@ -75,7 +75,7 @@ def room(options: Options, state: Any) -> None:
     """Raises SetupError in all processes if the checkpoints will not fit on the disk."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     found = len([path for path in options.out.glob("checkpoints/*") if path.name.isdigit()])
-    # Orbax deletes the oldest one after it has written the next one.
+    # Orbax deletes the oldest checkpoint after it has written the next one.
     needed, free = size * max(1, options.keep + 1 - found), shutil.disk_usage(options.out).free
     problem = None
     if free < needed:
@@ -89,12 +89,12 @@ def room(options: Options, state: Any) -> None:
 
 
 def of_process(index: int, message: str) -> str:
-    """Returns a message that says which process it is from, if there are several."""
+    """Returns a message with the index of its process, if there are several."""
     return message if jax.process_count() == 1 else f"process {index}: {message}"
 
 
 def meet(options: Options, name: str) -> None:
-    """Waits for all processes, however long they compile; the watchdog ends it."""
+    """Waits for all processes, however long they compile; only the watchdog limits this."""
     if jax.process_count() > 1:
         ocp.multihost.sync_global_processes(
             f"train_resnet_{next(_meetings)}_{name}",
@@ -104,7 +104,7 @@ def meet(options: Options, name: str) -> None:
 
 
 def tell(options: Options, content: dict) -> list[dict]:
-    """Returns what each process tells, in their order."""
+    """Returns the message of each process, in order."""
     if jax.process_count() == 1:
         return [content]
     meet(options, "tell")

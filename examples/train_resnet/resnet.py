@@ -13,13 +13,13 @@ from jax.nn import initializers
 
 from normjax.linen import BatchNorm
 
-SMALL = 64  # pixels: images up to this size are not made four times smaller by the stem
+SMALL = 64  # pixels; the stem does not downsample images up to this size
 STAGES = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
 he_normal = initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
 
 
 class Sharing(NamedTuple):
-    """Which examples share statistics: `groups` of devices, or slices of a device's examples."""
+    """The examples that share statistics: `groups` of devices, or slices of a device's examples."""
 
     axis_name: str | None = None
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
@@ -27,7 +27,7 @@ class Sharing(NamedTuple):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside the identity."""
+    """Two 3x3 convolutions with a residual connection."""
 
     features: int
     strides: int
@@ -45,7 +45,7 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """A 3x3 convolution between two of 1x1, beside the identity."""
+    """1x1, 3x3 and 1x1 convolutions with a residual connection."""
 
     features: int
     strides: int
@@ -71,7 +71,7 @@ def _shortcut(block: BasicBlock | BottleneckBlock, x: Array, y: Array) -> Array:
 
 
 class ResNet(nn.Module):
-    """Images `(batch, height, width, 3)` to logits `(batch, classes)`, float32."""
+    """Maps images `(batch, height, width, 3)` to logits `(batch, classes)`, in float32."""
 
     network: str
     width: int

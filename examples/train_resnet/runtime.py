@@ -1,4 +1,4 @@
-"""Connects processes and devices, and turns what goes wrong into one line and an exit status."""
+"""Connects processes and devices, and reports errors as one line and an exit status."""
 
 from __future__ import annotations
 
@@ -30,21 +30,19 @@ from train_resnet.signals import Stop
 from train_resnet.steps import AXIS, SetupError
 from train_resnet.watchdog import progress
 
-ENDED = (
-    "was ended, by JAX's runtime as another process is gone (then it says so above), or by a signal"
-)
-UNANSWERED = "stopped, as devices of another process do not answer, which may have died"
+ENDED = "was ended by a signal, or by JAX's runtime because another process is gone (see above)"
+UNANSWERED = "stopped, because devices of another process do not respond; it may have died"
 APART = (
-    "not so; all processes need the same --coordinator and --process-count, and a --process-index "
-    "of their own"
+    "failed; all processes need the same --coordinator and --process-count, and each its own "
+    "--process-index"
 )
-AGAIN = "Start all processes again with the same command to go on from the last checkpoint"
-START = 60  # seconds that processes wait for each other at the start
-GLOO = 30  # seconds that gloo waits in a collective between CPUs; it takes no other number
+AGAIN = "Start all processes again with the same command to continue from the last checkpoint"
+START = 60  # seconds for which processes wait for each other at the start
+GLOO = 30  # seconds after which gloo's collectives between CPUs time out; not configurable
 
 
 def guard(options: Options, stop: Stop) -> int:
-    """Trains and returns the exit status; what goes wrong gets one line."""
+    """Trains, and returns the exit status; prints one line for an error."""
     progress.watch(options.stall)
     sys.unraisablehook = _unraisable
     connect(options)
@@ -56,7 +54,7 @@ def guard(options: Options, stop: Stop) -> int:
     try:
         return run(options, stop)
     except (SetupError, DivergedError) as error:
-        # All processes come here together, so that they can say good-bye to each other.
+        # All processes arrive here together, so they can disconnect from each other.
         if jax.process_index() == 0:
             complain(str(error))
         return MISTAKE if isinstance(error, SetupError) else DIVERGED
@@ -78,19 +76,19 @@ def guard(options: Options, stop: Stop) -> int:
 
 
 def _unraisable(error: Any) -> None:
-    """Prints an error that nobody can catch, unless it is TensorStore's, after a failed write.
+    """Prints an unraisable error, unless TensorStore raised it after a failed write.
 
-    It then calls back into an event loop that Orbax has closed, once for each array.
+    TensorStore then calls an event loop that Orbax has closed, once for each array.
     """
     if str(error.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(error)
 
 
 def connect(options: Options) -> None:
-    """Joins the other processes, where there are any."""
-    # Orbax and grain log errors with their tracebacks, and raise them too.
+    """Connects to the other processes, if there are any."""
+    # Orbax and grain log errors with tracebacks, in addition to raising them.
     logging.set_verbosity(logging.FATAL)
-    # The program counts votes itself, see loop.py; JAX's service would have SIGTERM for itself.
+    # The program counts votes itself, see loop.py; JAX's service would handle SIGTERM itself.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if options.devices is not None:
@@ -104,27 +102,28 @@ def connect(options: Options) -> None:
     if options.coordinator is not None:
         _meet(options, join)
     elif options.distributed and options.devices is None:
-        progress.now("asking for a cluster, and waiting for its other processes", START)
+        progress.now("detecting a cluster, and waiting for its other processes", START)
         try:
             join()
         except ValueError as error:
-            # No cluster that JAX knows: one process with all devices of this machine.
+            # JAX detects no cluster, so this is one process with all devices of this machine.
             if "coordinator_address" not in str(error):
-                problem = f"a cluster that is not described in full: {first_line(error)}"
+                problem = f"the description of the cluster is incomplete: {first_line(error)}"
                 leave(MISTAKE, f"{problem} (or --no-distributed)")
     progress.now("starting the devices")
     if jax.process_count() > 1 and jax.default_backend() == "cpu" and options.heartbeat > GLOO:
         if jax.process_index() == 0:
             say(
-                f"note: between CPUs gloo waits {GLOO} seconds, not --heartbeat {options.heartbeat}"
+                f"note: on CPUs, gloo times out after {GLOO} seconds, "
+                f"not --heartbeat {options.heartbeat}"
             )
 
 
 def _meet(options: Options, join: partial[None]) -> None:
-    """Joins the others at `--coordinator`, where process 0 listens."""
+    """Connects to the other processes at `--coordinator`, where process 0 listens."""
     assert options.coordinator is not None
     process = f"process {options.process_index} of {options.process_count}"
-    where = f"{process} meets the others at {options.coordinator}"
+    where = f"{process} connects to the others at {options.coordinator}"
     if options.process_index == 0:
         _check_port(options.coordinator)
     say(f"{where} within {START} seconds")
@@ -139,7 +138,7 @@ def _meet(options: Options, join: partial[None]) -> None:
 
 
 def _check_port(address: str) -> None:
-    """Leaves if the port is in use: JAX's service would be a segmentation fault."""
+    """Exits if the port is in use, which would be a segmentation fault in JAX's service."""
     port = address.rpartition(":")[2]
     if not port.isdigit():
         leave(MISTAKE, f"--coordinator {address}: expected HOST:PORT")
@@ -152,11 +151,11 @@ def _check_port(address: str) -> None:
 
 
 def mesh() -> Mesh:
-    """Returns all devices by process; raises SetupError if some processes have more than others."""
+    """Returns all devices by process; raises SetupError if their numbers differ."""
     counts = [len(jax.local_devices(process_index=index)) for index in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise SetupError(
-            f"the processes have unequal numbers of devices: {', '.join(map(str, counts))}"
+            f"the processes have different numbers of devices: {', '.join(map(str, counts))}"
         )
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices), (AXIS,))

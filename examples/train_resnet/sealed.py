@@ -1,4 +1,4 @@
-"""How a checkpoint gets its name: after Orbax has written all, and the checksums have been."""
+"""Renames a checkpoint to its final name after Orbax and the checksums are written."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ UNSEALED = ".unsealed"
 
 
 class SealedPath(TemporaryPath):
-    """Orbax's own temporary path, with another folder between that and the checkpoint.
+    """Orbax's temporary path, with another folder between it and the checkpoint.
 
-    Orbax's last writes, of a time and of a file that says that all is written, come right before
-    it renames the folder. Here it renames it to `STEP.unsealed`; then the checksums are written,
-    and the folder is renamed to `STEP`.
+    Orbax's last writes, a time stamp and a marker of completion, come right before it renames the
+    folder. Here, it renames the folder to `STEP.unsealed`. Then the checksums are written, and the
+    folder is renamed to `STEP`.
     """
 
     def __init__(self, inner: AtomicRenameTemporaryPath, final: Any):
@@ -28,22 +28,22 @@ class SealedPath(TemporaryPath):
 
     @classmethod
     async def validate(cls, temporary_path: Any) -> None:
-        """Raises an error for what is not a temporary path."""
+        """Raises an error if a path is not temporary."""
         await AtomicRenameTemporaryPath.validate(temporary_path)
 
     @classmethod
     async def validate_final(cls, final_path: Any) -> None:
-        """Raises an error for what is not a checkpoint."""
+        """Raises an error if a path is not a checkpoint."""
         await AtomicRenameTemporaryPath.validate_final(final_path)
 
     @classmethod
     def from_temporary(cls, temporary_path: Any, **options: Any) -> TemporaryPath:
-        """Returns Orbax's own: nobody finalizes what another process has left."""
+        """Returns Orbax's path, since folders that another process left are never finalized."""
         return AtomicRenameTemporaryPath.from_temporary(temporary_path, **options)
 
     @classmethod
     def from_final(cls, final_path: Any, **options: Any) -> TemporaryPath:
-        """Returns a path for a checkpoint, and Orbax's own for the items in it."""
+        """Returns a path for a checkpoint, and Orbax's path for the items in it."""
         if not final_path.name.isdigit():
             return AtomicRenameTemporaryPath.from_final(final_path, **options)
         unsealed = final_path.parent / (final_path.name + UNSEALED)
@@ -62,7 +62,7 @@ class SealedPath(TemporaryPath):
         return await self._inner.create()
 
     async def finalize(self) -> None:
-        """Writes the checksums and gives the folder its name."""
+        """Writes the checksums, and renames the folder to its final name."""
         await self._inner.finalize()
         unsealed = Path(self._inner.get_final())
         checksums.write(unsealed)

@@ -1,9 +1,9 @@
-"""SIGTERM, SIGHUP and Ctrl-C: noted for the loop, and answered at once.
+"""Handles SIGTERM, SIGHUP and Ctrl-C: records them for the loop, and answers immediately.
 
-The signals are blocked in all threads and one thread waits for them. So they are answered while the
-main thread is inside of XLA's compiler or waits for another process, where Python's own handlers
-would wait, too. Processes that load data inherit the block: Ctrl-C in a terminal and the signals of
-a cluster's scheduler go to them as well, and would end them before the program has saved.
+The signals are blocked in all threads, and one thread waits for them. So they are answered even
+while the main thread runs XLA's compiler or waits for another process, when Python's own handlers
+would not run. Processes that load data inherit the blocked signals. They also receive Ctrl-C in a
+terminal and the signals of a cluster scheduler, which would end them before the program has saved.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import threading
 from train_resnet.ending import leave, say
 from train_resnet.watchdog import progress
 
-LAUNCHER = "TRAIN_RESNET_LAUNCHER"  # the end of a pipe that ends with the launcher
+LAUNCHER = "TRAIN_RESNET_LAUNCHER"  # the read end of a pipe that closes with the launcher
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
 
 class Stop:
-    """Lets the loop ask between steps for a signal; a second Ctrl-C acts at once."""
+    """Records signals, which the loop checks between steps; a second Ctrl-C exits immediately."""
 
     number: int | None = None
 
     def listen(self) -> None:
-        """Has the signals noted from now on; called before other threads start."""
-        # nohup has SIGHUP ignored
+        """Starts to record signals; must be called before other threads start."""
+        # nohup ignores SIGHUP
         taken = {number for number in NAMES if signal.getsignal(number) != signal.SIG_IGN}
         signal.pthread_sigmask(signal.SIG_BLOCK, taken)
         threading.Thread(target=self._wait, args=(taken,), daemon=True).start()
@@ -40,7 +40,7 @@ class Stop:
             self._note(number, NAMES[signal.Signals(number)])
 
     def _follow(self, end: int) -> None:
-        """Stops when the launcher is gone: nobody else would end this process."""
+        """Stops when the launcher is gone, since nothing else would end this process."""
         os.read(end, 1)
         self._note(signal.SIGTERM, "the launcher is gone")
 
@@ -56,5 +56,5 @@ class Stop:
 
     @property
     def status(self) -> int:
-        """The exit status: an order to end is obeyed with 0, Ctrl-C is not success."""
+        """Returns the exit status: 0 after SIGTERM or SIGHUP, but nonzero after Ctrl-C."""
         return 128 + signal.SIGINT if self.number == signal.SIGINT else 0

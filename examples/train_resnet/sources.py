@@ -1,4 +1,4 @@
-"""Where images come from: made up, CIFAR-10's binary files, or a folder for each class."""
+"""Sources of images: synthetic, CIFAR-10's binary files, or a folder for each class."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from PIL import Image, UnidentifiedImageError
 
 from train_resnet.options import Options
 
-SYNTHETIC = 2048, 512  # images to train on and to evaluate on
+SYNTHETIC = 2048, 512  # the numbers of training and evaluation images
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 class Source(Protocol):
-    """Images by index. `load` may use `rng` to augment an image; in evaluation it has none."""
+    """Images by index. `load` may use `rng` to augment an image; in evaluation, it is None."""
 
     def __len__(self) -> int: ...
 
@@ -28,7 +28,7 @@ class Source(Protocol):
 
 
 class Sources(NamedTuple):
-    """What to train on and what to evaluate on."""
+    """The images to train on and to evaluate on."""
 
     train: Source
     test: Source
@@ -37,7 +37,7 @@ class Sources(NamedTuple):
 
 
 def load(options: Options) -> Sources:
-    """Returns the sources that the options name; raises DataError for bad files."""
+    """Returns the sources that the options select; raises DataError for invalid files."""
     limits = options.train_examples, options.test_examples
     if options.data == "synthetic":
         train, test = (Synthetic(options, part, limits[part] or SYNTHETIC[part]) for part in (0, 1))
@@ -56,7 +56,7 @@ def load(options: Options) -> Sources:
 
 
 class Synthetic:
-    """A coarse pattern for each class, with noise: learned in some hundred steps, no download."""
+    """A coarse pattern for each class, with noise; learned in a few hundred steps."""
 
     def __init__(self, options: Options, part: int, size: int):
         self.size, self.pixels, self.seed = size, options.image_size, (options.seed, part)
@@ -69,7 +69,7 @@ class Synthetic:
         return self.size
 
     def load(self, index: int, rng: np.random.Generator | None) -> tuple[np.ndarray, int]:
-        """Returns the example of that index; `rng` mirrors it or not."""
+        """Returns the example with this index; `rng` determines whether it is mirrored."""
         own = np.random.default_rng((*self.seed, index))
         label = int(own.integers(len(self.patterns)))
         image = self.patterns[label] + own.integers(
@@ -115,7 +115,7 @@ class Folder:
         if not self.files:
             raise DataError(f"{root}: no images in its folders ({', '.join(sorted(SUFFIXES))})")
         if limit is not None:
-            # Sorted by class: the first ones would be of few classes.
+            # Shuffled, since files are sorted by class, and the first ones would be of few classes.
             order = np.random.default_rng(0).permutation(len(self.files))[:limit]
             self.files = [self.files[i] for i in order]
         self.pixels = pixels
@@ -124,7 +124,7 @@ class Folder:
         return len(self.files)
 
     def load(self, index: int, rng: np.random.Generator | None) -> tuple[np.ndarray, int]:
-        """Returns the example of that index; raises DataError if its file is not an image."""
+        """Returns the example with this index; raises DataError if its file is not an image."""
         path, label = self.files[index]
         try:
             with Image.open(path) as opened:
@@ -155,7 +155,7 @@ def _mirrored(image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
 def _random_box(
     size: tuple[int, int], rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """Returns a part of 8% to 100% of the area, its sides 3:4 to 4:3 (Szegedy et al. 2015)."""
+    """Returns a box of 8% to 100% of the area, with sides of 3:4 to 4:3 (Szegedy et al. 2015)."""
     width, height = size
     for _ in range(10):
         area, ratio = (

@@ -1,4 +1,4 @@
-"""The steps that devices run: one of training, mapped over the mesh, and one of evaluation."""
+"""The training step, which is mapped over the mesh, and the evaluation step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from train_resnet.options import Options
 from train_resnet.resnet import ResNet, Sharing
 
 AXIS = "data"
-GROUP, MEMBER = "group", "member"  # instead of it, if groups of devices share statistics
+GROUP, MEMBER = "group", "member"  # used instead if groups of devices share statistics
 WHOLE = PartitionSpec()
-MEAN, STD = 118.0, 62.0  # of the pixels of photographs, roughly: batch norm does the rest
+MEAN, STD = (
+    118.0,
+    62.0,
+)  # approximate mean and deviation of photographs; batch norm corrects the rest
 
 
 class State(NamedTuple):
-    """All that training changes; the same on every device."""
+    """Everything that training changes; replicated on all devices."""
 
     step: Array
     params: Any
@@ -31,14 +34,14 @@ class State(NamedTuple):
 
 
 class SetupError(Exception):
-    """Options that do not fit together or the devices that are there; one line says which."""
+    """Raised if options do not fit each other or the devices; the message is one line."""
 
 
 def sharing(options: Options, devices: int) -> Sharing:
     """Returns how `--norm-group` examples share statistics; raises SetupError for a bad number.
 
-    Groups larger than what a device has are groups of devices, smaller ones are slices of its
-    examples: the statistics are the same on any number of devices.
+    A group that is larger than the examples of a device is a group of devices; a smaller one is a
+    slice of a device's examples. So the statistics do not depend on the number of devices.
     """
     batch, group = options.batch_size, options.norm_group
     if batch % devices:
@@ -62,7 +65,7 @@ def sharing(options: Options, devices: int) -> Sharing:
 
 
 def in_words(sharing: Sharing, options: Options) -> str:
-    """Returns who shares statistics, for the screen."""
+    """Describes in words which examples share statistics."""
     if sharing.axis_index_groups is not None:
         size = len(sharing.axis_index_groups[0])
         return f"{options.norm_group} examples, on {size} devices, share statistics"
@@ -72,13 +75,13 @@ def in_words(sharing: Sharing, options: Options) -> str:
 
 
 def learning_rate(options: Options, steps: int) -> optax.Schedule:
-    """Returns a linear warm-up and a cosine to 0."""
+    """Returns a schedule with a linear warm-up and cosine decay to 0."""
     warmup = min(round(options.warmup * steps), steps - 1)
     return optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, warmup, steps)
 
 
 def optimizer(options: Options, steps: int) -> optax.GradientTransformation:
-    """Returns SGD with Nesterov's momentum, and weight decay of the kernels."""
+    """Returns SGD with Nesterov momentum, and weight decay of kernels."""
     return optax.chain(
         optax.add_decayed_weights(options.weight_decay, mask=nj.optim.decay_mask),
         optax.sgd(learning_rate(options, steps), momentum=0.9, nesterov=True),
@@ -86,10 +89,10 @@ def optimizer(options: Options, steps: int) -> optax.GradientTransformation:
 
 
 def _grouped(mesh: Mesh, shared: Sharing) -> tuple[Mesh, Sharing]:
-    """Returns a mesh with an axis of the members of a group, if devices share in groups.
+    """Returns a mesh with an axis over the members of a group, if groups of devices share.
 
-    The groups are neighbours. A psum over an axis of the mesh is one all-reduce within each group;
-    `axis_index_groups` would gather what all members have, in bytes that grow with the group.
+    Groups consist of neighbouring devices. A psum over a mesh axis is one all-reduce within each
+    group, while `axis_index_groups` would all-gather, with bytes that grow with the group.
     """
     if shared.axis_index_groups is None:
         return mesh, shared
@@ -99,7 +102,7 @@ def _grouped(mesh: Mesh, shared: Sharing) -> tuple[Mesh, Sharing]:
 
 
 class Program:
-    """The compiled functions of a run, and the shardings of what goes into them."""
+    """The compiled functions of a run, and the shardings of their arguments."""
 
     def __init__(self, options: Options, mesh: Mesh, classes: int, steps: int, image_size: int):
         self.options, self.image_size = options, image_size
@@ -118,8 +121,7 @@ class Program:
         self.train: Callable[[State, Any], tuple[State, dict[str, Array]]] = jax.jit(
             mapped, donate_argnums=0
         )
-        # Evaluation touches no axis: plain jit, and the sums over sharded examples are those of
-        # all.
+        # Evaluation needs no mapped axis: under plain jit, sums over sharded examples are global.
         self.evaluate = jax.jit(self._evaluate, out_shardings=self.whole)
 
     def init(self) -> State:
@@ -134,7 +136,7 @@ class Program:
         )
 
     def compile(self, state: State, batch: Any) -> None:
-        """Compiles both steps for batches such as this one."""
+        """Compiles both steps for batches of this shape."""
         without = {name: rows for name, rows in batch.items() if name != "stop"}
         self.train = self.train.lower(state, batch).compile()  # pyright: ignore
         self.evaluate = self.evaluate.lower(state, without).compile()  # pyright: ignore
@@ -154,7 +156,7 @@ class Program:
         )
 
     def _train(self, state: State, batch: Any) -> tuple[State, dict[str, Array]]:
-        """A device's share of a step. JAX sums gradients typed as equal on all devices."""
+        """Runs one device's part of a step. JAX sums gradients that are typed as replicated."""
 
         def loss(params: Any) -> tuple[Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}

@@ -1,4 +1,4 @@
-"""What a checkpoint has stored: its arrays and their checksums, and whether this program fits."""
+"""The contents of a checkpoint: arrays, checksums, and whether they fit this program."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FACTOR = 2654435761
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Returns what a verified checkpoint says of itself."""
+    """Returns the metadata of a verified checkpoint."""
     return json.loads((folder / "meta" / "metadata").read_text())
 
 
 def misfit(
     folder: Path, meta: dict[str, Any], options: Options, facts: Facts, program: Program
 ) -> str | None:
-    """Returns why a checkpoint cannot be continued by this program with these options and data."""
+    """Returns the reason why this program, options and data cannot continue a checkpoint."""
     for name, value in options.course().items():
         if (made := meta["course"].get(name)) != value:
             flag = f"--{name.replace('_', '-')}"
@@ -46,7 +46,7 @@ def misfit(
 
 
 def _odd_arrays(found: dict[str, str], expected: dict[str, str]) -> str | None:
-    """Returns the first array that only one of two states has, or in another shape."""
+    """Returns the first array that only one of two states has, or that differs in shape."""
     odd = [name for name in expected | found if found.get(name) != expected.get(name)]
     if not odd:
         return None
@@ -60,7 +60,7 @@ def _odd_arrays(found: dict[str, str], expected: dict[str, str]) -> str | None:
 
 
 def read_state(folder: Path, abstract: Any) -> Any:
-    """Returns a state as NumPy arrays, read by this process alone."""
+    """Returns a state as NumPy arrays, read only by this process."""
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
@@ -76,7 +76,7 @@ def read_state(folder: Path, abstract: Any) -> Any:
 
 
 def wrong_arrays(state: Any, checksums: dict[str, int]) -> str | None:
-    """Returns which arrays are not as they were on the devices."""
+    """Returns the arrays that differ from those on the devices."""
     found = {name: int(checksum(value)) for name, value in named(state).items()}
     wrong = [name for name, value in found.items() if checksums.get(name) != value]
     if not wrong:
@@ -85,7 +85,7 @@ def wrong_arrays(state: Any, checksums: dict[str, int]) -> str | None:
 
 
 def checksum(leaf: Any) -> Any:
-    """Returns a checksum of the bits of an array, on the device where that is (or by NumPy)."""
+    """Returns a checksum of the bits of an array, computed on its device (or by NumPy)."""
     leaf = leaf.astype(np.uint8) if leaf.dtype == bool else leaf
     word = np.dtype(f"uint{8 * leaf.dtype.itemsize}")
     if isinstance(leaf, jax.Array):

@@ -1,7 +1,7 @@
-"""Knows what the program is doing and since when, and ends it when that takes too long.
+"""Tracks the current stage of the program, and ends the program if it takes too long.
 
-Heartbeats show that a process is alive. They cannot show that it waits for ever: for a disk, for a
-loader, or for a collective that another process does not take part in.
+Heartbeats show that a process is alive, but not that it waits forever for a disk, for a loader, or
+for a collective in which another process does not take part.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import time
 
 from train_resnet.ending import LOST, leave
 
-COMPILING = 10  # times as patient while compiling, which may take minutes and ends by itself
+COMPILING = 10  # the factor of the limit while compiling, which may take minutes but always ends
 
 
 class Progress:
-    """The stage of the program, for the watchdog and for whoever presses Ctrl-C."""
+    """The stage of the program, for the watchdog and for messages after Ctrl-C."""
 
     def __init__(self):
         self.stage, self.since, self.patience = "starting", time.monotonic(), 1
         self.saved = "nothing is saved yet"
-        self.trains = False  # until then nothing is lost by an end at once
+        self.trains = False  # until then, an immediate exit loses nothing
 
     def now(self, stage: str, patience: int = 1) -> None:
-        """Notes the beginning of a stage."""
+        """Records the beginning of a stage."""
         self.stage, self.since, self.patience = stage, time.monotonic(), patience
 
     def seconds(self) -> float:
-        """Returns how long the stage has taken so far."""
+        """Returns the seconds since the stage began."""
         return time.monotonic() - self.since
 
     def watch(self, limit: int) -> None:
-        """Ends the process when a stage takes longer than `limit` seconds."""
+        """Ends the process if a stage takes longer than `limit` seconds."""
         threading.Thread(target=self._watch, args=(limit,), daemon=True).start()
 
     def _watch(self, limit: int) -> None:
@@ -42,7 +42,7 @@ class Progress:
                 leave(
                     LOST,
                     f"no progress for {patient} seconds (--stall): {stage}; {self.saved}. "
-                    "Start again with the same command to go on from there",
+                    "Start again with the same command to continue",
                 )
 
 

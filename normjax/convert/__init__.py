@@ -1,9 +1,9 @@
 """Converts weights between normjax's `(params, batch_stats)` and other libraries.
 
-    params, batch_stats = nj.convert.from_torch(module, or its state_dict, or a .safetensors file)
+    params, batch_stats = nj.convert.from_torch(module)  # or a state_dict, or a .safetensors path
     state_dict = nj.convert.to_torch(params, batch_stats)
 
-Whole networks convert as single layers do: their trees are nested by the names of the modules. None
+The functions convert single layers and whole networks, whose trees are nested by module names. None
 of these libraries is imported or has to be installed: a dict of NumPy arrays is enough.
 """
 

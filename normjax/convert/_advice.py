@@ -1,4 +1,4 @@
-"""The `rename` to pass if the names of two sides do not match."""
+"""Finds the `rename` to pass if the names of two sides do not match."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import NamedTuple
 
 from normjax.convert._rename import by_table
 
-LIKENED = 100  # names that are compared by their letters, which takes long
+LIKENED = 100  # the number of names that are compared by letters, which is slow
 
 
 class Match(NamedTuple):
-    """What differs between names, in words, and which name is which of the other side."""
+    """The difference between names in words, and the pairs of corresponding names."""
 
     words: str
     pairs: Mapping[str, str]
 
 
 def advice(given: Iterable[str], wanted: Iterable[str], separator: str) -> str | None:
-    """Returns a sentence with the `rename` that makes given names wanted ones, ready to be pasted.
+    """Returns a sentence with the `rename` that maps given names to wanted names.
 
-    Names are compared without a prefix, without separators, and without both; the way that pairs
-    most names counts. If there is none, the nearest names are paired. The names of modules are
-    compared first, then whole names. None if no two are alike.
+    Names are compared without a prefix, without separators, and without both; the comparison that
+    pairs the most names is used. If none pairs any, the most similar names are paired. Module names
+    are compared first, then whole names. The result is None if no names are similar.
 
     Args:
       given: all names that `rename` is called with.
       wanted: all names of the other side.
-      separator: what separates the parts of names.
+      separator: the separator between the parts of names.
     """
     sides = [*dict.fromkeys(given)], [*dict.fromkeys(wanted)]
     modules = [[*dict.fromkeys(name.rpartition(separator)[0] for name in side)] for side in sides]
@@ -57,7 +57,7 @@ def _advice(given: list[str], wanted: list[str], separator: str) -> str | None:
 def _by_prefix(
     given: list[str], wanted: list[str], separator: str, form: Callable[[str], str]
 ) -> Match | None:
-    """Looks for the prefix without which most names of one side are names of the other."""
+    """Finds the prefix without which most names of one side are names of the other side."""
     for longer, shorter, verb in (
         (given, wanted, "begin with"),
         (wanted, given, "lack the prefix"),
@@ -86,7 +86,7 @@ def _splits(name: str, separator: str) -> Iterator[tuple[str, str]]:
 
 
 def _by_letters(given: list[str], wanted: list[str]) -> Match | None:
-    """Looks for names that only differ in separators, as layer1.0 and layer1_0."""
+    """Finds names that only differ in separators, such as layer1.0 and layer1_0."""
     letters = {_letters(name): name for name in wanted}
     pairs = {name: letters[_letters(name)] for name in given if _letters(name) in letters}
     if not pairs:
@@ -100,7 +100,7 @@ def _letters(name: str) -> str:
 
 
 def _by_likeness(given: list[str], wanted: list[str], separator: str) -> Match | None:
-    """Looks for the nearest names, each taken once; at first among those with the same numbers."""
+    """Pairs the most similar names, each once, preferring names with the same numbers."""
     left = wanted[:LIKENED]
     pairs = {}
     for name in given[:LIKENED]:
@@ -117,7 +117,7 @@ def _nearest(name: str, names: list[str], separator: str) -> list[str]:
     module, _, own = name.rpartition(separator)
     for other in near:
         other_module, _, other_own = other.rpartition(separator)
-        # Names of one long module are alike as a whole, even if they are "weight" and "bias".
+        # Names in a module with a long name are similar even if they are "weight" and "bias".
         if other_module == module and not difflib.get_close_matches(own, [other_own], 1, 0.45):
             return []
     return near
@@ -128,7 +128,7 @@ def _numbers(name: str) -> list[str]:
 
 
 def _table(pairs: Mapping[str, str], kept: Iterable[str], separator: str) -> dict[str, str]:
-    """Returns the table with the shortest entries that renames the pairs, and not what is kept."""
+    """Returns the table with the shortest entries that renames the pairs, but not kept names."""
     names = {**pairs, **{name: name for name in kept if name}}
     for least in (0, 1):
         table = dict(_shortened(old, new, separator, least) for old, new in pairs.items())
@@ -138,7 +138,7 @@ def _table(pairs: Mapping[str, str], kept: Iterable[str], separator: str) -> dic
 
 
 def _shortened(old: str, new: str, separator: str, least: int) -> tuple[str, str]:
-    """Returns two names without their common end, with at least as many parts of the old one."""
+    """Removes the common end of two names, but keeps the given number of parts of the old name."""
     parts, others = old.split(separator), new.split(separator)
     while len(parts) > least and others and parts[-1] == others[-1]:
         parts.pop()

@@ -1,4 +1,4 @@
-"""The keyword arguments with which normjax's functions do what a Flax layer does."""
+"""Finds the keyword arguments for which a normjax function equals a Flax layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flax import linen, nnx
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "BatchRenorm": batch_renorm,  # before BatchNorm, which is its base
+    "BatchRenorm": batch_renorm,  # before its base class BatchNorm
     "BatchNorm": batch_norm,
     "LayerNorm": layer_norm,
     "RMSNorm": rms_norm,
@@ -43,21 +43,21 @@ RENAMED = {"axis": "feature_axes", "fixed_epsilon": "epsilon"}
 
 
 def flax_settings(layer: linen.Module | nnx.Module) -> dict[str, Any]:
-    """Returns the arguments with which a normjax function computes what this Flax layer does.
+    """Returns the arguments for which a normjax function computes the same as this Flax layer.
 
-    The functions have other defaults than Flax's layers: `epsilon` is 1e-5 in `layer_norm`, and
-    1e-6 in `flax.linen.LayerNorm`.
+    The defaults of the functions differ from those of Flax's layers: `epsilon` is 1e-5 in
+    `layer_norm` and 1e-6 in `flax.linen.LayerNorm`.
 
     Args:
       layer: a normalization layer of `flax.linen`, `flax.nnx`, `normjax.linen` or `normjax.nnx`, or
-        one of their wrappers that normalize weights. A linen module need not be bound.
+        one of their wrappers that normalize weights. A linen module does not have to be bound.
 
     Returns:
-      A dict of the keyword arguments of the function of the same name (`nj.layer_norm` for a
-      `LayerNorm`), as far as the layer sets them.
+      A dict of the keyword arguments that the layer determines, for the function of the same name
+      (`nj.layer_norm` for a `LayerNorm`).
 
     Raises:
-      TypeError: for a layer of another kind, or a class instead of a layer.
+      TypeError: if the layer is of another kind, or is a class instead of a layer.
 
     Example:
       >>> from flax import linen as nn
@@ -80,7 +80,7 @@ def flax_settings(layer: linen.Module | nnx.Module) -> dict[str, Any]:
 
 
 def _arguments(layer: Any, function: Callable[..., Any]) -> dict[str, Any]:
-    """Returns those keyword arguments of a function that are attributes of a layer."""
+    """Returns the keyword arguments of a function that are attributes of a layer."""
     given = vars(layer) | {
         name: vars(layer)[own] for own, name in RENAMED.items() if hasattr(layer, own)
     }
@@ -91,7 +91,7 @@ def _arguments(layer: Any, function: Callable[..., Any]) -> dict[str, Any]:
             continue
         found[name] = given[name]
     if "num_groups" in found:
-        found.pop("group_size", None)  # flax.nnx keeps both
+        found.pop("group_size", None)  # flax.nnx stores both
     if found.get("feature_axes", 0) is None:
-        found["feature_axes"] = ()  # in Flax's wrappers, None is one norm of the whole kernel
+        found["feature_axes"] = ()  # in Flax's wrappers, None means one norm of the whole kernel
     return found

@@ -1,4 +1,4 @@
-"""How normjax's running statistics follow Haiku's, which start at zero and are corrected for it."""
+"""The momentum for which running statistics equal Haiku's bias-corrected averages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from normjax import _checks
 
 
 def haiku_momentum(decay_rate: float, count: ArrayLike) -> Float[Array, ""]:
-    r"""Returns the momentum with which normjax's next step equals that of Haiku's average.
+    r"""Returns the momentum for which the next update equals Haiku's.
 
     .. math:: m = \frac{d (1 - d^t)}{1 - d^{t + 1}}
 
-    with d the decay rate and t the number of steps so far. The momentum is 0 at the first step and
-    tends to d, since Haiku corrects its averages for their start at zero.
+    where d is the decay rate and t the number of steps so far. The momentum is 0 at the first step
+    and converges to d, since Haiku starts its averages at zero and corrects the bias.
 
     Args:
       decay_rate: the argument of `hk.BatchNorm`, from 0 to less than 1.
@@ -25,7 +25,7 @@ def haiku_momentum(decay_rate: float, count: ArrayLike) -> Float[Array, ""]:
       A scalar to pass as `momentum`, float32.
 
     Raises:
-      ValueError: for a decay rate out of range.
+      ValueError: if the decay rate is out of range.
 
     Example:
       >>> import normjax as nj
@@ -37,14 +37,14 @@ def haiku_momentum(decay_rate: float, count: ArrayLike) -> Float[Array, ""]:
     """
     check_decay_rate("haiku_momentum", decay_rate)
     steps = jnp.asarray(count, jnp.float32)
-    # 1 - d^t by way of expm1, which is exact even if d is near 1 and t is small.
+    # 1 - d^t by expm1, which is accurate even if d is near 1 and t is small.
     left = -jnp.expm1(steps * np.log(decay_rate)) if decay_rate else jnp.sign(steps)
     more = -jnp.expm1((steps + 1) * np.log(decay_rate)) if decay_rate else jnp.ones_like(steps)
     return decay_rate * left / more
 
 
 def check_decay_rate(function: str, decay_rate: float) -> None:
-    """Raises an error for a decay rate that Haiku cannot correct its averages for."""
+    """Raises an error for a decay rate for which Haiku cannot correct its averages."""
     if not 0 <= decay_rate < 1:
         _checks.raise_error(
             function,

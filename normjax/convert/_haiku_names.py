@@ -1,4 +1,4 @@
-"""The names and shapes that Haiku's modules give their arrays, and those of normjax and Flax."""
+"""The names and shapes of arrays in Haiku, normjax and Flax."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ OF_AVERAGE = ("mean_ema/average", "mean_ema/counter")
 DIRECTIONS = {"u0": "u", "sigma": "sigma"}
 LINEAR = {"kernel": "w", "bias": "b"}
 NORM = {"scale": "scale", "bias": "offset", "embedding": "embeddings"}
-# After this many steps nothing is left of the averages' start: decay_rate**FORGOTTEN is 0.
+# After this many steps, the initial value of the averages has no effect, since
+# decay_rate**FORGOTTEN is 0.
 FORGOTTEN = 2**30
 
 
 def named(function: str, name: str, tree: Any) -> Arrays:
-    """Returns the arrays of a Haiku tree by module and name, "net/~/linear/w"."""
+    """Returns the arrays of a Haiku tree by module and name, such as "net/~/linear/w"."""
     found = {}
     for path, value in flatten(function, name, tree).items():
         if len(path) < 2:
@@ -34,7 +35,7 @@ def named(function: str, name: str, tree: Any) -> Arrays:
 
 
 def path_of(collection: str, name: str) -> Path | None:
-    """Returns where a leaf of Haiku goes; None if no known module has it."""
+    """Returns the path of a Haiku leaf; None if no known module has the leaf."""
     module, _, leaf = name.rpartition("/")
     if collection == "params":
         return ("params", module, PARAMS[leaf]) if leaf in PARAMS else None
@@ -48,14 +49,14 @@ def path_of(collection: str, name: str) -> Path | None:
 
 
 def key_of(path: Path) -> str:
-    """Returns the name of a leaf in Haiku, from its path."""
+    """Returns the Haiku name of a leaf, from its path."""
     names = NORM | {"kernel": "w", "count": "~/mean_ema/counter", "u": "u0"}
     names |= {new: f"~/{old}/average" for old, new in AVERAGES.items()}
     return "/".join((*path[1:-1], names.get(path[-1], path[-1])))
 
 
 def to_params(module: str, leaves: dict[str, Leaf]) -> list[tuple[str, str, Any]]:
-    """Returns Haiku's name, the path and the value of each parameter of a module."""
+    """Returns the Haiku name, path and value of each parameter of a module."""
     is_linear = any(name == "kernel" or name.startswith("w") for name in leaves)
     names = LINEAR if is_linear else NORM
     return [
@@ -68,7 +69,7 @@ def to_params(module: str, leaves: dict[str, Leaf]) -> list[tuple[str, str, Any]
 def to_state(
     function: str, module: str, leaves: dict[str, Leaf], decay_rate: float | None, like: Any
 ) -> list[tuple[str, str, Any]]:
-    """Returns Haiku's name, the path and the value of each state of a module."""
+    """Returns the Haiku name, path and value of each state of a module."""
     found = [
         (f"{module}/{old}", leaves[new].key, leaves[new].value)
         for old, new in DIRECTIONS.items()
@@ -102,7 +103,7 @@ def to_state(
 
 
 def without_ones(path: Path, leaf: Leaf, wanted: Any) -> Leaf:
-    """Returns the leaf in the shape `(*features)`, without Haiku's axes of size 1."""
+    """Returns the leaf with shape `(*features)`, without Haiku's axes of size 1."""
     shape = np.shape(leaf.value)
     if path[-1] in ("kernel", "embedding", "u") or len(shape) < 2:
         return leaf
@@ -113,7 +114,7 @@ def without_ones(path: Path, leaf: Leaf, wanted: Any) -> Leaf:
 
 
 def with_ones(entries: Arrays, wanted: Arrays) -> Arrays:
-    """Returns the entries in the wanted shapes, if only axes of size 1 differ."""
+    """Returns the entries in the wanted shapes if they only differ in axes of size 1."""
     shaped = {}
     for key, value in entries.items():
         shape = wanted[key].shape if key in wanted else value.shape
@@ -126,7 +127,7 @@ def _larger(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def raise_for_nameless(function: str, leaves: list[str]) -> NoReturn:
-    """Raises the error for leaves that no module holds."""
+    """Raises an error for leaves outside of modules."""
     _checks.raise_error(
         function,
         "some leaves are outside of any module",

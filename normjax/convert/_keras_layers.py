@@ -1,7 +1,7 @@
-"""How Keras' layers lay out their weights, and Flax's layers of the same meaning.
+"""Converts the weight layouts of Keras layers to those of the same Flax layers.
 
-Each function takes or returns the arrays of one layer by name; names with a slash, "ii/kernel", are
-of layers inside it.
+Each function converts the arrays of one layer by name. Names with a slash, such as "ii/kernel",
+belong to layers inside it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ RECURRENT = ("kernel", "recurrent_kernel", "bias")
 
 
 def decode(entries: Entries, layer: Any) -> Entries | None:
-    """Returns the arrays of a layer of several kernels as Flax's layers have them; None for others.
+    """Returns the arrays of a layer with several kernels in Flax's layout; None for others.
 
-    `layer` is Keras' layer if it is known.
+    `layer` is the Keras layer, if it is known.
     """
     if "recurrent_kernel" in entries and "kernel" in entries:
         return _decode_cell(entries, layer)
@@ -35,10 +35,10 @@ def decode(entries: Entries, layer: Any) -> Entries | None:
 
 
 def encode(modules: Modules, taken: Collection[str]) -> Modules:
-    """Returns the modules in Keras' layout, the inverse of `decode`, where Flax has several layers.
+    """Returns modules with several Flax layers in Keras' layout; the inverse of `decode`.
 
-    `taken` has the names of the weights that are wanted, if they are known. Modules whose names are
-    among them stay as they are.
+    `taken` contains the names of the wanted weights, if they are known. Modules with these names
+    are not changed.
     """
     found = dict(modules)
     for parent in dict.fromkeys(path[:-1] for path in modules if path):
@@ -56,7 +56,7 @@ def encode(modules: Modules, taken: Collection[str]) -> Modules:
 
 
 def _children(modules: Modules, parent: Path, pattern: Pattern) -> Entries:
-    """Returns the arrays of the layers inside that the pattern is about, "ii/kernel"."""
+    """Returns the arrays of the inner layers of the pattern, such as "ii/kernel"."""
     return {
         f"{child}/{name}": leaf
         for child in pattern.children
@@ -70,7 +70,7 @@ def depthwise(kernel: np.ndarray) -> np.ndarray:
 
 
 def is_depthwise(layer: Any) -> bool:
-    """Returns whether Keras' layer has a kernel for each channel."""
+    """Returns whether a Keras layer has one kernel for each channel."""
     names = (kind.__name__ for kind in type(layer).__mro__)
     return any("DepthwiseConv" in name or "SeparableConv" in name for name in names)
 
@@ -84,7 +84,7 @@ def _decode_cell(entries: Entries, layer: Any) -> Entries | None:
         return None
     gates, rest = divmod(recurrent.shape[1], recurrent.shape[0])
     if rest or gates not in CELLS or getattr(layer, "reset_after", True) is False:
-        return None  # a GRU that resets before its matrix product is none of Flax's layers
+        return None  # Flax has no GRU that resets before its matrix product
     bias = entries.get("bias")
     rows = (2, recurrent.shape[1]) if gates == 3 else (recurrent.shape[1],)
     if bias is not None and bias.value.shape != rows:
@@ -128,7 +128,7 @@ def _decode_gru(entries: Entries) -> Entries:
         found[f"h{gate}/kernel"] = states[i]
         if gate == "n":
             found["in/bias"], found["hn/bias"] = of_inputs[i], of_states[i]
-        else:  # which Flax adds up before the sigmoid, as Keras does
+        else:  # both are added before the sigmoid
             found[f"i{gate}/bias"] = Leaf(of_inputs[i].value + of_states[i].value, bias.key)
     return found
 
@@ -199,7 +199,7 @@ def _decode_separable(entries: Entries) -> Entries:
 
 def _encode_separable(entries: Entries) -> Entries:
     kernel = entries["depthwise/kernel"]
-    value = kernel.value.reshape(*kernel.value.shape[:-2], -1, 1)  # the usual multiplier
+    value = kernel.value.reshape(*kernel.value.shape[:-2], -1, 1)  # the most common multiplier
     found = {
         "depthwise_kernel": Leaf(value, kernel.key),
         "pointwise_kernel": entries["pointwise/kernel"],
@@ -210,7 +210,7 @@ def _encode_separable(entries: Entries) -> Entries:
 
 
 class Pattern(NamedTuple):
-    """The arrays of Flax's layers that are one layer in Keras."""
+    """The arrays of Flax layers that form one Keras layer."""
 
     needed: set[str]
     optional: set[str]
@@ -218,7 +218,7 @@ class Pattern(NamedTuple):
 
     @property
     def children(self) -> list[str]:
-        """The names of Flax's layers."""
+        """Returns the names of the Flax layers."""
         return sorted({name.split("/")[0] for name in self.needed})
 
 

@@ -1,4 +1,4 @@
-"""The names that Keras' layers give their weights, and those of normjax and Flax."""
+"""The names of weights in Keras, normjax and Flax."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NORM = {"scale", "mean", "var", "u"}
 
 
 class Entry(NamedTuple):
-    """A weight, the layer that made it (None if that is not known), and whether it is trained."""
+    """A weight, its layer (None if unknown), and whether it is trained."""
 
     leaf: Leaf
     layer: Any = None
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 def decoded(function: str, entries: dict[str, Entry], others: Others) -> list[tuple[Path, Leaf]]:
     """Returns the leaves of all layers with their paths in `params` and `batch_stats`.
 
-    What no known layer has keeps its name, or is refused, all of it in one error.
+    Leaves that do not belong to a known layer keep their names, or one error lists them.
     """
     modules: dict[Path, dict[str, Entry]] = {}
     for key, entry in entries.items():
@@ -53,7 +53,7 @@ def decoded(function: str, entries: dict[str, Entry], others: Others) -> list[tu
     refused: list[Leaf] = []
     for parts, module in modules.items():
         where = _with_output(parts, modules, "attention_output", "out")
-        # Spectral norm's u is of Keras' layout, for which Flax has no depthwise convolution.
+        # u of spectral norm has Keras' layout, which Flax's depthwise convolutions lack.
         is_bounded = "vector_u" in modules.get(parts[:-1], {})
         known, left = _decode_module(module, keep_layout=is_bounded)
         found += [((collection, *where, *path), leaf) for (collection, *path), leaf in known]
@@ -69,14 +69,14 @@ def decoded(function: str, entries: dict[str, Entry], others: Others) -> list[tu
 def _decode_module(
     module: dict[str, Entry], *, keep_layout: bool
 ) -> tuple[list[tuple[Path, Leaf]], list[str]]:
-    """Returns the leaves of one layer with their paths, and the names of what is not known."""
+    """Returns the leaves of one layer with their paths, and the names of unknown leaves."""
     arrays = {name: entry.leaf for name, entry in module.items()}
     layer = next(iter(module.values())).layer
     inside = decode(arrays, layer)
     if inside is not None:
         found = [(("params", *name.split("/")), leaf) for name, leaf in inside.items()]
         return found, [name for name in arrays if name not in (*RECURRENT, *SEPARABLE)]
-    if set(RECURRENT[:2]) <= set(arrays):  # a cell that Flax does not have
+    if set(RECURRENT[:2]) <= set(arrays):  # Flax does not have this cell
         return [], [*arrays]
     if "kernel" in arrays and is_depthwise(layer) and not keep_layout:
         kernel = arrays["kernel"]
@@ -90,18 +90,18 @@ def _decode_module(
 
 
 def _collection(name: str, entry: Entry) -> str:
-    """Returns where an unknown weight goes: what is not trained is no parameter."""
+    """Returns the collection of an unknown weight: `params` if it is trained."""
     return "params" if entry.trained or name in STORED else "batch_stats"
 
 
 def _belongs_to_a_known_layer(name: str, module: Collection[str]) -> bool:
-    """Returns whether a layer would compute something else without this weight."""
+    """Returns whether this weight changes what a known layer computes."""
     is_norm = not {"gamma", "beta", *STATISTICS}.isdisjoint(module)
     return is_norm or name in (*RECURRENT[1:2], *SEPARABLE) and "kernel" not in module
 
 
 def _with_output(parts: Path, modules: Collection[Path], old: str, new: str) -> Path:
-    """Returns the path with the other name of the output of an attention layer."""
+    """Returns the path with the output of an attention layer renamed."""
     for end, part in enumerate(parts):
         around = parts[:end]
         if part == old and all((*around, name) in modules for name in ATTENTION):
@@ -112,9 +112,9 @@ def _with_output(parts: Path, modules: Collection[Path], old: str, new: str) -> 
 def encoded(
     function: str, leaves: Leaves, expected: Collection[str], others: Others
 ) -> list[tuple[str, str, np.ndarray]]:
-    """Returns Keras' name, the path and the value of each leaf; the inverse of `decoded`.
+    """Returns the Keras name, path and value of each leaf; the inverse of `decoded`.
 
-    `expected` has the names that are wanted, if these are known.
+    `expected` contains the wanted names, if they are known.
     """
     found: list[tuple[str, str, np.ndarray]] = []
     refused: list[Leaf] = []
@@ -139,9 +139,11 @@ def encoded(
 
 
 def _key(where: Path, name: str, module: Collection[str], expected: Collection[str]) -> str:
-    """Returns Keras' name of a leaf: the one that is expected, or else the usual one."""
+    """Returns the Keras name of a leaf: the expected name, or else the usual name."""
     names = BACK.get(name, (name,))
-    if any(name.endswith("kernel") for name in module):  # a bias, not the beta of a norm
+    if any(
+        name.endswith("kernel") for name in module
+    ):  # the bias of a linear layer, not the beta of a norm
         names = names[::-1]
     keys = ["/".join((*where, name)) for name in names]
     return next((key for key in keys if key in expected), keys[0])

@@ -1,4 +1,4 @@
-"""Where the weights of a Keras model are in its tree of layers."""
+"""Finds the paths of the weights of a Keras model in its tree of layers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from normjax.convert._names import unique
 
 
 class Weight(NamedTuple):
-    """A variable of Keras, and the layer that made it.
+    """A Keras variable and the layer that created it.
 
     Attributes:
-      key: its path below the model, "tower/bn/gamma".
+      key: its path below the model, such as "tower/bn/gamma".
       variable: the `keras.Variable`.
-      layer: the layer that made it.
-      trained: whether it was made for training, also if its layer is frozen.
+      layer: the layer that created it.
+      trained: whether it was created as trainable, even if its layer is frozen.
     """
 
     key: str
@@ -25,11 +25,11 @@ class Weight(NamedTuple):
 
 
 def weights_of(function: str, source: Any) -> list[Weight]:
-    """Returns the weights of a layer or model in Keras' order, each at a path of its own.
+    """Returns the weights of a layer or model in Keras' order, each with a unique path.
 
-    Keras' own paths do not tell the layers of two functional sub-models from each other, so the
-    names of the sub-models are added. A layer that is used several times is at its first place.
-    Raises an error for weights that cannot be told apart.
+    Keras' own paths do not distinguish the layers of two functional sub-models, so the names of the
+    sub-models are added. A layer that is used several times has the path of its first use. Raises
+    an error for weights that cannot be distinguished.
     """
     places: dict[int, tuple[str, Any]] = {}
     for layer, path in _layers(source, ""):
@@ -48,7 +48,7 @@ def weights_of(function: str, source: Any) -> list[Weight]:
 
 
 def _layers(layer: Any, path: str, seen: set[int] | None = None) -> Iterator[tuple[Any, str]]:
-    """Yields a layer and all layers inside it, with their paths, each layer once."""
+    """Yields a layer and all layers inside it once, with their paths."""
     seen = set() if seen is None else seen
     if id(layer) in seen:
         return
@@ -66,7 +66,7 @@ def _inner(layer: Any) -> list[Any]:
 
 
 def _own(layer: Any) -> list[Any]:
-    """Returns the variables that a layer made itself."""
+    """Returns the variables that a layer created itself."""
     return [*_tracked(layer, "trainable"), *_tracked(layer, "non_trainable")]
 
 
@@ -75,7 +75,7 @@ def _tracked(layer: Any, kind: str) -> list[Any]:
 
 
 def _below(inner: Any, layer: Any) -> str:
-    """Returns the path of a layer or variable below a layer; its name alone if it is elsewhere."""
+    """Returns the path of a layer or variable below a layer; only its name if it is elsewhere."""
     above = layer.path or layer.name
     if inner.path.startswith(f"{above}/"):
         return inner.path.removeprefix(f"{above}/")

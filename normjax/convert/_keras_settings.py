@@ -1,4 +1,4 @@
-"""The keyword arguments with which normjax's functions do what a Keras 3 layer does."""
+"""Finds the keyword arguments for which a normjax function equals a Keras 3 layer."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ SMALLEST_DEVIATION = 1e-7  # keras.config.epsilon()
 
 
 def keras_settings(layer: KerasLayer) -> dict[str, Any]:
-    """Returns the arguments with which a normjax function computes what this Keras layer does.
+    """Returns the arguments for which a normjax function computes the same as a Keras layer.
 
     Args:
       layer: a BatchNormalization, LayerNormalization, RMSNormalization, GroupNormalization,
-        SpectralNormalization, or a Normalization, which is `batch_norm` without parameters.
+        SpectralNormalization, or a Normalization, which equals `batch_norm` without parameters.
 
     Returns:
       A dict of keyword arguments. For `batch_norm`: `feature_axes`, `momentum`, `epsilon`; Keras
       stores the biased variance, as normjax does by default. For `layer_norm` and `rms_norm`:
       `reduction_axes`, `feature_axes`, `epsilon`. For `group_norm`: `feature_axes`, `num_groups`,
-      `epsilon`. For `weights.spectral_norm`: `n_steps`. A Normalization bounds the deviation by
-      1e-7 where normjax adds to the variance: its epsilon is 1e-14, `momentum` 1.
+      `epsilon`. For `weights.spectral_norm`: `n_steps`. A Normalization bounds the standard
+      deviation from below by 1e-7, while normjax adds epsilon to the variance; so `epsilon` is
+      1e-14, and `momentum` is 1.
 
     Raises:
-      TypeError: for a layer of another kind. ValueError: for one that computes something else
+      TypeError: if the layer is of another kind. ValueError: if the layer computes something else
         (`renorm=True`, `rms_scaling=True`, `invert=True`).
 
     Example:
@@ -46,7 +47,7 @@ def keras_settings(layer: KerasLayer) -> dict[str, Any]:
         if getattr(layer, option, False):
             _checks.raise_error(
                 "keras_settings",
-                f"no setting of normjax computes what {option}=True does",
+                f"normjax has no equivalent of {option}=True",
                 expected=f"{option}=False",
                 got=f"{type(layer).__name__}({option}=True)",
                 fix="Use batch_renorm or rms_norm, with settings of your own",

@@ -1,4 +1,4 @@
-"""Leaves of trees, and what must hold for those of one layer."""
+"""Leaves of trees, and checks of the leaves of a layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OF_FEATURES = ("scale", "bias", "mean", "var")
 
 
 class Leaf(NamedTuple):
-    """An array and its name in the source, which errors mention."""
+    """An array and its name in the source, which errors show."""
 
     value: Any
     key: str
@@ -35,9 +35,9 @@ def modules_of(leaves: Leaves) -> dict[Path, dict[str, Leaf]]:
 
 
 def check(function: str, leaves: Leaves, key_of: Callable[[Path], str] = "/".join) -> None:
-    """Raises an error for leaves that do not fit together and for impossible statistics."""
+    """Raises an error for leaves that do not fit each other, and for impossible statistics."""
     for path, leaf in leaves.items():
-        # linen's wrappers have names such as "layer_instance/kernel/u"
+        # linen wrappers have names such as "layer_instance/kernel/u"
         name = path[-1].rpartition("/")[-1]
         if name in STATISTICS and path[0] == "batch_stats":
             _check_statistics(function, name, leaf)
@@ -70,7 +70,7 @@ def _check_shapes(function: str, leaves: list[Leaf]) -> None:
 
 
 def raise_for_shape(function: str, leaf: Leaf, expected: str, more: str = "") -> NoReturn:
-    """Raises an error for a leaf of the wrong shape, and in its last words for others."""
+    """Raises an error for a leaf of the wrong shape; the error also lists the other leaves."""
     _checks.raise_error(
         function,
         f"{leaf.key!r} has the wrong shape",
@@ -89,8 +89,8 @@ def _check_statistics(function: str, name: str, leaf: Leaf) -> None:
         where = tuple(int(i) for i in np.argwhere(bad)[0])
         _checks.raise_error(
             function,
-            f"{leaf.key!r} holds values that no statistic can have",
+            f"{leaf.key!r} has values that a statistic cannot have",
             expected="finite values" + (" of at least 0" if name in ("var", "count") else ""),
             got=f"{bad.sum()} of {bad.size} that are not, such as {value[where]} at {where}",
-            fix="Training diverged, or the file is damaged: take an earlier checkpoint",
+            fix="Training diverged, or the file is damaged: use an earlier checkpoint",
         )

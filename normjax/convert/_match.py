@@ -1,4 +1,4 @@
-"""Compares what there is with what is wanted, and reports all that differs in one error."""
+"""Compares given and wanted leaves, and reports all differences in one error."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def match(
     backwards: bool = False,
     separator: str = "/",
 ) -> None:
-    """Raises an error for leaves that are missing, too many, or of another shape than wanted.
+    """Raises an error for leaves that are missing, superfluous, or of another shape.
 
     Args:
       function: the name that errors begin with.
-      leaves: what was found.
+      leaves: the given leaves.
       wanted: arrays or their shapes and dtypes.
       key_of: maps the path of a leaf to its name in the source.
-      whose: what errors call the wanted leaves.
-      backwards: whether `rename` is called with the wanted names, not with those of the leaves.
-      separator: what separates the parts of names in the source.
+      whose: the name of the wanted leaves in errors.
+      backwards: whether `rename` is called with the wanted names instead of the given names.
+      separator: the separator between the parts of names in the source.
     """
     missing = [path for path in wanted if path not in leaves]
     extra = [path for path in leaves if path not in wanted]
@@ -107,9 +107,9 @@ def _raise_for_extra(
 def conform(
     function: str, state: Arrays, expected: Mapping[str, np.ndarray], separator: str = "/"
 ) -> Arrays:
-    """Returns the state in the order and the dtypes of the expected one.
+    """Returns the state in the order and the dtypes of the expected state.
 
-    Raises an error for other keys or shapes. `rename` is called with the names of the expected one.
+    Raises an error for other keys or shapes. `rename` is called with the expected names.
     """
     extra = [key for key in state if key not in expected]
     missing = [key for key in expected if key not in state]

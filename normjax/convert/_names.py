@@ -1,4 +1,4 @@
-"""Names of arrays: their parts, the nearest ones, their lists in errors, and no name twice."""
+"""Functions on names of arrays, and checks that names are unique."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def beginnings(name: str, separator: str) -> list[str]:
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """Returns the names that are most like a name, at most three."""
+    """Returns at most three names that are most similar to a name."""
     return difflib.get_close_matches(name, list(names), 3, 0.5)
 
 
 def listed(names: Iterable[str], most: int | None = None) -> str:
-    """Returns the names for an error: every one, or the first and the number of the others."""
+    """Lists names for an error: all names, or the first names and the number of the others."""
     names = list(names)
     shown = ", ".join(map(repr, names[:most]))
     left = len(names[most:]) if most is not None else 0
@@ -33,14 +33,14 @@ def listed(names: Iterable[str], most: int | None = None) -> str:
 
 
 def first_of(names: Sequence[object]) -> str:
-    """Returns the end of a sentence about the first of several names: ", the first of 3"."""
+    """Returns ", the first of 3" for three names, to end a sentence about the first one."""
     return f", the first of {len(names)}" if len(names) > 1 else ""
 
 
 def unique(function: str, entries: Iterable[tuple[Any, str, Value]]) -> dict[Any, Value]:
-    """Returns values by their new names; raises an error, with both sources, for a name used twice.
+    """Returns values by their new names; raises an error if a name is used twice.
 
-    A path that goes through another array's path is an error, too.
+    It is also an error if one path is a prefix of another.
 
     Args:
       function: the name that errors begin with.
@@ -63,8 +63,8 @@ def _raise_for_two(function: str, target: Any, first: str, second: str) -> NoRet
     where = target if isinstance(target, str) else "/".join(target)
     _checks.raise_error(
         function,
-        f"two arrays would be stored at {where!r}, and one of them be lost",
-        expected="a path of its own for each array",
+        f"two arrays would be stored at {where!r}, so one of them would be lost",
+        expected="a separate path for each array",
         got=f"{first!r} and {second!r}",
         fix="Give the layers different names, or pass rename=",
     )

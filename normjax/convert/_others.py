@@ -1,4 +1,4 @@
-"""What to do with arrays that no known layer has: the argument `others`."""
+"""The argument `others`: what to do with arrays that do not belong to a known layer."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Others = Literal["keep", "refuse"]
 
 
 def check_others(function: str, others: object) -> None:
-    """Raises an error for another word than those of `Others`."""
+    """Raises an error for a value that is not in `Others`."""
     _checks.choice(function, "others", others, get_args(Others))
 
 
 def refuse(function: str, leaves: Iterable[Leaf], known: Iterable[str], others: Others) -> NoReturn:
-    """Raises one error for all leaves that no known layer has.
+    """Raises one error for all leaves that do not belong to a known layer.
 
-    With `others="keep"` they are refused since their layers would compute something else without.
+    With `others="keep"`, they are refused because they change what their layers compute.
     """
     leaves = list(leaves)
-    fix = "Convert them by hand, and leave them out: their layers compute something else without"
+    fix = "Convert them by hand, and leave them out here: they change what their layers compute"
     if others == "refuse":
-        fix = 'Pass others="keep" to hand them through unchanged, or leave them out'
+        fix = 'Pass others="keep" to pass them through unchanged, or leave them out'
     _checks.raise_error(
         function,
         f"{leaves[0].key!r} has no counterpart{first_of(leaves)}",

@@ -1,4 +1,4 @@
-"""New names for arrays: what the argument `rename` says, a function or a table."""
+"""The argument `rename`: new names for arrays, by a function or a table."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ def renamed(
 ) -> dict[str, str]:
     """Returns the new name of each name.
 
-    A table holds whole names, or their first parts up to a separator. The longest entry that fits
-    is taken, once. An empty new name removes the part, and an empty old one is added to all names
-    that no other entry fits. New names may have "/" in place of the separator. Raises an error for
-    entries that fit nothing, for names of which nothing is left, and for two names that become one.
+    A table contains whole names, or their first parts up to a separator. The longest matching entry
+    is applied once. An empty new name removes the part, and an empty old name adds a prefix to all
+    names that match no other entry. New names may have "/" instead of the separator. Raises an
+    error for entries that match nothing, for names that become empty, and for two names that become
+    equal.
     """
     names = list(names)
     if rename is None:
@@ -46,14 +47,14 @@ def renamed(
 def renamed_back(
     function: str, names: Iterable[str], rename: Rename | None, separator: str
 ) -> dict[str, str]:
-    """Returns the name that each name had before a table renamed it."""
+    """Returns the original name of each name that a table has renamed."""
     if rename is None:
         return renamed(function, names, None, separator)
     if not isinstance(rename, Mapping):
         _checks.raise_error(
             function,
             "rename is a function, which cannot be inverted without like=",
-            expected="like=, whose names rename is called with, or a table",
+            expected="like=, or a table instead of a function",
             got=f"rename={rename!r}",
             fix="Pass like=",
         )
@@ -63,8 +64,8 @@ def renamed_back(
         if key in back:
             _checks.raise_error(
                 function,
-                f"rename has two entries with one new name, {new!r}",
-                expected="a table that can be read backwards, or like=",
+                f"rename has two entries with the same new name,  {new!r}",
+                expected="an invertible table, or like=",
                 got=f"{back[key]!r} and {old!r}",
                 fix="Pass like=",
             )
@@ -73,7 +74,7 @@ def renamed_back(
 
 
 def by_table(table: Mapping[str, str], name: str, separator: str) -> str:
-    """Returns the new name that the longest entry gives, or the name itself if none fits."""
+    """Returns the new name by the longest matching entry, or the name itself if none matches."""
     longest_first = reversed(beginnings(name, separator))
     old = next((beginning for beginning in longest_first if beginning in table), "")
     if old not in table:
@@ -99,9 +100,9 @@ def _raise_for_none(
     _checks.raise_error(
         function,
         f"rename returned no name for {name!r}",
-        expected="a str that is not empty",
+        expected="a nonempty str",
         got=f"{new!r}",
-        fix="Return the name itself if it is to stay",
+        fix="Return the name itself to keep it",
         kind=kind,
     )
 
@@ -115,7 +116,7 @@ def _check_entries(
             near = nearest(old, sorted(known))
             _checks.raise_error(
                 function,
-                f"rename has an entry for {old!r}, which no array is called",
+                f"rename has an entry for {old!r}, but no array has this name",
                 expected=f"names or their first parts, among {len(names)} such as {names[:3]}",
                 got=f"{old!r}: {new!r}",
                 fix=f"The nearest is {near[0]!r}" if near else "Correct the entry, or leave it out",

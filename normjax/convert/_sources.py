@@ -1,4 +1,4 @@
-"""Reads named arrays from a dict, a file or the objects of another library."""
+"""Reads named arrays from a dict, a file or an object of another library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Source = Mapping[str, Any] | str | os.PathLike[str]
 
 @runtime_checkable
 class TorchModule(Protocol):
-    """The part of `torch.nn.Module` that is used, since PyTorch is not imported."""
+    """The part of `torch.nn.Module` that is used; PyTorch is not imported."""
 
     def state_dict(self) -> Mapping[str, Any]: ...
 
@@ -26,7 +26,7 @@ class TorchModule(Protocol):
 
 @runtime_checkable
 class KerasLayer(Protocol):
-    """The part of a Keras 3 layer or model that is used, since Keras is not imported."""
+    """The part of a Keras 3 layer or model that is used; Keras is not imported."""
 
     name: str
     built: bool
@@ -42,7 +42,7 @@ def read_mapping(function: str, source: Any) -> Arrays:
     if not isinstance(source, Mapping):
         _checks.raise_error(
             function,
-            "the source holds no arrays",
+            "the source contains no arrays",
             expected="a mapping from names to arrays, the path of a .safetensors file, or the "
             "library's own object",
             got=f"{type(source).__name__}",
@@ -56,7 +56,7 @@ def to_numpy(function: str, key: str, value: Any) -> np.ndarray:
     """Returns an array of NumPy, JAX, PyTorch or Keras as a NumPy array."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        # NumPy has no bfloat16 of its own, so PyTorch's .numpy() raises an error.
+        # NumPy has no bfloat16, so PyTorch's .numpy() raises an error.
         if str(value.dtype) == "torch.bfloat16":
             return value.float().numpy().astype(jnp.bfloat16)
         return value.numpy().copy()
@@ -86,5 +86,5 @@ def _read_file(function: str, path: str) -> Arrays:
     try:
         from safetensors.numpy import load_file
     except ImportError as error:
-        _extras.raise_for_missing(function, f"reading {path!r} takes the package", error)
+        _extras.raise_for_missing(function, f"reading {path!r} requires the package", error)
     return load_file(path)

@@ -18,8 +18,8 @@ INPUTS = {"query": "q", "key": "k", "value": "v"}
 def decode(function: str, entries: Entries, heads: int | None) -> Leaves:
     """Returns the leaves of `query`, `key`, `value` and `out`.
 
-    Their kernels are `(inputs, heads, size)` and `(heads, size, outputs)`, and without a number of
-    heads matrices, which have only to be reshaped.
+    Their kernels are `(inputs, heads, size)` and `(heads, size, outputs)`. If the number of heads
+    is unknown, they are matrices, which only have to be reshaped.
     """
     leaves: Leaves = {}
     for i, (name, letter) in enumerate(INPUTS.items()):
@@ -82,7 +82,7 @@ def encode(leaves: Leaves, expected: set[str] | None) -> Arrays:
 
 
 def alone(leaves: Leaves) -> dict[Path, Leaves]:
-    """Returns the attentions among all leaves by path: modules with four kernels, with heads."""
+    """Returns attention layers by path: modules with four kernels with heads."""
     names = (*INPUTS, "out")
     found: dict[Path, Leaves] = {}
     for path, leaf in leaves.items():
@@ -98,7 +98,7 @@ def alone(leaves: Leaves) -> dict[Path, Leaves]:
 
 
 def heads_of(wanted: Iterable[tuple[Path, tuple[int, ...]]]) -> int | None:
-    """Returns the number of heads that the query's kernel in `like` has, if it has that axis."""
+    """Returns the number of heads of the query kernel in `like`, if it has that axis."""
     for path, shape in wanted:
         if path == ("params", "query", "kernel") and len(shape) == 3:
             return shape[1]

@@ -1,4 +1,4 @@
-"""Flax's leaves as the keys and arrays of a PyTorch network."""
+"""Converts Flax leaves to the keys and arrays of a PyTorch network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from normjax.convert._torch_settings import weight_normalization
 
 
 def taken(layout: Layout, layer: Group, leaves: Leaves) -> Leaves:
-    """Takes the leaves of one layer of `like` out of all leaves; with paths inside the layer."""
+    """Removes the leaves of one layer of `like` from all leaves; returns them by inner path."""
     found: Leaves = {}
     for inside, leaf in layout.decode(layer).items():
         path = layout.path(layer.module, inside, leaf.key)
@@ -29,7 +29,7 @@ def taken(layout: Layout, layer: Group, leaves: Leaves) -> Leaves:
             found[inside] = leaves.pop(path)
     if layer.kind != "layer":
         return found
-    # Shapes alone may have told another kind of weight than params have.
+    # The shapes in `like` may suggest another kind of weight than params have.
     key = next(iter(layer.entries.values())).key
     for collection in COLLECTIONS:
         for name in _torch_layers.LEAVES:
@@ -40,7 +40,7 @@ def taken(layout: Layout, layer: Group, leaves: Leaves) -> Leaves:
 
 
 def encode_group(layout: Layout, layer: Group, found: Leaves, like: Any) -> Arrays:
-    """Returns the entries of one layer of `like`, by their keys."""
+    """Returns the entries of one layer of `like` by key."""
     prefix = f"{layer.module}." if layer.module else ""
     names = {leaf.key.removeprefix(prefix) for leaf in layer.entries.values()}
     if not found:
@@ -61,13 +61,13 @@ def encode_group(layout: Layout, layer: Group, found: Leaves, like: Any) -> Arra
 
 
 def _axis_of_rows(like: Any, name: str) -> int | None:
-    """Returns the axis of the rows of a module's spectral_norm, None if that is unknown."""
+    """Returns the row axis of a module's spectral_norm, or None if it is unknown."""
     module = dict(modules_in(like)).get(name)
     return getattr(weight_normalization(module), "dim", None)
 
 
 def encode_all(function: str, leaves: Leaves, others: Others) -> Arrays:
-    """Returns the entries of all leaves by the forms that they have in Flax alone."""
+    """Returns the entries of all leaves, whose kinds are derived from their form in Flax."""
     found: list[tuple[str, str, np.ndarray]] = []
     rest = dict(leaves)
     for alone, encode in (
@@ -96,20 +96,20 @@ def encode_all(function: str, leaves: Leaves, others: Others) -> Arrays:
 def _named(
     module: Path, encoded: Arrays, leaves: Iterable[Leaf]
 ) -> list[tuple[str, str, np.ndarray]]:
-    """Returns the key of each array, the leaves that it may be made of, and the array."""
+    """Returns, for each array, its key, the leaves it may be computed from, and the array."""
     sources = [leaf.key for leaf in leaves]
     source = f"{sources[0]} and {len(sources) - 1} more" if len(sources) > 1 else "".join(sources)
     return [(".".join((*module, name)), source, value) for name, value in encoded.items()]
 
 
 def rename_back(function: str, state: Arrays, rename: Rename | None) -> Arrays:
-    """Returns the state with the names that a table has renamed."""
+    """Returns the state with the names before a table renamed them."""
     names = renamed_back(function, state, rename, ".")
     return {names[key]: value for key, value in state.items()}
 
 
 def adapt(state: Arrays, expected: Arrays) -> Arrays:
-    """Returns the state without counts that are not expected, and with norms in their shapes."""
+    """Returns the state without unexpected counts, and with norms in the expected shapes."""
     adapted = {}
     for key, value in state.items():
         if key.endswith("num_batches_tracked") and key not in expected:
@@ -122,7 +122,7 @@ def adapt(state: Arrays, expected: Arrays) -> Arrays:
 
 
 def like_the_given(given: Any, value: np.ndarray) -> Any:
-    """Returns the value as a tensor of the given one's dtype and device, if that is a tensor."""
+    """Returns the value with the dtype and device of the given tensor, if it is a tensor."""
     if not hasattr(given, "new_tensor"):
         return value
     return given.new_tensor(value if value.dtype.isbuiltin == 1 else value.astype(np.float32))

@@ -1,4 +1,4 @@
-"""The order of features where images are flattened: (C, H, W) in PyTorch, (H, W, C) in Flax."""
+"""The order of flattened image features: (C, H, W) in PyTorch, (H, W, C) in Flax."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FEATURES_LAST = {"Linear", "LayerNorm", "Embedding", "RNNBase", "MultiheadAttent
 class Order(NamedTuple):
     """The features of a layer are a flattened array `(channels, *window)`.
 
-    `axis` says which: the inputs of the layer ("in"), or its outputs ("out").
+    `axis` selects the inputs of the layer ("in") or its outputs ("out").
     """
 
     axis: str
@@ -33,16 +33,16 @@ class Order(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What a module shows about flattened features, by the names of its layers."""
+    """What is known about flattened features of a module, by layer name."""
 
-    orders: dict[str, list[Order]]  # seen: the channels are known
-    unknown: dict[str, int]  # a Flatten is seen, the channels are not; with the number of features
-    raw: dict[str, int]  # the same of a Flatten that no layer with channels precedes
-    suspects: dict[str, Order]  # no Flatten is seen, but the sizes are as if there was one
+    orders: dict[str, list[Order]]  # after a Flatten with known channels
+    unknown: dict[str, int]  # the number of features, after a Flatten with unknown channels
+    raw: dict[str, int]  # the same, if no layer with channels precedes the Flatten
+    suspects: dict[str, Order]  # there is no Flatten, but the sizes suggest one
 
 
 def reorder(decoded: Leaves, order: Order, *, back: bool = False) -> Leaves:
-    """Returns a layer's leaves with its features as Flax flattens them; `back`, as PyTorch does."""
+    """Reorders the features of a layer's leaves to Flax's order, or `back` to PyTorch's."""
     sizes = (order.channels, order.positions)
     if back:
         sizes = (order.positions, order.channels)
@@ -56,21 +56,21 @@ def reorder(decoded: Leaves, order: Order, *, back: bool = False) -> Leaves:
 
 
 def _axis(name: str, leaf: Leaf, kernel: Leaf | None, order: Order) -> int | None:
-    """Returns the axis of a leaf that has the flattened features, None if it has none."""
+    """Returns the axis of a leaf that has the flattened features, or None."""
     value, axis = leaf.value, None
     if name == "kernel" and value.ndim == 2:
         axis = 0 if order.axis == "in" else 1
     elif name == "u" and kernel is not None and kernel.value.ndim == 2:
         axis = 1 if _side_of_u(leaf, kernel) == order.axis else None
     elif name in VECTORS and value.ndim == 1:
-        # Beside a kernel these are of its outputs; in a norm, of what it gets and gives.
+        # Beside a kernel, these belong to its outputs; in a norm, to its inputs and outputs.
         axis = 0 if kernel is None or order.axis == "out" else None
     fits = axis is not None and value.shape[axis] == order.channels * order.positions
     return axis if fits else None
 
 
 def _side_of_u(u: Leaf, kernel: Leaf) -> str:
-    """Returns whether spectral_norm's vector is of the kernel's inputs or outputs."""
+    """Returns whether the vector of spectral_norm belongs to the kernel's inputs or outputs."""
     inputs, outputs = kernel.value.shape
     if inputs != outputs:
         return "in" if u.value.size == inputs else "out"
@@ -78,14 +78,14 @@ def _side_of_u(u: Leaf, kernel: Leaf) -> str:
 
 
 def _swap(value: np.ndarray, axis: int, sizes: tuple[int, int]) -> np.ndarray:
-    """Turns an axis of `sizes[0]` times `sizes[1]` elements around: the second varies slowest."""
+    """Transposes an axis of `sizes[0]` times `sizes[1]` elements."""
     moved = np.moveaxis(value, axis, -1)
     split = moved.reshape(*moved.shape[:-1], *sizes)
     return np.moveaxis(split.swapaxes(-1, -2).reshape(moved.shape), -1, axis)
 
 
 def given_orders(function: str, flattened: Flattened, sizes: Mapping[str, int]) -> dict[str, Order]:
-    """Returns the orders that the argument `flattened` says; `sizes` has the layers' features."""
+    """Returns the orders in the argument `flattened`; `sizes` has the features of the layers."""
     orders = {}
     for name, shape in flattened.items():
         if name not in sizes:
@@ -94,7 +94,7 @@ def given_orders(function: str, flattened: Flattened, sizes: Mapping[str, int]) 
                 f"flattened names {name!r}, which is not a layer with flattened inputs",
                 expected='the name of a Linear layer or a norm in the source, such as "fc"',
                 got=f"{name!r}, among {nearest(name, sizes) or [*sizes][:9]}",
-                fix="Name the layer that follows the Flatten, not the Flatten",
+                fix="Pass the name of the layer after the Flatten, not of the Flatten",
             )
         if shape is None:
             orders[name] = Order("in", 1, sizes[name])
@@ -105,14 +105,14 @@ def given_orders(function: str, flattened: Flattened, sizes: Mapping[str, int]) 
                 f"flattened[{name!r}] does not fit the layer",
                 expected=f"(channels, height, width) with a product of {sizes[name]}, its inputs",
                 got=f"{tuple(shape)}, with a product of {math.prod(shape)}",
-                fix="Give the shape of one example before Flatten, as PyTorch has it",
+                fix="Pass the shape of one example before Flatten, in PyTorch's layout",
             )
         orders[name] = Order("in", int(shape[0]), math.prod(shape[1:]))
     return orders
 
 
 def find(source: Any) -> Findings:
-    """Returns where a module flattens its features, as far as its parts in their order show it."""
+    """Finds where a module flattens its features, from the sequence of its layers."""
     found = Findings({}, {}, {}, {})
     state = _Walk()
     leaves = [(name, module) for name, module in modules_in(source) if _is_leaf(module)]
@@ -122,12 +122,12 @@ def find(source: Any) -> Findings:
 
 
 def _is_leaf(module: Any) -> bool:
-    """Whether a module is a layer; weight_norm and the like have parts of their own."""
+    """Returns whether a module is a layer; layers with weight_norm also have submodules."""
     return not any(name != "parametrizations" for name, _ in module.named_children())
 
 
 def note(found: Findings, name: str, features: int | None, channels: int | None) -> None:
-    """Notes a layer with flattened inputs."""
+    """Records a layer with flattened inputs."""
     if features is None or features in (1, channels):
         return
     if channels is None:
@@ -139,23 +139,25 @@ def note(found: Findings, name: str, features: int | None, channels: int | None)
 
 
 def is_empty(found: Findings) -> bool:
-    """Whether nothing is flattened as far as a module shows it."""
+    """Returns whether no flattening was found."""
     return not any(found)
 
 
 class _Walk:
-    """Follows the number of channels along the layers of a module, in the order of their names."""
+    """Follows the number of channels through the layers of a module, in their order."""
 
     def __init__(self) -> None:
         self.channels: int | None = None  # of an image before a Flatten
-        self.is_image = True  # what a layer gives has channels first, and a window
+        self.is_image = True  # the output of the last layer has channels first, and a window
         self.is_flat = False
-        self.flat_features: int | None = None  # of the last Flatten, that other layers may read too
-        self.is_first = True  # no layer with features last was there before
-        self.linear: tuple[str, Any] | None = None  # the last one, for an Unflatten after it
+        self.flat_features: int | None = (
+            None  # of the last Flatten, which other layers may read, too
+        )
+        self.is_first = True  # no layer with features last came before
+        self.linear: tuple[str, Any] | None = None  # the last Linear, for an Unflatten after it
 
     def step(self, found: Findings, name: str, module: Any, classes: set[str]) -> None:
-        """Goes on by one layer."""
+        """Advances by one layer."""
         if flattens_images(module, classes):
             self.is_flat = self.is_image
         elif "Unflatten" in classes:
@@ -200,14 +202,14 @@ class _Walk:
 
 
 def flattens_images(module: Any, classes: set[str]) -> bool:
-    """Whether a layer is a Flatten that joins channels and window."""
+    """Returns whether a layer is a Flatten that joins channels and window."""
     return "Flatten" in classes and module.start_dim in (0, 1)
 
 
 def has_features_last(module: Any, classes: set[str]) -> bool:
-    """Whether a layer's features are on the last axis, so that it gets no channels first.
+    """Returns whether the input of a layer has its features on the last axis.
 
-    A LayerNorm over several axes is over a whole image, and timm's LayerNorm2d over channels.
+    A LayerNorm over several axes normalizes a whole image, and timm's LayerNorm2d channels.
     """
     if "LayerNorm" in classes:
         return len(module.normalized_shape) == 1 and "LayerNorm2d" not in classes
@@ -215,7 +217,7 @@ def has_features_last(module: Any, classes: set[str]) -> bool:
 
 
 def pools_to_one(module: Any, classes: set[str]) -> bool:
-    """Whether a layer leaves one value per channel."""
+    """Returns whether a layer reduces to one value per channel."""
     if not any("Adaptive" in name for name in classes):
         return False
     size = getattr(module, "output_size", 1)
@@ -223,7 +225,7 @@ def pools_to_one(module: Any, classes: set[str]) -> bool:
 
 
 def size_of_norm(module: Any) -> int | None:
-    """Returns how many features a normalization of PyTorch has; None for another module."""
+    """Returns the number of features of a PyTorch normalization; None for another module."""
     for name in ("num_features", "normalized_shape", "num_parameters"):
         size = getattr(module, name, None)
         if size is not None:

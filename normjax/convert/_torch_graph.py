@@ -1,4 +1,4 @@
-"""Follows channels through the graph of a PyTorch module, to see what is flattened where."""
+"""Follows channels through the graph of a PyTorch module to find flattened images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from normjax.convert._torch_features import (
 from normjax.convert._torch_settings import class_names
 
 LAYERS = {"_ConvNd", "Linear", "_NormBase", "GroupNorm"} | NORMS | FEATURES_LAST
-# After these the channels are elsewhere, are others, or have no window any more.
+# After these operations, channels are on another axis, are new, or have no window.
 ENDS = {
     *("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "einsum", "t"),
     *("mean", "sum", "amax", "amin", "max", "linear", "matmul", "bmm", "chunk", "split", "unbind"),
@@ -30,16 +30,16 @@ ENDS = {
 
 
 class State(NamedTuple):
-    """What is known of a value: an image with channels first, or one that was flattened."""
+    """What is known about a value: an image with channels first, or a flattened image."""
 
     is_flat: bool
-    channels: int | None  # None if unknown, -1 for several that were joined after flattening
+    channels: int | None  # None if unknown, -1 for several that were concatenated after flattening
 
 
 def follow_graph(module: Any) -> Findings | None:
-    """Returns where a module flattens images; None if its graph cannot be had.
+    """Returns where a module flattens images; None if it has no graph.
 
-    `torch.fx` has no graph of modules that branch on values or shapes.
+    `torch.fx` cannot trace modules that branch on values or shapes.
     """
     graph = _trace(module)
     if graph is None:
@@ -74,14 +74,14 @@ def _trace(module: Any) -> Any:
         with warnings.catch_warnings(), _restored(module):
             warnings.simplefilter("ignore")
             return Tracer().trace(module)
-    # Whatever the module's own code raises when it is called with a stand-in for a tensor.
+    # Any error that the module's code raises when it is called with a proxy of a tensor.
     except Exception:
         return None
 
 
 @contextmanager
 def _restored(module: Any) -> Iterator[None]:
-    """Sets the attributes of all parts back: a forward pass may store stand-ins for tensors."""
+    """Restores the attributes of all submodules, since a forward pass may store proxies."""
     stored = [attributes for each in module.modules() for attributes in _stores(each)]
     before = [dict(attributes) for attributes in stored]
     try:
@@ -141,7 +141,7 @@ def _hashable(value: Any) -> Any:
 
 
 def _flattens(name: str, node: Any, arguments: tuple[Any, ...]) -> bool:
-    """Whether a call gives `(batch, features)`."""
+    """Returns whether a call returns `(batch, features)`."""
     if name == "flatten":
         start = node.kwargs.get("start_dim", arguments[0] if arguments else 0)
         return start in (0, 1)
@@ -150,7 +150,7 @@ def _flattens(name: str, node: Any, arguments: tuple[Any, ...]) -> bool:
 
 
 def _joined(node: Any, inputs: list[State]) -> State | None:
-    """Returns the state of a concatenation, if its parts are of one kind and all known."""
+    """Returns the state of a concatenation, if all parts are known and of one kind."""
     parts = node.args[0] if node.args else node.kwargs.get("tensors", ())
     if len(inputs) < len({*parts}):
         return None

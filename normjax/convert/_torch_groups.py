@@ -1,4 +1,4 @@
-"""Sorts the keys of a state_dict into layers, and tells what kind of layer each is."""
+"""Groups the keys of a state_dict into layers, and determines the kind of each layer."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ ATTENTION = re.compile(r"(?:(.*)\.)?(in_proj_weight|in_proj_bias|[qkv]_proj_weig
 
 LAYERS_WITH_SCALE = {"_BatchNorm", "_InstanceNorm", "LayerNorm", "RMSNorm", "GroupNorm"}
 LAYERS_WITH_KERNEL = {"Linear", "_ConvNd"}
-# Their weights have several axes, but are not those of one matrix product.
+# Their weights have several axes, but do not belong to a single matrix product.
 LAYERS_WITHOUT_COUNTERPART = {"Bilinear", "CondConv2d"}
 
-# The leaf that a layer's `weight` becomes. A CONV1D of Hugging Face's is a kernel as it is.
+# The leaf that a layer's `weight` becomes. The weight of Hugging Face's Conv1D is already a kernel.
 KERNEL, CONV1D, SCALE, EMBEDDING, SLOPE = "kernel", "conv1d", "scale", "embedding", "negative_slope"
 WEIGHT = "weight"
 
-NAMES_OF_CONV1D = ("c_attn", "c_fc", "c_proj", "q_attn")  # in GPT-2 and its like
+NAMES_OF_CONV1D = ("c_attn", "c_fc", "c_proj", "q_attn")  # in GPT-2 and similar models
 
 
 class Group(NamedTuple):
@@ -56,12 +56,12 @@ class Group(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """What the classes of a module's parts say."""
+    """What the classes of a module's submodules determine."""
 
-    weights: dict[str, str]  # the kinds of the weights, by the names of the layers
+    weights: dict[str, str]  # the kinds of the weights, by layer name
     heads: dict[str, int]
     buffers: set[str]
-    attention: set[str] | None  # None if there is no module, only arrays
+    attention: set[str] | None  # None if there are only arrays
 
 
 def modules_in(source: Any) -> Iterable[tuple[str, Any]]:
@@ -70,7 +70,7 @@ def modules_in(source: Any) -> Iterable[tuple[str, Any]]:
 
 
 def read_classes(source: Any) -> Classes:
-    """Returns what the classes of a module's parts say; nothing for a mapping."""
+    """Reads the classes of a module's submodules; empty for a mapping."""
     weights, heads = {}, {}
     for name, module in modules_in(source):
         kind = _kind_of_weight(class_names(module))
@@ -97,7 +97,7 @@ def _kind_of_weight(classes: set[str]) -> str | None:
 
 
 def group(function: str, arrays: Arrays, classes: Classes) -> tuple[list[Group], dict[str, Leaf]]:
-    """Returns the layers, and by key all arrays that belong to no layer that is known."""
+    """Returns the layers, and the arrays that do not belong to a known layer by key."""
     groups: dict[tuple[str, str], Group] = {}
     others = {}
     attention = _attention(function, arrays, classes)
@@ -114,7 +114,7 @@ def group(function: str, arrays: Arrays, classes: Classes) -> tuple[list[Group],
 
 
 def _place(key: str, attention: set[str], recurrent: set[str]) -> tuple[str, str, str] | None:
-    """Returns the kind of a key's layer, the layer's name, and what is left of the key."""
+    """Returns the kind and name of a key's layer, and the rest of the key."""
     for kind, pattern, modules in (
         ("attention", ATTENTION, attention),
         ("recurrent", RECURRENT, recurrent),
@@ -158,21 +158,21 @@ def _check_attention(function: str, prefix: str, arrays: Arrays) -> None:
         f"{present[0]!r} has no counterpart",
         expected=f"the matrices {' and '.join(needed)} of a MultiheadAttention together",
         got=", ".join(f"{key!r} of shape {arrays[key].shape}" for key in present),
-        fix="Pass the whole state_dict, or the module, whose class says what it is",
+        fix="Pass the whole state_dict, or the module, whose class determines what it is",
     )
 
 
 def _recurrent(arrays: Arrays) -> set[str]:
-    """Returns the names of the modules that are an LSTM, a GRU or an RNN, or a cell of one."""
+    """Returns the names of the modules that are an LSTM, GRU or RNN, or one of their cells."""
     found = [match for match in map(RECURRENT.fullmatch, arrays) if match is not None]
     modules = {match.group(1) or "" for match in found}
     return {module for module in modules if _is_recurrent(f"{module}." if module else "", arrays)}
 
 
 def _is_recurrent(prefix: str, arrays: Arrays) -> bool:
-    """Whether all recurrent weights lead from a layer's outputs to 1, 3 or 4 gates of that size.
+    """Returns whether all recurrent weights map a layer's outputs to 1, 3 or 4 gates.
 
-    An LSTM with projections (`proj_size`) has other weights, and no counterpart in Flax.
+    An LSTM with projections (`proj_size`) has other shapes, and no counterpart in Flax.
     """
     own = [
         key for key in arrays if key.startswith(f"{prefix}weight_h") and RECURRENT.fullmatch(key)
@@ -191,14 +191,14 @@ def _is_recurrent(prefix: str, arrays: Arrays) -> bool:
 def conv1d_by_shape(
     groups: Iterable[Group], kinds: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Returns which matrices are Hugging Face's `Conv1D`, as far as shapes tell, and the doubts.
+    """Returns which matrices belong to a Hugging Face `Conv1D` by shape, and ambiguous ones.
 
-    A bias has the size of the outputs, so a matrix that is not square and whose second axis has
-    that size is `(in, out)`. A square one is taken for what the others of its last name are.
+    A bias has the size of the outputs, so a matrix that is not square is `(in, out)` if its second
+    axis has that size. A square matrix has the kind of other matrices with the same last name.
 
     Returns:
-      The kinds of these matrices by module, and the modules of the square ones about which nothing
-      but such a name, or nothing at all, speaks although there is a Conv1D.
+      The kinds of these matrices by module, and, if there is a Conv1D, the modules of the square
+      matrices whose kind is only known from such a name, or not at all.
     """
     found: dict[str, str] = {}
     square = []
@@ -227,12 +227,12 @@ def _last(module: str) -> str:
 
 
 def looks_like_a_kernel(entries: Entries) -> bool:
-    """Whether a weight has two axes or more, and no bias or statistics of its own shape."""
+    """Returns whether a weight has several axes, and no bias or statistics of the same shape."""
     weight = entries["weight"].value
     others = [entries[name].value.shape for name in ("bias", "running_mean") if name in entries]
     return weight.ndim > 1 and weight.shape not in others
 
 
 def is_float(array: np.ndarray) -> bool:
-    """Whether an array has numbers that training may change."""
+    """Returns whether an array has a floating-point dtype, so that training may change it."""
     return array.dtype.kind not in "biu"

@@ -1,4 +1,4 @@
-"""How PyTorch lays out kernels, and the state of its weight_norm and spectral_norm."""
+"""Converts PyTorch's layouts of kernels, and of the state of weight_norm and spectral_norm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def from_kernel(kernel: np.ndarray) -> np.ndarray:
 
 
 def norms(function: str, weight: np.ndarray, scale: Leaf) -> np.ndarray:
-    """Lays the scale of weight_norm along the first axis of the weight that has its size."""
+    """Reshapes the scale of weight_norm along the first axis of the weight with its size."""
     size, rank = scale.value.size, weight.ndim
     if scale.value.ndim == 0:
         return scale.value
@@ -38,12 +38,12 @@ def norms(function: str, weight: np.ndarray, scale: Leaf) -> np.ndarray:
 def power_iteration(
     function: str, weight: np.ndarray, u: Leaf, v: Leaf, size: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the singular vector that the next step starts from, and sigma.
+    """Returns the singular vector from which the next step starts, and sigma.
 
-    The hook of `torch.nn.utils.spectral_norm` computes v from u and then u from v, and so does
-    normjax. The parametrization computes u from v first: normjax does the same if all other axes of
-    the kernel are its `feature_axes`, and PyTorch's v is then its u. `size`, the number of elements
-    that are wanted, decides between the two if it is known.
+    The hook of `torch.nn.utils.spectral_norm` computes v from u and then u from v, as normjax does.
+    The parametrization computes u from v first; this equals normjax with PyTorch's v as u, and all
+    other axes of the kernel as `feature_axes`. If `size`, the wanted number of elements, is known,
+    it determines which vector is returned.
     """
     sizes = (u.value.size, v.value.size)
     readings = [_rows(weight, axis) for axis in (0, 1)]
@@ -60,11 +60,11 @@ def power_iteration(
 def singular_vectors(
     function: str, weight: np.ndarray, known: Leaf, axis: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns PyTorch's u and v, of which normjax stores one; `axis` is the axis of the rows.
+    """Returns PyTorch's u and v, of which normjax stores one; `axis` is the row axis.
 
-    The shapes may leave open which of the two is stored, and along which axis (0, or 1 in
-    transposed convolutions). The reading that the kernel stretches the most is taken, since the
-    vector is near a singular one.
+    The shapes may be ambiguous about which vector is stored, and along which axis (0, or 1 in
+    transposed convolutions). Of the possible interpretations, the one with the largest singular
+    value estimate is used, since the vector is near a singular vector.
     """
     vector = known.value.reshape(-1)
     found = []
@@ -91,7 +91,7 @@ def _unit(vector: np.ndarray) -> np.ndarray:
 
 
 def _window_first(v: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Reorders a vector over `(channels, *window)`, PyTorch's columns, to `(*window, channels)`."""
+    """Reorders a vector over PyTorch's columns `(channels, *window)` to `(*window, channels)`."""
     window = math.prod(shape[2:])
     return v.reshape(-1, window).T.reshape(-1)
 

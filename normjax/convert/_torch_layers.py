@@ -1,4 +1,4 @@
-"""The arrays of one layer of PyTorch as the leaves that Flax and normjax have for it."""
+"""Converts the arrays of one PyTorch layer to leaves of Flax and normjax."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from normjax.convert._torch_kernels import (
     to_kernel,
 )
 
-# The leaves of layers; all others go through under their own names.
+# The leaves of layers; all others are passed through under their own names.
 LEAVES = (SCALE, KERNEL, EMBEDDING, SLOPE, WEIGHT, "u", "sigma", *RENAMED.values())
 IN_BATCH_STATS = ("mean", "var", "count", "u", "sigma")
 
@@ -38,8 +38,8 @@ def decode(function: str, entries: Entries, kind: str | None, size: int | None) 
     Args:
       function: the name that errors begin with.
       entries: the arrays.
-      kind: what the layer's `weight` becomes, None if only its shape can tell.
-      size: the number of elements that `u` should have, None if that is unknown.
+      kind: the leaf that the layer's `weight` becomes; None to infer it from the shape.
+      size: the number of elements that `u` should have; None if it is unknown.
     """
     leaves = {new: entries[old] for old, new in RENAMED.items() if old in entries}
     if "weight_orig" in entries:
@@ -99,10 +99,10 @@ def encode(
 
     Args:
       function: the name that errors begin with.
-      leaves: by their names.
-      expected: the arrays that the layer has in `like`, by their names; None without `like`.
-      kind: `CONV1D` if the kernel stays as it is, else any.
-      dim: the axis of the rows in spectral_norm, None if that is unknown.
+      leaves: the leaves by name.
+      expected: the arrays of the layer in `like` by name; None without `like`.
+      kind: `CONV1D` if the kernel is not transposed; any other value otherwise.
+      dim: the row axis of spectral_norm; None if it is unknown.
     """
     wanted = expected or {}
     state = _encode_weight(function, leaves, wanted.get(WEIGHT), kind, dim)
@@ -117,7 +117,9 @@ def encode(
         state["num_batches_tracked"] = np.asarray(count, np.int64)
     bias = wanted.get("bias")
     if bias is not None and "bias" in state and state["bias"].size == bias.size:
-        state["bias"] = state["bias"].reshape(bias.shape)  # DenseGeneral's has several axes
+        state["bias"] = state["bias"].reshape(
+            bias.shape
+        )  # the bias of DenseGeneral has several axes
     return state
 
 
@@ -149,9 +151,9 @@ def _encode_weight(
 
 
 def split_axes(leaf: Leaf, shape: tuple[int, ...]) -> Leaf:
-    """Returns a matrix or vector with an axis split, as Flax's DenseGeneral has its kernels.
+    """Splits an axis of a matrix or vector, as in the kernels of Flax's DenseGeneral.
 
-    Other leaves, and shapes that no such splitting gives, are returned as they are.
+    Other leaves, and leaves that cannot be split so, are returned unchanged.
     """
     value = leaf.value
     if value.ndim not in (1, 2) or len(shape) <= value.ndim or value.size != np.prod(shape):

@@ -1,4 +1,4 @@
-"""Where the arrays of a PyTorch network go in Flax's trees."""
+"""Maps the arrays of a PyTorch network to paths in Flax trees."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from normjax.convert._torch_groups import (
 )
 from normjax.convert._torch_orders import read_orders
 
-DEPTH = 4  # of the call of from_torch or to_torch, at which warnings point
+DEPTH = 4  # the stack level of the call of from_torch or to_torch, for warnings
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The layers of a source, and how its names, kinds and orders become Flax's."""
+    """The layers of a source, and the mapping of its names, kinds and orders to Flax."""
 
     function: str
     groups: list[Group]
@@ -46,10 +46,10 @@ class Layout:
     kinds: Mapping[str, str]
     orders: Mapping[str, list[Order]]
     names: Mapping[str, str]  # the new name of each key
-    like: Mapping[Path, Any]  # leaves that are wanted, if that is known
+    like: Mapping[Path, Any]  # the wanted leaves, if they are known
 
     def decode(self, layer: Group) -> Leaves:
-        """Returns the leaves of a layer, with their paths inside the layer."""
+        """Returns the leaves of a layer by their paths inside the layer."""
         if layer.kind == "recurrent":
             leaves = _torch_recurrent.decode(self.function, layer.entries)
             return _torch_recurrent.onto(leaves, self._inside(layer))
@@ -66,7 +66,7 @@ class Layout:
         return decoded
 
     def path(self, module: str, inside: Path, key: str) -> Path:
-        """Returns where a leaf goes, from its path inside its layer and its key in the source."""
+        """Returns the path of a leaf, from its path inside its layer and its key in the source."""
         own = key.removeprefix(f"{module}.") if module else key
         new = self.names[key]
         collection, *names = inside
@@ -83,7 +83,7 @@ class Layout:
         return (collection, *_parts(new))
 
     def path_of_other(self, key: str) -> Path:
-        """Returns where an array goes that is not a layer's: to `batch_stats` if not trained."""
+        """Returns the path of an array outside of known layers; in `batch_stats` if not trained."""
         parts = _parts(self.names[key])
         for collection in COLLECTIONS:
             if (collection, *parts) in self.like:
@@ -92,7 +92,7 @@ class Layout:
         return (COLLECTIONS[is_buffer], *parts)
 
     def _inside(self, layer: Group) -> dict[Path, tuple[int, ...]]:
-        """Returns the shapes that are wanted below a layer, by paths inside the layer."""
+        """Returns the wanted shapes below a layer, by paths inside the layer."""
         key = next(iter(layer.entries.values())).key
         prefix = self.path(layer.module, ("params",), key)
         shapes = {path: tuple(value.shape) for path, value in self.like.items()}
@@ -103,7 +103,7 @@ class Layout:
         }
 
     def _kind(self, layer: Group) -> str | None:
-        """Returns what the weight becomes: its class says it, or else `like`."""
+        """Returns the leaf that the weight becomes, according to its class or else to `like`."""
         if layer.module in self.kinds or "weight" not in layer.entries:
             return self.kinds.get(layer.module)
         names = (SCALE, KERNEL, EMBEDDING, SLOPE, WEIGHT)
@@ -141,7 +141,7 @@ def read_layout(
       function: the name that errors begin with.
       source: a `torch.nn.Module`, or a mapping.
       arrays: its arrays.
-      like: the leaves that are wanted; None if they are unknown.
+      like: the wanted leaves; None if they are unknown.
       rename: the argument of `from_torch`.
       flattened: the argument of `from_torch`.
       example_input: the argument of `from_torch`.

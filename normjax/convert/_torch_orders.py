@@ -1,4 +1,4 @@
-"""Decides in which order features are flattened, and says what to pass if that is unknown."""
+"""Determines the order of flattened features, and what to pass if it is unknown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from normjax.convert._torch_groups import CONV1D, Group, modules_in
 from normjax.convert._torch_settings import class_names
 from normjax.convert._torch_tracing import follow
 
-DEPTH = 6  # of the call of from_torch or to_torch, at which warnings point
+DEPTH = 6  # the stack level of the call of from_torch or to_torch, for warnings
 
 
 def read_orders(
@@ -34,7 +34,7 @@ def read_orders(
     flattened: Flattened | None,
     example_input: Any,
 ) -> dict[str, list[Order]]:
-    """Returns the orders of flattened features; raises or warns if they are needed but unknown."""
+    """Returns the orders of flattened features; raises an error or warns if they are unknown."""
     found = _findings(source) if isinstance(source, TorchModule) else _suspects(groups)
     known = given_orders(function, flattened or {}, _sizes(groups, kinds))
     if example_input is not None:
@@ -54,7 +54,7 @@ def read_orders(
 
 
 def _findings(source: Any) -> Findings:
-    """Returns where a module flattens images: by its graph, or if it has none by its layers."""
+    """Returns where a module flattens images: by its graph, or by its layers if it has none."""
     found = find(source)
     kinds = [class_names(module) for _, module in modules_in(source)]
     may_flatten = any("_ConvNd" in each for each in kinds) and any(
@@ -73,10 +73,11 @@ def _findings(source: Any) -> Findings:
 
 
 def _suspects(groups: list[Group]) -> Findings:
-    """Returns the first matrix of a mapping, if its inputs are a multiple of the channels before.
+    """Returns the first matrix of a mapping if its inputs are a multiple of the channels before.
 
-    Only such sizes hint at a Flatten, since a mapping has nothing but layers with arrays. Nothing
-    does in a mapping that is sorted by its keys, as a file may be: it has not the order of layers.
+    Only such sizes suggest a Flatten, since a mapping only contains layers with arrays. If a
+    mapping is sorted by key, as a file may be, the order of the layers is unknown, so the result is
+    empty.
     """
     found = Findings({}, {}, {}, {})
     if any(map(_is_sorted, groups)):
@@ -162,7 +163,7 @@ def _raise_no_module(function: str, source: Any) -> NoReturn:
 
 
 def _sizes(groups: list[Group], kinds: Mapping[str, str]) -> dict[str, int]:
-    """Returns the number of inputs of the layers that may follow a Flatten, by their names."""
+    """Returns the number of inputs of the layers that may follow a Flatten, by name."""
     sizes = {}
     for layer in groups:
         shape = _shape_of_weight(layer)
@@ -172,13 +173,13 @@ def _sizes(groups: list[Group], kinds: Mapping[str, str]) -> dict[str, int]:
 
 
 def _is_sorted(layer: Group) -> bool:
-    """Returns whether the bias comes before the weight; PyTorch has it after."""
+    """Returns whether a bias comes before its weight, which is not PyTorch's order."""
     names = [name for name in layer.entries if name in ("bias", "weight")]
     return names == ["bias", "weight"]
 
 
 def _shape_of_weight(layer: Group) -> tuple[int, ...]:
-    # In spectral_norm "weight_v" is a vector, so "weight_orig" comes first.
+    # With spectral_norm, "weight_v" is a vector, so "weight_orig" comes first.
     names = ("weight", "weight_orig", "weight_v")
     weights = (layer.entries.get(name) for name in names)
     return next((leaf.value.shape for leaf in weights if leaf is not None), ())

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN of PyTorch as the cells of Flax."""
+"""Converts LSTM, GRU and RNN of PyTorch to the cells of Flax."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from normjax.convert._leaf import Leaf, Leaves
 from normjax.convert._sources import Arrays
 from normjax.convert._torch_groups import Entries
 
-# In PyTorch's order; the names are those of OptimizedLSTMCell, GRUCell and SimpleCell.
+# In PyTorch's order, with the names in OptimizedLSTMCell, GRUCell and SimpleCell.
 GATES = {4: ("i", "f", "g", "o"), 3: ("r", "z", "n"), 1: ("",)}
 LAYER = re.compile(r"weight_hh(_l(\d+)(_reverse)?)?")
 
 
 def decode(function: str, entries: Entries) -> Leaves:
-    """Returns the leaves of the cells; those of several cells are below `l0`, `l0_reverse`..."""
+    """Returns the leaves of the cells; several cells are below `l0`, `l0_reverse` and so on."""
     suffixes = _suffixes(entries)
     leaves: Leaves = {}
     for suffix in suffixes:
@@ -30,7 +30,7 @@ def decode(function: str, entries: Entries) -> Leaves:
 
 
 def _suffixes(entries: Entries) -> list[str]:
-    """Returns '_l0', '_l0_reverse', '_l1' and so on, as far as there are such layers."""
+    """Returns '_l0', '_l0_reverse', '_l1' and so on, for all layers."""
     found = [match for match in map(LAYER.fullmatch, entries) if match is not None]
     found.sort(key=lambda match: (int(match.group(2) or 0), match.group(3) or ""))
     return [match.group(1) or "" for match in found]
@@ -51,7 +51,7 @@ def _decode_cell(function: str, entries: Entries, suffix: str) -> Leaves:
         for side, weight in (("i", inputs), ("h", hidden)):
             kernel = Leaf(weight.value[rows].T, weight.key)
             leaves["params", f"{side}{gate}", "kernel"] = kernel
-        if gate == "n":  # a GRU's reset gate stands between the two
+        if gate == "n":  # the reset gate of a GRU is applied between them
             leaves["params", "in", "bias"] = Leaf(of_inputs.value[rows], of_inputs.key)
             leaves["params", "hn", "bias"] = Leaf(of_hidden.value[rows], of_hidden.key)
         else:
@@ -62,7 +62,7 @@ def _decode_cell(function: str, entries: Entries, suffix: str) -> Leaves:
 
 
 def _bias(function: str, entries: Entries, name: str, weight: Leaf) -> Leaf:
-    """Returns a bias, of zeros if the layer has none: Flax's cells have them."""
+    """Returns the bias, or zeros if the layer has none, since Flax's cells always have a bias."""
     zeros = np.zeros(len(weight.value), weight.value.dtype)
     leaf = entries.get(name, Leaf(zeros, weight.key))
     if leaf.value.shape != zeros.shape:
@@ -85,7 +85,7 @@ def encode(leaves: Leaves, expected: set[str] | None) -> Arrays:
 
     Args:
       leaves: as `decode` returns them.
-      expected: the names that the result should have; None for those of an nn.LSTM, nn.GRU or
+      expected: the names that the result should have; None for the names of an nn.LSTM, nn.GRU or
         nn.RNN with biases.
     """
     inside = {path[1] for path in leaves if len(path) == 4}
@@ -123,7 +123,7 @@ def _encode_cell(own: dict[Path, np.ndarray]) -> Arrays:
     biases = {
         side: [own.get((f"{side}{gate}", "bias"), zeros) for gate in gates] for side in ("i", "h")
     }
-    if len(gates) == 4:  # Flax has one bias, which PyTorch adds to another
+    if len(gates) == 4:  # Flax has one bias; PyTorch's second bias is 0
         biases = {"i": biases["h"], "h": biases["i"]}
     return {
         "weight_ih": weights["i"],
@@ -134,9 +134,9 @@ def _encode_cell(own: dict[Path, np.ndarray]) -> Arrays:
 
 
 def cells(paths: Iterable[Path]) -> set[Path]:
-    """Returns the paths of the cells among those of leaves: modules with gates `hi`, `hr` or `h`.
+    """Returns the paths of cells: modules with gates `hi`, `hr` or `h`.
 
-    A SimpleCell counts if it has nothing but `i` and `h`.
+    A SimpleCell counts if it only has `i` and `h`.
     """
     children: dict[Path, set[str]] = {}
     for path in paths:
@@ -149,7 +149,7 @@ def cells(paths: Iterable[Path]) -> set[Path]:
 def alone(leaves: Leaves) -> dict[Path, Leaves]:
     """Returns the LSTMs and GRUs among all leaves by path.
 
-    A module with nothing but `i` and `h` may be anything, so a SimpleCell is not among them.
+    A module with only `i` and `h` may be anything, so a SimpleCell is not included.
     """
     found: dict[Path, Leaves] = {}
     of_cells = cells(leaves)
@@ -164,13 +164,13 @@ def alone(leaves: Leaves) -> dict[Path, Leaves]:
 
 
 def onto(leaves: Leaves, wanted: Iterable[Path]) -> Leaves:
-    """Moves the cells of one layer to the paths that `like` has for them below the layer's own.
+    """Moves the cells of one layer to their paths in `like`, below the layer's path.
 
-    Cells are taken in the order of the numbers in their names, forward before backward.
+    Cells are ordered by the numbers in their names, forward before backward.
 
     Args:
       leaves: as `decode` returns them.
-      wanted: the paths below that of the layer in `like`, beginning with the collection.
+      wanted: the paths in `like` below the layer's path, beginning with the collection.
     """
     own = sorted(cells(leaves), key=_order_of_cell)
     theirs = sorted(cells(wanted), key=_order_of_cell)

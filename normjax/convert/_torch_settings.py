@@ -1,4 +1,4 @@
-"""The keyword arguments with which normjax's functions do what a PyTorch layer does."""
+"""Finds the keyword arguments for which a normjax function equals a PyTorch layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from normjax.convert._sources import TorchModule
 
 
 def torch_settings(module: TorchModule) -> dict[str, Any]:
-    """Returns the arguments with which a normjax function computes what this PyTorch layer does.
+    """Returns the arguments for which a normjax function computes the same as a PyTorch layer.
 
     Args:
       module: a BatchNorm, SyncBatchNorm, LayerNorm, RMSNorm, GroupNorm or InstanceNorm, or a layer
@@ -17,15 +17,15 @@ def torch_settings(module: TorchModule) -> dict[str, Any]:
 
     Returns:
       A dict of keyword arguments. For `batch_norm`: `feature_axes=1`, `epsilon`, `momentum`, which
-      is 1 minus PyTorch's (None stays None: the mean over all batches), and
+      is 1 minus PyTorch's (None stays None, the mean over all batches), and
       `running_var="unbiased"`. For `layer_norm` and `rms_norm`: `reduction_axes`, `feature_axes`,
       `epsilon`. For `instance_norm`: `feature_axes=1`, `epsilon`; for `group_norm` also
-      `num_groups`. For `weights.weight_norm`: `feature_axes` of the kernel as `from_torch` lays it
-      out, `epsilon`; for `weights.spectral_norm` also `n_steps`. If x has its features last,
-      replace `feature_axes=1` by -1.
+      `num_groups`. For `weights.weight_norm`: `feature_axes` of the kernel in the layout of
+      `from_torch`, `epsilon`; for `weights.spectral_norm` also `n_steps`. If x has its features
+      last, replace `feature_axes=1` by -1.
 
     Raises:
-      TypeError: for a module of another kind.
+      TypeError: if the module is of another kind.
 
     Example:
       >>> import torch, normjax as nj
@@ -53,7 +53,7 @@ def _of_activations(module: Any) -> dict[str, Any]:
         return {"feature_axes": 1, "num_groups": module.num_groups, "epsilon": module.eps}
     if classes & {"LayerNorm", "RMSNorm"}:
         axes = tuple(range(-len(module.normalized_shape), 0))
-        # torch.nn.RMSNorm's default is the machine epsilon of x.
+        # The default of torch.nn.RMSNorm is the machine epsilon of x.
         epsilon = 2.0**-23 if module.eps is None else module.eps
         return {"reduction_axes": axes, "feature_axes": axes, "epsilon": epsilon}
     _checks.raise_error(
@@ -70,13 +70,13 @@ def _of_activations(module: Any) -> dict[str, Any]:
 def class_names(module: Any) -> set[str]:
     """Returns the names of a module's class and its bases.
 
-    They are enough to know PyTorch's classes without importing it.
+    They identify PyTorch's classes without importing PyTorch.
     """
     return {kind.__name__ for kind in type(module).__mro__}
 
 
 def weight_normalization(module: Any) -> Any:
-    """Returns the parametrization or hook of weight_norm or spectral_norm, None without one."""
+    """Returns the parametrization or hook of weight_norm or spectral_norm, or None."""
     parametrizations = getattr(module, "parametrizations", {})
     found = [*parametrizations["weight"]] if "weight" in parametrizations else []
     found += getattr(module, "_forward_pre_hooks", {}).values()
@@ -94,7 +94,7 @@ def _of_weights(module: Any) -> dict[str, Any] | None:
     axis = _axis(normalization.dim)
     if not hasattr(normalization, "n_power_iterations"):
         return {"feature_axes": axis, "epsilon": 0.0}
-    # The power iteration of the parametrization starts from v, the hook's from u.
+    # The parametrization starts its power iteration from v, and the hook from u.
     if type(normalization).__name__ == "_SpectralNorm":
         rank = module.parametrizations["weight"].original.ndim
         axis = tuple(other for other in range(-rank, 0) if other != axis)
@@ -106,7 +106,7 @@ def _of_weights(module: Any) -> dict[str, Any] | None:
 
 
 def _axis(dim: int | None) -> int | tuple[()]:
-    """Returns the axis of `(*window, in, out)` that is `dim` of `(out, in, *window)`."""
+    """Returns the axis of `(*window, in, out)` that is `dim` in `(out, in, *window)`."""
     if dim is None or dim == -1:
         return ()
     return (-1, -2)[dim] if dim < 2 else dim - 2

@@ -1,4 +1,4 @@
-"""Follows an example through a PyTorch module, to see which layers get flattened images."""
+"""Follows an example through a PyTorch module to find layers with flattened images."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from normjax.convert._torch_groups import modules_in
 from normjax.convert._torch_settings import class_names
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose")
-# After these the channels are elsewhere, or the features are new ones.
+# After these operations, channels are on another axis, or features are new.
 MOVE = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "einsum")
 MIX = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention")
-JOINED = Order("in", 0, 0)  # flattened arrays were joined: the order is not that of one array
+JOINED = Order("in", 0, 0)  # several flattened arrays were concatenated
 
 
 def follow(function: str, module: Any, example: Any) -> dict[str, Order]:
-    """Returns the orders of the layers' inputs, by running the module on an example.
+    """Returns the feature orders of layer inputs, by running the module on an example.
 
     Args:
       function: the name that errors begin with.
-      module: a `torch.nn.Module`; it is run in evaluation mode, and then set back.
-      example: a tensor, or a tuple of the arguments. The first is an image with channels first, if
-        it has four axes or more.
+      module: a `torch.nn.Module`; it is run in evaluation mode, and its mode is then restored.
+      example: a tensor, or a tuple of arguments. If the first one has four or more axes, it is an
+        image with channels first.
     """
     import torch
 
@@ -60,7 +60,7 @@ def follow(function: str, module: Any, example: Any) -> dict[str, Order]:
     if joined:
         _checks.raise_error(
             function,
-            f"{joined[0]!r} gets several flattened images that were joined",
+            f"{joined[0]!r} gets several flattened images that were concatenated",
             expected="one image, flattened, before each Linear layer",
             got=f"such inputs of {joined}",
             fix="Permute the rows of its kernel by hand, and pass flattened={"
@@ -72,7 +72,7 @@ def follow(function: str, module: Any, example: Any) -> dict[str, Order]:
 
 @contextmanager
 def _evaluating(module: Any) -> Iterator[None]:
-    """Sets the module to evaluation, and each of its parts back to what it was."""
+    """Sets the module to evaluation mode, and then restores the mode of each submodule."""
     training = [(each, each.training) for each in module.modules()]
     module.eval()
     try:
@@ -83,23 +83,23 @@ def _evaluating(module: Any) -> Iterator[None]:
 
 
 class _Tags:
-    """What is known about tensors, by identity; they are kept alive, so that ids stay theirs."""
+    """What is known about tensors, by id; tensors are kept alive, so that ids stay unique."""
 
     def __init__(self) -> None:
         self.images: dict[int, Any] = {}
         self.flat: dict[int, tuple[Any, Order]] = {}
 
     def image(self, tensor: Any) -> None:
-        """Notes that a tensor is `(batch, channels, *window)`."""
+        """Records that a tensor is `(batch, channels, *window)`."""
         self.images[id(tensor)] = tensor
 
     def order(self, tensor: Any) -> Order | None:
-        """Returns the order of a flattened image, None for other tensors."""
+        """Returns the order of a flattened image; None for other tensors."""
         found = self.flat.get(id(tensor))
         return None if found is None else found[1]
 
     def after(self, name: str, inputs: list[Any], output: Any) -> None:
-        """Notes what an operation of this name makes of its inputs."""
+        """Records the result of an operation with this name."""
         if name.startswith(CONVOLUTIONS):
             self.image(output)
         elif name not in MOVE and name not in MIX and name.strip("_") not in MOVE:
@@ -123,7 +123,7 @@ class _Tags:
 
 
 def _mode(tags: _Tags) -> Any:
-    """Returns a context in which every operation of PyTorch is shown to the tags."""
+    """Returns a context in which the tags record every operation of PyTorch."""
     from torch import Tensor
     from torch.overrides import TorchFunctionMode
 

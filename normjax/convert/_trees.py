@@ -1,4 +1,4 @@
-"""Takes trees apart into leaves, and puts them together again."""
+"""Converts trees to leaves and back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Trees = tuple[Tree, Tree]
 
 
 def flatten(function: str, name: str, tree: Any) -> dict[Path, Any]:
-    """Returns the arrays of nested mappings by path; raises for other trees and traced arrays."""
+    """Returns the arrays of nested mappings by path; raises an error for other trees."""
     leaves = _trees.flatten(tree)
     for path, leaf in leaves.items():
         where = "/".join((name, *path))
@@ -36,8 +36,8 @@ def flatten(function: str, name: str, tree: Any) -> dict[Path, Any]:
             function,
             where,
             leaf,
-            because="and conversions are made of values",
-            fix="Convert outside of jax.jit and the like",
+            because="but conversion needs its value",
+            fix="Convert outside of jax.jit and other transformations",
         )
     return leaves
 
@@ -45,7 +45,7 @@ def flatten(function: str, name: str, tree: Any) -> dict[Path, Any]:
 def take_apart(
     function: str, params: Any, batch_stats: Any, others: Collection[Path] = ()
 ) -> Leaves:
-    """Returns the leaves of both trees, checked, except those at the paths of `others`."""
+    """Returns the leaves of both trees; checks them, except at the paths of `others`."""
     leaves = {
         (collection, *path): Leaf(np.array(value), "/".join((collection, *path)))
         for collection, tree in zip(COLLECTIONS, (params, batch_stats), strict=True)
@@ -63,15 +63,16 @@ def put_together(
     others: Collection[Path] = (),
     separator: str = "/",
 ) -> Trees:
-    """Returns both trees, of JAX arrays, checked against `like` if it is given.
+    """Returns both trees with JAX arrays; checks them against `like` if it is given.
 
     Args:
       function: the name that errors begin with.
-      leaves: what was found.
+      leaves: the given leaves.
       like: None, or `(params, batch_stats)` with the structure, shapes and dtypes to return.
       key_of: maps the path of a leaf to its name in the source, for errors about missing leaves.
-      others: paths of leaves that are not a layer's: they are not checked, and keep their dtypes.
-      separator: what separates the parts of names in the source.
+      others: paths of leaves that do not belong to a known layer; they are not checked, and keep
+        their dtypes.
+      separator: the separator between the parts of names in the source.
     """
     check(function, {path: leaf for path, leaf in leaves.items() if path not in others}, key_of)
     dtypes: dict[Path, Any] = {}
@@ -112,9 +113,9 @@ def expectation(function: str, like: Any) -> dict[Path, Any]:
 
 
 def _as_jax(path: Path, value: Any, dtype: Any) -> Any:
-    """Returns a JAX array of the dtype, or if that is None, of the dtype that layers store.
+    """Returns a JAX array with the dtype; None means the dtype that layers store.
 
-    That is int32 for counts, at least float32 for statistics, and the value's own for parameters.
+    That is int32 for counts, at least float32 for statistics, and unchanged for parameters.
     """
     if path[-1] == "count":
         value = np.minimum(value, np.iinfo(np.int32).max)
@@ -126,12 +127,12 @@ def _as_jax(path: Path, value: Any, dtype: Any) -> Any:
 
 
 def _as_it_is(function: str, leaf: Leaf, dtype: Any) -> Any:
-    """Returns a JAX array of the dtype, or if that is None, of the value's own."""
+    """Returns a JAX array with the dtype; None means the dtype of the value."""
     array = jnp.asarray(leaf.value, dtype)
     if leaf.value.dtype.kind in "iu" and not np.array_equal(array, leaf.value):
         _checks.raise_error(
             function,
-            f"{leaf.key!r} has integers that {array.dtype} does not hold",
+            f"{leaf.key!r} has integers that do not fit into {array.dtype}",
             expected=f"integers from {np.iinfo(np.int32).min} to {np.iinfo(np.int32).max}",
             got=f"up to {leaf.value.max()}",
             fix="Leave it out, or set jax_enable_x64",

@@ -1,4 +1,4 @@
-"""Weights between Flax's two APIs: linen's variables and nnx's states."""
+"""Converts weights between Flax's two APIs: linen variables and nnx states."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def linen_to_nnx(
     variables: Mapping[str, Any], model: nnx.Module, *, rename: Rename | None = None
 ) -> nnx.State:
-    """Returns the state of an nnx model with the values of linen's variables.
+    """Converts linen variables to the state of an nnx model.
 
         nnx.update(model, nj.convert.linen_to_nnx(variables, model))
 
@@ -36,25 +36,26 @@ def linen_to_nnx(
     | `layer_instance/kernel/scale` of WeightNorm and WeightStandardization | `scales` |
     | `layer_instance/kernel/u`, `.../sigma` of SpectralNorm | `batch_stats` |
 
-    A layer that a compact method wraps is beside its wrapper in linen (`Dense_0`, and
-    `Dense_0/kernel/u`) and inside it in nnx; the conversion moves it. normjax's layers and Flax's
-    convert alike. If names differ, pass `rename`.
+    In linen, a layer that is wrapped in a compact method is stored beside its wrapper (`Dense_0`,
+    and `Dense_0/kernel/u`); in nnx it is stored inside the wrapper. The conversion moves it. Layers
+    of normjax and of Flax are converted alike. If names differ, pass `rename`.
 
     Args:
-      variables: as linen's init returned them; a dict of collections. Sharding metadata is taken
-        from the nnx model instead.
-      model: the nnx model to make a state for; `nnx.eval_shape` makes one without arrays. It is not
-        changed.
-      rename: a function from the path of a variable within its collection (`"Dense_0/kernel"`) to
-        the path to read it under, or a dict of paths or beginnings of paths: `{"Dense_0": "head"}`.
+      variables: a dict of collections, as returned by linen's init. Sharding metadata is taken from
+        the nnx model instead.
+      model: the nnx model that the state is for; `nnx.eval_shape` creates one without arrays. It is
+        not changed.
+      rename: new paths for variables within their collections, such as `"Dense_0/kernel"`: a
+        function from path to path, or a dict of paths or first parts of paths: `{"Dense_0":
+        "head"}`.
 
     Returns:
-      An `nnx.State` for `nnx.update`, with JAX arrays in the dtypes of the model. Keys and counts
-      of random numbers are not in it, so those of the model stay.
+      An `nnx.State` for `nnx.update`, with JAX arrays in the dtypes of the model. It does not
+      contain RNG keys and counts, so the model keeps its own.
 
     Raises:
-      ValueError, TypeError: for variables that only one side has or whose shapes differ, for two
-        of one path, and for statistics that are not finite; each names the leaf.
+      ValueError, TypeError: if only one side has a variable, or shapes differ; if two variables
+        have the same path; if statistics are not finite. The error names the leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -100,24 +101,24 @@ def nnx_to_linen(
     like: Mapping[str, Any] | None = None,
     rename: Rename | None = None,
 ) -> dict[str, Tree]:
-    """Returns linen's variables with the values of an nnx model.
+    """Converts an nnx model to linen variables.
 
-    It is the inverse of `linen_to_nnx`, which has the table of names.
+    It is the inverse of `linen_to_nnx`, whose docstring has the table of names.
 
     Args:
-      model: an nnx model, or its state. Keys and counts of random numbers are left out.
-      like: variables as linen's init returned them: the result has their structure, shapes and
-        dtypes, or there is an error. It is needed for a scale of several axes, which is flat in
-        nnx, and for layers that compact methods wrap.
-      rename: as `linen_to_nnx` got it: it is called with the paths in `like`. Without `like`, a
-        dict is read backwards.
+      model: an nnx model, or its state. RNG keys and counts are left out.
+      like: variables as returned by linen's init. The result has the same structure, shapes and
+        dtypes; otherwise there is an error. `like` is required for a scale of several axes, which
+        is flat in nnx, and for layers that are wrapped in compact methods.
+      rename: the `rename` that was passed to `linen_to_nnx`. It is called with the paths in `like`.
+        Without `like`, a dict is inverted.
 
     Returns:
-      A dict of collections, of JAX arrays.
+      A dict of collections with JAX arrays.
 
     Raises:
-      ValueError, TypeError: for leaves that do not fit `like`, two leaves of one path (of `norm_0`
-        and `norm[0]`), and statistics that are not finite; each names the leaf.
+      ValueError, TypeError: if leaves do not fit `like`; if two leaves have the same path (as
+        `norm_0` and `norm[0]`); if statistics are not finite. The error names the leaf.
 
     Example:
       >>> import normjax as nj
@@ -153,9 +154,9 @@ def nnx_to_linen(
 
 
 def _variables(function: str, model: Any) -> dict[Path, tuple[tuple[Any, ...], Any]]:
-    """Returns the variables of an nnx model or state with their paths, by their paths in linen.
+    """Returns the variables of an nnx model or state with their nnx paths, by linen path.
 
-    Variables of random numbers are left out.
+    RNG variables are left out.
     """
     from flax import nnx
 
@@ -171,7 +172,7 @@ def _variables(function: str, model: Any) -> dict[Path, tuple[tuple[Any, ...], A
 
 
 def _shown(path: tuple[Any, ...]) -> str:
-    """Returns a path of nnx as it is written in Python, "norms[0].scale"."""
+    """Returns an nnx path as a Python expression, such as "norms[0].scale"."""
     parts = (f"[{part!r}]" if isinstance(part, int | tuple) else f".{part}" for part in path)
     return "".join(parts).removeprefix(".")
 
@@ -188,7 +189,7 @@ def _renamed(
         return {path: path for path in paths}
     keys = dict.fromkeys("/".join(path[1:]) for path in paths)
     names = by(function, keys, rename, "/")
-    # A key such as 'Dense_0/kernel/u' has slashes in it, and stays one key if it is not renamed.
+    # A key such as 'Dense_0/kernel/u' contains slashes; unless it is renamed, it stays one key.
     return {path: _new_path(path, names["/".join(path[1:])]) for path in paths}
 
 
@@ -208,7 +209,7 @@ def _collection(function: str, path: tuple[Any, ...], variable: Any) -> str:
 
     if isinstance(variable, nnx.Variable):
         return variablelib.variable_name_from_type(type(variable))
-    # Flax's WeightNorm has its scales as plain arrays (google/flax#5577).
+    # Flax's WeightNorm stores its scales as plain arrays (google/flax#5577).
     if "scales" not in path:
         _checks.raise_error(
             function,
@@ -236,11 +237,11 @@ def _linen_path(path: tuple[Any, ...]) -> Path:
 
 
 def _adopted(paths: Iterable[Path]) -> dict[Path, Path]:
-    """Returns where each variable of linen is if wrappers have their layers inside.
+    """Returns the path of each linen variable with wrapped layers inside their wrappers.
 
-    The layer is inside, as `layer_instance`, if `setup` makes it. If a compact method makes it, it
-    is beside its wrapper under a name of its own: "Dense_0" beside "WeightNorm_0", which has the
-    leaf "Dense_0/kernel/scale".
+    If `setup` creates the layer, it is inside, as `layer_instance`. If a compact method creates it,
+    it is beside its wrapper under its own name: "Dense_0" beside "WeightNorm_0", which has the leaf
+    "Dense_0/kernel/scale".
     """
     paths = list(paths)
     owners: dict[Path, Path] = {
@@ -259,7 +260,7 @@ def _adopted(paths: Iterable[Path]) -> dict[Path, Path]:
 
 
 def _as_flat_as(leaves: Leaves, wanted: Mapping[Path, Any]) -> Leaves:
-    """Returns the leaves in the wanted shapes: nnx has a scale of several axes flat, linen not."""
+    """Returns the leaves in the wanted shapes, since nnx stores a scale of several axes flat."""
 
     def fits(value: Any, shape: tuple[int, ...]) -> bool:
         return np.size(value) == math.prod(shape) and 1 in (np.ndim(value), len(shape))

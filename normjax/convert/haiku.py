@@ -1,4 +1,4 @@
-"""Weights from and to Haiku."""
+"""Converts weights from and to Haiku."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def from_haiku(
     rename: Rename | None = None,
     others: Others = "keep",
 ) -> Trees:
-    """Returns `params` and `batch_stats` with the weights of Haiku's params and state.
+    """Converts Haiku's params and state to `params` and `batch_stats`.
 
     | Haiku | normjax |
     |---|---|
@@ -52,31 +52,30 @@ def from_haiku(
     | `w`, `b` of Linear and ConvND | `kernel`, `bias` |
     | `embeddings` of Embed | `embedding` |
 
-    Both trees have an entry for each module, by its name in Haiku (`"net/~/batch_norm"`). Arrays
+    Both trees have an entry for each module under its Haiku name (`"net/~/batch_norm"`). Arrays
     have the shape `(*features)`, without Haiku's axes of size 1.
 
-    Haiku corrects its averages for their start at zero: it stores `hidden`, which is `average * (1
-    - decay_rate**counter)`. The average becomes the running statistic. To continue training as
-    Haiku would, pass the momentum of `haiku_momentum`.
+    Haiku starts its moving averages at zero and corrects this bias: it stores `hidden`, which is
+    `average * (1 - decay_rate**counter)`. The corrected average becomes the running statistic. To
+    continue training exactly as Haiku would, use the momentum that `haiku_momentum` returns.
 
     Args:
       params: Haiku's params.
       state: Haiku's state.
-      like: `(params, batch_stats)` by Haiku's names of modules, each as the init function of its
-        layer returned it. The result has this structure, these shapes and these dtypes, or there is
-        an error. A `count` that `like` does not have is left out.
-      rename: a function from the name of a leaf (`"net/~/batch_norm/scale"`) to the name to read it
-        under, or a dict of names or beginnings of names: `{"net/~/batch_norm": "bn"}`.
-      others: what to do with leaves that no known module has. "keep", the default, hands them
-        through under their own names, since one of them would otherwise refuse a whole model;
-        "refuse" raises an error that lists them.
+      like: `(params, batch_stats)` with an entry for each Haiku module, as returned by the init
+        function of the layer. The result has this structure, and these shapes and dtypes; otherwise
+        there is an error. A `count` that `like` does not have is left out.
+      rename: new names for leaves such as `"net/~/batch_norm/scale"`: a function from name to name,
+        or a dict of names or first parts of names: `{"net/~/batch_norm": "bn"}`.
+      others: what to do with leaves that do not belong to a known module. "keep", the default,
+        passes them through under their own names; "refuse" raises an error that lists them.
 
     Returns:
       `params` and `batch_stats`, nested dicts of JAX arrays.
 
     Raises:
-      ValueError, TypeError: for leaves that are refused, missing or do not fit together or `like`,
-        two leaves of one name, and statistics that are not finite; each names the leaf.
+      ValueError, TypeError: if leaves are refused or missing, or do not fit each other or `like`;
+        if two leaves have the same name; if statistics are not finite. The error names the leaf.
 
     Example:
       >>> import numpy as np, normjax as nj
@@ -110,7 +109,7 @@ def from_haiku(
             if path is None:
                 unknown.append(leaf)
                 found.append(((collection, *names[key].rsplit("/", 1)), key, leaf))
-            elif path[-1] != "hidden":  # which follows from average and counter
+            elif path[-1] != "hidden":  # it follows from average and counter
                 found.append((path, key, without_ones(path, leaf, wanted.get(path))))
     if unknown and others == "refuse":
         refuse(function, unknown, [*PARAMS, *OF_AVERAGE, *DIRECTIONS], others)
@@ -127,32 +126,33 @@ def to_haiku(
     rename: Rename | None = None,
     others: Others = "keep",
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Returns Haiku's params and state with the values of `params` and `batch_stats`.
+    """Converts `params` and `batch_stats` to Haiku's params and state.
 
-    It is the inverse of `from_haiku`, which has the table of names.
+    It is the inverse of `from_haiku`, whose docstring has the table of names.
 
     Args:
       params: as `from_haiku` returns them, with an entry for each module.
-      batch_stats: as `from_haiku` returns them. Without a `count`, Haiku continues as normjax does
-        with `momentum=decay_rate`, as if the start of training were long forgotten.
-      decay_rate: the argument of `hk.BatchNorm`, which Haiku's state depends on; needed if there
-        are running statistics.
-      like: `(params, state)` as Haiku's init returned them. The result has its names, shapes and
-        dtypes, or there is an error. Without it, leaves have the shape `(*features)`, which suits
-        all layers with the features last but BatchNorm: its arrays have the rank of x, so it needs
-        `like`.
-      rename: as `from_haiku` got it: it is called with the names in `like`. Without `like`, a dict
-        is read backwards.
-      others: "keep" hands leaves through that no known module has, under their own names; "refuse"
-        raises an error that lists them. A leaf beside those of a norm is always refused.
+      batch_stats: as `from_haiku` returns them. Without a `count`, Haiku continues like normjax
+        with `momentum=decay_rate`, without bias correction.
+      decay_rate: the argument of `hk.BatchNorm`, on which Haiku's state depends. It is required if
+        there are running statistics.
+      like: `(params, state)` as returned by Haiku's init. The result has the same names, shapes and
+        dtypes; otherwise there is an error. Without `like`, leaves have the shape `(*features)`,
+        which is right for all layers with features last except BatchNorm. The arrays of BatchNorm
+        have the rank of x, so it requires `like`.
+      rename: the `rename` that was passed to `from_haiku`. It is called with the names in `like`.
+        Without `like`, a dict is inverted.
+      others: "keep" passes leaves that do not belong to a known module through under their own
+        names, "refuse" raises an error that lists them. An unknown leaf in a known norm always
+        raises an error.
 
     Returns:
       Haiku's params and state, of JAX arrays.
 
     Raises:
-      ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`,
-        statistics that are not finite, running statistics without `decay_rate` or `like`; each
-        names the leaf.
+      ValueError, TypeError: if leaves are unknown or missing, or do not fit each other or `like`;
+        if statistics are not finite; for running statistics without `decay_rate` or `like`. The
+        error names the leaf.
 
     Example:
       >>> import normjax as nj
@@ -187,7 +187,7 @@ def to_haiku(
 def _conformed(
     function: str, found: tuple[Arrays, Arrays], like: Any, rename: Rename | None
 ) -> tuple[dict[str, str], tuple[Arrays, Arrays]]:
-    """Returns the arrays as in `like`, and the names there of the names that rename returns."""
+    """Returns the arrays as in `like`, and the names in `like` for the names from `rename`."""
     trees = zip(("like/params", "like/state"), like, strict=True)
     wanted = [named(function, name, tree) for name, tree in trees]
     keys = dict.fromkeys(key for arrays in wanted for key in arrays)
@@ -200,7 +200,7 @@ def _conformed(
 
 
 def _refuse_unknown(function: str, leaves: Leaves, others: Others) -> None:
-    """Raises for leaves that no known module has, if they are refused or beside those of a norm."""
+    """Raises an error for unknown leaves that are refused or that are in a known norm."""
     known = [*NORM, *LINEAR, *STATISTICS]
     refused = [
         leaf
@@ -214,7 +214,7 @@ def _refuse_unknown(function: str, leaves: Leaves, others: Others) -> None:
 
 
 def _counted(function: str, leaves: Leaves) -> Leaves:
-    """Returns the leaves with one count in place of the counters of both averages."""
+    """Returns the leaves with one count instead of the counters of both averages."""
     counted = {path: leaf for path, leaf in leaves.items() if not path[-1].startswith("counter of")}
     for path, leaf in leaves.items():
         if path not in counted:

@@ -1,4 +1,4 @@
-"""Weights from and to Keras 3."""
+"""Converts weights from and to Keras 3."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def from_keras(
     rename: Rename | None = None,
     others: Others = "keep",
 ) -> Trees:
-    """Returns `params` and `batch_stats` with the weights of a Keras 3 layer or model.
+    """Converts the weights of a Keras 3 layer or model to `params` and `batch_stats`.
 
     | Keras | normjax |
     |---|---|
@@ -53,37 +53,35 @@ def from_keras(
     | MultiHeadAttention | `MultiHeadDotProductAttention` of Flax: `query`, `key`, `value`, `out` |
 
     Trees are nested by the names of the layers, without the name of the layer or model itself.
-    Layers of a model inside another are below its name, also where Keras' own paths leave it out. A
-    SpectralNormalization has its `u` and `sigma`, and the `kernel` under the name of the wrapped
-    layer. Kernels of transposed convolutions suit Flax's `transpose_kernel=True`. A synchronized
-    BatchNormalization is read like any other. UnitNormalization has no weights: it gives
-    `({}, {})`. Flax's cells always have a bias: it is 0 if Keras' cell has none. Flax's GRUCell has
-    one bias for the gates r and z, the sum of Keras' two. Flax has no GRU with
-    `reset_after=False`: its arrays are handed through.
+    Layers of a nested model are below the name of that model, even if Keras' own paths omit it. A
+    SpectralNormalization has its `u` and `sigma`, and the `kernel` below the name of the wrapped
+    layer. Kernels of transposed convolutions have the layout of Flax's `transpose_kernel=True`. A
+    synchronized BatchNormalization is read like any other. UnitNormalization has no weights, so the
+    result is `({}, {})`. Flax's cells always have a bias, which is 0 if Keras' cell has none.
+    Flax's GRUCell has one bias for the gates r and z, which is the sum of Keras' two. Flax has no
+    GRU with `reset_after=False`; its arrays are passed through unchanged.
 
     Args:
-      source: a layer or model that is built, a mapping from the paths of its weights to arrays
-        (`"bn/gamma"`), or the path of a .safetensors file with them.
-      like: `(params, batch_stats)` as the init function of the layer, or the model, returned them.
-        The result has this structure, these shapes and these dtypes, or there is an error. In a
-        mapping, it tells kernels of depthwise convolutions from others.
-      rename: a function from the name of a weight (`"bn/gamma"`) to the name to read it under, or a
-        dict of names or beginnings of names: `{"bn": "BatchNorm_0"}`.
-      others: what to do with a weight that no known layer has, such as the class token of a vision
-        transformer or the slopes of PReLU. "keep" hands it through under its own name, in
-        `batch_stats` if Keras does not train it. This is the default, since one such weight would
-        otherwise refuse a whole model, and nothing is lost: the model that is converted to has
-        it, too. "refuse" raises an error that lists all of them. A weight that changes what a known
-        layer computes (batch renorm's `moving_stddev`) is always refused.
+      source: a built layer or model, a mapping from the paths of its weights (`"bn/gamma"`) to
+        arrays, or the path of a .safetensors file with such names.
+      like: `(params, batch_stats)` as returned by the init function of the layer or model. The
+        result has this structure, and these shapes and dtypes; otherwise there is an error. For a
+        mapping, `like` distinguishes kernels of depthwise convolutions from others.
+      rename: new names for weights such as `"bn/gamma"`: a function from name to name, or a dict of
+        names or first parts of names: `{"bn": "BatchNorm_0"}`.
+      others: what to do with weights that do not belong to a known layer, such as the class token
+        of a vision transformer or the slopes of PReLU. "keep", the default, passes them through
+        under their own names, in `batch_stats` if Keras does not train them, since the target model
+        has them, too. "refuse" raises an error that lists them. A weight that changes what a known
+        layer computes (`moving_stddev` of batch renorm) always raises an error.
 
     Returns:
-      `params` and `batch_stats`, nested dicts of JAX arrays; statistics in at least float32. Keras
-      does not store `sigma`: it is computed from u and the kernel.
+      `params` and `batch_stats`, nested dicts of JAX arrays, with statistics in at least float32.
+      Keras does not store `sigma`; it is computed from u and the kernel.
 
     Raises:
-      ValueError, TypeError: for weights that no such layer has, leaves that are missing or do not
-        fit together or `like`, two weights of one name, and statistics that are not finite; each
-        names the weight.
+      ValueError, TypeError: if weights are unknown, or missing, or do not fit each other or `like`;
+        if two weights have the same name; if statistics are not finite. The error names the weight.
 
     Example:
       >>> import numpy as np, normjax as nj
@@ -113,30 +111,31 @@ def to_keras(
     rename: Rename | None = None,
     others: Others = "keep",
 ) -> Arrays:
-    """Returns the weights of a Keras 3 layer or model from `params` and `batch_stats`.
+    """Converts `params` and `batch_stats` to the weights of a Keras 3 layer or model.
 
-    It is the inverse of `from_keras`, which has the table of names.
+    It is the inverse of `from_keras`, whose docstring has the table of names.
 
         layer.set_weights(list(nj.convert.to_keras(params, batch_stats, like=layer).values()))
 
     Args:
       params: as `from_keras` returns them.
-      batch_stats: as `from_keras` returns them. A `count` is left out: Keras has none.
-      like: the layer or model to load the weights into, built, or a mapping from the paths of its
-        weights to arrays. The result has its names in its order, its shapes and its dtypes, or
-        there is an error. Without it, kernels of depthwise convolutions stay in Flax's layout, and
-        two modules `depthwise` and `pointwise` side by side become one SeparableConv.
-      rename: as `from_keras` got it: it is called with the names in `like`. Without `like`, a dict
-        is read backwards.
-      others: "keep" hands leaves through that no known layer has, under their own names; "refuse"
-        raises an error that lists them. See `from_keras`.
+      batch_stats: as `from_keras` returns them. A `count` is dropped, since Keras has none.
+      like: the built layer or model to load the weights into, or a mapping from the paths of its
+        weights to arrays. The result has the same names in the same order, and the same shapes and
+        dtypes; otherwise there is an error. Without `like`, kernels of depthwise convolutions stay
+        in Flax's layout, and sibling modules `depthwise` and `pointwise` become one SeparableConv.
+      rename: the `rename` that was passed to `from_keras`. It is called with the names in `like`.
+        Without `like`, a dict is inverted.
+      others: "keep" passes leaves that do not belong to a known layer through under their own
+        names, "refuse" raises an error that lists them; see `from_keras`.
 
     Returns:
-      A dict of NumPy arrays by path. Without `like`, each layer's are in Keras' own order.
+      A dict of NumPy arrays by path. Without `like`, the weights of each layer are in Keras' own
+      order.
 
     Raises:
-      ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`,
-        and statistics that are not finite; each names the leaf.
+      ValueError, TypeError: if leaves are unknown or missing, or do not fit each other or `like`;
+        if statistics are not finite. The error names the leaf.
 
     Example:
       >>> import normjax as nj
@@ -184,7 +183,7 @@ def _weights(function: str, layer: KerasLayer) -> list[Weight]:
 
 
 def _as_depthwise(leaves: Leaves, wanted: Mapping[Path, Any]) -> Leaves:
-    """Returns the leaves with kernels of depthwise convolutions in Flax's layout, if wanted so."""
+    """Returns the leaves, with depthwise kernels in Flax's layout if `like` has them so."""
     shaped = dict(leaves)
     for path, leaf in leaves.items():
         if path[-1] == "kernel" and path in wanted and np.ndim(leaf.value) > 2:
@@ -195,11 +194,11 @@ def _as_depthwise(leaves: Leaves, wanted: Mapping[Path, Any]) -> Leaves:
 
 
 def _adapt(weights: Arrays, expected: Mapping[str, Entry]) -> Arrays:
-    """Returns the weights with what Flax's layers do not have, or have in another shape.
+    """Adds or reshapes weights that Flax's layers lack or have in another shape.
 
-    Kernels of depthwise convolutions get their two axes of channels. A bias of zeros that is not
-    expected is left out: Flax's recurrent cells always have one. The count of a Normalization,
-    which Keras does not use, is taken from `like` if there is none.
+    Kernels of depthwise convolutions get two channel axes. A bias of zeros that `like` does not
+    have is dropped, since Flax's recurrent cells always have one. A missing count of a
+    Normalization, which Keras does not use, is taken from `like`.
     """
     adapted = {}
     for key, value in weights.items():

@@ -1,4 +1,4 @@
-"""Weights from and to PyTorch."""
+"""Converts weights from and to PyTorch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def from_torch(
     flattened: Flattened | None = None,
     example_input: Any = None,
 ) -> Trees:
-    """Returns `params` and `batch_stats` with the weights of a PyTorch layer or network.
+    """Converts the weights of a PyTorch layer or network to `params` and `batch_stats`.
 
     | torch | normjax |
     |---|---|
@@ -58,71 +58,77 @@ def from_torch(
     | `weight` of PReLU, of a module | `negative_slope` |
     | LSTM, GRU, RNN and their cells | OptimizedLSTMCell, GRUCell, SimpleCell of Flax |
     | MultiheadAttention | MultiHeadDotProductAttention of Flax |
-    | any other parameter, `cls_token` say | the same name and values |
-    | any other buffer, or integers | the same, in `batch_stats` |
+    | any other parameter, such as `cls_token` | the same name and values |
+    | any other buffer, or integers | the same name and values, in `batch_stats` |
 
     A weight `(out, in, *window)` becomes a kernel `(*window, in, out)`. ConvTransposeNd has weights
-    `(in, out, *window)`: its kernels `(*window, out, in)` suit Flax's `transpose_kernel=True`. Both
-    forms of weight_norm and spectral_norm are known, hooks and parametrizations. A Conv1D of
-    Hugging Face's has weights `(in, out)`, which are kernels as they are.
+    `(in, out, *window)`; they become kernels `(*window, out, in)` for Flax's
+    `transpose_kernel=True`. weight_norm and spectral_norm are supported both as hooks and as
+    parametrizations. The weights `(in, out)` of Hugging Face's Conv1D are already laid out as
+    kernels.
 
-    An LSTM, GRU or RNN of one layer becomes one cell in its place; the cells of several layers or
-    directions are below it as `l0`, `l0_reverse`, `l1`, or where `like` has as many cells.
-    PyTorch's two biases are added where Flax has one. An LSTM with `proj_size` has no counterpart
-    in Flax, and is kept as it is. Attention has kernels `(in, heads, size)`. The number of heads is
-    known from a module or `like`; without both they are matrices, to be reshaped.
+    An LSTM, GRU or RNN with one layer becomes one cell in its place. The cells of several layers or
+    directions are nested below it as `l0`, `l0_reverse`, `l1`, or at the paths of the cells in
+    `like`. If Flax has one bias where PyTorch has two, they are added. An LSTM with `proj_size` has
+    no counterpart in Flax, and is not converted. Attention has kernels `(in, heads, size)`. The
+    number of heads is read from the module or from `like`; without both, the kernels are matrices
+    that you have to reshape.
 
     Trees are nested by the names of the modules: `layer1.0.bn1.weight` becomes
     `params["layer1"]["0"]["bn1"]["scale"]`.
 
-    If images `(C, H, W)` are flattened before a Linear layer, Flax's features come in another
-    order, (H, W, C), and the rows of the kernel are permuted to it. A module with a Flatten says
-    where, and `like` that it is for such a model: both together are enough. If the module calls
-    `x.view` or `x.flatten` itself, pass `flattened` or `example_input`; a warning says so if the
-    sizes look like it. Norms between Flatten and Linear are permuted, too, and so are the outputs
-    of a Linear layer before an Unflatten.
+    If images `(C, H, W)` are flattened before a Linear layer, Flax has the features in another
+    order, (H, W, C), and the rows of the kernel have to be permuted. This is automatic if you pass
+    a module with a Flatten, and `like` of the Flax model. If the module calls `x.view` or
+    `x.flatten` itself, pass `flattened` or `example_input`; there is a warning if the sizes suggest
+    flattening. Norms between Flatten and Linear are permuted, too, and so are the outputs of a
+    Linear layer before an Unflatten.
 
-    What shapes cannot tell: in a mapping, whether a square matrix is a Linear's or a Conv1D's. It
-    is taken for a Linear's, unless others of its last name, such as `c_proj`, are a Conv1D's by
-    their shape; there is a warning if the mapping has a Conv1D. A module's classes say it.
+    In a mapping, shapes do not determine whether a square matrix belongs to a Linear or to a
+    Conv1D. It is read as a Linear, unless other matrices with the same last name, such as `c_proj`,
+    have the shape of a Conv1D. There is a warning if the mapping has a Conv1D. If you pass a
+    module, its classes determine this.
 
-    The weights alone do not say how training continues: normjax's momentum is 1 minus PyTorch's,
-    and PyTorch's running variance is unbiased. `torch_settings` reads such settings from a module.
+    To continue training, you also need the settings of the layers: the momentum of normjax is 1
+    minus that of PyTorch, and PyTorch's running variance is unbiased. `torch_settings` reads these
+    settings from a module.
 
     Args:
-      source: a module, its `state_dict()`, a mapping from its keys to arrays (NumPy's are enough),
-        or the path of a .safetensors file.
-      like: `(params, batch_stats)` as the init function of the layer, or the model, returned them,
-        arrays or `jax.ShapeDtypeStruct`. The result has this structure, these shapes and these
-        dtypes, or there is an error, which lists all differences. A `count` that `like` does not
-        have is left out, and so are integers that are not a layer's, such as tables of positions.
-        A matrix is reshaped if `like` has its inputs or outputs in several axes, as DenseGeneral
-        has. Without `like`, two kinds of weights in a mapping are taken for kernels: embeddings,
-        and scales of several axes without a bias.
-      rename: new names, from keys of the source such as `layer1.0.bn1.weight`. A function from a
-        key to a key, or a table of keys or their first parts, up to a dot:
-        `{"layer1.0": "layer1_0", "module": ""}`. The longest entry that fits is taken; an empty
-        old name, as in `{"": "backbone"}`, fits all.
-      others: what to do with arrays that are not a layer's: position embeddings, class tokens,
-        layer scales. "keep", the default, hands them through, since most networks have some, and
-        nothing about them has to be converted; "refuse" raises an error that lists them.
-      flattened: the shapes `(C, H, W)` of what is flattened before layers, by their names, such as
-        `{"fc": (256, 6, 6)}`. None in place of a shape: the features keep their order.
-      example_input: a tensor, or a tuple of arguments, that the module is run on once, at
-        inference, to see where it flattens images. No `flattened` is needed then.
+      source: a module, its `state_dict()`, a mapping from its keys to arrays (NumPy arrays are
+        enough), or the path of a .safetensors file.
+      like: `(params, batch_stats)` as returned by the init function of the layer or model; leaves
+        are arrays or `jax.ShapeDtypeStruct`. The result has this structure, and these shapes and
+        dtypes; otherwise, an error lists all differences. A `count` that `like` does not have is
+        left out, and so are integers that do not belong to a layer, such as tables of positions. A
+        matrix is reshaped if `like` has several axes for its inputs or outputs, as DenseGeneral
+        has. Without `like`, embeddings in a mapping, and scales of several axes without a bias, are
+        read as kernels.
+      rename: new names for keys of the source, such as `layer1.0.bn1.weight`: a function from key
+        to key, or a table of keys or of their first parts, up to a dot: `{"layer1.0": "layer1_0",
+        "module": ""}`. The longest matching entry applies; an empty old name, as in `{"":
+        "backbone"}`, matches every key.
+      others: what to do with arrays that do not belong to a known layer, such as position
+        embeddings, class tokens or layer scales. "keep", the default, passes them through
+        unchanged, since most networks have some, and they need no conversion. "refuse" raises an
+        error that lists them.
+      flattened: the shape `(C, H, W)` of the array that is flattened before a layer, by the name of
+        the layer, such as `{"fc": (256, 6, 6)}`. With None instead of a shape, the features keep
+        their order.
+      example_input: a tensor, or a tuple of arguments. The module is run on it once, in evaluation
+        mode, to find where it flattens images. `flattened` is not needed then.
 
     Returns:
       `params` and `batch_stats`, nested dicts of JAX arrays in the dtypes of the source; statistics
-      in at least float32, `count` in int32. `u` is the vector that PyTorch's power iteration starts
-      from. With hooks that is u, `(1, out)`, for `feature_axes=-1`. With parametrizations it is v,
-      for all other axes as `feature_axes`, unless `like` has the shape of the former. `sigma`
-      belongs to the stored vectors: at inference PyTorch's weight is `kernel / sigma`.
+      in at least float32, `count` in int32. `u` is the vector from which PyTorch's power iteration
+      starts. With hooks, this is u, `(1, out)`, for `feature_axes=-1`. With parametrizations, this
+      is v, for which `feature_axes` are all other axes, unless `like` has the shape for hooks.
+      `sigma` belongs to the stored vectors: at inference, PyTorch's weight is `kernel / sigma`.
 
     Raises:
-      ValueError, TypeError: for leaves that are missing or do not fit together or `like`, two keys
-        that would become one leaf, features that are flattened in an unknown order, and statistics
-        that are not finite; each names the keys. The fix for names that differ by a prefix or in
-        their separators is the `rename` to pass.
+      ValueError, TypeError: if leaves are missing, or do not fit each other or `like`; if two keys
+        would become one leaf; if features are flattened in an unknown order; if statistics are not
+        finite. The error names the keys. If names only differ by a prefix or in their separators,
+        the error shows the `rename` to pass.
 
     Example:
       >>> import numpy as np, normjax as nj
@@ -169,7 +175,7 @@ def from_torch(
 
 
 def _fit(leaves: Leaves, wanted: Mapping[Path, Any], constants: set[Path]) -> Leaves:
-    """Returns the leaves without counts and constants that are not wanted, with axes as wanted."""
+    """Returns the leaves without unwanted counts and constants, with axes as in `like`."""
     fitted = {}
     for path, leaf in leaves.items():
         if path in wanted and path[-1] in ("kernel", "bias"):
@@ -188,33 +194,34 @@ def to_torch(
     others: Others = "keep",
     flattened: Flattened | None = None,
 ) -> dict[str, Any]:
-    """Returns the state_dict of a PyTorch layer or network from `params` and `batch_stats`.
+    """Converts `params` and `batch_stats` to the state_dict of a PyTorch layer or network.
 
-    It is the inverse of `from_torch`, which has the table of names.
+    It is the inverse of `from_torch`, whose docstring has the table of names.
 
     Args:
       params: as `from_torch` returns them.
       batch_stats: as `from_torch` returns them. Without a `count`, `num_batches_tracked` is 0.
-      like: the module to load the result into, or its state_dict. The result has its keys (also
-        the names that hooks use), shapes, dtypes and devices, or there is an error, which lists
-        all keys that differ. If its values are tensors, the result has tensors, too. A module says
-        what its weights are (an LSTM or a cell, a Conv1D), and where features are flattened.
-      rename: as `from_torch` got it, from keys of `like` to names of `params`. Without `like`, a
-        table is read backwards.
-      others: "keep" hands leaves that are not a layer's through, "refuse" raises an error that
-        lists them; with `like`, its keys decide.
-      flattened: as `from_torch` got it.
+      like: the module to load the result into, or its state_dict. The result has its keys
+        (including the names that hooks use), shapes, dtypes and devices; otherwise, an error lists
+        all keys that differ. If its values are tensors, the result has tensors, too. A module also
+        determines the kind of its weights (an LSTM or a cell, a Conv1D), and where features are
+        flattened.
+      rename: the `rename` that was passed to `from_torch`, from keys of `like` to names of
+        `params`. Without `like`, a table is inverted.
+      others: "keep" passes leaves that do not belong to a known layer through, "refuse" raises an
+        error that lists them. With `like`, its keys determine what is kept.
+      flattened: the `flattened` that was passed to `from_torch`.
 
     Returns:
-      A dict of NumPy arrays, fit for `safetensors.numpy.save_file`; with tensors in `like`, a dict
-      of tensors, fit for `load_state_dict`. Without `like`, weight_norm and spectral_norm are
-      written as parametrizations, and cells as a `torch.nn.LSTM` or `GRU`. Where PyTorch has two
-      biases and Flax one, the second is zero. normjax stores one of spectral_norm's two vectors;
+      A dict of NumPy arrays for `safetensors.numpy.save_file`, or, with tensors in `like`, a dict
+      of tensors for `load_state_dict`. Without `like`, weight_norm and spectral_norm are written as
+      parametrizations, and cells as a `torch.nn.LSTM` or `GRU`. If PyTorch has two biases where
+      Flax has one, the second bias is zero. normjax stores one of the two vectors of spectral_norm;
       the other is computed from it by power iteration.
 
     Raises:
-      ValueError, TypeError: for leaves that are unknown, missing or do not fit together or `like`,
-        and statistics that are not finite; each names the leaf.
+      ValueError, TypeError: if leaves are unknown or missing, or do not fit each other or `like`;
+        if statistics are not finite. The error names the leaf.
 
     Example:
       >>> import normjax as nj
@@ -241,7 +248,7 @@ def to_torch(
     state: Arrays = {}
     for key, parts in places.items():
         if not is_float(expected[key]):
-            state[key] = expected[key]  # from_torch leaves it out if Flax's model has no place
+            state[key] = expected[key]  # from_torch drops it if Flax's model has no place for it
         for path in [path for path in leaves if path[1:] == parts]:
             state[key] = leaves.pop(path).value
     for layer in layout.groups:

@@ -1,4 +1,4 @@
-"""Folds the batch norms of whole models into the layers before them, for inference.
+"""Folds the batch norms of whole models into neighbouring layers, for inference.
 
 `normjax.fold_batch_norm` folds a single layer.
 """

@@ -1,8 +1,8 @@
 """Folds batch norms into the linear layers before them.
 
-From the end of a batch norm, its affine map is carried back to the outputs of linear layers:
+The affine map of a batch norm is carried from its output back to the outputs of linear layers:
 through other scales, shifts and layouts, sums, concatenation, slices, sums over pixels, and maxima
-where the map does not change the order. Nothing here depends on how a batch norm is written.
+if the map does not change the order. The search does not depend on how a batch norm is written.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ SUMS = ("add", "sub", "add_any")
 MAXIMA = ("reduce_window_max", "reduce_max")
 TOTALS = ("reduce_window_sum", "reduce_sum")
 THROUGH = (*SLICES, *MAXIMA, *TOTALS)
-Outputs = tuple[int, ...]  # of an operation, which they identify
+Outputs = tuple[int, ...]  # the outputs of an operation, which identify it
 
 
 class Region(NamedTuple):
     """The operations between linear layers and the end of a batch norm.
 
     Attributes:
-      root: the value that the batch norm makes.
-      ops: the operations, by their outputs, in the program's order.
+      root: the output of the batch norm.
+      ops: the operations by their outputs, in program order.
       sinks: the linear layers.
     """
 
@@ -39,7 +39,7 @@ class Region(NamedTuple):
 
 
 def pull(graph: Graph, root: int) -> Region:
-    """Returns what lies between a value and linear layers; raises `Unfoldable` with the reason."""
+    """Returns the region between linear layers and a value; raises `Unfoldable` with a reason."""
     ops: dict[Outputs, Op] = {}
     sinks: list[Linear] = []
     todo = [root]
@@ -62,7 +62,7 @@ def pull(graph: Graph, root: int) -> Region:
 
 
 def _visit(graph: Graph, todo: list[int], ops: dict[Outputs, Op], sinks: list[Linear]) -> None:
-    """Looks at one value, and notes which to look at next."""
+    """Visits one value, and records which values to visit next."""
     op = graph.makers.get(todo.pop())
     if op is None:
         raise Unfoldable("it comes first: its input is the model's")
@@ -84,7 +84,7 @@ def _inputs(graph: Graph, op: Op) -> list[int]:
 
 
 def _only_user(graph: Graph, number: int, op: Op) -> bool:
-    """Returns whether nothing else reads a value, or all that read it take parts of it."""
+    """Returns whether a value has a single reader, or all of its readers take parts of it."""
     uses = graph.users[number]
     if uses == [op] or op.name not in SLICES:
         return uses == [op]
@@ -104,13 +104,13 @@ def _only_user(graph: Graph, number: int, op: Op) -> bool:
 def carried_back(
     graph: Graph, region: Region, absorbed: frozenset[Outputs], only: Outputs | None = None
 ) -> list[Affine]:
-    """Returns what is done to the output of each linear layer, in place of the batch norm.
+    """Returns the affine map of each linear layer's output that replaces the batch norm.
 
     Args:
       graph: the program.
-      region: what lies between.
-      absorbed: steps that are part of kernels already, and do nothing more.
-      only: if given, the only step that does something.
+      region: the operations in between.
+      absorbed: steps that are already part of kernels, and have no further effect.
+      only: the only step that has an effect, if given.
     """
     state = {region.root: unchanged(len(graph.shape(region.root)))}
     for op in reversed(region.ops.values()):
@@ -157,7 +157,7 @@ def _unreduced(op: Op, affine: Affine, shape: Any, made: Any) -> Affine:
 
 
 def _carry_slices(graph: Graph, op: Op, state: dict[int, Affine]) -> None:
-    """Puts the maps of parts where they were taken; what no batch norm follows is unchanged."""
+    """Combines the maps of the parts of an input; parts without a batch norm are unchanged."""
     (number,) = op.inputs
     shape = graph.shape(number)
     whole = state.get(number, unchanged(len(shape)))
@@ -188,7 +188,7 @@ def _placed(
 
 
 def parts(op: Op, shape: Any) -> dict[int, tuple[slice, ...]]:
-    """Returns where each output of a slice or split lies in its input."""
+    """Returns the position of each output of a slice or split in its input."""
     if op.name == "slice":
         starts, stops = op.params["start_indices"], op.params["limit_indices"]
         strides = op.params["strides"] or (1,) * len(starts)
@@ -227,7 +227,7 @@ def check_window(op: Op, affine: Affine) -> None:
 
 
 def count(op: Op, shape: Any) -> int:
-    """Returns how many elements a sum adds up."""
+    """Returns the number of terms of a sum."""
     if op.name == "reduce_sum":
         sizes = [shape[axis] for axis in op.params["axes"]]
     else:
@@ -240,7 +240,7 @@ def count(op: Op, shape: Any) -> int:
 
 
 def explained(graph: Graph, region: Region, absorbed: frozenset[Outputs]) -> list[Affine]:
-    """Returns what `carried_back` returns, or says which step is in the way."""
+    """Returns the result of `carried_back`; raises `Unfoldable` with the step that prevents it."""
     kernel = "/".join(region.sinks[0].path)
     steps = [op for op in region.ops.values() if graph.is_step(op) and op.outputs not in absorbed]
     for op in steps:

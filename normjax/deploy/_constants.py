@@ -1,4 +1,4 @@
-"""Finds what does not depend on the inputs of a program: its leaves, and its value in float64."""
+"""Finds values that do not depend on a program's inputs, and computes them in float64."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _select(params: Mapping[str, Any], which: np.ndarray, *cases: np.ndarray) ->
     return np.where(which, cases[-1], cases[0])
 
 
-# A batch norm whose chain needs another primitive is not folded.
+# A batch norm that needs another primitive is not folded.
 ELEMENTWISE: dict[str, Callable[..., np.ndarray]] = {
     "abs": lambda params, value: np.abs(value),
     "add": lambda params, a, b: a + b,
@@ -75,7 +75,7 @@ class Constants:
         return number in self.sources
 
     def unknown(self, number: int) -> str | None:
-        """Returns a primitive between the leaves and here that `value` does not know."""
+        """Returns a primitive between the leaves and this value that `value` does not support."""
         op = self.makers.get(number)
         if op is None:
             return None
@@ -84,7 +84,7 @@ class Constants:
         return next((name for name in map(self.unknown, op.inputs) if name), None)
 
     def value(self, number: int, leaves: Mapping[Path, Any]) -> np.ndarray:
-        """Returns a value in float64, compact; raises an error for leaves that are not finite."""
+        """Returns a value as a compact float64 array; raises an error for NaN and infinities."""
         op = self.makers.get(number)
         if op is not None:
             return self._computed(op, [self.value(given, leaves) for given in op.inputs])
@@ -103,7 +103,7 @@ class Constants:
         return laid_out(op, value, before, after)
 
     def text(self, number: int) -> str:
-        """Returns a formula of leaves and literals, without how the values are laid out."""
+        """Returns a formula of leaves and literals, without layout operations."""
         op = self.makers.get(number)
         if op is not None:
             inner = ", ".join(map(self.text, op.inputs))
@@ -115,7 +115,7 @@ class Constants:
         return "/".join(path)
 
     def view(self, number: int) -> list[Op] | None:
-        """Returns the operations that only lay out one leaf, in order; None if others occur."""
+        """Returns the layout operations of one leaf, in order; None if there are others."""
         ops: list[Op] = []
         while (op := self.makers.get(number)) is not None:
             if op.name not in VIEWS or not _is_floating(self.program, number):
@@ -126,7 +126,7 @@ class Constants:
 
 
 def forwards(view: list[Op], value: Any, program: Program) -> Any:
-    """Lays a compact array of a leaf out as the operand that `view` makes."""
+    """Converts a compact array of a leaf to the layout of the operand after `view`."""
     for op in view:
         before, after = (program.types[i].shape for i in (op.inputs[0], op.outputs[0]))
         value = laid_out(op, value, before, after)
@@ -134,7 +134,7 @@ def forwards(view: list[Op], value: Any, program: Program) -> Any:
 
 
 def backwards(view: list[Op], value: Any, program: Program) -> Any:
-    """Lays a compact array of an operand out as the leaf that `view` starts from."""
+    """Converts a compact array of an operand to the layout of the leaf before `view`."""
     for op in reversed(view):
         before, after = (program.types[i].shape for i in (op.inputs[0], op.outputs[0]))
         value = laid_back(op, value, before, after)

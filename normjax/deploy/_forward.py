@@ -1,9 +1,9 @@
 """Folds batch norms into the linear layers after them.
 
-A batch norm's affine map is carried forward to all that reads it: through layouts, maxima where it
-does not change the order, means, concatenation and slices, until linear layers take it up: they
-scale what they read, and add their product with the shift. Padded zeros become the value that the
-map sends to zero.
+The affine map of a batch norm is carried forward to all of its readers: through layouts, maxima if
+the map does not change the order, means, concatenation and slices, up to linear layers. Their
+kernels absorb the scale, and their biases the product of the kernel with the shift. Padded zeros
+become the value that the map sends to zero.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Spread(NamedTuple):
     """The operations from the input of a batch norm to the linear layers that read it.
 
     Attributes:
-      head: the value that the batch norm reads.
-      ops: the operations, by their outputs, in the program's order.
+      head: the input of the batch norm.
+      ops: the operations by their outputs, in program order.
       sinks: the linear layers.
     """
 
@@ -45,11 +45,11 @@ class Spread(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """What is to be undone after a batch norm is left out.
+    """The affine maps to apply elsewhere once a batch norm is removed.
 
     Attributes:
-      inner: the map of what each linear layer reads.
-      pads: the map of what each `pad` reads, by its outputs.
+      inner: the map of the input of each linear layer.
+      pads: the map of the input of each `pad`, by its outputs.
     """
 
     inner: list[Affine]
@@ -57,7 +57,7 @@ class Carried(NamedTuple):
 
 
 def push(graph: Graph, chain: list[Op]) -> Spread:
-    """Returns what lies between a batch norm and linear layers; raises `Unfoldable` if others."""
+    """Returns the operations from a batch norm to linear layers; raises `Unfoldable` for others."""
     (head,) = graph.data(chain[0])
     ops = {op.outputs: op for op in chain}
     sinks: dict[Outputs, Linear] = {}
@@ -96,7 +96,7 @@ def _taken(graph: Graph, op: Op) -> Op:
 
 
 def carried_forward(graph: Graph, spread: Spread, absorbed: frozenset[Outputs]) -> Carried:
-    """Returns the map that each linear layer and `pad` has to make up for."""
+    """Returns the maps that linear layers and `pad`s have to apply."""
     state = {spread.head: unchanged(len(graph.shape(spread.head)))}
     pads: dict[Outputs, Affine] = {}
     for op in spread.ops.values():
@@ -164,7 +164,7 @@ def _concatenated(graph: Graph, op: Op, state: dict[int, Affine]) -> Affine:
     whole = []
     for column in zip(*own, strict=True):
         if all(np.array_equal(each, column[0]) and each.shape[axis] == 1 for each in column):
-            whole.append(column[0])  # such as the pieces of a circular border
+            whole.append(column[0])  # such as the parts of a circular border
             continue
         wide = [np.ones((1,) * rank) * each for each in column]
         full = [
@@ -197,7 +197,7 @@ def _check_linear(sink: Linear, affine: Affine) -> None:
 
 
 def pads_zeros(op: Op) -> bool:
-    """Returns whether a linear operation puts zeros around or between what it reads."""
+    """Returns whether a linear operation pads its input with zeros, around or between elements."""
     if op.name != "conv_general_dilated":
         return False
     dilated = any(each != 1 for each in op.params["lhs_dilation"])
@@ -205,12 +205,12 @@ def pads_zeros(op: Op) -> bool:
 
 
 def preimage(affine: Affine, value: float) -> np.ndarray:
-    """Returns what a map sends to a value, compact."""
+    """Returns the value that a map sends to the given value, as a compact array."""
     multiplier, shift = np.broadcast_arrays(*affine)
     if value == -np.inf and (multiplier > 0).all():
         return np.full(multiplier.shape, -np.inf)
     wanted = value - shift
-    # What is beyond `FARTHEST` may not fit the kernel's dtype, as with a scale of 1e-40.
+    # Values beyond `FARTHEST`, as with a scale of 1e-40, may not fit into the kernel's dtype.
     lost = (np.abs(multiplier) * FARTHEST < np.abs(wanted)) & (wanted != 0)
     if lost.any() or not np.isfinite(value):
         where = int(lost.ravel().argmax())

@@ -1,4 +1,4 @@
-"""What the search for folds asks a program: who makes and reads a value, what an operation is."""
+"""Queries on a program for the search for folds."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Linear(NamedTuple):
 
     Attributes:
       op: the operation.
-      side: which of its operands is the kernel.
+      side: the index of the operand that is the kernel.
       path: the path of the leaf.
-      operand: the kernel as the operation reads it.
-      view: the operations that make the operand from the leaf.
-      features: the axes of the operand that are features of the output.
-      axes: the axes of the output that have these features.
+      operand: the kernel in the layout that the operation reads.
+      view: the operations from the leaf to the operand.
+      features: the axes of the operand that are output features.
+      axes: the axes of the output with these features.
     """
 
     op: Op
@@ -41,30 +41,30 @@ class Linear(NamedTuple):
 
     @property
     def data(self) -> int:
-        """The operand that is not the kernel."""
+        """Returns the operand that is not the kernel."""
         return self.op.inputs[1 - self.side]
 
     @property
     def output(self) -> int:
-        """The value that the operation makes."""
+        """Returns the output of the operation."""
         return self.op.outputs[0]
 
 
 class Norm(tuple[str, ...]):
-    """The path of a batch norm, and how its leaves are named."""
+    """The path of a batch norm, and the names of its leaves."""
 
     mean: Path
     var: Path
 
     def __new__(cls, path: Path, mean: str = "mean", var: str = "var") -> Norm:
-        """Makes the path of a batch norm from the names of its leaves."""
+        """Creates the path of a batch norm from the names of its leaves."""
         norm = super().__new__(cls, path)
         norm.mean, norm.var = (*path, mean), (*path, var)
         return norm
 
 
 class Graph:
-    """A program and the values of its leaves, as far as they are known."""
+    """A program and the known values of its leaves."""
 
     def __init__(self, program: Program, norms: list[Norm], leaves: Mapping[Path, Any]):
         self.program, self.norms, self.leaves = program, norms, leaves
@@ -72,7 +72,7 @@ class Graph:
         self.makers, self.users = self.constants.makers, users(program)
 
     def shape(self, number: int) -> tuple[Any, ...]:
-        """Returns the shape of a value; its sizes may be symbolic."""
+        """Returns the shape of a value, whose sizes may be symbolic."""
         return self.program.types[number].shape
 
     def dtype(self, number: int) -> Any:
@@ -93,7 +93,7 @@ class Graph:
         return frozenset() if constant is None else self.constants.sources[constant]
 
     def norms_of(self, op: Op) -> list[Norm]:
-        """Returns the batch norms whose variance an arithmetic step reads."""
+        """Returns the batch norms whose variances an arithmetic step reads."""
         return [norm for norm in self.norms if norm.var in self.sources(op)]
 
     def is_step(self, op: Op | None) -> bool:
@@ -103,7 +103,7 @@ class Graph:
         return jnp.issubdtype(self.dtype(op.outputs[0]), jnp.inexact)
 
     def passes(self, op: Op | None) -> bool:
-        """Returns whether an operation only lays one value out, or changes its dtype."""
+        """Returns whether an operation only changes the layout or dtype of one value."""
         return op is not None and op.name in (*LAYOUT, *PASSING) and len(self.data(op)) == 1
 
     def step(self, op: Op) -> np.ndarray | None:
@@ -117,7 +117,7 @@ class Graph:
         if (unknown := self.constants.unknown(constant)) is not None:
             raise Unfoldable(f"is a constant made by {unknown}")
         if missing := self.constants.sources[constant] - self.leaves.keys():
-            raise Unfoldable(f"is {_names(missing)}, whose value is not known")
+            raise Unfoldable(f"is {_names(missing)}, whose value is unknown")
         rank = len(self.shape(op.outputs[0]))
         if len(self.shape(data)) != rank:
             raise Unfoldable(f"is {name_of(op)} of {self.text(op)}, which changes the shape")
@@ -125,7 +125,7 @@ class Graph:
         return value.reshape((1,) * (rank - value.ndim) + value.shape)
 
     def padding(self, op: Op) -> float:
-        """Returns what a `pad` puts around its input; raises `Unfoldable` if that is computed."""
+        """Returns the padding value of a `pad`; raises `Unfoldable` if it is computed."""
         number = op.inputs[1]
         sources = self.constants.sources.get(number)
         if sources is None or sources or self.constants.unknown(number) is not None:
@@ -134,20 +134,20 @@ class Graph:
         return float(self.constants.value(number, {}) if given is None else given)
 
     def is_folded(self, op: Op) -> bool:
-        """Returns whether a step becomes part of a kernel.
+        """Returns whether a step can become part of a kernel.
 
-        A factor that is not made of leaves may be made of sizes, as the count of a mean is. It
-        stays in the program, which is traced for each shape.
+        A factor that is not computed from leaves may be computed from sizes, such as the count of a
+        mean. It stays in the program, which is traced for each shape.
         """
         return op.name in ("add", "sub", "neg") or bool(self.sources(op))
 
     def text(self, op: Op) -> str:
-        """Returns an arithmetic step in words."""
+        """Describes an arithmetic step in words."""
         constant = self.constant(op)
         return "" if constant is None else self.constants.text(constant)
 
     def alone(self, number: int, op: Op) -> bool:
-        """Returns whether a value goes only to an operation, directly or through single uses."""
+        """Returns whether only one operation uses a value, directly or through single uses."""
         while len(uses := self.users[number]) == 1 and (user := uses[0]) is not None:
             if user is op:
                 return True
@@ -155,7 +155,7 @@ class Graph:
         return False
 
     def linear(self, op: Op) -> Linear:
-        """Returns a convolution or product with one leaf, or says why it is none."""
+        """Returns a convolution or product with one leaf; raises `Unfoldable` for others."""
         sides = [side for side, number in enumerate(op.inputs) if number in self.constants]
         if op.name not in LINEAR or len(sides) != 1:
             raise Unfoldable(f"its input comes from {name_of(op)}, not from a linear layer")
@@ -175,7 +175,7 @@ class Graph:
 
 
 def before(graph: Graph, op: Op, affine: Affine) -> Affine:
-    """Returns what to do to the input of a step, in place of doing `affine` to its output."""
+    """Returns the map of a step's input that is equivalent to `affine` on its output."""
     multiplier, shift = affine
     if op.name == "neg":
         return Affine(-multiplier, shift)
@@ -230,7 +230,7 @@ def _names(paths: frozenset[Path]) -> str:
 def _features(op: Op, side: int, program: Program) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the axes of the kernel that are output features, and their axes in the output.
 
-    Both are empty if no axis of the kernel is one.
+    Both are empty if no axis of the kernel is an output feature.
     """
     if op.name == "conv_general_dilated":
         numbers = op.params["dimension_numbers"]

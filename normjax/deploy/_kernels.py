@@ -24,9 +24,9 @@ class Names(NamedTuple):
     """The paths of new leaves.
 
     Attributes:
-      biases: the path of the bias by the path of the kernel.
-      borders: the path of what a convolution pads with, by the path of its kernel.
-      pads: the paths of what each `pad` puts around its input, in the program's order.
+      biases: the path of the bias, by the path of the kernel.
+      borders: the path of a convolution's padding values, by the path of its kernel.
+      pads: the paths of the padding values of each `pad`, in program order.
     """
 
     biases: dict[Path, Path]
@@ -35,18 +35,18 @@ class Names(NamedTuple):
 
 
 def changed(plan: Plan) -> list[Linear]:
-    """Returns the linear layers that stay, with other kernels."""
+    """Returns the linear layers that stay with changed kernels."""
     return [sink for path, sink in plan.sinks.items() if plan.merged(path) == path]
 
 
 def bordered(plan: Plan) -> list[Linear]:
-    """Returns the convolutions that pad with something else than zeros."""
+    """Returns the convolutions that pad with other values than zero."""
     sinks = [plan.sinks[path] for path in plan.inner]
     return [sink for sink in sinks if pads_zeros(sink.op) and plan.inner[sink.path].shift.any()]
 
 
 def padded(plan: Plan) -> list[Outputs]:
-    """Returns each `pad` that gets other values, by its outputs."""
+    """Returns the `pad`s with changed values, by their outputs."""
     finite = []
     for op in plan.graph.program.ops:
         if op.outputs in plan.pads:
@@ -56,7 +56,7 @@ def padded(plan: Plan) -> list[Outputs]:
 
 
 def named(plan: Plan, leaves: Mapping[Path, Any]) -> Names:
-    """Returns names for new leaves, beside the kernels."""
+    """Returns paths for new leaves, beside the kernels."""
     taken = set(leaves)
 
     def new(kernel: Path, name: str) -> Path:
@@ -75,7 +75,7 @@ def named(plan: Plan, leaves: Mapping[Path, Any]) -> Names:
 
 
 def _own_bias(plan: Plan, sink: Linear) -> Path | None:
-    """Returns the bias of the linear layer: one leaf, of the features' shape, added first."""
+    """Returns the bias of the linear layer: a leaf of the features' shape that is added first."""
     graph, number = plan.graph, sink.output
     while len(uses := graph.users[number]) == 1 and (op := uses[0]) is not None:
         if graph.is_step(op):
@@ -95,7 +95,7 @@ def _own_bias(plan: Plan, sink: Linear) -> Path | None:
 
 
 def _bias_axes(graph: Graph, sink: Linear) -> tuple[tuple[int, ...], bool]:
-    """Returns the axes of a bias in the kernel, and whether they are axes of the leaf itself."""
+    """Returns the kernel axes of a bias, and whether they are axes of the leaf itself."""
     axes = tuple(sorted(sink.features))
     if all(op.name in PASSING for op in sink.view):
         return axes, True
@@ -118,7 +118,7 @@ def bias_shape(graph: Graph, sink: Linear) -> tuple[int, ...]:
 
 
 def spread_bias(graph: Graph, sink: Linear, bias: Any) -> Any:
-    """Returns a bias as a compact array of the layer's output."""
+    """Converts a bias to a compact array of the layer's output."""
     axes, of_leaf = _bias_axes(graph, sink)
     number = graph.program.leaves[sink.path] if of_leaf else sink.operand
     sizes = [size if i in axes else 1 for i, size in enumerate(graph.shape(number))]
@@ -128,11 +128,11 @@ def spread_bias(graph: Graph, sink: Linear, bias: Any) -> Any:
 
 
 def folded_leaves(plan: Plan, names: Names, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
-    """Returns the new leaves, each in the dtype of its kernel."""
+    """Returns the new leaves, in the dtypes of their kernels."""
     graph, made = plan.graph, {}
     for path in {path for fold in plan.folds for path in fold.norms}:
         _check_variance(graph, path, leaves)
-    with np.errstate(all="ignore"):  # `narrowed` raises an error for what is not finite
+    with np.errstate(all="ignore"):  # `narrowed` raises an error for values that are not finite
         parts = {path: _kernel_and_shift(plan, sink, leaves) for path, sink in plan.sinks.items()}
         for sink in changed(plan):
             kernel, shift = _merged(plan, sink, parts)
@@ -169,7 +169,7 @@ def _check_variance(graph: Graph, norm: Path, leaves: Mapping[Path, Any]) -> Non
 def _kernel_and_shift(
     plan: Plan, sink: Linear, leaves: Mapping[Path, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a kernel as the operation reads it, and its output's shift, compact along it."""
+    """Returns a kernel as the operation reads it, and the shift of its output."""
     graph = plan.graph
     wide = widened(FUNCTION, "/".join(sink.path), leaves[sink.path])
     kernel = forwards(sink.view, wide, graph.program)
@@ -185,13 +185,13 @@ def _kernel_and_shift(
 
 
 def as_made(graph: Graph, sink: Linear, affine: Affine) -> Affine:
-    """Lays a map of the layer's output out along the kernel."""
+    """Converts a map of the layer's output to the layout of the kernel."""
     rank = len(graph.shape(sink.operand))
     return Affine(*(moved(each, sink.axes, sink.features, rank) for each in affine))
 
 
 def as_read(graph: Graph, sink: Linear, array: np.ndarray) -> np.ndarray:
-    """Lays an array of the layer's input out along the kernel."""
+    """Converts an array of the layer's input to the layout of the kernel."""
     params, rank = sink.op.params, len(graph.shape(sink.operand))
     if sink.op.name == "dot_general":
         contracted, batch = params["dimension_numbers"]
@@ -231,10 +231,10 @@ def _as_bias(graph: Graph, sink: Linear, shift: np.ndarray) -> np.ndarray:
 
 
 def compact_shape(affine: Affine) -> tuple[int, ...]:
-    """Returns the shape of a border's values as a compact array."""
+    """Returns the compact shape of the padding values."""
     return np.broadcast_shapes(*(each.shape for each in affine))
 
 
 def as_border(value: Any, affine: Affine) -> Any:
-    """Lays the values of a border out as a compact array of what they surround."""
+    """Converts padding values to a compact array of the padded value."""
     return jnp.asarray(value).reshape(compact_shape(affine))

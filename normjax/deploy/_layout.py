@@ -1,7 +1,7 @@
-"""Moves one number for each feature through operations that only lay out a value.
+"""Transforms per-feature values through operations that only change the layout of a value.
 
-A compact array has the rank of the value that it belongs to, and size 1 along every axis on which
-it does not depend. So it needs no sizes of the batch or of an image, which may be symbolic.
+A compact array has the rank of its value, and size 1 along every axis on which it does not depend.
+So it does not need the sizes of the batch or of an image, which may be symbolic.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ Shape = tuple[Any, ...]
 
 
 class Unfoldable(Exception):
-    """Says in words why a batch norm cannot be folded."""
+    """Raised if a batch norm cannot be folded; the message is the reason."""
 
 
 class Affine(NamedTuple):
-    """What a value is multiplied by, and what is then added, as compact arrays."""
+    """The multiplier of a value and the shift that is then added, as compact arrays."""
 
     multiplier: np.ndarray
     shift: np.ndarray
 
 
 def unchanged(rank: int) -> Affine:
-    """Returns the affine map that leaves a value as it is."""
+    """Returns the identity map."""
     return Affine(np.ones((1,) * rank), np.zeros((1,) * rank))
 
 
 def laid_out(op: Op, array: Any, before: Shape, after: Shape) -> Any:
-    """Returns a compact array of the input of an operation as one of its output."""
+    """Converts a compact array of an operation's input to one of its output."""
     if op.name in PASSING:
         return array
     if op.name == "transpose":
@@ -54,13 +54,13 @@ def laid_out(op: Op, array: Any, before: Shape, after: Shape) -> Any:
         sizes = [array.shape[axes.index(i)] if i in axes else 1 for i in range(len(after))]
         return array.reshape(sizes)
     order = op.params.get("dimensions") if op.name == "reshape" else None
-    if order is not None:  # a transposition that `vmap` of a convolution puts into a reshape
+    if order is not None:  # a transposition that `vmap` of a convolution includes in a reshape
         array, before = array.transpose(order), tuple(before[axis] for axis in order)
     return _reshaped(array, before, after, op)
 
 
 def laid_back(op: Op, array: Any, before: Shape, after: Shape) -> Any:
-    """Returns a compact array of the output of an operation as one of its input."""
+    """Converts a compact array of an operation's output to one of its input."""
     if op.name in PASSING:
         return array
     if op.name == "transpose":
@@ -81,12 +81,12 @@ def laid_back(op: Op, array: Any, before: Shape, after: Shape) -> Any:
 
 
 def feature_axes(array: Any, allowed: tuple[int, ...]) -> bool:
-    """Returns whether a compact array depends on nothing but some axes."""
+    """Returns whether a compact array only depends on the given axes."""
     return all(size == 1 or axis in allowed for axis, size in enumerate(array.shape))
 
 
 def moved(array: Any, taken: tuple[int, ...], placed: tuple[int, ...], rank: int) -> Any:
-    """Returns an array with its axes `taken` at the places `placed`, and size 1 elsewhere."""
+    """Moves the axes `taken` of an array to the positions `placed`, with size 1 elsewhere."""
     order = np.argsort(placed)
     ordered = array.transpose([*(taken[i] for i in order), *_others(taken, array.ndim)])
     sizes = [1] * rank
@@ -104,7 +104,7 @@ def _flipped(array: Any, axes: Any) -> Any:
 
 
 def _reshaped(array: Any, before: Shape, after: Shape, op: Op) -> Any:
-    """Reshapes a compact array as an array of shape `before` is reshaped to `after`."""
+    """Reshapes a compact array in the same way as an array of shape `before` to `after`."""
     full: list[Any] = []
     sizes: list[Any] = []
     for (start, stop), (first, last) in _groups(before, after):
@@ -122,7 +122,7 @@ def _reshaped(array: Any, before: Shape, after: Shape, op: Op) -> Any:
 
 
 def _groups(before: Shape, after: Shape) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Returns the smallest runs of axes that are reshaped among themselves."""
+    """Returns the smallest runs of axes that are reshaped separately."""
     ends, other_ends = _products(before), _products(after)
     groups, start, first = [], 0, 0
     for stop in range(1, len(before) + 1):

@@ -1,7 +1,7 @@
-"""Makes a linen module of a folded model, for tools that work on modules, such as qwix.
+"""Converts a folded model to a linen module, for tools that work on modules, such as qwix.
 
-Each linear layer calls `jax.lax.conv_general_dilated` or `jax.lax.dot_general` inside of a module
-that has its kernel, as Flax's layers do. There such tools look for it.
+Each linear layer calls `jax.lax.conv_general_dilated` or `jax.lax.dot_general` inside a module with
+its kernel, as Flax's layers do. Such tools expect the calls there.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ PARAMS = "params"
 
 
 def as_linen(recipe: Recipe, variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns a linen module and its variables; leaves outside of collections are parameters."""
+    """Returns a linen module and its variables; leaves outside of collections become parameters."""
     from flax import linen
 
     in_collections = PARAMS in variables
     used = {path: leaf for path, leaf in flatten(variables).items() if path in recipe.used}
     leaves = {path if in_collections else (PARAMS, *path): leaf for path, leaf in used.items()}
-    prepared: list[Program] = []  # by `init` and `apply`, before a tool changes what `lax` does
+    prepared: list[
+        Program
+    ] = []  # traced by `init` and `apply`, before a tool replaces functions of `lax`
 
     class Scope(linen.Module):
         @linen.compact
@@ -81,7 +83,7 @@ def as_linen(recipe: Recipe, variables: Mapping[str, Any]) -> tuple[Any, dict[st
 
 
 def _run(program: Program, read: Callable[[Path, Callable], Any], inputs: Any) -> Any:
-    """Runs a program; `read(path, use)` calls a function of a leaf inside of its module."""
+    """Runs a program; `read(path, use)` calls a function of a leaf inside its module."""
     kernels = _kernels(program)
     values = dict(program.constants)
     values |= zip(program.inputs, jax.tree.leaves(inputs), strict=True)
@@ -92,14 +94,16 @@ def _run(program: Program, read: Callable[[Path, Callable], Any], inputs: Any) -
         if op.outputs in kernels:
             made = read(kernels[op.outputs], partial(_linear, op, values))
             values[op.outputs[0]] = made
-        elif all(number in values for number in op.inputs):  # others lay out a kernel
+        elif all(
+            number in values for number in op.inputs
+        ):  # other operations change the layout of a kernel
             given = (values[number] for number in op.inputs)
             values |= zip(op.outputs, op.run(*given), strict=True)
     return jax.tree.unflatten(program.structure, [values[number] for number in program.outputs])
 
 
 def _kernels(program: Program) -> dict[tuple[int, ...], Path]:
-    """Returns the leaves that linear operations read as they are, used once, by the outputs."""
+    """Returns the leaves that a linear operation reads directly and that are used once."""
     leaves = {number: path for path, number in program.leaves.items()}
     makers = {number: op for op in program.ops for number in op.outputs}
     found: dict[tuple[int, ...], Path] = {}
@@ -126,7 +130,7 @@ def _operand(op: Op) -> int:
 
 
 def _linear(op: Op, values: Mapping[int, Any], kernel: Any) -> Any:
-    """Runs a linear operation on its kernel, which a tool may have made something else."""
+    """Runs a linear operation on its kernel, which a tool may have replaced."""
     if isinstance(op, Layer):
         data, bias, *border = (values[number] for i, number in enumerate(op.inputs) if i != 1)
         value, plain = op.prepared(data, *border)

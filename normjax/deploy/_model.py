@@ -1,4 +1,4 @@
-"""Checks and traces the model that is folded."""
+"""Checks and traces the model to fold."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_callable(model: Any) -> None:
 def traced(
     source: Callable[..., Any], variables: Any, inputs: tuple[Any, ...], leaves: Mapping[Path, Any]
 ) -> Graph:
-    """Traces the model; raises an error for one that trains."""
+    """Traces the model; raises an error if it is in training mode."""
     from flax.errors import ModifyScopeVariableError
 
     try:
@@ -39,15 +39,15 @@ def traced(
         _checks.raise_error(
             FUNCTION,
             "the model updates its statistics, as in training",
-            expected="the function that does inference, such as "
+            expected="a function in inference mode, such as "
             "functools.partial(model.apply, train=False)",
             got=str(error).split("(https")[0].strip().rstrip("."),
-            fix="Pass train=False, use_running_average=True, or what the model calls it",
+            fix="Pass train=False, use_running_average=True, or the model's own argument",
         )
 
 
 def check_arrays(leaves: Mapping[Path, Any], inputs: Any) -> None:
-    """Raises an error for what is traced, or is not an array."""
+    """Raises an error for leaves that are traced or are not arrays."""
     named = [("/".join(path), leaf) for path, leaf in leaves.items()]
     for name, leaf in [*named, *(("an input", leaf) for leaf in jax.tree.leaves(inputs))]:
         check_known(

@@ -1,4 +1,4 @@
-"""Says what to know of statistics that have other names than `mean` and `var`."""
+"""Notes about statistics that have other names than `mean` and `var`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from normjax.deploy._graph import Graph
 
 
 def notes(graph: Graph) -> Iterator[str]:
-    """Returns a line for each kind of name that is not `mean` and `var`."""
+    """Returns a note for each kind of name other than `mean` and `var`."""
     names = {(norm.mean[-1], norm.var[-1]) for norm in graph.norms} - {("mean", "var")}
     for mean, var in sorted(names):
         yield f"Leaves {mean} and {var} were taken for the mean and var of batch norms."
@@ -25,7 +25,7 @@ def notes(graph: Graph) -> Iterator[str]:
 
 
 def _like_variances(graph: Graph) -> set[Path]:
-    """Returns leaves of no known batch norm whose roots scale a value."""
+    """Returns leaves outside of known batch norms whose square roots scale a value."""
     known = {path for norm in graph.norms for path in (norm.mean, norm.var)}
     rooted: set[Path] = set()
     scaling: set[Path] = set()

@@ -1,4 +1,4 @@
-"""Merges parallel branches into one kernel: sums of linear layers and batch norms of one value."""
+"""Merges sums of linear layers and batch norms of the same value into one kernel."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Term(NamedTuple):
 
     Attributes:
       output: the operand.
-      ops: the scales and shifts that make it.
-      linear: the linear layer that they follow; None if they follow `source` itself.
-      source: the value that the branch reads.
+      ops: the scales and shifts that compute it.
+      linear: the linear layer before them; None if they follow `source` itself.
+      source: the input of the branch.
     """
 
     output: int
@@ -35,9 +35,9 @@ class Merge(NamedTuple):
 
     Attributes:
       target: the layer that stays.
-      terms: all branches, the target's too.
-      offsets: where the kernel of each branch lies in the target's, along the spatial axes.
-      scales: the map of each branch that has no linear layer, None for the others.
+      terms: all branches, including the target.
+      offsets: the spatial position of the kernel of each branch in the target's kernel.
+      scales: the map of each branch without a linear layer; None for other branches.
     """
 
     target: Linear
@@ -70,7 +70,7 @@ def _is_sum(graph: Graph, op: Op | None) -> bool:
 
 
 def _operands(graph: Graph, op: Op, inside: set[Outputs]) -> list[int]:
-    """Returns what a sum of sums adds up."""
+    """Returns the operands of a nested sum."""
     inside.add(op.outputs)
     found = []
     for number in op.inputs:
@@ -85,7 +85,7 @@ def _operands(graph: Graph, op: Op, inside: set[Outputs]) -> list[int]:
 
 
 def _term(graph: Graph, output: int, absorbed: frozenset[Outputs]) -> Term | None:
-    """Returns a branch, or None if it is not scales and shifts alone."""
+    """Returns a branch, or None if it has other operations than scales and shifts."""
     ops: list[Op] = []
     number = output
     while (op := graph.makers.get(number)) is not None:
@@ -120,7 +120,7 @@ def merges(
     outer: Mapping[Path, Affine],
     absorbed: frozenset[Outputs],
 ) -> list[Merge]:
-    """Returns the branches that fit into the largest kernel of them, if there are two or more."""
+    """Returns the branches that fit into the largest of their kernels, if there are several."""
     linear = [term for term in terms if term.linear is not None]
     if not linear:
         return []
@@ -146,7 +146,7 @@ def _size(graph: Graph, term: Term) -> int:
 
 
 def _fitted(graph: Graph, target: Linear, term: Term) -> tuple[tuple[int, ...], Affine | None]:
-    """Returns where a branch lies in the target's kernel; raises `Unfoldable` if it does not."""
+    """Returns the position of a branch in the target's kernel, or raises `Unfoldable`."""
     if term.linear is not None:
         return _offset(graph, target, term.linear), None
     affine = unchanged(len(graph.shape(term.source)))
@@ -199,7 +199,7 @@ def _position(distance: int, dilation: int, size: int, small: int) -> int:
 
 
 def _identity_offset(graph: Graph, target: Linear) -> tuple[int, ...]:
-    """Returns where the largest kernel has the element that a branch without a layer is."""
+    """Returns the position in the largest kernel of the element of a branch without a layer."""
     params, shape = target.op.params, graph.shape(target.operand)
     if graph.shape(target.data) != graph.shape(target.output):
         raise Unfoldable("another shape")
@@ -223,7 +223,7 @@ def _identity_offset(graph: Graph, target: Linear) -> tuple[int, ...]:
 
 
 def merged_kernel(graph: Graph, merge: Merge, kernels: Mapping[Path, np.ndarray]) -> np.ndarray:
-    """Returns the kernel, as the operation reads it, that does what all branches did."""
+    """Returns the kernel, as the operation reads it, that is equivalent to all branches."""
     whole = kernels[merge.target.path].copy()
     for term, offset, scale in zip(merge.terms, merge.offsets, merge.scales, strict=True):
         if term.linear is None and scale is not None:

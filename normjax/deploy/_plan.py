@@ -1,4 +1,4 @@
-"""Chooses what is folded: each batch norm into what comes before it, or else into what follows."""
+"""Plans the folds: each batch norm into the layers before it, or else into those after it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Key = tuple[str, tuple[Path, ...], tuple[Path, ...]]
 
 
 class Fold(NamedTuple):
-    """Something that was folded.
+    """A fold.
 
     Attributes:
       kind: "backward", "forward", "parallel" or "bias".
-      kernels: the kernels that it is folded into.
+      kernels: the kernels into which it is folded.
       norms: the batch norms that are folded.
-      steps: its steps in words, in the order in which they run.
+      steps: its steps in words, in program order.
       factors: the factors in between that stay in the program, in words.
-      place: where it starts in the program.
+      place: its position in the program.
     """
 
     kind: str
@@ -40,24 +40,24 @@ class Fold(NamedTuple):
 
     @property
     def key(self) -> Key:
-        """What tells it from others of the same model."""
+        """Returns what distinguishes it from other folds of the model."""
         return self.kind, self.kernels, self.norms
 
 
 class Plan:
-    """What is folded in a program.
+    """The folds of a program.
 
     Attributes:
       graph: the program.
-      folds: what is folded, in the order in which it is.
-      reasons: why a batch norm is not folded.
+      folds: the folds, in the order of folding.
+      reasons: the reasons why batch norms are not folded.
       absorbed: the steps that become part of kernels.
-      wide: the operations that run in the dtype of a batch norm's output, which is not rounded in
-        between, and that dtype.
+      wide: the operations that run in the dtype of a batch norm's output, to avoid rounding in
+        between, with that dtype.
       sinks: the linear layers whose leaves change.
-      outer: what is done to the output of a linear layer.
-      inner: what the linear layer has to do to its input.
-      pads: the map that the border of a `pad` has to make up for.
+      outer: the map of a linear layer's output.
+      inner: the map of a linear layer's input.
+      pads: the map that the border of a `pad` has to invert.
       merges: the parallel branches that become one kernel.
     """
 
@@ -72,13 +72,15 @@ class Plan:
         self.inner: dict[Path, Affine] = {}
         self.pads: dict[Outputs, Affine] = {}
         self.merges: dict[Path, Merge] = {}
-        with np.errstate(all="ignore"):  # what is not finite is an error later, with its path
+        with np.errstate(
+            all="ignore"
+        ):  # values that are not finite raise an error later, with their path
             self._fold_norms()
             self._merge_branches()
             self._take_up_biases()
 
     def _fold_norms(self) -> None:
-        """Folds backward what can be, the last first, and then forward what is left."""
+        """Folds batch norms backward, from the last to the first, and the rest forward."""
         steps = [op for op in self.graph.program.ops if self.graph.is_step(op)]
         left = []
         for op in reversed(steps):
@@ -96,7 +98,7 @@ class Plan:
                     self.reasons |= dict.fromkeys(self.graph.norms_of(op), words)
 
     def _attempt(self, folds: list[Callable[[], bool]]) -> str | None:
-        """Returns None if one of several folds is done, otherwise the last one's reason."""
+        """Tries several folds; returns None after the first success, or else the last reason."""
         said = None
         for fold in folds:
             try:
@@ -108,7 +110,7 @@ class Plan:
         return said
 
     def _ends(self, op: Op) -> list[int]:
-        """Returns the values after a batch norm up to which leaves scale and shift, last first."""
+        """Returns the values up to which leaves scale and shift after a batch norm, last first."""
         ends, number = list(op.outputs), op.outputs[0]
         while len(uses := self.graph.users[number]) == 1 and (user := uses[0]) is not None:
             if not (self.graph.is_step(user) or self.graph.passes(user)):
@@ -151,7 +153,7 @@ class Plan:
         return True
 
     def _chain(self, op: Op) -> list[Op]:
-        """Returns the operations of a batch norm up to one, from the first that reads it."""
+        """Returns the operations of a batch norm from its first reader up to an operation."""
         graph, chain = self.graph, [op]
         while graph.passes(maker := graph.makers.get(graph.data(chain[0])[0])) or graph.is_step(
             maker
@@ -186,7 +188,7 @@ class Plan:
         self.sinks |= {sink.path: sink for sink in sinks}
 
     def _merge_branches(self) -> None:
-        """Merges branches that are added and read the same value, as RepVGG has them."""
+        """Merges branches that read the same value and are added, as in RepVGG."""
         for terms in same_input_terms(self.graph, self.absorbed, self.inner):
             for merge in merges(self.graph, terms, self.outer, self.absorbed):
                 ops = [op for term in merge.terms for op in term.ops]
@@ -202,7 +204,7 @@ class Plan:
                     self.reasons.pop(norm, None)
 
     def _take_up_biases(self) -> None:
-        """Lets a bias become part of the one that a layer gets in any case."""
+        """Merges a bias into the new bias of a layer."""
         for path in (*self.inner, *self.merges):
             sink = self.sinks[path]
             if path in self.outer:
@@ -224,14 +226,14 @@ class Plan:
         return self._accept_backward("bias", region, made)
 
     def merged(self, path: Path) -> Path:
-        """Returns the kernel that another one has become part of."""
+        """Returns the kernel into which another kernel was merged."""
         for target, merge in self.merges.items():
             if any(term.linear is not None and term.linear.path == path for term in merge.terms):
                 return target
         return path
 
     def reason(self, norm: Norm) -> str:
-        """Returns why a batch norm is not folded, and what to do."""
+        """Returns the reason why a batch norm is not folded, and a fix."""
         said = self.reasons.get(norm)
         if (user := self._other_user(norm)) is not None and said is None:
             loop = user.name in ("scan", "while")
@@ -246,7 +248,7 @@ class Plan:
         return said or "its variance is used in another way than to scale one value"
 
     def _other_user(self, norm: Norm) -> Op | None:
-        """Returns what reads the variance of a batch norm and is not arithmetic."""
+        """Returns an operation that reads the variance of a batch norm and is not arithmetic."""
         sources = self.graph.constants.sources
         for op in self.graph.program.ops:
             reads = any(norm.var in sources.get(number, ()) for number in op.inputs)
@@ -256,7 +258,7 @@ class Plan:
 
 
 def is_root_of(graph: Graph, op: Op, path: Path) -> bool:
-    """Returns whether an operation takes the root of a leaf, up to constants."""
+    """Returns whether an operation computes the square root of a leaf, up to constants."""
     sources = [graph.constants.sources.get(number) for number in op.inputs]
     return (
         op.name in ROOTS and None not in sources and any(path in each for each in sources if each)
@@ -264,6 +266,6 @@ def is_root_of(graph: Graph, op: Op, path: Path) -> bool:
 
 
 def _then(first: Affine, second: Affine) -> Affine:
-    """Returns one map that does what two do, one after the other."""
+    """Returns the composition of two maps."""
     multiplier = second.multiplier * first.multiplier
     return Affine(multiplier, second.multiplier * first.shift + second.shift)

@@ -1,4 +1,4 @@
-"""Inlines calls in a program that fold can change, finds who reads a value, and runs it."""
+"""Inlines calls in a program, finds the readers of values, and runs the program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GROUPING = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "
 
 
 def inline(writer: Writer, eqn: Any, inputs: list[int]) -> list[int] | None:
-    """Inlines the calls that only group operations."""
+    """Inlines calls that only group operations."""
     name = eqn.primitive.name
     grouped = name in GROUPING or (name == "custom_jvp_call" and not _is_activation(eqn))
     return writer.write(_body(eqn), inputs) if grouped else None
@@ -28,15 +28,15 @@ def _body(eqn: Any) -> Any:
 def _is_activation(eqn: Any) -> bool:
     """Returns whether a function with a custom derivative is an activation.
 
-    Activations take one array, and do more than arithmetic. They stay whole, so that reasons can
-    name them.
+    Activations have one input, and are more than arithmetic. They are not inlined, so that reasons
+    can name them.
     """
     names = {inner.primitive.name for inner in _body(eqn).jaxpr.eqns}
     return len(eqn.invars) == 1 and not names <= ARITHMETIC
 
 
 def users(program: Program) -> dict[int, list[Op | None]]:
-    """Returns the operations that read each value, once for each read; None for each return."""
+    """Returns the operations that read each value, once per read; None for each return."""
     found: dict[int, list[Op | None]] = {number: [] for number in range(len(program.types))}
     for op in program.ops:
         for number in op.inputs:
@@ -47,7 +47,7 @@ def users(program: Program) -> dict[int, list[Op | None]]:
 
 
 def pruned(program: Program) -> Program:
-    """Returns the program without the operations and leaves that its outputs do not need."""
+    """Returns the program without operations and leaves that its outputs do not need."""
     needed, ops = set(program.outputs), []
     for op in reversed(program.ops):
         if op.has_effects or needed & set(op.outputs):
@@ -58,7 +58,7 @@ def pruned(program: Program) -> Program:
 
 
 def execute(program: Program, leaves: Mapping[Path, Any], inputs: tuple[Any, ...]) -> Any:
-    """Runs the program on its leaves and on inputs of the shapes that it was traced with."""
+    """Runs the program on its leaves and on inputs with the traced shapes."""
     values = dict(program.constants)
     values |= {number: leaves[path] for path, number in program.leaves.items()}
     values |= zip(program.inputs, jax.tree.leaves(inputs), strict=True)

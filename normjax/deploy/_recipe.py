@@ -1,4 +1,4 @@
-"""Folds a program again for inputs of other shapes, and compares it with the sample's."""
+"""Repeats the folds for inputs of other shapes, and compares them with the sample's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from normjax.deploy._plan import Fold, Key, Plan
 from normjax.deploy._program import execute, inline, pruned
 from normjax.deploy._rewrite import rewritten
 
-# The names of a mean and a variance, side by side: Flax's and Haiku's, Keras's, PyTorch's.
+# The names of mean and variance in Flax and Haiku, Keras, and PyTorch.
 STATISTICS = (
     ("mean", "var"),
     ("moving_mean", "moving_variance"),
@@ -40,7 +40,7 @@ def find(
     inputs: tuple[Any, ...],
     leaves: Mapping[Path, Any],
 ) -> Graph:
-    """Traces a model and finds its batch norms, which have leaves `mean` and `var`."""
+    """Traces a model and finds its batch norms by their leaves `mean` and `var`."""
     program = trace(source, variables, inputs, inline=inline)
     norms = []
     for path in program.leaves:
@@ -51,17 +51,17 @@ def find(
 
 
 class Recipe(NamedTuple):
-    """What a folded model has to do again for inputs of another shape.
+    """What is needed to repeat the folds for inputs of another shape.
 
     Attributes:
       source: the model.
       template: the shapes and dtypes of its variables.
       names: the paths of new leaves.
       shapes: the shapes of the folded model's leaves.
-      used: the leaves that are read on the sample.
-      constants: the leaves that were folded, to compare what is made of them.
-      folds: what was folded.
-      plan: what became of it on the sample.
+      used: the leaves that the model reads on the sample.
+      constants: the folded leaves, to compare values that are computed from them.
+      folds: the folds.
+      plan: the plan for the sample.
       sample: the shapes of the sample's inputs.
     """
 
@@ -87,7 +87,7 @@ class Maps(NamedTuple):
 
 
 def maps(plan: Plan) -> Maps:
-    """Returns what a plan does to each kernel, laid out as the kernel is."""
+    """Returns the map of each kernel in a plan, in the layout of the kernel."""
     graph = plan.graph
     outer = {path: as_made(graph, plan.sinks[path], each) for path, each in plan.outer.items()}
     inner = {
@@ -112,7 +112,7 @@ def run(recipe: Recipe, variables: Any, *inputs: Any) -> Any:
 
 
 def program_for(recipe: Recipe, given: Mapping[Path, Any], inputs: tuple[Any, ...]) -> Program:
-    """Returns the folded program for inputs of any shape, after comparing it with the sample's."""
+    """Returns the folded program for inputs of any shape; compares it with the sample's."""
 
     def typed(path: Any, own: Any) -> Any:
         leaf = given.get(path_of(path))
@@ -129,14 +129,14 @@ def program_for(recipe: Recipe, given: Mapping[Path, Any], inputs: tuple[Any, ..
         differs(
             recipe,
             shapes,
-            expected="a model that reads the leaves that it reads on the sample",
-            got=f"one that reads {', '.join(map('/'.join, lost))} too",
+            expected="a model that reads the same leaves as on the sample",
+            got=f"a model that also reads {', '.join(map('/'.join, lost))}",
         )
     return program
 
 
 def check_same(recipe: Recipe, plan: Plan, shapes: list[Any]) -> None:
-    """Raises an error if what was folded is something else for these inputs."""
+    """Raises an error if the folds differ for these inputs."""
     found = {fold.key: fold for fold in plan.folds}
     for key, fold in recipe.folds.items():
         into = ", ".join(map("/".join, fold.kernels))
@@ -192,7 +192,7 @@ def _name_step(
 
 
 def differs(recipe: Recipe, shapes: list[Any], *, expected: str, got: str) -> None:
-    """Raises the error for a model that is another one at another shape."""
+    """Raises an error for a model that computes something else at another shape."""
     _checks.raise_error(
         "Folded.apply",
         f"with inputs of shapes {shapes} the model computes something else than on the sample, "
@@ -235,5 +235,5 @@ def _check_shapes(given: Mapping[Path, Any], shapes: Mapping[Path, tuple[int, ..
                 f"{'/'.join(path)} differs from the folded model's",
                 expected=f"shape {shapes[path]}" if path in shapes else "no such leaf",
                 got=f"shape {found[path]}" if path in found else "no such leaf",
-                fix="Pass the `variables` of the folded model instead of its source's",
+                fix="Pass the `variables` of the folded model, not those of its source",
             )

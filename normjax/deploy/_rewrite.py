@@ -28,7 +28,7 @@ from normjax.deploy._program import pruned
 
 
 def rewritten(plan: Plan, names: Names) -> Program:
-    """Returns the program with new kernels and biases in place of what was folded."""
+    """Returns the program with new kernels and biases in place of the folded operations."""
     program = plan.graph.program
     types, leaves = list(program.types), dict(program.leaves)
 
@@ -72,7 +72,7 @@ def _op(graph: Graph, outputs: tuple[int, ...]) -> Op:
 
 
 def _escapes(plan: Plan, outputs: tuple[int, ...]) -> bool:
-    """Returns whether a value is read by operations that expect its own dtype."""
+    """Returns whether operations read a value that expect its traced dtype."""
     uses = [user for number in outputs for user in plan.graph.users[number]]
     return any(user is None or user.outputs not in plan.wide for user in uses)
 
@@ -80,7 +80,7 @@ def _escapes(plan: Plan, outputs: tuple[int, ...]) -> bool:
 def _wide(plan: Plan, op: Op, root: int) -> Op:
     """Returns an operation between a linear layer and the end of its batch norm.
 
-    It computes in the wider of both dtypes, so that the bias is not rounded in between.
+    It computes in the wider dtype of both, so that the bias is not rounded in between.
     """
     graph = plan.graph
     dtype = graph.dtype(op.outputs[0]) if _escapes(plan, op.outputs) else None
@@ -108,12 +108,12 @@ def _layer(plan: Plan, sink: Linear, inputs: tuple[int, ...]) -> Op:
 
 
 def wider(*dtypes: Any) -> Any:
-    """Returns the dtype with most bits, whatever JAX's promotion of types is set to."""
+    """Returns the dtype with the most bits, independent of JAX's promotion settings."""
     return max(map(jnp.dtype, dtypes), key=lambda dtype: dtype.itemsize)
 
 
 class Same(Op):
-    """A step that has become part of a kernel; it may still change the dtype."""
+    """A step that has become part of a kernel, but may still change the dtype."""
 
     def run(self, *values: Array) -> Iterable[Array]:
         """Returns the value."""
@@ -123,10 +123,10 @@ class Same(Op):
 
 
 class Between(Op):
-    """An operation that may be given values of a wider dtype than it was traced with."""
+    """An operation whose inputs may have a wider dtype than in the trace."""
 
     def run(self, *values: Array) -> Iterable[Array]:
-        """Returns the operation's values; those that others read have their own dtype."""
+        """Returns the outputs; outputs with other readers have their traced dtype."""
         dtype = self.params["normjax_dtype"]
         wide = wider(*(value.dtype for value in values))
         params = {name: own for name, own in self.params.items() if name != "normjax_dtype"}
@@ -136,10 +136,10 @@ class Between(Op):
 
 
 class Layer(Op):
-    """A linear layer with a bias, whose border may be something else than zeros."""
+    """A linear layer with a bias, whose padding may be other values than zero."""
 
     def prepared(self, value: Array, *border: Array) -> tuple[Array, Op]:
-        """Returns the value with its border, and the operation that needs no other."""
+        """Returns the padded value, and the operation without padding."""
         op = self.params["op"]
         if not border:
             return value, op
@@ -155,7 +155,7 @@ class Layer(Op):
         return _padded(value, edge, config), op._replace(params={**op.params, **none})
 
     def finished(self, made: Array, bias: Array) -> Array:
-        """Returns the layer's output with its bias."""
+        """Returns the layer's output plus its bias."""
         graph, dtype = self.params["graph"], self.params["dtype"]
         spread = spread_bias(graph, self.params["sink"], bias)
         return made.astype(dtype) + spread.astype(dtype)
@@ -170,7 +170,7 @@ class Layer(Op):
 
 
 class Pad(Op):
-    """Puts a value for each feature around another."""
+    """Pads a value with a constant for each feature."""
 
     def run(self, *values: Array) -> Iterable[Array]:
         """Returns the padded value."""
@@ -186,7 +186,7 @@ def _padded(value: Array, border: Array, config: Any) -> Array:
 
 
 def _without_branches(ops: list[Op], merge: Merge) -> list[Op]:
-    """Removes from sums what has become part of the target."""
+    """Removes terms from sums that have become part of the target."""
     gone = set()
     for term in merge.terms:
         if term.linear is None or term.linear.path != merge.target.path:

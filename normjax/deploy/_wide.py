@@ -14,13 +14,13 @@ def widened(function: str, path: str, leaf: Any) -> np.ndarray:
     """Returns a leaf as float64 or complex128; raises an error if it is not finite."""
     leaf = np.asarray(leaf)
     wide = leaf.astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
-    fix = "Look for the step that made them, or start from an earlier checkpoint"
+    fix = "Find the step that produced them, or use an earlier checkpoint"
     check_finite(function, path, wide, fix)
     return wide
 
 
 def narrowed(function: str, path: str, value: np.ndarray, like: Any) -> Any:
-    """Returns a value in the dtype of `like`, and as a NumPy or JAX array as `like` is."""
+    """Returns a value in the dtype of `like`, as a NumPy or JAX array like `like`."""
     dtype = np.asarray(like).dtype
     with np.errstate(over="ignore"):
         narrow = value.astype(dtype)

@@ -16,7 +16,7 @@ from normjax._typing import Axes, BatchStats, FeatureArray, Kernel, Params
 from normjax.deploy._wide import narrowed, widened
 
 FUNCTION = "fold_batch_norm"
-# These pad with nothing, or with elements of x, which are normalized as the others are.
+# These do not pad, or pad with elements of x, which are normalized like all others.
 EXACT = ("VALID", "CIRCULAR", "REFLECT")
 Padding = str | int | Sequence[int | tuple[int, int]]
 Affine = tuple[np.ndarray, np.ndarray, np.ndarray]  # multiplier, mean and bias of each feature
@@ -39,48 +39,50 @@ def fold_batch_norm(
 ) -> tuple[Kernel | np.ndarray, FeatureArray | np.ndarray]:
     r"""Folds batch norm at inference into the kernel and bias of the linear layer beside it.
 
-    Inference then runs one layer instead of two, and quantization sees the weights that are used.
-    With :math:`m = \gamma / \sqrt{\sigma^2 + \epsilon}` of each feature, batch norm after the
-    layer is
+    Inference then runs one layer instead of two, and quantizers see the weights that are actually
+    used. With :math:`m = \gamma / \sqrt{\sigma^2 + \epsilon}` for each feature, a batch norm after
+    the layer gives
 
     .. math:: m (W x + b - \mu) + \beta = (m W) x + \left(m (b - \mu) + \beta\right)
 
-    for every layer: dense, convolution of any rank, grouped, depthwise, strided, dilated,
-    transposed, padded. A batch norm before the layer (`before=True`) scales what the kernel reads,
-    and the kernel multiplies its shift :math:`s = \beta - m \mu`:
+    for every linear layer: dense layers, and convolutions of any rank, grouped, depthwise, strided,
+    dilated, transposed or padded. A batch norm before the layer (`before=True`) scales the input of
+    the kernel, and the kernel multiplies its shift :math:`s = \beta - m \mu`:
 
     .. math:: W (m x + s) + b = (W m) x + (W s + b)
 
-    If a convolution pads the batch norm's output with zeros, these lack the shift `s`, and no bias
-    can make up for it. That is an error unless `s` is zero.
+    If a convolution pads the output of the batch norm with zeros, these zeros lack the shift `s`,
+    which a bias cannot correct. This raises an error unless `s` is zero.
 
     Args:
-      kernel: floating-point, as Flax lays it out: dense `(in, out)`, convolution `(*spatial, in /
-        groups, out)`. The axes below describe other layouts.
+      kernel: floating-point, in Flax's layout: dense `(in, out)`, convolution `(*spatial, in /
+        groups, out)`. For other layouts, pass the axes below.
       bias: `(out)`, or None for a layer without bias.
-      params: the batch norm's `scale` and `bias`, each `(*features)`; either may be missing.
+      params: the batch norm's `scale` and `bias`, each `(*features)`; both are optional.
       batch_stats: the batch norm's `mean` and `var`, each `(*features)`.
       epsilon: the batch norm's epsilon.
-      feature_axes: the axes of the kernel that are the batch norm's features. None: the outputs,
-        -1; with `before` the inputs, -2. `flax.linen.ConvTranspose(transpose_kernel=True)` has its
-        outputs at -2 and its inputs at -1; PyTorch's convolutions have them at 0 and 1.
-      before: whether batch norm comes before the layer.
+      feature_axes: the axes of the kernel that are the features of the batch norm. None means the
+        outputs, -1, or with `before` the inputs, -2.
+        `flax.linen.ConvTranspose(transpose_kernel=True)` has outputs at -2 and inputs at -1;
+        PyTorch's convolutions have outputs at 0 and inputs at 1.
+      before: whether the batch norm comes before the layer.
       output_axes: with `before`, the axes of the kernel that are the layer's outputs.
       feature_group_count: with `before`, the number of groups of the convolution.
-      padding: with `before`, the convolution's padding, as Flax takes it. "VALID", "CIRCULAR",
-        "REFLECT" and 0 are exact. It is not needed if the kernel has one element along each spatial
+      padding: with `before`, the padding of the convolution, as in Flax. "VALID", "CIRCULAR",
+        "REFLECT" and 0 are exact. It is not needed if the kernel has size 1 along each spatial
         axis.
-      transposed: with `before`, whether the convolution is transposed: it puts zeros between the
-        elements of x.
+      transposed: with `before`, whether the convolution is transposed, and so inserts zeros between
+        the elements of x.
 
     Returns:
-      Kernel and bias in the kernel's dtype, as NumPy arrays if the kernel is one, otherwise as JAX
-      arrays. They are computed in NumPy's float64, whatever JAX's x64 mode is, and rounded once.
+      The kernel and bias in the dtype of the kernel, as NumPy arrays if the kernel is one,
+      otherwise as JAX arrays. They are computed in float64 by NumPy, independent of JAX's x64 mode,
+      and rounded once.
 
     Raises:
-      TypeError: under `jax.jit` and other transformations: fold before them. ValueError: for leaves
-        that are missing, do not fit or are not finite, for a negative variance, and if `before` is
-        not exact.
+      TypeError: under `jax.jit` and other transformations; fold outside of them. ValueError: if
+        leaves are missing, do not fit or are not finite; if a variance is negative; if folding with
+        `before` would not be exact.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -153,7 +155,7 @@ def _fold_before(
 def _affine(
     params: Params, batch_stats: BatchStats, epsilon: float, dtype: Any, features: tuple[int, ...]
 ) -> Affine:
-    """Checks the leaves of a batch norm; returns its multiplier, mean and bias."""
+    """Checks the leaves of a batch norm, and returns its multiplier, mean and bias."""
     check = partial(_leaves.leaves, FUNCTION, shape=features, dtype=dtype)
     check("params", params, optional=("scale", "bias"))
     check("batch_stats", batch_stats, required=("mean", "var"), optional=("count",))
@@ -215,7 +217,7 @@ def _layer(
 
 
 def _per_input(values: np.ndarray, kernel: np.ndarray, layer: _Layer) -> np.ndarray:
-    """Lays a value of each input feature out over the kernel; each group reads its own features."""
+    """Broadcasts a value per input feature to the kernel; each group reads its own features."""
     if layer.groups == 1:
         return np.expand_dims(values, _checks.other_axes(layer.inputs, kernel.ndim))
     (given,), (made,) = layer.inputs, layer.outputs
@@ -232,7 +234,7 @@ def _check_padding(
     padding: Any,
     channel_axes: int,
 ) -> None:
-    """Raises for zero padding, before anything about axes, if no axes would make it foldable."""
+    """Raises an error for zero padding that no axes make foldable, before axes are checked."""
     spatial = sum(size > 1 for size in kernel.shape) > channel_axes
     exact = padding is None or (
         padding in EXACT if isinstance(padding, str) else not np.any(padding)
@@ -248,7 +250,7 @@ def _check_padding(
 def _check_borders(
     shape: tuple[int, ...], layer: _Layer, padding: Padding | None, transposed: bool
 ) -> None:
-    """Raises an error if zeros that the convolution adds lack the shift: no bias replaces it."""
+    """Raises an error if the convolution adds zeros, which lack the shift of the batch norm."""
     spatial = _checks.other_axes((*layer.inputs, *layer.outputs), len(shape))
     pointwise = all(shape[axis] == 1 for axis in spatial)
     if isinstance(padding, str):

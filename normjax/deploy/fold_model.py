@@ -25,7 +25,7 @@ from normjax.deploy._recipe import Recipe, maps, run
 from normjax.deploy._rewrite import rewritten
 from normjax.statistics.modules import open_model
 
-# How much rounding changes the outputs of a deep network, in float32 and in half precision.
+# How much rounding changes the outputs of a deep network in float32 and in half precision.
 FULL, HALF = 1e-5, 5e-2
 
 
@@ -34,9 +34,9 @@ class Found(NamedTuple):
 
     Attributes:
       norm: its path in the variables.
-      kernel: the path of the kernel that it is folded into, or of several, joined by " + "; None if
-        it is not folded.
-      reason: why it is not folded; None if it is.
+      kernel: the path of the kernel into which it is folded, or several paths joined by " + "; None
+        if it is not folded.
+      reason: the reason why it is not folded; None if it is folded.
 
     Example:
       >>> import normjax as nj
@@ -51,17 +51,17 @@ class Found(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """A model without the batch norms that were folded; `print` shows a table of all.
+    """A model without its folded batch norms; `print` shows a table of all batch norms.
 
     Attributes:
       variables: nested dicts of the leaves that the folded model needs, under their old paths.
-        Kernels and biases include their batch norms; a new bias is beside its kernel.
-      apply: the model: `(variables, *inputs) -> outputs`, a pure function for inputs of any shape
-        that the model takes. It raises an error if what was folded is something else there.
+        Kernels and biases include the batch norms; a new bias is stored beside its kernel.
+      apply: the model as a pure function `(variables, *inputs) -> outputs`, for inputs of any shape
+        that the model accepts. It raises an error if the folds are not valid for a shape.
       found: each batch norm, and whether it was folded.
-      error: the largest relative error of an output on the sample: the norm of its difference from
-        the source's, divided by the norm of the source's.
-      notes: what to know of leaves that have other names than `mean` and `var`.
+      error: the largest relative error of an output on the sample: the norm of the difference from
+        the source model's output, divided by the norm of that output.
+      notes: notes about statistics that have other names than `mean` and `var`.
 
     Example:
       >>> import jax.numpy as jnp, normjax as nj
@@ -84,14 +84,14 @@ class Folded:
     def as_linen(self) -> tuple[Any, dict]:
         """Returns the folded model as a linen module, for tools that work on modules.
 
-        Each kernel is a parameter of a module of its path, in which `jax.lax` is called with it.
-        So qwix finds and quantizes it: neither the network without its batch norms nor its
-        parameters have to be written by hand.
+        Each kernel is a parameter of a module with its path, and `jax.lax` is called with it inside
+        that module. So qwix finds and quantizes it, without a hand-written network that has no
+        batch norms.
 
         Returns:
-          A `flax.linen.Module` and its variables: the leaves that it reads, under their paths, or
-          all in a collection "params" if there is none. `module.apply(variables, *inputs)` is
-          `apply`, and `module.init` returns these variables.
+          A `flax.linen.Module` and its variables: the leaves that it reads, under their paths, in
+          the collection "params" if they have no collection. `module.apply(variables, *inputs)`
+          equals `apply`, and `module.init` returns these variables.
 
         Example:
           >>> import jax, jax.numpy as jnp, normjax as nj
@@ -125,42 +125,43 @@ def fold(
     tolerance: float | None = None,
     show: bool = True,
 ) -> Folded:
-    """Folds each batch norm of a model into convolutions and dense layers before or after it.
+    """Folds the batch norms of a model into convolutions and dense layers before or after them.
 
-    Inference then runs one layer less for each, and quantizers see the weights that are used.
-
-    The model is traced to find what can be folded. From a batch norm, its affine map is carried
-    back to the linear layers that make its input, or else forward to all that read its output: past
-    casts, reshapes, concatenation, slices, means and maximum pools. Each kernel has to be a leaf of
-    the variables that is used once. A convolution after a batch norm that pads with zeros then pads
-    with what becomes zero, a leaf `padding` beside its kernel. Branches that read the same value
-    and are added become one kernel. The arithmetic is folded in float64 as the model writes it, so
-    normjax's batch norm, Flax's, a batch renorm or your own all work. Batch norms that cannot be
-    folded stay, and the printed table says why. Finally, source and result are compared on the
-    inputs, and what was folded is compared again at each other shape.
+    Inference then runs without these batch norms, and quantizers see the weights that are actually
+    used. The model is traced to find what can be folded. The affine map of a batch norm is carried
+    back to the linear layers that compute its input, or else forward to all readers of its output,
+    through casts, reshapes, concatenation, slices, means and max pooling. Each kernel has to be a
+    leaf of the variables that is used only once. If a convolution after a batch norm pads with
+    zeros, it then pads with the values that the batch norm maps to zero, a leaf `padding` beside
+    its kernel. Branches that read the same value and are added become one kernel. The arithmetic of
+    the model is folded in float64 as it is written, so it works with the batch norms of normjax and
+    Flax, batch renorm, and your own. Batch norms that cannot be folded stay, and the printed table
+    shows the reason. Finally, the source and the result are compared on the inputs, and the folds
+    are checked again for each other shape.
 
     Args:
       model: the model at inference: a function `(variables, *inputs) -> outputs`, such as
-        `functools.partial(model.apply, train=False)`; a linen or an nnx module, which is run in
-        inference; a `TrainState`. The last two may be followed by the inputs at once.
-      variables: the model's variables; `nnx.state(model)` for an nnx module. A batch norm is
-        recognized by leaves `mean` and `var`, side by side; Keras's `moving_mean` and PyTorch's
-        `running_mean`, with their variances, are taken too.
+        `functools.partial(model.apply, train=False)`; a linen module or an nnx module, which is run
+        in inference mode; or a `TrainState`. After an nnx module or a `TrainState`, you can omit
+        `variables`.
+      variables: the variables of the model; `nnx.state(model)` for an nnx module. Batch norms are
+        recognized by sibling leaves `mean` and `var`, or by the names in Keras (`moving_mean`) and
+        PyTorch (`running_mean`).
       *inputs: a small sample of real inputs.
-      pairs: the pairs to fold: tuples of a kernel's and a batch norm's path, as in the table. None:
-        all that can be folded.
-      tolerance: the largest relative error of an output, by its norm. None: 1e-5, or 0.05 if the
-        model computes in half precision.
+      pairs: the pairs to fold, as tuples of the paths of a kernel and a batch norm, as shown in the
+        table. None folds all batch norms that can be folded.
+      tolerance: the largest relative error of an output, by its norm. None means 1e-5, or 0.05 if
+        the model computes in half precision.
       show: whether to print the table.
 
     Returns:
-      The folded model, see `Folded`. Kernels keep their dtype, and each bias has the dtype of its
+      The folded model; see `Folded`. Kernels keep their dtype, and each bias has the dtype of its
       kernel.
 
     Raises:
-      ValueError: for a leaf that is not finite or a negative variance, with its path; for a named
-        pair that cannot be folded; if source and result differ by more than `tolerance`. TypeError:
-        under `jax.jit` and other transformations: fold before them.
+      ValueError: if a leaf is not finite or a variance is negative, with its path; if a pair in
+        `pairs` cannot be folded; if source and result differ by more than `tolerance`. TypeError:
+        under `jax.jit` and other transformations; fold outside of them.
 
     Example:
       >>> import jax, jax.numpy as jnp, normjax as nj
@@ -199,7 +200,7 @@ def fold(
 def _folded(
     source: Callable[..., Any], variables: Any, plan: Plan, inputs: tuple[Any, ...]
 ) -> tuple[Recipe, dict[Path, Any]]:
-    """Returns what `Folded.apply` needs, and the leaves of the folded model."""
+    """Returns the recipe for `Folded.apply`, and the leaves of the folded model."""
     leaves = by_path(variables)
     names = named(plan, leaves)
     new = leaves | folded_leaves(plan, names, leaves)
@@ -221,7 +222,7 @@ def _folded(
 
 
 def _constants(plan: Plan, leaves: Mapping[Path, Any]) -> dict[Path, np.ndarray]:
-    """Returns the leaves that scale and shift in what was folded."""
+    """Returns the leaves of the scales and shifts that were folded."""
     graph = plan.graph
     steps = [graph.makers[outputs[0]] for outputs in plan.absorbed]
     paths = frozenset().union(*map(graph.sources, steps))
@@ -242,7 +243,7 @@ def _rows(plan: Plan) -> list[tuple[str, str, Fold]]:
 
 
 def _named_folds(plan: Plan, found: tuple[Found, ...]) -> set[Key]:
-    """Returns what has to be folded for the batch norms that are."""
+    """Returns the folds that the selected batch norms need."""
     named = {(each.kernel, each.norm) for each in found if each.kernel is not None}
     rows = _rows(plan)
     keys = {fold.key for kernel, norm, fold in rows if (kernel, norm) in named}
@@ -278,10 +279,10 @@ def _choose(plan: Plan, pairs: Sequence[tuple[str, str]] | None) -> tuple[Found,
     if missing:
         _checks.raise_error(
             FUNCTION,
-            "a kernel is followed by several batch norms, and only some of them are named",
+            "a kernel is followed by several batch norms, but pairs has only some of them",
             expected=f"also {missing} among the pairs",
             got=f"pairs={named}",
-            fix="Name all batch norms that follow it, or none",
+            fix="List all batch norms that follow it, or none of them",
         )
     rows = [
         Found(norm, kernel) if (kernel, norm) in named else Found(norm, None, "not named")
@@ -301,9 +302,9 @@ def _verified(
 ) -> float:
     """Returns the folded model's largest relative error on the sample.
 
-    Raises an error if that is more than the tolerance.
+    Raises an error if the error exceeds the tolerance.
     """
-    # On accelerators, matrix products of float32 default to about half precision.
+    # On accelerators, float32 matrix products have about half precision by default.
     with jax.default_matmul_precision("highest"):
         expected, actual = (_floats(function(*inputs)) for function in (source, folded))
     # Python's max() may skip NaN, np.max() does not.

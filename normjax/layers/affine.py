@@ -116,7 +116,8 @@ def normalize(
       unit: a power of two; 1 if `var` is the variance of x itself.
 
     Returns:
-      y. If the mask hides a NaN or an infinity, its y is the bias, a constant for derivatives.
+      y. If the mask hides a NaN or an infinity, its y is the bias, which derivatives treat as a
+      constant.
     """
     mean = jnp.zeros((), x.x32.dtype) if mean is None else mean
     dtype = promote(x.x32.dtype, mean.dtype, var.dtype, *[leaf.dtype for leaf in params.values()])

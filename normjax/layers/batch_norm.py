@@ -63,7 +63,7 @@ def batch_norm_init(
     Args:
       num_features: the size of the feature axis; with several feature axes, their sizes in the
         order of the axes of x.
-      use_scale: whether to use a learnable scale. It is redundant if a linear layer follows,
+      use_scale: whether to use a learnable scale. A scale is redundant if a linear layer follows,
         directly or after a ReLU.
       use_bias: whether to use a learnable bias.
       scale_init: initializer of the scale; zeros for the last layer of a residual branch (Goyal et
@@ -138,8 +138,8 @@ def batch_norm(
       x: floating-point or complex, any rank >= 1, such as `(batch, height, width, features)`.
       train: Python bool. It selects training or inference at trace time.
       scale_offset: o, added to the scale in at least float32; see `layer_norm`.
-      feature_axes: the axes along which statistics, scale and bias vary. A leaf has the sizes of
-        these axes in ascending order, in whatever order you list them.
+      feature_axes: the axes along which statistics, scale and bias vary. You can list them in any
+        order; a leaf has the sizes of these axes in ascending order.
       momentum: weight of the old running value. With None, the running statistics are the mean over
         all batches so far; this needs `count`.
       epsilon: added to the variance.
@@ -148,9 +148,9 @@ def batch_norm(
       mask: bool, broadcastable to x, True for elements that count; or non-negative weights, one per
         element (a weight of 2 counts as two elements). Elements that do not count are normalized
         too, but do not affect the statistics. If one of them is NaN or infinite, its y is the bias,
-        a constant for derivatives. A feature without any element that counts is normalized by its
-        running statistics, which do not change. Weights have gradients; the gradient of a weight of
-        0 is 0.
+        which derivatives treat as a constant. A feature without any element that counts is
+        normalized by its running statistics, which do not change. Weights have gradients; the
+        gradient of a weight of 0 is 0.
       axis_name: mapped axis or axes (pmap, shard_map, vmap) over which the statistics are
         all-reduced in training. Plain jit with a sharded x does not need it: the statistics are
         computed over the global batch anyway.

@@ -112,7 +112,7 @@ def dynamic_tanh(
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, with the shape of x, and `{}`. It is computed in at least float32 and rounded once.
+      `y`, with the shape of x, and `{}`. y is computed in at least float32 and rounded once.
 
     Raises:
       ValueError, TypeError: at trace time, for an invalid argument: wrong axes, leaves or dtypes,

@@ -140,8 +140,8 @@ def global_response_norm(
       epsilon: added to the mean of the norms.
       mask: bool, broadcastable to x, True for elements that count; or non-negative weights, one per
         element. Elements that do not count do not affect the norms. If one of them is NaN or
-        infinite, its y is the bias, a constant for derivatives. The mean leaves out channels
-        without any element that counts.
+        infinite, its y is the bias, which derivatives treat as a constant. The mean leaves out
+        channels without any element that counts.
       axis_name: mapped axis or axes over which `reduction_axes` are sharded. Norms are all-reduced
         over them. The channels must not be sharded.
       axis_index_groups: groups of indices of that axis; each group shares norms, as in
@@ -149,7 +149,7 @@ def global_response_norm(
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, with the shape of x, and `{}`. It is computed in at least float32 and rounded once. y and
+      `y`, with the shape of x, and `{}`. y is computed in at least float32 and rounded once. y and
       its gradients are accurate for x up to 1e23. A norm has no derivative at x = 0; there, the
       derivative of y is 1.
 

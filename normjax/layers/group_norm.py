@@ -149,20 +149,20 @@ def group_norm(
       epsilon: added to the variance.
       mask: bool, broadcastable to x, True for elements that count; or non-negative weights, one per
         element. Elements that do not count do not affect the statistics. If one of them is NaN or
-        infinite, its y is the bias, a constant for derivatives. If no element counts (up to t), the
-        mean is 0 and the variance is 1. For `paddings` of shape (batch, time), pass `mask=(paddings
-        == 0)[..., None]`.
+        infinite, its y is the bias, which derivatives treat as a constant. If no element counts (up
+        to t), the mean is 0 and the variance is 1. For `paddings` of shape (batch, time), pass
+        `mask=(paddings == 0)[..., None]`.
       axis_name: mapped axis or axes over which `reduction_axes` (except `cumulative_axis`) are
-        sharded. Statistics are all-reduced over them. If the channels are sharded, the first group
-        of each device together form one group, and so on.
+        sharded. Statistics are all-reduced over them. If the channels are sharded, the first groups
+        of all devices form one group, the second groups another one, and so on.
       axis_index_groups: groups of indices of that axis; each group shares statistics, as in
         `jax.lax.psum`.
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, with the shape of x, and `{}`. They are computed in at least float32, and y is rounded
-      once. The variance stays accurate if x is far from zero. y and its gradients are accurate for
-      x up to 1e25.
+      `y`, with the shape of x, and `{}`. Statistics and y are computed in at least float32, and y
+      is rounded once. The variance stays accurate if x is far from zero. y and its gradients are
+      accurate for x up to 1e25.
 
     Raises:
       ValueError, TypeError, NameError: at trace time, for an invalid argument: groups that do not

@@ -123,8 +123,8 @@ def instance_norm(
       epsilon: added to the variance.
       mask: bool, broadcastable to x, True for elements that count; or non-negative weights, one per
         element. Elements that do not count do not affect the statistics. If one of them is NaN or
-        infinite, its y is the bias, a constant for derivatives. If no element counts, the mean is 0
-        and the variance is 1.
+        infinite, its y is the bias, which derivatives treat as a constant. If no element counts,
+        the mean is 0 and the variance is 1.
       axis_name: mapped axis or axes over which `reduction_axes` are sharded. Statistics are
         all-reduced over them.
       axis_index_groups: groups of indices of that axis; each group shares statistics, as in
@@ -132,9 +132,9 @@ def instance_norm(
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, with the shape of x, and `{}`. They are computed in at least float32, and y is rounded
-      once. The variance stays accurate if x is far from zero. y and its gradients are accurate for
-      x up to 1e25.
+      `y`, with the shape of x, and `{}`. Statistics and y are computed in at least float32, and y
+      is rounded once. The variance stays accurate if x is far from zero. y and its gradients are
+      accurate for x up to 1e25.
 
     Raises:
       ValueError, TypeError, NameError: at trace time, for an invalid argument: a reduction over

@@ -114,7 +114,7 @@ def local_response_norm(
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, with the shape of x, and `{}`. It is computed in at least float32 and rounded once.
+      `y`, with the shape of x, and `{}`. y is computed in at least float32 and rounded once.
 
     Raises:
       ValueError, TypeError: at trace time, for an invalid argument: a size that is not a positive

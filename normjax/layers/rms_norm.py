@@ -120,8 +120,8 @@ def rms_norm(
       epsilon: added to the mean square.
       mask: bool, broadcastable to x, True for elements that count; or non-negative weights, one per
         element. Elements that do not count do not affect the statistics. If one of them is NaN or
-        infinite, its y is the bias (or 0), a constant for derivatives. If no element counts, the
-        mean square is 1.
+        infinite, its y is the bias (or 0), which derivatives treat as a constant. If no element
+        counts, the mean square is 1.
       axis_name: mapped axis or axes over which `reduction_axes` are sharded. Statistics are
         all-reduced over them.
       axis_index_groups: groups of indices of that axis; each group shares statistics, as in
@@ -129,7 +129,7 @@ def rms_norm(
       dtype: dtype of y; None for the dtype of x.
 
     Returns:
-      `y`, with the shape of x, and `{}`. It is computed in at least float32 and rounded once. y and
+      `y`, with the shape of x, and `{}`. y is computed in at least float32 and rounded once. y and
       its gradients are accurate for x up to 1e25.
 
     Raises:

@@ -49,8 +49,8 @@ class BatchNorm(nnx.BatchNorm):
 
     Args:
       num_features: size of the feature axis.
-      use_running_average: whether to normalize by the running statistics (at inference) instead of
-        the batch's (in training). `model.train()`, `model.eval()` and the call override it.
+      use_running_average: whether to normalize by running statistics (at inference) instead of
+        batch statistics (in training). `model.train()`, `model.eval()` and the call override it.
       axis: the feature axis. The mean and variance are computed over all other axes.
       momentum: weight of the old running value; the value of the batch has the weight `1 -
         momentum`. With None, the running statistics are the mean over all batches.
@@ -58,7 +58,7 @@ class BatchNorm(nnx.BatchNorm):
       dtype: dtype of y. None means the dtype that x, statistics, scale and bias promote to.
       param_dtype: dtype of scale and bias.
       use_bias: whether to use a learnable bias.
-      use_scale: whether to use a learnable scale. It is redundant if a linear layer follows,
+      use_scale: whether to use a learnable scale. A scale is redundant if a linear layer follows,
         directly or after a ReLU.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale. Zeros suit the last norm of a residual branch (Goyal et

@@ -23,7 +23,7 @@ def scale_invariant(
     tolerance: float = 1e-2,
     dtype: DTypeLike | None = jnp.float64,
 ) -> PyTree[bool]:
-    r"""Finds parameters whose scale does not affect the network, as of kernels before batch norm.
+    r"""Finds parameters whose scale does not affect the network, as in kernels before a norm.
 
     .. math:: f(c w) = f(w) \text{ for all } c > 0 \quad\Longrightarrow\quad
               \langle w, \nabla_w f \rangle = 0, \qquad \nabla f(c w) = \frac1c \nabla f(w)

@@ -30,8 +30,8 @@ def average_batch_stats(
               \sigma^2 = \sum_i w_i \left(\sigma_i^2 + |\mu_i - \mu|^2\right), \qquad \sum_i w_i = 1
 
     The variance includes the differences between the means (the law of total variance).
-    `optax.incremental_update` or a mean over the tree only averages the variances, which is too
-    small.
+    `optax.incremental_update` or a mean over the tree only averages the variances, and the result
+    is too small.
 
     Use it to average the statistics of several runs, checkpoints or clients, or at each step for a
     moving average (EMA): `average_batch_stats([average, batch_stats], [0.99, 0.01])`. If you also

@@ -42,7 +42,7 @@ def recalibrate(
 
     During training, running statistics lag behind the weights. Call this function when weights or
     data at inference differ from training: after averaging weights (EMA, SWA, schedule-free), for
-    data from another domain, or after training with small batches or too much momentum. If a
+    data from another domain, or after training with small batches or too large a momentum. If a
     feature has `n_b` elements in batch b, with mean `\mu_b` and biased variance `\sigma_b^2`, then
     "merged" computes the moments of all elements together, and "averaged" is Algorithm 2 of the
     paper:

@@ -31,10 +31,10 @@ def sync_batch_stats(
     before you evaluate or save a checkpoint. Averaging only the variances would leave out the
     variance between the devices' means. All devices have the same weight.
 
-    If you share statistics within groups of devices, and want them replicated after each step, call
-    it after each step with the `momentum` m of that step. Means that were equal before the step
-    have moved by a fraction `1 - m` towards the batch means. With `|\mu_d - \mu|^2 / (1 - m)` in
-    the formula, the result equals that of one step on the whole batch.
+    If you share statistics within groups of devices, but need them replicated, call it after each
+    step with the `momentum` m of that step. Means that were equal before the step have moved by a
+    fraction `1 - m` towards the batch means. With `|\mu_d - \mu|^2 / (1 - m)` in the formula, the
+    result equals that of one step on the whole batch.
 
     Args:
       batch_stats: running statistics of one layer or of a whole model: nested dicts, as in Flax's

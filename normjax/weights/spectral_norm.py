@@ -96,7 +96,8 @@ def spectral_norm(
       n_steps: number of power iteration steps in each call.
       bound: c, the upper bound of the largest singular value of w, such as 0.95 in SNGP; must be
         positive. With None, every kernel is scaled to a largest singular value of 1.
-      epsilon: added to the squared norms. Before, vectors are scaled to a largest element of 1.
+      epsilon: added to the squared norms of vectors, which are first scaled to a largest element of
+        1.
       dtype: dtype of w; None for the dtype of the kernel.
 
     Returns:

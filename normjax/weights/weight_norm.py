@@ -100,7 +100,7 @@ def weight_norm(
       dtype: dtype of w; None for the dtype of the kernel.
 
     Returns:
-      `w`, with the shape of the kernel, and `{}`. It is computed in at least float32 and rounded
+      `w`, with the shape of the kernel, and `{}`. w is computed in at least float32 and rounded
       once.
 
     Raises:

@@ -29,12 +29,12 @@ FROM_TORCH = {
     "a statistic that is not finite": (
         NET | {"layer1.0.bn1.running_mean": BAD},
         None,
-        r"'layer1\.0\.bn1\.running_mean' holds.*2 of 3 that are not, such as nan at \(1,\)",
+        r"'layer1\.0\.bn1\.running_mean' has values.*2 of 3 that are not, such as nan at \(1,\)",
     ),
     "a negative variance": (
         NET | {"layer1.0.bn1.running_var": -ONES},
         None,
-        r"running_var' holds.*such as -1\.0",
+        r"running_var' has values.*such as -1\.0",
     ),
     "half of the statistics": (
         {key: value for key, value in NET.items() if "var" not in key},
@@ -93,7 +93,11 @@ FROM_TORCH = {
         None,
         r"'weight_u' does not fit its kernel.*\(4, 3\)",
     ),
-    "a u that is not finite": (SN | {"weight_u": np.full(4, np.nan)}, None, "'weight_u' holds"),
+    "a u that is not finite": (
+        SN | {"weight_u": np.full(4, np.nan)},
+        None,
+        "'weight_u' has values",
+    ),
     "a checkpoint around the state_dict": (
         {"state_dict": NET},
         None,
@@ -113,7 +117,9 @@ def test_from_torch(case):
 def test_a_count_beyond_int32_stays_at_its_end():
     _, batch_stats = nj.convert.from_torch(BN | {"num_batches_tracked": np.array(2**40)})
     assert batch_stats["count"] == 2**31 - 1
-    with pytest.raises(ValueError, match="'num_batches_tracked' holds.*at least 0.*such as -1"):
+    with pytest.raises(
+        ValueError, match="'num_batches_tracked' has values.*at least 0.*such as -1"
+    ):
         nj.convert.from_torch(BN | {"num_batches_tracked": np.array(-1)})
 
 
@@ -123,7 +129,7 @@ def test_a_conversion_under_jit():
 
 
 def test_a_source_that_holds_no_arrays():
-    with pytest.raises(TypeError, match="from_torch: the source holds no arrays.*got list"):
+    with pytest.raises(TypeError, match="from_torch: the source contains no arrays.*got list"):
         nj.convert.from_torch([ONES])
     with pytest.raises(
         ValueError,
@@ -138,7 +144,7 @@ TO_TORCH = {
         PARAMS,
         STATS | {"var": jnp.asarray(BAD)},
         None,
-        "'batch_stats/var' holds",
+        "'batch_stats/var' has values",
     ),
     "half of the statistics": (
         PARAMS,
@@ -201,7 +207,7 @@ FROM_KERAS = {
     "a statistic that is not finite": (
         KERAS | {"bn/moving_mean": BAD},
         None,
-        "'bn/moving_mean' holds",
+        "'bn/moving_mean' has values",
     ),
     "half of the statistics": ({"bn/moving_mean": ONES}, None, "'bn/moving_variance' is missing"),
     "a missing leaf": (
@@ -249,7 +255,7 @@ HAIKU = (
 FROM_HAIKU = {
     "a statistic that is not finite": (
         (HAIKU[0], HAIKU[1] | {"bn/~/var_ema": AVERAGE | {"average": BAD[None]}}),
-        "'bn/~/var_ema/average' holds",
+        "'bn/~/var_ema/average' has values",
     ),
     "half of the statistics": (
         (HAIKU[0], {"bn/~/mean_ema": AVERAGE}),
@@ -307,7 +313,7 @@ LINEN = {
     ),
     "a statistic that is not finite": (
         VARIABLES | {"batch_stats": STATS | {"mean": BAD}},
-        "'batch_stats/mean' holds",
+        "'batch_stats/mean' has values",
     ),
 }
 
@@ -330,5 +336,5 @@ def test_nnx_to_linen():
             jax.tree.map(lambda leaf: leaf, nnx.State(nnx.to_pure_dict(nnx.state(model))))
         )
     model.var[...] = jnp.asarray(BAD)
-    with pytest.raises(ValueError, match="nnx_to_linen: 'var' holds"):
+    with pytest.raises(ValueError, match="nnx_to_linen: 'var' has values"):
         nj.convert.nnx_to_linen(model)

@@ -182,7 +182,7 @@ def test_layers_without_weights_give_empty_trees():
 
 
 def test_what_normjax_has_no_settings_for_is_refused():
-    message = "keras_settings: .* what renorm=True does.*got BatchNormalization"
+    message = "keras_settings: .* no equivalent of renorm=True.*got BatchNormalization"
     with pytest.raises(ValueError, match=message):
         nj.convert.keras_settings(layers.BatchNormalization(renorm=True))
     with pytest.raises(TypeError, match="keras_settings.*got UnitNormalization"):

@@ -215,7 +215,9 @@ def test_integers_that_like_does_not_have_are_left_out_and_come_back():
 def test_integers_are_kept_exactly_or_refused():
     _, batch_stats = nj.convert.from_torch({"seed": np.array([2**31 - 1])})
     assert batch_stats["seed"] == 2**31 - 1
-    with pytest.raises(ValueError, match="'seed' has integers that int32.*2147483648"):
+    with pytest.raises(
+        ValueError, match="'seed' has integers that do not fit into int32.*2147483648"
+    ):
         nj.convert.from_torch({"seed": np.array([2**31])})
 
 
@@ -335,7 +337,7 @@ def test_without_like_to_torch_reads_a_table_backwards():
     assert_trees_close(prefixed, tree_of("backbone/bn"), rtol=0, atol=0)
     for rename, message in (
         (str.upper, "rename is a function, which cannot be inverted without like="),
-        ({"a": "c", "b": "c"}, "rename has two entries with one new name"),
+        ({"a": "c", "b": "c"}, "rename has two entries with the same new name"),
     ):
         with pytest.raises(ValueError, match=f"to_torch: {message}"):
             nj.convert.to_torch(*trees, rename=rename)

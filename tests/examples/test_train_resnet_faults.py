@@ -136,7 +136,7 @@ def test_no_damage_of_any_file_stops_a_restart(interrupted, start, images, tmp_p
 
     assert number >= 10_080
     for step in range(10_001, number + 1):
-        assert f"{folder / str(step)}: skipped for the checkpoint before it: files of" in error
+        assert f"{folder / str(step)}: skipped, using the previous checkpoint: files of" in error
         assert (folder / f"corrupt-{step}").is_dir()
     assert f"{folder / '1.orbax-checkpoint-tmp'}: skipped: it was cut off" in error
     assert "a process that loads data (--workers) has died" in error.splitlines()[-1]
@@ -270,7 +270,7 @@ def test_sigterm_is_answered_while_others_are_awaited(start, tmp_path):
         port = other.getsockname()[1]
     place = ["--coordinator", f"127.0.0.1:{port}", "--process-count", 2, "--process-index", 0]
     process = start(tmp_path, "--devices", 1, *place)
-    assert "meets the others" in process.stderr.readline()
+    assert "connects to the others" in process.stderr.readline()
     time.sleep(1)
     sent = time.monotonic()
     process.send_signal(signal.SIGTERM)
