@@ -250,9 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"which differ by at most {difference:.1e}"
         )
     difference = compare_training(network, model, variables, images(8, 64))
-    print(
-        f"running statistics after one more batch differ by {difference:.1e} of the largest"
-    )
+    print(f"running statistics after one more batch differ by {difference:.1e} of the largest")
 
 
 if __name__ == "__main__":
