@@ -35,7 +35,7 @@ def read_checkpoint(path: Path) -> Any:
         raise
     except ImportError as error:
         extra = "pip install 'normjax[diagnostics]'"
-        raise UnreadableError(f"reading it takes the package {error.name}: {extra}") from error
+        raise UnreadableError(f"reading it requires the package {error.name}: {extra}") from error
     except Exception as error:  # damaged files raise errors of many kinds
         problem = f"{type(error).__name__}: {_first_line(error)}"
         raise UnreadableError(f"it is cut off or damaged ({problem})") from error
