@@ -256,7 +256,7 @@ def test_a_package_that_is_missing_is_named_with_the_extra(capsys, monkeypatch, 
     if package == "safetensors":
         save_file(flat(healthy(), "/"), path)
     monkeypatch.setattr(builtins, "__import__", without(package))
-    assert f"takes the package {package}" in (error := refused(capsys, path))
+    assert f"requires the package {package}" in (error := refused(capsys, path))
     assert "pip install 'normjax[diagnostics]'" in error
 
 
