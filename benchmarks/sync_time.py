@@ -17,10 +17,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results" / "pod-v5e-256.json"
 HOP = 1e-6  # seconds from chip to chip, including software; an assumption
 LINK = 45e9  # bytes per second of a v5e link in one direction (Google: 1,600 Gbit/s in 4 links)
-LAYERS, FEATURES = (
-    53,
-    26_560,
-)  # the number of batch norms in ResNet-50, and the sum of their channels
+LAYERS, FEATURES = 53, 26_560  # of ResNet-50: its batch norms, and the sum of their channels
 FORMS = ((2, 2), (4, 4), (8, 8), (16, 16))
 
 

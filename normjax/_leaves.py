@@ -71,10 +71,8 @@ def _check_kind(function: str, where: str, given: Any, leaf: str, dtype: Any) ->
     """Raises an error for a wrong kind of dtype, such as a complex variance."""
     kind, words = jnp.floating, "a real float"
     if leaf == "count":
-        if given in (
-            jnp.float32,
-            jnp.float64,
-        ):  # from averages, such as by optax.incremental_update
+        # Averages, such as those of optax.incremental_update, make counts floating-point.
+        if given in (jnp.float32, jnp.float64):
             return
         kind, words = jnp.integer, "an int, or a float32 from averages"
     elif leaf not in REAL and jnp.issubdtype(dtype, jnp.complexfloating):

@@ -18,10 +18,8 @@ from train_resnet.resnet import ResNet, Sharing
 AXIS = "data"
 GROUP, MEMBER = "group", "member"  # used instead if groups of devices share statistics
 WHOLE = PartitionSpec()
-MEAN, STD = (
-    118.0,
-    62.0,
-)  # approximate mean and deviation of photographs; batch norm corrects the rest
+# The approximate mean and deviation of photographs; batch norm corrects the rest.
+MEAN, STD = 118.0, 62.0
 
 
 class State(NamedTuple):

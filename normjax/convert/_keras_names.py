@@ -141,9 +141,8 @@ def encoded(
 def _key(where: Path, name: str, module: Collection[str], expected: Collection[str]) -> str:
     """Returns the Keras name of a leaf: the expected name, or else the usual name."""
     names = BACK.get(name, (name,))
-    if any(
-        name.endswith("kernel") for name in module
-    ):  # the bias of a linear layer, not the beta of a norm
+    # Beside a kernel it is the bias of a linear layer, not the beta of a norm.
+    if any(name.endswith("kernel") for name in module):
         names = names[::-1]
     keys = ["/".join((*where, name)) for name in names]
     return next((key for key in keys if key in expected), keys[0])

@@ -117,9 +117,8 @@ def encode(
         state["num_batches_tracked"] = np.asarray(count, np.int64)
     bias = wanted.get("bias")
     if bias is not None and "bias" in state and state["bias"].size == bias.size:
-        state["bias"] = state["bias"].reshape(
-            bias.shape
-        )  # the bias of DenseGeneral has several axes
+        # The bias of DenseGeneral has several axes.
+        state["bias"] = state["bias"].reshape(bias.shape)
     return state
 
 

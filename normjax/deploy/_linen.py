@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from flax import linen
 from jax import lax
 from jax import numpy as jnp
 
@@ -24,26 +25,26 @@ from normjax.deploy._rewrite import Layer
 PARAMS = "params"
 
 
+class Scope(linen.Module):
+    """Calls a function of a leaf inside modules that are named after its path."""
+
+    @linen.compact
+    def __call__(self, collection: str, path: Path, value: Any, use: Callable) -> Any:
+        first, *inner = path
+        if inner:
+            return Scope(name=first)(collection, tuple(inner), value, use)
+        if collection == PARAMS:
+            return use(self.param(first, lambda key: value))
+        return use(self.variable(collection, first, lambda: value).value)
+
+
 def as_linen(recipe: Recipe, variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Returns a linen module and its variables; leaves outside of collections become parameters."""
-    from flax import linen
-
     in_collections = PARAMS in variables
     used = {path: leaf for path, leaf in flatten(variables).items() if path in recipe.used}
     leaves = {path if in_collections else (PARAMS, *path): leaf for path, leaf in used.items()}
-    prepared: list[
-        Program
-    ] = []  # traced by `init` and `apply`, before a tool replaces functions of `lax`
-
-    class Scope(linen.Module):
-        @linen.compact
-        def __call__(self, collection: str, path: Path, value: Any, use: Callable) -> Any:
-            first, *inner = path
-            if inner:
-                return Scope(name=first)(collection, tuple(inner), value, use)
-            if collection == PARAMS:
-                return use(self.param(first, lambda key: value))
-            return use(self.variable(collection, first, lambda: value).value)
+    # Traced by `init` and `apply`, before a tool replaces functions of `lax`.
+    prepared: list[Program] = []
 
     class FoldedModule(linen.Module):
         def init(self, rngs: Any, *inputs: Any, **options: Any) -> Any:
@@ -94,9 +95,8 @@ def _run(program: Program, read: Callable[[Path, Callable], Any], inputs: Any) -
         if op.outputs in kernels:
             made = read(kernels[op.outputs], partial(_linear, op, values))
             values[op.outputs[0]] = made
-        elif all(
-            number in values for number in op.inputs
-        ):  # other operations change the layout of a kernel
+        elif all(number in values for number in op.inputs):
+            # The others change the layout of a kernel.
             given = (values[number] for number in op.inputs)
             values |= zip(op.outputs, op.run(*given), strict=True)
     return jax.tree.unflatten(program.structure, [values[number] for number in program.outputs])

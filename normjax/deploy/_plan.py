@@ -72,9 +72,8 @@ class Plan:
         self.inner: dict[Path, Affine] = {}
         self.pads: dict[Outputs, Affine] = {}
         self.merges: dict[Path, Merge] = {}
-        with np.errstate(
-            all="ignore"
-        ):  # values that are not finite raise an error later, with their path
+        # Values that are not finite raise an error later, with their path.
+        with np.errstate(all="ignore"):
             self._fold_norms()
             self._merge_branches()
             self._take_up_biases()

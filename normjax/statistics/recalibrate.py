@@ -141,9 +141,8 @@ def _fixed_point(
     return layers
 
 
-@partial(
-    jax.jit, static_argnames=("estimate", "layer_by_layer")
-)  # under jit, so that leaves are sharded as in a step
+# Under jit, so that leaves are sharded as in a step.
+@partial(jax.jit, static_argnames=("estimate", "layer_by_layer"))
 def _with_empty_populations(layers: Layers, estimate: Estimate, *, layer_by_layer: bool) -> Layers:
     return {
         path: layer | {POPULATION: empty_population(layer, estimate, layer_by_layer)}

@@ -227,10 +227,9 @@ def around(
     if near:
         correction = abs2(shift)
     else:
-        # Rounded, since XLA would square the sum before it divides by n, which may overflow.
-        correction = jnp.minimum(
-            abs2(rounded(shift)), jnp.finfo(square.dtype).max
-        )  # avoids inf - inf
+        # Rounded, since XLA would square the sum before it divides by n, which may overflow. The
+        # largest number avoids inf - inf.
+        correction = jnp.minimum(abs2(rounded(shift)), jnp.finfo(square.dtype).max)
     var = square - correction
     found: Any = count, reference + offset, jnp.maximum(var, 0.0)
     return Moments(*found)

@@ -197,9 +197,8 @@ def _near_zero(layer: Layer, values: Values, epsilon: float) -> Iterator[Finding
         yield _all_near_zero(layer, size)
         return
     near = size <= NEAR_ZERO * _median(np.where(size > 0, size, np.nan))
-    if (
-        "var" in values and values["var"].shape == scale.shape
-    ):  # dead channels have a finding already
+    # Dead channels have a finding already.
+    if "var" in values and values["var"].shape == scale.shape:
         near &= ~dead_channels(values["var"], epsilon)
     if near.any():
         crossed = np.mean(np.real(scale) < 0) >= BOTH_SIDES
