@@ -85,11 +85,16 @@ bench-tpu: $(VENV)/.bench ## bytes and estimated cycles of TPU programs; needs n
 clean: ## removes everything that these targets created
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-tpu $(VENV)-onnx $(VENV)-gpu .jax_cache site
 
+# First says what the target does, installs and takes; then shows pip's progress.
 $(VENV)/.%: pyproject.toml
+	@$(MAKE) -s help | grep -F "make $(firstword $(MAKECMDGOALS)) " || true
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "Python 3.11 or newer with venv is needed (Debian: apt install python3-venv)"; exit 1; }
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	@echo "Installing what \`$*\` needs into $(VENV). If PyTorch is among it: on Linux, PyPI's build brings gigabytes"
-	@echo "of CUDA; make $* PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the build for CPUs"
+	@echo "Installing the packages of the extra \`$*\` into $(VENV)"
+	@case $* in test | dev | bench) \
+	  echo "With PyTorch: on Linux, PyPI's build brings gigabytes of CUDA. For the build for CPUs add"; \
+	  echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu to this command";; \
+	esac
+	@$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --editable ".[$*]"
 	@touch $@
