@@ -35,32 +35,18 @@ and GANs, whose discriminator gets real and generated images in turn:
 
 A pass that should not change statistics, such as the attack's, drops them: `logits, _ =
 apply(...)`.
-
-Prints a table, and writes JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. With the
-same seed all ways start from the same kernels and use the same images. See examples/README.md for
-what to expect.
 """
 
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
 
-from common.arguments import SHIFTS, Parser
-from common.interrupt import command
+from common.arguments import SHIFTS, Program
 
 RUN = {"seeds": 5, "steps": 600, "eval_every": 20, "batch_size": 32, "learning_rate": 0.1}
 
-
-def parse(arguments: Sequence[str] | None) -> Namespace:
-    """Returns the options of the command line, or exits with a line that says what is wrong."""
-    parser = Parser(__doc__)
-    shift = "what the second domain is"
-    parser.add("--shift", None, shift, choices=SHIFTS, default="faint")
-    parser.add_runs("domains", {"digits": RUN, "mnist": RUN})
-    return parser.parse_runs(arguments)
-
-
-main = command("domains.study:Domains", parse)
+program = Program("domains.study:Domains", __doc__)
+program.add("--shift", None, "what the second domain is", choices=SHIFTS, default="faint")
+program.add_runs({"digits": RUN, "mnist": RUN})
+parse, main = program.parse, program.main
 
 if __name__ == "__main__":
     sys.exit(main())
