@@ -33,7 +33,7 @@ def test_statistics_go_on_as_those_of_torch(network, moved):
 def test_running_statistics_are_not_those_at_the_start(network, moved):
     _, variables = moved
     assert all(abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(variables["batch_stats"]))
-    var = variables["batch_stats"]["layer4"]["1"]["bn2"]["var"]
+    var = variables["batch_stats"]["layer4_1_bn2"]["var"]
     assert abs(np.asarray(var) - 1).max() > 0.1
     assert "count" not in variables["batch_stats"]["bn1"]
 

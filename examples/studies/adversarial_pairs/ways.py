@@ -16,6 +16,7 @@ from jax import Array, lax
 from studies.domains.ways import condition, spread
 
 CLEAN, ATTACKED = range(2)
+Stats = list[Tree]  # batch_stats of clean images, and of attacked ones
 
 
 class Way(NamedTuple):
@@ -31,38 +32,28 @@ class Way(NamedTuple):
     own_statistics: bool = False
     own_scale: bool = False
 
-    def init(
-        self, network: Network, key: Array, image_shape: Sequence[int]
-    ) -> tuple[Tree, list[Tree]]:
+    def init(self, network: Network, key: Array, image_shape: Sequence[int]) -> tuple[Tree, Stats]:
         """Returns the parameters, and the statistics of clean and of adversarial images."""
         params, batch_stats = network.init(key, image_shape, CLASSES)
         return spread(params, 2) if self.own_scale else params, [batch_stats] * 2
 
     def apply(
-        self,
-        network: Network,
-        params: Tree,
-        batch_stats: list[Tree],
-        images: Array,
-        kind: int,
-        train: bool,
+        self, network: Network, params: Tree, stats: Stats, images: Array, kind: int, train: bool
     ) -> tuple[Array, Tree]:
         """Returns the logits of images of a kind, and the new statistics of that kind."""
         params = condition(params, jnp.asarray(kind)) if self.own_scale else params
-        return network.apply(params, batch_stats[kind], images, train)
+        return network.apply(params, stats[kind], images, train)
 
     def train(
-        self, network: Network, params: Tree, batch_stats: list[Tree], clean: Array, attacked: Array
-    ) -> tuple[Array, list[Tree]]:
+        self, network: Network, params: Tree, stats: Stats, clean: Array, attacked: Array
+    ) -> tuple[Array, Stats]:
         """Returns logits of clean and then of adversarial images, and all new statistics."""
         if self.own_statistics:
-            pairs = [
-                self.apply(network, params, batch_stats, images, kind, True)
-                for kind, images in ((CLEAN, clean), (ATTACKED, attacked))
-            ]
-            return jnp.concatenate([logits for logits, _ in pairs]), [own for _, own in pairs]
+            first, of_clean = self.apply(network, params, stats, clean, CLEAN, True)
+            second, of_attacked = self.apply(network, params, stats, attacked, ATTACKED, True)
+            return jnp.concatenate([first, second]), [of_clean, of_attacked]
         images = jnp.concatenate([clean, attacked]) if self.attacked else clean
-        logits, new = self.apply(network, params, batch_stats, images, CLEAN, True)
+        logits, new = self.apply(network, params, stats, images, CLEAN, True)
         return logits, [new] * 2
 
 

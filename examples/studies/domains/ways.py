@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from common.data import CLASSES
+from common.data import CLASSES, Dataset
 from common.networks import UNITS, Tree, mlp
 from jax import Array
 
@@ -25,6 +25,15 @@ SHIFTS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "inverted": lambda pixels, rng: 1 - pixels,
     "noisy": lambda pixels, rng: pixels + rng.normal(0, 0.5, pixels.shape),
 }
+
+
+def shifted(images: Dataset, shift: str) -> Dataset:
+    """Returns the images with a shift, from 0 to 1; other random numbers shift those to test."""
+    train, test = (
+        SHIFTS[shift](pixels / images.peak, np.random.default_rng(seed))
+        for seed, pixels in enumerate((images.train_images, images.test_images))
+    )
+    return images._replace(train_images=train, test_images=test, peak=1)
 
 
 def init(key: Array, pixels: int) -> tuple[Tree, Tree]:

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 import rich.table
 from common import data, report
 from common.networks import BATCH_NORM_MOMENTUM, mlp, style
 from common.results import Result, Run
 from common.study import Advance, Part, Study
-from common.training import State, Trainer, by_accuracy, check_batch, examples
+from common.training import Plan, State, Trainer, check_batch, examples
 from flax import serialization
 from matplotlib.axes import Axes
 from studies.speedup import inception, tables
@@ -116,8 +117,8 @@ class Speedup(Study):
             network = inception.inception_of_ten(unit)
         else:
             network = inception.inception(unit)
-        options = self.options
-        return Trainer(network, self.examples, options.batch_size, options.momentum)
+        optimizer = partial(optax.sgd, momentum=self.options.momentum)
+        return Trainer(network, self.examples, optimizer)
 
     def _train(self, variant: Variant, advance: Advance) -> Result:
         runs = [self._run(variant, seed, advance) for seed in range(self.options.seeds)]
@@ -126,25 +127,26 @@ class Speedup(Study):
     def _run(self, variant: Variant, seed: int, advance: Advance) -> Run:
         """Trains with a seed, or goes on where that was interrupted."""
         key, steps = f"{self.key(variant)} seed {seed}", self.steps(variant)
-        run, evaluated = self.kept.run(key), by_accuracy(advance)
+        run = self.kept.run(key)
         if run is not None:
-            evaluated(run.steps[-1], run.accuracies[-1])
+            advance(run.steps[-1], f"{run.accuracies[-1]:.1%}")
             if run.steps[-1] >= steps:
                 return run
         depth = variant.depth or self.options.depth
         trainer = self.trainer(variant.normalize, variant.activation, depth)
         since = run and (run, self.kept.state(key, trainer.init(seed)))
 
-        def keep(done: int, accuracy: float) -> None:
+        def keep(done: int, remark: str) -> None:
             try:
-                evaluated(done, accuracy)
+                advance(done, remark)
             except BaseException:
                 self.kept.write(key, *trainer.latest)
                 raise
             self.kept.write_now_and_then(key, *trainer.latest)
 
-        rate, every = self.options.learning_rate * variant.factor, self.options.eval_every
-        run, _ = trainer.finish(seed, rate, steps, every, keep, since=since)
+        rate = self.options.learning_rate * variant.factor
+        plan = Plan.of(self.options, seed, rate)._replace(steps=steps)
+        run, _ = trainer.finish(plan, keep, since)
         self.kept.write(key, run)
         return run
 

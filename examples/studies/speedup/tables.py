@@ -67,18 +67,19 @@ class Table(NamedTuple):
         target = f"steps to {self.target:.1%}" if self.trained else "steps"
         headings = ["variant", "learning rate", target, "ratio", "best accuracy", "seconds"]
         headings += ["the paper's"] if self.reported else []
-        made = study.table(headings, title=self.title, collapse_padding=True)
-        if not self.trained:
-            made.caption = (
-                f"'did not train': the baseline's best accuracy, {self.target:.1%}, is less than "
-                "twice chance.\nSteps to it, and ratios, would mean nothing."
-            )
+        rows = []
         for row in self.rows:
             ratio = "-" if row.ratio is None else f"{row.ratio:.1f}x"
             reached = (in_words(row.steps), ratio) if self.trained else ("-", "did not train")
             measured = f"{row.best:.1%}", f"{row.seconds:.1f}"
             reported = [self.reported.get(row.variant, "-")] if self.reported else []
-            made.add_row(row.variant, f"{row.learning_rate:.3g}", *reached, *measured, *reported)
+            rows.append((row.variant, f"{row.learning_rate:.3g}", *reached, *measured, *reported))
+        made = study.table(headings, rows, title=self.title, collapse_padding=True)
+        if not self.trained:
+            made.caption = (
+                f"'did not train': the baseline's best accuracy, {self.target:.1%}, is less than "
+                "twice chance.\nSteps to it, and ratios, would mean nothing."
+            )
         return made
 
 
@@ -135,13 +136,14 @@ class Depth(NamedTuple):
 
 def depths_table(depths: Sequence[Depth], steps: int) -> rich.table.Table:
     """Returns best accuracies, and their learning rates, for a terminal."""
-    title = f"Sigmoid networks of growing depth: best accuracy within {steps:,} steps, "
-    headings = "hidden layers", "plain", "rate", "batch norm", "rate"
-    made = study.table(headings, 0, f"{title}at the better of two rates")
-    made.caption = REPORTED_OF_DEPTHS
+    rows = []
     for depth in depths:
         plain, normalized = (
             (f"{result.best:.1%}", f"{result.learning_rate:.3g}") for result in depth.best.values()
         )
-        made.add_row(str(depth.layers), *plain, *normalized)
+        rows.append((str(depth.layers), *plain, *normalized))
+    title = f"Sigmoid networks of growing depth: best accuracy within {steps:,} steps, "
+    headings = "hidden layers", "plain", "rate", "batch norm", "rate"
+    made = study.table(headings, rows, 0, f"{title}at the better of two rates")
+    made.caption = REPORTED_OF_DEPTHS
     return made
