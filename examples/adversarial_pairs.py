@@ -1,15 +1,8 @@
 """One network, two sets of statistics: clean and adversarial images in one training.
 
-Adversarial images are training images that an adversary has changed, each pixel by at most
---radius, until the current network errs on them. A network is trained in four ways:
-
-    clean only            no adversarial images
-    shared                one batch_stats; every batch holds clean images and adversarial ones
-    two sets              a batch_stats for each kind; batches of one kind
-    two sets, two scales  and a scale and a bias for each kind: AdvProp's auxiliary batch norm
-
-and evaluated on clean and on attacked test images, with either set at inference. The adversary
-knows the network and the set that it uses.
+Trains a network on clean images and on images that an adversary has changed, each pixel by at most
+--radius, in four ways, which share more or less of the normalization; and evaluates it on clean and
+on attacked test images, with either set of statistics at inference.
 
     python examples/adversarial_pairs.py                # scikit-learn's digits: nothing to download
     python examples/adversarial_pairs.py --data cifar10 --data-dir DIR

@@ -1,17 +1,8 @@
 """Contrastive training over devices, and what their statistics leak: SimCLR and synced batch norm.
 
-Of two views of each image in the batch, one is the query and one the key, and each query should
-find its key among the keys of all devices: examples interact on purpose. If each device normalizes
-by its own statistics, there is a second, unwanted interaction: queries and keys of a device carry
-its statistics, which reveal the match.
-
-    per device  each device has its own statistics; queries and their keys are together
-    shuffled    the same, but keys go to other devices than their queries (MoCo)
-    synced      statistics of all devices (SimCLR)
-    layer norm  no statistics of the batch
-
-Shows how many keys are found, how much of that is leakage (`nj.diagnostics.leakage`), and the
-accuracy of a linear classifier on the features.
+Of two views of each image, one is the query and one the key, and each query should find its key
+among the keys of all devices. If each device normalizes by its own statistics, queries and keys of
+a device carry its statistics, which reveal the match (`nj.diagnostics.leakage`).
 
     python examples/contrastive.py                      # scikit-learn's digits: nothing to download
     python examples/contrastive.py --data cifar10 --data-dir DIR

@@ -1,19 +1,13 @@
 """Internal covariate shift: does batch normalization reduce it, and does that help training?
 
-Trains the network of Ioffe & Szegedy (2015), figure 1, three layers of 100 sigmoids on batches of
-60, in three ways:
-
-    without normalization
-    with batch normalization      before each sigmoid
-    with noise after it           with a new random mean and variance at each step, for each unit
-                                  (Santurkar et al. 2018): the inputs of every layer always shift
+Trains the network of Ioffe & Szegedy (2015), figure 1, without normalization, with batch norm, and
+with noise after it that always shifts the inputs of every layer (Santurkar et al. 2018). Shows the
+test accuracy, the inputs of a typical sigmoid (`nj.diagnostics.percentiles`), and how much an
+update of the layers before it changes a layer's gradient
+(`nj.diagnostics.internal_covariate_shift`).
 
     python examples/covariate_shift.py                  # scikit-learn's digits: nothing to download
     python examples/covariate_shift.py --data mnist --data-dir DIR  # the paper's images
-
-and shows, over the steps of training, the test accuracy, the input's distribution of a typical
-sigmoid in the last hidden layer (`nj.diagnostics.percentiles`), and how much an update of the
-layers before it changes a layer's gradient (`nj.diagnostics.internal_covariate_shift`).
 """
 
 import sys

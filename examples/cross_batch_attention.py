@@ -1,16 +1,9 @@
 """Attention with other documents as negatives in training, which do not distract it at inference.
 
 Trains small language models on documents in two contexts: the previous one defines keys, the
-current one asks for their values. "Memory" blocks also attend to the previous context of
-
-    crossbatch         --contexts documents of the batch; the others are negatives (Tworkowski et
-                       al. 2023, Focused Transformer, the training of LongLLaMA). This begins once
-                       the model answers with its own context alone
-    own context only   its own document
-
-each with layer norm and with RMS norm. Then the contexts of more and more other documents fill the
-memory. The program shows how often the value is still found, and how much of the attention goes to
-its place.
+current one asks for their values. Blocks with memory see the previous context, with and without
+those of other documents (Tworkowski et al. 2023, Focused Transformer, the training of LongLLaMA).
+Shows how often the value is still found among the contexts of more and more other documents.
 
     python examples/cross_batch_attention.py              # makes its documents itself
     python examples/cross_batch_attention.py --text FILE  # hides them in passages of your text

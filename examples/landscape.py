@@ -1,15 +1,9 @@
 """The loss landscape with and without batch normalization: how far gradients can be trusted.
 
 Trains a small VGG, without normalization and with batch normalization, by plain SGD at several
-learning rates, and measures on the way, as Santurkar et al. (2018) do in their figure 4, along the
-gradient of a training batch
-
-    how much the loss varies,
-    how far the gradient moves (gradient predictiveness), and
-    the largest ratio of that to the distance moved (effective beta-smoothness)
-
-with `nj.diagnostics.landscape`, and at some checkpoints the largest eigenvalue of the Hessian, over
-all directions, with `nj.diagnostics.hessian_eigenvalue`.
+learning rates, and measures on the way what figure 4 of Santurkar et al. (2018) shows, along the
+gradient of a training batch (`nj.diagnostics.landscape`), and at some checkpoints the largest
+eigenvalue of the Hessian, over all directions (`nj.diagnostics.hessian_eigenvalue`).
 
     python examples/landscape.py                                # digits: nothing to download
     python examples/landscape.py --data cifar10 --data-dir DIR  # the paper's images

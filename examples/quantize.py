@@ -1,19 +1,11 @@
 """Fold batch normalization, then quantize to int8: accuracies before and after.
 
-Trains a small convolutional network with batch normalization and shows its test accuracy four
-times:
-
-    float          as it was trained
-    folded         each batch norm folded into the convolution before it, by normjax.deploy.fold
-    folded, int8   folded, with kernels and activations quantized by qwix
-    int8           quantized without folding: int8 convolutions, float32 batch norms
+Trains a small convolutional network with batch normalization and shows its test accuracy as it was
+trained, folded by normjax.deploy.fold, folded and quantized by qwix, and quantized without folding.
+qwix is an extra: pip install 'normjax[examples,quantize]'. There is no plot.
 
     python examples/quantize.py                         # scikit-learn's digits: nothing to download
     python examples/quantize.py --data cifar10 --data-dir DIR
-
-qwix works on Flax modules, and `Folded.as_linen` makes one of the folded network, which is
-quantized as any other (`quantized` in examples/studies/quantize/study.py, three lines). qwix is an
-extra: pip install 'normjax[examples,quantize]'. There is no plot.
 """
 
 import sys

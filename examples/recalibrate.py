@@ -1,18 +1,13 @@
 """Recalibrates running statistics that do not fit: averaged weights, and shifted test images.
 
-Trains a network on digits, with an exponential moving average (EMA) of its weights, and evaluates
+Trains a network with an exponential moving average (EMA) of its weights, and evaluates both with
+running statistics, their EMA, and recalibrated ones, and the trained weights on test images with a
+--shift (faint, inverted or noisy). Recalibrating is one line, and needs no labels:
 
-    as they are   the trained weights, and the EMA weights with three sets of statistics: the
-                  trained weights' running ones, their EMA, and recalibrated on training images
-    --shift       the trained weights on shifted test images (faint, inverted or noisy), with their
-                  running statistics, and recalibrated on shifted training images without labels
+    params, batch_stats = nj.recalibrate(apply_fn, (ema, batch_stats), batches)
 
     python examples/recalibrate.py                      # scikit-learn's digits: nothing to download
     python examples/recalibrate.py --data cifar10 --data-dir DIR
-
-Recalibrating is one line (examples/studies/recalibrate/study.py):
-
-    params, batch_stats = nj.recalibrate(apply_fn, (ema, batch_stats), batches)
 """
 
 import sys

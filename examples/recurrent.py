@@ -1,16 +1,12 @@
 """LSTM and GRU with layer and batch normalization, reading images row by row or pixel by pixel.
 
 Trains an LSTM and a GRU, each plain, with layer normalization (Ba, Kiros & Hinton 2016) and with
-batch normalization (Cooijmans et al. 2016), to name the digit on an image. Each step reads one row
-of pixels, or one pixel:
+batch normalization (Cooijmans et al. 2016), at each of --learning-rates, to name the digit on an
+image. Each step reads one row of pixels, or one pixel.
 
     python examples/recurrent.py                    # scikit-learn's digits: nothing to download
     python examples/recurrent.py --sequence pixels  # 64 steps; or permuted: one random order
     python examples/recurrent.py --data mnist --data-dir DIR --sequence permuted  # 784 steps
-
-The last one is the task of Cooijmans et al. A mask hides blank rows or pixels before and after a
-digit, so that sequences start and end at different steps. Every cell is trained at each of
---learning-rates. Batch normalization has separate statistics for each time step, up to --max-steps.
 """
 
 import sys

@@ -1,21 +1,12 @@
 """Accuracy against batch size by normalization, as in figure 1 of Group Norm (Wu & He 2018).
 
-Trains a small VGG on 8 simulated devices with 32, 16, 8, 4 and 2 images on each, and shows the test
-error with
-
-    batch            statistics of each device, as in data-parallel training
-    ghost            statistics over 16 examples of the whole batch (virtual_batch_size)
-    renorm           as "batch", corrected towards the running statistics; limits rise from batch
-                     norm's
-    sync             statistics over all devices (axis_name)
-    group, layer, filter response    no statistics over examples
+Trains a small VGG with seven normalizations on 8 simulated devices with 32, 16, 8, 4 and 2 images
+on each, and shows the test error. The protocol is the paper's: a learning rate linear in the batch
+size (--learning-rate is for 32 images on each device), and the same number of examples at every
+batch size (--steps is for the largest).
 
     python examples/small_batch.py                      # scikit-learn's digits: nothing to download
     python examples/small_batch.py --data cifar10 --data-dir DIR --norms batch group --sizes 32 8 2
-
-The protocol is the paper's: 8 devices, a learning rate linear in the batch size (--learning-rate is
-for 32 images on each device), and the same number of examples at every batch size, so that --steps
-is the number of steps of the largest batch. All start from the same kernels.
 """
 
 import sys

@@ -1,19 +1,14 @@
 """How many steps batch normalization saves: the experiments of the paper, on real images.
 
 Trains the variants of Ioffe & Szegedy (2015), sections 4.1 and 4.2, and shows how many steps each
-needs to reach the best test accuracy of the baseline, the same network without normalization:
+needs to reach the best test accuracy of the baseline, the same network without normalization, at
+the learning rate given and at the best rate of a sweep; and how well sigmoid networks of growing
+depth train. After Ctrl-C, the same command goes on where it was stopped.
 
     python examples/speedup.py                          # scikit-learn's digits: nothing to download
     python examples/speedup.py --data mnist --data-dir DIR  # the paper's section 4.1
     python examples/speedup.py --network inception --data cifar10 --data-dir DIR
     python examples/speedup.py --network inception --modules 10 --data cifar10 --data-dir DIR
-
-Prints three tables. One is the paper's: relative to the baseline at the learning rate given. One is
-stricter: relative to the baseline at the best rate of a sweep. The last is of depths. After Ctrl-C,
-the same command goes on where it was stopped.
-
-The comparison is fair: with the same seed all variants start from the same kernels and use the same
-batches in the same order.
 """
 
 import sys

@@ -1,21 +1,12 @@
 """Substitutes for batch normalization, with which examples do not affect each other.
 
-Trains a small VGG at several learning rates, and shows training and test accuracy against the rate,
-with
-
-    none                     biases only, as the lower end
-    batch                    batch norm, the only one whose output depends on other examples
-    group                    group norm (Wu & He 2018)
-    weight norm              with data-dependent initialization (Salimans & Kingma 2016)
-    weight standardization   scaled, with ReLU's gain (Brock, De & Smith 2021)
-    dynamic tanh             (Zhu et al. 2025)
+Trains a small VGG with each at several learning rates, and shows training and test accuracy against
+the rate, and how far the logits of an example move, in training, when all other images of its batch
+are replaced.
 
     python examples/without_batch.py                    # scikit-learn's digits: nothing to download
     python examples/without_batch.py --norms batch group --learning-rates 0.03 0.1 0.3
     python examples/without_batch.py --data cifar10 --data-dir DIR
-
-The column "others" of the table is how far the logits of an example move, in training, when all
-other images of its batch are replaced. All start from the same kernels and use the same batches.
 """
 
 import sys

@@ -18,7 +18,7 @@ from jax import Array
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
-from studies.adversarial_pairs.ways import ATTACKED, CLEAN, WAYS, Stats, Way, attack
+from studies.adversarial_pairs.ways import ATTACKED, CLEAN, WAYS, attack
 
 WIDTHS = {
     "digits": ((16,), (16, 16), (32,)),
@@ -56,8 +56,8 @@ CLAIMS = [
 class Trainer:
     """A way, with its training and evaluation, each compiled once for all seeds."""
 
-    def __init__(self, way: Way, images: data.Dataset, options: Namespace):
-        self.way, self.options = way, options
+    def __init__(self, name: str, images: data.Dataset, options: Namespace):
+        self.way, self.options, self.attacks = WAYS[name], options, name != "clean only"
         self.train, self.test = examples(images, standardize=False)
         self.network = vgg(UNITS["batch"], WIDTHS[options.data])
         self.optimizer = optax.sgd(options.learning_rate, MOMENTUM)
@@ -68,7 +68,7 @@ class Trainer:
         """Trains, and returns accuracies with either set of statistics, and their distance."""
         # The same kernels, and the same images, for each way.
         start, shape = jax.random.key(seed), self.train.images.shape[1:]
-        params, batch_stats = self.way.init(self.network, start, shape)
+        params, batch_stats = self.way.init(self.network, start, shape, 2)
         state = State(params, batch_stats, self.optimizer.init(params))
         rng, options = np.random.default_rng(seed), self.options
         for done, steps in chunks(options.steps, options.eval_every):
@@ -81,7 +81,8 @@ class Trainer:
             SETS[kind]: [self.accuracy(state, kind, attacked) for attacked in (False, True)]
             for kind in kinds
         }
-        return {"seed": seed, "accuracies": by_set, "gaps": gaps(*state.batch_stats)}
+        both = state.batch_stats if self.way.own_statistics else (state.batch_stats,) * 2
+        return {"seed": seed, "accuracies": by_set, "gaps": gaps(*both)}
 
     def accuracy(self, state: State, kind: int, attacked: bool) -> float:
         """Returns the accuracy on test images, clean or attacked through the same statistics."""
@@ -92,15 +93,15 @@ class Trainer:
         return float(correct / count)
 
     def _take_steps(self, state: State, train: Examples, rows: Array, key: Array) -> State:
-        def loss(params: Tree, stats: Stats, rows: Array, key: Array) -> tuple[Array, Any]:
+        def loss(params: Tree, batch_stats: Any, rows: Array, key: Array) -> tuple[Array, Any]:
             images, labels = train.pick(rows)
-            attacked = images
-            if self.way.attacked:  # which changes no statistics
-                fixed = jax.lax.stop_gradient(params), stats
-                attacked = self._attacked(fixed, images, labels, key, ATTACKED, True)
-            logits, new = self.way.train(self.network, params, stats, images, attacked)
-            twice = jnp.tile(labels, len(logits) // len(labels))
-            return cross_entropy(logits, twice).mean(), (new, None)
+            kinds = [images]
+            if self.attacks:  # which changes no statistics
+                fixed = jax.lax.stop_gradient(params), batch_stats
+                kinds.append(self._attacked(fixed, images, labels, key, ATTACKED, True))
+            logits, new = self.way.train(self.network, params, batch_stats, jnp.stack(kinds))
+            labels = jnp.tile(labels, (len(kinds), 1))
+            return cross_entropy(logits, labels).mean(), (new, None)
 
         inputs = rows, jax.random.split(key, len(rows))
         return descend(loss, self.optimizer, state, inputs)[0]
@@ -148,7 +149,7 @@ class Pairs(Study):
 
     def parts(self) -> Mapping[str, Part]:
         images = data.selected(self.options)
-        trainers = {name: Trainer(way, images, self.options) for name, way in WAYS.items()}
+        trainers = {name: Trainer(name, images, self.options) for name in WAYS}
         return {name: self.each_seed(trainer.run) for name, trainer in trainers.items()}
 
     def by_set(self, way: str) -> dict[str, list[float]]:

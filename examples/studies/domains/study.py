@@ -15,7 +15,7 @@ from common.study import Advance, Part, Study, table
 from common.training import State, chunks, cross_entropy, descend, examples
 from jax import Array
 from rich.table import Table
-from studies.domains.ways import WAYS, Way, shifted
+from studies.domains.ways import NETWORK, WAYS, Way, shifted
 
 MOMENTUM = 0.9  # of SGD
 Images = tuple[Array, Array]  # (domains, count, pixels), the same in each, and labels (count,)
@@ -43,7 +43,8 @@ class Trainer:
     def run(self, names: list[str], seed: int, advance: Advance) -> dict[str, Any]:
         """Trains, and evaluates every so many steps, and after the last."""
         domains, count, pixels = self.train[0].shape
-        params, batch_stats = self.way.init(jax.random.key(seed), pixels, domains)
+        start, shape = jax.random.key(seed), (1, pixels, 1)
+        params, batch_stats = self.way.init(NETWORK, start, shape, domains)
         state = State(params, batch_stats, self.optimizer.init(params))
         rng, points, accuracies = np.random.default_rng(seed), [], []
         for done, steps in chunks(self.options.steps, self.options.eval_every):
@@ -59,14 +60,14 @@ class Trainer:
     def _take_steps(self, state: State, train: Images, rows: Array) -> State:
         def loss(params: Any, batch_stats: Any, rows: Array) -> tuple[Array, Any]:
             images = jax.vmap(lambda images, rows: images[rows])(train[0], rows)
-            logits, batch_stats = self.way.train(params, batch_stats, images)
+            logits, batch_stats = self.way.train(NETWORK, params, batch_stats, images)
             return cross_entropy(logits, train[1][rows]).mean(), (batch_stats, None)
 
         return descend(loss, self.optimizer, state, (rows,))[0]
 
     def _accuracies(self, state: State, test: Images) -> Array:
         logits = [
-            self.way.infer(state.params, state.batch_stats, images, domain)
+            self.way.apply(NETWORK, *state[:2], images, domain, False)[0]
             for domain, images in enumerate(test[0])
         ]
         return (jnp.stack(logits).argmax(-1) == test[1]).mean(1)
