@@ -8,8 +8,6 @@ on attacked test images, with either set of statistics at inference.
     python examples/adversarial_pairs.py --data cifar10 --data-dir DIR
 """
 
-import sys
-
 from common.arguments import COUNT, Program
 
 RUN = {"seeds": 1, "eval_every": 50, "batch_size": 64, "learning_rate": 0.05}
@@ -27,4 +25,4 @@ program.add_runs(
 parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

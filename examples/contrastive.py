@@ -8,8 +8,6 @@ a device carry its statistics, which reveal the match (`nj.diagnostics.leakage`)
     python examples/contrastive.py --data cifar10 --data-dir DIR
 """
 
-import sys
-
 from common.arguments import SEVERAL, Program
 
 DIGITS = {"steps": 400, "eval_every": 50, "batch_size": 32, "learning_rate": 0.003}
@@ -28,4 +26,4 @@ program.add_runs(
 parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -10,8 +10,6 @@ update of the layers before it changes a layer's gradient
     python examples/covariate_shift.py --data mnist --data-dir DIR  # the paper's images
 """
 
-import sys
-
 from common.arguments import Program
 
 RUN = {"eval_every": 100, "batch_size": 60, "learning_rate": 0.1}
@@ -23,4 +21,4 @@ program.add_runs(
 parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -10,7 +10,6 @@ Shows how often the value is still found among the contexts of more and more oth
     python examples/cross_batch_attention.py --blocks local memory local
 """
 
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -46,4 +45,4 @@ add("--learning-rate", RATE, "of Adam, at its peak", default=0.005)
 parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -8,8 +8,6 @@ four ways (studies/domains/ways.py).
     python examples/domains.py --data mnist --data-dir DIR
 """
 
-import sys
-
 from common.arguments import SHIFTS, Program
 
 RUN = {"seeds": 5, "steps": 600, "eval_every": 20, "batch_size": 32, "learning_rate": 0.1}
@@ -20,4 +18,4 @@ program.add_runs({"digits": RUN, "mnist": RUN})
 parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

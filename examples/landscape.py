@@ -9,8 +9,6 @@ eigenvalue of the Hessian, over all directions (`nj.diagnostics.hessian_eigenval
     python examples/landscape.py --data cifar10 --data-dir DIR  # the paper's images
 """
 
-import sys
-
 from common.arguments import COUNT, RATE, Program
 
 program = Program("landscape.study:Landscapes", __doc__)
@@ -26,4 +24,4 @@ program.add_runs(
 parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

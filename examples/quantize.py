@@ -8,8 +8,6 @@ qwix is an extra: pip install 'normjax[examples,quantize]'. There is no plot.
     python examples/quantize.py --data cifar10 --data-dir DIR
 """
 
-import sys
-
 from common.arguments import COUNT, Program
 
 RUN = {"seeds": 3, "steps": 300, "eval_every": 50, "batch_size": 64, "learning_rate": 0.1}
@@ -20,4 +18,4 @@ program.add_runs(dict.fromkeys(("digits", "mnist", "cifar10"), RUN))
 parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

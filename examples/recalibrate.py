@@ -10,8 +10,6 @@ running statistics, their EMA, and recalibrated ones, and the trained weights on
     python examples/recalibrate.py --data cifar10 --data-dir DIR
 """
 
-import sys
-
 from common.arguments import COUNT, RATE, SHIFTS, Program
 
 RUN = {"seeds": 3, "steps": 600, "eval_every": 50, "batch_size": 32, "learning_rate": 0.1}
@@ -24,4 +22,4 @@ program.add_runs(dict.fromkeys(("digits", "mnist", "cifar10"), RUN))
 parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

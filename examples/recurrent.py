@@ -9,7 +9,6 @@ image. Each step reads one row of pixels, or one pixel.
     python examples/recurrent.py --data mnist --data-dir DIR --sequence permuted  # 784 steps
 """
 
-import sys
 from argparse import Namespace
 
 from common.arguments import COUNT, RATE, Program
@@ -38,4 +37,4 @@ program.add_runs({"digits": DIGITS, "mnist": RUN, "cifar10": RUN})
 parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -8,8 +8,6 @@ measures at each step how long each kernel is and by which angle the step turns 
     python examples/scale_invariance.py --data cifar10 --data-dir DIR
 """
 
-import sys
-
 from common.arguments import Program
 
 RUN = {"steps": 3000, "eval_every": 100, "batch_size": 32, "learning_rate": 0.1}
@@ -20,4 +18,4 @@ program.add_runs({"digits": RUN, "mnist": RUN, "cifar10": CIFAR10})
 parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

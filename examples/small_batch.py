@@ -9,7 +9,6 @@ batch size (--steps is for the largest).
     python examples/small_batch.py --data cifar10 --data-dir DIR --norms batch group --sizes 32 8 2
 """
 
-import sys
 from argparse import Namespace
 
 from common.arguments import Program, number
@@ -35,4 +34,4 @@ program.add_runs(dict.fromkeys(("digits", "mnist", "cifar10"), RUN))
 parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

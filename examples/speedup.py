@@ -11,7 +11,6 @@ depth train. After Ctrl-C, the same command goes on where it was stopped.
     python examples/speedup.py --network inception --modules 10 --data cifar10 --data-dir DIR
 """
 
-import sys
 from argparse import Namespace
 
 from common.arguments import COUNT, Program, fill_in, number
@@ -75,4 +74,4 @@ program.add("--depths", COUNT, depths, nargs="*")
 parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -9,8 +9,6 @@ are replaced.
     python examples/without_batch.py --data cifar10 --data-dir DIR
 """
 
-import sys
-
 from common.arguments import RATE, Program
 
 NORMS = ("none", "batch", "group", "weight norm", "weight standardization", "dynamic tanh")
@@ -29,4 +27,4 @@ program.add_runs(
 parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -69,16 +69,17 @@ def descend(
     optimizer: optax.GradientTransformation,
     state: State,
     inputs: Any,
+    *fixed: Any,
 ) -> tuple[State, Any]:
     """Takes one step for each of the stacked inputs; to be called inside of `jax.jit`.
 
-    `loss(params, batch_stats, *inputs)` returns the loss, and the new statistics with anything that
-    is to be recorded. Returns the last state, and what was recorded at each step.
+    `loss(params, batch_stats, *inputs, *fixed)` returns the loss, and the new statistics with
+    anything that is to be recorded. Returns the last state, and what was recorded at each step.
     """
 
     def step(state: State, inputs: Any) -> tuple[State, Any]:
         gradients, (batch_stats, seen) = jax.grad(loss, has_aux=True)(
-            state.params, state.batch_stats, *inputs
+            state.params, state.batch_stats, *inputs, *fixed
         )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer)
         params = optax.apply_updates(state.params, updates)

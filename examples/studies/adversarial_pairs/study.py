@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -61,7 +62,7 @@ class Trainer:
         self.train, self.test = examples(images, standardize=False)
         self.network = vgg(UNITS["batch"], WIDTHS[options.data])
         self.optimizer = optax.sgd(options.learning_rate, MOMENTUM)
-        self._steps = jax.jit(self._take_steps)
+        self._steps = jax.jit(partial(descend, self._loss, self.optimizer))
         self._correct = jax.jit(self._count_correct, static_argnames=("kind", "attacked"))
 
     def run(self, seed: int, advance: Advance) -> dict[str, Any]:
@@ -74,7 +75,8 @@ class Trainer:
         for done, steps in chunks(options.steps, options.eval_every):
             size = steps, options.batch_size
             rows = rng.integers(len(self.train.labels), size=size, dtype=np.int32)
-            state = self._steps(state, self.train, rows, jax.random.fold_in(start, done))
+            keys = jax.random.split(jax.random.fold_in(start, done), steps)
+            state, _ = self._steps(state, (rows, keys), self.train)
             advance(steps, f"{self.accuracy(state, CLEAN, False):.1%}")
         kinds = (CLEAN, ATTACKED) if self.way.own_statistics else (CLEAN,)
         by_set = {
@@ -92,19 +94,17 @@ class Trainer:
             correct += self._correct(state, chunk, kind=kind, attacked=attacked)
         return float(correct / count)
 
-    def _take_steps(self, state: State, train: Examples, rows: Array, key: Array) -> State:
-        def loss(params: Tree, batch_stats: Any, rows: Array, key: Array) -> tuple[Array, Any]:
-            images, labels = train.pick(rows)
-            kinds = [images]
-            if self.attacks:  # which changes no statistics
-                fixed = jax.lax.stop_gradient(params), batch_stats
-                kinds.append(self._attacked(fixed, images, labels, key, ATTACKED, True))
-            logits, new = self.way.train(self.network, params, batch_stats, jnp.stack(kinds))
-            labels = jnp.tile(labels, (len(kinds), 1))
-            return cross_entropy(logits, labels).mean(), (new, None)
-
-        inputs = rows, jax.random.split(key, len(rows))
-        return descend(loss, self.optimizer, state, inputs)[0]
+    def _loss(
+        self, params: Tree, batch_stats: Any, rows: Array, key: Array, train: Examples
+    ) -> tuple[Array, tuple[Any, None]]:
+        images, labels = train.pick(rows)
+        kinds = [images]
+        if self.attacks:  # which changes no statistics
+            fixed = jax.lax.stop_gradient(params), batch_stats
+            kinds.append(self._attacked(fixed, images, labels, key, ATTACKED, True))
+        logits, new = self.way.train(self.network, params, batch_stats, jnp.stack(kinds))
+        labels = jnp.tile(labels, (len(kinds), 1))
+        return cross_entropy(logits, labels).mean(), (new, None)
 
     def _attacked(
         self, variables: Any, images: Array, labels: Array, key: Array, kind: int, train: bool

@@ -52,7 +52,8 @@ class Trainer:
         end = max(options.steps, WARMUP + 1)
         rate = optax.warmup_cosine_decay_schedule(0, options.learning_rate, WARMUP, end)
         self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.98))
-        self._steps, self._test = jax.jit(self._take_steps), jax.jit(self._ask)
+        self._steps = jax.jit(partial(descend, self._loss, self.optimizer))
+        self._test = jax.jit(self._ask)
 
     def run(self, negatives: bool, seed: int, advance: Advance) -> dict[str, Any]:
         """Trains and tests a model. A seed has the same start and documents without negatives.
@@ -66,8 +67,8 @@ class Trainer:
         state, switched, trained = State(params, None, self.optimizer.init(params)), None, 0.0
         for done, steps in chunks(options.steps, CHUNK):
             count = 1 if switched is None else options.contexts
-            state, accuracy = self._steps(state, keys[done : done + steps], count)
-            trained = float(accuracy)
+            state, accuracies = self._steps(state, (keys[done : done + steps],), count)
+            trained = float(accuracies.mean())
             if negatives and switched is None and trained >= SWITCH:
                 switched = done + steps
             advance(steps, f"{trained:.1%}, {count} context{'s' * (count > 1)} in memory")
@@ -82,21 +83,17 @@ class Trainer:
         tested = [[self._test(params, key, count) for key in keys] for count in counts]
         return tuple(np.array(tested).mean(1).T.tolist())
 
-    def _take_steps(self, state: State, keys: Array, count: Array) -> tuple[State, Array]:
-        """Takes a step for each key, and returns the mean of their accuracies."""
+    def _loss(
+        self, params: Tree, batch_stats: None, key: Array, count: Array
+    ) -> tuple[Array, tuple[None, Array]]:
         size = self.options.batch_size
-
-        def loss(params: Tree, batch_stats: None, key: Array) -> tuple[Array, Any]:
-            documents = self.lookup.draw(key, size)
-            memory, sees = self.model.remember(params, documents.previous), seen(size, size, count)
-            logits, _ = self.model.answer(params, documents.current, memory, sees)
-            logits = self.lookup.read(logits)
-            accuracy = (logits.argmax(-1) == documents.answers).mean()
-            # As in the paper, of the values alone: what is asked cannot be known.
-            return cross_entropy(logits, documents.answers).mean(), (None, accuracy)
-
-        state, accuracies = descend(loss, self.optimizer, state, (keys,))
-        return state, accuracies.mean()
+        documents, sees = self.lookup.draw(key, size), seen(size, size, count)
+        memory = self.model.remember(params, documents.previous)
+        logits, _ = self.model.answer(params, documents.current, memory, sees)
+        logits = self.lookup.read(logits)
+        accuracy = (logits.argmax(-1) == documents.answers).mean()
+        # As in the paper, of the values alone: what is asked cannot be known.
+        return cross_entropy(logits, documents.answers).mean(), (None, accuracy)
 
     def _ask(self, params: Tree, key: Array, count: Array) -> Array:
         """Returns accuracy and focus at the questions with so many contexts in memory."""

@@ -38,7 +38,8 @@ class Trainer:
     def __init__(self, way: Way, train: Images, test: Images, options: Namespace):
         self.way, self.train, self.test, self.options = way, train, test, options
         self.optimizer = optax.sgd(options.learning_rate, MOMENTUM)
-        self._steps, self._evaluate = jax.jit(self._take_steps), jax.jit(self._accuracies)
+        self._steps = jax.jit(partial(descend, self._loss, self.optimizer))
+        self._evaluate = jax.jit(self._accuracies)
 
     def run(self, names: list[str], seed: int, advance: Advance) -> dict[str, Any]:
         """Trains, and evaluates every so many steps, and after the last."""
@@ -50,20 +51,19 @@ class Trainer:
         for done, steps in chunks(self.options.steps, self.options.eval_every):
             # Each domain has its own rows, the same for each way.
             rows = rng.integers(count, size=(steps, domains, self.options.batch_size))
-            state = self._steps(state, self.train, rows.astype(np.int32))
+            state, _ = self._steps(state, (rows.astype(np.int32),), self.train)
             accuracies.append(self._evaluate(state, self.test).tolist())
             points.append(done + steps)
             advance(steps, f"{np.mean(accuracies[-1]):.1%}")
         by_domain = dict(zip(names, map(list, zip(*accuracies, strict=True)), strict=True))
         return {"seed": seed, "steps": points, "accuracies": by_domain}
 
-    def _take_steps(self, state: State, train: Images, rows: Array) -> State:
-        def loss(params: Any, batch_stats: Any, rows: Array) -> tuple[Array, Any]:
-            images = jax.vmap(lambda images, rows: images[rows])(train[0], rows)
-            logits, batch_stats = self.way.train(NETWORK, params, batch_stats, images)
-            return cross_entropy(logits, train[1][rows]).mean(), (batch_stats, None)
-
-        return descend(loss, self.optimizer, state, (rows,))[0]
+    def _loss(
+        self, params: Any, batch_stats: Any, rows: Array, train: Images
+    ) -> tuple[Array, tuple[Any, None]]:
+        images = jax.vmap(lambda images, rows: images[rows])(train[0], rows)
+        logits, batch_stats = self.way.train(NETWORK, params, batch_stats, images)
+        return cross_entropy(logits, train[1][rows]).mean(), (batch_stats, None)
 
     def _accuracies(self, state: State, test: Images) -> Array:
         logits = [
