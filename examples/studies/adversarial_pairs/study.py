@@ -29,6 +29,7 @@ WIDTHS = {
 MOMENTUM = 0.9  # of SGD
 TEST_ATTACK = 2  # times as many steps as in training
 CHUNK = 250  # test images at once
+Variables = tuple[Tree, Any]  # params and batch_stats
 SETS = ("clean set", "attacked set")
 BOTH = "two sets, two scales"
 # What, by whom it is reported, the ways and the sets at inference, and whether images are attacked.
@@ -107,10 +108,10 @@ class Trainer:
         return cross_entropy(logits, labels).mean(), (new, None)
 
     def _attacked(
-        self, variables: Any, images: Array, labels: Array, key: Array, kind: int, train: bool
+        self, fixed: Variables, images: Array, labels: Array, key: Array, kind: int, train: bool
     ) -> Array:
         def loss(images: Array) -> Array:
-            logits, _ = self.way.apply(self.network, *variables, images, kind, train)
+            logits, _ = self.way.apply(self.network, *fixed, images, kind, train)
             return cross_entropy(logits, labels).sum()
 
         steps = self.options.attack_steps * (1 if train else TEST_ATTACK)
@@ -197,8 +198,9 @@ class Pairs(Study):
             for of_set, point in points.items():
                 label = f"{name}: {of_set if len(points) > 1 else 'its one set'}"
                 hollow = len(points) > 1 and of_set == SETS[CLEAN]
-                style = {"color": color, "markerfacecolor": "white" if hollow else color}
-                axes.plot(*point, "os^D"[i], markersize=9, label=label, **style)
+                style: dict[str, Any] = {"color": color, "label": label, "markersize": 9}
+                style["markerfacecolor"] = "white" if hollow else color
+                axes.plot(*point, "os^D"[i], **style)
         report.dress(axes, "x-small", title="Robust against accurate")
         axes.set_xlabel("accuracy on clean images (%)")
         axes.set_ylabel("accuracy on attacked images (%)")
