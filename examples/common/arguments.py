@@ -82,12 +82,9 @@ class Parser(argparse.ArgumentParser):
 
 
 class Program(Parser):
-    """The command line of a study, and the program.
+    """The command line of a study, such as "landscape.study:Landscapes", and the program.
 
-    Args:
-      study: where its class is, such as "landscape.study:Landscapes".
-      description: what it shows, for `--help`.
-      check: called with the program and its options before missing ones get their defaults.
+    `check` is called with the program and its options before missing ones get their defaults.
     """
 
     def __init__(

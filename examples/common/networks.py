@@ -136,14 +136,10 @@ def network(
     forward: Callable[..., Array],
     features: int,
 ) -> Network:
-    """Returns a network of units and a linear layer, "logits".
+    """Returns a network of units, with kernels of the `shapes`, and a linear layer, "logits".
 
-    Args:
-      unit: the kind of all layers but the last.
-      shapes: the shapes of their kernels by name, from an image's shape.
-      forward: `forward(layer, images)` returns what the last layer gets; `layer(name, x, stride)`
-        applies a layer.
-      features: how many that are.
+    `forward(layer, images)` returns the `features` that the last one gets; `layer(name, x, stride)`
+    applies a layer.
     """
 
     def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:

@@ -110,10 +110,8 @@ def _view(key: Array, image: Array) -> Array:
 def contrast(queries: Array, keys: Array, own: Array) -> tuple[Array, Array]:
     """Returns the mean NT-Xent loss of a device's examples, both ways, and the queries' accuracy.
 
-    Args:
-      queries: embeddings of the first views of all devices, `(batch, features)`, of length 1.
-      keys: embeddings of the second views, in the same order.
-      own: the device's rows of both.
+    Queries and keys are embeddings of the first and second views of all devices, `(batch,
+    features)`, of length 1; `own` are the device's rows of both.
     """
 
     def one_way(queries: Array, keys: Array) -> tuple[Array, Array]:
@@ -128,12 +126,9 @@ def contrast(queries: Array, keys: Array, own: Array) -> tuple[Array, Array]:
 
 
 def probe(train: tuple[Array, Array], test: tuple[Array, Array], classes: int) -> Array:
-    """Returns the test accuracy of a linear classifier of features, by ridge regression.
+    """Returns the test accuracy of a linear classifier by ridge regression.
 
-    Args:
-      train: features `(count, features)`, and labels.
-      test: the same, of test images.
-      classes: the number of classes.
+    Both parts are features `(count, features)` and labels.
     """
     features, labels = train
     mean, std = features.mean(0), features.std(0) + 1e-6

@@ -54,12 +54,8 @@ WAYS: dict[str, dict[str, Any]] = {
 class Trainer:
     """A network with its training and evaluation, each compiled once for all seeds.
 
-    The state of its optimizer also has the average of params and batch_stats.
-
-    Args:
-      train: training examples, as they are and shifted.
-      test: the same of test examples.
-      options: of the command line.
+    There are examples as they are and shifted ones. The state of its optimizer also has the average
+    of params and batch_stats.
     """
 
     def __init__(self, train: dict[str, Examples], test: dict[str, Examples], options: Namespace):

@@ -263,8 +263,7 @@ def _draw_depths(axes: Axes, depths: Sequence[Depth], steps: int) -> None:
 class Kept:
     """What a run of hours is resumed from, in a file: how far each run got, and the last's state.
 
-    Args:
-      options: of the command line; the file counts if it was written with the same.
+    The file counts if it was written with the same options of the command line.
     """
 
     def __init__(self, options: Namespace):

@@ -68,9 +68,11 @@ def shown(content: Mapping[str, Any]) -> Table:
             ratio = "-" if row["ratio"] is None else f"{row['ratio']:.1f}x"
         cells = [row["variant"], f"{row['learning_rate']:.3g}", steps, ratio]
         cells += [f"{row['best']:.1%}", f"{row['seconds']:.1f}"]
-        rows.append([*cells, reported.get(row["variant"], "-")] if reported else cells)
-    headings = ["variant", "learning rate", f"steps to {target:.1%}" if trained else "steps"]
-    headings += ["ratio", "best accuracy", "seconds", *(["the paper's"] if reported else [])]
+        cells += [reported.get(row["variant"], "-")] if reported else []
+        rows.append(cells)
+    steps = f"steps to {target:.1%}" if trained else "steps"
+    headings = ["variant", "learning rate", steps, "ratio", "best accuracy", "seconds"]
+    headings += ["the paper's"] if reported else []
     made = study.table(headings, rows, title=content["title"], collapse_padding=True)
     if not trained:
         made.caption = (
