@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
@@ -93,6 +94,11 @@ class Study:
     def curve(self, name: str, *keys: str) -> list[float]:
         """Returns the medians over the seeds of a part of a list that each run has under keys."""
         return medians([reduce(getitem, keys, run) for run in self.results[name]])
+
+    def along(self, name: str, settings: Iterable[float], key: str) -> dict[float, float]:
+        """Returns the medians over the seeds of finished parts "name, setting", by setting."""
+        results = {setting: self.results.get(f"{name}, {setting:g}") for setting in settings}
+        return {setting: median(result[key]) for setting, result in results.items() if result}
 
     def claims(self) -> Sequence[Claim]:
         """Returns what can be said so far: `results` may lack any part."""

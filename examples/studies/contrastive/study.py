@@ -99,19 +99,16 @@ class Trainer:
         self, state: State, images: Array, rows: Array, key: Array
     ) -> tuple[State, Array]:
         """A device's share of a step for each row of `rows`; it holds its columns."""
-
-        def loss(params: Tree, batch_stats: Tree, own: Array, key: Array) -> Any:
-            return self._loss(params, batch_stats, images[own], key)
-
         # JAX sums the devices' gradients, as it types params as the same on all of them.
         inputs = rows, jax.random.split(key, len(rows))
-        state, found = descend(loss, self.optimizer, state, inputs)
+        state, found = descend(self._loss, self.optimizer, state, inputs, images)
         return state, lax.pmean(found.mean(), AXIS)
 
     def _loss(
-        self, params: Tree, batch_stats: Tree, images: Array, key: Array
+        self, params: Tree, batch_stats: Tree, rows: Array, key: Array, images: Array
     ) -> tuple[Array, tuple[Tree, Array]]:
         """Returns a device's share of the loss: its queries against the keys of all devices."""
+        images = images[rows]
         device, devices = lax.axis_index(AXIS), self.options.devices
         own = device * len(images) + jnp.arange(len(images))
         order = jnp.arange(len(images) * devices)

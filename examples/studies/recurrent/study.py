@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from common import data, report, training
 from common.networks import Network, linear
-from common.results import Result, Run, in_words
+from common.results import Result, in_words
 from common.study import Advance, Claim, Part, Study, table
 from jax import Array, lax
 from jax.nn import initializers
@@ -114,28 +114,18 @@ class Reading(Study):
                 parts[name] = Part(options.seeds * options.steps, work)
         return parts
 
-    def _train(
-        self, cell: str, rate: float, trainer: training.Trainer, advance: Advance
-    ) -> dict[str, Any]:
+    def _train(self, cell: str, rate: float, trainer: training.Trainer, advance: Advance) -> Result:
         plans = (training.Plan.of(self.options, seed, rate) for seed in range(self.options.seeds))
         runs = [trainer.finish(plan, advance)[0] for plan in plans]
-        return Result(cell.upper(), rate, runs).content()
-
-    @property
-    def finished(self) -> list[Result]:
-        """What is finished, by cell and learning rate."""
-        return [
-            Result(cell["variant"], cell["learning_rate"], [Run(**run) for run in cell["seeds"]])
-            for cell in self.results.values()
-        ]
+        return Result(cell.upper(), rate, runs)
 
     def content(self) -> dict[str, Any]:
         content = super().content()
-        return content | {"cells": list(content.pop("results").values())}
+        return content | {"cells": [each.content() for each in content.pop("results").values()]}
 
     def claims(self) -> Sequence[Claim]:
         best: dict[str, Result] = {}
-        for result in self.finished:
+        for result in self.results.values():
             if result.name not in best or result.best > best[result.name].best:
                 best[result.name] = result
         what = f"{data.TITLES[self.options.data]} {READ[self.options.sequence]}"
@@ -154,7 +144,7 @@ class Reading(Study):
 
     def tables(self) -> Sequence[Table]:
         rows = []
-        for result in self.finished:
+        for result in self.results.values():
             steps = [_steps(result, goal) for goal in GOALS]
             last = f"{result.best:.1%}", f"{result.seconds:.1f}"
             rows.append((result.name, f"{result.learning_rate:.3g}", *steps, *last))
@@ -166,7 +156,7 @@ class Reading(Study):
         title = f"{data.TITLES[self.options.data]} read {READ[self.options.sequence]}"
         title += f", median of {seeds} seeds" if seeds > 1 else ""
         panels: dict[str, dict[str, report.Curve]] = {}
-        for result in self.finished:
+        for result in self.results.values():
             prefix, _, kind = result.name.rpartition("-")
             panel = panels.setdefault(f"{kind}, learning rate {result.learning_rate:.3g}", {})
             panel[NORMS[prefix.lower()][0]] = result.curve

@@ -29,7 +29,7 @@ EVALUATIONS = 10
 # as there are images.
 WIDTHS = {"digits": (16, 32, 64), "mnist": (16, 32, 64, 64), "cifar10": (16, 32, 64, 64, 64)}
 # Wu & He 2018, table 2: top-1 validation error of ResNet-50 on ImageNet, by images per GPU.
-REPORTED = {
+REPORTED: dict[str, dict[float, float]] = {
     "batch": {32: 23.6, 16: 23.7, 8: 24.8, 4: 27.3, 2: 34.7},
     "group": {32: 24.1, 16: 24.2, 8: 24.0, 4: 24.2, 2: 24.1},
 }
@@ -137,11 +137,9 @@ class SmallBatch(Study):
             errors.append(100 * (1 - median(run.accuracies[-3:])))
         return {"errors": errors}
 
-    def by_size(self, name: str) -> dict[int, float]:
+    def by_size(self, name: str) -> dict[float, float]:
         """The errors in percent, medians of the seeds, by batch size, as far as finished."""
-        sizes = sorted(self.options.sizes, reverse=True)
-        results = {size: self.results.get(f"{name}, {size}") for size in sizes}
-        return {size: median(result["errors"]) for size, result in results.items() if result}
+        return self.along(name, sorted(self.options.sizes, reverse=True), "errors")
 
     def claims(self) -> Sequence[Claim]:
         claims = []
@@ -180,7 +178,7 @@ class SmallBatch(Study):
             _dress(reported, "reported: ResNet-50, ImageNet, 8 GPUs", list(REPORTED["batch"]))
 
 
-def _dress(axes: Axes, title: str, sizes: Sequence[int]) -> None:
+def _dress(axes: Axes, title: str, sizes: Sequence[float]) -> None:
     report.dress(axes, xscale="log", xlabel="images a device", ylabel="error", title=title)
     axes.set_xticks(list(sizes), map(str, sizes))
     axes.minorticks_off()

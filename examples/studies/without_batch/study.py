@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jax
@@ -147,9 +146,7 @@ class WithoutBatch(Study):
 
     def by_rate(self, name: str, which: str) -> dict[float, float]:
         """Returns medians of "training" or "test" accuracies, by finished learning rates."""
-        rates = sorted(self.options.learning_rates)
-        results = {rate: self.results.get(f"{name}, {rate:g}") for rate in rates}
-        return {rate: median(result[which]) for rate, result in results.items() if result}
+        return self.along(name, sorted(self.options.learning_rates), which)
 
     def best(self) -> dict[str, tuple[float, float]]:
         """Returns the best rate of each finished normalization, and its test accuracy."""
