@@ -1,50 +1,28 @@
 """One network, two sets of statistics: clean and adversarial images in one training.
 
-Adversarial images are training images that an adversary has changed, each pixel by at most
---radius, until the current network errs on them. A network is trained in four ways:
-
-    clean only            no adversarial images
-    shared                one batch_stats; every batch holds clean images and adversarial ones
-    two sets              a batch_stats for each kind; batches of one kind
-    two sets, two scales  and a scale and a bias for each kind: AdvProp's auxiliary batch norm
-
-and evaluated on clean and on attacked test images, with either set at inference. The adversary
-knows the network and the set that it uses.
+Trains a network on clean images and on images that an adversary has changed, each pixel by at most
+--radius, in four ways, which share more or less of the normalization; and evaluates it on clean and
+on attacked test images, with either set of statistics at inference.
 
     python examples/adversarial_pairs.py                # scikit-learn's digits: nothing to download
-    python examples/adversarial_pairs.py --data mnist --data-dir DIR
     python examples/adversarial_pairs.py --data cifar10 --data-dir DIR
-
-Prints a table, and writes JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. With the
-same seed all ways start from the same kernels and use the same images. See examples/README.md for
-what to expect.
 """
 
-import sys
-from argparse import Namespace
-from collections.abc import Sequence
-
-from common.arguments import COUNT, Parser
-from common.interrupt import command
+from common.arguments import COUNT, Program
 
 RUN = {"seeds": 1, "eval_every": 50, "batch_size": 64, "learning_rate": 0.05}
-DEFAULTS = {
-    "digits": RUN | {"seeds": 3, "steps": 300, "radius": 0.15},
-    "mnist": RUN | {"steps": 1000, "radius": 0.2},
-    "cifar10": RUN | {"steps": 5000, "radius": 8 / 255},
-}
 
-
-def parse(arguments: Sequence[str] | None) -> Namespace:
-    """Returns the options of the command line, or exits with a line that says what is wrong."""
-    parser = Parser(__doc__)
-    steps = "of the adversary in training; twice that in the test"
-    parser.add("--attack-steps", COUNT, steps, default=4)
-    parser.add_runs("adversarial_pairs", DEFAULTS)
-    return parser.parse_runs(arguments)
-
-
-main = command("adversarial_pairs.study:Pairs", parse)
+program = Program("adversarial_pairs.study:Pairs", __doc__)
+steps = "of the adversary in training; twice that in the test"
+program.add("--attack-steps", COUNT, steps, default=4)
+program.add_runs(
+    {
+        "digits": RUN | {"seeds": 3, "steps": 300, "radius": 0.15},
+        "mnist": RUN | {"steps": 1000, "radius": 0.2},
+        "cifar10": RUN | {"steps": 5000, "radius": 8 / 255},
+    }
+)
+parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,54 +1,29 @@
 """Contrastive training over devices, and what their statistics leak: SimCLR and synced batch norm.
 
-Of two views of each image in the batch, one is the query and one the key, and each query should
-find its key among the keys of all devices: examples interact on purpose. If each device normalizes
-by its own statistics, there is a second, unwanted interaction: queries and keys of a device carry
-its statistics, which reveal the match.
-
-    per device  each device has its own statistics; queries and their keys are together
-    shuffled    the same, but keys go to other devices than their queries (MoCo)
-    synced      statistics of all devices (SimCLR)
-    layer norm  no statistics of the batch
-
-Trains a small encoder on 8 simulated devices, with the loss over the keys of all devices, and shows
-how many keys are found, how much of that is leakage (`nj.diagnostics.leakage`), and the accuracy of
-a linear classifier on the features.
+Of two views of each image, one is the query and one the key, and each query should find its key
+among the keys of all devices. If each device normalizes by its own statistics, queries and keys of
+a device carry its statistics, which reveal the match (`nj.diagnostics.leakage`).
 
     python examples/contrastive.py                      # scikit-learn's digits: nothing to download
-    python examples/contrastive.py --data mnist --data-dir DIR
     python examples/contrastive.py --data cifar10 --data-dir DIR
-
-Prints tables, and writes JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. With the
-same seed all ways start from the same kernels and use the same images. See examples/README.md for
-what to expect.
 """
 
-import sys
-from argparse import Namespace
-from collections.abc import Sequence
-
-from common.arguments import SEVERAL, Parser
-from common.interrupt import command
+from common.arguments import SEVERAL, Program
 
 DIGITS = {"steps": 400, "eval_every": 50, "batch_size": 32, "learning_rate": 0.003}
 MNIST = {"steps": 2000, "eval_every": 200, "batch_size": 64, "learning_rate": 0.003}
 CIFAR10 = {"steps": 20_000, "eval_every": 1000, "batch_size": 256, "learning_rate": 0.002}
-DEFAULTS = {
-    "digits": DIGITS | {"seeds": 1, "labels": 100},
-    "mnist": MNIST | {"seeds": 1, "labels": 1000},
-    "cifar10": CIFAR10 | {"seeds": 1, "labels": 50_000},
-}
 
-
-def parse(arguments: Sequence[str] | None) -> Namespace:
-    """Returns the options of the command line, or exits with a line that says what is wrong."""
-    parser = Parser(__doc__)
-    parser.add("--devices", SEVERAL, "simulated", default=8)
-    parser.add_runs("contrastive", DEFAULTS)
-    return parser.parse_runs(arguments)
-
-
-main = command("contrastive.study:Contrast", parse)
+program = Program("contrastive.study:Contrast", __doc__)
+program.add("--devices", SEVERAL, "simulated", default=8)
+program.add_runs(
+    {
+        "digits": DIGITS | {"seeds": 1, "labels": 100},
+        "mnist": MNIST | {"seeds": 1, "labels": 1000},
+        "cifar10": CIFAR10 | {"seeds": 1, "labels": 50_000},
+    }
+)
+parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

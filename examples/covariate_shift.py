@@ -1,46 +1,24 @@
 """Internal covariate shift: does batch normalization reduce it, and does that help training?
 
-Trains the network of Ioffe & Szegedy (2015), figure 1, three layers of 100 sigmoids on batches of
-60, in three ways:
-
-    without normalization
-    with batch normalization      before each sigmoid
-    with noise after it           with a new random mean and variance at each step, for each unit
-                                  (Santurkar et al. 2018): the inputs of every layer always shift
+Trains the network of Ioffe & Szegedy (2015), figure 1, without normalization, with batch norm, and
+with noise after it that always shifts the inputs of every layer (Santurkar et al. 2018). Shows the
+test accuracy, the inputs of a typical sigmoid (`nj.diagnostics.percentiles`), and how much an
+update of the layers before it changes a layer's gradient
+(`nj.diagnostics.internal_covariate_shift`).
 
     python examples/covariate_shift.py                  # scikit-learn's digits: nothing to download
     python examples/covariate_shift.py --data mnist --data-dir DIR  # the paper's images
-
-and shows, over the steps of training, the test accuracy, the input's distribution of a typical
-sigmoid in the last hidden layer (`nj.diagnostics.percentiles`), and how much an update of the
-layers before it changes a layer's gradient (`nj.diagnostics.internal_covariate_shift`).
-
-Prints a table of what the two papers report and what is measured here, and writes JSON and a plot
-to --out. Ctrl-C stops, and keeps finished runs. See examples/README.md for what to expect.
 """
 
-import sys
-from argparse import Namespace
-from collections.abc import Sequence
-
-from common.arguments import Parser
-from common.interrupt import command
+from common.arguments import Program
 
 RUN = {"eval_every": 100, "batch_size": 60, "learning_rate": 0.1}
-DEFAULTS = {
-    "digits": RUN | {"seeds": 3, "steps": 8000},
-    "mnist": RUN | {"seeds": 1, "steps": 10_000},
-}
 
-
-def parse(arguments: Sequence[str] | None) -> Namespace:
-    """Returns the options of the command line, or exits with a line that says what is wrong."""
-    parser = Parser(__doc__)
-    parser.add_runs("covariate_shift", DEFAULTS)
-    return parser.parse_runs(arguments)
-
-
-main = command("covariate_shift.study:Shift", parse)
+program = Program("covariate_shift.study:Shift", __doc__)
+program.add_runs(
+    {"digits": RUN | {"seeds": 3, "steps": 8000}, "mnist": RUN | {"seeds": 1, "steps": 10_000}}
+)
+parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,69 +1,48 @@
 """Attention with other documents as negatives in training, which do not distract it at inference.
 
 Trains small language models on documents in two contexts: the previous one defines keys, the
-current one asks for their values. "Memory" blocks also attend to the previous context of
-
-    crossbatch         --contexts documents of the batch; the others are negatives (Tworkowski et
-                       al. 2023, Focused Transformer, the training of LongLLaMA). This begins once
-                       the model answers with its own context alone
-    own context only   its own document
-
-each with layer norm and with RMS norm. Then the contexts of more and more other documents fill the
-memory. The program shows how often the value is still found, and how much of the attention goes to
-its place.
+current one asks for their values. Blocks with memory see the previous context, with and without
+those of other documents (Tworkowski et al. 2023, Focused Transformer, the training of LongLLaMA).
+Shows how often the value is still found among the contexts of more and more other documents.
 
     python examples/cross_batch_attention.py              # makes its documents itself
     python examples/cross_batch_attention.py --text FILE  # hides them in passages of your text
     python examples/cross_batch_attention.py --blocks local memory local
-
-The model is in studies/cross_batch_attention/memory.py, a pure function of params and memory; the
-documents are in lookup.py beside it. With the same seed all models start from the same kernels and
-read the same documents in the same order, as many with negatives as without. Prints tables, and
-writes JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. See examples/README.md for
-what to expect.
 """
 
-import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
-from common.arguments import COUNT, RATE, Parser
-from common.interrupt import command
+from common.arguments import COUNT, RATE, Program
 
 NORMS, BLOCKS = ("layer norm", "RMS norm"), ("local", "memory")
 
 
-def parse(arguments: Sequence[str] | None) -> Namespace:
-    """Returns the options of the command line, or exits with a line that says what is wrong."""
-    parser = Parser(__doc__)
-    add = parser.add
-    add("--norms", None, "which", nargs="+", choices=NORMS, default=NORMS, metavar="NORM")
-    add(
-        "--blocks", None, "of the model", nargs="+", choices=BLOCKS, default=BLOCKS, metavar="BLOCK"
-    )
-    add("--text", Path, "to hide definitions and questions in", metavar="FILE")
-    add("--gap", COUNT, "bytes of it before each of them", default=4)
-    add("--pairs", COUNT, "keys that a document defines", default=8)
-    add("--contexts", COUNT, "that a document sees in training", default=16)
-    add("--distractors", COUNT, "in the largest memory", default=127)
-    add("--seeds", COUNT, "how often to train each model", default=2)
-    add("--steps", COUNT, "budget of each run", default=400)
-    add("--batch-size", COUNT, "documents a step", default=16)
-    add("--test-batches", COUNT, "of 32 documents", default=2)
-    add("--learning-rate", RATE, "of Adam, at its peak", default=0.005)
-    add("--out", Path, "folder for the results", default=Path("results/cross_batch_attention"))
-    options = parser.parse_args(arguments)
+def check(program: Program, options: Namespace) -> None:
+    """Exits for options that do not fit together; takes each norm once."""
     if options.contexts > options.batch_size:
         has = f"a batch has {options.batch_size}; raise --batch-size"
-        parser.error(f"--contexts {options.contexts}: {has}")
+        program.error(f"--contexts {options.contexts}: {has}")
     if "memory" not in options.blocks:
-        parser.error("--blocks: no memory among them, so that no answer can be found")
+        program.error("--blocks: no memory among them, so that no answer can be found")
     options.norms, options.blocks = list(dict.fromkeys(options.norms)), list(options.blocks)
-    return options
 
 
-main = command("cross_batch_attention.study:CrossBatch", parse)
+program = Program("cross_batch_attention.study:CrossBatch", __doc__, check)
+add = program.add
+add("--norms", None, "which", nargs="+", choices=NORMS, default=NORMS, metavar="NORM")
+add("--blocks", None, "of the model", nargs="+", choices=BLOCKS, default=BLOCKS, metavar="BLOCK")
+add("--text", Path, "to hide definitions and questions in", metavar="FILE")
+add("--gap", COUNT, "bytes of it before each of them", default=4)
+add("--pairs", COUNT, "keys that a document defines", default=8)
+add("--contexts", COUNT, "that a document sees in training", default=16)
+add("--distractors", COUNT, "in the largest memory", default=127)
+add("--seeds", COUNT, "how often to train each model", default=2)
+add("--steps", COUNT, "budget of each run", default=400)
+add("--batch-size", COUNT, "documents a step", default=16)
+add("--test-batches", COUNT, "of 32 documents", default=2)
+add("--learning-rate", RATE, "of Adam, at its peak", default=0.005)
+parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

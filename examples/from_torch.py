@@ -1,15 +1,14 @@
 """Loads a PyTorch ResNet-18, a state_dict in torchvision's style, into a linen network.
 
-Both networks are defined below with the same module names, so that no key has to be renamed. The
-program changes the weights and running statistics of the PyTorch network from their initial values,
-converts them with `nj.convert.from_torch`, and compares logits. Then it runs one more batch through
-both networks in training, and compares their running statistics.
+Both networks are below. The program changes the PyTorch network's weights and running statistics
+from their initial values, converts them with `nj.convert.from_torch`, and compares logits. Then both
+networks take one more batch in training, and the program compares their running statistics.
 
     python examples/from_torch.py                                 # half a minute, no download
     python examples/from_torch.py --weights resnet18.safetensors  # or .pth: such as torchvision's
 
 Note these differences, which otherwise make results only nearly equal:
-  - PyTorch pads both sides alike. Flax's "SAME" pads a convolution of stride 2 more at the end than
+  - PyTorch pads both sides equally. Flax's "SAME" pads a convolution of stride 2 more at the end than
     at the beginning.
   - PyTorch's momentum is 1 minus normjax's (0.1 is normjax's 0.9), and its running variance is
     unbiased.
@@ -25,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common.arguments import Parser, number
+from common.arguments import COUNT, Parser
 from common.extras import stop_without
 from flax import linen as nn
 from jax import Array
@@ -34,64 +33,11 @@ import normjax as nj
 
 try:
     import torch
+    from safetensors.torch import load_file
 except ImportError as error:
     stop_without(error)
 
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # features, and the stride of the first block
-
-
-def conv(features: int, size: int, stride: int, name: str) -> nn.Conv:
-    """Returns a convolution with PyTorch's padding."""
-    padding = size // 2
-    return nn.Conv(
-        features, (size, size), stride, [(padding, padding)] * 2, use_bias=False, name=name
-    )
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions, and a shortcut: a 1x1 convolution if the shape changes."""
-
-    features: int
-    stride: int
-    norm: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Returns the block's output."""
-        y = self.norm(name="bn1")(conv(self.features, 3, self.stride, "conv1")(x))
-        y = conv(self.features, 3, 1, "conv2")(nn.relu(y))
-        # only used for training from scratch
-        y = self.norm(name="bn2", scale_init=nn.initializers.zeros)(y)
-        if x.shape != y.shape:
-            x = Downsample(self.features, self.stride, self.norm, name="downsample")(x)
-        return nn.relu(x + y)
-
-
-class Downsample(nn.Module):
-    """A 1x1 convolution with its norm; in PyTorch a `Sequential`, with modules named 0 and 1."""
-
-    features: int
-    stride: int
-    norm: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Returns x with other features, and maybe fewer pixels."""
-        return self.norm(name="1")(conv(self.features, 1, self.stride, "0")(x))
-
-
-class Stage(nn.Module):
-    """Two blocks; a `Sequential` in PyTorch."""
-
-    features: int
-    stride: int
-    norm: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Returns the stage's output."""
-        x = Block(self.features, self.stride, self.norm, name="0")(x)
-        return Block(self.features, 1, self.norm, name="1")(x)
 
 
 class ResNet18(nn.Module):
@@ -105,15 +51,30 @@ class ResNet18(nn.Module):
         norm = partial(
             nj.linen.BatchNorm, use_running_average=not train, momentum=0.9, running_var="unbiased"
         )
+
+        def conv(features: int, size: int, stride: int, name: str) -> nn.Conv:
+            ends = [(size // 2, size // 2)] * 2
+            return nn.Conv(features, (size, size), stride, ends, use_bias=False, name=name)
+
         x = nn.relu(norm(name="bn1")(conv(64, 7, 2, "conv1")(x)))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # type: ignore[arg-type]
-        for i, (features, stride) in enumerate(STAGES):
-            x = Stage(features, stride, norm, name=f"layer{i + 1}")(x)
+        for i, (features, first) in enumerate(STAGES):
+            for j, stride in enumerate((first, 1)):
+                block = f"layer{i + 1}_{j}"
+                y = conv(features, 3, stride, f"{block}_conv1")(x)
+                y = nn.relu(norm(name=f"{block}_bn1")(y))
+                y = conv(features, 3, 1, f"{block}_conv2")(y)
+                # Scales of 0, for training from the start.
+                y = norm(name=f"{block}_bn2", scale_init=nn.initializers.zeros)(y)
+                if x.shape != y.shape:
+                    x = conv(features, 1, stride, f"{block}_downsample_0")(x)
+                    x = norm(name=f"{block}_downsample_1")(x)
+                x = nn.relu(x + y)
         return nn.Dense(self.classes, name="fc")(x.mean((1, 2)))
 
 
 class TorchBlock(torch.nn.Module):
-    """PyTorch's `Block`."""
+    """Two 3x3 convolutions, and a shortcut: a 1x1 convolution if the shape changes."""
 
     def __init__(self, inputs: int, features: int, stride: int):
         super().__init__()
@@ -121,7 +82,7 @@ class TorchBlock(torch.nn.Module):
         self.bn1 = torch.nn.BatchNorm2d(features)
         self.conv2 = torch.nn.Conv2d(features, features, 3, 1, 1, bias=False)
         self.bn2 = torch.nn.BatchNorm2d(features)
-        self.downsample = None
+        self.downsample = torch.nn.Identity()
         if inputs != features or stride != 1:
             shortcut = torch.nn.Conv2d(inputs, features, 1, stride, bias=False)
             self.downsample = torch.nn.Sequential(shortcut, torch.nn.BatchNorm2d(features))
@@ -129,7 +90,7 @@ class TorchBlock(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the block's output."""
         y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return torch.relu(y + self.downsample(x))
 
 
 class TorchResNet18(torch.nn.Module):
@@ -154,15 +115,18 @@ class TorchResNet18(torch.nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+def flat(key: str) -> str:
+    """Returns the key without nested modules: "layer1.0.bn1.weight" as "layer1_0_bn1.weight"."""
+    return key.replace(".", "_", key.count(".") - 1)
+
+
 def load(source: Any, classes: int = 1000) -> tuple[ResNet18, dict[str, Any]]:
     """Returns the network, and variables from a module, a state_dict or a .safetensors file."""
     model = ResNet18(classes)
-    empty = jax.eval_shape(
-        partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 32, 32, 3))
-    )
-    params, batch_stats = nj.convert.from_torch(
-        source, like=(empty["params"], empty["batch_stats"])
-    )
+    init, image = partial(model.init, train=False), jnp.zeros((1, 32, 32, 3))
+    empty = jax.eval_shape(init, jax.random.key(0), image)
+    like = empty["params"], empty["batch_stats"]
+    params, batch_stats = nj.convert.from_torch(source, like=like, rename=flat)
     return model, {"params": params, "batch_stats": batch_stats}
 
 
@@ -202,9 +166,7 @@ def compare_training(
     """Returns the largest relative difference of running statistics after one more batch."""
     with torch.no_grad():
         network.train()(torch.tensor(x))
-    _, expected = nj.convert.from_torch(
-        network, like=(variables["params"], variables["batch_stats"])
-    )
+    expected = load(network, model.classes)[1]["batch_stats"]
     apply = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
     _, updates = apply(variables, x.transpose(0, 2, 3, 1))
     differences = jax.tree.map(
@@ -213,44 +175,28 @@ def compare_training(
     return float(max(jax.tree.leaves(differences)))
 
 
-def read(weights: Path | None) -> TorchResNet18:
-    """Returns a PyTorch network with the weights of a file, or with random ones."""
-    network = trained()
-    if weights is not None and weights.suffix == ".safetensors":
-        params, batch_stats = nj.convert.from_torch(weights)
-        network.load_state_dict(nj.convert.to_torch(params, batch_stats, like=network))
-    elif weights is not None:
-        network.load_state_dict(torch.load(weights, weights_only=True))
-    return network
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Converts the weights, and prints the differences between the two networks."""
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="a .safetensors or .pth file of a ResNet-18"
-    )
-    pixels = number(int, "a positive integer")
-    parser.add_argument(
-        "--sizes", type=pixels, nargs="+", default=[224, 64, 33], help="of images, in pixels"
-    )
+    weights = "a .safetensors or .pth file of a ResNet-18"
+    parser.add("--weights", Path, weights, metavar="FILE")
+    parser.add("--sizes", COUNT, "of images, in pixels", nargs="+", default=[224, 64, 33])
     options = parser.parse_args(arguments)
-    if options.weights is not None and not options.weights.is_file():
-        parser.error(f"--weights {options.weights}: there is no such file")
-    network = read(options.weights)
+    network = trained()
+    if file := options.weights:
+        if not file.is_file():
+            parser.error(f"--weights {file}: there is no such file")
+        safe = file.suffix == ".safetensors"
+        network.load_state_dict(load_file(file) if safe else torch.load(file, weights_only=True))
     model, variables = load(network)
-    print(
-        f"{sum(leaf.size for leaf in jax.tree.leaves(variables)):,} numbers of "
-        f"{len(network.state_dict())} keys converted"
-    )
+    count, keys = sum(leaf.size for leaf in jax.tree.leaves(variables)), len(network.state_dict())
+    print(f"{count:,} numbers of {keys} keys converted")
     for size in options.sizes:
-        difference, largest = compare_logits(network, model, variables, images(4, size))
-        print(
-            f"{size:3d} x {size:<3d} pixels: logits up to {largest:.2f}, "
-            f"which differ by at most {difference:.1e}"
-        )
-    difference = compare_training(network, model, variables, images(8, 64))
-    print(f"running statistics after one more batch differ by {difference:.1e} of the largest")
+        apart, largest = compare_logits(network, model, variables, images(4, size))
+        logits = f"logits up to {largest:.2f}, which differ by at most {apart:.1e}"
+        print(f"{size:3d} x {size:<3d} pixels: {logits}")
+    apart = compare_training(network, model, variables, images(8, 64))
+    print(f"running statistics after one more batch differ by {apart:.1e} of the largest")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,19 @@
 """How many steps batch normalization saves: the experiments of the paper, on real images.
 
 Trains the variants of Ioffe & Szegedy (2015), sections 4.1 and 4.2, and shows how many steps each
-needs to reach the best test accuracy of the baseline, the same network without normalization:
+needs to reach the best test accuracy of the baseline, the same network without normalization, at
+the learning rate given and at the best rate of a sweep; and how well sigmoid networks of growing
+depth train. After Ctrl-C, the same command goes on where it was stopped.
 
     python examples/speedup.py                          # scikit-learn's digits: nothing to download
     python examples/speedup.py --data mnist --data-dir DIR  # the paper's section 4.1
     python examples/speedup.py --network inception --data cifar10 --data-dir DIR
     python examples/speedup.py --network inception --modules 10 --data cifar10 --data-dir DIR
-
-Prints three tables. One is the paper's: relative to the baseline at the learning rate given. One is
-stricter: relative to the baseline at the best rate of a sweep. The last is of depths. Writes JSON
-and a plot to `--out`. Ctrl-C stops, and keeps finished variants. The same command goes on where it
-was stopped.
-
-The comparison is fair: with the same seed all variants start from the same kernels and use the same
-batches in the same order. See examples/README.md for what to expect.
 """
 
-import sys
 from argparse import Namespace
-from collections.abc import Sequence
 
-from common.arguments import COUNT, Parser, number
-from common.interrupt import command
+from common.arguments import COUNT, Program, fill_in, number
 
 # The batches of 60 and 32 and the rate of 0.0015 are the paper's. Budgets are for two CPU cores;
 # the ten modules get 20 epochs of CIFAR-10.
@@ -42,67 +33,45 @@ DEPTHS = {"mlp": [2, 3, 4, 6, 12], "inception": []}
 SWEEP = {"mlp": (1 / 3, 1, 3, 10, 30, 100), "inception": (1, 3, 10, 30, 100)}
 
 
-def parse(arguments: Sequence[str] | None) -> Namespace:
-    """Returns the options of the command line, or exits with a line that says what is wrong."""
-    parser = Parser(__doc__)
-    parser.add("--network", None, "what to train", choices=("mlp", "inception"), default="mlp")
-    parser.add("--depth", COUNT, "hidden layers of the mlp (default: 3)")
-    modules = "of the inception (default: 3); 10 are those of the paper's figure 5"
-    parser.add("--modules", int, modules, choices=(3, 10))
-    parser.add_runs(
-        "speedup", {data: DEFAULTS["mlp", data] for data in ("digits", "mnist", "cifar10")}
-    )
-    sweep = "of the baseline's rate, for the stricter table; 1 to go without"
-    default = "1,3,10,30,100, for the mlp also 1/3"
-    parser.add("--sweep", _factors, f"{sweep} (default: {default})", nargs="+", metavar="FACTORS")
-    depths = "hidden layers of the mlps of growing depth, each trained for an eighth of the steps"
-    default = "2 3 4 6 12); without a number, none are"
-    parser.add("--depths", COUNT, f"{depths} (default: {default}", nargs="*")
-    options = parser.parse_args(arguments)
-    parser.check_data(options)
-    _check_network(parser, options)
-    _complete(options)
-    return options
-
-
-def _check_network(parser: Parser, options: Namespace) -> None:
-    """Exits for an option of the other network; fills in those of this one."""
+def check(program: Program, options: Namespace) -> None:
+    """Exits for an option of the other network; fills in what suits the network and the data."""
     inception = options.network == "inception"
     for flag in ("depth", "depths") if inception else ("modules",):
         if getattr(options, flag):
-            parser.error(f"--{flag} is for --network {'mlp' if inception else 'inception'}")
-    if inception:
-        options.modules = options.modules or 3
-    else:
-        options.depth = options.depth or 3
-
-
-def _complete(options: Namespace) -> None:
-    """Fills in what suits the network and the data."""
+            program.error(f"--{flag} is for --network {'mlp' if inception else 'inception'}")
+    fill_in(options, {"modules": 3} if inception else {"depth": 3})
     network = "inception of ten" if options.modules == 10 else options.network
     defaults = DEFAULTS.get((network, options.data)) or DEFAULTS[options.network, options.data]
-    defaults = dict(defaults)
     if options.steps is not None:  # as many evaluations as there would have been
         every = options.steps * defaults["eval_every"] // defaults["steps"]
-        defaults["eval_every"] = max(1, every)
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    depths = DEPTHS[options.network] if options.depths is None else options.depths
-    options.depths = sorted(set(depths))
+        defaults = defaults | {"eval_every": max(1, every)}
+    depths = DEPTHS[options.network]
+    fill_in(options, defaults | {"depths": depths, "sweep": [SWEEP[options.network]]})
+    options.depths = sorted(set(options.depths))
     # 1 is always there: the baseline as it is; each factor is trained once.
-    sweep = sum(options.sweep or [SWEEP[options.network]], start=())
-    options.sweep = sorted({1.0, *sweep})
+    options.sweep = sorted({1.0, *sum(options.sweep, start=())})
 
 
-def _factors(text: str) -> tuple[float, ...]:
+def factors(text: str) -> tuple[float, ...]:
     """Reads factors such as "1/3,1,3"."""
     convert = number(float, "positive factors such as 1/3,1,3,10")
     fractions = (part.partition("/") for part in text.split(","))
     return tuple(convert(above) / convert(below or "1") for above, _, below in fractions)
 
 
-main = command("speedup.study:Speedup", parse)
+program = Program("speedup.study:Speedup", __doc__, check)
+program.add("--network", None, "what to train", choices=("mlp", "inception"), default="mlp")
+program.add("--depth", COUNT, "hidden layers of the mlp (default: 3)")
+modules = "of the inception (default: 3); 10 are those of the paper's figure 5"
+program.add("--modules", int, modules, choices=(3, 10))
+program.add_runs({data: DEFAULTS["mlp", data] for data in ("digits", "mnist", "cifar10")})
+sweep = "of the baseline's rate, for the stricter table; 1 to go without"
+sweep += " (default: 1,3,10,30,100, for the mlp also 1/3)"
+program.add("--sweep", factors, sweep, nargs="+", metavar="FACTORS")
+depths = "hidden layers of the mlps of growing depth, each trained for an eighth of the steps"
+depths += " (default: 2 3 4 6 12); without a number, none are"
+program.add("--depths", COUNT, depths, nargs="*")
+parse, main = program.parse, program.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

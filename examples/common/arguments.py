@@ -1,10 +1,17 @@
 """The command lines of the examples: options that several have, and one line for each mistake."""
 
 import argparse
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from common.interrupt import Interrupt
+
+ENDING = """
+Prints tables, and writes JSON and a plot to --out. Ctrl-C stops, and keeps finished runs. See
+examples/README.md for what to expect."""
 
 
 def number(kind: Callable[[str], float], expected: str, least: float = 0) -> Callable[[str], float]:
@@ -73,38 +80,70 @@ class Parser(argparse.ArgumentParser):
         self.add("--train-examples", COUNT, "use only the first N training images")
         self.add("--test-examples", COUNT, "use only the first N test images")
 
-    def add_runs(self, name: str, defaults: Mapping[str, Mapping[str, Any]]) -> None:
-        """Adds the options of a study: its data, and the options in its defaults.
 
-        Args:
-          name: the name of the study, and of the folder for its files.
-          defaults: by data, the values of some of `OPTIONS`.
-        """
+class Program(Parser):
+    """The command line of a study, such as "landscape.study:Landscapes", and the program.
+
+    `check` is called with the program and its options before missing ones get their defaults.
+    """
+
+    def __init__(
+        self,
+        study: str,
+        description: str | None,
+        check: Callable[["Program", argparse.Namespace], None] | None = None,
+    ):
+        super().__init__(f"{description}{ENDING}")
+        self.study, self.check, self.defaults = study, check, {}
+        self.name = study.partition(".")[0]
+        self.prog = f"{self.name}.py"
+        self.add("--out", Path, "folder for the results", default=Path("results", self.name))
+
+    def add_runs(self, defaults: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adds the options for data, and those of `OPTIONS` that have defaults by data."""
         self.defaults = defaults
         self.add_data(tuple(defaults))
         for option in next(iter(defaults.values())):
             kind, description = OPTIONS[option]
             values = ", ".join(f"{data} {given[option]}" for data, given in defaults.items())
             self.add("--" + option.replace("_", "-"), kind, f"{description} ({values})")
-        self.add("--out", Path, "folder for the results", default=Path("results", name))
 
-    def parse_runs(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """Returns the options of a study, with the defaults of its data for missing ones."""
-        return self.complete(self.parse_args(arguments))
-
-    def complete(self, options: argparse.Namespace) -> argparse.Namespace:
-        """Fills in the defaults of the data for missing options."""
-        self.check_data(options)
-        for option, value in self.defaults[options.data].items():
-            if getattr(options, option) is None:
-                setattr(options, option, value)
+    def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        """Returns the options of a command line, or exits with a line that says what is wrong."""
+        options = self.parse_args(arguments)
+        if self.defaults:
+            self.check_data(options)
+        if self.check is not None:
+            self.check(self, options)
+        if self.defaults:
+            fill_in(options, self.defaults[options.data])
         return options
 
     def check_data(self, options: argparse.Namespace) -> None:
         """Exits unless there is a folder for data that are read from one, and for no others."""
-        if options.data == "digits" and options.data_dir is not None:
+        named, given = options.data != "digits", options.data_dir is not None
+        if given and not named:
             self.error(
                 "--data-dir is for --data mnist and the like: digits are not read from files"
             )
-        if options.data != "digits" and options.data_dir is None:
+        if named and not given:
             self.error(f"--data {options.data} needs --data-dir, the folder that holds its files")
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Runs the study of a command line, and returns the exit status.
+
+        JAX takes seconds to import, and the study imports it: only then, so that --help and
+        mistakes are answered at once, and Ctrl-C is noted meanwhile.
+        """
+        options = self.parse(arguments)
+        module, name = self.study.split(":")
+        with Interrupt() as interrupt:
+            study = getattr(importlib.import_module(f"studies.{module}"), name)(options)
+            return importlib.import_module("common.study").conduct(study, interrupt)
+
+
+def fill_in(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Gives missing options their defaults."""
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)

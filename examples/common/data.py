@@ -6,7 +6,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -92,7 +92,7 @@ def _mnist(folder: Path) -> Dataset:
     size, expected = test[0].shape[1:3], train[0].shape[1:3]
     if size != expected:
         path = _find(folder, "mnist", IDX_IMAGES.format("t10k"), ".gz")
-        raise DataError(f"{path}: images of {size} pixels, the training images have {expected}")
+        _refuse(path, f"images of {size} pixels, the training images have {expected}")
     return Dataset(*train, *test)
 
 
@@ -101,10 +101,8 @@ def _mnist_part(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     labels_path = _find(folder, "mnist", IDX_LABELS.format(part), ".gz")
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
-        raise DataError(
-            f"{labels_path}: {len(labels)} labels for the {len(images)} images of "
-            f"{images_path.name}"
-        )
+        of_images = f"the {len(images)} images of {images_path.name}"
+        _refuse(labels_path, f"{len(labels)} labels for {of_images}")
     _check_labels(labels_path, labels)
     return images[..., None], labels
 
@@ -126,25 +124,19 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
     content = _unzip(path, _read(path))
     header = 4 + 4 * rank
     if len(content) < header:
-        raise DataError(
-            f"{path}: truncated: {len(content)} bytes, shorter than the header of {header}"
-        )
+        _refuse(path, f"truncated: {len(content)} bytes, shorter than the header of {header}")
     magic, expected = int.from_bytes(content[:4]), 0x0800 + rank
     if magic != expected:
-        raise DataError(
-            f"{path}: not the expected IDX file: magic number 0x{magic:08x} instead of "
-            f"0x{expected:08x}"
-        )
+        instead = f"magic number 0x{magic:08x} instead of 0x{expected:08x}"
+        _refuse(path, f"not the expected IDX file: {instead}")
     shape = [int.from_bytes(content[i : i + 4]) for i in range(4, header, 4)]
     # math.prod counts in Python's integers: a corrupt header cannot overflow it.
-    if (size := math.prod(shape)) != len(content) - header:
-        problem = "truncated" if size > len(content) - header else "too long"
-        by = "x".join(map(str, shape))
-        raise DataError(
-            f"{path}: {problem}: {len(content) - header} bytes after a header that says {by}"
-        )
+    size, there, says = math.prod(shape), len(content) - header, "x".join(map(str, shape))
+    if size != there:
+        problem = "truncated" if size > there else "too long"
+        _refuse(path, f"{problem}: {there} bytes after a header that says {says}")
     if size == 0:
-        raise DataError(f"{path}: empty: its header says {'x'.join(map(str, shape))}")
+        _refuse(path, f"empty: its header says {says}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -157,11 +149,10 @@ def read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     content = _read(path)
     if not content:
-        raise DataError(f"{path}: empty")
+        _refuse(path, "empty")
     if len(content) % CIFAR_RECORD:
-        raise DataError(
-            f"{path}: truncated or corrupt: {len(content)} bytes are no multiple of {CIFAR_RECORD}"
-        )
+        sizes = f"{len(content)} bytes are no multiple of {CIFAR_RECORD}"
+        _refuse(path, f"truncated or corrupt: {sizes}")
     records = np.frombuffer(content, np.uint8).reshape(-1, CIFAR_RECORD)
     _check_labels(path, records[:, 0])
     planes = records[:, 1:].reshape(-1, 3, 32, 32)
@@ -185,21 +176,21 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        _refuse(path, f"cannot be read: {error.strerror}")
 
 
 def _unzip(path: Path, content: bytes) -> bytes:
-    if path.suffix != ".gz":
-        return content
     try:
-        return gzip.decompress(content)
+        return gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: corrupt or truncated gzip file: {error}") from error
+        _refuse(path, f"corrupt or truncated gzip file: {error}")
 
 
 def _check_labels(path: Path, labels: np.ndarray) -> None:
-    if (largest := int(labels.max())) >= CLASSES:
-        index = int(labels.argmax())
-        raise DataError(
-            f"{path}: corrupt: label {largest} of example {index}, expected 0 to {CLASSES - 1}"
-        )
+    largest, index = int(labels.max()), int(labels.argmax())
+    if largest >= CLASSES:
+        _refuse(path, f"corrupt: label {largest} of example {index}, expected 0 to {CLASSES - 1}")
+
+
+def _refuse(path: Path, problem: str) -> NoReturn:
+    raise DataError(f"{path}: {problem}")

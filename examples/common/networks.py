@@ -77,7 +77,7 @@ class Unit(NamedTuple):
         return y, batch_stats
 
 
-def _by(init: Callable[..., tuple[Tree, Tree]]) -> Callable[[Array], tuple[Tree, Tree]]:
+def from_features(init: Callable[..., tuple[Tree, Tree]]) -> Callable[[Array], tuple[Tree, Tree]]:
     """Makes parameters from the number of output features."""
     return lambda kernel: init(kernel.shape[-1])
 
@@ -90,13 +90,13 @@ def batch(**settings: Any) -> Unit:
         # Looked up when it is called: benchmarks put another library's layer in its place.
         return nj.batch_norm(*arguments, **settings)
 
-    return Unit(_by(nj.batch_norm_init), normalize)
+    return Unit(from_features(nj.batch_norm_init), normalize)
 
 
 def renorm(**settings: Any) -> Unit:
     """Returns batch renorm with other settings."""
     settings = {"momentum": BATCH_NORM_MOMENTUM} | settings
-    return Unit(_by(nj.batch_renorm_init), partial(nj.batch_renorm, **settings))
+    return Unit(from_features(nj.batch_renorm_init), partial(nj.batch_renorm, **settings))
 
 
 def _layer(params: Tree, batch_stats: Tree, x: Array, train: bool) -> tuple[Array, Tree]:
@@ -108,15 +108,15 @@ UNITS: dict[str, Unit] = {
     "none": Unit(lambda kernel: ({}, {})),
     "batch": batch(),
     "renorm": renorm(),
-    "group": Unit(_by(nj.group_norm_init), partial(nj.group_norm, group_size=8)),
-    "layer": Unit(_by(nj.layer_norm_init), _layer),
+    "group": Unit(from_features(nj.group_norm_init), partial(nj.group_norm, group_size=8)),
+    "layer": Unit(from_features(nj.layer_norm_init), _layer),
     "filter response": Unit(
-        _by(nj.filter_response_norm_init), nj.filter_response_norm, activation=lambda y: y
+        from_features(nj.filter_response_norm_init), nj.filter_response_norm, activation=lambda y: y
     ),
-    "dynamic tanh": Unit(_by(nj.dynamic_tanh_init), nj.dynamic_tanh),
+    "dynamic tanh": Unit(from_features(nj.dynamic_tanh_init), nj.dynamic_tanh),
     "weight norm": Unit(nj.weights.weight_norm_init, of_kernel=nj.weights.weight_norm),
     "weight standardization": Unit(
-        _by(nj.weights.weight_standardization_init),
+        from_features(nj.weights.weight_standardization_init),
         of_kernel=partial(nj.weights.weight_standardization, scaled=True),
     ),
 }
@@ -136,14 +136,10 @@ def network(
     forward: Callable[..., Array],
     features: int,
 ) -> Network:
-    """Returns a network of units and a linear layer, "logits".
+    """Returns a network of units, with kernels of the `shapes`, and a linear layer, "logits".
 
-    Args:
-      unit: the kind of all layers but the last.
-      shapes: the shapes of their kernels by name, from an image's shape.
-      forward: `forward(layer, images)` returns what the last layer gets; `layer(name, x, stride)`
-        applies a layer.
-      features: how many that are.
+    `forward(layer, images)` returns the `features` that the last one gets; `layer(name, x, stride)`
+    applies a layer.
     """
 
     def init(key: Array, image_shape: Sequence[int], num_classes: int) -> tuple[Tree, Tree]:

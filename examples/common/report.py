@@ -56,15 +56,10 @@ def figure(
     size: tuple[float, float] | None = None,
     **shared: Any,
 ) -> Iterator[np.ndarray]:
-    """Context with a grid of axes of the given shape, which writes the picture at its end.
+    """Context with rows and columns of axes, which writes the picture at its end.
 
-    Args:
-      path: the file of the picture.
-      title: the title above all panels.
-      caption: the text below them: what to see.
-      shape: rows and columns of panels.
-      size: inches, width and height; by default 4.5 by 3.2 a panel.
-      **shared: matplotlib's sharex and sharey.
+    The caption, what to see, stands below all panels. The size is in inches, by default 4.5 by 3.2
+    a panel; `shared` are matplotlib's sharex and sharey.
     """
     rows, columns = shape
     size = size or (4.5 * columns, 1 + 3.2 * rows)

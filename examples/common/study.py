@@ -20,7 +20,10 @@ import platform
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +37,7 @@ import normjax
 from common.data import DataError, MissingData
 from common.interrupt import EXIT_STATUS, Interrupt, Interrupted
 from common.report import write_json
+from common.results import medians
 
 # Called with the steps since the last time, and a remark for the progress bar.
 Advance = Callable[[int, str], None]
@@ -61,11 +65,13 @@ class Study:
       name: of the program, and of the files that it leaves.
       source: whose findings these are; None without claims.
       caption: what to see in the plot.
+      unit: what its parts are, in the plural.
     """
 
     name: str
     source: str | None = None
     caption: str
+    unit = "runs"
 
     def __init__(self, options: Namespace):
         self.options = options
@@ -80,6 +86,20 @@ class Study:
         seeds, steps = self.options.seeds, self.options.steps
         return Part(seeds * steps, lambda advance: [run(seed, advance) for seed in range(seeds)])
 
+    def seeds_apart(self, run: Callable[[int, Advance], Any]) -> Mapping[str, Part]:
+        """Returns a part for each of `--seeds`."""
+        parts = {f"seed {seed}": partial(run, seed) for seed in range(self.options.seeds)}
+        return {name: Part(self.options.steps, work) for name, work in parts.items()}
+
+    def curve(self, name: str, *keys: str) -> list[float]:
+        """Returns the medians over the seeds of a part of a list that each run has under keys."""
+        return medians([reduce(getitem, keys, run) for run in self.results[name]])
+
+    def along(self, name: str, settings: Iterable[float], key: str) -> dict[float, float]:
+        """Returns the medians over the seeds of finished parts "name, setting", by setting."""
+        results = {setting: self.results.get(f"{name}, {setting:g}") for setting in settings}
+        return {setting: median(result[key]) for setting, result in results.items() if result}
+
     def claims(self) -> Sequence[Claim]:
         """Returns what can be said so far: `results` may lack any part."""
         return []
@@ -93,7 +113,7 @@ class Study:
 
     def interrupted(self, parts: int) -> str:
         """Returns how much is finished."""
-        return f"{len(self.results)} of {parts} runs are finished."
+        return f"{len(self.results)} of {parts} {self.unit} are finished."
 
     def content(self) -> dict[str, Any]:
         """Returns the results as JSON has them."""
@@ -112,19 +132,19 @@ class Study:
 
 def conduct(study: Study, interrupt: Interrupt) -> int:
     """Runs all parts and reports; returns the exit status. A mistake gets one line."""
+    status = 1
     try:
         return 0 if _conduct(study, interrupt, Console()) else EXIT_STATUS
+    except (Interrupted, KeyboardInterrupt):
+        return EXIT_STATUS
     except MissingData as error:
-        print(f"{study.name}.py: error: {error}", file=sys.stderr)
-        return 2
+        status, message = 2, str(error)
     except DataError as error:
         message = str(error)
     except OSError as error:
         message = f"{error.filename or study.options.out}: {error.strerror}"
-    except (Interrupted, KeyboardInterrupt):
-        return EXIT_STATUS
     print(f"{study.name}.py: error: {message}", file=sys.stderr)
-    return 1
+    return status
 
 
 def _conduct(study: Study, interrupt: Interrupt, console: Console) -> bool:
@@ -137,7 +157,8 @@ def _conduct(study: Study, interrupt: Interrupt, console: Console) -> bool:
         for shown in study.tables():
             console.print(shown)
         if study.source:
-            console.print(claims_table(study))
+            claims = f"Reported by {study.source}, and measured here"
+            console.print(table(("", "reported", "measured"), study.claims(), 3, claims, wrap=True))
         plot = study.options.out / f"{study.name}.png"
         study.draw(plot)
         if plot.exists():
@@ -181,21 +202,21 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "machine": machine}
 
 
-def table(headings: Sequence[str], left: int = 1, title: str | None = None, **style: Any) -> Table:
-    """Returns an empty table: the first `left` columns have text, the others numbers."""
+def table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    left: int = 1,
+    title: str | None = None,
+    wrap: bool = False,
+    **style: Any,
+) -> Table:
+    """Returns a table: the first `left` columns have text, the others numbers."""
     made = Table(
         title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False, **style
     )
     for i, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if i < left else "right", no_wrap=i < left)
-    return made
-
-
-def claims_table(study: Study) -> Table:
-    """Returns what the source reports beside what was measured."""
-    made = table((), title=f"Reported by {study.source}, and measured here")
-    for heading in ("", "reported", "measured"):
-        made.add_column(heading)
-    for claim in study.claims():
-        made.add_row(*claim)
+        text = i < left
+        made.add_column(heading, justify="left" if text else "right", no_wrap=text and not wrap)
+    for row in rows:
+        made.add_row(*row)
     return made

@@ -87,9 +87,13 @@ def test_the_ways_of_domains_to_share():
     from studies.domains import ways
 
     for way in ways.WAYS.values():
-        variables = values(way.init, KEY, 64, 3)
+        variables = values(way.init, ways.NETWORK, KEY, (1, 64, 1), 3)
         x = jnp.ones((3, 32, 64))
-        assert lint(lambda v, x, train=way.train: train(*v, x), variables, x, steps=300) == ()
+
+        def apply(variables, x, way=way):
+            return way.train(ways.NETWORK, *variables, x)
+
+        assert lint(apply, variables, x, steps=300) == ()
 
 
 @pytest.mark.slow
@@ -200,11 +204,12 @@ def test_the_ways_of_adversarial_pairs():
     network = inception(style(True, "relu"))
     x = jnp.ones((32, 8, 8, 1))
     for way in adversarial.WAYS.values():
-        variables = values(way.init, network, KEY, (8, 8, 1))
-        assert (
-            lint(lambda v, x, train=way.train: train(network, *v, x, x), variables, x, steps=300)
-            == ()
-        )
+        variables = values(way.init, network, KEY, (8, 8, 1), 2)
+
+        def apply(variables, x, way=way):
+            return way.train(network, *variables, jnp.stack([x, x]))
+
+        assert lint(apply, variables, x, steps=300) == ()
 
 
 @pytest.mark.slow

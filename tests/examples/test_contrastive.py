@@ -65,7 +65,7 @@ def gradients(way, key):
     specs = (study.WHOLE, study.WHOLE, jax.sharding.PartitionSpec(AXIS), study.WHOLE)
     mapped = jax.shard_map(
         lambda params, stats, images, key: jax.grad(own._loss, has_aux=True)(
-            params, stats, images, key
+            params, stats, slice(None), key, images
         )[0],
         mesh=own.everywhere.mesh,
         in_specs=specs,

@@ -9,7 +9,7 @@ from common.training import Examples, State
 from covariate_shift import main, parse
 from studies.covariate_shift import noise
 from studies.covariate_shift.noise import DEVIATION, LAYERS, MEAN, SPREAD, Sigmoids, disturbed
-from studies.covariate_shift.study import VARIANTS, Instruments, steps_to, summary
+from studies.covariate_shift.study import VARIANTS, instrument, steps_to, summary
 
 from normjax.diagnostics import CovariateShift
 from tests.compare import assert_close, assert_identical
@@ -69,9 +69,7 @@ def test_the_instruments_see_the_batch_and_the_probe():
     labels = jnp.arange(12, dtype=jnp.int32) % 10
     train = Examples(jnp.asarray(255 * IMAGES, jnp.uint8), labels, jnp.zeros(1), jnp.full(1, 255.0))
     still, moved = (
-        Instruments(network, train, rate).look(
-            State(params, batch_stats, None), train, jnp.arange(4)
-        )
+        instrument(network, rate)(State(params, batch_stats, None), train, jnp.arange(4))
         for rate in (0.0, 1.0)
     )
     assert still[0].values.shape == (3, 100)

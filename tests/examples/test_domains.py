@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common.data import Dataset
 from domains import main, parse
 from studies.domains import study
-from studies.domains.ways import SHIFTS, WAYS, apply, condition, init
+from studies.domains.ways import NETWORK, SHIFTS, WAYS, condition
 
 import normjax as nj
 from tests.compare import assert_close, assert_identical, assert_trees_close
@@ -26,8 +27,8 @@ def images(rng):
 
 @functools.cache
 def initialized(name):
-    init = jax.jit(WAYS[name].init, static_argnums=(1, 2))
-    return jax.device_get(init(jax.random.key(0), PIXELS, 2))
+    init = jax.jit(WAYS[name].init, static_argnums=(0, 2, 3))
+    return jax.device_get(init(NETWORK, jax.random.key(0), (1, PIXELS, 1), 2))
 
 
 def start(name):
@@ -37,7 +38,7 @@ def start(name):
 
 @functools.partial(jax.jit, static_argnums=0)
 def train(name, params, batch_stats, images):
-    return WAYS[name].train(params, batch_stats, images)
+    return WAYS[name].train(NETWORK, params, batch_stats, images)
 
 
 def hidden(params, images):
@@ -59,7 +60,7 @@ def test_each_way_normalizes_by_the_statistics_that_it_names(images):
 @pytest.mark.slow
 def test_in_turn_and_own_train_the_same_params(images):
     def loss(params, name, batch_stats):
-        return (WAYS[name].train(params, batch_stats, images)[0] ** 2).sum()
+        return (WAYS[name].train(NETWORK, params, batch_stats, images)[0] ** 2).sum()
 
     gradients = {}
     for name in ("in turn", "own"):
@@ -73,8 +74,9 @@ def test_each_domain_is_inferred_with_its_own(images):
     params, batch_stats = start("own")
     _, batch_stats = train("own", params, batch_stats, images)
     for domain in (0, 1):
-        expected, _ = apply(params, batch_stats[domain], images[domain], False)
-        assert_identical(WAYS["own"].infer(params, batch_stats, images[domain], domain), expected)
+        expected = NETWORK.apply(params, batch_stats[domain], images[domain], False)
+        own = WAYS["own"].apply(NETWORK, params, batch_stats, images[domain], domain, False)
+        assert_identical(own, expected)
 
 
 @pytest.mark.slow
@@ -113,20 +115,22 @@ def test_conditional_starts_as_mixed(images):
         train(name, *start(name), images) for name in ("mixed", "conditional")
     )
     assert_close(logits, same, atol=1e-5)
-    params, batch_stats = jax.jit(init, static_argnums=1)(jax.random.key(0), PIXELS)
-    assert_identical(start("mixed"), jax.device_get((params, batch_stats)))
+    init = jax.jit(NETWORK.init, static_argnums=(1, 2))
+    assert_identical(start("mixed"), jax.device_get(init(jax.random.key(0), (1, PIXELS, 1), 10)))
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_domains_show_the_same_digits(shift, rng):
     pixels = rng.integers(0, 17, (3, 8, 8, 1)).astype(np.uint8)
-    made = study.make_domains(pixels, np.arange(3), 16, shift, seed=0)
-    assert made.images.shape == (2, 3, 64) and made.labels.tolist() == [0, 1, 2]
-    assert_close(made.images[0], pixels.reshape(3, 64) / 16, atol=1e-6)
-    correlation = np.corrcoef(made.images[0].ravel(), made.images[1].ravel())[0, 1]
+    images = Dataset(pixels, np.arange(3), pixels, np.arange(3), peak=16)
+    (made, labels), (test, _) = study.make_domains(images, shift)
+    assert made.shape == (2, 3, 64) and labels.tolist() == [0, 1, 2]
+    assert_close(made[0], pixels.reshape(3, 64) / 16, atol=1e-6)
+    correlation = np.corrcoef(made[0].ravel(), made[1].ravel())[0, 1]
     assert abs(correlation) > 0.4 and math.copysign(1, correlation) == (
         -1 if shift == "inverted" else 1
     )
+    assert np.array_equal(made[1], test[1]) == (shift == "inverted"), "other random numbers"
 
 
 @pytest.mark.slow

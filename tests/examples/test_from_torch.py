@@ -33,7 +33,7 @@ def test_statistics_go_on_as_those_of_torch(network, moved):
 def test_running_statistics_are_not_those_at_the_start(network, moved):
     _, variables = moved
     assert all(abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(variables["batch_stats"]))
-    var = variables["batch_stats"]["layer4"]["1"]["bn2"]["var"]
+    var = variables["batch_stats"]["layer4_1_bn2"]["var"]
     assert abs(np.asarray(var) - 1).max() > 0.1
     assert "count" not in variables["batch_stats"]["bn1"]
 
@@ -52,14 +52,14 @@ def test_a_file_gives_what_the_network_gives(network, moved, tmp_path):
 def test_a_key_that_is_missing_is_named(network):
     state = dict(network.state_dict())
     del state["layer2.0.downsample.1.running_var"]
-    with pytest.raises(ValueError, match=r"'layer2\.0\.downsample\.1\.running_var' is missing"):
+    with pytest.raises(ValueError, match=r"'layer2_0_downsample_1\.running_var' is missing"):
         load(state, CLASSES)
     state = {
         key: value
         for key, value in network.state_dict().items()
         if not key.startswith("layer2.0.bn1")
     }
-    with pytest.raises(ValueError, match=r"'layer2\.0\.bn1\.\w+' is missing"):
+    with pytest.raises(ValueError, match=r"'layer2_0_bn1\.\w+' is missing"):
         load(state, CLASSES)
 
 

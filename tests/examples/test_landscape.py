@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common.networks import Network
 from common.training import Examples, State
 from landscape import main, parse
 from studies.landscape import study
@@ -15,7 +16,6 @@ from studies.landscape.study import (
     history,
     instruments,
     listed,
-    number,
     shown,
 )
 
@@ -38,9 +38,11 @@ def test_the_instruments_see_the_batch():
     )
     params, rows = rng.normal(size=(5, 3)), np.arange(3, 11)
     state = State(jnp.asarray(params, jnp.float32), {}, None)
-    walk, sharpness = instruments(
-        lambda params, batch_stats, images, train: (images @ params, batch_stats)
-    )
+
+    def apply(params, batch_stats, images, train):
+        return images @ params, batch_stats
+
+    walk, sharpness = instruments(Network(lambda *arguments: ({}, {}), apply))
     x, y = pixels[rows] / 255, labels[rows]
     p = np.exp(x @ params) / np.exp(x @ params).sum(1, keepdims=True)
     gradient = x.T @ (p - np.eye(3)[y]) / len(rows)
@@ -57,8 +59,8 @@ def test_the_instruments_see_the_batch():
 
 
 def test_what_diverged_is_no_number():
-    assert listed(np.asarray([[1.0, np.nan], [np.inf, 2.0]])) == [[1.0, None], [None, 2.0]]
-    assert number(np.float32(3)) == 3.0 and number(np.float32("nan")) is None
+    diverged = listed(np.asarray([[1.0, np.nan], [np.inf, 2.0]]))
+    np.testing.assert_array_equal(diverged, [[1.0, np.nan], [np.nan, 2.0]])
     assert shown(0.12345) == "0.123" and shown(np.nan) == "diverged"
     assert finite(np.asarray([1.0, np.nan])).tolist() == [1.0]
     assert finite(np.asarray([np.nan])).tolist() == [np.inf]

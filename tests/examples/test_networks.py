@@ -1,10 +1,13 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from common.data import load
 from common.networks import linear, mlp, style
-from common.training import Trainer, batch_orders, examples
+from common.training import Plan, Trainer, batch_orders, examples
 from jax import lax
 from studies.speedup.inception import inception, inception_of_ten
 
@@ -62,16 +65,18 @@ def test_a_convolution_is_a_convolution(size, stride):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+SGD = partial(optax.sgd, momentum=0.9)
+
+
 @pytest.mark.slow
 def test_training_of_a_small_inception():
-    data = load("digits").limit(600, 101)
-    trainer = Trainer(
-        SMALL["inception"](style(True, "relu")), examples(data, standardize=True), 32, 0.9
-    )
+    data = examples(load("digits").limit(600, 101), standardize=True)
+    trainer = Trainer(SMALL["inception"](style(True, "relu")), data, SGD)
     seen = []
-    run = trainer.run(0, 0.05, 350, 140, lambda steps, accuracy: seen.append((steps, accuracy)))
+    run, _ = trainer.finish(Plan(0, 0.05, 350, 140, 32), lambda *said: seen.append(said))
     assert run.steps == [140, 280, 350] and [steps for steps, _ in seen] == [140, 140, 70]
-    assert run.accuracies == [accuracy for _, accuracy in seen] and run.best > 0.5
+    assert [f"{accuracy:.1%}" for accuracy in run.accuracies] == [remark for _, remark in seen]
+    assert run.best > 0.5
     # 101 test images do not fill the last batch of an evaluation: each still counts once.
     assert round(run.accuracies[-1] * 101, 3).is_integer()
 
@@ -79,20 +84,36 @@ def test_training_of_a_small_inception():
 @pytest.mark.slow
 def test_a_trainer_takes_batches_of_several_sizes_and_hands_out_its_state():
     data = examples(load("digits").limit(60, 20), standardize=True)
-    trainers = [Trainer(SMALL["mlp"](style(True, "relu")), data, size, 0.9) for size in (8, 4)]
-    silent = lambda steps, accuracy: None  # noqa: E731
-    run, state = trainers[0].finish(1, 0.1, 3, 2, silent, batch_size=4)
-    same = trainers[1].run(1, 0.1, 3, 2, silent)
-    assert (run.steps, run.accuracies) == (same.steps, same.accuracies) == ([2, 3], run.accuracies)
+    trainers = [Trainer(SMALL["mlp"](style(True, "relu")), data, SGD) for _ in range(2)]
+    plan = Plan(1, 0.1, 3, 2, 4)
+
+    def silent(steps, remark):
+        pass
+
+    wide, _ = trainers[0].finish(plan._replace(batch_size=8), silent)
+    (run, state), (same, _) = (trainer.finish(plan, silent) for trainer in trainers)
+    assert wide.steps == run.steps == same.steps == [2, 3]
+    assert run.accuracies == same.accuracies
     assert trainers[0].accuracy(state, trainers[0].test) == run.accuracies[-1]
-    assert trainers[0].run(1, 0.1, 3, 2, silent).steps == [2, 3]
 
 
 def test_orders_are_epochs_of_all_examples():
-    orders = list(batch_orders(3, 10, 4, steps=12, eval_every=5))
+    plan = Plan(3, 0.1, 12, 5, 4)
+    orders = list(batch_orders(plan, 10))
     assert [order.shape for order in orders] == [(5, 4), (5, 4), (2, 4)]
     rows = np.concatenate([order.ravel() for order in orders])
     for epoch in np.split(rows[:40], 4):
         assert sorted(epoch) == list(range(10))
-    for first, second in zip(orders, batch_orders(3, 10, 4, steps=12, eval_every=5), strict=True):
+    for first, second in zip(orders, batch_orders(plan, 10), strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.slow
+def test_a_look_at_the_network_on_the_way():
+    data = examples(load("digits").limit(60, 20), standardize=True)
+    trainer, plan = Trainer(SMALL["mlp"](style(True, "relu")), data), Plan(1, 0.1, 3, 2, 4)
+    run, rows = trainer.look(plan, lambda *said: None, lambda step, state, rows: rows)
+    finished, _ = trainer.finish(plan, lambda *said: None)
+    assert run == {"seed": 1, "steps": [2, 3], "accuracy": finished.accuracies}
+    last = [order[-1] for order in batch_orders(plan, 60)]
+    np.testing.assert_array_equal(rows, last)

@@ -292,9 +292,8 @@ def test_claims_are_of_the_best_rate():
         ("BN-LSTM", 0.1, [0.9, 0.97]),
         ("GRU", 0.1, [0.99, 0.99]),
     ):
-        study.results[f"{name} {rate}"] = Result(
-            name, rate, [Run(0, [10, 20], accuracies, 1.0)]
-        ).content()
+        run = Run(0, [10, 20], accuracies, 1.0)
+        study.results[f"{name} {rate}"] = Result(name, rate, [run])
     claims = {claim.what: claim for claim in study.claims()}
     assert claims["best accuracy, LSTM"].measured == "95.0% of Digits row by row"
     assert claims["best accuracy, BN-LSTM"].measured == "97.0% of Digits row by row"

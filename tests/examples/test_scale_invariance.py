@@ -10,7 +10,7 @@ import pytest
 from common import report
 from common.data import CLASSES
 from common.networks import UNITS, Network, vgg
-from common.training import Examples
+from common.training import Examples, Plan
 from scale_invariance import main, parse
 from studies.scale_invariance import study as scaling
 from studies.scale_invariance.rotations import Recorded, Setting, Turning, hidden_kernels
@@ -49,10 +49,10 @@ def dense(epsilon):
     return Network(init, apply)
 
 
-def run(trainer, setting, steps=4, every=4):
-    seen = []
+def run(trainer, setting, steps=4, rate=0.1):
+    seen, plan = [], Plan(0, rate, steps, 4, 8)
     with jax.numpy_dtype_promotion("standard"):  # optax's
-        recorded = trainer.turn(setting, steps, every, lambda steps, accuracy: seen.append(steps))
+        recorded = trainer.turn(setting, plan, lambda steps, remark: seen.append(steps))
     return recorded, seen
 
 
@@ -70,7 +70,7 @@ def test_hidden_kernels_are_all_but_the_last():
 
 @pytest.mark.slow
 def test_scaled_kernels_take_the_same_path_bit_for_bit(examples):
-    trainer = Turning(dense(epsilon=scaling.TINY), (examples, examples), 8, 0.1)
+    trainer = Turning(dense(epsilon=scaling.TINY), (examples, examples))
     one, other = (run(trainer, scaling.scaled(0.1, c))[0] for c in (1, 4))
     assert_identical(other.losses, one.losses)
     assert_identical(other.history["hidden/kernel"].norm, 4 * one.history["hidden/kernel"].norm)
@@ -80,14 +80,14 @@ def test_scaled_kernels_take_the_same_path_bit_for_bit(examples):
 
 @pytest.mark.slow
 def test_kernels_have_a_rate_and_decay_of_their_own(examples):
-    trainer = Turning(dense(epsilon=1e-5), (examples, examples), 8, 0.0)
-    recorded, seen = run(trainer, Setting(0.0, 3.0), steps=6)
+    trainer = Turning(dense(epsilon=1e-5), (examples, examples))
+    recorded, seen = run(trainer, Setting(0.0, 3.0), steps=6, rate=0.0)
     assert seen == [4, 2] and len(recorded.losses) == 6 and len(recorded.accuracies) == 2
     assert_identical(
         recorded.history["hidden/kernel"].norm,
         np.full_like(recorded.losses, recorded.history["hidden/kernel"].norm[0]),
     )
-    decayed, _ = run(trainer, Setting(1e-6, 1e5))
+    decayed, _ = run(trainer, Setting(1e-6, 1e5), rate=0.0)
     norms = decayed.history["hidden/kernel"].norm
     assert_close(norms[1:] / norms[:-1], np.full(3, 0.9), rtol=1e-4)
 

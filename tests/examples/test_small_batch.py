@@ -93,7 +93,7 @@ def test_the_paper_stands_beside_what_is_finished():
         "batch, 2": {"errors": [30.0, 31.0, 8.0]},
     }
     study.results["group, 16"] = {"errors": [3.0, 3.0, 5.0]}
-    assert study.curve("batch") == {32: 2.0, 2: 30.0}
+    assert study.by_size("batch") == {32: 2.0, 2: 30.0}
     claims = {claim.what: (claim.reported, claim.measured) for claim in study.claims()}
     assert claims["batch norm, 2 images a device"] == ("34.7%", "30.0%")
     assert claims["batch norm, from 32 to 2"] == ("+11.1 points", "+28.0 points")

@@ -7,7 +7,7 @@ from argparse import Namespace
 
 import pytest
 from common import report
-from common.arguments import Parser
+from common.arguments import Program
 from common.interrupt import EXIT_STATUS, Interrupt
 from common.study import Claim, Part, Study, conduct
 
@@ -75,8 +75,8 @@ DEFAULTS = {
     [([], 10, 0.1), (["--data", "mnist", "--data-dir", ".", "--steps", "5"], 5, 0.2)],
 )
 def test_defaults_are_those_of_the_data(arguments, steps, rate):
-    parser = Parser("description")
-    parser.add_runs("squares", DEFAULTS)
-    options = parser.parse_runs(arguments)
+    program = Program("squares.study:Squares", "description")
+    program.add_runs(DEFAULTS)
+    options = program.parse(arguments)
     assert (options.steps, options.learning_rate) == (steps, rate)
     assert options.out.parts == ("results", "squares")

@@ -73,8 +73,7 @@ def test_the_gain_is_what_relu_takes_from_the_variance(rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NORMS)
 def test_others_matter_to_batch_norm_alone(name, images):
-    network = MAKE(units()[name])
-    moved = influence(network, *network.init(jax.random.key(0), IMAGES, 10), images)
+    moved = influence(MAKE(units()[name]), images)
     assert (moved > 0.01) == (name == "batch") and moved >= 0 and (name == "batch" or moved < 1e-5)
 
 
@@ -92,10 +91,12 @@ def test_each_is_shown_at_its_best_rate():
         "batch, 0.01": result([0.5] * 3, [0.4] * 3, 0.5),
         "none, 0.01": result([0.6, 0.7, 0.1], [0.3, 0.5, 0.1]),
     }
-    assert study.curve("batch", "training") == {0.01: 0.5, 0.1: 1.0, 1.0: 0.9}
-    found = study.summaries()
-    assert found["batch"] == (0.1, 1.0, 0.84, [0.1, 1.0], 0.5)
-    assert found["none"] == (0.01, 0.6, 0.3, [0.01], 0.0)
+    assert study.by_rate("batch", "training") == {0.01: 0.5, 0.1: 1.0, 1.0: 0.9}
+    assert study.best() == {"batch": (0.1, 0.84), "none": (0.01, 0.3)}
+    cells = [list(column.cells) for table in study.tables() for column in table.columns]
+    shown = list(zip(*cells, strict=True))
+    assert shown[0] == ("batch", "0.1", "100.0%", "84.0%", "0.1 to 1", "0.5")
+    assert shown[1] == ("none", "0.01", "60.0%", "30.0%", "0.01 to 0.01", "0")
     (claim,) = study.claims()
     assert claim.measured == "30.0%, batch norm's 84.0%" and "Salimans" in claim.what
     del study.results["batch, 1"], study.results["batch, 0.1"], study.results["batch, 0.01"]

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,12 +14,12 @@ import optax
 from common import data, report
 from common.networks import UNITS, Tree, vgg
 from common.study import Advance, Claim, Part, Study, table
-from common.training import State, chunks, cross_entropy, descend
+from common.training import Examples, State, chunks, cross_entropy, descend, examples
 from jax import Array
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
-from studies.adversarial_pairs.ways import ATTACKED, CLEAN, WAYS, Way, attack
+from studies.adversarial_pairs.ways import ATTACKED, CLEAN, WAYS, attack
 
 WIDTHS = {
     "digits": ((16,), (16, 16), (32,)),
@@ -28,6 +29,7 @@ WIDTHS = {
 MOMENTUM = 0.9  # of SGD
 TEST_ATTACK = 2  # times as many steps as in training
 CHUNK = 250  # test images at once
+Variables = tuple[Tree, Any]  # params and batch_stats
 SETS = ("clean set", "attacked set")
 BOTH = "two sets, two scales"
 # What, by whom it is reported, the ways and the sets at inference, and whether images are attacked.
@@ -56,91 +58,73 @@ CLAIMS = [
 class Trainer:
     """A way, with its training and evaluation, each compiled once for all seeds."""
 
-    def __init__(self, way: Way, images: data.Dataset, options: Namespace):
-        self.way, self.options = way, options
-        self.train = _on_device(images.train_images / images.peak, images.train_labels)
-        self.test = _on_device(images.test_images / images.peak, images.test_labels)
+    def __init__(self, name: str, images: data.Dataset, options: Namespace):
+        self.way, self.options, self.attacks = WAYS[name], options, name != "clean only"
+        self.train, self.test = examples(images, standardize=False)
         self.network = vgg(UNITS["batch"], WIDTHS[options.data])
         self.optimizer = optax.sgd(options.learning_rate, MOMENTUM)
-        self._steps = jax.jit(self._take_steps)
+        self._steps = jax.jit(partial(descend, self._loss, self.optimizer))
         self._correct = jax.jit(self._count_correct, static_argnames=("kind", "attacked"))
 
     def run(self, seed: int, advance: Advance) -> dict[str, Any]:
         """Trains, and returns accuracies with either set of statistics, and their distance."""
         # The same kernels, and the same images, for each way.
-        start, shape = jax.random.key(seed), self.train[0].shape[1:]
-        params, batch_stats = self.way.init(self.network, start, shape)
+        start, shape = jax.random.key(seed), self.train.images.shape[1:]
+        params, batch_stats = self.way.init(self.network, start, shape, 2)
         state = State(params, batch_stats, self.optimizer.init(params))
         rng, options = np.random.default_rng(seed), self.options
         for done, steps in chunks(options.steps, options.eval_every):
             size = steps, options.batch_size
-            rows = rng.integers(len(self.train[1]), size=size, dtype=np.int32)
-            state = self._steps(state, self.train, rows, jax.random.fold_in(start, done))
+            rows = rng.integers(len(self.train.labels), size=size, dtype=np.int32)
+            keys = jax.random.split(jax.random.fold_in(start, done), steps)
+            state, _ = self._steps(state, (rows, keys), self.train)
             advance(steps, f"{self.accuracy(state, CLEAN, False):.1%}")
         kinds = (CLEAN, ATTACKED) if self.way.own_statistics else (CLEAN,)
         by_set = {
             SETS[kind]: [self.accuracy(state, kind, attacked) for attacked in (False, True)]
             for kind in kinds
         }
-        return {"seed": seed, "accuracies": by_set, "gaps": gaps(*state.batch_stats)}
+        both = state.batch_stats if self.way.own_statistics else (state.batch_stats,) * 2
+        return {"seed": seed, "accuracies": by_set, "gaps": gaps(*both)}
 
     def accuracy(self, state: State, kind: int, attacked: bool) -> float:
         """Returns the accuracy on test images, clean or attacked through the same statistics."""
-        images, labels = self.test
-        correct = 0
-        for i in range(0, len(labels), CHUNK):
-            chunk = images[i : i + CHUNK], labels[i : i + CHUNK]
-            correct += self._correct(state, *chunk, kind=kind, attacked=attacked)
-        return float(correct / len(labels))
+        correct, count = 0, len(self.test.labels)
+        for i in range(0, count, CHUNK):
+            chunk = self.test.pick(slice(i, i + CHUNK))
+            correct += self._correct(state, chunk, kind=kind, attacked=attacked)
+        return float(correct / count)
 
-    def _take_steps(
-        self, state: State, train: tuple[Array, Array], rows: Array, key: Array
-    ) -> State:
-        def loss(
-            params: Tree, batch_stats: list[Tree], rows: Array, key: Array
-        ) -> tuple[Array, Any]:
-            images, labels = (values[rows] for values in train)
-            attacked = images
-            if self.way.attacked:  # which changes no statistics
-                fixed = jax.lax.stop_gradient(params), batch_stats
-                steps = self.options.attack_steps
-                attacked = self._attacked(fixed, images, labels, key, ATTACKED, True, steps)
-            logits, new = self.way.train(self.network, params, batch_stats, images, attacked)
-            twice = jnp.tile(labels, len(logits) // len(labels))
-            return cross_entropy(logits, twice).mean(), (new, None)
-
-        inputs = rows, jax.random.split(key, len(rows))
-        return descend(loss, self.optimizer, state, inputs)[0]
+    def _loss(
+        self, params: Tree, batch_stats: Any, rows: Array, key: Array, train: Examples
+    ) -> tuple[Array, tuple[Any, None]]:
+        images, labels = train.pick(rows)
+        kinds = [images]
+        if self.attacks:  # which changes no statistics
+            fixed = jax.lax.stop_gradient(params), batch_stats
+            kinds.append(self._attacked(fixed, images, labels, key, ATTACKED, True))
+        logits, new = self.way.train(self.network, params, batch_stats, jnp.stack(kinds))
+        labels = jnp.tile(labels, (len(kinds), 1))
+        return cross_entropy(logits, labels).mean(), (new, None)
 
     def _attacked(
-        self,
-        variables: tuple[Tree, list[Tree]],
-        images: Array,
-        labels: Array,
-        key: Array,
-        kind: int,
-        train: bool,
-        steps: int,
+        self, fixed: Variables, images: Array, labels: Array, key: Array, kind: int, train: bool
     ) -> Array:
         def loss(images: Array) -> Array:
-            logits, _ = self.way.apply(self.network, *variables, images, kind, train)
+            logits, _ = self.way.apply(self.network, *fixed, images, kind, train)
             return cross_entropy(logits, labels).sum()
 
+        steps = self.options.attack_steps * (1 if train else TEST_ATTACK)
         return attack(loss, images, key, self.options.radius, steps)
 
     def _count_correct(
-        self, state: State, images: Array, labels: Array, kind: int, attacked: bool
+        self, state: State, chunk: tuple[Array, Array], kind: int, attacked: bool
     ) -> Array:
-        variables, key = state[:2], jax.random.key(0)
+        variables, (images, labels) = state[:2], chunk
         if attacked:
-            steps = TEST_ATTACK * self.options.attack_steps
-            images = self._attacked(variables, images, labels, key, kind, False, steps)
+            images = self._attacked(variables, images, labels, jax.random.key(0), kind, False)
         logits, _ = self.way.apply(self.network, *variables, images, kind, False)
         return (logits.argmax(-1) == labels).sum()
-
-
-def _on_device(pixels: np.ndarray, labels: np.ndarray) -> tuple[Array, Array]:
-    return jnp.asarray(pixels, jnp.float32), jnp.asarray(labels, jnp.int32)
 
 
 def gaps(clean: Tree, attacked: Tree) -> dict[str, float]:
@@ -166,25 +150,24 @@ class Pairs(Study):
 
     def parts(self) -> Mapping[str, Part]:
         images = data.selected(self.options)
-        trainers = {name: Trainer(way, images, self.options) for name, way in WAYS.items()}
+        trainers = {name: Trainer(name, images, self.options) for name in WAYS}
         return {name: self.each_seed(trainer.run) for name, trainer in trainers.items()}
 
-    def accuracy(self, way: str, kind: int, attacked: bool) -> float:
-        """Returns the median over seeds."""
-        return median(run["accuracies"][SETS[kind]][attacked] for run in self.results[way])
+    def by_set(self, way: str) -> dict[str, list[float]]:
+        """Returns the accuracies on clean and attacked images, by the set at inference."""
+        sets = self.results[way][0]["accuracies"]
+        return {of_set: self.curve(way, "accuracies", of_set) for of_set in sets}
 
     def tables(self) -> list[Table]:
+        rows = []
+        for name in self.results:
+            found = self.by_set(name)
+            for of_set, accuracies in found.items():
+                shown = of_set if len(found) > 1 else "the one set"
+                rows.append((name, shown, *(f"{accuracy:.1%}" for accuracy in accuracies)))
         title = f"Test accuracy, median of {self.options.seeds} seed(s)"
         headings = "trained with", "inference with", "clean images", "attacked images"
-        made = table(headings, left=2, title=title)
-        for name in self.results:
-            for kind, of_set in self._sets(name):
-                accuracies = (self.accuracy(name, kind, attacked) for attacked in (False, True))
-                made.add_row(name, of_set, *(f"{accuracy:.1%}" for accuracy in accuracies))
-        return [made]
-
-    def _sets(self, name: str) -> list[tuple[int, str]]:
-        return list(enumerate(SETS)) if WAYS[name].own_statistics else [(CLEAN, "the one set")]
+        return [table(headings, rows, 2, title)]
 
     def claims(self) -> list[Claim]:
         return [
@@ -195,13 +178,10 @@ class Pairs(Study):
     def _against_clean(self, runs: Sequence[tuple[str, int]], attacked: bool) -> str:
         if "clean only" not in self.results:
             return "not run"
-        base = self.accuracy("clean only", CLEAN, attacked)
-        gains = {
-            name: 100 * (self.accuracy(name, kind, attacked) - base)
-            for name, kind in runs
-            if name in self.results
-        }
-        return f"{base:.1%}; " + ", ".join(f"{name} {gain:+.1f}" for name, gain in gains.items())
+        base = self.by_set("clean only")[SETS[CLEAN]][attacked]
+        found = {name: self.by_set(name)[SETS[kind]] for name, kind in runs if name in self.results}
+        gains = (f"{name} {100 * (of[attacked] - base):+.1f}" for name, of in found.items())
+        return f"{base:.1%}; " + ", ".join(gains)
 
     def draw(self, path: Path) -> None:
         images, radius = data.TITLES[self.options.data], self.options.radius
@@ -212,24 +192,18 @@ class Pairs(Study):
 
     def _draw_accuracies(self, axes: Axes) -> None:
         for i, name in enumerate(self.results):
-            points = [
-                [100 * self.accuracy(name, kind, attacked) for attacked in (False, True)]
-                for kind, _ in self._sets(name)
-            ]
-            axes.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=1.5, alpha=0.6)
-            for kind, point in enumerate(points):
-                two = len(points) > 1
-                style = {
-                    "label": f"{name}: {SETS[kind] if two else 'its one set'}",
-                    "markersize": 9,
-                }
-                face = "white" if kind == CLEAN and two else f"C{i}"
-                axes.plot(*point, "os^D"[i], color=f"C{i}", markerfacecolor=face, **style)
-        labels = {
-            "xlabel": "accuracy on clean images (%)",
-            "ylabel": "accuracy on attacked images (%)",
-        }
-        report.dress(axes, "x-small", title="Robust against accurate", **labels)
+            found, color = self.by_set(name), f"C{i}"
+            points = {of: [100 * accuracy for accuracy in found[of]] for of in found}
+            axes.plot(*zip(*points.values(), strict=True), color=color, linewidth=1.5, alpha=0.6)
+            for of_set, point in points.items():
+                label = f"{name}: {of_set if len(points) > 1 else 'its one set'}"
+                hollow = len(points) > 1 and of_set == SETS[CLEAN]
+                style: dict[str, Any] = {"color": color, "label": label, "markersize": 9}
+                style["markerfacecolor"] = "white" if hollow else color
+                axes.plot(*point, "os^D"[i], **style)
+        report.dress(axes, "x-small", title="Robust against accurate")
+        axes.set_xlabel("accuracy on clean images (%)")
+        axes.set_ylabel("accuracy on attacked images (%)")
 
     def _draw_gaps(self, axes: Axes) -> None:
         for i, (name, runs) in enumerate(self.results.items()):
@@ -237,8 +211,6 @@ class Pairs(Study):
                 layers = list(runs[0]["gaps"])
                 values = [median(run["gaps"][layer] for run in runs) for layer in layers]
                 axes.plot(range(1, len(layers) + 1), values, "o-", color=f"C{i}", label=name)
-        title = "How far apart the two running means are"
-        report.dress(
-            axes, title=title, xlabel="layer", ylabel="standard deviations", ylim=(0, None)
-        )
+        title, ylabel = "How far apart the two running means are", "standard deviations"
+        report.dress(axes, title=title, xlabel="layer", ylabel=ylabel, ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -57,26 +57,22 @@ class Encoder(NamedTuple):
 
     def init(self, key: Array, channels: int) -> tuple[Tree, Tree]:
         """Returns the parameters and the statistics."""
-        shapes = [(3, 3, i, o) for i, o in zip((channels, *self.widths), self.widths, strict=False)]
-        shapes += [(self.widths[-1], self.widths[-1]), (self.widths[-1], EMBEDDING)]
-        layers = [
-            self.unit.init(layer_key, shape)
-            for layer_key, shape in zip(jax.random.split(key, len(shapes)), shapes, strict=True)
-        ]
-        names = [*map("conv_{}".format, range(len(self.widths))), "head_0", "head_1"]
-        params, batch_stats = zip(*layers, strict=True)
-        return dict(zip(names, params, strict=True)), dict(zip(names, batch_stats, strict=True))
+        inputs, last = (channels, *self.widths), self.widths[-1]
+        shapes = {f"conv_{i}": (3, 3, inputs[i], width) for i, width in enumerate(self.widths)}
+        shapes |= {"head_0": (last, last), "head_1": (last, EMBEDDING)}
+        params, batch_stats = {}, {}
+        for name, own in zip(shapes, jax.random.split(key, len(shapes)), strict=True):
+            params[name], batch_stats[name] = self.unit.init(own, shapes[name])
+        return params, batch_stats
 
     def features(
         self, params: Tree, batch_stats: Tree, images: Array, train: bool
     ) -> tuple[Array, Tree]:
         """Returns what a linear probe sees, `(batch, features)`, and the statistics."""
-        x, new = images, dict(batch_stats)
+        apply, x, new = self.unit.apply, images, dict(batch_stats)
         for i in range(len(self.widths)):
-            name = f"conv_{i}"
-            x, new[name] = self.unit.apply(
-                params[name], batch_stats[name], x, train, stride=2 if i else 1
-            )
+            name, stride = f"conv_{i}", 2 if i else 1
+            x, new[name] = apply(params[name], batch_stats[name], x, train, stride=stride)
             x = self.unit.activation(x)
         return x.mean((1, 2)), new
 
@@ -84,11 +80,10 @@ class Encoder(NamedTuple):
         self, params: Tree, batch_stats: Tree, images: Array, train: bool
     ) -> tuple[Array, Tree]:
         """Returns embeddings of length 1, and the statistics."""
-        x, new = self.features(params, batch_stats, images, train)
-        x, new["head_0"] = self.unit.apply(params["head_0"], batch_stats["head_0"], x, train)
-        x, new["head_1"] = self.unit.apply(
-            params["head_1"], batch_stats["head_1"], self.unit.activation(x), train
-        )
+        apply, (x, new) = self.unit.apply, self.features(params, batch_stats, images, train)
+        x, new["head_0"] = apply(params["head_0"], batch_stats["head_0"], x, train)
+        x = self.unit.activation(x)
+        x, new["head_1"] = apply(params["head_1"], batch_stats["head_1"], x, train)
         return x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-12), new
 
 
@@ -101,9 +96,8 @@ def _view(key: Array, image: Array) -> Array:
     crop, corner, contrast, noise, side = jax.random.split(key, 5)
     height, width, channels = image.shape
     zoom = jax.random.uniform(crop, (2,), minval=LEAST_AREA, maxval=1) ** -0.5
-    outside = (
-        jnp.array([height, width], jnp.float32) * (zoom - 1) * jax.random.uniform(corner, (2,))
-    )
+    size = jnp.array([height, width], jnp.float32)
+    outside = size * (zoom - 1) * jax.random.uniform(corner, (2,))
     image = jax.image.scale_and_translate(
         image, image.shape, (0, 1), zoom, -outside, "linear", antialias=False
     )
@@ -116,10 +110,8 @@ def _view(key: Array, image: Array) -> Array:
 def contrast(queries: Array, keys: Array, own: Array) -> tuple[Array, Array]:
     """Returns the mean NT-Xent loss of a device's examples, both ways, and the queries' accuracy.
 
-    Args:
-      queries: embeddings of the first views of all devices, `(batch, features)`, of length 1.
-      keys: embeddings of the second views, in the same order.
-      own: the device's rows of both.
+    Queries and keys are embeddings of the first and second views of all devices, `(batch,
+    features)`, of length 1; `own` are the device's rows of both.
     """
 
     def one_way(queries: Array, keys: Array) -> tuple[Array, Array]:
@@ -134,12 +126,9 @@ def contrast(queries: Array, keys: Array, own: Array) -> tuple[Array, Array]:
 
 
 def probe(train: tuple[Array, Array], test: tuple[Array, Array], classes: int) -> Array:
-    """Returns the test accuracy of a linear classifier of features, by ridge regression.
+    """Returns the test accuracy of a linear classifier by ridge regression.
 
-    Args:
-      train: features `(count, features)`, and labels.
-      test: the same, of test images.
-      classes: the number of classes.
+    Both parts are features `(count, features)` and labels.
     """
     features, labels = train
     mean, std = features.mean(0), features.std(0) + 1e-6

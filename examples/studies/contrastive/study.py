@@ -2,7 +2,7 @@
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ import numpy as np
 import optax
 from common import data, report
 from common.networks import BATCH_NORM_MOMENTUM, Tree
-from common.results import medians
 from common.study import Advance, Claim, Part, Study, table
-from common.training import State, chunks, descend
+from common.training import State, chunks, descend, examples
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
@@ -28,6 +27,14 @@ WIDTHS = {"digits": (32, 32, 64), "mnist": (32, 32, 64), "cifar10": (32, 64, 128
 LEAKAGE_EXAMPLES = 256
 CHUNK = 500  # images at once when nothing is trained
 COLORS = dict(zip(WAYS, ("C3", "C1", "C0", "C2"), strict=True))
+# Of the table, and the curves that end there.
+COLUMNS = {
+    "found in training": "found in training",
+    "found, keys beside": "together",
+    "dealt apart": "apart",
+    "leak": "leak",
+    "linear probe": "probe",
+}
 # What is found, in which of the curves, and what is reported of it.
 CLAIMS = {
     "leak: keys found on their queries' devices, less keys found on other devices": (
@@ -49,14 +56,8 @@ class Trainer:
     def __init__(self, way: Way, images: data.Dataset, options: Namespace):
         self.way, self.options = way, options
         self.encoder = Encoder(way.unit, WIDTHS[options.data])
-        self.train, self.test = (
-            jnp.asarray(pixels / images.peak, jnp.float32)
-            for pixels in (images.train_images, images.test_images)
-        )
-        self.labels = (
-            jnp.asarray(images.train_labels, jnp.int32),
-            jnp.asarray(images.test_labels, jnp.int32),
-        )
+        (self.train, labels), self.test = (each.pick() for each in examples(images, False))
+        self.labels = labels[: options.labels]
         rate = optax.cosine_decay_schedule(options.learning_rate, options.steps)
         self.optimizer = optax.adam(rate)
         mesh = Mesh(np.array(jax.devices()[: options.devices]), (AXIS,))
@@ -69,17 +70,13 @@ class Trainer:
     def run(self, seed: int, advance: Advance) -> dict[str, Any]:
         """Trains, and evaluates before, every so many steps, and after the last."""
         state, options, rng = self.init(seed), self.options, np.random.default_rng(seed)
+        count, key = len(self.train), jax.random.key(seed)
         evaluations = [self.evaluate(state, 0, 0.0)]
         for done, steps in chunks(options.steps, options.eval_every):
             # The same rows, and the same views, for each way.
-            rows = np.stack(
-                [
-                    rng.choice(len(self.train), options.batch_size, replace=False)
-                    for _ in range(steps)
-                ]
-            )
-            key = jax.random.fold_in(jax.random.key(seed), done)
-            state, found = self._steps(state, self.train, rows.astype(np.int32), key)
+            draws = (rng.choice(count, options.batch_size, replace=False) for _ in range(steps))
+            rows = np.stack(list(draws)).astype(np.int32)
+            state, found = self._steps(state, self.train, rows, jax.random.fold_in(key, done))
             evaluations.append(self.evaluate(state, done + steps, float(found)))
             advance(steps, f"finds {found:.0%}, probe {evaluations[-1]['probe']:.1%}")
         names = evaluations[0]
@@ -94,7 +91,7 @@ class Trainer:
     def evaluate(self, state: State, step: int, found: float) -> dict[str, float]:
         """Returns what the curves show after a step."""
         state = jax.device_put(state, jax.devices()[0])
-        leakage = self._leakage(state, self.test)._asdict()
+        leakage = self._leakage(state, self.test[0])._asdict()
         values = {"step": step, "found in training": found, "probe": self.probe(state)}
         return values | {name: float(value) for name, value in leakage.items()}
 
@@ -102,19 +99,16 @@ class Trainer:
         self, state: State, images: Array, rows: Array, key: Array
     ) -> tuple[State, Array]:
         """A device's share of a step for each row of `rows`; it holds its columns."""
-
-        def loss(params: Tree, batch_stats: Tree, own: Array, key: Array) -> Any:
-            return self._loss(params, batch_stats, images[own], key)
-
         # JAX sums the devices' gradients, as it types params as the same on all of them.
         inputs = rows, jax.random.split(key, len(rows))
-        state, found = descend(loss, self.optimizer, state, inputs)
+        state, found = descend(self._loss, self.optimizer, state, inputs, images)
         return state, lax.pmean(found.mean(), AXIS)
 
     def _loss(
-        self, params: Tree, batch_stats: Tree, images: Array, key: Array
+        self, params: Tree, batch_stats: Tree, rows: Array, key: Array, images: Array
     ) -> tuple[Array, tuple[Tree, Array]]:
         """Returns a device's share of the loss: its queries against the keys of all devices."""
+        images = images[rows]
         device, devices = lax.axis_index(AXIS), self.options.devices
         own = device * len(images) + jnp.arange(len(images))
         order = jnp.arange(len(images) * devices)
@@ -158,12 +152,13 @@ class Trainer:
             variables = state.params, state.batch_stats
             return jnp.concatenate([self._features(*variables, part)[0] for part in parts])
 
-        return self.probe_of(features(self.train[: self.options.labels]), features(self.test))
+        return self.probe_of(features)
 
-    def probe_of(self, train: Array, test: Array) -> float:
+    def probe_of(self, features: Callable[[Array], Array]) -> float:
         """Returns the same of given features."""
-        labels = self.labels[0][: self.options.labels]
-        return float(probe((train, labels), (test, self.labels[1]), data.CLASSES))
+        images, labels = self.test
+        train = features(self.train[: len(self.labels)]), self.labels
+        return float(probe(train, (features(images), labels), data.CLASSES))
 
 
 def _gathered(rows: Array) -> Array:
@@ -190,30 +185,22 @@ class Contrast(Study):
         # test images are also split over devices
         count = min(len(images.train_labels), len(images.test_labels))
         if options.batch_size % options.devices or options.batch_size > count:
-            expected = (
-                f"a multiple of {options.devices} devices, and no more than the {count} examples"
-            )
-            raise data.DataError(f"--batch-size {options.batch_size}: expected {expected}")
+            expected = f"a multiple of {options.devices} devices, and no more than the {count}"
+            raise data.DataError(f"--batch-size {options.batch_size}: expected {expected} examples")
         trainers = {name: Trainer(way, images, options) for name, way in WAYS.items()}
-        trainer = next(iter(trainers.values()))
-        train, test = (pixels.reshape(len(pixels), -1) for pixels in (trainer.train, trainer.test))
-        self.pixels = trainer.probe_of(train[: options.labels], test)
+        first = next(iter(trainers.values()))
+        self.pixels = first.probe_of(lambda images: images.reshape(len(images), -1))
         return {name: self.each_seed(trainer.run) for name, trainer in trainers.items()}
-
-    def curve(self, way: str, of: str) -> list[float]:
-        """Returns medians over seeds, by evaluation."""
-        return medians([run[of] for run in self.results[way]])
 
     def content(self) -> dict[str, Any]:
         return super().content() | {"probe_of_pixels": self.pixels}
 
     def tables(self) -> list[Table]:
-        title = f"After {self.options.steps} steps, median of {self.options.seeds} seed(s)"
-        headings = "found in training", "found, keys beside", "dealt apart", "leak", "linear probe"
-        made = table(("statistics", *headings), title=title)
-        columns = "found in training", "together", "apart", "leak", "probe"
+        rows = []
         for name in self.results:
-            made.add_row(name, *(f"{self.curve(name, of)[-1]:.1%}" for of in columns))
+            rows.append((name, *(f"{self.curve(name, of)[-1]:.1%}" for of in COLUMNS.values())))
+        title = f"After {self.options.steps} steps, median of {self.options.seeds} seed(s)"
+        made = table(("statistics", *COLUMNS), rows, title=title)
         untrained = self.curve(next(iter(self.results)), "probe")[0]
         pixels = f"Linear probe of the pixels {self.pixels:.1%}"
         made.caption = f"{pixels}, of untrained features {untrained:.1%}"
@@ -228,34 +215,28 @@ class Contrast(Study):
 
     def draw(self, path: Path) -> None:
         options = self.options
-        devices = (
-            f"{options.devices} devices of {options.batch_size // options.devices} images each"
-        )
-        title = f"{data.TITLES[options.data]}: contrast over {devices}"
+        each = f"{options.devices} devices of {options.batch_size // options.devices} images each"
+        title = f"{data.TITLES[options.data]}: contrast over {each}"
         with report.figure(path, title, self.caption, size=(9.5, 4.8)) as ((found, accuracy),):
             for name in self.results:
-                for axes, of, line in (
-                    (found, "together", "-"),
-                    (found, "apart", "--"),
-                    (accuracy, "probe", "-"),
-                ):
-                    values = [100 * value for value in self.curve(name, of)]
-                    label = name if axes is accuracy else None
-                    steps = self.curve(name, "step")
-                    axes.plot(steps, values, line, color=COLORS[name], label=label)
+                steps, style = self.curve(name, "step"), {"color": COLORS[name]}
+                found.plot(steps, self._percent(name, "together"), "-", **style)
+                found.plot(steps, self._percent(name, "apart"), "--", **style)
+                accuracy.plot(steps, self._percent(name, "probe"), "-", label=name, **style)
             found.plot([], [], "k-", label="beside their queries")
             found.plot([], [], "k--", label="dealt to other devices")
-            accuracy.axhline(
-                100 * self.pixels, color="gray", linewidth=1, linestyle=":", label="pixels"
-            )
-            title, ylabel = "Keys found", "queries whose key is the nearest (%)"
-            report.dress(found, None, title=title, xlabel="training steps", ylabel=ylabel)
+            style = {"color": "gray", "linewidth": 1, "linestyle": ":"}
+            accuracy.axhline(100 * self.pixels, label="pixels", **style)
+            report.dress(found, None, title="Keys found", xlabel="training steps", ylim=(0, None))
+            found.set_ylabel("queries whose key is the nearest (%)")
             found.legend(title="keys", fontsize="small", loc=(0.5, 0.27))
-            found.set_ylim(0, None)
             title = f"Linear probe, {options.labels:,} labels"
             report.dress(accuracy, None, title=title, xlabel="training steps")
             accuracy.set_ylabel("test accuracy (%)")
             accuracy.legend(title="statistics", fontsize="small")
+
+    def _percent(self, name: str, of: str) -> list[float]:
+        return [100 * value for value in self.curve(name, of)]
 
 
 def simulate(devices: int) -> None:

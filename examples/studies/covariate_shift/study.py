@@ -1,6 +1,6 @@
 """The distributions of layers' inputs over training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import data, report, results
 from common.study import Advance, Claim, Part, Study
-from common.training import Examples, State, Trainer, cross_entropy, examples
+from common.training import Examples, Plan, State, Trainer, batch_loss, examples
 from jax import Array
 from studies.covariate_shift.noise import LAYERS, Sigmoids
 
@@ -24,32 +24,37 @@ VARIANTS = {
 }
 LAST = LAYERS[-2]  # the last hidden layer, whose sigmoids the paper's figure shows
 PROBE = 500  # training images whose distribution is followed
+Runs = list[dict[str, Any]]
+# Drawn over the steps: what it is multiplied by, and its panel.
+CURVES: dict[str, tuple[float, dict[str, str]]] = {
+    "accuracy": (100, {"title": "test accuracy (%)"}),
+    "distance": (1, {"title": "covariate shift: ||G - G'|| / ||G||", "yscale": "log"}),
+    "cosine": (1, {"title": "cosine of G and G'"}),
+}
 COLORS = dict(zip(VARIANTS, ("#1f77b4", "#ff7f0e", "#2ca02c"), strict=True))
 
 
-class Instruments:
-    """Measurements of a network between two training steps, compiled once for all seeds."""
+def instrument(network: Sigmoids, learning_rate: float) -> Callable[..., tuple[Any, Any]]:
+    """Returns compiled measurements of a network between two training steps.
 
-    def __init__(self, network: Sigmoids, train: Examples, learning_rate: float):
-        self.network, self.train, self.learning_rate = network, train, learning_rate
-        self.look = jax.jit(self._look)
+    `look(state, train, rows)` returns percentiles of the last hidden layer's inputs, and the
+    covariate shift of a step of SGD on the rows.
+    """
 
-    def _look(
-        self, state: State, train: Examples, rows: Array
-    ) -> tuple[nj.diagnostics.Percentiles, Any]:
-        """Returns percentiles of the last hidden layer's inputs, and the covariate shift."""
-        probe, _ = train.pick(jnp.arange(min(PROBE, len(train.labels))))
-        _, _, inputs = self.network.forward(state.params, state.batch_stats, probe, True)
-        images, labels = train.pick(rows)
+    @jax.jit
+    def look(state: State, train: Examples, rows: Array) -> tuple[Any, Any]:
+        probe, _ = train.pick(slice(PROBE))
+        _, _, inputs = network.forward(state.params, state.batch_stats, probe, True)
 
         def loss(params: Any) -> Array:
-            logits, _, _ = self.network.forward(params, state.batch_stats, images, True)
-            return cross_entropy(logits, labels).mean()
+            return batch_loss(network.network, train, params, state.batch_stats, rows)[0]
 
         gradients = jax.grad(loss)(state.params)
-        updated = jax.tree.map(lambda w, g: w - self.learning_rate * g, state.params, gradients)
+        updated = jax.tree.map(lambda w, g: w - learning_rate * g, state.params, gradients)
         shift = nj.diagnostics.internal_covariate_shift(loss, state.params, updated, layers=LAYERS)
         return nj.diagnostics.percentiles(inputs[LAST], feature_axes=-1), shift
+
+    return look
 
 
 class Shift(Study):
@@ -66,33 +71,26 @@ class Shift(Study):
     )
 
     def parts(self) -> Mapping[str, Part]:
-        self.data = examples(data.selected(self.options), standardize=False)
-        return {
-            name: self.each_seed(partial(self._run, *self._instruments(network)))
-            for name, network in VARIANTS.items()
-        }
-
-    def _instruments(self, network: Sigmoids) -> tuple[Trainer, Instruments]:
-        trainer = Trainer(network.network, self.data, self.options.batch_size)
-        return trainer, Instruments(network, trainer.train, self.options.learning_rate)
+        images = examples(data.selected(self.options), standardize=False)
+        parts = {}
+        for name, network in VARIANTS.items():
+            look = instrument(network, self.options.learning_rate)
+            work = partial(self._run, Trainer(network.network, images), look)
+            parts[name] = self.each_seed(work)
+        return parts
 
     def _run(
-        self, trainer: Trainer, instruments: Instruments, seed: int, advance: Advance
+        self, trainer: Trainer, look: Callable[..., Any], seed: int, advance: Advance
     ) -> dict[str, Any]:
-        options, seen, accuracies, steps = self.options, [], [], []
-        for step, state, order in trainer.states(
-            seed, options.learning_rate, options.steps, options.eval_every
-        ):
-            seen.append(jax.device_get(instruments.look(state, trainer.train, order[-1])))
-            accuracies.append(trainer.accuracy(state, trainer.test))
-            advance(len(order), f"{accuracies[-1]:.1%}")
-            steps.append(step)
-        history, shift = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
-        run = {"seed": seed, "steps": steps, "accuracy": accuracies}
+        def see(step: int, state: State, rows: Array) -> Any:
+            return look(state, trainer.train, rows)
+
+        plan = Plan.of(self.options, seed, self.options.learning_rate)
+        run, (history, shift) = trainer.look(plan, advance, see)
         return run | summary(history.values, shift)
 
     def claims(self) -> list[Claim]:
-        def measured(show: Any) -> str:
+        def measured(show: Callable[[Runs], str]) -> str:
             return "; ".join(f"{name}: {show(runs)}" for name, runs in self.results.items())
 
         def middle(key: str, form: str) -> str:
@@ -117,16 +115,13 @@ class Shift(Study):
     def draw(self, path: Path) -> None:
         shown = data.TITLES[self.options.data]
         title = f"{shown}: three layers of 100 sigmoids, and the distributions of their inputs"
-        panels = zip(("accuracy", "distance", "cosine"), (100, 1, 1), strict=True)
         with report.figure(path, title, self.caption, (2, 3), (12, 7.4)) as grid:
-            for panel, (key, scale) in zip(grid[0], panels, strict=True):
+            for panel, (key, (scale, settings)) in zip(grid[0], CURVES.items(), strict=True):
                 for name, runs in self.results.items():
-                    values = scale * np.median([run[key] for run in runs], axis=0)
+                    values = scale * np.asarray(self.curve(name, key))
                     panel.plot(runs[0]["steps"], values, color=COLORS[name], label=name)
-            grid[0, 0].set(title="test accuracy (%)")
+                panel.set(**settings)
             grid[0, 0].legend(fontsize="small")
-            grid[0, 1].set(title="covariate shift: ||G - G'|| / ||G||", yscale="log")
-            grid[0, 2].set(title="cosine of G and G'")
             for panel, name in zip(grid[1], VARIANTS, strict=True):
                 self._draw_band(panel, name)
             limits = [limit for panel in grid[1] if panel.lines for limit in panel.get_ylim()]
@@ -140,11 +135,10 @@ class Shift(Study):
         if name in self.results:
             run = self.results[name][0]
             band = jnp.asarray(run["band"])
-            panel.set_prop_cycle(color=[COLORS[name]])
             q = jnp.tile(jnp.asarray([15.0, 50.0, 85.0]), (len(band), 1))
-            nj.diagnostics.plot.percentiles(
-                nj.diagnostics.Percentiles(q, band), run["steps"], axes=panel
-            )
+            panel.set_prop_cycle(color=[COLORS[name]])
+            found = nj.diagnostics.Percentiles(q, band)
+            nj.diagnostics.plot.percentiles(found, run["steps"], axes=panel)
         panel.set_title(f"{name}: input of a typical sigmoid", fontsize="medium")
 
 
@@ -174,7 +168,7 @@ def summary(values: np.ndarray, shift: nj.diagnostics.CovariateShift) -> dict[st
     }
 
 
-def steps_to(accuracy: float, runs: list[dict[str, Any]]) -> str:
+def steps_to(accuracy: float, runs: Runs) -> str:
     """Returns the median number of steps after which runs reach an accuracy, in words."""
     return results.in_words(
         median(results.steps_to(accuracy, run["steps"], run["accuracy"]) for run in runs)

@@ -69,10 +69,8 @@ class Lookup(NamedTuple):
         pairs = jnp.concatenate([tokens, answers], -1)
         order = jnp.argsort(jax.random.uniform(of_order, (count, self.pairs)))
         asked = jnp.take_along_axis(pairs, order[..., None], axis=1)
-        previous, current = (
-            self._hide(key, records)
-            for key, records in zip(of_text, (pairs, asked.at[..., -1].set(ASKED)), strict=True)
-        )
+        previous = self._hide(of_text[0], pairs)
+        current = self._hide(of_text[1], asked.at[..., -1].set(ASKED))
         return Documents(previous, current, asked[..., -1])
 
     def _hide(self, key: Array, records: Array) -> Array:

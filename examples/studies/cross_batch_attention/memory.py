@@ -64,31 +64,25 @@ class LanguageModel(NamedTuple):
         """Returns the parameters."""
         embedding, logits, *keys = jax.random.split(key, 2 + len(self.blocks))
         blocks = [self._init_block(kind, key) for kind, key in zip(self.blocks, keys, strict=True)]
-        tokens = jax.random.normal(embedding, (self.vocabulary, WIDTH))
         return {
-            "embedding": tokens,
+            "embedding": jax.random.normal(embedding, (self.vocabulary, WIDTH)),
             "blocks": blocks,
             "norm": self.norm.init(WIDTH)[0],
             "logits": _dense(logits, WIDTH, self.vocabulary),
         }
 
     def _init_block(self, kind: str, key: Array) -> Tree:
-        keys = jax.random.split(key, 4)
-        features = {
-            "attention_norm": WIDTH,
-            "mlp_norm": WIDTH,
-            "query_norm": WIDTH // HEADS,
-            "key_norm": WIDTH // HEADS,
+        norms = {"attention_norm": WIDTH, "mlp_norm": WIDTH}
+        norms |= {"query_norm": WIDTH // HEADS, "key_norm": WIDTH // HEADS}
+        params: Tree = {name: self.norm.init(size)[0] for name, size in norms.items()}
+        shapes = {
+            "queries_keys_values": (WIDTH, 3 * WIDTH),
+            "output": (WIDTH, WIDTH),
+            "up": (WIDTH, EXPANSION * WIDTH),
+            "down": (EXPANSION * WIDTH, WIDTH),
         }
-        params: Tree = {name: self.norm.init(size)[0] for name, size in features.items()}
-        params |= {
-            "queries_keys_values": _dense(keys[0], WIDTH, 3 * WIDTH),
-            "output": _dense(keys[1], WIDTH, WIDTH),
-        }
-        params |= {
-            "up": _dense(keys[2], WIDTH, EXPANSION * WIDTH),
-            "down": _dense(keys[3], EXPANSION * WIDTH, WIDTH),
-        }
+        for own, (name, shape) in zip(jax.random.split(key, 4), shapes.items(), strict=True):
+            params[name] = _dense(own, *shape)
         if kind == "local":
             # From zeros, finding out that the last few tokens matter takes most of the training.
             params["distances"] = NEAR * jnp.eye(HEADS, self.length)
@@ -101,19 +95,12 @@ class LanguageModel(NamedTuple):
     def answer(
         self, params: Tree, tokens: Array, memory: list[Pairs], sees: Array
     ) -> tuple[Array, Array]:
-        """Reads current contexts with a memory.
+        """Reads current contexts `(documents, length)` with a memory from `remember`.
 
-        Args:
-          params: of the model.
-          tokens: `(documents, length)`.
-          memory: from `remember`. A document's own previous context has its place: the first is the
-            first document's.
-          sees: bool `(documents, contexts)`.
-
-        Returns:
-          Logits `(documents, length, vocabulary)`; and of the attention that goes to the memory the
-          share of a document's own context, r_d in the paper, `(documents, length)`, mean of the
-          heads of the last memory block.
+        A document's own previous context has its place: the first is the first document's. `sees`
+        is bool `(documents, contexts)`. Returns logits `(documents, length, vocabulary)`; and of
+        the attention that goes to the memory the share of a document's own context, r_d in the
+        paper, `(documents, length)`, mean of the heads of the last memory block.
         """
         logits, _, focus = self._run(params, tokens, (memory, sees))
         return logits, focus
@@ -164,9 +151,8 @@ def _attend(
     both = jnp.concatenate([scores, far.reshape(*scores.shape[:3], -1)], -1)
     near, far = jnp.split(jax.nn.softmax(both), [scores.shape[-1]], axis=-1)
     far = far.reshape(*scores.shape[:3], *keys.shape[:2])
-    attended = jnp.einsum("bhqk,bkhf->bqhf", near, values) + jnp.einsum(
-        "bhqck,ckhf->bqhf", far, remembered
-    )
+    attended = jnp.einsum("bhqk,bkhf->bqhf", near, values)
+    attended = attended + jnp.einsum("bhqck,ckhf->bqhf", far, remembered)
     own = jnp.einsum("bhqbk->bhq", far[:, :, :, : len(far)])
     return attended, (own / far.sum((-2, -1))).mean(1)
 

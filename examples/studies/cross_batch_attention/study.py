@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from common.results import medians
 from common.study import Advance, Claim, Part, Study, table
 from common.training import State, chunks, cross_entropy, descend
 from jax import Array
+from matplotlib.axes import Axes
 from rich.table import Table
 from studies.cross_batch_attention.lookup import KEYS, Lookup
 from studies.cross_batch_attention.memory import NORMS, LanguageModel, Norm, Tree
@@ -29,23 +30,6 @@ TEST_SEED = 1_000_000
 TRAININGS = {"crossbatch": True, "own context only": False}
 COLOURS = {"crossbatch": "C0", "own context only": "C3"}
 LINES = {"layer norm": "-", "RMS norm": "--"}
-
-
-class Run(NamedTuple):
-    """One model with one seed.
-
-    Attributes:
-      switched: the step from which it saw negatives, None if it never did.
-      trained: its accuracy in training, mean of the last steps.
-      accuracies: of retrieval, by the number of contexts in memory.
-      focus: the share of the attention to the memory that goes to the own context, likewise.
-    """
-
-    seed: int
-    switched: int | None
-    trained: float
-    accuracies: list[float]
-    focus: list[float]
 
 
 def seen(documents: int, contexts: int, count: int | Array) -> Array:
@@ -68,45 +52,48 @@ class Trainer:
         end = max(options.steps, WARMUP + 1)
         rate = optax.warmup_cosine_decay_schedule(0, options.learning_rate, WARMUP, end)
         self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.98))
-        self._steps, self._test = jax.jit(self._take_steps), jax.jit(self._ask)
+        self._steps = jax.jit(partial(descend, self._loss, self.optimizer))
+        self._test = jax.jit(self._ask)
 
-    def run(self, negatives: bool, seed: int, advance: Advance) -> Run:
-        """Trains and tests a model. A seed has the same start and documents without negatives."""
+    def run(self, negatives: bool, seed: int, advance: Advance) -> dict[str, Any]:
+        """Trains and tests a model. A seed has the same start and documents without negatives.
+
+        Returns the step from which it saw negatives, None if it never did; its accuracy in
+        training, mean of the last steps; and by the number of contexts in memory the accuracies of
+        retrieval, and the share of the attention to the memory that goes to the own context.
+        """
         options, params = self.options, self.model.init(jax.random.key(seed))
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), options.steps)
         state, switched, trained = State(params, None, self.optimizer.init(params)), None, 0.0
         for done, steps in chunks(options.steps, CHUNK):
             count = 1 if switched is None else options.contexts
-            state, accuracy = self._steps(state, keys[done : done + steps], count)
-            trained = float(accuracy)
+            state, accuracies = self._steps(state, (keys[done : done + steps],), count)
+            trained = float(accuracies.mean())
             if negatives and switched is None and trained >= SWITCH:
                 switched = done + steps
             advance(steps, f"{trained:.1%}, {count} context{'s' * (count > 1)} in memory")
-        return Run(seed, switched, trained, *self.test(state.params))
+        accuracies, focus = self.test(state.params)
+        run = {"seed": seed, "switched": switched, "trained": trained}
+        return run | {"accuracies": accuracies, "focus": focus}
 
     def test(self, params: Tree) -> tuple[list[float], list[float]]:
         """Returns accuracy and focus by number of contexts, means over `--test-batches` batches."""
         keys = jax.random.split(jax.random.key(TEST_SEED), self.options.test_batches)
-        tested = np.array(
-            [[self._test(params, key, count) for key in keys] for count in memories(self.options)]
-        )
-        return tuple(tested.mean(1).T.tolist())
+        counts = memories(self.options)
+        tested = [[self._test(params, key, count) for key in keys] for count in counts]
+        return tuple(np.array(tested).mean(1).T.tolist())
 
-    def _take_steps(self, state: State, keys: Array, count: Array) -> tuple[State, Array]:
-        """Takes a step for each key, and returns the mean of their accuracies."""
+    def _loss(
+        self, params: Tree, batch_stats: None, key: Array, count: Array
+    ) -> tuple[Array, tuple[None, Array]]:
         size = self.options.batch_size
-
-        def loss(params: Tree, batch_stats: None, key: Array) -> tuple[Array, Any]:
-            documents = self.lookup.draw(key, size)
-            memory, sees = self.model.remember(params, documents.previous), seen(size, size, count)
-            logits, _ = self.model.answer(params, documents.current, memory, sees)
-            logits = self.lookup.read(logits)
-            accuracy = (logits.argmax(-1) == documents.answers).mean()
-            # As in the paper, of the values alone: what is asked cannot be known.
-            return cross_entropy(logits, documents.answers).mean(), (None, accuracy)
-
-        state, accuracies = descend(loss, self.optimizer, state, (keys,))
-        return state, accuracies.mean()
+        documents, sees = self.lookup.draw(key, size), seen(size, size, count)
+        memory = self.model.remember(params, documents.previous)
+        logits, _ = self.model.answer(params, documents.current, memory, sees)
+        logits = self.lookup.read(logits)
+        accuracy = (logits.argmax(-1) == documents.answers).mean()
+        # As in the paper, of the values alone: what is asked cannot be known.
+        return cross_entropy(logits, documents.answers).mean(), (None, accuracy)
 
     def _ask(self, params: Tree, key: Array, count: Array) -> Array:
         """Returns accuracy and focus at the questions with so many contexts in memory."""
@@ -141,81 +128,62 @@ class CrossBatch(Study):
         return parts
 
     def _run(self, trainer: Trainer, negatives: bool, advance: Advance) -> dict[str, Any]:
-        seeds = range(self.options.seeds)
-        runs = [trainer.run(negatives, seed, advance)._asdict() for seed in seeds]
+        runs = [trainer.run(negatives, seed, advance) for seed in range(self.options.seeds)]
         return {"contexts": memories(self.options), "runs": runs}
 
-    def medians(self, name: str, of: str) -> list[float]:
+    def curve(self, name: str, *keys: str) -> list[float]:
         """Returns the medians over seeds, by number of contexts."""
-        return medians([run[of] for run in self.results[name]["runs"]])
+        return medians([run[keys[0]] for run in self.results[name]["runs"]])
 
     def tables(self) -> list[Table]:
-        counts = memories(self.options)
+        counts, rows = memories(self.options), []
         chosen = sorted({*range(0, len(counts), 2), len(counts) - 1})
+        for name in self.results:
+            accuracies, focus = self.curve(name, "accuracies"), self.curve(name, "focus")[-1]
+            rows.append((name, *(f"{accuracies[i]:.1%}" for i in chosen), f"{focus:.2f}"))
         seeds = f"median of {self.options.seeds} seed(s)"
         title = f"Accuracy by contexts in memory, and focus in the largest, {seeds}"
         headings = "model", *(str(counts[i]) for i in chosen), "focus"
-        made = table(headings, title=title, collapse_padding=True)
-        for name in self.results:
-            accuracies = self.medians(name, "accuracies")
-            focus = f"{self.medians(name, 'focus')[-1]:.2f}"
-            made.add_row(name, *(f"{accuracies[i]:.1%}" for i in chosen), focus)
-        return [made]
+        return [table(headings, rows, title=title, collapse_padding=True)]
 
     def claims(self) -> list[Claim]:
         length, most = _lookup(self.options).length, memories(self.options)[-1]
-        largest = f"{length * most:,} tokens"
-        accuracy = {kind: self._last(kind, "accuracies", "{:.1%}") for kind in TRAININGS}
-        focus = {kind: self._last(kind, "focus", "{:.2f}") for kind in TRAININGS}
-        training = f"after training on documents of {2 * length}"
-        own, among = "attention to the own context among n, without negatives", f"{1 / most:.3f}"
+        tokens, training = f"{length * most:,} tokens", f"training on documents of {2 * length}"
+        with_negatives, without = (self._last(kind, "accuracies", ".1%") for kind in TRAININGS)
+        focus_with, focus = (self._last(kind, "focus", ".2f") for kind in TRAININGS)
+        own, even = "attention to the own context among n, without negatives", f"{1 / most:.3f}"
         claims = [
-            Claim(
+            (
                 "accuracy in a memory far larger than documents in training",
                 "above 92% of 16M tokens, after training on documents of 512",
-                f"{accuracy['crossbatch']} of {largest}, {training}",
+                f"{with_negatives} of {tokens}, after {training}",
             ),
-            Claim(
+            (
                 "accuracy without negatives",
                 "a transformer trained on 512 tokens fails from 16K on",
-                f"{accuracy['own context only']} of {largest}",
+                f"{without} of {tokens}",
             ),
-            Claim(f"{own} (1/n = {among} for {most})", "about 1/n", focus["own context only"]),
-            Claim(
-                "the same, with negatives",
-                "the distraction is mostly alleviated",
-                focus["crossbatch"],
-            ),
+            (f"{own} (1/n = {even} for {most})", "about 1/n", focus),
+            ("the same, with negatives", "the distraction is mostly alleviated", focus_with),
         ]
         if len(self.options.norms) > 1:
-            measured = f"with negatives {accuracy['crossbatch']}"
-            claims.append(Claim("layer norm or RMS norm", "not compared", measured))
-        return claims
+            measured = f"with negatives {with_negatives}"
+            claims.append(("layer norm or RMS norm", "not compared", measured))
+        return [Claim(*claim) for claim in claims]
 
     def _last(self, training: str, of: str, form: str) -> str:
         """Returns, with the largest memory, the medians of each normalization in words."""
         names = {norm: f"{norm}, {training}" for norm in self.options.norms}
-        return (
-            ", ".join(
-                f"{form.format(self.medians(name, of)[-1])} ({norm})"
-                for norm, name in names.items()
-                if name in self.results
-            )
-            or "-"
-        )
+        finished = {norm: name for norm, name in names.items() if name in self.results}
+        last = (f"{self.curve(name, of)[-1]:{form}} ({norm})" for norm, name in finished.items())
+        return ", ".join(last) or "-"
 
     def draw(self, path: Path) -> None:
-        counts = memories(self.options)
-        title = "Finding a key among those of other documents"
+        counts, title = memories(self.options), "Finding a key among those of other documents"
         with report.figure(path, title, self.caption, size=(9.5, 5)) as ((accuracy, focus),):
-            for name, result in self.results.items():
-                norm, training = name.split(", ")
-                color = COLOURS[training]
-                for axes, of, scale in ((accuracy, "accuracies", 100), (focus, "focus", 1)):
-                    values = scale * np.array([run[of] for run in result["runs"]])
-                    style = {"marker": "o", "markersize": 3, "color": color, "label": name}
-                    axes.plot(counts, np.median(values, 0), LINES[norm], **style)
-                    axes.fill_between(counts, values.min(0), values.max(0), color=color, alpha=0.12)
+            for name in self.results:
+                self._draw_curve(accuracy, name, "accuracies", 100)
+                self._draw_curve(focus, name, "focus", 1)
             even = [1 / count for count in counts]
             (line,) = focus.plot(counts, even, color="0.5", linewidth=1, label="1/n: evenly spread")
             for axes in (accuracy, focus):
@@ -228,6 +196,14 @@ class CrossBatch(Study):
             focus.set(ylabel="attention to the own context,\nof that to the memory", ylim=(0, 1.03))
             accuracy.legend(fontsize="small", loc="lower left")
             focus.legend(handles=[line], fontsize="small")
+
+    def _draw_curve(self, axes: Axes, name: str, of: str, scale: float) -> None:
+        """Draws the medians over the seeds, in a band that spans them."""
+        (norm, training), counts = name.split(", "), memories(self.options)
+        values = scale * np.array([run[of] for run in self.results[name]["runs"]])
+        style = {"marker": "o", "markersize": 3, "color": COLOURS[training], "label": name}
+        axes.plot(counts, np.median(values, 0), LINES[norm], **style)
+        axes.fill_between(counts, values.min(0), values.max(0), color=COLOURS[training], alpha=0.12)
 
 
 def _lookup(options: Namespace) -> Lookup:

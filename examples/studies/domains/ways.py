@@ -1,24 +1,23 @@
 """One network, several domains: who shares which statistics.
 
-A way takes images `(domains, batch, pixels)` in training, and returns logits `(domains, batch,
-classes)`:
+    params, batch_stats = way.init(network, key, image_shape, domains)
+    logits, batch_stats = way.train(network, params, batch_stats, images)  # (domains, batch, ...)
+    logits, _ = way.apply(network, params, batch_stats, images, domain, False)  # of one domain
 
-    params, batch_stats = way.init(key, pixels, domains)
-    logits, batch_stats = way.train(params, batch_stats, images)
-    logits = way.infer(params, batch_stats, images, domain)  # images (batch, pixels) of one domain
+A network is a pair of pure functions, see common/networks.py, so a second set of statistics is a
+second variable.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from common.data import CLASSES
-from common.networks import UNITS, Tree, mlp
+from common.data import CLASSES, Dataset
+from common.networks import UNITS, Network, Tree, mlp
 from jax import Array
 
 NETWORK = mlp(UNITS["batch"], depth=2, width=128)
-apply = NETWORK.apply
 # Pixels from 0 to 1. A little noise keeps what is faint from being the same image in other units.
 SHIFTS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "faint": lambda pixels, rng: 0.6 + 0.2 * pixels + rng.normal(0, 0.05, pixels.shape),
@@ -27,9 +26,13 @@ SHIFTS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
 }
 
 
-def init(key: Array, pixels: int) -> tuple[Tree, Tree]:
-    """Returns the parameters of the network, and its running statistics."""
-    return NETWORK.init(key, (1, pixels, 1), CLASSES)
+def shifted(images: Dataset, shift: str) -> Dataset:
+    """Returns the images with a shift, from 0 to 1; other random numbers shift those to test."""
+    train, test = (
+        SHIFTS[shift](pixels / images.peak, np.random.default_rng(seed))
+        for seed, pixels in enumerate((images.train_images, images.test_images))
+    )
+    return images._replace(train_images=train, test_images=test, peak=1)
 
 
 class Way(NamedTuple):
@@ -42,40 +45,44 @@ class Way(NamedTuple):
       own_scale: whether each domain has its scales and biases.
     """
 
-    batch_stats: str
+    batch_stats: str = ""
     mixed: bool = False
     own_statistics: bool = False
     own_scale: bool = False
 
-    def init(self, key: Array, pixels: int, domains: int) -> tuple[Tree, Any]:
+    def init(
+        self, network: Network, key: Array, image_shape: Sequence[int], domains: int
+    ) -> tuple[Tree, Any]:
         """Returns the parameters and the statistics."""
-        params, batch_stats = init(key, pixels)
+        params, batch_stats = network.init(key, image_shape, CLASSES)
         params = spread(params, domains) if self.own_scale else params
         return params, [batch_stats] * domains if self.own_statistics else batch_stats
 
-    def train(self, params: Tree, batch_stats: Any, images: Array) -> tuple[Array, Any]:
-        """Returns the logits, and the new statistics."""
+    def train(
+        self, network: Network, params: Tree, batch_stats: Any, images: Array
+    ) -> tuple[Array, Any]:
+        """Returns the logits `(domains, batch, classes)`, and the new statistics."""
         if self.mixed:
             if self.own_scale:
                 params = condition(params, jnp.repeat(jnp.arange(len(images)), images.shape[1]))
-            together = images.reshape(-1, images.shape[-1])
-            logits, batch_stats = apply(params, batch_stats, together, True)
+            together = images.reshape(-1, *images.shape[2:])
+            logits, batch_stats = network.apply(params, batch_stats, together, True)
             return logits.reshape(*images.shape[:2], -1), batch_stats
-        logits, own = [], []
+        logits, new = [], []
         for domain, batch in enumerate(images):
-            old = batch_stats[domain] if self.own_statistics else batch_stats
-            y, new = apply(params, old, batch, True)
+            y, own = self.apply(network, params, batch_stats, batch, domain, True)
             logits.append(y)
-            own.append(new)
-            batch_stats = batch_stats if self.own_statistics else new
-        return jnp.stack(logits), own if self.own_statistics else batch_stats
+            new.append(own)
+            batch_stats = batch_stats if self.own_statistics else own
+        return jnp.stack(logits), new if self.own_statistics else batch_stats
 
-    def infer(self, params: Tree, batch_stats: Any, images: Array, domain: int) -> Array:
-        """Returns the logits of a domain's images."""
-        if self.own_scale:
-            params = condition(params, jnp.full(len(images), domain))
+    def apply(
+        self, network: Network, params: Tree, batch_stats: Any, x: Array, domain: int, train: bool
+    ) -> tuple[Array, Tree]:
+        """Returns the logits of a domain's images, and the new statistics of that domain."""
+        params = condition(params, jnp.asarray(domain)) if self.own_scale else params
         own = batch_stats[domain] if self.own_statistics else batch_stats
-        return apply(params, own, images, False)[0]
+        return network.apply(params, own, x, train)
 
 
 def condition(params: Tree, domains: Array) -> Tree:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common import data, report
-from common.networks import UNITS, vgg
+from common.networks import UNITS, Network, vgg
 from common.study import Advance, Claim, Part, Study, table
-from common.training import Examples, State, Trainer, cross_entropy, examples
+from common.training import Examples, Plan, State, Trainer, batch_loss, examples
 from jax import Array
 from rich.table import Table
 
@@ -26,11 +26,13 @@ MEASURES: Mapping[str, Callable[[nj.diagnostics.Landscape], Array]] = {
     "change of the gradient": lambda seen: seen.gradient_range[1],
     "effective beta-smoothness": lambda seen: seen.smoothness,
 }
-REPORTED = (
-    "varies far less (figure 4a)",
-    "changes far less, most of all early (4b)",
-    "less (4c)",
-)
+REPORTED = {
+    "variation of the loss": "varies far less (figure 4a)",
+    "change of the gradient": "changes far less, most of all early (4b)",
+    "effective beta-smoothness": "less (4c)",
+    "largest eigenvalue": "no figure; less curvature along the gradient (theorem)",
+    "test accuracy": "higher, and sooner (figure 1)",
+}
 HIGHEST = 100.0  # of losses in the plot: what diverges goes beyond
 Runs = list[dict[str, Any]]
 
@@ -49,40 +51,34 @@ class Landscapes(Study):
     )
 
     def parts(self) -> Mapping[str, Part]:
-        self.data = examples(data.selected(self.options), standardize=True)
-        steps = self.options.seeds * self.options.steps
-        return {
-            f"{name}, rate {rate:g}": Part(steps, partial(self._train, norm, rate))
-            for rate in self.options.learning_rates
-            for name, norm in NORMS.items()
-        }
+        images, parts = examples(data.selected(self.options), standardize=True), {}
+        trainers = {name: Trainer(vgg(UNITS[norm], WIDTHS), images) for name, norm in NORMS.items()}
+        made = {name: instruments(trainer.network) for name, trainer in trainers.items()}
+        for rate in self.options.learning_rates:
+            for name, trainer in trainers.items():
+                work = partial(self._run, trainer, made[name], rate)
+                parts[f"{name}, rate {rate:g}"] = self.each_seed(work)
+        return parts
 
-    def _train(self, norm: str, rate: float, advance: Advance) -> Runs:
-        network = vgg(UNITS[norm], WIDTHS)
-        trainer = Trainer(network, self.data, self.options.batch_size)
-        walk, sharpness = instruments(network.apply)
-        evaluations = -(-self.options.steps // self.options.eval_every)
-        checkpoints = np.linspace(0, evaluations - 1, self.options.checkpoints).astype(int)
-        runs = []
-        for seed in range(self.options.seeds):
-            walks, steps, accuracies, eigenvalues = [], [], [], {}
-            for i, (step, state, order) in enumerate(
-                trainer.states(seed, rate, self.options.steps, self.options.eval_every)
-            ):
-                walks.append(jax.device_get(walk(state, trainer.train, order[-1])))
-                if i in checkpoints:
-                    eigenvalues[step] = jax.device_get(sharpness(state, trainer.train, order[-1]))
-                steps.append(step)
-                accuracies.append(trainer.accuracy(state, trainer.test))
-                advance(len(order), f"{accuracies[-1]:.1%}")
-            history = jax.tree.map(lambda *leaves: np.stack(leaves), *walks)
-            run = {"seed": seed, "steps": steps, "accuracy": accuracies}
-            run["landscape"] = {name: listed(value) for name, value in history._asdict().items()}
-            run["checkpoints"] = list(eigenvalues)
-            run["eigenvalues"] = [number(found.value) for found in eigenvalues.values()]
-            run["converged"] = [bool(found.converged) for found in eigenvalues.values()]
-            runs.append(run)
-        return runs
+    def _run(
+        self, trainer: Trainer, made: tuple[Callable, ...], rate: float, seed: int, advance: Advance
+    ) -> dict[str, Any]:
+        options, found = self.options, {}
+        walk, sharpness = made
+        evaluations = -(-options.steps // options.eval_every)
+        checkpoints = np.linspace(0, evaluations - 1, options.checkpoints).astype(int)
+
+        def see(step: int, state: State, rows: Array) -> nj.diagnostics.Landscape:
+            if (step - 1) // options.eval_every in checkpoints:
+                found[step] = jax.device_get(sharpness(state, trainer.train, rows))
+            return walk(state, trainer.train, rows)
+
+        run, history = trainer.look(Plan.of(options, seed, rate), advance, see)
+        run["landscape"] = {name: listed(value) for name, value in history._asdict().items()}
+        run["checkpoints"] = list(found)
+        run["eigenvalues"] = listed(np.asarray([each.value for each in found.values()]))
+        run["converged"] = [bool(each.converged) for each in found.values()]
+        return run
 
     def at(self, rate: float) -> dict[str, Runs]:
         """Returns the finished runs at a learning rate, by network."""
@@ -90,31 +86,28 @@ class Landscapes(Study):
         return {name: runs for name, runs in named.items() if runs}
 
     def tables(self) -> list[Table]:
-        title = (
-            "Along the gradient (medians over the steps), in the sharpest direction, and in the end"
-        )
-        headings = ("", *MEASURES, "largest eigenvalue, first to last", "test accuracy")
-        made = table(headings, title=title)
+        rows = []
         for name, runs in self.results.items():
             measured = [shown(typical(runs, of)) for of in MEASURES.values()]
             sharpness = " ".join(map(shown, eigenvalues(runs)))
-            made.add_row(name, *measured, sharpness, f"{accuracy(runs):.1%}")
-        return [made]
+            rows.append((name, *measured, sharpness, f"{accuracy(runs):.1%}"))
+        title = "Along the gradient (medians over the steps), in the sharpest direction, and in the"
+        headings = ("", *MEASURES, "largest eigenvalue, first to last", "test accuracy")
+        return [table(headings, rows, title=f"{title} end")]
 
     def claims(self) -> list[Claim]:
-        along = [
-            Claim(f"{what}, with batch norm", reported, self._compared(partial(typical, of=of)))
-            for (what, of), reported in zip(MEASURES.items(), REPORTED, strict=True)
-        ]
-        sharpest = self._compared(lambda runs: float(np.median(finite(eigenvalues(runs)))))
-        theorem = "no figure; less curvature along the gradient (theorem)"
-        accuracies = self._compared(
-            accuracy, lambda plain, norm: f"{norm:.1%} instead of {plain:.1%}"
-        )
+        def sharpest(runs: Runs) -> float:
+            return float(np.median(finite(eigenvalues(runs))))
+
+        def instead(plain: float, normalized: float) -> str:
+            return f"{normalized:.1%} instead of {plain:.1%}"
+
+        measures = [partial(typical, of=of) for of in MEASURES.values()]
+        measured = [self._compared(of) for of in (*measures, sharpest)]
+        measured.append(self._compared(accuracy, instead))
         return [
-            *along,
-            Claim("largest eigenvalue, with batch norm", theorem, sharpest),
-            Claim("test accuracy, with batch norm", "higher, and sooner (figure 1)", accuracies),
+            Claim(f"{what}, with batch norm", reported, each)
+            for (what, reported), each in zip(REPORTED.items(), measured, strict=True)
         ]
 
     def _compared(
@@ -154,16 +147,11 @@ class Landscapes(Study):
         row[0].set_ylim(top=min(row[0].get_ylim()[1], HIGHEST))
 
 
-def instruments(apply: Callable) -> tuple[Callable, Callable]:
+def instruments(network: Network) -> tuple[Callable, Callable]:
     """Returns compiled functions for the landscape and the sharpest direction, on one batch."""
 
     def on_batch(state: State, train: Examples, rows: Array) -> Callable[[Any], Array]:
-        images, labels = train.pick(rows)
-
-        def loss(params: Any) -> Array:
-            return cross_entropy(apply(params, state.batch_stats, images, True)[0], labels).mean()
-
-        return loss
+        return lambda params: batch_loss(network, train, params, state.batch_stats, rows)[0]
 
     @jax.jit
     def walk(state: State, train: Examples, rows: Array) -> nj.diagnostics.Landscape:
@@ -181,28 +169,19 @@ def instruments(apply: Callable) -> tuple[Callable, Callable]:
 
 def history(runs: Runs) -> nj.diagnostics.Landscape:
     """Returns the landscape over the steps, the median over the seeds."""
-    landscapes = [run["landscape"] for run in runs]
     fields = nj.diagnostics.Landscape._fields
-    medians = {
-        field: np.median([np.asarray(each[field], float) for each in landscapes], 0)
-        for field in fields
-    }
-    return nj.diagnostics.Landscape(**jax.tree.map(jnp.asarray, medians))
+    medians = (np.median([run["landscape"][field] for run in runs], 0) for field in fields)
+    return nj.diagnostics.Landscape(*map(jnp.asarray, medians))
 
 
 def eigenvalues(runs: Runs) -> np.ndarray:
     """Returns the largest eigenvalue at each checkpoint, the median over the seeds."""
-    return np.median([np.asarray(run["eigenvalues"], float) for run in runs], 0)
-
-
-def number(value: Any) -> float | None:
-    """Returns a number as JSON has it: None where training diverged."""
-    return float(value) if np.isfinite(value) else None
+    return np.median([run["eigenvalues"] for run in runs], 0)
 
 
 def listed(values: np.ndarray) -> list:
-    """Returns an array as JSON has it."""
-    return [listed(value) if np.ndim(value) else number(value) for value in values]
+    """Returns an array for JSON: NaN, which becomes null, where training diverged."""
+    return np.where(np.isfinite(values), values, np.nan).tolist()
 
 
 def typical(runs: Runs, of: Callable[[nj.diagnostics.Landscape], Array]) -> float:

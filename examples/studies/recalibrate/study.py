@@ -5,20 +5,27 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.table
 from common import data, report
 from common.networks import UNITS, Tree, mlp
 from common.results import medians
 from common.study import Advance, Part, Study, table
-from common.training import EVALUATION_BATCH, State, chunks, cross_entropy, descend
+from common.training import (
+    Examples,
+    State,
+    batch_loss,
+    chunks,
+    descend,
+    examples,
+    share_correct,
+)
 from jax import Array, lax
-from studies.domains.ways import SHIFTS
+from rich.table import Table
+from studies.domains.ways import shifted
 from studies.speedup.inception import inception
 
 import normjax as nj
@@ -44,32 +51,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-class Examples(NamedTuple):
-    """Images `(count, height, width, channels)` from 0 to 1, and labels `(count,)`."""
-
-    images: Array
-    labels: Array
-
-
-def examples(
-    images: np.ndarray, labels: np.ndarray, peak: int, shift: str | None, seed: int
-) -> Examples:
-    """Returns the images as they are, or shifted."""
-    pixels = images / peak
-    if shift is not None:
-        pixels = SHIFTS[shift](pixels, np.random.default_rng(seed))
-    return Examples(jnp.asarray(pixels, jnp.float32), jnp.asarray(labels, jnp.int32))
-
-
 class Trainer:
     """A network with its training and evaluation, each compiled once for all seeds.
 
-    The state of its optimizer also has the average of params and batch_stats.
-
-    Args:
-      train: training examples, as they are and shifted.
-      test: the same of test examples.
-      options: of the command line.
+    There are examples as they are and shifted ones. The state of its optimizer also has the average
+    of params and batch_stats.
     """
 
     def __init__(self, train: dict[str, Examples], test: dict[str, Examples], options: Namespace):
@@ -77,7 +63,8 @@ class Trainer:
         network = inception if options.data == "cifar10" else mlp
         self.network = network(UNITS["batch"])
         self.optimizer = optax.sgd(options.learning_rate, MOMENTUM)
-        self._steps, self._evaluate = jax.jit(self._take_steps), jax.jit(self._accuracy)
+        self._steps = jax.jit(self._take_steps)
+        self._evaluate = jax.jit(partial(share_correct, self.network))
 
     def run(self, seed: int, advance: Advance) -> dict[str, Any]:
         """Trains, and evaluates every so many steps, and after the last."""
@@ -110,32 +97,28 @@ class Trainer:
             ("as they are", "EMA", "EMA of running"): (ema, average),
             (shift, "trained", "running"): (trained, state.batch_stats),
         }
-        forward = partial(self._forward, train=True)
+
+        def forward(variables: tuple[Tree, Tree], images: Array) -> tuple[Array, Tree]:
+            return self.network.apply(*variables, images, True)
+
         for name, settings in ways.items():
             for which in (("as they are", "EMA"), (shift, "trained")):
                 given = ema if which[1] == "EMA" else trained, state.batch_stats
                 batches = self.calibration(which[0])
                 variables[*which, name] = nj.recalibrate(forward, given, batches, **settings)
         return {
-            key(*which): float(self._evaluate(given, self.test[which[0]]))
+            key(*which): float(self._evaluate(*given, self.test[which[0]]))
             for which, given in variables.items()
         }
 
     def calibration(self, name: str) -> list[Array]:
         """Returns batches of the training images of a kind."""
-        images = self.train[name].images[: self.options.calibrate]
+        images, _ = self.train[name].pick(slice(self.options.calibrate))
         starts = range(0, len(images), CALIBRATION_BATCH)
         return [images[start : start + CALIBRATION_BATCH] for start in starts]
 
-    def _forward(
-        self, variables: tuple[Tree, Tree], images: Array, train: bool
-    ) -> tuple[Array, Tree]:
-        return self.network.apply(*variables, images, train)
-
     def _take_steps(self, state: State, train: Examples, rows: Array) -> State:
-        def loss(params: Tree, batch_stats: Tree, rows: Array) -> tuple[Array, Any]:
-            logits, batch_stats = self.network.apply(params, batch_stats, train.images[rows], True)
-            return cross_entropy(logits, train.labels[rows]).mean(), (batch_stats, None)
+        loss = partial(batch_loss, self.network, train)
 
         def step(state: State, rows: Array) -> tuple[State, None]:
             optimizer, average = state.optimizer
@@ -147,12 +130,6 @@ class Trainer:
 
         return lax.scan(step, state, rows)[0]
 
-    def _accuracy(self, variables: tuple[Tree, Tree], test: Examples) -> Array:
-        def correct(image: Array, label: Array) -> Array:
-            return self._forward(variables, image[None], False)[0].argmax(-1)[0] == label
-
-        return lax.map(lambda example: correct(*example), test, batch_size=EVALUATION_BATCH).mean()
-
 
 def key(*parts: str) -> str:
     """Returns the name under which JSON has an accuracy."""
@@ -162,7 +139,7 @@ def key(*parts: str) -> str:
 class Recalibrate(Study):
     """The runs of one command line, and what is finished of them."""
 
-    name = "recalibrate"
+    name, unit = "recalibrate", "seeds"
     caption = (
         "What to see: averaged weights have other activations, so the running statistics of the"
         " trained weights do not fit them; nor do statistics of clean images fit shifted images."
@@ -171,16 +148,11 @@ class Recalibrate(Study):
     )
 
     def parts(self) -> Mapping[str, Part]:
-        options, images = self.options, data.selected(self.options)
-        train, test = {}, {}
-        for name, shift in {"as they are": None, options.shift: options.shift}.items():
-            train[name] = examples(images.train_images, images.train_labels, images.peak, shift, 0)
-            test[name] = examples(images.test_images, images.test_labels, images.peak, shift, 1)
-        trainer = Trainer(train, test, options)
-        return {
-            f"seed {seed}": Part(options.steps, partial(trainer.run, seed))
-            for seed in range(options.seeds)
-        }
+        images, shift = data.selected(self.options), self.options.shift
+        kinds = {"as they are": images, shift: shifted(images, shift)}
+        made = {name: examples(kind, standardize=False) for name, kind in kinds.items()}
+        train, test = ({name: kind[part] for name, kind in made.items()} for part in (0, 1))
+        return self.seeds_apart(Trainer(train, test, self.options).run)
 
     @property
     def runs(self) -> list[dict[str, Any]]:
@@ -190,27 +162,21 @@ class Recalibrate(Study):
     def content(self) -> dict[str, Any]:
         return {"runs": self.runs}
 
-    def interrupted(self, parts: int) -> str:
-        return f"{len(self.runs)} of {parts} seeds are finished."
-
-    def tables(self) -> list[rich.table.Table]:
+    def tables(self) -> list[Table]:
         seeds = f"median of {len(self.runs)} seed(s)"
         title = f"Test accuracy after step {self.options.steps}, {seeds}"
-        made = table(("test images", "weights", "batch_stats", "accuracy"), left=3, title=title)
         last = [run["last"] for run in self.runs]
-        for name in sorted(last[0], key=lambda name: name.startswith(self.options.shift)):
-            made.add_row(*name.split(" / "), f"{median(each[name] for each in last):.1%}")
-        return [made]
+        names = sorted(last[0], key=lambda name: name.startswith(self.options.shift))
+        rows = [(*name.split(" / "), f"{median(run[name] for run in last):.1%}") for name in names]
+        return [table(("test images", "weights", "batch_stats", "accuracy"), rows, 3, title)]
 
     def draw(self, path: Path) -> None:
+        steps = self.runs[0]["steps"]
         panels: dict[str, dict[str, report.Curve]] = {}
         for images, lines in (("as they are", AS_THEY_ARE), (self.options.shift, SHIFTED)):
-            panels[f"test images {images}"] = {
-                line: (self.runs[0]["steps"], self._curve(key(images, *which)))
-                for line, which in lines.items()
-            }
+            panel = panels.setdefault(f"test images {images}", {})
+            for line, which in lines.items():
+                curves = [run["curves"][key(images, *which)] for run in self.runs]
+                panel[line] = steps, medians(curves)
         title = f"{data.TITLES[self.options.data]}: statistics that fit, and that do not"
         report.draw_panels(path, title, "test accuracy (%)", panels, self.caption)
-
-    def _curve(self, name: str) -> list[float]:
-        return medians([run["curves"][name] for run in self.runs])

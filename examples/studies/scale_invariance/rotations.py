@@ -4,15 +4,16 @@ All other parameters (scales, biases, the last layer) are trained at one rate wi
 runs only differ in the effect of rate and decay on kernels whose scale does not matter.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common.networks import Network, Tree
-from common.training import Examples, State, Trainer, batch_orders, cross_entropy
+from common.networks import Tree
+from common.study import Advance
+from common.training import Examples, Plan, State, Trainer, batch_loss, batch_orders
 from jax import Array, lax
 
 import normjax as nj
@@ -50,21 +51,7 @@ def hidden_kernels(params: Tree) -> Tree:
 
 
 class Turning(Trainer):
-    """A trainer of hidden kernels at any rate and decay, compiled once for all of them.
-
-    Args:
-      network: what to train.
-      data: training and test examples.
-      batch_size: examples a step.
-      rate: of all parameters but hidden kernels, which do not decay.
-    """
-
-    def __init__(
-        self, network: Network, data: tuple[Examples, Examples], batch_size: int, rate: float
-    ):
-        super().__init__(network, data, batch_size)
-        self.rate = rate
-        self._advance = jax.jit(self._turns)
+    """A trainer of hidden kernels at any rate and decay, compiled once for all of them."""
 
     def start(self, scale: float = 1.0) -> State:
         """Returns where training starts from: the same directions for all scales."""
@@ -75,8 +62,8 @@ class Turning(Trainer):
 
     def invariance(self, examples: int = 64) -> dict[str, nj.diagnostics.ScaleInvariance]:
         """Returns how invariant the network's outputs are to the scale of each hidden kernel."""
-        state, rows = self.start(), jnp.arange(min(examples, len(self.train.labels)))
-        images, _ = self.train.pick(rows)
+        state = self.start()
+        images, _ = self.train.pick(slice(examples))
 
         def outputs(params: Any) -> Array:
             return self.network.apply(params, state.batch_stats, images, True)[0]
@@ -88,45 +75,32 @@ class Turning(Trainer):
             if path.endswith("/kernel") and not path.startswith("logits/")
         }
 
-    def turn(
-        self, setting: Setting, steps: int, eval_every: int, evaluated: Callable[[int, float], None]
-    ) -> Recorded:
-        """Trains, all settings on the same batches.
-
-        Args:
-          setting: of the hidden kernels.
-          steps: how many to take.
-          eval_every: how many steps are compiled into one.
-          evaluated: called after each evaluation with the steps since the last one and the
-            accuracy.
-        """
+    def turn(self, setting: Setting, plan: Plan, advance: Advance) -> Recorded:
+        """Trains hidden kernels with a setting, all others by the plan and without decay."""
         state, losses, histories, accuracies = self.start(setting.scale), [], [], []
-        rate, decay = jnp.float32(setting.rate), jnp.float32(setting.decay)
-        for order in batch_orders(0, len(self.train.labels), self.batch_size, steps, eval_every):
-            state, (loss, history) = self._advance(state, self.train, order, rate, decay)
+        rates = tuple(map(jnp.float32, (setting.rate, setting.decay, plan.learning_rate)))
+        for order in batch_orders(plan, len(self.train.labels)):
+            state, (loss, history) = self._turns(state, self.train, order, rates)
             losses.append(loss)
             histories.append(history)
             accuracies.append(self.accuracy(state, self.test))
-            evaluated(len(order), accuracies[-1])
+            advance(len(order), f"{accuracies[-1]:.1%}")
         whole = jax.tree.map(lambda *parts: np.concatenate(parts), *histories)
         return Recorded(np.concatenate(losses), whole, accuracies)
 
+    @partial(jax.jit, static_argnums=0)
     def _turns(
-        self, state: State, data: Examples, order: Array, rate: Array, decay: Array
+        self, state: State, data: Examples, order: Array, rates: tuple[Array, ...]
     ) -> tuple[State, tuple[Array, Histories]]:
         """Takes one step per row of `order`, which holds the examples of its batch."""
+        rate, decay, other = rates
         chosen = hidden_kernels(state.params)
         kernels = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate))
-        optimizer = optax.partition({True: kernels, False: optax.sgd(self.rate)}, chosen)
-
-        def loss(params: Any, batch_stats: Any, rows: Array) -> tuple[Array, Any]:
-            images, labels = data.pick(rows)
-            logits, batch_stats = self.network.apply(params, batch_stats, images, True)
-            return cross_entropy(logits, labels).mean(), batch_stats
+        optimizer = optax.partition({True: kernels, False: optax.sgd(other)}, chosen)
+        slope = jax.value_and_grad(partial(batch_loss, self.network, data), has_aux=True)
 
         def step(state: State, rows: Array) -> tuple[State, tuple[Array, Histories]]:
-            slope = jax.value_and_grad(loss, has_aux=True)
-            (value, batch_stats), gradients = slope(state.params, state.batch_stats, rows)
+            (value, (batch_stats, _)), gradients = slope(state.params, state.batch_stats, rows)
             # SGD keeps no state
             updates, _ = optimizer.update(gradients, optimizer.init(state.params), state.params)
             updated = optax.apply_updates(state.params, updates)

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import data, training
-from common.networks import UNITS, Unit, batch, vgg
+from common import data
+from common.networks import UNITS, batch, vgg
 from common.study import Advance, Claim, Part, Study, table
-from common.training import by_accuracy
+from common.training import Plan, examples
 from rich.table import Table
 from studies.scale_invariance import plot
 from studies.scale_invariance.rotations import Recorded, Setting, Turning
@@ -18,6 +18,7 @@ from studies.scale_invariance.rotations import Recorded, Setting, Turning
 import normjax as nj
 
 Run = dict[str, Any]
+More = Callable[[Setting, Recorded], Run]  # what a part has beside the curves
 
 NORMALIZED = ("batch", "layer", "weight norm")
 KINDS = (*NORMALIZED, "none")
@@ -49,22 +50,18 @@ class Scaling(Study):
     )
 
     def parts(self) -> Mapping[str, Part]:
-        options = self.options
-        images = data.selected(options)
-        examples = training.examples(images, standardize=options.data == "cifar10")
-        rate, widths, parts = options.learning_rate, WIDTHS[options.data], {}
+        options, parts = self.options, {}
+        images = examples(data.selected(options), standardize=options.data == "cifar10")
+        rate, widths = options.learning_rate, WIDTHS[options.data]
 
-        def add(name: str, trainer: Turning, setting: Setting, more: Callable[..., Run]) -> None:
+        def add(name: str, trainer: Turning, setting: Setting, more: More) -> None:
             parts[name] = Part(options.steps, partial(self._train, trainer, setting, more))
 
-        def trainer(unit: Unit) -> Turning:
-            return Turning(vgg(unit, widths), examples, options.batch_size, rate)
-
-        exact = trainer(batch(epsilon=TINY))
+        exact = Turning(vgg(batch(epsilon=TINY), widths), images)
         for c in SCALES:
             add(f"scaled/{c:g}", exact, scaled(rate, c), losses)
         for kind in KINDS:
-            own = trainer(UNITS[kind])
+            own = Turning(vgg(UNITS[kind], widths), images)
             parts[f"test/{kind}"] = Part(1, partial(test, own))
             add(f"growth/{kind}", own, Setting(GROWTH[options.data] * rate, 0.0), growth)
             for setting in settings(rate, kind):
@@ -72,17 +69,11 @@ class Scaling(Study):
                 add(name, own, setting, rotation)
         return parts
 
-    def _train(
-        self,
-        trainer: Turning,
-        setting: Setting,
-        more: Callable[[Setting, Recorded], Run],
-        advance: Advance,
-    ) -> Run:
-        every = self.options.eval_every
-        evaluated = by_accuracy(advance)
-        recorded = trainer.turn(setting, self.options.steps, every, evaluated)
-        return setting._asdict() | curves(setting, recorded, every) | more(setting, recorded)
+    def _train(self, trainer: Turning, setting: Setting, more: More, advance: Advance) -> Run:
+        plan = Plan.of(self.options, 0, self.options.learning_rate)
+        recorded = trainer.turn(setting, plan, advance)
+        made = curves(setting, recorded, plan.eval_every)
+        return setting._asdict() | made | more(setting, recorded)
 
     def named(self, beginning: str) -> dict[str, Any]:
         """Returns the finished parts whose name begins so, by the rest of it."""
@@ -93,28 +84,27 @@ class Scaling(Study):
         }
 
     def claims(self) -> Sequence[Claim]:
-        runs = map(self.named, ("test/", "growth/", "scaled/", "rotation/"))
-        makers = (_test_claims, _growth_claims, _scaled_claims, _rotation_claims)
-        return [
-            claim
-            for make, found in zip(makers, runs, strict=True)
-            if found
-            for claim in make(found)
-        ]
+        makers = {
+            "test/": _test_claims,
+            "growth/": _growth_claims,
+            "scaled/": _scaled_claims,
+            "rotation/": _rotation_claims,
+        }
+        found = ((make, self.named(beginning)) for beginning, make in makers.items())
+        return [claim for make, runs in found if runs for claim in make(runs)]
 
     def tables(self) -> Sequence[Table]:
-        title = "Angle of a step, observed by predicted: least and most of all kernels"
-        headings = "network", "lr", "wd", "predicted", "ratio", "loss", "accuracy"
-        made = table(headings, title=title)
+        rows = []
         for name, found in self.named("rotation/").items():
             kernels = list(found["kernels"].values())
-            ratios = [kernel["ratio"] for kernel in kernels]
             numbers = found["rate"], found["decay"], kernels[0]["predicted"]
+            spread = between([kernel["ratio"] for kernel in kernels], "{:.3f} - {:.3f}")
             last = f"{late(found['loss']):.3f}", f"{late(found['accuracy']):.1%}"
-            spread = between(ratios, "{:.3f} - {:.3f}")
             shown = (f"{number:.3g}" for number in numbers)
-            made.add_row(name.split("/")[0], *shown, spread, *last)
-        return [made] if made.rows else []
+            rows.append((name.split("/")[0], *shown, spread, *last))
+        title = "Angle of a step, observed by predicted: least and most of all kernels"
+        headings = "network", "lr", "wd", "predicted", "ratio", "loss", "accuracy"
+        return [table(headings, rows, title=title)] if rows else []
 
     def draw(self, path: Path) -> None:
         title = f"{data.TITLES[self.options.data]}: kernels of which only the direction counts"
@@ -224,21 +214,20 @@ def _test_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
 
 
 def _growth_claims(runs: Mapping[str, Run]) -> Iterator[Claim]:
-    rates = {
-        kind: found["effective_learning_rate"] for kind, found in runs.items() if kind in NORMALIZED
-    }
-    radial = {kind: found["radial"] for kind, found in runs.items()}
-    excess = {kind: 100 * _excess(found) for kind, found in runs.items()}
-    falls = {kind: rate[0] / rate[-1] for kind, rate in rates.items()}
-    radial, excess = _by_kind(radial, "{:.2g}"), _by_kind(excess, "{:.2g}%")
+    def each(of: Callable[[Run], float], form: str, kinds: Sequence[str] = KINDS) -> str:
+        found = {kind: of(run) for kind, run in runs.items() if kind in kinds}
+        return ", ".join(f"{kind} {between([value], form)}" for kind, value in found.items())
+
+    def falls(found: Run) -> float:
+        rates = found["effective_learning_rate"]
+        return rates[0] / rates[-1]
+
+    radial = each(lambda found: found["radial"], "{:.2g}")
+    excess = each(lambda found: 100 * _excess(found), "{:.2g}%")
     yield Claim("cosine of kernel and gradient, by that of chance", "0", f"at most: {radial}")
     yield Claim("norms without decay, off the sum of squared steps", "0", f"at most: {excess}")
-    falls = _by_kind(falls, "{:.1f} times")
-    yield Claim("effective learning rate without decay", "falls", falls)
-
-
-def _by_kind(values: Mapping[str, float], form: str) -> str:
-    return ", ".join(f"{kind} {between([value], form)}" for kind, value in values.items())
+    fall = each(falls, "{:.1f} times", NORMALIZED)
+    yield Claim("effective learning rate without decay", "falls", fall)
 
 
 def _excess(found: Run) -> float:

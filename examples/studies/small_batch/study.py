@@ -29,7 +29,7 @@ EVALUATIONS = 10
 # as there are images.
 WIDTHS = {"digits": (16, 32, 64), "mnist": (16, 32, 64, 64), "cifar10": (16, 32, 64, 64, 64)}
 # Wu & He 2018, table 2: top-1 validation error of ResNet-50 on ImageNet, by images per GPU.
-REPORTED = {
+REPORTED: dict[str, dict[float, float]] = {
     "batch": {32: 23.6, 16: 23.7, 8: 24.8, 4: 27.3, 2: 34.7},
     "group": {32: 24.1, 16: 24.2, 8: 24.0, 4: 24.2, 2: 24.1},
 }
@@ -110,14 +110,12 @@ class SmallBatch(Study):
             needed = f"{largest} examples on {DEVICES} devices"
             there = f"and there are {len(images.train_labels)}"
             raise data.DataError(f"--sizes {max(options.sizes)}: {needed}, {there}")
-        examples = training.examples(images, standardize=True)
+        examples, parts = training.examples(images, standardize=True), {}
         known, widths = methods(options.steps), [(width,) for width in WIDTHS[options.data]]
-
-        parts = {}
         for name in options.norms:
             network = vgg(known[name].unit, widths, stride=2)
             network = on_devices(network) if known[name].on_devices else network
-            trainer = training.Trainer(network, examples, largest, MOMENTUM)
+            trainer = training.Trainer(network, examples, partial(optax.sgd, momentum=MOMENTUM))
             for size in options.sizes:
                 work, steps = partial(self.train, trainer, size), self.steps(size)
                 parts[f"{name}, {size}"] = Part(options.seeds * steps, work)
@@ -133,25 +131,20 @@ class SmallBatch(Study):
         """Returns the test error of each seed, in percent."""
         steps, rate = self.steps(size), self.options.learning_rate * size / REFERENCE
         every, errors = max(1, steps // EVALUATIONS), []
-
-        def evaluated(done: int, accuracy: float) -> None:
-            advance(done, f"{1 - accuracy:.1%} error")
-
         for seed in range(self.options.seeds):
-            run = trainer.run(seed, rate, steps, every, evaluated, batch_size=DEVICES * size)
+            plan = training.Plan(seed, rate, steps, every, DEVICES * size)
+            run, _ = trainer.finish(plan, advance, remark=lambda right: f"{1 - right:.1%} error")
             errors.append(100 * (1 - median(run.accuracies[-3:])))
         return {"errors": errors}
 
-    def curve(self, name: str) -> dict[int, float]:
+    def by_size(self, name: str) -> dict[float, float]:
         """The errors in percent, medians of the seeds, by batch size, as far as finished."""
-        sizes = sorted(self.options.sizes, reverse=True)
-        results = {size: self.results.get(f"{name}, {size}") for size in sizes}
-        return {size: median(result["errors"]) for size, result in results.items() if result}
+        return self.along(name, sorted(self.options.sizes, reverse=True), "errors")
 
     def claims(self) -> Sequence[Claim]:
         claims = []
         for name, reported in REPORTED.items():
-            measured = self.curve(name)
+            measured = self.by_size(name)
             for size in [size for size in measured if size in reported]:
                 what = f"{name} norm, {size} images a device"
                 claims.append(Claim(what, f"{reported[size]:.1f}%", f"{measured[size]:.1f}%"))
@@ -161,22 +154,21 @@ class SmallBatch(Study):
         return claims
 
     def tables(self) -> Sequence[Table]:
-        options, sizes = self.options, sorted(self.options.sizes, reverse=True)
-        seeds = f"median of {options.seeds} seed(s)"
-        title = f"Test error (%) by images a device, {DEVICES} devices, {seeds}"
-        made = table(("normalization", *map(str, sizes)), title=title)
-        for name in options.norms:
-            errors = self.curve(name)
+        sizes, rows = sorted(self.options.sizes, reverse=True), []
+        for name in self.options.norms:
+            errors = self.by_size(name)
             shown = (f"{errors[size]:.1f}" if size in errors else "-" for size in sizes)
-            made.add_row(name, *shown)
-        return [made]
+            rows.append((name, *shown))
+        seeds = f"median of {self.options.seeds} seed(s)"
+        title = f"Test error (%) by images a device, {DEVICES} devices, {seeds}"
+        return [table(("normalization", *map(str, sizes)), rows, title=title)]
 
     def draw(self, path: Path) -> None:
         title = f"{data.TITLES[self.options.data]}: images a device, and what they cost"
         with report.figure(path, title, self.caption, size=(10, 5)) as ((measured, reported),):
             for i, name in enumerate(self.options.norms):
                 style = {"color": f"C{i}", "label": name, "marker": "o"}
-                errors, line = self.curve(name), DASHED.get(name, "-")
+                errors, line = self.by_size(name), DASHED.get(name, "-")
                 measured.plot(list(errors), list(errors.values()), line, **style)
                 if name in REPORTED:
                     errors = REPORTED[name]
@@ -186,7 +178,7 @@ class SmallBatch(Study):
             _dress(reported, "reported: ResNet-50, ImageNet, 8 GPUs", list(REPORTED["batch"]))
 
 
-def _dress(axes: Axes, title: str, sizes: Sequence[int]) -> None:
+def _dress(axes: Axes, title: str, sizes: Sequence[float]) -> None:
     report.dress(axes, xscale="log", xlabel="images a device", ylabel="error", title=title)
     axes.set_xticks(list(sizes), map(str, sizes))
     axes.minorticks_off()

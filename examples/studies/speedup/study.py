@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 import rich.table
 from common import data, report
 from common.networks import BATCH_NORM_MOMENTUM, mlp, style
 from common.results import Result, Run
 from common.study import Advance, Part, Study
-from common.training import State, Trainer, by_accuracy, check_batch, examples
+from common.training import Plan, State, Trainer, check_batch, examples
 from flax import serialization
 from matplotlib.axes import Axes
 from studies.speedup import inception, tables
@@ -36,21 +37,23 @@ class Variant(NamedTuple):
     depth: int | None = None  # of the networks of growing depth
 
 
-# The first of each is the baseline. The paper's MLP has sigmoids only, so that there the variants
-# with sigmoids are the variants; the Inception has ReLUs, and the two with sigmoids show what
-# normalization does for a saturating network.
+def variants(activation: str) -> list[Variant]:
+    """Returns the variants of a network; the first is the baseline."""
+    return [
+        Variant("Baseline", normalize=False, factor=1, activation=activation),
+        Variant("BN-Baseline", normalize=True, factor=1, activation=activation),
+        Variant("BN-x5", normalize=True, factor=5, activation=activation),
+        Variant("BN-x30", normalize=True, factor=30, activation=activation),
+    ]
+
+
+# The paper's MLP has sigmoids only, so that there the variants with sigmoids are the variants; the
+# Inception has ReLUs, and the two with sigmoids show what normalization does for a saturating
+# network.
 VARIANTS = {
-    "mlp": [
-        Variant("Baseline", normalize=False, factor=1, activation="sigmoid"),
-        Variant("BN-Baseline", normalize=True, factor=1, activation="sigmoid"),
-        Variant("BN-x5", normalize=True, factor=5, activation="sigmoid"),
-        Variant("BN-x30", normalize=True, factor=30, activation="sigmoid"),
-    ],
+    "mlp": variants("sigmoid"),
     "inception": [
-        Variant("Baseline", normalize=False, factor=1, activation="relu"),
-        Variant("BN-Baseline", normalize=True, factor=1, activation="relu"),
-        Variant("BN-x5", normalize=True, factor=5, activation="relu"),
-        Variant("BN-x30", normalize=True, factor=30, activation="relu"),
+        *variants("relu"),
         Variant("BN-x5-Sigmoid", normalize=True, factor=5, activation="sigmoid"),
         Variant("Baseline-Sigmoid", normalize=False, factor=1, activation="sigmoid"),
     ],
@@ -84,12 +87,11 @@ class Speedup(Study):
         baseline = self.variants[0]
         self.sweep = [baseline._replace(factor=each) for each in options.sweep if each != 1]
         self.deep = list(self._deep())
-        return {
-            self.key(variant): Part(
-                options.seeds * self.steps(variant), partial(self._train, variant)
-            )
-            for variant in (*self.variants, *self.sweep, *self.deep)
-        }
+        parts = {}
+        for variant in (*self.variants, *self.sweep, *self.deep):
+            steps, work = self.steps(variant), partial(self._train, variant)
+            parts[self.key(variant)] = Part(options.seeds * steps, work)
+        return parts
 
     def _deep(self) -> Iterator[Variant]:
         for depth in self.options.depths:
@@ -116,8 +118,8 @@ class Speedup(Study):
             network = inception.inception_of_ten(unit)
         else:
             network = inception.inception(unit)
-        options = self.options
-        return Trainer(network, self.examples, options.batch_size, options.momentum)
+        optimizer = partial(optax.sgd, momentum=self.options.momentum)
+        return Trainer(network, self.examples, optimizer)
 
     def _train(self, variant: Variant, advance: Advance) -> Result:
         runs = [self._run(variant, seed, advance) for seed in range(self.options.seeds)]
@@ -126,25 +128,26 @@ class Speedup(Study):
     def _run(self, variant: Variant, seed: int, advance: Advance) -> Run:
         """Trains with a seed, or goes on where that was interrupted."""
         key, steps = f"{self.key(variant)} seed {seed}", self.steps(variant)
-        run, evaluated = self.kept.run(key), by_accuracy(advance)
+        run = self.kept.run(key)
         if run is not None:
-            evaluated(run.steps[-1], run.accuracies[-1])
+            advance(run.steps[-1], f"{run.accuracies[-1]:.1%}")
             if run.steps[-1] >= steps:
                 return run
         depth = variant.depth or self.options.depth
         trainer = self.trainer(variant.normalize, variant.activation, depth)
         since = run and (run, self.kept.state(key, trainer.init(seed)))
 
-        def keep(done: int, accuracy: float) -> None:
+        def keep(done: int, remark: str) -> None:
             try:
-                evaluated(done, accuracy)
+                advance(done, remark)
             except BaseException:
                 self.kept.write(key, *trainer.latest)
                 raise
-            self.kept.write_now_and_then(key, *trainer.latest)
+            self.kept.write(key, *trainer.latest, KEEP_EVERY)
 
-        rate, every = self.options.learning_rate * variant.factor, self.options.eval_every
-        run, _ = trainer.finish(seed, rate, steps, every, keep, since=since)
+        rate = self.options.learning_rate * variant.factor
+        plan = Plan.of(self.options, seed, rate)._replace(steps=steps)
+        run, _ = trainer.finish(plan, keep, since)
         self.kept.write(key, run)
         return run
 
@@ -169,18 +172,14 @@ class Speedup(Study):
     @property
     def depths(self) -> list[Depth]:
         """The finished networks of growing depth."""
-        runs = {
-            depth: self.finished([each for each in self.deep if each.depth == depth])
-            for depth in self.options.depths
-        }
-        whole = 2 * len(DEPTH_FACTORS)
-        return [
-            Depth(depth, found[: whole // 2], found[whole // 2 :])
-            for depth, found in runs.items()
-            if len(found) == whole
-        ]
+        whole, found = len(DEPTH_FACTORS), []
+        for depth in self.options.depths:
+            results = self.finished([each for each in self.deep if each.depth == depth])
+            if len(results) == 2 * whole:
+                found.append(Depth(depth, results[:whole], results[whole:]))
+        return found
 
-    def comparisons(self) -> list[tables.Table]:
+    def comparisons(self) -> list[dict[str, Any]]:
         """Returns the tables that can be made from what is finished."""
         if not self.results:
             return []
@@ -194,24 +193,17 @@ class Speedup(Study):
         return made
 
     def content(self) -> dict[str, Any]:
-        depths = [
-            {
-                "layers": depth.layers,
-                "plain": [result.content() for result in depth.plain],
-                "normalized": [result.content() for result in depth.normalized],
-            }
-            for depth in self.depths
-        ]
-        return {
-            "variants": [result.content() for result in self.finished(self.variants)],
-            "sweep": [result.content() for result in self.finished(self.sweep)],
-            "tables": [made.content() for made in self.comparisons()],
-            "depths": depths,
+        parts = {
+            "variants": self.finished(self.variants),
+            "sweep": self.finished(self.sweep),
+            "depths": self.depths,
         }
+        content = {name: [each.content() for each in found] for name, found in parts.items()}
+        return content | {"tables": self.comparisons()}
 
     def tables(self) -> Iterator[rich.table.Table | str]:
         for made in self.comparisons():
-            yield made.shown()
+            yield tables.shown(made)
         if best := self.best_baseline:
             results = [*self.finished(self.variants[:1]), *self.finished(self.sweep)]
             rates = sorted(result.learning_rate for result in results)
@@ -271,8 +263,7 @@ def _draw_depths(axes: Axes, depths: Sequence[Depth], steps: int) -> None:
 class Kept:
     """What a run of hours is resumed from, in a file: how far each run got, and the last's state.
 
-    Args:
-      options: of the command line; the file counts if it was written with the same.
+    The file counts if it was written with the same options of the command line.
     """
 
     def __init__(self, options: Namespace):
@@ -293,14 +284,14 @@ class Kept:
         state = serialization.from_state_dict(like, self.runs[key]["state"])
         return jax.tree.map(jnp.asarray, state)
 
-    def write(self, key: str, run: Run, state: State | None = None) -> None:
-        """Notes how far a run got; it needs no state if it is finished."""
+    def write(self, key: str, run: Run, state: State | None = None, every: float = 0) -> None:
+        """Notes how far a run got, unless that was done in the last `every` seconds.
+
+        A run needs no state if it is finished.
+        """
+        if time.monotonic() - self.written < every:
+            return
         self.runs[key] = {"run": run._asdict(), "state": serialization.to_state_dict(state)}
         stored = {"settings": self.settings, "runs": self.runs}
         report.write(self.path, serialization.msgpack_serialize(jax.device_get(stored)))
         self.written = time.monotonic()
-
-    def write_now_and_then(self, key: str, run: Run, state: State) -> None:
-        """Notes the same, but not after each evaluation of a small network."""
-        if time.monotonic() - self.written > KEEP_EVERY:
-            self.write(key, run, state)

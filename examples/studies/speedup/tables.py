@@ -3,12 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import rich.table
 from common import study
 from common.results import Result, in_words
+from rich.table import Table
 
 # Ioffe & Szegedy 2015, figure 3: steps to the baseline's 72.2% on ImageNet, as a ratio, and best
 # accuracy.
@@ -25,86 +24,62 @@ REPORTED_OF_DEPTHS = (
 )
 
 
-class Row(NamedTuple):
-    """A row of a table. `steps` is infinite if it missed the target; then `ratio` may be None."""
-
-    variant: str
-    learning_rate: float
-    steps: float
-    ratio: float | None
-    best: float
-    seconds: float
-
-
-class Table(NamedTuple):
-    """Variants relative to a baseline. `target` is its best accuracy, `trained` False near chance.
-
-    `reported` has what the source says of variants, by name.
-    """
-
-    title: str
-    target: float
-    trained: bool
-    rows: list[Row]
-    reported: Mapping[str, str] = MappingProxyType({})
-
-    def content(self) -> dict[str, Any]:
-        """Returns the table for JSON, in which infinity, for steps not reached, becomes null."""
-        rows = [
-            row._asdict() | {"steps": row.steps if math.isfinite(row.steps) else None}
-            for row in self.rows
-        ]
-        return {
-            "title": self.title,
-            "baseline_best_accuracy": self.target,
-            "baseline_trained": self.trained,
-            "rows": rows,
-            "reported": dict(self.reported),
-        }
-
-    def shown(self) -> rich.table.Table:
-        """Returns the table for a terminal."""
-        target = f"steps to {self.target:.1%}" if self.trained else "steps"
-        headings = ["variant", "learning rate", target, "ratio", "best accuracy", "seconds"]
-        headings += ["the paper's"] if self.reported else []
-        made = study.table(headings, title=self.title, collapse_padding=True)
-        if not self.trained:
-            made.caption = (
-                f"'did not train': the baseline's best accuracy, {self.target:.1%}, is less than "
-                "twice chance.\nSteps to it, and ratios, would mean nothing."
-            )
-        for row in self.rows:
-            ratio = "-" if row.ratio is None else f"{row.ratio:.1f}x"
-            reached = (in_words(row.steps), ratio) if self.trained else ("-", "did not train")
-            measured = f"{row.best:.1%}", f"{row.seconds:.1f}"
-            reported = [self.reported.get(row.variant, "-")] if self.reported else []
-            made.add_row(row.variant, f"{row.learning_rate:.3g}", *reached, *measured, *reported)
-        return made
-
-
 def compare(
     title: str,
     baseline: Result,
     variants: Sequence[Result],
     num_classes: int,
-    reported: Mapping[str, str] = MappingProxyType({}),
-) -> Table:
-    """Returns the table of the baseline and the variants.
+    reported: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Returns the table of the baseline and the variants, as JSON has it.
 
     A variant's target is, seed by seed, the baseline's best accuracy; its steps are the median over
-    the seeds, where a seed that does not reach the target counts as infinite. A ratio is the
-    baseline's steps by the variant's. There is none to a baseline whose best accuracy is less than
-    twice chance: it did not train.
+    the seeds, where a seed that does not reach the target counts as infinite, None in the table. A
+    ratio is the baseline's steps by the variant's. There is none to a baseline whose best accuracy
+    is less than twice chance: it did not train. `reported` has what the source says, by variant.
     """
     trained = baseline.best >= 2 / num_classes
     needed = _median_steps(baseline, baseline)
     rows = []
     for result in (baseline, *variants):
         steps = _median_steps(result, baseline)
-        ratio = needed / steps if trained and math.isfinite(steps) else None
-        rate, best, seconds = result.learning_rate, result.best, result.seconds
-        rows.append(Row(result.name, rate, steps, ratio, best, seconds))
-    return Table(title, baseline.best, trained, rows, reported)
+        reached = math.isfinite(steps)
+        row = {"variant": result.name, "learning_rate": result.learning_rate}
+        row["steps"] = steps if reached else None
+        row["ratio"] = needed / steps if trained and reached else None
+        rows.append(row | {"best": result.best, "seconds": result.seconds})
+    return {
+        "title": title,
+        "baseline_best_accuracy": baseline.best,
+        "baseline_trained": trained,
+        "rows": rows,
+        "reported": dict(reported or {}),
+    }
+
+
+def shown(content: Mapping[str, Any]) -> Table:
+    """Returns such a table for a terminal."""
+    target, reported, rows = content["baseline_best_accuracy"], content["reported"], []
+    trained = content["baseline_trained"]
+    for row in content["rows"]:
+        steps, ratio = "-", "did not train"
+        if trained:
+            steps = in_words(math.inf if row["steps"] is None else row["steps"])
+            ratio = "-" if row["ratio"] is None else f"{row['ratio']:.1f}x"
+        cells = [row["variant"], f"{row['learning_rate']:.3g}", steps, ratio]
+        cells += [f"{row['best']:.1%}", f"{row['seconds']:.1f}"]
+        cells += [reported.get(row["variant"], "-")] if reported else []
+        rows.append(cells)
+    steps = f"steps to {target:.1%}" if trained else "steps"
+    headings = ["variant", "learning rate", steps, "ratio", "best accuracy", "seconds"]
+    headings += ["the paper's"] if reported else []
+    made = study.table(headings, rows, title=content["title"], collapse_padding=True)
+    if not trained:
+        made.caption = (
+            f"'did not train': the baseline's best accuracy, {target:.1%}, is less than "
+            "twice chance.\nSteps to it, and ratios, would mean nothing."
+        )
+    return made
 
 
 def best_of_sweep(results: Sequence[Result]) -> Result:
@@ -127,21 +102,27 @@ class Depth(NamedTuple):
     @property
     def best(self) -> dict[str, Result]:
         """The results at the better rate, by the kind of network."""
-        return {
-            "plain": best_of_sweep(self.plain),
-            "batch norm": best_of_sweep(self.normalized),
-        }
+        normalized = best_of_sweep(self.normalized)
+        return {"plain": best_of_sweep(self.plain), "batch norm": normalized}
+
+    def content(self) -> dict[str, Any]:
+        """Returns the depth as JSON has it."""
+        plain, normalized = (
+            [result.content() for result in results] for results in (self.plain, self.normalized)
+        )
+        return {"layers": self.layers, "plain": plain, "normalized": normalized}
 
 
-def depths_table(depths: Sequence[Depth], steps: int) -> rich.table.Table:
+def depths_table(depths: Sequence[Depth], steps: int) -> Table:
     """Returns best accuracies, and their learning rates, for a terminal."""
-    title = f"Sigmoid networks of growing depth: best accuracy within {steps:,} steps, "
-    headings = "hidden layers", "plain", "rate", "batch norm", "rate"
-    made = study.table(headings, 0, f"{title}at the better of two rates")
-    made.caption = REPORTED_OF_DEPTHS
+    rows = []
     for depth in depths:
         plain, normalized = (
             (f"{result.best:.1%}", f"{result.learning_rate:.3g}") for result in depth.best.values()
         )
-        made.add_row(str(depth.layers), *plain, *normalized)
+        rows.append((str(depth.layers), *plain, *normalized))
+    title = f"Sigmoid networks of growing depth: best accuracy within {steps:,} steps, "
+    headings = "hidden layers", "plain", "rate", "batch norm", "rate"
+    made = study.table(headings, rows, 0, f"{title}at the better of two rates")
+    made.caption = REPORTED_OF_DEPTHS
     return made

@@ -4,17 +4,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from common import data, report, training
-from common.networks import UNITS, Network, Tree, Unit, linear, vgg
+from common.networks import UNITS, Network, Tree, Unit, from_features, linear, vgg
 from common.study import Advance, Claim, Part, Study, table
-from common.training import by_accuracy, check_batch
+from common.training import Plan, Trainer, check_batch
 from jax import Array
 from jax.nn.initializers import constant
+from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
@@ -47,31 +48,18 @@ REPORTED = {
 }
 
 
-class Summary(NamedTuple):
-    """A normalization at its best rate: accuracies, other good rates, others' influence."""
-
-    rate: float
-    training: float
-    test: float
-    near: list[float]
-    others: float
-
-
 def units() -> dict[str, Unit]:
     """Returns the units: weight standardization with ReLU's gain, dynamic tanh with slope 1.
 
     The paper's slope of 0.5 is for residual branches. Layers in sequence would each halve the
     signal.
     """
-    squashed = UNITS["dynamic tanh"]._replace(
-        make=lambda kernel: nj.dynamic_tanh_init(kernel.shape[-1], alpha=1.0),
-    )
-    standardized = UNITS["weight standardization"]._replace(
-        make=lambda kernel: nj.weights.weight_standardization_init(
-            kernel.shape[-1], scale_init=constant(GAIN)
-        )
-    )
-    return UNITS | {"weight standardization": standardized, "dynamic tanh": squashed}
+    init = partial(nj.weights.weight_standardization_init, scale_init=constant(GAIN))
+    makers = {
+        "weight standardization": from_features(init),
+        "dynamic tanh": from_features(partial(nj.dynamic_tanh_init, alpha=1.0)),
+    }
+    return UNITS | {name: UNITS[name]._replace(make=make) for name, make in makers.items()}
 
 
 class InitializingUnit(Unit):
@@ -104,8 +92,9 @@ def initialized_from(images: Array, make: Callable[[Unit], Network]) -> Network:
     return Network(init, network.apply)
 
 
-def influence(network: Network, params: Tree, batch_stats: Tree, images: Array) -> float:
+def influence(network: Network, images: Array) -> float:
     """Returns how far the first image's logits move, in training, if all others are replaced."""
+    params, batch_stats = network.init(jax.random.key(0), images.shape[1:], data.CLASSES)
     half = len(images) // 2
     replaced = jnp.concatenate([images[:1], images[half + 1 : 2 * half]])
 
@@ -114,11 +103,6 @@ def influence(network: Network, params: Tree, batch_stats: Tree, images: Array) 
         return network.apply(params, batch_stats, batch, True)[0][0]
 
     return float(jnp.abs(logits(images[:half]) - logits(replaced)).max())
-
-
-def influence_at_start(trainer: training.Trainer, images: Array) -> float:
-    """Returns the same of the network that training starts from."""
-    return influence(trainer.network, *trainer.init(0)[:2], images)
 
 
 class WithoutBatch(Study):
@@ -136,104 +120,84 @@ class WithoutBatch(Study):
         images = data.selected(options)
         check_batch(options.batch_size, len(images.train_labels))
         examples, known = training.examples(images, standardize=True), units()
-        first, _ = examples[0].pick(jnp.arange(min(INITIALIZING, len(images.train_labels))))
-
+        first, _ = examples[0].pick(slice(INITIALIZING))
         make, parts = partial(vgg, widths=WIDTHS, stride=2), {}
         for name in options.norms:
             network = initialized_from(first, make) if name == "weight norm" else make(known[name])
-            trainer = training.Trainer(network, examples, options.batch_size, MOMENTUM)
-            others = cache(partial(influence_at_start, trainer, first))
+            trainer = Trainer(network, examples, partial(optax.sgd, momentum=MOMENTUM))
+            others = cache(partial(influence, network, first))
             for rate in options.learning_rates:
                 work = partial(self.train, trainer, others, rate)
-                parts[key(name, rate)] = Part(options.seeds * options.steps, work)
+                parts[f"{name}, {rate:g}"] = Part(options.seeds * options.steps, work)
         return parts
 
     def train(
-        self,
-        trainer: training.Trainer,
-        others: Callable[[], float],
-        rate: float,
-        advance: Advance,
+        self, trainer: Trainer, others: Callable[[], float], rate: float, advance: Advance
     ) -> dict[str, Any]:
         """Returns the accuracies of each seed after the last step."""
         steps, found = self.options.steps, {"training": [], "test": []}
-        every, evaluated = max(1, steps // EVALUATIONS), by_accuracy(advance)
         for seed in range(self.options.seeds):
-            run, state = trainer.finish(seed, rate, steps, every, evaluated)
+            every = max(1, steps // EVALUATIONS)
+            plan = Plan(seed, rate, steps, every, self.options.batch_size)
+            run, state = trainer.finish(plan, advance)
             found["training"].append(trainer.accuracy(state, trainer.train))
             found["test"].append(run.accuracies[-1])
         return found | {"others": others()}
 
-    def curve(self, name: str, which: str) -> dict[float, float]:
-        """Returns the median accuracies, "training" or "test", by finished learning rates."""
-        results = {
-            rate: self.results.get(key(name, rate)) for rate in sorted(self.options.learning_rates)
-        }
-        return {rate: median(result[which]) for rate, result in results.items() if result}
+    def by_rate(self, name: str, which: str) -> dict[float, float]:
+        """Returns medians of "training" or "test" accuracies, by finished learning rates."""
+        return self.along(name, sorted(self.options.learning_rates), which)
 
-    def summaries(self) -> dict[str, Summary]:
-        """The finished normalizations, each at its best rate."""
-        found = {}
+    def best(self) -> dict[str, tuple[float, float]]:
+        """Returns the best rate of each finished normalization, and its test accuracy."""
+        best = {}
         for name in self.options.norms:
-            if test := self.curve(name, "test"):
-                rate = max(test, key=test.__getitem__)
-                near = [rate for rate in test if test[rate] >= max(test.values()) - NEAR]
-                others = self.results[key(name, rate)]["others"]
-                found[name] = Summary(
-                    rate, self.curve(name, "training")[rate], test[rate], near, others
-                )
-        return found
+            if found := self.by_rate(name, "test"):
+                rate = max(found, key=found.__getitem__)
+                best[name] = rate, found[rate]
+        return best
 
     def claims(self) -> Sequence[Claim]:
-        found = self.summaries()
-        if not (batch := found.get("batch")):
-            return []
-        beside = f"batch norm's {batch.test:.1%}"
+        found = {name: f"{accuracy:.1%}" for name, (_, accuracy) in self.best().items()}
         return [
-            Claim(f"{name} ({source})", reported, f"{found[name].test:.1%}, {beside}")
+            Claim(f"{name} ({source})", reported, f"{found[name]}, batch norm's {found['batch']}")
             for name, (source, reported) in REPORTED.items()
-            if name in found
+            if name in found and "batch" in found
         ]
 
     def tables(self) -> Sequence[Table]:
+        rows = []
+        for name, (rate, test) in self.best().items():
+            near = [
+                rate for rate, found in self.by_rate(name, "test").items() if found >= test - NEAR
+            ]
+            accuracies = f"{self.by_rate(name, 'training')[rate]:.1%}", f"{test:.1%}"
+            others = f"{self.results[f'{name}, {rate:g}']['others']:.1g}"
+            span = f"{min(near):.3g} to {max(near):.3g}"
+            rows.append((name, f"{rate:.3g}", *accuracies, span, others))
         title = f"After {self.options.steps} steps, median of {self.options.seeds} seed(s)"
-        headings = (
-            "normalization",
-            "best rate",
-            "training",
-            "test",
-            f"rates within {NEAR:.0%}",
-            "others",
-        )
-        made = table(headings, title=title)
-        for name, best in self.summaries().items():
-            span = f"{min(best.near):.3g} to {max(best.near):.3g}"
-            accuracies = f"{best.training:.1%}", f"{best.test:.1%}"
-            made.add_row(name, f"{best.rate:.3g}", *accuracies, span, f"{best.others:.1g}")
-        return [made]
+        near = f"rates within {NEAR:.0%}"
+        headings = "normalization", "best rate", "training", "test", near, "others"
+        return [table(headings, rows, title=title)]
 
     def draw(self, path: Path) -> None:
         images, steps = data.TITLES[self.options.data], self.options.steps
         title = f"{images}: accuracy after {steps} steps, by learning rate"
         with report.figure(path, title, self.caption, size=(11, 4.8)) as (panels,):
             for axes, which in zip(panels, ("training", "test"), strict=True):
-                for i, name in enumerate(self.options.norms):
-                    curve = self.curve(name, which)
-                    line = "o" + report.DASHES[i % len(report.DASHES)]
-                    values = [100 * value for value in curve.values()]
-                    if curve:
-                        axes.plot(list(curve), values, line, color=f"C{i}", label=name)
-                report.dress(
-                    axes, None, xscale="log", xlabel="learning rate", title=f"{which} accuracy"
-                )
-                axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-                axes.set_xticks(sorted(self.options.learning_rates), minor=False)
-                axes.xaxis.set_major_formatter("{x:g}")
-                axes.minorticks_off()
+                self._draw_curves(axes, which)
             lines = panels[0].get_legend_handles_labels()
             panels[0].figure.legend(*lines, loc="outside right center", fontsize="small")
 
-
-def key(name: str, rate: float) -> str:
-    """Returns the name of a part."""
-    return f"{name}, {rate:g}"
+    def _draw_curves(self, axes: Axes, which: str) -> None:
+        for i, name in enumerate(self.options.norms):
+            if curve := self.by_rate(name, which):
+                line = "o" + report.DASHES[i % len(report.DASHES)]
+                values = [100 * value for value in curve.values()]
+                axes.plot(list(curve), values, line, color=f"C{i}", label=name)
+        title = f"{which} accuracy"
+        report.dress(axes, None, xscale="log", xlabel="learning rate", title=title)
+        axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+        axes.set_xticks(sorted(self.options.learning_rates), minor=False)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
