@@ -1,15 +1,15 @@
 """Loads a PyTorch ResNet-18, a state_dict in torchvision's style, into a linen network.
 
 Both networks are below. The program changes the PyTorch network's weights and running statistics
-from their initial values, converts them with `nj.convert.from_torch`, and compares logits. Then both
-networks take one more batch in training, and the program compares their running statistics.
+from their initial values, converts them with `nj.convert.from_torch`, and compares logits. Then
+both networks take one more batch in training, and the program compares their running statistics.
 
     python examples/from_torch.py                                 # half a minute, no download
     python examples/from_torch.py --weights resnet18.safetensors  # or .pth: such as torchvision's
 
 Note these differences, which otherwise make results only nearly equal:
-  - PyTorch pads both sides equally. Flax's "SAME" pads a convolution of stride 2 more at the end than
-    at the beginning.
+  - PyTorch pads both sides equally. Flax's "SAME" pads a convolution of stride 2 more at the end
+    than at the beginning.
   - PyTorch's momentum is 1 minus normjax's (0.1 is normjax's 0.9), and its running variance is
     unbiased.
   - PyTorch's images are (batch, channels, height, width), its kernels (out, in, height, width).
