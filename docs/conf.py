@@ -48,6 +48,7 @@ html_title = "normjax"
 html_favicon = "favicon.svg"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 html_theme_options: dict[str, Any] = {"navigation_with_keys": True}
 
 

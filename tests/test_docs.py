@@ -55,6 +55,20 @@ def test_the_blocks_of_a_page_run_in_turn_and_print_what_they_say(
         assert number in numbers, f"{number} was not printed, or not in this order"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tab", ["functions", "linen", "nnx"])
+def test_each_tab_of_the_front_page_needs_only_the_code_above_the_tabs(tab):
+    text = (ROOT / "docs" / "pages" / "index.md").read_text()
+    shared = re.search(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    own = re.search(
+        rf"^::::{{tab-item}} {tab}\n```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL
+    )
+    assert shared and own
+    with jax.numpy_dtype_promotion("standard"):
+        exec(shared[1] + own[1], names := {"__name__": tab})
+    assert names["value"] < 0.1
+
+
 @pytest.mark.parametrize("name", slow_after(OWN, PUBLIC))
 def test_the_example_of_a_docstring_prints_what_it_says(name):
     found = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs={})
