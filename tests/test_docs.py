@@ -1,6 +1,7 @@
 """What README, docs and docstrings show is executed."""
 
 import doctest
+import inspect
 import pathlib
 import re
 
@@ -79,6 +80,13 @@ def test_the_example_of_a_docstring_prints_what_it_says(name):
         "every public name shows an example"
     )
     assert not any(result.failed for result in results)
+
+
+def test_formulas_in_docstrings_are_marked_as_math():
+    """The site shows other backticks as code, and without the backslashes."""
+    as_code = r"(?<!:math:)`[^`\n]*\\[a-z][^`\n]*`"
+    texts = {name: inspect.getdoc(value) or "" for name, value in PUBLIC.items()}
+    assert {name: found for name in texts if (found := re.findall(as_code, texts[name]))} == {}
 
 
 def test_links_and_pictures_of_the_readme_exist():

@@ -100,14 +100,6 @@ def test_no_markup_is_left_as_text(pages):
         assert not re.search(r"\.\. math::|:math:|:ref:|:::|^```", text, re.MULTILINE), path.name
 
 
-def test_no_formula_is_set_as_code(pages):
-    for path in pages:
-        for code in re.findall(r"<code\b.*?</code>", path.read_text(), re.DOTALL):
-            assert not re.search(r"\\(mu|sigma|gamma|beta|epsilon|hat|frac|sqrt)(?![a-z])", code), (
-                code
-            )
-
-
 def test_each_error_of_a_docstring_has_its_own_line(pages, site):
     text = (site / "reference" / "batch_norm.html").read_text()
     raised = re.findall(r"<strong>(\w*Error)</strong>", text)
