@@ -16,7 +16,7 @@ demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them,
 gallery: $(VENV)/.examples ## the pictures of docs/pages/gallery.md: its ten examples, 20 minutes on two idle cores; installs what `demo` does
 	$(BIN)/python docs/gallery.py
 
-test: $(VENV)/.test ## the whole suite, 15 minutes on two cores; installs 2.3 GB
+test: $(VENV)/.test ## the whole suite, 15 minutes on two cores; installs 2.3 GB with PyTorch for CPUs, 5.8 GB with PyPI's on Linux
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(VENV)/.test ## the fast tests, 3 minutes; installs what `test` does
@@ -67,7 +67,7 @@ bench: $(VENV)/.bench ## times layers and training steps and their peers on this
 	$(BIN)/python benchmarks/overhead.py --json benchmarks/results/overhead-cpu.json
 	$(BIN)/python benchmarks/plot.py benchmarks/results/layers-cpu.json docs/pages/images/layers-cpu.svg
 
-bench-gpu: ## all GPU benchmarks, in under 8 minutes, with the packages of $(PYTHON); installs nothing
+bench-gpu: ## all GPU benchmarks, in under 8 minutes, with the packages of python3 or PYTHON=...; installs nothing
 	$(PYTHON) benchmarks/gpu.py
 
 bench-gpu-static: ## bytes and estimated times of GPU programs, compiled for an H100, 10 minutes; needs no GPU; 5 GB in its own environment, since it needs CUDA

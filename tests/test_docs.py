@@ -82,6 +82,15 @@ def test_the_example_of_a_docstring_prints_what_it_says(name):
     assert not any(result.failed for result in results)
 
 
+def test_each_make_target_says_what_it_does_and_what_it_installs():
+    text = (ROOT / "Makefile").read_text()
+    (targets,) = re.findall(r"^\.PHONY: (.+)$", text, flags=re.MULTILINE)
+    said = dict(re.findall(r"^([a-z-]+):.*## (.+)$", text, flags=re.MULTILINE))
+    assert [each for each in targets.split() if each not in said] == []
+    installing = re.findall(r"^([a-z-]+): \$\(VENV\)/", text, flags=re.MULTILINE)
+    assert installing and [each for each in installing if "install" not in said[each]] == []
+
+
 def test_formulas_in_docstrings_are_marked_as_math():
     """The site shows other backticks as code, and without the backslashes."""
     as_code = r"(?<!:math:)`[^`\n]*\\[a-z][^`\n]*`"
