@@ -13,10 +13,10 @@ demo: $(VENV)/.examples ## trains the paper's variants on digits and plots them,
 	@echo "This trains four networks on 8 x 8 digits, with and without batch norm, for 2 minutes, and draws a plot"
 	$(BIN)/python examples/speedup.py
 
-gallery: $(VENV)/.examples ## the pictures of docs/pages/gallery.md: its ten examples, 20 minutes on two idle cores
+gallery: $(VENV)/.examples ## the pictures of docs/pages/gallery.md: its ten examples, 20 minutes on two idle cores; installs what `demo` does
 	$(BIN)/python docs/gallery.py
 
-test: $(VENV)/.test ## the whole suite, 15 minutes on two cores; installs 2.3 GB
+test: $(VENV)/.test ## the whole suite, 15 minutes on two cores; installs 2.3 GB with PyTorch for CPUs, 5.8 GB with PyPI's on Linux
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(VENV)/.test ## the fast tests, 3 minutes; installs what `test` does
@@ -51,14 +51,14 @@ lint: $(VENV)/.dev ## formatting, lint and types, a minute; installs what `test`
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(VENV)/.dev
+format: $(VENV)/.dev ## formats the code and mends what lint can, a few seconds; installs what `test` does
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.docs ## the site, in site/, a minute; installs 1 GB
 	$(BIN)/python -m sphinx -W -q -c docs -b html docs/pages site
 
-bench: $(VENV)/.bench ## times layers and training steps and their peers on this backend, in half an hour
+bench: $(VENV)/.bench ## times layers and training steps and their peers on this backend, in half an hour; installs what `test` does, and libtpu
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/layers.py --suite sync
 	$(BIN)/python benchmarks/layers.py --suite drawn
@@ -67,17 +67,17 @@ bench: $(VENV)/.bench ## times layers and training steps and their peers on this
 	$(BIN)/python benchmarks/overhead.py --json benchmarks/results/overhead-cpu.json
 	$(BIN)/python benchmarks/plot.py benchmarks/results/layers-cpu.json docs/pages/images/layers-cpu.svg
 
-bench-gpu: ## all GPU benchmarks, in under 8 minutes, with the packages of $(PYTHON); installs nothing
+bench-gpu: ## all GPU benchmarks, in under 8 minutes, with the packages of python3 or PYTHON=...; installs nothing
 	$(PYTHON) benchmarks/gpu.py
 
-bench-gpu-static: ## bytes and estimated times of GPU programs, compiled for an H100; needs no GPU; in its own environment, since it needs CUDA
+bench-gpu-static: ## bytes and estimated times of GPU programs, compiled for an H100, 10 minutes; needs no GPU; 5 GB in its own environment, since it needs CUDA
 	@echo "The first call downloads about 5 GB, into $(VENV)-gpu; all programs then take about 10 minutes on two cores"
 	$(PYTHON) -m venv $(VENV)-gpu
 	$(VENV)-gpu/bin/python -m pip install --quiet --editable ".[gpu-static]"
 	$(VENV)-gpu/bin/python benchmarks/gpu_static.py
 	$(VENV)-gpu/bin/python benchmarks/plot.py benchmarks/results/gpu-static-h100.json docs/pages/images/gpu-static.svg --peers normjax flax.linen formula
 
-bench-tpu: $(VENV)/.bench ## bytes and estimated cycles of TPU programs; needs no TPU; half an hour
+bench-tpu: $(VENV)/.bench ## bytes and estimated cycles of TPU programs; needs no TPU; half an hour; installs what `bench` does
 	$(BIN)/python benchmarks/formulations.py --tpu v5e:2x2 --batch 64
 	$(BIN)/python benchmarks/static.py
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory-v5e-1.json

@@ -43,11 +43,17 @@ napoleon_use_ivar = True
 napoleon_attr_annotations = False  # it evaluates types, which jaxtyping does not support for some
 napoleon_custom_sections = ["Returns"]
 
+copybutton_prompt_text = r">>> |\.\.\. "  # without it, copied examples of docstrings have prompts
+copybutton_prompt_is_regexp = True
+
 html_theme = "furo"
 html_title = "normjax"
 html_favicon = "favicon.svg"
 html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["formulas.css"]
 html_show_sphinx = False
+html_show_copyright = False
 html_theme_options: dict[str, Any] = {"navigation_with_keys": True}
 
 

@@ -1,6 +1,7 @@
 """What README, docs and docstrings show is executed."""
 
 import doctest
+import inspect
 import pathlib
 import re
 
@@ -55,6 +56,20 @@ def test_the_blocks_of_a_page_run_in_turn_and_print_what_they_say(
         assert number in numbers, f"{number} was not printed, or not in this order"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tab", ["functions", "linen", "nnx"])
+def test_each_tab_of_the_front_page_needs_only_the_code_above_the_tabs(tab):
+    text = (ROOT / "docs" / "pages" / "index.md").read_text()
+    shared = re.search(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    own = re.search(
+        rf"^::::{{tab-item}} {tab}\n```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL
+    )
+    assert shared and own
+    with jax.numpy_dtype_promotion("standard"):
+        exec(shared[1] + own[1], names := {"__name__": tab})
+    assert names["value"] < 0.1
+
+
 @pytest.mark.parametrize("name", slow_after(OWN, PUBLIC))
 def test_the_example_of_a_docstring_prints_what_it_says(name):
     found = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs={})
@@ -65,6 +80,22 @@ def test_the_example_of_a_docstring_prints_what_it_says(name):
         "every public name shows an example"
     )
     assert not any(result.failed for result in results)
+
+
+def test_each_make_target_says_what_it_does_and_what_it_installs():
+    text = (ROOT / "Makefile").read_text()
+    (targets,) = re.findall(r"^\.PHONY: (.+)$", text, flags=re.MULTILINE)
+    said = dict(re.findall(r"^([a-z-]+):.*## (.+)$", text, flags=re.MULTILINE))
+    assert [each for each in targets.split() if each not in said] == []
+    installing = re.findall(r"^([a-z-]+): \$\(VENV\)/", text, flags=re.MULTILINE)
+    assert installing and [each for each in installing if "install" not in said[each]] == []
+
+
+def test_formulas_in_docstrings_are_marked_as_math():
+    """The site shows other backticks as code, and without the backslashes."""
+    as_code = r"(?<!:math:)`[^`\n]*\\[a-z][^`\n]*`"
+    texts = {name: inspect.getdoc(value) or "" for name, value in PUBLIC.items()}
+    assert {name: found for name in texts if (found := re.findall(as_code, texts[name]))} == {}
 
 
 def test_links_and_pictures_of_the_readme_exist():

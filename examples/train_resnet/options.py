@@ -99,6 +99,11 @@ def parse(arguments: Sequence[str], description: str | None) -> Options:
     given = vars(parser.parse_args(arguments))
     if given["data"] != "synthetic" and given["data_dir"] is None:
         parser.error(f"--data {given['data']} needs --data-dir, the folder that holds it")
+    if given["data"] == "synthetic" and given["data_dir"] is not None:
+        parser.error(
+            f"--data-dir {given['data_dir']} is for --data cifar10 or folder: "
+            "synthetic images are not read from files"
+        )
     apart = [given[name] is None for name in ("coordinator", "process_count", "process_index")]
     if any(apart) and not all(apart):
         parser.error("--coordinator, --process-count and --process-index go together")

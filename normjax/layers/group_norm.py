@@ -153,8 +153,8 @@ def group_norm(
         to t), the mean is 0 and the variance is 1. For `paddings` of shape (batch, time), pass
         `mask=(paddings == 0)[..., None]`.
       axis_name: mapped axis or axes over which `reduction_axes` (except `cumulative_axis`) are
-        sharded. Statistics are all-reduced over them. If the channels are sharded, the first groups
-        of all devices form one group, the second groups another one, and so on.
+        sharded. Statistics are all-reduced over them. If the channels are sharded, group i
+        consists of the i-th groups of all devices.
       axis_index_groups: groups of indices of that axis; each group shares statistics, as in
         `jax.lax.psum`.
       dtype: dtype of y; None for the dtype of x.

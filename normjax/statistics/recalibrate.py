@@ -43,9 +43,9 @@ def recalibrate(
     During training, running statistics lag behind the weights. Call this function when weights or
     data at inference differ from training: after averaging weights (EMA, SWA, schedule-free), for
     data from another domain, or after training with small batches or too large a momentum. If a
-    feature has `n_b` elements in batch b, with mean `\mu_b` and biased variance `\sigma_b^2`, then
-    "merged" computes the moments of all elements together, and "averaged" is Algorithm 2 of the
-    paper:
+    feature has :math:`n_b` elements in batch b, with mean :math:`\mu_b` and biased variance
+    :math:`\sigma_b^2`, then "merged" computes the moments of all elements together, and "averaged"
+    is Algorithm 2 of the paper:
 
     .. math:: \mu = \frac{\sum_b n_b \mu_b}{\sum_b n_b}, \qquad
               \sigma^2 = \frac{\sum_b n_b (\sigma_b^2 + |\mu_b - \mu|^2)}{\sum_b n_b}

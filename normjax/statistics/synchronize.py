@@ -33,8 +33,8 @@ def sync_batch_stats(
 
     If you share statistics within groups of devices, but need them replicated, call it after each
     step with the `momentum` m of that step. Means that were equal before the step have moved by a
-    fraction `1 - m` towards the batch means. With `|\mu_d - \mu|^2 / (1 - m)` in the formula, the
-    result equals that of one step on the whole batch.
+    fraction `1 - m` towards the batch means. With :math:`|\mu_d - \mu|^2 / (1 - m)`
+    in the formula, the result equals that of one step on the whole batch.
 
     Args:
       batch_stats: running statistics of one layer or of a whole model: nested dicts, as in Flax's
@@ -45,7 +45,7 @@ def sync_batch_stats(
         least 0 and below 1.
 
     Returns:
-      A tree with the same structure, shapes and dtypes. Other leaves than `mean` and `var`, such as
+      A tree with the same structure, shapes and dtypes. Leaves other than `mean` and `var`, such as
       `count`, are averaged over the devices, and rounded if they are ints. There are two
       collectives for any number of layers.
 

@@ -184,6 +184,7 @@ def test_checkpoints_that_are_cut_off_or_changed_are_skipped(run, undisturbed, t
         ),
         (["--data", "cifar10", "--data-dir", "nowhere"], "nowhere/data_batch_1.bin: not found"),
         (["--data", "cifar10"], "--data cifar10 needs --data-dir"),
+        (["--data-dir", "images"], "--data-dir images is for --data cifar10 or folder"),
     ],
 )
 def test_mistakes_get_one_line(arguments, says, run, tmp_path):

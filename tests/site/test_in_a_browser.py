@@ -65,16 +65,26 @@ def test_search_finds_batch_norm_first(open_page):
     assert "batch_norm" in wait_for(lambda: browser.execute_script(first)).lower().replace(" ", "_")
 
 
-def test_a_block_of_code_has_a_button_that_copies_it(open_page):
-    browser = open_page("several_devices.html")
+@pytest.mark.parametrize(
+    ("page", "start"),
+    [
+        ("several_devices.html", "import jax\n"),
+        ("reference/batch_norm.html", "import jax.numpy as jnp, normjax as nj\nparams"),
+    ],
+)
+def test_a_block_of_code_has_a_button_that_copies_it(open_page, page, start):
+    browser = open_page(page)
     copied = "window.copied = []; document.addEventListener('copy', () => copied.push(selection()))"
     selection = "window.selection = () => document.activeElement.value ?? String(getSelection());"
     browser.execute_script(selection + copied)
     button = wait_for(lambda: browser.find_elements("css selector", "button.copybtn"))[0]
     browser.execute_script("arguments[0].style.opacity = 1", button)  # as when hovered
+    browser.execute_script(
+        "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button
+    )
     button.click()  # by the mouse: a browser copies for no script alone
     text = wait_for(lambda: browser.execute_script("return window.copied[0]"))
-    assert text.startswith("import jax\n") and ">>>" not in text
+    assert text.startswith(start) and ">>>" not in text
 
 
 @pytest.mark.parametrize("page", PAGES)
