@@ -1,6 +1,6 @@
 """A CNN with batch normalization in flax.linen, from training to deployment.
 
-    python examples/linen.py    # scikit-learn's digits: nothing to download
+    pip install '.[examples]' && python examples/linen.py    # on scikit-learn's digits
 
 Trains with optax on all devices, with the statistics of the whole batch, saves and restores the
 training state, recalibrates the statistics, and folds the batch norms into the convolutions.

@@ -1,6 +1,6 @@
 """A CNN with batch normalization in flax.nnx, from training to deployment.
 
-    python examples/nnx.py    # scikit-learn's digits: nothing to download
+    pip install '.[examples]' && python examples/nnx.py    # on scikit-learn's digits
 
 Trains with optax on all devices, with the statistics of the whole batch, saves and restores the
 model, recalibrates the statistics, and folds the batch norms into the convolutions.

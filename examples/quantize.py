@@ -2,7 +2,7 @@
 
 Trains a small convolutional network with batch normalization and shows its test accuracy as it was
 trained, folded by normjax.deploy.fold, folded and quantized by qwix, and quantized without folding.
-qwix is an extra: pip install 'normjax[examples,quantize]'. There is no plot.
+qwix is an extra: pip install '.[examples,quantize]'. There is no plot.
 
     python examples/quantize.py                         # scikit-learn's digits: nothing to download
     python examples/quantize.py --data cifar10 --data-dir DIR

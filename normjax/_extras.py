@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NoReturn
 
 from normjax._checks import raise_error
@@ -20,10 +21,17 @@ EXTRAS = {
     "tensorboardX": "train",
     "sklearn": "examples",
 }
+# What pip calls packages that are imported under another name.
+DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn"}
 
 
 def raise_for_missing(
-    function: str, need: str, error: ImportError, *, otherwise: str = ""
+    function: str,
+    need: str,
+    error: ImportError,
+    *,
+    otherwise: str = "",
+    extras: Mapping[str, str] = EXTRAS,
 ) -> NoReturn:
     """Raises an error for a missing package, which names the extra that installs it.
 
@@ -35,15 +43,17 @@ def raise_for_missing(
       need: the feature that needs the package, and a verb: "progress=True shows a bar of".
       error: the error that the import raised.
       otherwise: the text about how to do without the package.
+      extras: the extra of each package, by the name that is imported.
     """
     package = (error.name or "").split(".")[0]
-    if package not in EXTRAS:
+    if package not in extras:
         raise error
+    alone = DISTRIBUTIONS.get(package, package)
     raise_error(
         function,
         f"{need} {package}, which is not installed",
-        expected=f"the package {package}, of the extra {EXTRAS[package]!r}",
+        expected=f"the package {package}, of the extra {extras[package]!r}",
         got=str(error),
-        fix=f'Run: pip install "normjax[{EXTRAS[package]}]", or pip install {package}{otherwise}',
+        fix=f'Run: pip install "normjax[{extras[package]}]", or pip install {alone}{otherwise}',
         kind=ImportError,
     )

@@ -137,9 +137,14 @@ class Program(Parser):
         """
         options = self.parse(arguments)
         module, name = self.study.split(":")
-        with Interrupt() as interrupt:
-            study = getattr(importlib.import_module(f"studies.{module}"), name)(options)
-            return importlib.import_module("common.study").conduct(study, interrupt)
+        try:
+            with Interrupt() as interrupt:
+                study = getattr(importlib.import_module(f"studies.{module}"), name)(options)
+                return importlib.import_module("common.study").conduct(study, interrupt)
+        except ModuleNotFoundError as error:
+            from common.extras import stop_without  # which imports JAX
+
+            stop_without(error)
 
 
 def fill_in(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:

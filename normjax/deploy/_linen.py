@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import jax
-from flax import linen
 from jax import lax
 from jax import numpy as jnp
 
@@ -25,22 +24,11 @@ from normjax.deploy._rewrite import Layer
 PARAMS = "params"
 
 
-class Scope(linen.Module):
-    """Calls a function of a leaf inside modules that are named after its path."""
-
-    @linen.compact
-    def __call__(self, collection: str, path: Path, value: Any, use: Callable) -> Any:
-        first, *inner = path
-        if inner:
-            return Scope(name=first)(collection, tuple(inner), value, use)
-        if collection == PARAMS:
-            return use(self.param(first, lambda key: value))
-        return use(self.variable(collection, first, lambda: value).value)
-
-
 def as_linen(recipe: Recipe, variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Returns a linen module and its variables; leaves outside of collections become parameters."""
-    in_collections = PARAMS in variables
+    from flax import linen
+
+    in_collections, Scope = PARAMS in variables, _scope(linen)
     used = {path: leaf for path, leaf in flatten(variables).items() if path in recipe.used}
     leaves = {path if in_collections else (PARAMS, *path): leaf for path, leaf in used.items()}
     # Traced by `init` and `apply`, before a tool replaces functions of `lax`.
@@ -81,6 +69,22 @@ def as_linen(recipe: Recipe, variables: Mapping[str, Any]) -> tuple[Any, dict[st
             prepared.pop()
 
     return FoldedModule(), nest(leaves)
+
+
+def _scope(linen: Any) -> type:
+    """Returns the class of modules that are named after the path of a leaf."""
+
+    class Scope(linen.Module):
+        @linen.compact
+        def __call__(self, collection: str, path: Path, value: Any, use: Callable) -> Any:
+            first, *inner = path
+            if inner:
+                return Scope(name=first)(collection, tuple(inner), value, use)
+            if collection == PARAMS:
+                return use(self.param(first, lambda key: value))
+            return use(self.variable(collection, first, lambda: value).value)
+
+    return Scope
 
 
 def _run(program: Program, read: Callable[[Path, Callable], Any], inputs: Any) -> Any:

@@ -17,6 +17,7 @@ from normjax._jaxpr import Program
 from normjax._trees import Path, by_path, nest
 from normjax.deploy._constants import FUNCTION
 from normjax.deploy._kernels import folded_leaves, named
+from normjax.deploy._linen import as_linen
 from normjax.deploy._model import check_arrays, check_callable, traced
 from normjax.deploy._notes import notes
 from normjax.deploy._plan import Fold, Key, Plan
@@ -104,8 +105,6 @@ class Folded:
           >>> print(module.apply(variables, x).round(3), sorted(variables["params"]))
           [[0. 4.]] ['bias', 'kernel']
         """
-        from normjax.deploy._linen import as_linen  # imports Flax
-
         return as_linen(self.recipe, self.variables)
 
     def __str__(self) -> str:

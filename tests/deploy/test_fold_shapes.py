@@ -128,7 +128,7 @@ ANOTHER = {
         lambda v, x: (
             jnp.tanh(norm(v["a"], x @ v["kernel"])) * (1 if is_small(x) else v["a"]["mean"])
         ),
-        "the leaves that it reads on the sample",
+        "the same leaves as on the sample",
         "a/mean",
     ),
     "forward, another epsilon": (

@@ -137,6 +137,19 @@ def test_mistakes_end_with_one_line(tmp_path, capsys):
         assert ("https://www.cs.toronto.edu/~kriz/cifar.html" in error) == (status == 2)
 
 
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit) as stopped:
+        speedup.main(["--out", str(tmp_path)])
+    assert '"normjax[examples]", or pip install scikit-learn' in str(stopped.value)
+
+
+def test_a_missing_module_of_the_program_is_not_taken_for_a_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "studies.speedup.study", None)
+    with pytest.raises(ModuleNotFoundError, match="studies.speedup.study"):
+        speedup.main(["--out", str(tmp_path)])
+
+
 def test_a_folder_of_data_that_are_not_read_from_one_is_a_mistake(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         speedup.main(["--data-dir", str(tmp_path)])

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import qwix
 from common import data
-from common.extras import stop_without
 from common.study import Advance, Part, Study, environment, table
 from common.training import EVALUATION_BATCH, Examples, chunks, cross_entropy, examples
 from flax import linen as nn
@@ -18,11 +18,6 @@ from jax import Array
 from rich.table import Table
 
 import normjax as nj
-
-try:
-    import qwix
-except ImportError as error:
-    stop_without(error)
 
 INT8 = [qwix.QuantizationRule(weight_qtype="int8", act_qtype="int8")]
 MOMENTUM = 0.9  # of SGD, and of the running statistics
