@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.arguments import Parser, number
+from common.arguments import COUNT, RATE, Parser, number
 
 NETWORKS = ("resnet8", "resnet18", "resnet50")
 
@@ -16,146 +16,54 @@ def add(parser: Parser) -> None:
 
 
 def _add_network(parser: Parser) -> None:
-    count, add = number(int, "a positive integer"), parser.add_argument
-    add("--network", choices=NETWORKS, default="resnet18", help="(default: %(default)s)")
-    add(
-        "--width",
-        type=count,
-        default=64,
-        metavar="N",
-        help="channels of the first stage (default: %(default)s)",
-    )
-    add(
-        "--data",
-        choices=("synthetic", "cifar10", "folder"),
-        default="synthetic",
-        help="(default: %(default)s)",
-    )
-    add(
-        "--data-dir",
-        type=Path,
-        metavar="DIR",
-        help="CIFAR-10's binary files; or train/CLASS/* and val/CLASS/*",
-    )
-    add(
-        "--image-size",
-        type=count,
-        metavar="N",
-        help="height and width (default: 32 for synthetic images, 224 for images in folders)",
-    )
-    add(
-        "--classes",
-        type=count,
-        default=10,
-        metavar="N",
-        help="number of classes of synthetic images (default: %(default)s)",
-    )
-    add(
-        "--train-examples",
-        type=count,
-        metavar="N",
-        help="use only the first N training images; how many synthetic images (default: 2,048)",
-    )
-    add(
-        "--test-examples",
-        type=count,
-        metavar="N",
-        help="use only the first N test images; how many synthetic images (default: 512)",
-    )
+    add = parser.add
+    add("--network", None, "", choices=NETWORKS, default="resnet18")
+    add("--width", COUNT, "channels of the first stage", default=64)
+    add("--data", None, "", choices=("synthetic", "cifar10", "folder"), default="synthetic")
+    add("--data-dir", Path, "CIFAR-10's binary files; or train/CLASS/* and val/CLASS/*")
+    sizes = "(default: 32 for synthetic images, 224 for images in folders)"
+    add("--image-size", COUNT, f"height and width {sizes}")
+    add("--classes", COUNT, "number of classes of synthetic images", default=10)
+    synthetic = "how many synthetic images"
+    first = "use only the first N training images"
+    add("--train-examples", COUNT, f"{first}; {synthetic} (default: 2,048)")
+    first = "use only the first N test images"
+    add("--test-examples", COUNT, f"{first}; {synthetic} (default: 512)")
 
 
 def _add_training(parser: Parser) -> None:
-    count, add = number(int, "a positive integer"), parser.add_argument
-    rate, positive = number(float, "a positive number"), "a number of at least 0"
-    add(
-        "--batch-size",
-        type=count,
-        default=128,
-        metavar="N",
-        help="examples per step on all devices together (default: %(default)s)",
-    )
-    add("--epochs", type=rate, metavar="N", help="(default: 30; 90 for images in folders)")
-    add("--steps", type=count, metavar="N", help="number of steps, instead of --epochs")
-    add(
-        "--learning-rate",
-        type=rate,
-        metavar="RATE",
-        help="learning rate after warm-up (default: 0.1 * batch size / 256)",
-    )
-    add(
-        "--warmup",
-        type=_from_zero(positive),
-        default=0.05,
-        metavar="PART",
-        help="warm-up as a fraction of all steps (default: %(default)s)",
-    )
-    add(
-        "--weight-decay",
-        type=_from_zero(positive),
-        default=5e-4,
-        metavar="RATE",
-        help="weight decay of kernels; other parameters do not decay (default: %(default)s)",
-    )
-    add(
-        "--label-smoothing",
-        type=_from_zero(positive),
-        default=0.1,
-        metavar="PART",
-        help="(default: %(default)s)",
-    )
-    add(
-        "--norm-group",
-        type=count,
-        metavar="N",
-        help="number of examples that share statistics (default: the whole batch)",
-    )
-    add(
-        "--momentum",
-        type=rate,
-        default=0.9,
-        metavar="WEIGHT",
-        help="momentum of running statistics (default: %(default)s)",
-    )
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="dtype of activations (default: %(default)s)",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    add, from_zero = parser.add, _from_zero("a number of at least 0")
+    add("--batch-size", COUNT, "examples per step on all devices together", default=128)
+    add("--epochs", RATE, "(default: 30; 90 for images in folders)", metavar="N")
+    add("--steps", COUNT, "number of steps, instead of --epochs")
+    rate = "learning rate after warm-up (default: 0.1 * batch size / 256)"
+    add("--learning-rate", RATE, rate)
+    part = "warm-up as a fraction of all steps"
+    add("--warmup", from_zero, part, default=0.05, metavar="PART")
+    decay = "weight decay of kernels; other parameters do not decay"
+    add("--weight-decay", from_zero, decay, default=5e-4, metavar="RATE")
+    add("--label-smoothing", from_zero, "", default=0.1, metavar="PART")
+    group = "number of examples that share statistics (default: the whole batch)"
+    add("--norm-group", COUNT, group)
+    add("--momentum", RATE, "momentum of running statistics", default=0.9, metavar="WEIGHT")
+    dtypes = ("bfloat16", "float32")
+    add("--dtype", None, "dtype of activations", choices=dtypes, default="bfloat16")
+    add("--seed", int, "", default=0, metavar="N")
 
 
 def _add_output(parser: Parser) -> None:
-    count, add = number(int, "a positive integer"), parser.add_argument
-    add(
-        "--out",
-        type=Path,
-        default=Path("results/train_resnet"),
-        metavar="DIR",
-        help="(default: %(default)s)",
-    )
-    add("--log-every", type=count, default=10, metavar="STEPS", help="(default: %(default)s)")
-    add("--eval-every", type=count, default=200, metavar="STEPS", help="(default: %(default)s)")
-    add(
-        "--checkpoint-every",
-        type=count,
-        default=200,
-        metavar="STEPS",
-        help="(default: %(default)s)",
-    )
-    add(
-        "--keep",
-        type=count,
-        default=3,
-        metavar="N",
-        help="number of checkpoints to keep (default: %(default)s)",
-    )
-    add(
+    add = parser.add
+    add("--out", Path, "", default=Path("results/train_resnet"))
+    add("--log-every", COUNT, "", default=10, metavar="STEPS")
+    add("--eval-every", COUNT, "", default=200, metavar="STEPS")
+    add("--checkpoint-every", COUNT, "", default=200, metavar="STEPS")
+    add("--keep", COUNT, "number of checkpoints to keep", default=3)
+    parser.add_argument(
         "--allow-nan",
         action="store_true",
         help="continue if losses or statistics are not finite; the last finite checkpoint is kept",
     )
-    add(
+    parser.add_argument(
         "--allow-other-data",
         action="store_true",
         help="continue even if the data have changed since the checkpoint",
@@ -163,50 +71,28 @@ def _add_output(parser: Parser) -> None:
 
 
 def _add_devices(parser: Parser) -> None:
-    count, add = number(int, "a positive integer"), parser.add_argument
-    add(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="number of processes that load data; 0 uses threads (default)",
-    )
-    add("--devices", type=count, metavar="N", help="simulate N CPU devices in each process")
-    add(
-        "--processes",
-        type=count,
-        metavar="N",
-        help="start N processes on this machine, to test a cluster run",
-    )
-    add(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="where process 0 listens; TPU pods and Slurm jobs do not need these 3 flags",
-    )
-    add("--process-count", type=count, metavar="N", help="number of processes")
-    add("--process-index", type=int, metavar="I", help="index of this process, from 0")
-    add(
+    add = parser.add
+    workers = "number of processes that load data; 0 uses threads (default)"
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help=workers)
+    add("--devices", COUNT, "simulate N CPU devices in each process")
+    add("--processes", COUNT, "start N processes on this machine, to test a cluster run")
+    coordinator = "where process 0 listens; TPU pods and Slurm jobs do not need these 3 flags"
+    add("--coordinator", None, coordinator, metavar="HOST:PORT")
+    add("--process-count", COUNT, "number of processes")
+    add("--process-index", int, "index of this process, from 0", metavar="I")
+    parser.add_argument(
         "--no-distributed",
         dest="distributed",
         action="store_false",
         help="do not detect a cluster",
     )
-    add(
-        "--heartbeat",
-        type=number(int, "an integer of at least 10", 10),
-        default=30,
-        metavar="SECONDS",
-        help="time without a sign of life after which a process counts as gone; at most 30 on CPUs "
-        "(default: %(default)s)",
+    heartbeat = (
+        "time without a sign of life after which a process counts as gone; at most 30 on CPUs"
     )
-    add(
-        "--stall",
-        type=count,
-        default=600,
-        metavar="SECONDS",
-        help="time without progress after which the run ends; 10 times as long while compiling "
-        "(default: %(default)s)",
-    )
+    seconds = number(int, "an integer of at least 10", 10)
+    add("--heartbeat", seconds, heartbeat, default=30, metavar="SECONDS")
+    stall = "time without progress after which the run ends; 10 times as long while compiling"
+    add("--stall", COUNT, stall, default=600, metavar="SECONDS")
 
 
 def _from_zero(expected: str):
