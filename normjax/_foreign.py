@@ -116,16 +116,15 @@ def raise_for_foreign(function: Callable[..., Any], foreign: Mapping[str, object
     """Raises an error for keyword arguments that the function does not have."""
     name, value = next(iter(foreign.items()))
     known = [other for other in inspect.signature(function).parameters if other != "self"]
-    names = [other for other in ARGUMENTS.get(name, ()) if other.split()[-1] in known]
+    names = _names_here(name, known)
     expected = f"arguments among {known}"
     if names:
         problem = f"{name}= has another name here"
         expected = " or ".join(map(_described, names))
         fix = "Write " + " or ".join(_written(other, value) for other in names)
-    elif (owner := _sister_with(function, [name])) is not None:
-        problem, fix = f"{name}= is an argument of {owner}", "Pass it there"
-    elif (owner := _sister_with(function, ARGUMENTS.get(name, ()))) is not None:
-        written = " or ".join(_written(other, value) for other in ARGUMENTS[name])
+    elif (sister := _sister_with(function, name)) is not None:
+        owner, names = sister
+        written = " or ".join(_written(other, value) for other in names) or "it"
         problem, fix = f"{name}= is an argument of {owner}", f"Pass {written} there"
     elif name in MODES:
         problem = f"{name}= has no meaning here"
@@ -172,18 +171,33 @@ def _title_of(function: Callable[..., Any]) -> str:
     return name.removesuffix(".__init__").removesuffix(".__call__")
 
 
-def _sister_with(function: Callable[..., Any], names: Collection[str]) -> str | None:
-    """Returns the function that has the argument: a layer, its init function, or a call."""
+def _names_here(name: str, known: Collection[str]) -> list[str]:
+    """Returns what a foreign name may be called among the known arguments."""
+    return [other for other in ARGUMENTS.get(name, ()) if other.split()[-1] in known]
+
+
+def _sister_with(function: Callable[..., Any], name: str) -> tuple[str, list[str]] | None:
+    """Returns which function has the argument: the init of a layer, the layer, or a call.
+
+    The list has the names of the argument there; it is empty if it has the same name.
+    """
     module, title = sys.modules[function.__module__], _title_of(function)
     sisters = {
         title.removesuffix("_init"): getattr(module, title.removesuffix("_init"), None),
         f"{title}_init": getattr(module, f"{title}_init", None),
         f"the call of {title}": vars(getattr(module, title, object)).get("__call__"),
     }
-    for text, sister in sisters.items():
-        if inspect.isroutine(sister) or isinstance(sister, type):
-            if any(name in inspect.signature(sister).parameters for name in names):
-                return text
+    there = {
+        text: inspect.signature(sister).parameters
+        for text, sister in sisters.items()
+        if inspect.isroutine(sister) or isinstance(sister, type)
+    }
+    for text, known in there.items():
+        if name in known:
+            return text, []
+    for text, known in there.items():
+        if names := _names_here(name, known):
+            return text, names
     return None
 
 

@@ -69,6 +69,14 @@ FOREIGN = {
         lambda: batch_norm(train=True, affine=False),
         "affine= is an argument of batch_norm_init.*Pass use_scale=False or use_bias=False there",
     ),
+    "training of an init": (
+        lambda: nj.batch_norm_init(3, training=True),
+        r"training= is an argument of batch_norm\..*Pass train=True there\.",
+    ),
+    "dim of an init": (
+        lambda: nj.batch_norm_init(3, dim=1),
+        r"dim= is an argument of batch_norm\..*Pass feature_axes=1 there\.",
+    ),
     "track_running_stats": (
         lambda: batch_norm(train=False, track_running_stats=False),
         "track_running_stats= has no counterpart.*pass train=True",
